@@ -1,0 +1,241 @@
+"""What an export is asked to do: frozen structs, read from strict YAML.
+
+YAML exists only here, at the edge. A key that is unknown, missing or of the wrong type is refused by name with the
+nearest valid one; rules that tie two fields together stand in `check_config`, in one place.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from edgediff_runtime.clock import clock_mask
+from edgediff_runtime.errors import RequestError
+
+from edgediff.errors import ConfigError, MissingExtraError
+
+POINTS = ("before_upsample", "after_upsample")
+ADAPTORS = ("identity",)
+
+Target = Literal["onnx"]
+Layout = Literal["split"]
+VerifyMode = Literal["full", "graphs"]
+SchedulerName = Literal["dpmpp_2m", "dpmpp_2m_karras", "ddim", "euler"]
+ConfigStruct = msgspec.Struct
+
+
+class Cut(ConfigStruct, frozen=True, forbid_unknown_fields=True):
+    """Where the UNet is divided (Clockwork Diffusion, section 3).
+
+    Attributes:
+        level: How many high-resolution levels stay outside of the low-resolution part; 1 is the paper's stage 1.
+        point: Where the low-resolution part ends: ``before_upsample`` (the paper's: the upsampler belongs to the
+            high-resolution side, the cache is four times smaller) or ``after_upsample``.
+    """
+
+    level: int = 1
+    point: str = "before_upsample"
+
+
+class OnnxConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True):
+    """How the ONNX graphs are written.
+
+    Attributes:
+        opset: Version of the default operator set, 18 to 23.
+        dtype: Precision of weights and features.
+        simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
+    """
+
+    opset: int = 21
+    dtype: Literal["fp32"] = "fp32"
+    simplify: bool = True
+
+
+class VerifyConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True):
+    """What the numbers must hold, in dB of PSNR.
+
+    Attributes:
+        mode: ``full`` runs whole trajectories; ``graphs`` stops after the composed steps.
+        graph_db: Floor of each graph against the same module in torch.
+        composed_db: Floor of a step composed from the graphs against torch (a full one: the undivided UNet).
+        trajectory_db: Floor of the final latents against torch with the same clock: the conversion error.
+        caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
+            the method, shown and not judged.
+    """
+
+    mode: VerifyMode = "full"
+    graph_db: float = 35.0
+    composed_db: float = 35.0
+    trajectory_db: float = 35.0
+    caching_db: float | None = None
+
+
+class ExportConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One recipe: a model, a cut, an operating point and the targets.
+
+    Attributes:
+        model: A diffusers directory or a built-in name; the command line's argument comes first.
+        targets: What is written into the bundle.
+        cut: Where the UNet is divided.
+        adaptor: What stands in for the low-resolution part on cached steps.
+        clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps.
+        steps: Denoising steps of the operating point.
+        scheduler: Sampler of the operating point.
+        guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
+            for models with text, 1.0 (off) for models with neither.
+        layout: How the graphs are packed.
+        onnx: How ONNX graphs are written.
+        verify: What the numbers must hold.
+        conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
+            (``encoder_hidden_states``, ``negative_encoder_hidden_states``, ``text_embeds``, ...), or None.
+        random_weights: Seed of random weights for a built-in geometry, or None: weights are loaded.
+        seed: Seed of the reference trajectory.
+        license: Licence of the model where the source does not say, an SPDX name.
+    """
+
+    model: str | None = None
+    targets: tuple[Target, ...] = ("onnx",)
+    cut: Cut = Cut()
+    adaptor: str = "identity"
+    clock: int | str = 2
+    steps: int = 8
+    scheduler: SchedulerName = "dpmpp_2m"
+    guidance_scale: float | None = None
+    layout: Layout = "split"
+    onnx: OnnxConfig = OnnxConfig()
+    verify: VerifyConfig = VerifyConfig()
+    conditioning: str | None = None
+    random_weights: int | None = None
+    seed: int = 0
+    license: str | None = None
+
+
+def load_config(path: str | Path) -> ExportConfig:
+    """Reads a YAML recipe strictly.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: The file cannot be read, is no mapping, or a key in it is unknown, mistyped or out of range.
+    """
+    try:
+        import yaml
+    except ImportError as e:
+        raise MissingExtraError("reading a YAML recipe", "export") from e
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"recipe {path}: cannot be read ({e.strerror or e})") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"recipe {path}: not YAML ({' '.join(str(e).split())})") from e
+    try:
+        return config_from(data if data is not None else {})
+    except ConfigError as e:
+        raise ConfigError(f"recipe {path}: {e}") from e
+
+
+def config_from(data: object) -> ExportConfig:
+    """Builds a checked configuration from plain data.
+
+    Args:
+        data: A mapping as YAML or JSON give it.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest valid one is named), missing, mistyped or out of range.
+
+    >>> config_from({"steps": 4, "clock": "1,0,0,1"}).clock
+    '1,0,0,1'
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected a mapping of settings, got {type(data).__name__}")
+    _refuse_unknown(data, ExportConfig, "")
+    if isinstance(data.get("clock"), list):
+        data = {**data, "clock": ",".join(str(int(bit)) for bit in data["clock"])}
+    try:
+        config = msgspec.convert(data, ExportConfig)
+    except msgspec.ValidationError as e:
+        raise ConfigError(_one_line(e)) from e
+    return check_config(config)
+
+
+def _refuse_unknown(data: Mapping[Any, Any], kind: type[ConfigStruct], where: str) -> None:
+    """Names a key that the struct does not have, and the nearest that it has."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in data.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown key '{where}{key}', did you mean '{where}{near[0]}'? (valid: {', '.join(fields)})"
+            )
+        inner = fields[key]
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, ConfigStruct):
+            _refuse_unknown(value, inner, f"{where}{key}.")
+
+
+def _one_line(e: msgspec.ValidationError) -> str:
+    message = str(e)
+    if " - at `$." in message:
+        text, _, where = message.partition(" - at `$.")
+        return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}"
+    return message
+
+
+def check_config(config: ExportConfig) -> ExportConfig:
+    """Holds the rules that types cannot: ranges, finite numbers, fields that must fit each other.
+
+    Args:
+        config: Any configuration, also one built by hand.
+
+    Returns:
+        The same configuration.
+
+    Raises:
+        ConfigError: With the field, its value and what was expected.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(config), ExportConfig)
+    except msgspec.ValidationError as e:
+        raise ConfigError(_one_line(e)) from e
+    if not config.targets:
+        raise ConfigError("'targets' is empty; expected at least one of: onnx")
+    if len(set(config.targets)) != len(config.targets):
+        raise ConfigError(f"'targets' names one twice: {', '.join(config.targets)}")
+    if config.cut.level < 1:
+        raise ConfigError(f"'cut.level' is {config.cut.level}; expected 1 or more")
+    if config.cut.point not in POINTS:
+        raise ConfigError(f"'cut.point' is {config.cut.point!r}; expected one of: {', '.join(POINTS)}")
+    if config.adaptor not in ADAPTORS:
+        raise ConfigError(f"'adaptor' is {config.adaptor!r}; expected one of: {', '.join(ADAPTORS)}")
+    if config.steps < 1:
+        raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
+    if not 18 <= config.onnx.opset <= 23:
+        raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to 23")
+    if config.guidance_scale is not None and not _positive(config.guidance_scale):
+        raise ConfigError(f"'guidance_scale' is {config.guidance_scale}; expected a finite number above 0")
+    for name in ("graph_db", "composed_db", "trajectory_db", "caching_db"):
+        floor = getattr(config.verify, name)
+        if floor is not None and not _positive(floor):
+            raise ConfigError(f"'verify.{name}' is {floor}; expected a finite number of dB above 0")
+    for name in ("seed", "random_weights"):
+        seed = getattr(config, name)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ConfigError(f"'{name}' is {seed}; expected 0 to 2^63 - 1")
+    try:
+        clock_mask(config.clock, config.steps)
+    except RequestError as e:
+        raise ConfigError(str(e)) from e
+    return config
+
+
+def _positive(x: float) -> bool:
+    return math.isfinite(x) and x > 0

@@ -1,0 +1,36 @@
+"""What can go wrong, one class for each thing that a user can do about it.
+
+The library raises; only the command line prints. Every message is one line: what was given, what was expected,
+the choices.
+"""
+
+
+class EdgediffError(Exception):
+    """Anything that a user of the toolchain can put right."""
+
+
+class ModelError(EdgediffError):
+    """The model cannot be read: name another directory, or repair its files."""
+
+
+class ConfigError(EdgediffError):
+    """A recipe or an option is wrong: change it as the message says."""
+
+
+class UnsupportedError(EdgediffError):
+    """The model or a setting of it is outside of what edgediff handles: take one of the choices named."""
+
+
+class TargetError(EdgediffError):
+    """The output path cannot be written as asked: choose another, or pass ``--force``."""
+
+
+class VerificationError(EdgediffError):
+    """A number did not hold: the bundle is not what the model is, and was not put in place."""
+
+
+class MissingExtraError(EdgediffError):
+    """A command needs an optional part of edgediff: install the extra that the message names."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the {extra!r} extra: pip install \"edgediff[{extra}]\"")

@@ -1,0 +1,1 @@
+"""From a divided UNet to a bundle."""

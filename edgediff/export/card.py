@@ -1,0 +1,53 @@
+"""A bundle's README.md: the model card that travels with it."""
+
+from edgediff_runtime import Manifest
+
+from edgediff.models.load import Model
+
+PATENT_NOTE = (
+    "The methods in this bundle (reuse of low-resolution features across denoising steps) may be covered by patents. "
+    "No licence to any patent is given with it."
+)
+
+
+def bundle_card(manifest: Manifest, model: Model) -> str:
+    """Writes the card: source, data, licence, what was changed, intended use, patent note.
+
+    Args:
+        manifest: The bundle's manifest.
+        model: The source.
+
+    Returns:
+        Markdown.
+    """
+    source, point, sample = manifest.source, manifest.operating_point, manifest.sample
+    origin = f"`{source.name}`, sha256 `{source.sha256}`"
+    if source.random_weights is not None:
+        origin += f". **Its weights are random (seed {source.random_weights})**: a geometry to measure, not a model"
+    saved = 1 - _step_macs(manifest, "cached") / _step_macs(manifest, "full")
+    lines = [
+        f"# {source.name}, divided by edgediff",
+        "",
+        f"- **Source**: {origin}.",
+        f"- **Licence**: {manifest.license}."
+        + ("" if manifest.license != "unknown" else " The source does not say: ask whoever made it before you ship."),
+        f"- **Changed**: the UNet was divided at level {manifest.cut.level}, {manifest.cut.point}; "
+        f"weights as in the source, in {manifest.targets[0].dtype}. On cached steps the {manifest.adaptor} adaptor "
+        f"stands in for the low-resolution part: {saved:.0%} fewer multiply-adds in such a step.",
+        f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
+        f"conditioned on: {manifest.conditioning.kind}.",
+        f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "
+        f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.conditioning.source}. "
+        "The figures stand in evidence/parity.json; `edgediff verify` measures them again.",
+        "- **Intended use**: generating images on a device within what the source's licence and card allow.",
+        f"- **Patents**: {PATENT_NOTE}",
+        "",
+        "Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` where there is no torch.",
+    ]
+    if model.card.text:
+        lines += ["", "## The source's own card", "", model.card.text.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _step_macs(manifest: Manifest, step: str) -> int:
+    return manifest.cost[step].macs + manifest.cost[step].macs_attention

@@ -1,0 +1,60 @@
+"""The graphs of a bundle as the manifest lists them: names, shapes and when each one runs."""
+
+import torch
+from edgediff_runtime.manifest import Frequency, Graph, Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from edgediff.errors import UnsupportedError
+from edgediff.models.clockwork import SplitUNet, check_size
+from edgediff.models.load import Model
+
+FREQUENCY: dict[str, Frequency] = {
+    "highres_in": "step",
+    "lowres": "full_step",
+    "adaptor": "cached_step",
+    "highres_out": "step",
+}
+DTYPES = {torch.float32: "float32", torch.int64: "int64"}
+
+
+def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
+    """Lists the four graphs of the ``split`` layout with the shapes of their tensors.
+
+    Args:
+        split: The divided UNet.
+        model: What it was divided from.
+
+    Returns:
+        The graphs in the order in which a step runs them. The identity adaptor has no file.
+
+    Raises:
+        UnsupportedError: The levels do not divide the sample's size, or two graphs disagree on a tensor.
+    """
+    check_size(*model.sample_shape[1:], split.factor)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        tensors = {"sample": torch.empty(2, *model.sample_shape), "timestep": torch.empty(1)}
+        for name, spec in model.conditioning.tensors.items():
+            tensors[name] = torch.empty(2, *spec.shape, dtype=spec.dtype)
+        graphs = []
+        for name, part in split.parts.items():
+            inputs = {key: tensors[key] for key in part.inputs}
+            outputs = dict(zip(part.outputs, part(*inputs.values()), strict=True))
+            for key in outputs.keys() & tensors.keys():
+                if outputs[key].shape != tensors[key].shape or outputs[key].dtype != tensors[key].dtype:
+                    raise UnsupportedError(f"{name} makes {key} of another shape or dtype than the graph before it")
+            tensors.update(outputs)
+            graphs.append(
+                Graph(
+                    name=name,
+                    file=f"onnx/{name}.onnx" if inputs != outputs else None,
+                    frequency=FREQUENCY[name],
+                    inputs=tuple(_tensor(key, value) for key, value in inputs.items()),
+                    outputs=tuple(_tensor(key, value) for key, value in outputs.items()),
+                )
+            )
+    return tuple(graphs)
+
+
+def _tensor(name: str, value: torch.Tensor) -> Tensor:
+    shape = tuple(value.shape) if name == "timestep" else ("batch", *value.shape[1:])
+    return Tensor(name=name, dtype=DTYPES[value.dtype], shape=shape)

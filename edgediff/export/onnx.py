@@ -1,0 +1,185 @@
+"""ONNX graphs through torch's dynamo exporter: one file per part, symbolic batch, fixed height and width."""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from edgediff_runtime.manifest import Graph
+
+from edgediff.config import OnnxConfig
+from edgediff.errors import UnsupportedError
+from edgediff.export.passes import SIMPLIFY, STRIP_METADATA, check, run_passes, weight_bytes
+from edgediff.models.part import Part
+from edgediff.verify.psnr import psnr_db
+
+# A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
+# that map weights into memory want them outside of it.
+EXTERNAL_DATA_BYTES = 2**30
+EXTERNAL_TENSOR_BYTES = 1024
+# Simplifying moves constants, not arithmetic: what is left is rounding.
+SIMPLIFIED_DB = 100.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one graph.
+
+    Attributes:
+        external_data: File name of the weights that lie outside of the graph's file, or None.
+        opset: Operator set.
+        ir_version: ONNX file version.
+        simplified: Whether onnxsim's result was taken, or why it was left out.
+    """
+
+    external_data: str | None
+    opset: int
+    ir_version: int
+    simplified: str
+
+
+def write_onnx(
+    part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig
+) -> Written:
+    """Exports a part to an ONNX file.
+
+    Args:
+        part: The module.
+        graph: Its entry in the manifest.
+        inputs: Real inputs by name, for tracing and for the check of the simplified graph.
+        path: The file; external data lies beside it.
+        config: How to write.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UnsupportedError: The exporter, a pass or onnx.checker failed.
+    """
+    names = [tensor.name for tensor in graph.inputs]
+    args = tuple(_at_least_two(torch.from_numpy(inputs[name]), graph, name) for name in names)
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    dynamic = tuple({0: batch} if tensor.shape[:1] == ("batch",) else None for tensor in graph.inputs)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
+        traced = Path(scratch) / "traced.onnx"
+        try:
+            with _quiet():
+                program = torch.onnx.export(
+                    part,
+                    args,
+                    dynamo=True,
+                    opset_version=config.opset,
+                    input_names=names,
+                    output_names=[tensor.name for tensor in graph.outputs],
+                    dynamic_shapes=(dynamic,),
+                    verbose=False,
+                )
+                program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
+        except Exception as e:  # the exporter's errors share no base class
+            raise UnsupportedError(
+                f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}"
+            ) from e
+        del program
+        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config)
+
+
+def _finish(
+    traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig
+) -> Written:
+    """Passes, checks, and the file in its final form."""
+    model = onnx.load(traced, load_external_data=False)
+    large = weight_bytes(model) > EXTERNAL_DATA_BYTES
+    try:
+        model = run_passes(model, (STRIP_METADATA,))
+        simplified = "no: switched off in the recipe"
+        if config.simplify:
+            model, simplified = _simplified(model, traced, inputs, large)
+        _restore_names(model, graph)
+        if large:
+            onnx.load_external_data_for_model(model, str(traced.parent))
+        external = path.name + ".data" if large else None
+        if external is None:
+            path.write_bytes(model.SerializeToString(deterministic=True))
+        else:
+            onnx.save_model(
+                model,
+                str(path),
+                save_as_external_data=True,
+                location=external,
+                size_threshold=EXTERNAL_TENSOR_BYTES,
+            )
+        check(str(path))
+    except UnsupportedError as e:
+        raise UnsupportedError(f"{graph.name}: {e}") from e
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return Written(external, opset, model.ir_version, simplified)
+
+
+def _simplified(
+    model: onnx.ModelProto, traced: Path, inputs: Mapping[str, torch.Tensor], large: bool
+) -> tuple[onnx.ModelProto, str]:
+    if large:
+        return run_passes(model, (SIMPLIFY,)), "yes, without its weights; checked by the graph's own verification"
+    before = model.SerializeToString()
+    model = run_passes(model, (SIMPLIFY,))
+    after = model.SerializeToString()
+    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+    for name, want in _run(before, feeds).items():
+        got = _run(after, feeds)[name]
+        if psnr_db(want, got) < SIMPLIFIED_DB:
+            raise UnsupportedError(f"pass onnxsim: changed {name} to {psnr_db(want, got):.1f} dB of what it was")
+    return model, "yes"
+
+
+def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
+    """Holds the graph's inputs and outputs to the manifest, order included."""
+    for values, said in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
+        names = [tensor.name for tensor in said]
+        if sorted(value.name for value in values) != sorted(names):
+            raise UnsupportedError(
+                f"the exported graph has {', '.join(value.name for value in values)}, not {', '.join(names)}"
+            )
+        ordered = sorted(values, key=lambda value: names.index(value.name))
+        del values[:]
+        values.extend(ordered)
+
+
+def _at_least_two(tensor: torch.Tensor, graph: Graph, name: str) -> torch.Tensor:
+    """Two rows or more: the exporter takes a batch of one for a constant."""
+    spec = next(entry for entry in graph.inputs if entry.name == name)
+    if spec.shape[:1] != ("batch",) or len(tensor) > 1:
+        return tensor
+    return torch.cat([tensor, tensor])
+
+
+def _parameter_bytes(part: Part) -> int:
+    return sum(p.numel() * p.element_size() for p in part.parameters())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's chatter (missing torchvision, progress marks) off the screen; its errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

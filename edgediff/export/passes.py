@@ -1,0 +1,167 @@
+"""Changes to an exported ONNX graph, in order; each says what it did and is checked where it can be.
+
+A pass takes and returns a model. One that fails names itself and those that ran before it.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from edgediff.errors import UnsupportedError
+
+log = logging.getLogger(__name__)
+
+PROTOBUF_LIMIT = 2 * 2**30
+# onnxsim needs small constants (shapes, axes) to fold with; what is larger than this is a weight.
+SKELETON_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named change.
+
+    Attributes:
+        name: What messages call it.
+        apply: Takes a model, returns the changed one.
+    """
+
+    name: str
+    apply: Callable[[ModelProto], ModelProto]
+
+
+def strip_metadata(model: ModelProto) -> ModelProto:
+    """Removes the exporter's stack traces and module paths: they name files of the exporting machine.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model.
+    """
+    graph = model.graph
+    for holder in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del holder.metadata_props[:]
+        holder.ClearField("doc_string")
+    for function in model.functions:
+        for holder in (function, *function.node):
+            del holder.metadata_props[:]
+            holder.ClearField("doc_string")
+    return model
+
+
+def simplify(model: ModelProto) -> ModelProto:
+    """Runs onnxsim; a model above protobuf's limit is simplified without its weights.
+
+    Args:
+        model: The model, weights inside or as references to external data.
+
+    Returns:
+        The simplified model.
+
+    Raises:
+        UnsupportedError: onnxsim failed.
+    """
+    import onnxsim
+
+    large = weight_bytes(model) >= PROTOBUF_LIMIT
+    weights = _take_weights(model) if large else {}
+    try:
+        simplified, _ = onnxsim.simplify(model)
+    except Exception as e:  # its errors share no base class
+        raise UnsupportedError(f"onnxsim failed: {' '.join(str(e).split())[:300]}") from e
+    if weights:
+        _put_weights(simplified, weights)
+    log.info("onnxsim: %d nodes before, %d after", len(model.graph.node), len(simplified.graph.node))
+    return simplified
+
+
+def weight_bytes(model: ModelProto) -> int:
+    """Counts the bytes of a model's weights, wherever they lie.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Bytes.
+    """
+    return sum(_bytes(tensor) for tensor in model.graph.initializer)
+
+
+def _bytes(tensor: TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _take_weights(model: ModelProto) -> dict[str, TensorProto]:
+    """Turns every weight into an input of the graph, so that only the skeleton is simplified."""
+    taken: dict[str, TensorProto] = {}
+    kept = []
+    for tensor in model.graph.initializer:
+        if _bytes(tensor) > SKELETON_BYTES:
+            taken[tensor.name] = tensor
+            model.graph.input.append(_as_input(tensor))
+        else:
+            kept.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return taken
+
+
+def _put_weights(model: ModelProto, weights: dict[str, TensorProto]) -> None:
+    used = {name for node in model.graph.node for name in node.input}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(tensor for name, tensor in weights.items() if name in used)
+
+
+def _as_input(tensor: TensorProto) -> ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+
+
+def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
+    """Runs passes in order.
+
+    Args:
+        model: The exported model.
+        passes: What to run.
+
+    Returns:
+        The changed model.
+
+    Raises:
+        UnsupportedError: One failed; the message names it and those that ran before it.
+    """
+    done: list[str] = []
+    for step in passes:
+        try:
+            model = step.apply(model)
+        except UnsupportedError as e:
+            before = ", ".join(done) or "none"
+            raise UnsupportedError(f"pass {step.name}: {e} (passes before it: {before})") from e
+        done.append(step.name)
+    return model
+
+
+STRIP_METADATA = Pass("strip-metadata", strip_metadata)
+SIMPLIFY = Pass("onnxsim", simplify)
+
+
+def check(model: ModelProto | str) -> None:
+    """Runs onnx.checker over a model or a file, which large models need.
+
+    Args:
+        model: The model, or the path of its file.
+
+    Raises:
+        UnsupportedError: The checker found a fault.
+    """
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as e:
+        raise UnsupportedError(f"onnx.checker: {' '.join(str(e).split())[:300]}") from e

@@ -1,0 +1,115 @@
+"""A directory that is whole or not there: written beside its place under another name, then renamed.
+
+A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away, unless
+the process that made it still lives.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgediff_runtime.bundle import MANIFEST
+
+from edgediff.errors import TargetError
+
+
+def check_place(target: Path, force: bool) -> None:
+    """Refuses to write where something is that must not be lost.
+
+    Args:
+        target: Where the bundle is to be.
+        force: Whether an existing bundle may be replaced.
+
+    Raises:
+        TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder,
+            which is never replaced; or its parent cannot be written.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise TargetError(f"{target} exists and is no directory; choose another output")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST).is_file():
+            raise TargetError(f"{target} is a folder with other things in it, never replaced; choose another output")
+        if not force:
+            raise TargetError(f"{target} holds another bundle; pass --force to replace it, or choose another output")
+    for parent in target.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise TargetError(f"cannot write {target}: {parent} is not a folder that can be written")
+            return
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Gives a temporary sibling to write into and puts it in place when the block ends well.
+
+    Args:
+        target: Where the directory is to be. What is there already is replaced: `check_place` comes first.
+
+    Yields:
+        The temporary sibling, an empty directory.
+
+    Raises:
+        TargetError: The disk is full, or the place cannot be written. What was there is as it was.
+    """
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(target)
+        scratch = target.with_name(f"{_prefix(target)}{os.getpid()}")
+        scratch.mkdir()
+    except OSError as e:
+        raise TargetError(f"cannot write beside {target}: {e.strerror or e}") from e
+    try:
+        yield scratch
+        _swap(scratch, target)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TargetError(f"the disk is full: {target} was not written, what was there is as it was") from e
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    old = scratch.with_name(scratch.name + ".old")
+    if target.exists():
+        os.rename(target, old)
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(scratch, target)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.edgediff-"
+
+
+def _clear_stale(target: Path) -> None:
+    """Removes what a killed export left; a bundle it had moved aside is put back."""
+    for left in sorted(target.parent.glob(f"{_prefix(target)}*")):
+        pid = left.name.removeprefix(_prefix(target)).removesuffix(".old")
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if left.name.endswith(".old") and not target.exists():
+            os.rename(left, target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,43 @@
+"""What a model's directory says of itself: licence and description. Unknown is said, not guessed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
+KNOWN_TEXTS = {"Apache License": "Apache-2.0", "MIT License": "MIT", "CreativeML Open RAIL-M": "CreativeML-OpenRAIL-M"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """Licence and description of a model.
+
+    Attributes:
+        license: Name of the licence, or ``unknown``.
+        license_text: The licence file's text, or None where there is none.
+        text: The model card, or an empty string.
+    """
+
+    license: str
+    license_text: str | None
+    text: str
+
+
+def read_card(path: Path) -> Card:
+    """Reads README.md (``license:`` in its front matter) and the licence file of a model directory.
+
+    Args:
+        path: The model's directory.
+
+    Returns:
+        The card; ``license`` is ``unknown`` where nothing names it.
+    """
+    readme = path / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    files = [path / name for name in LICENSE_FILES if (path / name).is_file()]
+    license_text = files[0].read_text(encoding="utf-8", errors="replace") if files else None
+    stated = re.search(r"\A---\s*\n(?:.*\n)*?license:\s*[\"']?([^\s\"']+)(?:.*\n)*?---", text)
+    if stated:
+        return Card(stated.group(1), license_text, text)
+    recognised = [name for words, name in KNOWN_TEXTS.items() if words in (license_text or "")[:400]]
+    return Card(recognised[0] if recognised else "unknown", license_text, text)

@@ -1,0 +1,293 @@
+"""The cut: a UNet divided into a high- and a low-resolution part (Clockwork Diffusion, section 3).
+
+Each part is a module with named inputs and outputs, and that list of names is all that anybody needs to run them:
+`SplitUNet` here, the exported bundle's manifest, and every runtime wire the parts by name in the same order. Weights
+are shared with the UNet and never copied; the UNet is left as it was.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from edgediff.config import POINTS, Cut
+from edgediff.errors import UnsupportedError
+from edgediff.models.adaptors import IdentityAdaptor
+from edgediff.models.embedding import StepEmbedding
+from edgediff.models.layers import flatten
+from edgediff.models.part import Part
+
+TEXT = "encoder_hidden_states"
+PROJECTED_TEXT = "encoder_hidden_states_projected"
+
+
+class HighresIn(Part):
+    """``highres_in``: the conditioning's embedding, conv_in and the high-resolution way down."""
+
+    def __init__(self, unet: nn.Module, layers: list[nn.Module], num_skips: int) -> None:
+        self_text = any(layer.needs_text for layer in layers)
+        embedding = StepEmbedding(unet)
+        inputs = ["sample", *embedding.inputs]
+        if self_text and TEXT not in inputs:
+            inputs.append(TEXT)
+        outputs = ["highres_feature", *skip_names(num_skips), "emb"]
+        if embedding.projects_text:
+            outputs.append(PROJECTED_TEXT)
+        super().__init__(tuple(inputs), tuple(outputs))
+        self.embedding = embedding
+        self.conv_in = unet.conv_in
+        self.layers = nn.ModuleList(layers)
+        self.num_skips = num_skips
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        sample = tensors["sample"]
+        if self.embedding.center_input:
+            sample = 2 * sample - 1.0
+        emb = self.embedding(sample, **{name: tensors[name] for name in self.embedding.inputs})
+        text = tensors.get(TEXT)
+        if self.embedding.projects_text:
+            text = self.embedding.project_text(tensors[TEXT])
+        x = self.conv_in(sample)
+        skips = [x]
+        for layer in self.layers:
+            x = layer(x, skips, emb, text)
+        out = {"highres_feature": x, "emb": emb, **dict(zip(skip_names(self.num_skips), skips, strict=False))}
+        return {**out, PROJECTED_TEXT: text} if self.embedding.projects_text else out
+
+
+class Lowres(Part):
+    """``lowres``: everything between the high-resolution ways down and up; what the clock leaves out."""
+
+    def __init__(self, layers: list[nn.Module], text: str, carries_skip: bool) -> None:
+        inputs = ["highres_feature", "emb"]
+        if any(layer.needs_text for layer in layers):
+            inputs.append(text)
+        super().__init__(tuple(inputs), ("lowres_feature",))
+        self.layers = nn.ModuleList(layers)
+        self.text = text
+        self.carries_skip = carries_skip
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x = tensors["highres_feature"]
+        skips = [x] if self.carries_skip else []
+        for layer in self.layers:
+            x = layer(x, skips, tensors["emb"], tensors.get(self.text))
+        return {"lowres_feature": x}
+
+
+class HighresOut(Part):
+    """``highres_out``: the high-resolution way up and the output layers."""
+
+    def __init__(self, unet: nn.Module, layers: list[nn.Module], text: str, num_skips: int) -> None:
+        # A UNet2DModel with a Fourier time embedding predicts sigma times its output's scale.
+        self.divides_by_time = isinstance(unet, UNet2DModel) and unet.config.time_embedding_type == "fourier"
+        inputs = ["lowres_feature", *skip_names(num_skips), "emb"]
+        if any(layer.needs_text for layer in layers):
+            inputs.append(text)
+        if self.divides_by_time:
+            inputs.append("timestep")
+        super().__init__(tuple(inputs), ("out_sample",))
+        self.layers = nn.ModuleList(layers)
+        self.conv_norm_out = unet.conv_norm_out
+        self.conv_act = unet.conv_act
+        self.conv_out = unet.conv_out
+        self.text = text
+        self.num_skips = num_skips
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x = tensors["lowres_feature"]
+        skips = [tensors[name] for name in skip_names(self.num_skips)]
+        for layer in self.layers:
+            x = layer(x, skips, tensors["emb"], tensors.get(self.text))
+        if self.conv_norm_out is not None:
+            x = self.conv_act(self.conv_norm_out(x))
+        x = self.conv_out(x)
+        if self.divides_by_time:
+            x = x / tensors["timestep"].expand(x.shape[0]).reshape(-1, 1, 1, 1)
+        return {"out_sample": x}
+
+
+class SplitUNet(nn.Module):
+    """A UNet divided at a cut, with an adaptor that stands in for its low-resolution part.
+
+    Holds no state between calls: the cache is a value that `full` and `cached` return and `cached` takes.
+
+    Attributes:
+        cut: Where the UNet is divided.
+        factor: Height and width of a sample must be multiples of it.
+        highres_in, lowres, adaptor, highres_out: The four parts.
+    """
+
+    def __init__(
+        self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part
+    ) -> None:
+        super().__init__()
+        self.cut = cut
+        self.factor = factor
+        self.highres_in = highres_in
+        self.lowres = lowres
+        self.adaptor = adaptor
+        self.highres_out = highres_out
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The four parts by name, in the order in which a step meets them."""
+        return {
+            "highres_in": self.highres_in,
+            "lowres": self.lowres,
+            "adaptor": self.adaptor,
+            "highres_out": self.highres_out,
+        }
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what a step takes from outside: ``sample``, ``timestep`` and the conditioning."""
+        made = {name for part in self.parts.values() for name in part.outputs}
+        needed = dict.fromkeys(name for part in self.parts.values() for name in part.inputs)
+        return tuple(name for name in needed if name not in made)
+
+    def full(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, **cond: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs a full step: the undivided UNet's result, bit for bit, and the cache for the steps after it.
+
+        Args:
+            sample: [B, C, H, W].
+            timestep: A number, or a tensor of shape [], [1] or [B].
+            **cond: What the UNet takes: ``encoder_hidden_states`` [B, S, D], ``class_labels`` [B],
+                ``added_cond_kwargs`` (a mapping with ``text_embeds`` [B, P] and ``time_ids`` [B, K]).
+
+        Returns:
+            ``out_sample`` [B, C, H, W] and the cache, ``lowres_feature``.
+
+        Raises:
+            UnsupportedError: The size is not a multiple of what the levels divide by, or conditioning is missing or
+                not this UNet's.
+        """
+        return self._step(self.lowres, self._tensors(sample, timestep, cond))
+
+    def cached(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, cache: torch.Tensor, **cond: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs a cached step: the adaptor stands in for the low-resolution part.
+
+        Args:
+            sample: [B, C, H, W].
+            timestep: A number, or a tensor of shape [], [1] or [B].
+            cache: What the step before returned, [B, C', H', W'].
+            **cond: As in `full`.
+
+        Returns:
+            ``out_sample`` [B, C, H, W] and the cache, which is what came out of the adaptor.
+
+        Raises:
+            UnsupportedError: As in `full`.
+        """
+        return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), "lowres_feature": cache})
+
+    def _step(self, between: Part, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        for part in (self.highres_in, between, self.highres_out):
+            outputs = part(*(tensors[name] for name in part.inputs))
+            tensors.update(zip(part.outputs, outputs, strict=True))
+        return tensors["out_sample"], tensors["lowres_feature"]
+
+    def _tensors(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, cond: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        height, width = sample.shape[-2:]
+        check_size(height, width, self.factor)
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor([timestep], dtype=torch.float32, device=sample.device)
+        given = dict(cond)
+        given.update(given.pop("added_cond_kwargs", None) or {})
+        tensors = {"sample": sample, "timestep": timestep.reshape(-1)}
+        tensors.update({name: value for name, value in given.items() if value is not None})
+        if set(tensors) != set(self.inputs):
+            raise UnsupportedError(
+                f"the UNet takes {', '.join(self.inputs)}; given were {', '.join(sorted(tensors))}"
+            )
+        return tensors
+
+
+def split(unet: nn.Module, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
+    """Divides a UNet at a cut; weights are shared, the UNet is left as it was.
+
+    Args:
+        unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
+        cut: Where to divide; the paper's cut (level 1, before the upsampler) if None.
+        adaptor: Stands in for the low-resolution part on cached steps; the identity if None.
+
+    Returns:
+        The divided UNet; ``split(unet).full(...)`` equals ``unet(...)`` bit for bit.
+
+    Raises:
+        UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
+    """
+    cut = Cut() if cut is None else cut
+    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
+        raise UnsupportedError(
+            f"cannot cut a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel"
+        )
+    if unet.config.get("attention_type", "default") != "default":
+        raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
+    if cut.point not in POINTS:
+        raise UnsupportedError(f"cut point {cut.point!r} is unknown; choices: {', '.join(POINTS)}")
+    down, mid, up = flatten(unet)
+    if not 1 <= cut.level < len(down):
+        raise UnsupportedError(
+            f"cannot cut at level {cut.level}: the UNet has {len(down)} levels, choices: "
+            + ", ".join(str(level) for level in range(1, len(down)))
+        )
+    highres_down = [layer for level in down[: cut.level] for layer in level]
+    lowres = [layer for level in down[cut.level :] for layer in level]
+    lowres += [] if mid is None else [mid]
+    lowres += [layer for level in up[: -cut.level] for layer in level]
+    highres_up = [layer for level in up[-cut.level :] for layer in level]
+    if cut.point == "before_upsample":
+        highres_up.insert(0, lowres.pop())
+    num_skips = sum(layer.pops for layer in highres_up)
+    carries_skip = sum(layer.pops - layer.pushes for layer in lowres) > 0
+    highres_in = HighresIn(unet, highres_down, num_skips)
+    text = PROJECTED_TEXT if PROJECTED_TEXT in highres_in.outputs else TEXT
+    divided = SplitUNet(
+        cut=cut,
+        factor=2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None),
+        highres_in=highres_in,
+        lowres=Lowres(lowres, text, carries_skip),
+        adaptor=IdentityAdaptor() if adaptor is None else adaptor,
+        highres_out=HighresOut(unet, highres_up, text, num_skips),
+    )
+    own = set(unet.modules())
+    for module in divided.modules():
+        if module not in own:
+            module.training = unet.training
+    return divided
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Refuses a size that the levels do not divide.
+
+    Args:
+        height: Pixels (of the latent, where there is one).
+        width: Pixels.
+        factor: What the levels divide by.
+
+    Raises:
+        UnsupportedError: With the size and the factor.
+    """
+    if height % factor or width % factor:
+        raise UnsupportedError(
+            f"a sample of {height}x{width} cannot be cut: the levels divide by {factor}; "
+            f"expected multiples of {factor}"
+        )
+
+
+def skip_names(count: int) -> list[str]:
+    """Names the skip connections that cross the cut.
+
+    >>> skip_names(2)
+    ['skip_0', 'skip_1']
+    """
+    return [f"skip_{i}" for i in range(count)]

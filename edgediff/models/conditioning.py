@@ -1,0 +1,147 @@
+"""What a UNet is conditioned on, and the shapes that come with it.
+
+A UNet's configuration gives the width of its text input but not the length, and says nothing of labels: those lie
+beside it, in the text encoder's configuration and in ``classes.json``.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgediff.errors import ModelError, UnsupportedError
+
+CLIP_TOKENS = 77
+SDXL_TIME_IDS = 6
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a conditioning tensor, without its batch.
+
+    Attributes:
+        shape: Sizes after the batch dimension.
+        dtype: torch's dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a UNet is conditioned on.
+
+    Attributes:
+        kind: ``none``, ``class`` or ``text``.
+        tensors: Each conditioning input by name: ``class_labels``, ``encoder_hidden_states``, ``text_embeds``,
+            ``time_ids``.
+        labels: Names of the classes without the null class; empty where there are none.
+        null_label: Index of the class that stands for 'no class' in guidance, or None.
+    """
+
+    kind: str
+    tensors: dict[str, TensorSpec]
+    labels: tuple[str, ...] = ()
+    null_label: int | None = None
+
+
+def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
+    """Finds out what a UNet is conditioned on.
+
+    Args:
+        path: The model's directory, with ``classes.json``, ``text_encoder/`` or ``text_encoder_2/`` where they exist.
+        config: The UNet's configuration.
+
+    Returns:
+        The conditioning. Classes without names are called by their index; a null class is known only where
+        ``classes.json`` names one class fewer than the UNet embeds.
+
+    Raises:
+        ModelError: ``classes.json`` is not a list of distinct names, or longer than the UNet's classes.
+        UnsupportedError: The conditioning is of a kind that edgediff does not handle.
+    """
+    tensors: dict[str, TensorSpec] = {}
+    labels: tuple[str, ...] = ()
+    null_label = None
+    if config.get("cross_attention_dim") is not None and config["_class_name"] == "UNet2DConditionModel":
+        tensors["encoder_hidden_states"] = TensorSpec((_tokens(path), _text_width(config)), torch.float32)
+    if config.get("addition_embed_type") == "text_time":
+        tensors["text_embeds"], tensors["time_ids"] = _added(path, config)
+    count = config.get("num_class_embeds")
+    if config.get("class_embed_type") in ("identity", "projection", "simple_projection"):
+        width = config.get("projection_class_embeddings_input_dim") or 4 * config["block_out_channels"][0]
+        tensors["class_labels"] = TensorSpec((width,), torch.float32)
+    elif config.get("class_embed_type") == "timestep":
+        tensors["class_labels"] = TensorSpec((), torch.float32)
+    elif count is not None:
+        tensors["class_labels"] = TensorSpec((), torch.int64)
+        labels = _labels(path / "classes.json", count)
+        null_label = len(labels) if len(labels) == count - 1 else None
+    kind = "text" if "encoder_hidden_states" in tensors else "class" if labels else "none"
+    if kind == "none" and "class_labels" in tensors:
+        raise UnsupportedError(
+            f"the UNet's classes are vectors (class_embed_type {config['class_embed_type']!r}) without text; "
+            "supported: class indices, text, or neither"
+        )
+    return Conditioning(kind, tensors, labels, null_label)
+
+
+def _labels(path: Path, count: int) -> tuple[str, ...]:
+    if not path.exists():
+        return tuple(str(i) for i in range(count))
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path} cannot be read as JSON") from e
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
+        raise ModelError(f"{path} is not a list of names")
+    if len(set(labels)) != len(labels) or not count - 1 <= len(labels) <= count:
+        raise ModelError(
+            f"{path} has {len(labels)} names; the UNet embeds {count} classes: expected {count} distinct names, "
+            f"or {count - 1} where the last class is the null class"
+        )
+    return tuple(labels)
+
+
+def _tokens(path: Path) -> int:
+    config = path / "text_encoder" / "config.json"
+    if not config.exists():
+        return CLIP_TOKENS
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", CLIP_TOKENS))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{config} cannot be read as JSON") from e
+
+
+def _text_width(config: dict[str, Any]) -> int:
+    if config.get("encoder_hid_dim") is not None:
+        return int(config["encoder_hid_dim"])
+    width = config["cross_attention_dim"]
+    if not isinstance(width, int):
+        if len(set(width)) != 1:
+            raise UnsupportedError(f"the UNet's levels want text of different widths {tuple(width)}; supported: one")
+        width = width[0]
+    return int(width)
+
+
+def _added(path: Path, config: dict[str, Any]) -> tuple[TensorSpec, TensorSpec]:
+    """SDXL's pooled text and time ids: their widths add up to the projection's, so one is needed to know the other."""
+    total = config["projection_class_embeddings_input_dim"]
+    each = config["addition_time_embed_dim"]
+    encoder = path / "text_encoder_2" / "config.json"
+    pooled = total - SDXL_TIME_IDS * each
+    if encoder.exists():
+        try:
+            pooled = int(json.loads(encoder.read_text(encoding="utf-8")).get("projection_dim", pooled))
+        except (OSError, ValueError) as e:
+            raise ModelError(f"{encoder} cannot be read as JSON") from e
+    ids, rest = divmod(total - pooled, each)
+    if pooled < 1 or ids < 1 or rest:
+        raise ModelError(
+            f"pooled text of width {pooled} and time ids of width {each} do not add up to the {total} that the "
+            "UNet's added conditioning projects"
+        )
+    return TensorSpec((pooled,), torch.float32), TensorSpec((ids,), torch.float32)

@@ -1,0 +1,123 @@
+"""What a UNet makes of its conditioning: embedded once per step, handed on to every graph as ``emb``.
+
+diffusers spreads this over both UNet classes' ``forward``. Here it is one module, so that the time, class and added
+conditioning are computed in ``highres_in`` alone and the other graphs only receive the result.
+"""
+
+import torch
+from torch import nn
+
+from edgediff.errors import UnsupportedError
+
+CLASS_KINDS = (None, "timestep", "identity", "projection", "simple_projection")
+ADDED_KINDS = (None, "text", "text_time")
+TEXT_KINDS = (None, "text_proj")
+
+
+class StepEmbedding(nn.Module):
+    """The embedding of time, class and added conditioning, as the UNet itself computes it.
+
+    The submodules are the UNet's own; nothing is copied.
+
+    Attributes:
+        inputs: Names of the tensors that `forward` needs besides ``sample``.
+        projects_text: Whether the UNet projects ``encoder_hidden_states`` before its attention layers see them.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        """Takes the embedding layers of a UNet.
+
+        Args:
+            unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
+
+        Raises:
+            UnsupportedError: The UNet embeds something that is not handled, named with the choices.
+        """
+        super().__init__()
+        config = unet.config
+        self.class_kind = _one_of(config, "class_embed_type", CLASS_KINDS)
+        self.added_kind = _one_of(config, "addition_embed_type", ADDED_KINDS)
+        text_kind = _one_of(config, "encoder_hid_dim_type", TEXT_KINDS)
+        if config.get("time_cond_proj_dim") is not None:
+            raise UnsupportedError(
+                "the UNet takes its guidance scale as an embedding (time_cond_proj_dim, as LCM models do); "
+                "supported: UNets without it"
+            )
+        self.center_input = bool(config.center_input_sample)
+        self.learned_time = config.time_embedding_type == "learned"
+        self.concat_class = bool(config.get("class_embeddings_concat", False))
+        self.time_proj = unet.time_proj
+        self.time_embedding = unet.time_embedding
+        self.class_embedding = unet.class_embedding
+        self.add_embedding = unet.add_embedding if self.added_kind else None
+        self.add_time_proj = unet.add_time_proj if self.added_kind == "text_time" else None
+        self.encoder_hid_proj = unet.encoder_hid_proj if text_kind else None
+        self.time_embed_act = getattr(unet, "time_embed_act", None)
+        self.projects_text = self.encoder_hid_proj is not None
+        names = ["timestep"]
+        if self.class_embedding is not None:
+            names.append("class_labels")
+        if self.added_kind == "text" or self.projects_text:
+            names.append("encoder_hidden_states")
+        if self.added_kind == "text_time":
+            names += ["text_embeds", "time_ids"]
+        self.inputs = tuple(names)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeds one step's conditioning.
+
+        Args:
+            sample: [B, C, H, W]; only its batch and dtype are looked at.
+            timestep: [1] or [B], may be fractional.
+            class_labels: [B] integers, or [B, D] where the UNet projects a vector.
+            encoder_hidden_states: [B, S, D].
+            text_embeds: [B, P], SDXL's pooled text.
+            time_ids: [B, K], SDXL's sizes and crops.
+
+        Returns:
+            ``emb``: [B, E].
+        """
+        t = timestep.expand(sample.shape[0])
+        t_emb = self.time_proj(t.to(torch.int64) if self.learned_time else t)
+        emb = self.time_embedding(t_emb.to(sample.dtype))
+        if self.class_embedding is not None:
+            if self.class_kind == "timestep":
+                class_labels = self.time_proj(class_labels).to(sample.dtype)
+            class_emb = self.class_embedding(class_labels).to(sample.dtype)
+            emb = torch.cat([emb, class_emb], dim=-1) if self.concat_class else emb + class_emb
+        if self.added_kind == "text":
+            emb = emb + self.add_embedding(encoder_hidden_states)
+        elif self.added_kind == "text_time":
+            assert text_embeds is not None
+            assert time_ids is not None
+            time_embeds = self.add_time_proj(time_ids.flatten()).reshape((text_embeds.shape[0], -1))
+            added = torch.concat([text_embeds, time_embeds], dim=-1).to(emb.dtype)
+            emb = emb + self.add_embedding(added)
+        return emb if self.time_embed_act is None else self.time_embed_act(emb)
+
+    def project_text(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Projects the text as the attention layers want it.
+
+        Args:
+            encoder_hidden_states: [B, S, D].
+
+        Returns:
+            [B, S, D'], the input itself where the UNet does not project it.
+        """
+        return self.encoder_hid_proj(encoder_hidden_states) if self.projects_text else encoder_hidden_states
+
+
+def _one_of(config: dict, key: str, choices: tuple[str | None, ...]) -> str | None:
+    value = config.get(key)
+    if value not in choices:
+        supported = ", ".join(str(choice) for choice in choices)
+        raise UnsupportedError(f"the UNet's {key} is {value!r}; supported: {supported}")
+    return value

@@ -1,0 +1,168 @@
+"""A diffusers UNet as one flat sequence of layers, so that it can be divided anywhere.
+
+diffusers nests layers in blocks and hides the skip connections in tuples. Flattened, every layer does the same three
+things: take a skip from the stack if it is on the way up, compute, put its output on the stack if it is on the way
+down. A cut is then a place in a list, and each side runs exactly the operations that the undivided UNet runs, in the
+same order, with the same modules: the results are equal bit for bit.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from edgediff.errors import UnsupportedError
+
+# How a block's attention is called: on the feature alone, as a transformer over text, or as one attention layer over
+# feature and text together (unCLIP, IF).
+ATTENTION_OF_BLOCK = {
+    "DownBlock2D": None,
+    "UpBlock2D": None,
+    "AttnDownBlock2D": "self",
+    "AttnUpBlock2D": "self",
+    "CrossAttnDownBlock2D": "transformer",
+    "CrossAttnUpBlock2D": "transformer",
+    "SimpleCrossAttnDownBlock2D": "added_kv",
+    "SimpleCrossAttnUpBlock2D": "added_kv",
+    "ResnetDownsampleBlock2D": None,
+    "ResnetUpsampleBlock2D": None,
+}
+MID_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn")
+
+
+class Layer(nn.Module):
+    """A residual block and, where there is one, the attention after it.
+
+    Attributes:
+        pushes: 1 if the output becomes a skip connection (way down), else 0.
+        pops: 1 if a skip connection is concatenated to the input (way up), else 0.
+        needs_text: Whether the attention looks at ``encoder_hidden_states``.
+    """
+
+    def __init__(self, resnet: nn.Module, attention: nn.Module | None, kind: str | None, way: str) -> None:
+        super().__init__()
+        self.resnet = resnet
+        self.attention = attention
+        self.kind = kind if attention is not None else None
+        self.pushes = int(way == "down")
+        self.pops = int(way == "up")
+        self.needs_text = self.kind in ("transformer", "added_kv")
+
+    def forward(
+        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Runs the layer; `skips` is the stack, changed in place.
+
+        Args:
+            x: [B, C, H, W].
+            skips: Each [B, C', H, W].
+            emb: [B, E].
+            text: [B, S, D] or None.
+
+        Returns:
+            [B, C'', H, W].
+        """
+        if self.pops:
+            x = torch.cat([x, skips.pop()], dim=1)
+        x = self.resnet(x, emb)
+        if self.kind == "self":
+            x = self.attention(x)
+        elif self.kind == "transformer":
+            x = self.attention(x, encoder_hidden_states=text, return_dict=False)[0]
+        elif self.kind == "added_kv":
+            x = self.attention(x, encoder_hidden_states=text, attention_mask=None)
+        if self.pushes:
+            skips.append(x)
+        return x
+
+
+class Resample(nn.Module):
+    """A change of resolution: the downsampler or upsampler at the end of a block.
+
+    Attributes:
+        pushes: 1 on the way down (the downsampled feature is a skip connection too), else 0.
+    """
+
+    pops = 0
+    needs_text = False
+
+    def __init__(self, module: nn.Module, way: str) -> None:
+        super().__init__()
+        self.module = module
+        self.takes_emb = isinstance(module, ResnetBlock2D)
+        self.pushes = int(way == "down")
+
+    def forward(
+        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Resamples; arguments as in `Layer.forward`.
+
+        Returns:
+            [B, C, H/2, W/2] on the way down, [B, C, 2H, 2W] on the way up.
+        """
+        x = self.module(x, emb) if self.takes_emb else self.module(x)
+        if self.pushes:
+            skips.append(x)
+        return x
+
+
+class Mid(nn.Module):
+    """The block at the lowest resolution, whole."""
+
+    pushes = 0
+    pops = 0
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.needs_text = bool(getattr(module, "has_cross_attention", False))
+
+    def forward(
+        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Runs the block; arguments as in `Layer.forward`, the stack is left alone.
+
+        Returns:
+            [B, C, H, W].
+        """
+        return self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
+
+
+def flatten(unet: nn.Module) -> tuple[list[list[nn.Module]], Mid | None, list[list[nn.Module]]]:
+    """Flattens a UNet's blocks into lists of layers.
+
+    Args:
+        unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
+
+    Returns:
+        The levels on the way down (highest resolution first), the mid block, and the levels on the way up (lowest
+        resolution first); in each level its layers in order, the resampler last.
+
+    Raises:
+        UnsupportedError: A block is of a kind that cannot be cut, or FreeU is switched on.
+    """
+    down = [list(_layers(block, "down")) for block in unet.down_blocks]
+    up = [list(_layers(block, "up")) for block in unet.up_blocks]
+    mid = unet.mid_block
+    if mid is not None and type(mid).__name__ not in MID_BLOCKS:
+        raise UnsupportedError(
+            f"cannot cut a UNet with a {type(mid).__name__}; supported mid blocks: {', '.join(MID_BLOCKS)}, none"
+        )
+    return down, None if mid is None else Mid(mid), up
+
+
+def _layers(block: nn.Module, way: str) -> Iterator[nn.Module]:
+    name = type(block).__name__
+    if name not in ATTENTION_OF_BLOCK:
+        raise UnsupportedError(
+            f"cannot cut a UNet with a {name}; supported blocks: {', '.join(ATTENTION_OF_BLOCK)}"
+        )
+    if any(getattr(block, scale, None) for scale in ("s1", "s2", "b1", "b2")):
+        raise UnsupportedError("FreeU is switched on, which cannot be cut; call unet.disable_freeu() first")
+    kind = ATTENTION_OF_BLOCK[name]
+    attentions = block.attentions if kind is not None else [None] * len(block.resnets)
+    for resnet, attention in zip(block.resnets, attentions, strict=True):
+        yield Layer(resnet, attention, kind, way)
+    for resampler in (block.downsamplers if way == "down" else block.upsamplers) or ():
+        yield Resample(resampler, way)

@@ -1,0 +1,57 @@
+"""The source of a bundle, where it is at hand: the trajectory computed anew in torch.
+
+Only this module of verification needs torch, and does without it where it is not installed.
+"""
+
+from typing import Any
+
+import numpy as np
+from edgediff_runtime import EdgePipeline, Manifest
+
+from edgediff.config import Cut
+from edgediff.errors import EdgediffError, ModelError
+
+FROM_EVIDENCE = "against the evidence's latents"
+
+
+def torch_latents(
+    manifest: Manifest, request: dict[str, Any], model: object
+) -> tuple[np.ndarray | None, str]:
+    """Runs the bundle's trajectory in torch from its source.
+
+    Args:
+        manifest: The bundle's manifest.
+        request: The generation.
+        model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says.
+
+    Returns:
+        Final latents [N, C, H, W] and what they were computed from; None and the reason where the source is not at
+        hand.
+
+    Raises:
+        ModelError: `model` was named and is not the bundle's source.
+    """
+    try:
+        from edgediff.models.clockwork import split
+        from edgediff.models.load import Model, load_model, random_weights
+        from edgediff.models.session import TorchSession
+    except ImportError:
+        return None, f"{FROM_EVIDENCE}: torch is not installed"
+    source = manifest.source
+    if isinstance(model, Model):
+        loaded = model
+    else:
+        try:
+            loaded = load_model(source.path or source.name if model is None else str(model))
+        except EdgediffError:
+            if model is not None:
+                raise
+            return None, f"{FROM_EVIDENCE}: the source is not at hand"
+        if source.random_weights is not None:
+            loaded = random_weights(loaded, source.random_weights)
+    if loaded.sha256 != source.sha256:
+        if model is not None:
+            raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")
+        return None, f"{FROM_EVIDENCE}: the source has changed"
+    divided = split(loaded.unet, Cut(manifest.cut.level, manifest.cut.point))
+    return EdgePipeline(manifest, TorchSession(divided))(**request).latents, "against torch, computed anew"

@@ -1,0 +1,153 @@
+"""A bundle on disk, opened with distrust.
+
+manifest.json lists size and hash of every other file; SHA256SUMS holds the same hashes and the manifest's own. The
+text of SHA256SUMS follows from the manifest completely, so it is compared as a whole: a byte changed in either is
+seen. A runtime checks these two and each file that it opens; nothing is followed out of the bundle.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import Manifest, parse_manifest
+
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+PARITY = "evidence/parity.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: The directory.
+        manifest: What it holds.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Finds a file of the bundle and checks it.
+
+        Args:
+            name: Its path in the bundle, as the manifest gives it.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            BundleError: The path leaves the bundle, the file is not listed, missing, a symlink, or other than the
+                manifest says.
+        """
+        path = inside(self.path, name)
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{name} is not listed in {MANIFEST}")
+        if not path.is_file():
+            raise BundleError(f"{name} is missing from the bundle {self.path}")
+        if path.stat().st_size != entry.size:
+            raise BundleError(f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {entry.size}: it is damaged")
+        if sha256_of(path) != entry.sha256:
+            raise BundleError(f"{name} does not have the hash that {MANIFEST} says: it is damaged")
+        return path
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Opens a bundle and checks its manifest against SHA256SUMS.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The bundle; its other files are checked when they are opened.
+
+    Raises:
+        BundleError: There is no bundle, or manifest.json or SHA256SUMS is damaged, of a newer version or unsafe.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BundleError(f"no bundle at {path}: no such directory")
+    data = _read(path, MANIFEST)
+    sums = _read(path, SUMS)
+    recorded = [line for line in sums.split(b"\n") if line.endswith(b"  " + MANIFEST.encode())]
+    if not recorded:
+        raise BundleError(f"{SUMS} does not name {MANIFEST}: it is damaged")
+    if recorded[0][:64] != hashlib.sha256(data).hexdigest().encode():
+        manifest = parse_manifest(data)  # a newer version is said first: its sums are its own affair
+        raise BundleError(f"{MANIFEST} does not have the hash that {SUMS} says: one of the two is damaged")
+    manifest = parse_manifest(data)
+    for name in _names(manifest):
+        inside(path, name)
+    if sums != render_sums(manifest, data):
+        raise BundleError(f"{SUMS} does not agree with {MANIFEST}: it is damaged")
+    return Bundle(path, manifest)
+
+
+def _read(path: Path, name: str) -> bytes:
+    file = inside(path, name)
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: {name} is missing")
+    return file.read_bytes()
+
+
+def _names(manifest: Manifest) -> list[str]:
+    graphs = [graph for target in manifest.targets for graph in target.graphs]
+    named = [name for graph in graphs for name in (graph.file, graph.external_data) if name is not None]
+    return [*manifest.files, *named]
+
+
+def inside(root: Path, name: str) -> Path:
+    """Resolves a path in a bundle, never out of it.
+
+    Args:
+        root: The bundle's directory.
+        name: A relative path with forward slashes.
+
+    Returns:
+        The path under `root`.
+
+    Raises:
+        BundleError: The name is empty, absolute, climbs with ``..``, is not in its plain form, or goes through a
+            symlink.
+    """
+    parts = PurePosixPath(name).parts
+    plain = bool(parts) and "/".join(parts) == name
+    if not plain or name.startswith("/") or ".." in parts or any(c in name for c in "\\:\0\n\r"):
+        raise BundleError(f"the path {name!r} leaves the bundle or is not plain; expected a relative path inside")
+    path = root
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(f"{name} is a symlink; a bundle holds plain files")
+    return path
+
+
+def render_sums(manifest: Manifest, data: bytes) -> bytes:
+    """Writes SHA256SUMS as ``sha256sum -c`` reads it.
+
+    Args:
+        manifest: The manifest, with the hashes of all other files.
+        data: The bytes of manifest.json.
+
+    Returns:
+        One line for each file, sorted by path.
+    """
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+    hashes[MANIFEST] = hashlib.sha256(data).hexdigest()
+    return "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()
+
+
+def sha256_of(path: Path) -> str:
+    """Hashes a file without reading it into memory as a whole.
+
+    Args:
+        path: The file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,66 @@
+"""The clock: which denoising steps are full and which are cached (Clockwork Diffusion, section 3).
+
+A step is full when the low-resolution part of the UNet runs in it, cached when the adaptor stands in for it. The
+first step is always full: there is nothing to reuse before it.
+"""
+
+from collections.abc import Sequence
+
+from edgediff_runtime.errors import RequestError
+
+ClockSpec = int | str | Sequence[int]
+
+
+def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
+    """Spells a clock out step by step.
+
+    Args:
+        clock: A period N (every N-th step is full, beginning with the first), as an integer or its digits; or a mask
+            with one entry for each step, 1 = full, as a string ``"1,0,1,0"`` or a sequence.
+        num_inference_steps: How many steps there are.
+
+    Returns:
+        One boolean for each step, True where it is full.
+
+    Raises:
+        RequestError: The period is not a whole number above 0, or the mask has another length than there are steps,
+            an entry that is neither 0 nor 1, or a first step that is not full.
+
+    >>> clock_mask(3, 5)
+    (True, False, False, True, False)
+    >>> clock_mask("1,0,1,1", 4)
+    (True, False, True, True)
+    """
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+        raise RequestError(f"steps is {num_inference_steps!r}; expected a whole number above 0")
+    if num_inference_steps < 1:
+        raise RequestError(f"steps is {num_inference_steps}; expected a whole number above 0")
+    if isinstance(clock, str):
+        clock = _parse(clock)
+    if isinstance(clock, bool) or not isinstance(clock, int | Sequence):
+        raise RequestError(f"clock is {clock!r}; expected a period such as 2 or a mask such as 1,0,1,0")
+    if isinstance(clock, int):
+        if clock < 1:
+            raise RequestError(f"clock is {clock}; expected a period of 1 or more")
+        return tuple(i % clock == 0 for i in range(num_inference_steps))
+    if any(bit not in (0, 1) for bit in clock):
+        raise RequestError(f"clock mask is {_spell(clock)}; each entry is 0 (cached) or 1 (full)")
+    if len(clock) != num_inference_steps:
+        raise RequestError(
+            f"clock mask {_spell(clock)} has {len(clock)} entries for {num_inference_steps} steps; expected one each"
+        )
+    if not clock[0]:
+        raise RequestError(f"clock mask {_spell(clock)} begins with 0; the first step is always full")
+    return tuple(bool(bit) for bit in clock)
+
+
+def _parse(text: str) -> int | list[int]:
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entry.isascii() and entry.isdigit() for entry in entries):
+        raise RequestError(f"clock is {text!r}; expected a period such as 2 or a mask such as 1,0,1,0")
+    numbers = [int(entry) for entry in entries]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _spell(mask: Sequence[int]) -> str:
+    return ",".join(str(bit) for bit in mask)

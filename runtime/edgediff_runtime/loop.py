@@ -1,0 +1,206 @@
+"""The denoising loop: one, for the device, for verification and for training.
+
+In each step it runs the graphs that the clock says, on a table of tensors that lives from step to step; what the
+last step left under ``lowres_feature`` is the cache. All state belongs to the generator, so two generations never
+meet, and leaving the generator is all there is to cancelling.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import Graph
+from edgediff_runtime.noise import noise
+from edgediff_runtime.schedulers import Scheduler
+from edgediff_runtime.sessions import Array, Session
+
+CACHE = "lowres_feature"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation, completely described.
+
+    Attributes:
+        graphs: The graphs in the order in which a step runs them.
+        scheduler: The sampler for this number of steps.
+        mask: One entry for each step, True = full.
+        guidance: Guidance scale of each step; a step at or below 1 runs the conditional rows alone.
+        latents: Initial latents [N, C, H, W], already scaled by the scheduler's initial sigma.
+        cond: Conditional rows of each conditioning tensor, [N, ...].
+        uncond: Unconditional rows, [N, ...]; empty where no step is guided.
+        seed: Seed of the noise that a stochastic sampler draws on its way.
+    """
+
+    graphs: tuple[Graph, ...]
+    scheduler: Scheduler
+    mask: tuple[bool, ...]
+    guidance: tuple[float, ...]
+    latents: Array
+    cond: Mapping[str, Array]
+    uncond: Mapping[str, Array] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did.
+
+    Attributes:
+        index: Number of the step, from 0.
+        timestep: The time that the UNet was told.
+        full: Whether the low-resolution part ran.
+        guided: Whether unconditional rows ran too.
+        latents: Latents after the step, [N, C, H, W]; a new array for each step.
+        ms: Milliseconds in each graph, in the ``scheduler`` and in everything ``other`` (hand-off, clock).
+        tensors: The table of tensors of each chunk of rows, in the backend's form, as the step left it.
+    """
+
+    index: int
+    timestep: float
+    full: bool
+    guided: bool
+    latents: Array
+    ms: dict[str, float]
+    tensors: tuple[dict[str, Any], ...]
+
+
+def denoise(request: Request, session: Session) -> Iterator[Step]:
+    """Denoises step by step.
+
+    Args:
+        request: What to generate.
+        session: What runs the graphs.
+
+    Yields:
+        Each step when it is done.
+
+    Raises:
+        BundleError: The model's output is not finite.
+    """
+    scheduler = request.scheduler
+    num_images = len(request.latents)
+    x_t = request.latents
+    state: Any = None
+    chunks: list[_Chunk] = []
+    was_guided = False
+    for i, t in enumerate(scheduler.timesteps):
+        start = perf_counter()
+        guided = request.guidance[i] > 1
+        # Unconditional rows that join have no cache to reuse: their step is full.
+        full = request.mask[i] or (guided and not was_guided)
+        if i == 0 or guided != was_guided:
+            chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
+        was_guided = guided
+        x_in = scheduler.scale_model_input(i, x_t)
+        rows = np.concatenate([x_in, x_in]) if guided else np.ascontiguousarray(x_in)
+        timestep = session.put(np.array([t], dtype=np.float32))
+        ms = {graph.name: 0.0 for graph in request.graphs if _runs(graph, full)}
+        out = np.empty_like(rows)
+        for chunk in chunks:
+            chunk.tensors["sample"] = session.put(rows if chunk.whole else rows[chunk.rows])
+            chunk.tensors["timestep"] = timestep
+            for graph in request.graphs:
+                if graph.file is not None and _runs(graph, full):
+                    before = perf_counter()
+                    session.run(graph, chunk.tensors)
+                    ms[graph.name] += 1e3 * (perf_counter() - before)
+            values = session.get(chunk.tensors["out_sample"])
+            if chunk.whole:
+                out = values
+            else:
+                out[chunk.rows] = values
+        model_output = out
+        if guided:
+            u, c = out[:num_images], out[num_images:]
+            model_output = u + np.float32(request.guidance[i]) * (c - u)
+        before = perf_counter()
+        fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
+        x_t, state = scheduler.step(i, x_t, model_output, state, fresh)
+        ms["scheduler"] = 1e3 * (perf_counter() - before)
+        if not np.isfinite(x_t).all():
+            raise BundleError(f"the model's output is not finite at step {i}: the latents hold NaN or infinity")
+        ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
+        yield Step(i, float(t), full, guided, x_t, ms, tuple(chunk.tensors for chunk in chunks))
+
+
+def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
+    """Draws the latents that a generation begins with; image i is the same whatever their number.
+
+    Args:
+        seed: Seed of the noise.
+        num_images: N.
+        shape: Channels, height, width.
+        sigma: The scheduler's initial sigma.
+
+    Returns:
+        float32 [N, C, H, W].
+    """
+    drawn = [noise(seed, tuple(shape), image=i) for i in range(num_images)]
+    return np.stack(drawn) * np.float32(sigma)
+
+
+def _fresh_noise(request: Request, i: int) -> Array:
+    shape = request.latents.shape
+    return np.stack([noise(request.seed, shape[1:], image=n, draw=i + 1) for n in range(shape[0])])
+
+
+def _runs(graph: Graph, full: bool) -> bool:
+    return graph.frequency == "step" or graph.frequency == ("full_step" if full else "cached_step")
+
+
+@dataclass
+class _Chunk:
+    """Rows that go through the graphs together, and their table of tensors."""
+
+    rows: Array
+    whole: bool
+    tensors: dict[str, Any]
+
+
+def _regroup(
+    request: Request, session: Session, old: list[_Chunk], guided: bool, keep_cache: bool
+) -> list[_Chunk]:
+    """Lays the rows out anew: [unconditional x N, conditional x N] if guided, the conditional ones alone if not.
+
+    A graph of a fixed batch gets the rows of an image together, padded with the last row where they do not come out
+    even. Where guidance has just ended, the conditional half of the cache is kept.
+    """
+    num_images = len(request.latents)
+    total = 2 * num_images if guided else num_images
+    order = np.arange(total)
+    if guided:
+        order = order.reshape(2, num_images).T.reshape(-1)
+    batch = session.batch
+    if batch is None:
+        groups = [np.arange(total)]
+    else:
+        order = np.concatenate([order, np.repeat(order[-1:], -total % batch)])
+        groups = list(order.reshape(-1, batch))
+    named = dict(request.cond)
+    if guided:
+        named = {name: np.concatenate([request.uncond[name], rows]) for name, rows in named.items()}
+    cache = _conditional_cache(session, old, num_images) if old and keep_cache else None
+    chunks = []
+    for rows in groups:
+        tensors = {name: session.put(np.ascontiguousarray(values[rows])) for name, values in named.items()}
+        if cache is not None:
+            tensors[CACHE] = session.put(np.ascontiguousarray(cache[rows]))
+        for graph in request.graphs:
+            if graph.frequency == "generation":
+                session.run(graph, tensors)
+        chunks.append(_Chunk(rows, whole=batch is None, tensors=tensors))
+    return chunks
+
+
+def _conditional_cache(session: Session, guided: list[_Chunk], num_images: int) -> Array:
+    """The conditional rows of a guided step's cache."""
+    first = session.get(guided[0].tensors[CACHE])
+    cache = np.empty((2 * num_images, *first.shape[1:]), dtype=first.dtype)
+    for chunk in guided:
+        cache[chunk.rows] = session.get(chunk.tensors[CACHE])
+    return cache[num_images:]

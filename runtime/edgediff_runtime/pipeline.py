@@ -1,0 +1,274 @@
+"""From a bundle to images: what was asked is checked here, then the loop runs.
+
+The arguments are diffusers' where diffusers has them. A pipeline holds nothing of any generation, so that one object
+may serve several threads.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgediff_runtime.bundle import Bundle, open_bundle
+from edgediff_runtime.clock import ClockSpec, clock_mask
+from edgediff_runtime.errors import RequestError
+from edgediff_runtime.loop import Request, Step, denoise, initial_latents
+from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
+from edgediff_runtime.schedulers import make_scheduler
+from edgediff_runtime.sessions import Array, Session, open_session
+
+DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
+TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a generation gave.
+
+    Attributes:
+        latents: float32 [N, C, H, W].
+        ledger: For each step its number, whether it was full, and the milliseconds of each part.
+        space: ``pixel`` or ``latent``, from the manifest.
+    """
+
+    latents: Array
+    ledger: tuple[Step, ...]
+    space: str
+
+    @property
+    def images(self) -> Array:
+        """The images, uint8 [N, H, W, C].
+
+        Raises:
+            RequestError: The bundle has no decoder for its latents.
+        """
+        if self.space != "pixel":
+            raise RequestError("the bundle's model works on latents and has no decoder; take result.latents instead")
+        pixels = np.clip(self.latents * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+        return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
+
+    @property
+    def mask(self) -> tuple[int, ...]:
+        """The steps as they were run, 1 = full."""
+        return tuple(int(step.full) for step in self.ledger)
+
+
+class EdgePipeline:
+    """Makes images from a bundle.
+
+    Attributes:
+        manifest: The bundle's manifest.
+        session: What runs its graphs.
+    """
+
+    def __init__(self, manifest: Manifest, session: Session) -> None:
+        self.manifest = manifest
+        self.session = session
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, backend: str = "onnxruntime") -> "EdgePipeline":
+        """Opens a bundle.
+
+        Args:
+            path: The bundle's directory.
+            backend: What runs the graphs.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            BundleError: The bundle is damaged, unsafe, of a newer version, or the backend is unknown.
+        """
+        bundle: Bundle = open_bundle(path)
+        return cls(bundle.manifest, open_session(bundle, backend))
+
+    def __call__(self, **request: Any) -> Result:
+        """Generates images; arguments as in `stream`.
+
+        Returns:
+            Latents, images and the ledger.
+
+        Raises:
+            RequestError: What was asked does not fit the bundle.
+        """
+        ledger = tuple(self.stream(**request))
+        return Result(ledger[-1].latents, ledger, self.manifest.sample.space)
+
+    def stream(
+        self,
+        *,
+        label: str | Sequence[str] | None = None,
+        prompt: str | None = None,
+        prompt_embeds: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        added_cond: Mapping[str, Array] | None = None,
+        negative_added_cond: Mapping[str, Array] | None = None,
+        num_images: int | None = None,
+        num_inference_steps: int | None = None,
+        clock: ClockSpec | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> Iterator[Step]:
+        """Generates images step by step; closing the iterator cancels.
+
+        Everything is checked before the first step; what is left out comes from the bundle's operating point.
+
+        Args:
+            label: Class of all images, or of each; left out, image i gets class i mod the number of labels.
+            prompt: Refused until bundles carry a text encoder.
+            prompt_embeds: [1, S, D] for all images or [N, S, D].
+            negative_prompt_embeds: The same for guidance.
+            added_cond: ``text_embeds`` [1 or N, P] and ``time_ids`` [1 or N, K] of SDXL.
+            negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
+            num_images: N; 1 if left out, or the number of labels or prompt embeddings given.
+            num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
+                is a mask asks for one.
+            clock: Period or mask of the full steps.
+            guidance_scale: One number, or one for each step; 1 or less runs without guidance.
+            seed: 0 to 2^64 - 1.
+
+        Returns:
+            An iterator over the steps.
+
+        Raises:
+            RequestError: What was asked does not fit the bundle.
+        """
+        point = self.manifest.operating_point
+        steps = point.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scheduler = make_scheduler(self.manifest.scheduler, steps)
+        mask = clock_mask(point.clock if clock is None else clock, steps)
+        guidance = _guidance(point.guidance_scale if guidance_scale is None else guidance_scale, steps)
+        cond, uncond, count = self._conditioning(
+            label, prompt, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images,
+            guided=any(g > 1 for g in guidance),
+        )  # fmt: skip
+        sample = self.manifest.sample
+        shape = (sample.channels, sample.height, sample.width)
+        request = Request(
+            graphs=self.manifest.target("onnx").graphs,
+            scheduler=scheduler,
+            mask=mask,
+            guidance=guidance,
+            latents=initial_latents(seed, count, shape, scheduler.init_noise_sigma),
+            cond=cond,
+            uncond=uncond,
+            seed=seed,
+        )
+        return denoise(request, self.session)
+
+    def _conditioning(
+        self,
+        label: str | Sequence[str] | None,
+        prompt: str | None,
+        prompt_embeds: Array | None,
+        negative_prompt_embeds: Array | None,
+        added_cond: Mapping[str, Array] | None,
+        negative_added_cond: Mapping[str, Array] | None,
+        num_images: int | None,
+        guided: bool,
+    ) -> tuple[dict[str, Array], dict[str, Array], int]:
+        """Rows of every conditioning tensor: conditional, unconditional, and the number of images."""
+        known = self.manifest.conditioning
+        if num_images is not None:
+            _check_count(num_images)
+        if known.kind != "class" and label is not None:
+            raise RequestError(f"label {label!r} was given, but the model is conditioned on {_what(known)}")
+        if known.kind != "text" and (prompt is not None or prompt_embeds is not None or added_cond is not None):
+            raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}")
+        if prompt is not None:
+            raise RequestError("the bundle has no text encoder: give prompt_embeds=, not prompt=")
+        if known.kind == "none":
+            if guided:
+                raise RequestError("guidance_scale above 1 needs a conditioned model; this one has no condition")
+            return {}, {}, 1 if num_images is None else num_images
+        if known.kind == "class":
+            return _classes(known, label, num_images, guided)
+        tensors = {tensor.name: tensor for graph in self.manifest.target("onnx").graphs for tensor in graph.inputs}
+        needed = {name: tensors[name] for name in TEXT_INPUTS if name in tensors}
+        if "class_labels" in tensors:
+            needed["class_labels"] = tensors["class_labels"]
+        given = {"encoder_hidden_states": prompt_embeds, **(added_cond or {})}
+        negative = {"encoder_hidden_states": negative_prompt_embeds, **(negative_added_cond or {})}
+        for same in ("time_ids", "class_labels"):
+            if same in given and same not in negative:
+                negative[same] = given[same]
+        count = len(prompt_embeds) if num_images is None and prompt_embeds is not None else num_images or 1
+        cond = _rows(needed, given, count, "")
+        return cond, _rows(needed, negative, count, "negative ") if guided else {}, count
+
+
+def _classes(
+    known: Conditioning, label: str | Sequence[str] | None, num_images: int | None, guided: bool
+) -> tuple[dict[str, Array], dict[str, Array], int]:
+    labels = known.labels
+    if isinstance(label, str):
+        names = [label] * (1 if num_images is None else num_images)
+    elif label is not None:
+        names = list(label)
+        if not names or num_images not in (None, len(names)):
+            raise RequestError(f"{len(names)} labels were given for {num_images or 1} images; expected one each")
+    else:
+        names = [labels[i % len(labels)] for i in range(1 if num_images is None else num_images)]
+    unknown = [name for name in names if name not in labels]
+    if unknown:
+        raise RequestError(f"no label {unknown[0]!r}; choices: {', '.join(labels)}")
+    cond = {"class_labels": np.array([labels.index(name) for name in names], dtype=np.int64)}
+    if not guided:
+        return cond, {}, len(names)
+    if known.null_label is None:
+        raise RequestError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
+    return cond, {"class_labels": np.full(len(names), known.null_label, dtype=np.int64)}, len(names)
+
+
+def _rows(
+    needed: Mapping[str, Tensor], given: Mapping[str, Array | None], count: int, which: str
+) -> dict[str, Array]:
+    """Checks arrays against the graphs' inputs and repeats single rows for every image."""
+    unknown = sorted(set(given) - set(needed))
+    if unknown:
+        raise RequestError(f"{which}{unknown[0]} is no input of this model; it takes {', '.join(needed)}")
+    rows: dict[str, Array] = {}
+    for name, tensor in needed.items():
+        value = given.get(name)
+        if value is None:
+            argument = {"encoder_hidden_states": "prompt_embeds"}.get(name, name)
+            raise RequestError(f"the model needs {which}{argument} of shape {_spell(tensor.shape)}")
+        array = np.asarray(value, dtype=tensor.dtype)
+        if array.shape[1:] != tensor.shape[1:] or array.ndim != len(tensor.shape) or len(array) not in (1, count):
+            raise RequestError(
+                f"{which}{name} has shape {list(array.shape)}; expected {_spell(tensor.shape)} with 1 or {count} rows"
+            )
+        if not np.isfinite(array).all():
+            raise RequestError(f"{which}{name} holds NaN or infinity")
+        rows[name] = np.ascontiguousarray(np.broadcast_to(array, (count, *array.shape[1:])))
+    return rows
+
+
+def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
+    scales = [scale] * steps if isinstance(scale, int | float | np.number) else list(scale)
+    if len(scales) != steps:
+        raise RequestError(f"guidance_scale has {len(scales)} entries for {steps} steps; expected one each")
+    for value in scales:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not _usable(float(value)):
+            raise RequestError(f"guidance_scale is {value!r}; expected a finite number of 0 or more")
+    return tuple(float(value) for value in scales)
+
+
+def _usable(scale: float) -> bool:
+    return math.isfinite(scale) and scale >= 0
+
+
+def _check_count(num_images: int) -> None:
+    if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+        raise RequestError(f"num_images is {num_images!r}; expected a whole number above 0")
+
+
+def _spell(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"
+
+
+def _what(known: Conditioning) -> str:
+    return {"none": "nothing", "class": "classes (label=)", "text": "text (prompt_embeds=)"}[known.kind]

@@ -1,0 +1,152 @@
+"""Sessions: what runs a bundle's graphs, behind one interface.
+
+The loop knows tensors only by name and never looks into them. A session keeps them in its backend's own form, so that
+the cache and the skip connections go from graph to graph without a copy through numpy.
+"""
+
+import os
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgediff_runtime.bundle import Bundle
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import Graph
+
+Array = npt.NDArray[Any]
+
+
+class Session(Protocol):
+    """Runs graphs on tensors that it holds in its own form.
+
+    Attributes:
+        batch: Rows that each graph takes, or None where any number will do.
+    """
+
+    batch: int | None
+
+    def put(self, array: Array) -> Any:
+        """Takes an array into the backend's form; the array is not changed afterwards."""
+        ...
+
+    def get(self, value: Any) -> Array:
+        """Gives a tensor back as an array of its own."""
+        ...
+
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        """Runs a graph on the named tensors and puts its outputs among them."""
+        ...
+
+
+class OrtSession:
+    """ONNX Runtime on the CPU.
+
+    One object may serve several threads: it holds the loaded graphs and nothing of any generation.
+
+    Attributes:
+        batch: None: ONNX graphs have a symbolic batch.
+    """
+
+    batch: int | None = None
+
+    def __init__(self, bundle: Bundle, num_threads: int | None = None) -> None:
+        """Checks and loads the ONNX graphs of a bundle.
+
+        Args:
+            bundle: The bundle.
+            num_threads: Threads within an operator; None leaves it to ONNX Runtime.
+
+        Raises:
+            BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
+        """
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        self._from_numpy = ort.OrtValue.ortvalue_from_numpy
+        self._sessions: dict[str, Any] = {}
+        self._outputs: dict[str, list[str]] = {}
+        for graph in bundle.manifest.target("onnx").graphs:
+            if graph.file is None:
+                continue
+            file = bundle.file(graph.file)
+            if graph.external_data is not None:
+                bundle.file(graph.external_data)
+            try:
+                session = ort.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+            except Exception as e:  # onnxruntime's own errors share no base class
+                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+            _check_names(graph, session)
+            self._sessions[graph.name] = session
+            self._outputs[graph.name] = [tensor.name for tensor in graph.outputs]
+
+    def put(self, array: Array) -> Any:
+        """Wraps an array without a copy.
+
+        Args:
+            array: C-contiguous.
+
+        Returns:
+            An OrtValue on the array's memory.
+        """
+        return self._from_numpy(array)
+
+    def get(self, value: Any) -> Array:
+        """Copies a tensor out.
+
+        Args:
+            value: An OrtValue.
+
+        Returns:
+            A numpy array.
+        """
+        array: Array = value.numpy()
+        return array
+
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        """Runs a graph; inputs and outputs stay OrtValues.
+
+        Args:
+            graph: One of the bundle's.
+            tensors: By name; the outputs are added.
+        """
+        names = self._outputs[graph.name]
+        feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
+        tensors.update(zip(names, self._sessions[graph.name].run_with_ort_values(names, feeds), strict=True))
+
+
+def _check_names(graph: Graph, session: Any) -> None:
+    for kind, said, found in (
+        ("inputs", graph.inputs, session.get_inputs()),
+        ("outputs", graph.outputs, session.get_outputs()),
+    ):
+        if [tensor.name for tensor in said] != [tensor.name for tensor in found]:
+            raise BundleError(
+                f"{graph.file} has the {kind} {', '.join(t.name for t in found)}; "
+                f"the manifest says {', '.join(t.name for t in said)}"
+            )
+
+
+BACKENDS = {"onnxruntime": OrtSession}
+
+
+def open_session(bundle: Bundle, backend: str = "onnxruntime") -> Session:
+    """Opens a bundle in a backend.
+
+    Args:
+        bundle: The bundle.
+        backend: One of `BACKENDS`.
+
+    Returns:
+        The session.
+
+    Raises:
+        BundleError: The backend is unknown, or cannot load the bundle.
+    """
+    if backend not in BACKENDS:
+        raise BundleError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
+    session: Session = BACKENDS[backend](bundle)
+    return session

@@ -1,0 +1,230 @@
+"""Records the traces that every runtime is held to: ``python runtime/golden/make.py`` rewrites this folder's JSON.
+
+Constraints that shaped this file:
+
+- Scheduler traces come from diffusers itself; its own state never leaves it, so a trace shows each step's input and
+  output, and a runtime is asked for one step at a time (teacher-forced).
+- Everything is drawn by ``edgediff_runtime.noise``, and numbers are written with the digits that float32 needs and
+  no more, so the files are the same wherever they are made, and small enough to read.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import msgspec
+import numpy as np
+import torch
+
+from edgediff.models.sampling import diffusers_scheduler, scheduler_config
+from edgediff_runtime.noise import noise, philox
+
+SHAPE = (1, 2, 4, 4)
+# Beyond it float32 itself leaves a whole trajectory less than 1e-5.
+TRAJECTORY_SIGMA_MAX = 200.0
+
+SD15 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading", "clip_sample": False}
+V = {"prediction_type": "v_prediction"}
+SAMPLE = {"prediction_type": "sample"}
+ZERO_SNR = {**SD15, **V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+class Case(NamedTuple):
+    """One trace to record: a diffusers configuration, the scheduler's name, N, and ddim's eta."""
+
+    source: Mapping[str, Any]
+    name: str
+    steps: int
+    eta: float = 0.0
+
+
+CASES = {
+    "ddim_sd15_1": Case(SD15, "ddim", 1),
+    "ddim_sd15_2": Case(SD15, "ddim", 2),
+    "ddim_sd15_8": Case(SD15, "ddim", 8),
+    "ddim_sd15_20": Case(SD15, "ddim", 20),
+    "ddim_sd15_sample_8": Case({**SD15, **SAMPLE}, "ddim", 8),
+    "ddim_sd15_eta1_8": Case(SD15, "ddim", 8, eta=1.0),
+    "ddim_ddpm_clip_8": Case({}, "ddim", 8),
+    "ddim_ddpm_clip_eta_linspace_7": Case({"timestep_spacing": "linspace"}, "ddim", 7, eta=0.5),
+    "ddim_cosine_v_8": Case({**COSINE, **V}, "ddim", 8),
+    "ddim_zero_snr_v_8": Case(ZERO_SNR, "ddim", 8),
+    "dpmpp_2m_sd15_1": Case(SD15, "dpmpp_2m", 1),
+    "dpmpp_2m_sd15_2": Case(SD15, "dpmpp_2m", 2),
+    "dpmpp_2m_sd15_8": Case(SD15, "dpmpp_2m", 8),
+    "dpmpp_2m_sd15_20": Case(SD15, "dpmpp_2m", 20),
+    "dpmpp_2m_sd15_sample_8": Case({**SD15, **SAMPLE}, "dpmpp_2m", 8),
+    "dpmpp_2m_sigma_min_14": Case({**SD15, "final_sigmas_type": "sigma_min"}, "dpmpp_2m", 14),
+    "dpmpp_2m_sigma_min_16": Case({**SD15, "final_sigmas_type": "sigma_min"}, "dpmpp_2m", 16),
+    "dpmpp_2m_ddpm_linspace_8": Case({}, "dpmpp_2m", 8),
+    "dpmpp_2m_cosine_v_8": Case({**COSINE, **V}, "dpmpp_2m", 8),
+    "dpmpp_2m_cosine_clipped_8": Case({**COSINE, "lambda_min_clipped": -5.1}, "dpmpp_2m", 8),
+    "dpmpp_2m_zero_snr_v_8": Case(ZERO_SNR, "dpmpp_2m", 8),
+    "dpmpp_2m_karras_sd15_2": Case(SD15, "dpmpp_2m_karras", 2),
+    "dpmpp_2m_karras_sd15_8": Case(SD15, "dpmpp_2m_karras", 8),
+    "dpmpp_2m_karras_sd15_20": Case(SD15, "dpmpp_2m_karras", 20),
+    "dpmpp_2m_karras_cosine_v_8": Case({**COSINE, **V}, "dpmpp_2m_karras", 8),
+    "euler_sd15_1": Case(SD15, "euler", 1),
+    "euler_sd15_2": Case(SD15, "euler", 2),
+    "euler_sd15_8": Case(SD15, "euler", 8),
+    "euler_sd15_20": Case(SD15, "euler", 20),
+    "euler_sd15_sample_8": Case({**SD15, **SAMPLE}, "euler", 8),
+    "euler_sd15_karras_8": Case({**SD15, "use_karras_sigmas": True}, "euler", 8),
+    "euler_ddpm_linspace_7": Case({"final_sigmas_type": "sigma_min"}, "euler", 7),
+    "euler_cosine_trailing_8": Case({**COSINE, "timestep_spacing": "trailing"}, "euler", 8),
+    "euler_cosine_v_8": Case({**COSINE, **V}, "euler", 8),
+    "euler_zero_snr_v_8": Case(ZERO_SNR, "euler", 8),
+}
+
+PHILOX = (
+    ((0, 0, 0, 0), (0, 0)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)),
+)
+NOISE = (
+    (0, (1, 3, 4, 4), 0, 0),
+    (1, (8,), 0, 0),
+    (42, (7,), 3, 0),
+    (42, (2, 5), 3, 2),
+    (2**32 + 5, (5,), 0, 1),
+    (2**64 - 1, (2, 3), 2**32 - 1, 2**32 - 1),
+)
+
+
+def trace(case: Case, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> dict[str, Any]:
+    """What diffusers computes at each step, for made-up model outputs that follow their input.
+
+    Args:
+        case: What to record.
+        seed: Of every array in the trace.
+        shape: Of every array in the trace.
+
+    Returns:
+        The trace, with its arrays as float32 numpy arrays of ``shape``.
+    """
+    scheduler = diffusers_scheduler(case.source, case.name)
+    scheduler.set_timesteps(case.steps)
+    if case.name != "ddim":
+        # diffusers looks a first timestep up, and takes the second of two that are equal.
+        scheduler.set_begin_index(0)
+    config = msgspec.structs.replace(scheduler_config(case.source, case.name), eta=case.eta)
+
+    init_noise_sigma = float(scheduler.init_noise_sigma)
+    x_t = noise(seed, shape) * np.float32(init_noise_sigma)
+    steps = []
+    for i, t in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(torch.from_numpy(x_t), t).numpy()
+        draw = noise(seed, shape, image=1, draw=i + 1)
+        model_output = np.float32(0.6) * scaled + np.float32(0.8) * draw
+        fresh = noise(seed, shape, draw=i + 1) if case.eta > 0 else None
+        extra = {} if fresh is None else {"eta": case.eta, "variance_noise": torch.from_numpy(fresh)}
+        stepped = scheduler.step(torch.from_numpy(model_output), t, torch.from_numpy(x_t), **extra)
+        x_prev = stepped.prev_sample.numpy()
+        steps.append(
+            {
+                "x_t": x_t,
+                "scaled_input": scaled,
+                "model_output": model_output,
+                "noise": fresh,
+                "x_prev": x_prev,
+            }
+        )
+        x_t = x_prev
+    return {
+        "config": msgspec.to_builtins(config),
+        "num_inference_steps": case.steps,
+        "diffusers": diffusers.__version__,
+        "hold_trajectory": _sigma_max(scheduler) <= TRAJECTORY_SIGMA_MAX,
+        "timesteps": scheduler.timesteps.numpy().astype(np.float32),
+        "init_noise_sigma": np.float32(init_noise_sigma),
+        "shape": list(shape),
+        "steps": steps,
+    }
+
+
+def noise_vectors() -> dict[str, Any]:
+    """Known answers of the generator and of the normal values made from it."""
+    return {
+        "philox4x32_10": [
+            {
+                "counter": _hex(counter),
+                "key": _hex(key),
+                "words": _hex(philox(np.array(counter, dtype=np.uint32), key)),
+            }
+            for counter, key in PHILOX
+        ],
+        # A seed is text: JSON's numbers are exact only below 2**53 where they are read as doubles.
+        "noise": [
+            {
+                "seed": str(seed),
+                "shape": list(shape),
+                "image": image,
+                "draw": draw,
+                "values": noise(seed, shape, image, draw),
+            }
+            for seed, shape, image, draw in NOISE
+        ],
+    }
+
+
+def write(folder: Path) -> None:
+    """Write every golden file below a folder.
+
+    Args:
+        folder: Where ``noise.json`` and ``schedulers/`` go.
+    """
+    traces = folder / "schedulers"
+    traces.mkdir(parents=True, exist_ok=True)
+    (folder / "noise.json").write_text(_dump(noise_vectors()))
+    for name, case in CASES.items():
+        (traces / f"{name}.json").write_text(_dump(trace(case)))
+
+
+def _sigma_max(scheduler: Any) -> float:
+    if hasattr(scheduler, "sigmas"):
+        return float(scheduler.sigmas.max())
+    alpha = float(scheduler.alphas_cumprod[scheduler.timesteps[0]])
+    return math.sqrt((1 - alpha) / alpha) if alpha > 0 else math.inf
+
+
+def _hex(words: Any) -> list[str]:
+    return [f"{int(word):08x}" for word in words]
+
+
+def _dump(document: Mapping[str, Any]) -> str:
+    """JSON with one entry of a list of objects per line: readable, and a change shows as the lines it touches."""
+    lines = []
+    for key, value in document.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join(f"  {json.dumps(_plain(row), allow_nan=False)}" for row in value)
+            lines.append(f"{json.dumps(key)}: [\n{rows}\n ]")
+        else:
+            lines.append(f"{json.dumps(key)}: {json.dumps(_plain(value), allow_nan=False)}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as flat lists in C order, float32 as the shortest decimal that reads back as the same float32."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.reshape(-1)]
+    if isinstance(value, np.float32):
+        return float(str(value))
+    return value
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)
