@@ -112,11 +112,34 @@ class ExportConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True, kw_onl
     license: str | None = None
 
 
+def find_recipe(name: str | Path) -> Path:
+    """Finds a recipe by its path or by the name of a built-in one.
+
+    Args:
+        name: A file, or a name such as ``grocery-32-onnx``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: There is neither; the built-in ones are named.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    # An installed wheel carries the recipes in the package; a checkout has them beside it.
+    here = Path(__file__).parent
+    folder = next(f for f in (here / "export_configs", here.parent / "export_configs") if f.is_dir())
+    built_in = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if str(name) not in built_in:
+        raise ConfigError(f"no recipe {name}: no such file, and no built-in one (choices: {', '.join(built_in)})")
+    return built_in[str(name)]
+
+
 def load_config(path: str | Path) -> ExportConfig:
     """Reads a YAML recipe strictly.
 
     Args:
-        path: The file.
+        path: The file, or the name of a built-in recipe.
 
     Returns:
         The checked configuration.
@@ -128,7 +151,7 @@ def load_config(path: str | Path) -> ExportConfig:
         import yaml
     except ImportError as e:
         raise MissingExtraError("reading a YAML recipe", "export") from e
-    path = Path(path)
+    path = find_recipe(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:

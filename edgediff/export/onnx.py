@@ -130,18 +130,22 @@ def _simplified(
     before = model.SerializeToString()
     model = run_passes(model, (SIMPLIFY,))
     after = model.SerializeToString()
-    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-    for name, want in _run(before, feeds).items():
-        got = _run(after, feeds)[name]
-        if psnr_db(want, got) < SIMPLIFIED_DB:
-            raise UnsupportedError(f"pass onnxsim: changed {name} to {psnr_db(want, got):.1f} dB of what it was")
+    # One row is enough, and half the memory of two where attention is large.
+    feeds = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
+    want, got = _run(before, feeds), _run(after, feeds)
+    for name in want:
+        number = psnr_db(want[name], got[name])
+        if number < SIMPLIFIED_DB:
+            raise UnsupportedError(f"pass onnxsim: changed {name} to {number:.1f} dB of what it was")
     return model, "yes"
 
 
 def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     import onnxruntime as ort
 
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 

@@ -102,7 +102,7 @@ def _take_weights(model: ModelProto) -> dict[str, TensorProto]:
     taken: dict[str, TensorProto] = {}
     kept = []
     for tensor in model.graph.initializer:
-        if _bytes(tensor) > SKELETON_BYTES:
+        if _bytes(tensor) > SKELETON_BYTES or tensor.data_location == TensorProto.EXTERNAL:
             taken[tensor.name] = tensor
             model.graph.input.append(_as_input(tensor))
         else:

@@ -102,7 +102,7 @@ def export_bundle(
         whole = config.verify.mode == "full"
         pipe = EdgePipeline(draft, TorchSession(divided))
         reference = record(
-            pipe, conditioning, whole, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
+            pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
         )
         manifest = _write_graphs(folder, draft, divided, reference, config, say)
         (folder / "evidence").mkdir()

@@ -54,6 +54,8 @@ class Reference:
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
     """The generation that the reference is taken along: the bundle's operating point.
 
+    Where a model is too large for whole trajectories, the conditional rows alone are run: half the time and memory.
+
     Args:
         manifest: The bundle's manifest.
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
@@ -63,6 +65,8 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     """
     point = manifest.operating_point
     request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed}
+    if manifest.verified == "graphs":
+        request["guidance_scale"] = 1.0
     if manifest.conditioning.kind != "text":
         return request
     negative = {n.removeprefix("negative_"): v for n, v in conditioning.items() if n.startswith("negative_")}
@@ -77,20 +81,21 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
 def record(
     pipe: EdgePipeline,
     conditioning: dict[str, np.ndarray],
-    whole: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
     """Runs the reference trajectory and keeps what verification needs.
 
+    To its end, or to the first cached step where the bundle says ``verified: graphs``.
+
     Args:
         pipe: A pipeline over torch.
         conditioning: Embeddings by name.
-        whole: Run to the end; else only to the first cached step, for models too large to wait for.
         progress: Told the number of steps done and to do.
 
     Returns:
         The reference.
     """
+    whole = pipe.manifest.verified == "full"
     mask = pipe.manifest.operating_point.mask
     first_cached = mask.index(0) if 0 in mask else 0
     wanted = {0, first_cached, len(mask) - 1 if whole else 0}

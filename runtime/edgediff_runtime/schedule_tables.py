@@ -11,6 +11,7 @@ Constraints that shaped this file:
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,7 @@ def spaced_timesteps(config: SchedulerConfig, num_inference_steps: int, last: in
     """
     # dpmpp_2m divides by N + 1 and drops the lowest point.
     points = num_inference_steps + (config.name == "dpmpp_2m")
+    timesteps: NDArray[np.floating[Any]]
     if config.timestep_spacing == "linspace":
         rising = np.linspace(0, last - 1, points)
         if config.name == "euler":
@@ -79,13 +81,13 @@ def spaced_timesteps(config: SchedulerConfig, num_inference_steps: int, last: in
         stride = config.num_train_timesteps / num_inference_steps
         timesteps = np.arange(last, 0, -stride).round() - 1
     # For some N rounding gives arange one element too many, at timestep -1: 61 steps of 1000, for one.
-    timesteps = timesteps[:num_inference_steps].astype(np.float64)
-    if timesteps[0] > config.num_train_timesteps - 1:
+    spaced = timesteps[:num_inference_steps].astype(np.float64)
+    if spaced[0] > config.num_train_timesteps - 1:
         raise RequestError(
             f"{num_inference_steps} steps with steps_offset {config.steps_offset} start at timestep "
-            f"{timesteps[0]:g}: expected at most {config.num_train_timesteps - 1}; take fewer steps"
+            f"{spaced[0]:g}: expected at most {config.num_train_timesteps - 1}; take fewer steps"
         )
-    return timesteps
+    return spaced
 
 
 def sigma_schedule(

@@ -221,8 +221,8 @@ def make_scheduler(config: SchedulerConfig, num_inference_steps: int) -> Schedul
     for i, row in enumerate(scheduler._rows):
         if not np.isfinite(row).all():
             raise RequestError(
-                f"{config.name} in {steps} steps: step {i} (timestep {scheduler.timesteps[i]:g}) would divide "
-                f"by zero with timestep_spacing {config.timestep_spacing}, prediction_type "
+                f"{config.name} in {steps} steps: step {i} (timestep {scheduler.timesteps[i]:g}) would "
+                f"divide by zero with timestep_spacing {config.timestep_spacing}, prediction_type "
                 f"{config.prediction_type}, rescale_betas_zero_snr {config.rescale_betas_zero_snr}; expected "
                 "distinct noise levels (take fewer steps) and, where the terminal SNR is zero, a prediction "
                 "other than epsilon"

@@ -1,11 +1,11 @@
-"""Records the traces that every runtime is held to: ``python runtime/golden/make.py`` rewrites this folder's JSON.
+"""Records the traces that every runtime is held to; run it to rewrite this folder's JSON.
 
 Constraints that shaped this file:
 
-- Scheduler traces come from diffusers itself; its own state never leaves it, so a trace shows each step's input and
-  output, and a runtime is asked for one step at a time (teacher-forced).
-- Everything is drawn by ``edgediff_runtime.noise``, and numbers are written with the digits that float32 needs and
-  no more, so the files are the same wherever they are made, and small enough to read.
+- Scheduler traces come from diffusers itself; its own state never leaves it, so a trace shows each step's
+  input and output, and a runtime is asked for one step at a time (teacher-forced).
+- Everything is drawn by ``edgediff_runtime.noise``, and numbers are written with the digits that float32
+  needs and no more, so the files are the same wherever they are made, and small enough to read.
 """
 
 import json
@@ -75,6 +75,7 @@ CASES = {
     "dpmpp_2m_karras_sd15_2": Case(SD15, "dpmpp_2m_karras", 2),
     "dpmpp_2m_karras_sd15_8": Case(SD15, "dpmpp_2m_karras", 8),
     "dpmpp_2m_karras_sd15_20": Case(SD15, "dpmpp_2m_karras", 20),
+    "dpmpp_2m_karras_repeats_20": Case({"num_train_timesteps": 50, **V}, "dpmpp_2m_karras", 20),
     "dpmpp_2m_karras_cosine_v_8": Case({**COSINE, **V}, "dpmpp_2m_karras", 8),
     "euler_sd15_1": Case(SD15, "euler", 1),
     "euler_sd15_2": Case(SD15, "euler", 2),
@@ -204,7 +205,7 @@ def _hex(words: Any) -> list[str]:
 
 
 def _dump(document: Mapping[str, Any]) -> str:
-    """JSON with one entry of a list of objects per line: readable, and a change shows as the lines it touches."""
+    """JSON with one entry of a list of objects per line, so that a change shows as the lines it touches."""
     lines = []
     for key, value in document.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -216,7 +217,7 @@ def _dump(document: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays as flat lists in C order, float32 as the shortest decimal that reads back as the same float32."""
+    """Arrays as flat lists in C order, float32 as the shortest decimal that reads back the same."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

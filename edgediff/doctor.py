@@ -1,0 +1,152 @@
+"""What is installed, what this machine can do, and which versions are known not to go together."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+# What the tests ran with, the same as constraints.txt: a test holds the two together.
+TESTED = {
+    "numpy": "2.4.6",
+    "onnxruntime": "1.31.1",
+    "msgspec": "0.22.0",
+    "safetensors": "0.8.0",
+    "pillow": "13.0.0",
+    "rich": "15.0.0",
+    "typer": "0.29.2",
+    "torch": "2.13.0",
+    "diffusers": "0.42.1",
+    "onnx": "1.23.2",
+    "onnxscript": "0.7.2",
+    "onnxsim": "0.8.1",
+    "pyyaml": "6.0.3",
+}
+EXPORT = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
+
+
+@dataclass(frozen=True)
+class BadPair:
+    """Versions that are known to fail together.
+
+    Attributes:
+        package: Whose version it is about.
+        below: Versions below this one.
+        needs: The package that it fails with.
+        from_version: From this version of that package on.
+        why: What happens.
+        source: Where that is known from.
+    """
+
+    package: str
+    below: tuple[int, ...]
+    needs: str
+    from_version: tuple[int, ...]
+    why: str
+    source: str
+
+
+KNOWN_BAD = (
+    BadPair(
+        "onnxscript", (0, 5, 3), "torch", (2, 9),
+        "torch.onnx.export imports names that onnxscript does not have yet",
+        "torch 2.9's own requirement, onnxscript>=0.5.3",
+    ),
+    BadPair(
+        "onnxruntime", (1, 19), "numpy", (2,),
+        "import fails: the wheel was built for NumPy 1",
+        "onnxruntime 1.19 release notes: NumPy 2 support added",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What doctor found.
+
+    Attributes:
+        machine: System, processor, cores, Python.
+        versions: For each package the installed and the tested version; None where it is not installed.
+        abilities: What can be done here, and what cannot with the reason.
+        known_bad: Pairs of installed versions that are known to fail, in words.
+    """
+
+    machine: dict[str, str]
+    versions: dict[str, dict[str, str | None]]
+    abilities: dict[str, str]
+    known_bad: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The examination as plain data."""
+        return asdict(self)
+
+
+def examine() -> Examination:
+    """Looks at this machine.
+
+    Returns:
+        What was found.
+    """
+    installed = {name: _installed(name) for name in TESTED}
+    return Examination(
+        machine={
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": str(os.cpu_count()),
+            "python": platform.python_version(),
+        },
+        versions={name: {"installed": installed[name], "tested": TESTED[name]} for name in TESTED},
+        abilities=_abilities(installed),
+        known_bad=find_known_bad(installed),
+    )
+
+
+def find_known_bad(installed: Mapping[str, str | None]) -> tuple[str, ...]:
+    """Finds pairs of versions that are known to fail.
+
+    Args:
+        installed: Version of each package, None where it is not installed.
+
+    Returns:
+        A sentence for each pair.
+
+    >>> find_known_bad({"onnxruntime": "1.18.1", "numpy": "2.1.0"})[0][:32]
+    'onnxruntime 1.18.1 with numpy 2.'
+    """
+    found = []
+    for pair in KNOWN_BAD:
+        mine, other = installed.get(pair.package), installed.get(pair.needs)
+        if mine is not None and other is not None and _numbers(mine) < pair.below and _numbers(other) >= pair.from_version:
+            wanted = ".".join(str(n) for n in pair.below)
+            found.append(
+                f"{pair.package} {mine} with {pair.needs} {other}: {pair.why}; "
+                f"install {pair.package}>={wanted} ({pair.source})"
+            )
+    return tuple(found)
+
+
+def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
+    missing = [name for name in EXPORT if installed[name] is None]
+    return {
+        "run and verify ONNX bundles": "yes" if installed["onnxruntime"] else "no: onnxruntime is not installed",
+        "export to ONNX": "yes" if not missing else f'no: pip install "edgediff[export]" ({", ".join(missing)} missing)',
+        "recompute trajectories in torch": "yes" if installed["torch"] else "no: torch is not installed",
+        "export to Core ML": "not yet in this version",
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers = []
+    for piece in text.split("+")[0].split("."):
+        if not piece.isdigit():
+            break
+        numbers.append(int(piece))
+    return tuple(numbers)

@@ -1,0 +1,48 @@
+"""What `edgediff run` writes: a grid of images, or the latents."""
+
+from pathlib import Path
+
+import numpy as np
+from edgediff_runtime import Result
+from edgediff_runtime.image import grid, write_png
+
+from edgediff.errors import ConfigError
+
+SUFFIXES = (".png", ".npy")
+
+
+def check_output(path: Path, scale: int) -> None:
+    """Refuses an output that could not be written, before anything is generated.
+
+    Args:
+        path: Where to.
+        scale: Size of a pixel.
+
+    Raises:
+        ConfigError: The suffix is unknown, the folder does not exist, or the scale is not above 0.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"cannot write {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder")
+    if not 1 <= scale <= 64:
+        raise ConfigError(f"--scale is {scale}; expected 1 to 64")
+
+
+def write_output(result: Result, path: Path, scale: int) -> None:
+    """Writes a generation.
+
+    Args:
+        result: What was generated.
+        path: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
+        scale: Each pixel of a PNG becomes a square of this many.
+
+    Raises:
+        RequestError: The bundle has no images to show.
+    """
+    if path.suffix == ".npy":
+        np.save(path, result.latents)
+    else:
+        write_png(path, grid(result.images), scale)

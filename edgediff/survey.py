@@ -1,0 +1,121 @@
+"""What parts cost and what a clock saves, from a bundle or from a model's counts; the JSON of ``inspect``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgediff_runtime import RequestError, clock_mask, open_bundle
+from edgediff_runtime.manifest import Cost
+
+PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Costs of the parts of a split UNet, and of a schedule.
+
+    Attributes:
+        name: Of the model.
+        cut: Level and point in words.
+        cost: Cost of each part for one sample.
+        cache_bytes: Bytes of the cache for one sample.
+        clock: As it was asked for.
+        mask: The clock spelt out.
+        batch: UNet rows in a step.
+    """
+
+    name: str
+    cut: str
+    cost: dict[str, Cost]
+    cache_bytes: int
+    clock: str
+    mask: tuple[bool, ...]
+    batch: int
+
+    def tflops(self, mask: tuple[bool, ...], attention: bool) -> float:
+        """Adds a schedule up.
+
+        Args:
+            mask: One entry for each step, True = full.
+            attention: Whether the attention matmuls count.
+
+        Returns:
+            TFLOPs, 2 per multiply-add, for the whole batch.
+        """
+        steps = [self.cost["full" if full else "cached"] for full in mask]
+        macs = sum(cost.macs + (cost.macs_attention if attention else 0) for cost in steps)
+        return 2e-12 * self.batch * macs
+
+    def saved(self, attention: bool) -> float:
+        """Share of operations that the clock saves against clock 1."""
+        always = (True,) * len(self.mask)
+        return 1 - self.tflops(self.mask, attention) / self.tflops(always, attention)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The survey as plain data; FLOPs for one sample, ``gflops`` without attention matmuls as in both papers."""
+        always = (True,) * len(self.mask)
+        return {
+            "name": self.name,
+            "cut": self.cut,
+            "parameters": {part: self.cost[part].parameters for part in PARTS},
+            "gflops": {part: 2e-9 * self.cost[part].macs for part in PARTS},
+            "gflops_attention": {part: 2e-9 * self.cost[part].macs_attention for part in PARTS},
+            "macs_without_attention": {part: self.cost[part].macs for part in PARTS},
+            "cache_bytes": self.cache_bytes,
+            "schedule": {
+                "clock": self.clock,
+                "mask": [int(full) for full in self.mask],
+                "batch": self.batch,
+                "tflops": self.tflops(self.mask, attention=False),
+                "tflops_clock1": self.tflops(always, attention=False),
+                "tflops_with_attention": self.tflops(self.mask, attention=True),
+                "tflops_clock1_with_attention": self.tflops(always, attention=True),
+            },
+        }
+
+
+def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int | None) -> Survey:
+    """Reads the costs out of a bundle's manifest.
+
+    Args:
+        path: The bundle.
+        clock: Period or mask; None takes the bundle's.
+        steps: Denoising steps; None takes the bundle's.
+        batch: UNet rows in a step; None takes 2 where the bundle is guided.
+
+    Returns:
+        The survey.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        RequestError: Clock, steps or batch are out of range.
+    """
+    manifest = open_bundle(path).manifest
+    point = manifest.operating_point
+    mask = clock_mask(point.clock if clock is None else clock, point.num_inference_steps if steps is None else steps)
+    return Survey(
+        name=manifest.source.name,
+        cut=f"level {manifest.cut.level}, {manifest.cut.point}",
+        cost=manifest.cost,
+        cache_bytes=manifest.cache_bytes,
+        clock=str(point.clock if clock is None else clock),
+        mask=mask,
+        batch=check_batch((2 if point.guidance_scale > 1 else 1) if batch is None else batch),
+    )
+
+
+def check_batch(batch: int) -> int:
+    """Refuses a batch below 1.
+
+    Args:
+        batch: UNet rows in a step.
+
+    Returns:
+        The same.
+
+    Raises:
+        RequestError: With the value.
+    """
+    if batch < 1:
+        raise RequestError(f"batch is {batch}; expected a whole number above 0")
+    return batch

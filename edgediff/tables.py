@@ -1,0 +1,164 @@
+"""What the command line shows, as rich tables; nothing here prints."""
+
+from typing import TYPE_CHECKING
+
+from edgediff_runtime import Result
+from rich.table import Table
+from rich.text import Text
+
+from edgediff.doctor import Examination
+from edgediff.survey import PARTS, Survey
+
+if TYPE_CHECKING:
+    from edgediff.demo import Shown
+    from edgediff.verify.parity import ParityReport
+
+
+def parity_table(report: "ParityReport") -> Table:
+    """One line for each number of a verification, the verdict below.
+
+    Args:
+        report: The verification.
+
+    Returns:
+        The table.
+    """
+    table = Table(title="verification", caption="everything holds" if report.ok else "DOES NOT HOLD")
+    for name in ("check", "part", "backend", "worst output"):
+        table.add_column(name)
+    table.add_column("PSNR dB", justify="right")
+    table.add_column("floor", justify="right")
+    table.add_column("verdict")
+    for row in report.rows:
+        verdict = {True: Text("ok", "green"), False: Text("FAILS", "bold red"), None: Text("shown", "dim")}[row.ok]
+        if row.status == "not_run":
+            verdict = Text("not run", "dim")
+        number = "-" if row.status == "not_run" else "not finite" if row.psnr_db is None else f"{row.psnr_db:.1f}"
+        floor = "-" if row.floor_db is None else f"{row.floor_db:g}"
+        table.add_row(row.check, row.part, row.backend, row.output or "-", number, floor, verdict)
+    return table
+
+
+def ledger_table(result: Result) -> Table:
+    """One line for each step of a generation, in milliseconds.
+
+    Args:
+        result: The generation.
+
+    Returns:
+        The table, with the sum in its footer.
+    """
+    names = list(dict.fromkeys(name for step in result.ledger for name in step.ms if name != "other"))
+    names = [*[n for n in names if n != "scheduler"], "scheduler", "other"]
+    table = Table(title="ledger, ms", show_footer=True)
+    table.add_column("step", "sum")
+    table.add_column("t", justify="right")
+    table.add_column("runs")
+    for name in names:
+        total = sum(step.ms.get(name, 0.0) for step in result.ledger)
+        table.add_column(name, f"{total:.2f}", justify="right")
+    table.add_column("step", f"{sum(sum(step.ms.values()) for step in result.ledger):.1f}", justify="right")
+    for step in result.ledger:
+        cells = [f"{step.ms[name]:.2f}" if name in step.ms else "-" for name in names]
+        kind = "full" if step.full else "cached"
+        table.add_row(str(step.index), f"{step.timestep:g}", kind, *cells, f"{sum(step.ms.values()):.1f}")
+    return table
+
+
+def survey_tables(found: Survey) -> list[Table]:
+    """Parts and their cost; a schedule and what it saves.
+
+    Args:
+        found: The survey.
+
+    Returns:
+        Two tables.
+    """
+    parts = Table(
+        title=f"{found.name}, cut at {found.cut}: one sample",
+        caption="GFLOPs: convolutions and linear layers, 2 per multiply-add; attention matmuls apart, as the papers "
+        "leave them out",
+    )
+    parts.add_column("part")
+    for name in ("parameters", "GFLOPs", "attention", "together"):
+        parts.add_column(name, justify="right")
+    for part in PARTS:
+        cost = found.cost[part]
+        if part == "full":
+            parts.add_section()
+        plain, attention = 2e-9 * cost.macs, 2e-9 * cost.macs_attention
+        parts.add_row(
+            part, f"{cost.parameters:,}", f"{plain:,.2f}", f"{attention:,.2f}", f"{plain + attention:,.2f}"
+        )
+    parts.add_row("cache", f"{found.cache_bytes:,} bytes", "", "", "")
+    mask = "".join("F" if full else "c" for full in found.mask)
+    schedule = Table(title=f"{len(found.mask)} steps, batch {found.batch}, clock {found.clock} ({mask})")
+    schedule.add_column("TFLOPs")
+    for name in ("clock 1", "this clock", "saved"):
+        schedule.add_column(name, justify="right")
+    for name, attention in (("without attention matmuls", False), ("with them", True)):
+        always = found.tflops((True,) * len(found.mask), attention)
+        schedule.add_row(
+            name, f"{always:.4g}", f"{found.tflops(found.mask, attention):.4g}", f"{found.saved(attention):.1%}"
+        )
+    return [parts, schedule]
+
+
+def doctor_tables(found: Examination) -> list[Table]:
+    """Versions, abilities and known-bad pairs.
+
+    Args:
+        found: The examination.
+
+    Returns:
+        Two tables, three where a pair is known to fail.
+    """
+    versions = Table(title=", ".join(f"{key} {value}" for key, value in found.machine.items()))
+    for name in ("package", "installed", "tested with"):
+        versions.add_column(name)
+    for name, both in found.versions.items():
+        installed = both["installed"] or "-"
+        style = "green" if (both["installed"] or "").split("+")[0] == both["tested"] else "yellow"
+        versions.add_row(name, Text(installed, style), both["tested"])
+    abilities = Table(title="this machine")
+    abilities.add_column("can")
+    abilities.add_column("")
+    for what, answer in found.abilities.items():
+        abilities.add_row(what, Text(answer, "green" if answer == "yes" else "yellow"))
+    tables = [versions, abilities]
+    if found.known_bad:
+        bad = Table(title="known to fail")
+        bad.add_column("pair")
+        for sentence in found.known_bad:
+            bad.add_row(Text(sentence, "red"))
+        tables.append(bad)
+    return tables
+
+
+def demo_tables(shown: "Shown") -> list[Table]:
+    """What the demo did: verification, ledger, savings, and where everything is.
+
+    Args:
+        shown: The demo's results.
+
+    Returns:
+        Four tables.
+    """
+    saved = Table(title=f"{shown.name}: clock {shown.clock} against clock 1, {shown.steps} steps, {shown.images} images")
+    saved.add_column("")
+    saved.add_column("clock 1", justify="right")
+    saved.add_column(f"clock {shown.clock}", justify="right")
+    saved.add_column("saved", justify="right")
+    for name, always, clocked in (
+        ("GFLOPs per image, without attention matmuls", *shown.gflops),
+        ("GFLOPs per image, with them", *shown.gflops_attention),
+        ("UNet loop, ms", *shown.loop_ms),
+    ):
+        saved.add_row(name, f"{always:,.1f}", f"{clocked:,.1f}", f"{1 - clocked / always:.1%}")
+    where = Table(show_header=False)
+    where.add_column("")
+    where.add_column("", overflow="fold")
+    where.add_row("bundle", str(shown.bundle))
+    for what, path in shown.pictures.items():
+        where.add_row(what, str(path))
+    return [parity_table(shown.report), ledger_table(shown.result), saved, where]
