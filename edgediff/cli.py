@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import click
 import typer
-from edgediff_runtime.errors import BundleError, EdgeRuntimeError, RequestError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgediff.errors import ConfigError, EdgediffError, MissingExtraError, VerificationError
+from edgediff_runtime.errors import BundleError, EdgeRuntimeError, RequestError
 
 app = typer.Typer(
     name="edgediff",
@@ -82,7 +82,11 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: err.print(what, markup=False)
         return
     with Progress(
-        TextColumn("[cyan]{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), console=err, transient=True
+        TextColumn("[cyan]{task.description}"),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
     ) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what: bar.update(task, description=what)
@@ -106,7 +110,9 @@ def export(
     guidance_scale: GuidanceOption = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the ONNX graphs.")] = None,
     layout: Annotated[str | None, typer.Option(help="How graphs are packed.")] = None,
-    conditioning: Annotated[Path | None, typer.Option(help="Embeddings for the reference, .safetensors or .npz.")] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="Embeddings for the reference, .safetensors or .npz.")
+    ] = None,
     random_weights: Annotated[int | None, typer.Option(help="Seed of random weights for a geometry.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the reference trajectory.")] = None,
     verify: Annotated[str | None, typer.Option(help="full, or graphs: no trajectory, for very large models.")] = None,
@@ -177,11 +183,15 @@ def verify(
 )
 def run(
     bundle: BundleArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png (grid), or .npy for the latents.")] = Path("out.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png (grid), or .npy for the latents.")] = Path(
+        "out.png"
+    ),
     backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
     label: Annotated[str | None, typer.Option(help="Class of all images; left out, one after the other.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Needs a text encoder in the bundle.")] = None,
-    conditioning: Annotated[Path | None, typer.Option(help="Embeddings instead of a prompt, .safetensors or .npz.")] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="Embeddings instead of a prompt, .safetensors or .npz.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="How many images.")] = 16,
     steps: StepsOption = None,
     clock: ClockOption = None,
@@ -191,10 +201,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
+    from edgediff.picture import check_output, write_output
     from edgediff_runtime import EdgePipeline
     from edgediff_runtime.pipeline import Result
-
-    from edgediff.picture import check_output, write_output
 
     check_output(output, scale)
     request: dict[str, Any] = {"label": label, "prompt": prompt, "num_images": num_images, "seed": seed}
@@ -223,11 +232,11 @@ def run(
         out.print(f"{num_images} images: {output}", markup=False)
 
 
-@app.command(
-    epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json"
-)
+@app.command(epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json")
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model (directory or built-in name) or a bundle.", metavar="MODEL|BUNDLE")],
+    model: Annotated[
+        str, typer.Argument(help="A model (directory or built-in name) or a bundle.", metavar="MODEL|BUNDLE")
+    ],
     level: LevelOption = None,
     point: PointOption = None,
     clock: ClockOption = None,
@@ -273,7 +282,9 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command(epilog="Example:  edgediff demo -o demo")
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")] = Path("out/demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")] = Path(
+        "out/demo"
+    ),
 ) -> None:
     """Do the main job on the built-in model: export, verify, generate at clock 1 and clock 2, compare."""
     _toolchain("edgediff.export.pipeline", "demo")

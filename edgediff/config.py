@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from edgediff_runtime.clock import clock_mask
-from edgediff_runtime.errors import RequestError
 
 from edgediff.errors import ConfigError, MissingExtraError
+from edgediff_runtime.clock import clock_mask
+from edgediff_runtime.errors import RequestError
 
 POINTS = ("before_upsample", "after_upsample")
 ADAPTORS = ("identity",)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from edgediff_runtime import EdgePipeline, Result
-from edgediff_runtime.image import grid, write_png
 
 from edgediff.config import find_recipe, load_config
 from edgediff.export.pipeline import export_bundle
 from edgediff.models.load import load_model
 from edgediff.survey import survey_bundle
 from edgediff.verify.parity import ParityReport, verify_bundle
+from edgediff_runtime import EdgePipeline, Result
+from edgediff_runtime.image import grid, write_png
 
 RECIPE = "grocery-32-onnx"
 IMAGES = 16

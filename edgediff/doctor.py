@@ -117,7 +117,12 @@ def find_known_bad(installed: Mapping[str, str | None]) -> tuple[str, ...]:
     found = []
     for pair in KNOWN_BAD:
         mine, other = installed.get(pair.package), installed.get(pair.needs)
-        if mine is not None and other is not None and _numbers(mine) < pair.below and _numbers(other) >= pair.from_version:
+        if (
+            mine is not None
+            and other is not None
+            and _numbers(mine) < pair.below
+            and _numbers(other) >= pair.from_version
+        ):
             wanted = ".".join(str(n) for n in pair.below)
             found.append(
                 f"{pair.package} {mine} with {pair.needs} {other}: {pair.why}; "
@@ -130,7 +135,9 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
     missing = [name for name in EXPORT if installed[name] is None]
     return {
         "run and verify ONNX bundles": "yes" if installed["onnxruntime"] else "no: onnxruntime is not installed",
-        "export to ONNX": "yes" if not missing else f'no: pip install "edgediff[export]" ({", ".join(missing)} missing)',
+        "export to ONNX": "yes"
+        if not missing
+        else f'no: pip install "edgediff[export]" ({", ".join(missing)} missing)',
         "recompute trajectories in torch": "yes" if installed["torch"] else "no: torch is not installed",
         "export to Core ML": "not yet in this version",
     }

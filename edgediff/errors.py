@@ -33,4 +33,4 @@ class MissingExtraError(EdgediffError):
     """A command needs an optional part of edgediff: install the extra that the message names."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the {extra!r} extra: pip install \"edgediff[{extra}]\"")
+        super().__init__(f'{what} needs the {extra!r} extra: pip install "edgediff[{extra}]"')

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from edgediff_runtime import Result
-from edgediff_runtime.image import grid, write_png
 
 from edgediff.errors import ConfigError
+from edgediff_runtime import Result
+from edgediff_runtime.image import grid, write_png
 
 SUFFIXES = (".png", ".npy")
 

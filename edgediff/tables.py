@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from edgediff_runtime import Result
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from edgediff.doctor import Examination
 from edgediff.survey import PARTS, Survey
+from edgediff_runtime import Result
 
 if TYPE_CHECKING:
     from edgediff.demo import Shown
@@ -23,8 +24,10 @@ def parity_table(report: "ParityReport") -> Table:
     Returns:
         The table.
     """
-    table = Table(title="verification", caption="everything holds" if report.ok else "DOES NOT HOLD")
-    for name in ("check", "part", "backend", "worst output"):
+    backends = ", ".join(dict.fromkeys(row.backend for row in report.rows))
+    caption = "everything holds" if report.ok else "DOES NOT HOLD"
+    table = Table(title=f"{backends} against torch", caption=caption, box=box.SIMPLE_HEAD)
+    for name in ("check", "part", "worst output"):
         table.add_column(name)
     table.add_column("PSNR dB", justify="right")
     table.add_column("floor", justify="right")
@@ -35,7 +38,7 @@ def parity_table(report: "ParityReport") -> Table:
             verdict = Text("not run", "dim")
         number = "-" if row.status == "not_run" else "not finite" if row.psnr_db is None else f"{row.psnr_db:.1f}"
         floor = "-" if row.floor_db is None else f"{row.floor_db:g}"
-        table.add_row(row.check, row.part, row.backend, row.output or "-", number, floor, verdict)
+        table.add_row(row.check, row.part, row.output or "-", number, floor, verdict)
     return table
 
 
@@ -48,18 +51,18 @@ def ledger_table(result: Result) -> Table:
     Returns:
         The table, with the sum in its footer.
     """
-    names = list(dict.fromkeys(name for step in result.ledger for name in step.ms if name != "other"))
-    names = [*[n for n in names if n != "scheduler"], "scheduler", "other"]
-    table = Table(title="ledger, ms", show_footer=True)
+    spent = {name for step in result.ledger for name, ms in step.ms.items() if ms > 0}
+    names = [name for name in (*PARTS, "scheduler", "other") if name in spent]
+    table = Table(title="ledger, ms", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("step", "sum")
     table.add_column("t", justify="right")
     table.add_column("runs")
     for name in names:
         total = sum(step.ms.get(name, 0.0) for step in result.ledger)
-        table.add_column(name, f"{total:.2f}", justify="right")
+        table.add_column(name, f"{total:.1f}", justify="right")
     table.add_column("step", f"{sum(sum(step.ms.values()) for step in result.ledger):.1f}", justify="right")
     for step in result.ledger:
-        cells = [f"{step.ms[name]:.2f}" if name in step.ms else "-" for name in names]
+        cells = [f"{step.ms[name]:.1f}" if name in step.ms else "-" for name in names]
         kind = "full" if step.full else "cached"
         table.add_row(str(step.index), f"{step.timestep:g}", kind, *cells, f"{sum(step.ms.values()):.1f}")
     return table
@@ -75,6 +78,7 @@ def survey_tables(found: Survey) -> list[Table]:
         Two tables.
     """
     parts = Table(
+        box=box.SIMPLE_HEAD,
         title=f"{found.name}, cut at {found.cut}: one sample",
         caption="GFLOPs: convolutions and linear layers, 2 per multiply-add; attention matmuls apart, as the papers "
         "leave them out",
@@ -87,19 +91,23 @@ def survey_tables(found: Survey) -> list[Table]:
         if part == "full":
             parts.add_section()
         plain, attention = 2e-9 * cost.macs, 2e-9 * cost.macs_attention
-        parts.add_row(
-            part, f"{cost.parameters:,}", f"{plain:,.2f}", f"{attention:,.2f}", f"{plain + attention:,.2f}"
-        )
+        parts.add_row(part, f"{cost.parameters:,}", f"{plain:,.2f}", f"{attention:,.2f}", f"{plain + attention:,.2f}")
     parts.add_row("cache", f"{found.cache_bytes:,} bytes", "", "", "")
     mask = "".join("F" if full else "c" for full in found.mask)
-    schedule = Table(title=f"{len(found.mask)} steps, batch {found.batch}, clock {found.clock} ({mask})")
+    schedule = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{len(found.mask)} steps, batch {found.batch}, clock {found.clock} ({mask})",
+    )
     schedule.add_column("TFLOPs")
     for name in ("clock 1", "this clock", "saved"):
         schedule.add_column(name, justify="right")
     for name, attention in (("without attention matmuls", False), ("with them", True)):
         always = found.tflops((True,) * len(found.mask), attention)
         schedule.add_row(
-            name, f"{always:.4g}", f"{found.tflops(found.mask, attention):.4g}", f"{found.saved(attention):.1%}"
+            name,
+            f"{always:.4g}",
+            f"{found.tflops(found.mask, attention):.4g}",
+            f"{found.saved(attention):.1%}",
         )
     return [parts, schedule]
 
@@ -113,21 +121,21 @@ def doctor_tables(found: Examination) -> list[Table]:
     Returns:
         Two tables, three where a pair is known to fail.
     """
-    versions = Table(title=", ".join(f"{key} {value}" for key, value in found.machine.items()))
+    versions = Table(box=box.SIMPLE_HEAD, title=", ".join(f"{key} {value}" for key, value in found.machine.items()))
     for name in ("package", "installed", "tested with"):
         versions.add_column(name)
     for name, both in found.versions.items():
         installed = both["installed"] or "-"
         style = "green" if (both["installed"] or "").split("+")[0] == both["tested"] else "yellow"
         versions.add_row(name, Text(installed, style), both["tested"])
-    abilities = Table(title="this machine")
+    abilities = Table(box=box.SIMPLE_HEAD, title="this machine")
     abilities.add_column("can")
     abilities.add_column("")
     for what, answer in found.abilities.items():
         abilities.add_row(what, Text(answer, "green" if answer == "yes" else "yellow"))
     tables = [versions, abilities]
     if found.known_bad:
-        bad = Table(title="known to fail")
+        bad = Table(box=box.SIMPLE_HEAD, title="known to fail")
         bad.add_column("pair")
         for sentence in found.known_bad:
             bad.add_row(Text(sentence, "red"))
@@ -144,7 +152,10 @@ def demo_tables(shown: "Shown") -> list[Table]:
     Returns:
         Four tables.
     """
-    saved = Table(title=f"{shown.name}: clock {shown.clock} against clock 1, {shown.steps} steps, {shown.images} images")
+    saved = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{shown.name}: clock {shown.clock} against clock 1, {shown.steps} steps, {shown.images} images",
+    )
     saved.add_column("")
     saved.add_column("clock 1", justify="right")
     saved.add_column(f"clock {shown.clock}", justify="right")
@@ -155,7 +166,7 @@ def demo_tables(shown: "Shown") -> list[Table]:
         ("UNet loop, ms", *shown.loop_ms),
     ):
         saved.add_row(name, f"{always:,.1f}", f"{clocked:,.1f}", f"{1 - clocked / always:.1%}")
-    where = Table(show_header=False)
+    where = Table(show_header=False, box=box.SIMPLE)
     where.add_column("")
     where.add_column("", overflow="fold")
     where.add_row("bundle", str(shown.bundle))

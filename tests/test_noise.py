@@ -69,9 +69,7 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
 def test_the_extreme_words_stay_finite(monkeypatch, word):
-    monkeypatch.setattr(
-        sys.modules[noise.__module__], "philox", lambda counter, key: np.full_like(counter, word)
-    )
+    monkeypatch.setattr(sys.modules[noise.__module__], "philox", lambda counter, key: np.full_like(counter, word))
     values = noise(0, (4,))
     assert np.isfinite(values).all()
     assert np.abs(values).max() < 7
@@ -86,10 +84,7 @@ def test_an_image_is_the_same_whatever_else_is_drawn():
 
 def test_seeds_images_and_draws_do_not_overlap():
     drawn = [
-        noise(seed, (16,), image, draw)
-        for seed in (0, 1, 2**32, 2**32 + 1)
-        for image in (0, 1)
-        for draw in (0, 1)
+        noise(seed, (16,), image, draw) for seed in (0, 1, 2**32, 2**32 + 1) for image in (0, 1) for draw in (0, 1)
     ]
     assert len(np.unique(np.concatenate(drawn))) == 16 * len(drawn)
 

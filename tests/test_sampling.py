@@ -48,9 +48,7 @@ def test_an_unsupported_setting_is_refused_by_name(name, setting, value):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(
-        UnsupportedError, match="'ddpm': expected one of ddim, dpmpp_2m, dpmpp_2m_karras, euler"
-    ):
+    with pytest.raises(UnsupportedError, match="'ddpm': expected one of ddim, dpmpp_2m, dpmpp_2m_karras, euler"):
         scheduler_config({}, "ddpm")
 
 

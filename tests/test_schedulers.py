@@ -210,9 +210,7 @@ def test_a_whole_generation_is_diffusers(name, steps):
         largest = max(largest, np.abs(x).max())
         out = torch.from_numpy(model(reference.scale_model_input(y, t).numpy(), float(t)))
         y = reference.step(out, t, y).prev_sample
-        x, state = scheduler.step(
-            i, x, model(scheduler.scale_model_input(i, x), float(scheduler.timesteps[i])), state
-        )
+        x, state = scheduler.step(i, x, model(scheduler.scale_model_input(i, x), float(scheduler.timesteps[i])), state)
     np.testing.assert_allclose(x, y.numpy(), rtol=0, atol=TOLERANCE * largest)
 
 
@@ -274,9 +272,9 @@ def test_no_scaling_means_no_copy():
 
 
 def test_noise_is_wanted_only_by_ddim_with_eta():
-    assert [
-        make_scheduler(SchedulerConfig(name=n), 3).needs_noise for n in ("ddim", "dpmpp_2m", "euler")
-    ] == [False] * 3
+    assert [make_scheduler(SchedulerConfig(name=n), 3).needs_noise for n in ("ddim", "dpmpp_2m", "euler")] == [
+        False
+    ] * 3
     scheduler = make_scheduler(SchedulerConfig(name="ddim", eta=0.5), 3)
     assert scheduler.needs_noise
     x = noise(0, (1, 2, 4, 4))
@@ -385,9 +383,7 @@ def test_a_step_out_of_range_is_refused(i):
 
 def test_an_output_of_another_shape_is_refused():
     with pytest.raises(RequestError, match=r"shape \[1, 4, 4, 4\]: expected the latent's, \[1, 2, 4, 4\]"):
-        make_scheduler(SchedulerConfig(name="ddim"), 4).step(
-            0, noise(0, (1, 2, 4, 4)), noise(0, (1, 4, 4, 4))
-        )
+        make_scheduler(SchedulerConfig(name="ddim"), 4).step(0, noise(0, (1, 2, 4, 4)), noise(0, (1, 4, 4, 4)))
 
 
 def test_a_missing_state_is_refused():

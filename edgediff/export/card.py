@@ -1,8 +1,7 @@
 """A bundle's README.md: the model card that travels with it."""
 
-from edgediff_runtime import Manifest
-
 from edgediff.models.load import Model
+from edgediff_runtime import Manifest
 
 PATENT_NOTE = (
     "The methods in this bundle (reuse of low-resolution features across denoising steps) may be covered by patents. "

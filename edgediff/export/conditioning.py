@@ -1,19 +1,20 @@
 """The conditioning of the reference trajectory: labels, a file of embeddings, or seeded normal ones."""
 
+from typing import Literal
+
 import numpy as np
-from edgediff_runtime import noise
 
 from edgediff.arrays import load_arrays
 from edgediff.errors import ConfigError
 from edgediff.models.conditioning import Conditioning
+from edgediff_runtime import noise
 
+Source = Literal["none", "labels", "file", "synthetic"]
 # Pixels of SDXL's time ids: original size, crop, target size.
 TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
-def reference_conditioning(
-    known: Conditioning, path: str | None, seed: int
-) -> tuple[dict[str, np.ndarray], str]:
+def reference_conditioning(known: Conditioning, path: str | None, seed: int) -> tuple[dict[str, np.ndarray], Source]:
     """Finds the embeddings that the reference trajectory is conditioned on.
 
     Args:

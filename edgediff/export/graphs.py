@@ -1,12 +1,14 @@
 """The graphs of a bundle as the manifest lists them: names, shapes and when each one runs."""
 
+from typing import Literal
+
 import torch
-from edgediff_runtime.manifest import Frequency, Graph, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgediff.errors import UnsupportedError
 from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.load import Model
+from edgediff_runtime.manifest import Frequency, Graph, Tensor
 
 FREQUENCY: dict[str, Frequency] = {
     "highres_in": "step",
@@ -14,7 +16,7 @@ FREQUENCY: dict[str, Frequency] = {
     "adaptor": "cached_step",
     "highres_out": "step",
 }
-DTYPES = {torch.float32: "float32", torch.int64: "int64"}
+DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {torch.float32: "float32", torch.int64: "int64"}
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from edgediff_runtime.manifest import Graph
 
 from edgediff.config import OnnxConfig
 from edgediff.errors import UnsupportedError
 from edgediff.export.passes import SIMPLIFY, STRIP_METADATA, check, run_passes, weight_bytes
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
+from edgediff_runtime.manifest import Graph
 
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
@@ -45,9 +45,7 @@ class Written:
     simplified: str
 
 
-def write_onnx(
-    part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig
-) -> Written:
+def write_onnx(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig) -> Written:
     """Exports a part to an ONNX file.
 
     Args:
@@ -81,18 +79,15 @@ def write_onnx(
                     dynamic_shapes=(dynamic,),
                     verbose=False,
                 )
+                assert program is not None  # None is what the old exporter returns
                 program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
         except Exception as e:  # the exporter's errors share no base class
-            raise UnsupportedError(
-                f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}"
-            ) from e
+            raise UnsupportedError(f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}") from e
         del program
         return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config)
 
 
-def _finish(
-    traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig
-) -> Written:
+def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig) -> Written:
     """Passes, checks, and the file in its final form."""
     model = onnx.load(traced, load_external_data=False)
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES

@@ -42,7 +42,15 @@ def strip_metadata(model: ModelProto) -> ModelProto:
         The model.
     """
     graph = model.graph
-    for holder in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+    for holder in (
+        model,
+        graph,
+        *graph.node,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+        *graph.initializer,
+    ):
         del holder.metadata_props[:]
         holder.ClearField("doc_string")
     for function in model.functions:
@@ -69,7 +77,7 @@ def simplify(model: ModelProto) -> ModelProto:
     large = weight_bytes(model) >= PROTOBUF_LIMIT
     weights = _take_weights(model) if large else {}
     try:
-        simplified, _ = onnxsim.simplify(model)
+        simplified: ModelProto = onnxsim.simplify(model)[0]
     except Exception as e:  # its errors share no base class
         raise UnsupportedError(f"onnxsim failed: {' '.join(str(e).split())[:300]}") from e
     if weights:

@@ -9,21 +9,15 @@ import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, clock_mask, open_bundle
-from edgediff_runtime import manifest as m
-from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
-from edgediff_runtime.manifest import FORMAT_VERSION, render_manifest
-from edgediff_runtime.pipeline import DEFAULT_GUIDANCE
 
 from edgediff.config import ExportConfig, check_config
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.card import bundle_card
-from edgediff.export.conditioning import reference_conditioning
+from edgediff.export.conditioning import Source, reference_conditioning
 from edgediff.export.graphs import graph_list
 from edgediff.export.onnx import write_onnx
 from edgediff.export.place import check_place, staged
@@ -34,6 +28,11 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.models.session import TorchSession
 from edgediff.verify.parity import ParityReport, check_files, verify_bundle
 from edgediff.verify.reference import REFERENCE, Reference, record, save_reference
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, clock_mask, open_bundle
+from edgediff_runtime import manifest as m
+from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
+from edgediff_runtime.manifest import FORMAT_VERSION, render_manifest
+from edgediff_runtime.pipeline import DEFAULT_GUIDANCE
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +98,8 @@ def export_bundle(
         return Exported(path, None)
     check_place(path, force)
     with staged(path) as folder:
-        whole = config.verify.mode == "full"
         pipe = EdgePipeline(draft, TorchSession(divided))
-        reference = record(
-            pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
-        )
+        reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
         manifest = _write_graphs(folder, draft, divided, reference, config, say)
         (folder / "evidence").mkdir()
         save_reference(reference, folder / REFERENCE)
@@ -111,13 +107,16 @@ def export_bundle(
         if model.card.license_text is not None:
             (folder / "LICENSE").write_text(model.card.license_text, encoding="utf-8")
         _seal(folder, manifest)
-        report = verify_bundle(folder, model if whole else None, progress=lambda what: say(f"verifying: {what}"))
+        source = model if draft.verified == "full" else None
+        # What is verified without torch lets go of torch's weights first: a large model is not in memory twice.
+        del model, divided, pipe, reference
+        report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
             raise VerificationError(_verdict(report))
     return Exported(path, report)
 
 
-def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_source: str) -> Manifest:
+def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_source: Source) -> Manifest:
     """The manifest before any file exists."""
     counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     known = model.conditioning
@@ -204,7 +203,12 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
 
 
 def _write_graphs(
-    folder: Path, draft: Manifest, divided: SplitUNet, reference: Reference, config: ExportConfig, say: Progress
+    folder: Path,
+    draft: Manifest,
+    divided: SplitUNet,
+    reference: Reference,
+    config: ExportConfig,
+    say: Progress,
 ) -> Manifest:
     """Writes every graph that has a file, and the manifest's target with it."""
     target = draft.targets[0]

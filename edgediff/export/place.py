@@ -11,9 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgediff_runtime.bundle import MANIFEST
-
 from edgediff.errors import TargetError
+from edgediff_runtime.bundle import MANIFEST
 
 
 def check_place(target: Path, force: bool) -> None:

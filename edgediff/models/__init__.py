@@ -1,0 +1,1 @@
+"""Models and how they are divided; README.md maps the papers' sections to files."""

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
-KNOWN_TEXTS = {"Apache License": "Apache-2.0", "MIT License": "MIT", "CreativeML Open RAIL-M": "CreativeML-OpenRAIL-M"}
+KNOWN_TEXTS = {
+    "Apache License": "Apache-2.0",
+    "MIT License": "MIT",
+    "CreativeML Open RAIL-M": "CreativeML-OpenRAIL-M",
+}
 
 
 @dataclass(frozen=True)

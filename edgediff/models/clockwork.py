@@ -6,7 +6,7 @@ are shared with the UNet and never copied; the UNet is left as it was.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -16,9 +16,10 @@ from edgediff.config import POINTS, Cut
 from edgediff.errors import UnsupportedError
 from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.embedding import StepEmbedding
-from edgediff.models.layers import flatten
+from edgediff.models.layers import AnyLayer, flatten
 from edgediff.models.part import Part
 
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 TEXT = "encoder_hidden_states"
 PROJECTED_TEXT = "encoder_hidden_states_projected"
 
@@ -26,7 +27,7 @@ PROJECTED_TEXT = "encoder_hidden_states_projected"
 class HighresIn(Part):
     """``highres_in``: the conditioning's embedding, conv_in and the high-resolution way down."""
 
-    def __init__(self, unet: nn.Module, layers: list[nn.Module], num_skips: int) -> None:
+    def __init__(self, unet: UNet, layers: list[AnyLayer], num_skips: int) -> None:
         self_text = any(layer.needs_text for layer in layers)
         embedding = StepEmbedding(unet)
         inputs = ["sample", *embedding.inputs]
@@ -42,25 +43,34 @@ class HighresIn(Part):
         self.num_skips = num_skips
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Embeds the conditioning and runs the way down to the cut.
+
+        Args:
+            tensors: ``sample`` [B, C, H, W], ``timestep`` [1] or [B], and the conditioning.
+
+        Returns:
+            ``highres_feature``, the skip connections that cross the cut, ``emb`` [B, E].
+        """
         sample = tensors["sample"]
         if self.embedding.center_input:
             sample = 2 * sample - 1.0
         emb = self.embedding(sample, **{name: tensors[name] for name in self.embedding.inputs})
+        out = {"emb": emb}
         text = tensors.get(TEXT)
         if self.embedding.projects_text:
-            text = self.embedding.project_text(tensors[TEXT])
+            text = out[PROJECTED_TEXT] = self.embedding.project_text(tensors[TEXT])
         x = self.conv_in(sample)
         skips = [x]
         for layer in self.layers:
             x = layer(x, skips, emb, text)
-        out = {"highres_feature": x, "emb": emb, **dict(zip(skip_names(self.num_skips), skips, strict=False))}
-        return {**out, PROJECTED_TEXT: text} if self.embedding.projects_text else out
+        # Skips above those that cross the cut are taken up again within lowres.
+        return {**out, "highres_feature": x, **dict(zip(skip_names(self.num_skips), skips, strict=False))}
 
 
 class Lowres(Part):
     """``lowres``: everything between the high-resolution ways down and up; what the clock leaves out."""
 
-    def __init__(self, layers: list[nn.Module], text: str, carries_skip: bool) -> None:
+    def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool) -> None:
         inputs = ["highres_feature", "emb"]
         if any(layer.needs_text for layer in layers):
             inputs.append(text)
@@ -70,6 +80,14 @@ class Lowres(Part):
         self.carries_skip = carries_skip
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs the low-resolution levels.
+
+        Args:
+            tensors: ``highres_feature`` [B, C, H, W], ``emb`` [B, E] and the text where a layer looks at it.
+
+        Returns:
+            ``lowres_feature``, the cache.
+        """
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
         for layer in self.layers:
@@ -80,7 +98,7 @@ class Lowres(Part):
 class HighresOut(Part):
     """``highres_out``: the high-resolution way up and the output layers."""
 
-    def __init__(self, unet: nn.Module, layers: list[nn.Module], text: str, num_skips: int) -> None:
+    def __init__(self, unet: UNet, layers: list[AnyLayer], text: str, num_skips: int) -> None:
         # A UNet2DModel with a Fourier time embedding predicts sigma times its output's scale.
         self.divides_by_time = isinstance(unet, UNet2DModel) and unet.config.time_embedding_type == "fourier"
         inputs = ["lowres_feature", *skip_names(num_skips), "emb"]
@@ -97,6 +115,14 @@ class HighresOut(Part):
         self.num_skips = num_skips
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs the way up from the cut.
+
+        Args:
+            tensors: ``lowres_feature``, the skip connections, ``emb`` [B, E]; ``timestep`` and text where needed.
+
+        Returns:
+            ``out_sample`` [B, C, H, W].
+        """
         x = tensors["lowres_feature"]
         skips = [tensors[name] for name in skip_names(self.num_skips)]
         for layer in self.layers:
@@ -120,9 +146,7 @@ class SplitUNet(nn.Module):
         highres_in, lowres, adaptor, highres_out: The four parts.
     """
 
-    def __init__(
-        self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part
-    ) -> None:
+    def __init__(self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part) -> None:
         super().__init__()
         self.cut = cut
         self.factor = factor
@@ -205,13 +229,11 @@ class SplitUNet(nn.Module):
         tensors = {"sample": sample, "timestep": timestep.reshape(-1)}
         tensors.update({name: value for name, value in given.items() if value is not None})
         if set(tensors) != set(self.inputs):
-            raise UnsupportedError(
-                f"the UNet takes {', '.join(self.inputs)}; given were {', '.join(sorted(tensors))}"
-            )
+            raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; given were {', '.join(sorted(tensors))}")
         return tensors
 
 
-def split(unet: nn.Module, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
+def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is left as it was.
 
     Args:
@@ -227,9 +249,7 @@ def split(unet: nn.Module, cut: Cut | None = None, adaptor: Part | None = None) 
     """
     cut = Cut() if cut is None else cut
     if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
-        raise UnsupportedError(
-            f"cannot cut a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel"
-        )
+        raise UnsupportedError(f"cannot cut a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel")
     if unet.config.get("attention_type", "default") != "default":
         raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
     if cut.point not in POINTS:
@@ -243,7 +263,7 @@ def split(unet: nn.Module, cut: Cut | None = None, adaptor: Part | None = None) 
     highres_down = [layer for level in down[: cut.level] for layer in level]
     lowres = [layer for level in down[cut.level :] for layer in level]
     lowres += [] if mid is None else [mid]
-    lowres += [layer for level in up[: -cut.level] for layer in level]
+    lowres.extend(layer for level in up[: -cut.level] for layer in level)
     highres_up = [layer for level in up[-cut.level :] for layer in level]
     if cut.point == "before_upsample":
         highres_up.insert(0, lowres.pop())
@@ -259,9 +279,9 @@ def split(unet: nn.Module, cut: Cut | None = None, adaptor: Part | None = None) 
         adaptor=IdentityAdaptor() if adaptor is None else adaptor,
         highres_out=HighresOut(unet, highres_up, text, num_skips),
     )
-    own = set(unet.modules())
+    own = {id(module) for module in unet.modules()}
     for module in divided.modules():
-        if module not in own:
+        if id(module) not in own:
             module.training = unet.training
     return divided
 
@@ -279,8 +299,7 @@ def check_size(height: int, width: int, factor: int) -> None:
     """
     if height % factor or width % factor:
         raise UnsupportedError(
-            f"a sample of {height}x{width} cannot be cut: the levels divide by {factor}; "
-            f"expected multiples of {factor}"
+            f"a sample of {height}x{width} cannot be cut: the levels divide by {factor}; expected multiples of {factor}"
         )
 
 

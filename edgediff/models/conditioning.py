@@ -7,12 +7,13 @@ beside it, in the text encoder's configuration and in ``classes.json``.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from edgediff.errors import ModelError, UnsupportedError
 
+Kind = Literal["none", "class", "text"]
 CLIP_TOKENS = 77
 SDXL_TIME_IDS = 6
 
@@ -42,7 +43,7 @@ class Conditioning:
         null_label: Index of the class that stands for 'no class' in guidance, or None.
     """
 
-    kind: str
+    kind: Kind
     tensors: dict[str, TensorSpec]
     labels: tuple[str, ...] = ()
     null_label: int | None = None
@@ -80,7 +81,7 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
         tensors["class_labels"] = TensorSpec((), torch.int64)
         labels = _labels(path / "classes.json", count)
         null_label = len(labels) if len(labels) == count - 1 else None
-    kind = "text" if "encoder_hidden_states" in tensors else "class" if labels else "none"
+    kind: Kind = "text" if "encoder_hidden_states" in tensors else "class" if labels else "none"
     if kind == "none" and "class_labels" in tensors:
         raise UnsupportedError(
             f"the UNet's classes are vectors (class_embed_type {config['class_embed_type']!r}) without text; "

@@ -4,7 +4,11 @@ diffusers spreads this over both UNet classes' ``forward``. Here it is one modul
 conditioning are computed in ``highres_in`` alone and the other graphs only receive the result.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from edgediff.errors import UnsupportedError
@@ -24,7 +28,7 @@ class StepEmbedding(nn.Module):
         projects_text: Whether the UNet projects ``encoder_hidden_states`` before its attention layers see them.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: UNet2DModel | UNet2DConditionModel) -> None:
         """Takes the embedding layers of a UNet.
 
         Args:
@@ -48,11 +52,11 @@ class StepEmbedding(nn.Module):
         self.concat_class = bool(config.get("class_embeddings_concat", False))
         self.time_proj = unet.time_proj
         self.time_embedding = unet.time_embedding
-        self.class_embedding = unet.class_embedding
-        self.add_embedding = unet.add_embedding if self.added_kind else None
-        self.add_time_proj = unet.add_time_proj if self.added_kind == "text_time" else None
-        self.encoder_hid_proj = unet.encoder_hid_proj if text_kind else None
-        self.time_embed_act = getattr(unet, "time_embed_act", None)
+        self.class_embedding: Any = unet.class_embedding
+        self.add_embedding: Any = unet.add_embedding if self.added_kind else None
+        self.add_time_proj: Any = unet.add_time_proj if self.added_kind == "text_time" else None
+        self.encoder_hid_proj: Any = unet.encoder_hid_proj if text_kind else None
+        self.time_embed_act: Any = getattr(unet, "time_embed_act", None)
         self.projects_text = self.encoder_hid_proj is not None
         names = ["timestep"]
         if self.class_embedding is not None:
@@ -87,7 +91,7 @@ class StepEmbedding(nn.Module):
         """
         t = timestep.expand(sample.shape[0])
         t_emb = self.time_proj(t.to(torch.int64) if self.learned_time else t)
-        emb = self.time_embedding(t_emb.to(sample.dtype))
+        emb: torch.Tensor = self.time_embedding(t_emb.to(sample.dtype))
         if self.class_embedding is not None:
             if self.class_kind == "timestep":
                 class_labels = self.time_proj(class_labels).to(sample.dtype)
@@ -101,7 +105,9 @@ class StepEmbedding(nn.Module):
             time_embeds = self.add_time_proj(time_ids.flatten()).reshape((text_embeds.shape[0], -1))
             added = torch.concat([text_embeds, time_embeds], dim=-1).to(emb.dtype)
             emb = emb + self.add_embedding(added)
-        return emb if self.time_embed_act is None else self.time_embed_act(emb)
+        if self.time_embed_act is not None:
+            emb = self.time_embed_act(emb)
+        return emb
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """Projects the text as the attention layers want it.
@@ -112,11 +118,13 @@ class StepEmbedding(nn.Module):
         Returns:
             [B, S, D'], the input itself where the UNet does not project it.
         """
-        return self.encoder_hid_proj(encoder_hidden_states) if self.projects_text else encoder_hidden_states
+        if self.projects_text:
+            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
+        return encoder_hidden_states
 
 
-def _one_of(config: dict, key: str, choices: tuple[str | None, ...]) -> str | None:
-    value = config.get(key)
+def _one_of(config: Mapping[str, Any], key: str, choices: tuple[str | None, ...]) -> str | None:
+    value: str | None = config.get(key)
     if value not in choices:
         supported = ", ".join(str(choice) for choice in choices)
         raise UnsupportedError(f"the UNet's {key} is {value!r}; supported: {supported}")

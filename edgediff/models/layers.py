@@ -7,8 +7,10 @@ same order, with the same modules: the results are equal bit for bit.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -43,7 +45,7 @@ class Layer(nn.Module):
     def __init__(self, resnet: nn.Module, attention: nn.Module | None, kind: str | None, way: str) -> None:
         super().__init__()
         self.resnet = resnet
-        self.attention = attention
+        self.attention: Any = attention
         self.kind = kind if attention is not None else None
         self.pushes = int(way == "down")
         self.pops = int(way == "up")
@@ -126,10 +128,16 @@ class Mid(nn.Module):
         Returns:
             [B, C, H, W].
         """
-        return self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
+        x = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
+        return x
 
 
-def flatten(unet: nn.Module) -> tuple[list[list[nn.Module]], Mid | None, list[list[nn.Module]]]:
+AnyLayer = Layer | Resample | Mid
+
+
+def flatten(
+    unet: UNet2DModel | UNet2DConditionModel,
+) -> tuple[list[list[AnyLayer]], Mid | None, list[list[AnyLayer]]]:
     """Flattens a UNet's blocks into lists of layers.
 
     Args:
@@ -152,12 +160,10 @@ def flatten(unet: nn.Module) -> tuple[list[list[nn.Module]], Mid | None, list[li
     return down, None if mid is None else Mid(mid), up
 
 
-def _layers(block: nn.Module, way: str) -> Iterator[nn.Module]:
+def _layers(block: Any, way: str) -> Iterator[AnyLayer]:
     name = type(block).__name__
     if name not in ATTENTION_OF_BLOCK:
-        raise UnsupportedError(
-            f"cannot cut a UNet with a {name}; supported blocks: {', '.join(ATTENTION_OF_BLOCK)}"
-        )
+        raise UnsupportedError(f"cannot cut a UNet with a {name}; supported blocks: {', '.join(ATTENTION_OF_BLOCK)}")
     if any(getattr(block, scale, None) for scale in ("s1", "s2", "b1", "b2")):
         raise UnsupportedError("FreeU is switched on, which cannot be cut; call unet.disable_freeu() first")
     kind = ATTENTION_OF_BLOCK[name]

@@ -8,13 +8,12 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
@@ -42,10 +41,10 @@ class Model:
     """
 
     name: str
-    unet: nn.Module
+    unet: UNet2DModel | UNet2DConditionModel
     scheduler: dict[str, Any]
     conditioning: Conditioning
-    space: str
+    space: Literal["pixel", "latent"]
     card: Card
     sha256: str
     path: Path
@@ -175,7 +174,7 @@ def _weight_files(path: Path) -> list[Path]:
     return []
 
 
-def _fill(unet: nn.Module, files: list[Path], path: Path) -> None:
+def _fill(unet: UNet2DModel | UNet2DConditionModel, files: list[Path], path: Path) -> None:
     """Puts the tensors of the files in the place of the meta parameters, as float32."""
     state: dict[str, torch.Tensor] = {}
     for file in files:

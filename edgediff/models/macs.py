@@ -57,23 +57,6 @@ class Tally:
     parts: dict[str, Count]
     cache_elements: int
 
-    def tflops(self, mask: tuple[bool, ...], batch: int, attention: bool = False) -> float:
-        """Adds a schedule up.
-
-        Args:
-            mask: One entry for each step, True = full.
-            batch: UNet rows in each step.
-            attention: Whether the attention matmuls count.
-
-        Returns:
-            TFLOPs of all steps.
-        """
-        gflops = 0.0
-        for full in mask:
-            part = self.parts["full" if full else "cached"]
-            gflops += part.gflops + (part.gflops_attention if attention else 0.0)
-        return batch * gflops / 1e3
-
 
 def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Tally:
     """Counts the parts of a split UNet for one sample.

@@ -117,8 +117,7 @@ def _refuse_unimplemented(settings: Mapping[str, Any], name: str) -> None:
     # ddim and euler do not know the setting, but the UNet's output has twice the channels all the same.
     if settings.get("variance_type") in _LEARNED_VARIANCE:
         raise UnsupportedError(
-            f"{name}: scheduler variance_type {settings['variance_type']!r}: expected a UNet that predicts "
-            "no variance"
+            f"{name}: scheduler variance_type {settings['variance_type']!r}: expected a UNet that predicts no variance"
         )
     for key, supported in _parameters(name).items():
         if key not in settings or key in SchedulerConfig.__struct_fields__ or key in _WITHOUT_EFFECT:

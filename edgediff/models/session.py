@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from edgediff_runtime.manifest import Graph
 
 from edgediff.models.clockwork import SplitUNet
+from edgediff_runtime.manifest import Graph
 
 
 class TorchSession:

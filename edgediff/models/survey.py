@@ -1,13 +1,12 @@
 """The survey of a model that is not yet a bundle."""
 
-from edgediff_runtime import clock_mask
-from edgediff_runtime.manifest import Cost
-
 from edgediff.config import Cut
 from edgediff.models.clockwork import split
 from edgediff.models.load import load_model
 from edgediff.models.macs import tally
 from edgediff.survey import Survey, check_batch
+from edgediff_runtime import clock_mask
+from edgediff_runtime.manifest import Cost
 
 
 def survey_model(

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
-from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS
-from edgediff_runtime.errors import BundleError
-from edgediff_runtime.sessions import Session, open_session
 
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, Reference, load_reference, reference_request
 from edgediff.verify.source import torch_latents
+from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
+from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.sessions import Session, open_session
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,10 @@ def _trajectory_rows(
     say(f"{backend}: clock 1")
     always = pipe(**request, clock=1).latents
     note = f"clock {manifest.operating_point.clock} against clock 1"
-    return [*rows, _row("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note)]
+    return [
+        *rows,
+        _row("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note),
+    ]
 
 
 def _given(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -215,7 +218,12 @@ def _given(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _row(
-    check: Any, part: str, backend: str, numbers: Iterable[tuple[float, str]], floor: float | None, note: str = ""
+    check: Any,
+    part: str,
+    backend: str,
+    numbers: Iterable[tuple[float, str]],
+    floor: float | None,
+    note: str = "",
 ) -> Row:
     number, output = min(numbers)
     finite = math.isfinite(number)

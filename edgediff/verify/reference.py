@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgediff_runtime import EdgePipeline, Manifest
-from edgediff_runtime.errors import BundleError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
+from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime.errors import BundleError
 
 REFERENCE = "evidence/reference.safetensors"
 CACHE = "lowres_feature"

@@ -6,17 +6,15 @@ Only this module of verification needs torch, and does without it where it is no
 from typing import Any
 
 import numpy as np
-from edgediff_runtime import EdgePipeline, Manifest
 
 from edgediff.config import Cut
 from edgediff.errors import EdgediffError, ModelError
+from edgediff_runtime import EdgePipeline, Manifest
 
 FROM_EVIDENCE = "against the evidence's latents"
 
 
-def torch_latents(
-    manifest: Manifest, request: dict[str, Any], model: object
-) -> tuple[np.ndarray | None, str]:
+def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) -> tuple[np.ndarray | None, str]:
     """Runs the bundle's trajectory in torch from its source.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from edgediff_runtime.errors import RequestError
 
-ClockSpec = int | str | Sequence[int]
+ClockSpec = int | str | list[int] | tuple[int, ...]
 
 
 def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
@@ -37,7 +37,7 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
         raise RequestError(f"steps is {num_inference_steps}; expected a whole number above 0")
     if isinstance(clock, str):
         clock = _parse(clock)
-    if isinstance(clock, bool) or not isinstance(clock, int | Sequence):
+    if isinstance(clock, bool) or not isinstance(clock, int | list | tuple):
         raise RequestError(f"clock is {clock!r}; expected a period such as 2 or a mask such as 1,0,1,0")
     if isinstance(clock, int):
         if clock < 1:

@@ -162,9 +162,7 @@ class _Chunk:
     tensors: dict[str, Any]
 
 
-def _regroup(
-    request: Request, session: Session, old: list[_Chunk], guided: bool, keep_cache: bool
-) -> list[_Chunk]:
+def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool, keep_cache: bool) -> list[_Chunk]:
     """Lays the rows out anew: [unconditional x N, conditional x N] if guided, the conditional ones alone if not.
 
     A graph of a fixed batch gets the rows of an image together, padded with the last row where they do not come out

@@ -21,7 +21,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What all parts of the manifest share: immutable and strict."""
 
 
-class Tensor(Struct):
+class Tensor(Struct, frozen=True):
     """A tensor that goes into or comes out of a graph.
 
     Attributes:
@@ -35,7 +35,7 @@ class Tensor(Struct):
     shape: tuple[int | Literal["batch"], ...]
 
 
-class Graph(Struct):
+class Graph(Struct, frozen=True):
     """One graph and when it runs.
 
     Attributes:
@@ -55,7 +55,7 @@ class Graph(Struct):
     external_data: str | None = None
 
 
-class Target(Struct):
+class Target(Struct, frozen=True):
     """The graphs for one kind of backend.
 
     Attributes:
@@ -79,7 +79,7 @@ class Target(Struct):
     graphs: tuple[Graph, ...]
 
 
-class Source(Struct):
+class Source(Struct, frozen=True):
     """Where the model came from.
 
     Attributes:
@@ -95,14 +95,14 @@ class Source(Struct):
     random_weights: int | None = None
 
 
-class Cut(Struct):
+class Cut(Struct, frozen=True):
     """Where the UNet is divided: `level` high-resolution levels stay outside, `point` says where lowres ends."""
 
     level: int
     point: str
 
 
-class Sample(Struct):
+class Sample(Struct, frozen=True):
     """What the UNet denoises.
 
     Attributes:
@@ -118,7 +118,7 @@ class Sample(Struct):
     space: Literal["pixel", "latent"]
 
 
-class Conditioning(Struct):
+class Conditioning(Struct, frozen=True):
     """What the UNet is conditioned on.
 
     Attributes:
@@ -136,7 +136,7 @@ class Conditioning(Struct):
     sha256: str | None = None
 
 
-class OperatingPoint(Struct):
+class OperatingPoint(Struct, frozen=True):
     """What the bundle was made and verified for; the defaults of a generation.
 
     Attributes:
@@ -156,7 +156,7 @@ class OperatingPoint(Struct):
     num_images: int
 
 
-class Cost(Struct):
+class Cost(Struct, frozen=True):
     """What a part costs for one sample, counted.
 
     Attributes:
@@ -170,7 +170,7 @@ class Cost(Struct):
     macs_attention: int
 
 
-class Floors(Struct):
+class Floors(Struct, frozen=True):
     """PSNR in dB that verification asks for; None is not judged."""
 
     graph: float
@@ -179,14 +179,14 @@ class Floors(Struct):
     caching: float | None
 
 
-class File(Struct):
+class File(Struct, frozen=True):
     """Size in bytes and hash of a file in the bundle."""
 
     size: int
     sha256: str
 
 
-class Manifest(Struct):
+class Manifest(Struct, frozen=True):
     """Everything that a runtime needs to know about a bundle.
 
     Attributes:
@@ -297,4 +297,8 @@ def manifest_schema() -> dict[str, Any]:
         The schema as plain data; runtime/manifest.schema.json holds it.
     """
     schema = msgspec.json.schema(Manifest)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "edgediff bundle manifest", **schema}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "edgediff bundle manifest",
+        **schema,
+    }

@@ -223,9 +223,7 @@ def _classes(
     return cond, {"class_labels": np.full(len(names), known.null_label, dtype=np.int64)}, len(names)
 
 
-def _rows(
-    needed: Mapping[str, Tensor], given: Mapping[str, Array | None], count: int, which: str
-) -> dict[str, Array]:
+def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array | None], count: int, which: str) -> dict[str, Array]:
     """Checks arrays against the graphs' inputs and repeats single rows for every image."""
     unknown = sorted(set(given) - set(needed))
     if unknown:

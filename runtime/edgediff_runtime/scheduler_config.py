@@ -167,10 +167,5 @@ def _integer(field: str, given: Any, at_least: int) -> None:
 
 
 def _number(field: str, given: Any, expected: str, holds: Callable[[float], bool]) -> None:
-    if (
-        isinstance(given, bool)
-        or not isinstance(given, (int, float))
-        or not math.isfinite(given)
-        or not holds(given)
-    ):
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given) or not holds(given):
         raise RequestError(f"scheduler {field} {given!r}: expected {expected}")

@@ -130,9 +130,7 @@ class DDIMScheduler(Scheduler):
         if self.needs_noise:
             if noise is None or noise.shape != x_t.shape:
                 given = "none" if noise is None else f"shape {list(noise.shape)}"
-                raise RequestError(
-                    f"fresh noise, {given}: ddim with eta above 0 expected shape {list(x_t.shape)}"
-                )
+                raise RequestError(f"fresh noise, {given}: ddim with eta above 0 expected shape {list(x_t.shape)}")
             x_prev += noise * of_noise
         return x_prev, None
 

@@ -7,7 +7,6 @@ the cache and the skip connections go from graph to graph without a copy through
 import os
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle

@@ -1,0 +1,60 @@
+"""``python -m edgediff_runtime BUNDLE -o out.png``: images where only the light install is present."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from edgediff_runtime import EdgePipeline, EdgeRuntimeError
+from edgediff_runtime.image import grid, write_png
+
+
+def main() -> int:
+    """Generates a grid of images from a bundle.
+
+    Returns:
+        0, or 2 with one line on standard error where something asked for does not fit.
+    """
+    parser = argparse.ArgumentParser(prog="edgediff_runtime", description="Generate images from an edgediff bundle.")
+    parser.add_argument("bundle", help="the bundle's directory")
+    parser.add_argument("-o", "--output", default="out.png", help="the PNG (default: out.png)")
+    parser.add_argument("--label", help="class of all images; left out, one class after the other")
+    parser.add_argument("--num-images", type=int, default=16)
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
+    parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the ledger as JSON")
+    args = parser.parse_args()
+    try:
+        pipe = EdgePipeline.from_pretrained(args.bundle)
+        result = pipe(
+            label=args.label,
+            num_images=args.num_images,
+            num_inference_steps=args.steps,
+            clock=args.clock,
+            guidance_scale=args.guidance_scale,
+            seed=args.seed,
+        )
+        write_png(Path(args.output), grid(result.images))
+    except EdgeRuntimeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e.strerror or e}: {e.filename}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        ledger = [{"step": step.index, "full": step.full, "ms": step.ms} for step in result.ledger]
+        print(json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1))
+    else:
+        total = sum(sum(step.ms.values()) for step in result.ledger)
+        mask = "".join("F" if step.full else "c" for step in result.ledger)
+        print(f"{args.num_images} images in {total:.0f} ms (steps {mask}; F full, c cached): {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

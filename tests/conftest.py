@@ -1,0 +1,62 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from unets import unet2d, unet2d_condition
+
+import edgediff
+
+torch.set_num_threads(2)
+
+DDPM = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "leading",
+    "clip_sample": True,
+}
+LABELS = ["Apple", "Banana", "Kiwi", "Orange"]
+
+
+def save_model(unet: torch.nn.Module, folder: Path, scheduler: dict | None = None) -> Path:
+    """Saves a UNet as a diffusers pipeline directory does."""
+    unet.save_pretrained(folder / "unet")
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DDPM if scheduler is None else scheduler))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional model of 4 labels and a null class, 16x16 RGB, on disk."""
+    folder = save_model(unet2d(num_class_embeds=5), tmp_path_factory.mktemp("models") / "tiny-class")
+    (folder / "classes.json").write_text(json.dumps(LABELS))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-conditional latent model, 4x16x16, text of 7 x 12, on disk."""
+    sd = DDPM | {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}
+    folder = save_model(unet2d_condition(), tmp_path_factory.mktemp("models") / "tiny-text", sd)
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_position_embeddings": 7}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The class model exported for 4 steps at clock 2; tests copy it before they change it."""
+    path = tmp_path_factory.mktemp("bundles") / "class"
+    edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_bundle(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text model exported for 4 steps at clock 2."""
+    path = tmp_path_factory.mktemp("bundles") / "text"
+    edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4))
+    return path

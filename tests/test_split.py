@@ -1,0 +1,155 @@
+import copy
+
+import pytest
+import torch
+from unets import CASES, unet2d, unet2d_condition
+
+from edgediff import Cut, split
+from edgediff.errors import UnsupportedError
+
+POINTS = ("before_upsample", "after_upsample")
+
+
+def _levels(unet: torch.nn.Module) -> range:
+    return range(1, len(unet.down_blocks))
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_composed_equals_the_undivided_unet_bit_for_bit(name: str) -> None:
+    unet = CASES[name].build()
+    before = copy.deepcopy(unet.state_dict())
+    sample = torch.randn(2, unet.config.in_channels, 16, 16)
+    cond = CASES[name].cond(2)
+    want = unet(sample, torch.tensor([371.0]), **cond).sample
+    for level in _levels(unet):
+        for point in POINTS:
+            divided = split(unet, Cut(level, point))
+            full, cache = divided.full(sample, torch.tensor([371.0]), **cond)
+            cached, kept = divided.cached(sample, torch.tensor([371.0]), cache, **cond)
+            assert torch.equal(full, want), (level, point)
+            assert torch.equal(cached, want), (level, point)
+            assert torch.equal(kept, cache)
+    after = unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(unet(sample, torch.tensor([371.0]), **cond).sample, want)
+
+
+@pytest.mark.parametrize("timestep", [371, 371.25, torch.tensor(371), torch.tensor([371.0]), torch.tensor([371, 12])])
+@torch.no_grad()
+def test_timestep_forms(timestep: float | torch.Tensor) -> None:
+    unet = unet2d_condition()
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 12)
+    want = unet(sample, timestep, encoder_hidden_states=text).sample
+    assert torch.equal(split(unet).full(sample, timestep, encoder_hidden_states=text)[0], want)
+
+
+@torch.no_grad()
+def test_fractional_times_are_not_truncated() -> None:
+    # UNet2DModel makes an integer of a Python number; a tensor keeps its fraction, and so does the split.
+    unet = unet2d()
+    sample = torch.randn(1, 3, 16, 16)
+    want = unet(sample, torch.tensor([371.75])).sample
+    assert torch.equal(split(unet).full(sample, 371.75)[0], want)
+
+
+def test_weights_are_shared_and_nothing_is_added() -> None:
+    unet = unet2d(num_class_embeds=5)
+    names = dict(unet.named_modules()).keys()
+    divided = split(unet)
+    assert {id(p) for p in divided.parameters()} == {id(p) for p in unet.parameters()}
+    assert dict(unet.named_modules()).keys() == names
+    assert sum(p.numel() for p in divided.adaptor.parameters()) == 0
+
+
+def test_mode_follows_the_unet() -> None:
+    unet = unet2d()
+    assert not any(module.training for module in split(unet).modules())
+    unet.train()
+    assert all(module.training for module in split(unet).modules())
+
+
+@torch.no_grad()
+def test_the_cache_is_what_before_upsample_makes_small() -> None:
+    unet, sample = unet2d(), torch.randn(1, 3, 16, 16)
+    small = split(unet, Cut(1, "before_upsample")).full(sample, 5)[1]
+    large = split(unet, Cut(1, "after_upsample")).full(sample, 5)[1]
+    assert small.shape == (1, 16, 8, 8)
+    assert large.shape == (1, 16, 16, 16)
+
+
+@torch.no_grad()
+def test_a_stale_cache_changes_the_output_and_nothing_is_kept() -> None:
+    unet, sample = unet2d(), torch.randn(1, 3, 16, 16)
+    divided = split(unet)
+    _, cache = divided.full(sample, 900)
+    fresh = divided.full(sample, 100)[0]
+    stale = divided.cached(sample, 100, cache)[0]
+    assert not torch.equal(fresh, stale)
+    assert torch.equal(divided.full(sample, 100)[0], fresh)
+
+
+@pytest.mark.parametrize("level", [0, 3, 4, -1])
+def test_levels_that_are_not_there(level: int) -> None:
+    with pytest.raises(UnsupportedError, match=r"3 levels, choices: 1, 2"):
+        split(unet2d(), Cut(level))
+
+
+def test_unknown_point() -> None:
+    with pytest.raises(UnsupportedError, match="before_upsample, after_upsample"):
+        split(unet2d(), Cut(1, "in_the_middle"))
+
+
+def test_sizes_that_the_levels_do_not_divide() -> None:
+    with pytest.raises(UnsupportedError, match="18x16.*multiples of 4"):
+        split(unet2d()).full(torch.randn(1, 3, 18, 16), 1)
+
+
+def test_missing_and_foreign_conditioning() -> None:
+    divided = split(unet2d(num_class_embeds=5))
+    with pytest.raises(UnsupportedError, match="takes sample, timestep, class_labels"):
+        divided.full(torch.randn(1, 3, 16, 16), 1)
+    with pytest.raises(UnsupportedError, match="encoder_hidden_states"):
+        divided.full(torch.randn(1, 3, 16, 16), 1, class_labels=torch.zeros(1, dtype=torch.long),
+                     encoder_hidden_states=torch.zeros(1, 5, 12))  # fmt: skip
+
+
+def test_skip_blocks_are_refused_by_name() -> None:
+    unet = unet2d(
+        down_block_types=("SkipDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "SkipUpBlock2D"),
+        block_out_channels=(32, 32, 32),
+    )
+    with pytest.raises(UnsupportedError, match="SkipDownBlock2D; supported blocks: DownBlock2D"):
+        split(unet)
+
+
+def test_freeu_is_refused() -> None:
+    unet = unet2d_condition()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(UnsupportedError, match="FreeU"):
+        split(unet)
+    unet.disable_freeu()
+    split(unet)
+
+
+def test_gligen_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="GLIGEN"):
+        split(unet2d_condition(attention_type="gated"))
+
+
+def test_guidance_embeddings_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="time_cond_proj_dim"):
+        split(unet2d_condition(time_cond_proj_dim=8))
+
+
+def test_image_conditioning_is_refused() -> None:
+    unet = unet2d_condition(encoder_hid_dim=6, encoder_hid_dim_type="image_proj")
+    with pytest.raises(UnsupportedError, match="encoder_hid_dim_type is 'image_proj'; supported: None, text_proj"):
+        split(unet)
+
+
+def test_other_modules_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot cut a Linear"):
+        split(torch.nn.Linear(1, 1))
