@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -41,18 +40,25 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 
 
+# Typer carries click within itself since 0.26 and takes the installed one before: the base of what it raises is asked.
+UsageFault: Any = typer.BadParameter.__mro__[2]
+INTERRUPTED = 130
+
+
 def main() -> None:
     """Runs the command line; what the user can put right is one line on standard error."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # newer Typer returns the code where older ones raise Abort
+            raise KeyboardInterrupt
     except VerificationError as e:
         code = _say_error(e, 1)
     except (EdgediffError, EdgeRuntimeError) as e:
         code = _say_error(e, 2)
-    except click.ClickException as e:
+    except UsageFault as e:
         code = _say_error(e.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
-        code = _say_error("interrupted; what was there is as it was", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _say_error("interrupted; what was there is as it was", INTERRUPTED)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         code = _say_error(f"{e.strerror or e}{where}", 2)

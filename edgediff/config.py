@@ -8,7 +8,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -182,8 +182,11 @@ def config_from(data: object) -> ExportConfig:
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a mapping of settings, got {type(data).__name__}")
     _refuse_unknown(data, ExportConfig, "")
-    if isinstance(data.get("clock"), list):
-        data = {**data, "clock": ",".join(str(int(bit)) for bit in data["clock"])}
+    clock = data.get("clock")
+    if isinstance(clock, list):
+        if not clock or any(not isinstance(bit, int) or bit not in (0, 1) for bit in clock):
+            raise ConfigError(f"'clock' is {clock}; expected a period such as 2 or a mask such as [1, 0, 1, 0]")
+        data = {**data, "clock": ",".join(str(int(bit)) for bit in clock)}
     try:
         config = msgspec.convert(data, ExportConfig)
     except msgspec.ValidationError as e:
@@ -209,8 +212,20 @@ def _one_line(e: msgspec.ValidationError) -> str:
     message = str(e)
     if " - at `$." in message:
         text, _, where = message.partition(" - at `$.")
-        return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}"
+        choices = _choices(where.rstrip("`")) if text.startswith("Invalid enum value") else ()
+        expected = f"; expected one of: {', '.join(choices)}" if choices else ""
+        return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}{expected}"
     return message
+
+
+def _choices(where: str) -> tuple[str, ...]:
+    """The values that a field such as ``onnx.dtype`` or ``targets[0]`` takes, where they are counted."""
+    kind: Any = ExportConfig
+    for name in where.partition("[")[0].split("."):
+        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return get_args(kind)
 
 
 def check_config(config: ExportConfig) -> ExportConfig:
@@ -220,15 +235,17 @@ def check_config(config: ExportConfig) -> ExportConfig:
         config: Any configuration, also one built by hand.
 
     Returns:
-        The same configuration.
+        The same configuration, of the declared types throughout.
 
     Raises:
         ConfigError: With the field, its value and what was expected.
     """
     try:
-        msgspec.convert(msgspec.to_builtins(config), ExportConfig)
+        config = msgspec.convert(msgspec.to_builtins(config), ExportConfig)
     except msgspec.ValidationError as e:
         raise ConfigError(_one_line(e)) from e
+    except TypeError as e:
+        raise ConfigError(f"a setting is of a type that no recipe can hold: {e}") from e
     if not config.targets:
         raise ConfigError("'targets' is empty; expected at least one of: onnx")
     if len(set(config.targets)) != len(config.targets):

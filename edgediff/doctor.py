@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -153,7 +154,10 @@ def _installed(name: str) -> str | None:
 def _numbers(text: str) -> tuple[int, ...]:
     numbers = []
     for piece in text.split("+")[0].split("."):
-        if not piece.isdigit():
+        digits = re.match(r"[0-9]*", piece)
+        if not digits or not digits[0]:
             break
-        numbers.append(int(piece))
+        numbers.append(int(digits[0]))
+        if digits[0] != piece:  # 19rc1 counts as 19, and nothing after it
+            break
     return tuple(numbers)

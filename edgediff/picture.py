@@ -1,5 +1,6 @@
 """What `edgediff run` writes: a grid of images, or the latents."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,13 @@ def write_output(result: Result, path: Path, scale: int) -> None:
     Raises:
         RequestError: The bundle has no images to show.
     """
-    if path.suffix == ".npy":
-        np.save(path, result.latents)
-    else:
-        write_png(path, grid(result.images), scale)
+    # Beside its place and then renamed: a full disk or an interrupt leaves what was there.
+    scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
+    try:
+        if path.suffix == ".npy":
+            np.save(scratch, result.latents)
+        else:
+            write_png(scratch, grid(result.images), scale)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

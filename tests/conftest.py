@@ -9,6 +9,20 @@ import edgediff
 
 torch.set_num_threads(2)
 
+# Two levels of one layer: exporting is what takes time in these tests, and it grows with the number of layers.
+SMALL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+}
+SMALL_CLASS = SMALL | {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "num_class_embeds": 5,
+}
+SMALL_TEXT = SMALL | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 DDPM = {
     "_class_name": "DDPMScheduler",
     "beta_schedule": "squaredcos_cap_v2",
@@ -31,7 +45,7 @@ def save_model(unet: torch.nn.Module, folder: Path, scheduler: dict | None = Non
 @pytest.fixture(scope="session")
 def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional model of 4 labels and a null class, 16x16 RGB, on disk."""
-    folder = save_model(unet2d(num_class_embeds=5), tmp_path_factory.mktemp("models") / "tiny-class")
+    folder = save_model(unet2d(**SMALL_CLASS), tmp_path_factory.mktemp("models") / "tiny-class")
     (folder / "classes.json").write_text(json.dumps(LABELS))
     return folder
 
@@ -40,7 +54,7 @@ def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-conditional latent model, 4x16x16, text of 7 x 12, on disk."""
     sd = DDPM | {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}
-    folder = save_model(unet2d_condition(), tmp_path_factory.mktemp("models") / "tiny-text", sd)
+    folder = save_model(unet2d_condition(**SMALL_TEXT), tmp_path_factory.mktemp("models") / "tiny-text", sd)
     (folder / "text_encoder").mkdir()
     (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_position_embeddings": 7}))
     return folder

@@ -102,7 +102,7 @@ def test_unknown_point() -> None:
 
 
 def test_sizes_that_the_levels_do_not_divide() -> None:
-    with pytest.raises(UnsupportedError, match="18x16.*multiples of 4"):
+    with pytest.raises(UnsupportedError, match=r"18x16.*multiples of 4"):
         split(unet2d()).full(torch.randn(1, 3, 18, 16), 1)
 
 

@@ -103,12 +103,11 @@ CASES: dict[str, Case] = {
         ),
         _text(12, added_cond_kwargs=_sdxl),
     ),
-    "bk-sdm-like-no-mid": Case(
-        lambda: unet2d_condition(mid_block_type=None, layers_per_block=1), _text(12)
-    ),
+    "bk-sdm-like-no-mid": Case(lambda: unet2d_condition(mid_block_type=None, layers_per_block=1), _text(12)),
     "uneven-layers": Case(lambda: unet2d_condition(layers_per_block=(1, 2, 3)), _text(12)),
     "text-and-class": Case(
-        lambda: unet2d_condition(num_class_embeds=7, class_embeddings_concat=False), _text(12, class_labels=torch.arange)
+        lambda: unet2d_condition(num_class_embeds=7, class_embeddings_concat=False),
+        _text(12, class_labels=torch.arange),
     ),
     "unclip-like": Case(
         lambda: unet2d_condition(

@@ -63,8 +63,9 @@ def write_onnx(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path:
     """
     names = [tensor.name for tensor in graph.inputs]
     args = tuple(_at_least_two(torch.from_numpy(inputs[name]), graph, name) for name in names)
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    dynamic = tuple({0: batch} if tensor.shape[:1] == ("batch",) else None for tensor in graph.inputs)
+    # A name lets the exporter find the range itself: diffusers' upsamplers look at the batch (copies from 64 rows on),
+    # which a fixed range would contradict, and every contradiction costs another attempt of export.
+    dynamic = tuple({0: "batch"} if tensor.shape[:1] == ("batch",) else None for tensor in graph.inputs)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
         traced = Path(scratch) / "traced.onnx"
         try:
@@ -81,6 +82,8 @@ def write_onnx(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path:
                 )
                 assert program is not None  # None is what the old exporter returns
                 program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
+        except OSError:  # a full disk is no fault of the model
+            raise
         except Exception as e:  # the exporter's errors share no base class
             raise UnsupportedError(f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}") from e
         del program

@@ -14,7 +14,6 @@ from edgediff.errors import UnsupportedError
 
 log = logging.getLogger(__name__)
 
-PROTOBUF_LIMIT = 2 * 2**30
 # onnxsim needs small constants (shapes, axes) to fold with; what is larger than this is a weight.
 SKELETON_BYTES = 4096
 
@@ -61,7 +60,9 @@ def strip_metadata(model: ModelProto) -> ModelProto:
 
 
 def simplify(model: ModelProto) -> ModelProto:
-    """Runs onnxsim; a model above protobuf's limit is simplified without its weights.
+    """Runs onnxsim; a model whose weights lie outside is simplified without them.
+
+    Those are the models that would not fit into one protobuf, nor twice into memory.
 
     Args:
         model: The model, weights inside or as references to external data.
@@ -74,8 +75,8 @@ def simplify(model: ModelProto) -> ModelProto:
     """
     import onnxsim
 
-    large = weight_bytes(model) >= PROTOBUF_LIMIT
-    weights = _take_weights(model) if large else {}
+    outside = any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    weights = _take_weights(model) if outside else {}
     try:
         simplified: ModelProto = onnxsim.simplify(model)[0]
     except Exception as e:  # its errors share no base class

@@ -126,7 +126,8 @@ def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_
     channels, height, width = model.sample_shape
     floors = config.verify
     graphs = graph_list(divided, model)
-    recipe = msgspec.to_builtins(msgspec.structs.replace(config, model=None))
+    # As the manifest's JSON gives it back, so that the two can be compared.
+    recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -191,6 +192,7 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
     except BundleError as e:
         if force:
             return False
+        check_place(path, force=True)
         raise TargetError(f"{path} holds a bundle that is not valid ({e}); pass --force to replace it") from e
     there = bundle.manifest
     same = all(

@@ -6,13 +6,14 @@ the process that made it still lives.
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgediff.errors import TargetError
-from edgediff_runtime.bundle import MANIFEST
+from edgediff_runtime.bundle import MANIFEST, SUMS
 
 
 def check_place(target: Path, force: bool) -> None:
@@ -29,7 +30,7 @@ def check_place(target: Path, force: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target} exists and is no directory; choose another output")
     if target.is_dir() and any(target.iterdir()):
-        if not (target / MANIFEST).is_file():
+        if not _looks_like_a_bundle(target):
             raise TargetError(f"{target} is a folder with other things in it, never replaced; choose another output")
         if not force:
             raise TargetError(f"{target} holds another bundle; pass --force to replace it, or choose another output")
@@ -38,6 +39,12 @@ def check_place(target: Path, force: bool) -> None:
             if not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise TargetError(f"cannot write {target}: {parent} is not a folder that can be written")
             return
+
+
+def _looks_like_a_bundle(folder: Path) -> bool:
+    """Whether export wrote it, damaged or not: a web page's folder has a manifest.json too."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and ((folder / SUMS).is_file() or b'"format_version"' in manifest.read_bytes())
 
 
 @contextlib.contextmanager
@@ -78,7 +85,7 @@ def _swap(scratch: Path, target: Path) -> None:
         os.rename(target, old)
         try:
             os.rename(scratch, target)
-        except OSError:
+        except BaseException:  # an interrupt too
             os.rename(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
@@ -92,7 +99,7 @@ def _prefix(target: Path) -> str:
 
 def _clear_stale(target: Path) -> None:
     """Removes what a killed export left; a bundle it had moved aside is put back."""
-    for left in sorted(target.parent.glob(f"{_prefix(target)}*")):
+    for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):
         pid = left.name.removeprefix(_prefix(target)).removesuffix(".old")
         if not pid.isdigit() or _alive(int(pid)):
             continue

@@ -40,7 +40,8 @@ def read_card(path: Path) -> Card:
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     files = [path / name for name in LICENSE_FILES if (path / name).is_file()]
     license_text = files[0].read_text(encoding="utf-8", errors="replace") if files else None
-    stated = re.search(r"\A---\s*\n(?:.*\n)*?license:\s*[\"']?([^\s\"']+)(?:.*\n)*?---", text)
+    front = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+    stated = re.search(r"^license:[ \t]*[\"']?(\w[^\s\"']*)", front.group(1) if front else "", re.MULTILINE)
     if stated:
         return Card(stated.group(1), license_text, text)
     recognised = [name for words, name in KNOWN_TEXTS.items() if words in (license_text or "")[:400]]

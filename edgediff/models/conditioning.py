@@ -108,13 +108,21 @@ def _labels(path: Path, count: int) -> tuple[str, ...]:
 
 
 def _tokens(path: Path) -> int:
-    config = path / "text_encoder" / "config.json"
-    if not config.exists():
-        return CLIP_TOKENS
+    return _setting(path / "text_encoder" / "config.json", "max_position_embeddings", CLIP_TOKENS)
+
+
+def _setting(file: Path, name: str, default: int) -> int:
+    """A size out of a text encoder's configuration; the default where there is no such file or setting."""
+    if not file.exists():
+        return default
     try:
-        return int(json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", CLIP_TOKENS))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ModelError(f"{config} cannot be read as JSON") from e
+        raise ModelError(f"{file} cannot be read as JSON") from e
+    value = settings.get(name, default) if isinstance(settings, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{file}: {name} is {value!r}; expected a whole number above 0")
+    return value
 
 
 def _text_width(config: dict[str, Any]) -> int:
@@ -132,13 +140,7 @@ def _added(path: Path, config: dict[str, Any]) -> tuple[TensorSpec, TensorSpec]:
     """SDXL's pooled text and time ids: their widths add up to the projection's, so one is needed to know the other."""
     total = config["projection_class_embeddings_input_dim"]
     each = config["addition_time_embed_dim"]
-    encoder = path / "text_encoder_2" / "config.json"
-    pooled = total - SDXL_TIME_IDS * each
-    if encoder.exists():
-        try:
-            pooled = int(json.loads(encoder.read_text(encoding="utf-8")).get("projection_dim", pooled))
-        except (OSError, ValueError) as e:
-            raise ModelError(f"{encoder} cannot be read as JSON") from e
+    pooled = _setting(path / "text_encoder_2" / "config.json", "projection_dim", total - SDXL_TIME_IDS * each)
     ids, rest = divmod(total - pooled, each)
     if pooled < 1 or ids < 1 or rest:
         raise ModelError(

@@ -116,7 +116,7 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     if not any(unet_path.iterdir()):
         raise ModelError(f"{unet_path} is empty; expected config.json and weights of a diffusers UNet")
     config = read_json(unet_path / "config.json")
-    unet_class = UNETS.get(config.get("_class_name"))
+    unet_class = UNETS.get(str(config.get("_class_name")))
     if unet_class is None:
         raise UnsupportedError(
             f"{unet_path}/config.json is of class {config.get('_class_name')!r}; supported: {', '.join(UNETS)}"
@@ -127,8 +127,11 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     try:
         with torch.device("meta"):
             unet = unet_class.from_config(config)
-    except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as e:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError) as e:
         raise ModelError(f"{unet_path}/config.json does not describe a {unet_class.__name__}: {one_line(e)}") from e
+    size = unet.config.sample_size
+    if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, list | tuple) else (size,))):
+        raise ModelError(f"{unet_path}/config.json has sample_size {size!r}; expected a size, or height and width")
     digest = hashlib.sha256()
     for file in (unet_path / "config.json", *files):
         with file.open("rb") as stream:
@@ -166,8 +169,9 @@ def _weight_files(path: Path) -> list[Path]:
             if single.exists():
                 return [single]
             if index.exists():
-                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-                bad = [shard for shard in shards if Path(shard).name != shard or not (path / shard).exists()]
+                named = read_json(index).get("weight_map")
+                shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else []
+                bad = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
                 if bad or not shards:
                     raise ModelError(f"{index} names shards that are not there: {', '.join(bad) or 'none'}")
                 return [path / shard for shard in shards]
@@ -187,8 +191,10 @@ def _fill(unet: UNet2DModel | UNet2DConditionModel, files: list[Path], path: Pat
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError) as e:
             raise ModelError(f"{file} cannot be read as weights, it is damaged or truncated: {one_line(e)}") from e
         except Exception as e:  # pickle's own errors share no base class
-            raise ModelError(f"{file} is not a plain file of tensors and was not opened: {one_line(e)}") from e
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            # torch's own message goes on to say how to run the file's code.
+            raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
+        named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
+        if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise ModelError(f"{file} holds something else than tensors by name")
         state.update({_modern(key): tensor.float() for key, tensor in tensors.items()})
     try:
@@ -208,24 +214,27 @@ def _modern(key: str) -> str:
     return ".".join(parts)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file of a model.
 
     Args:
         path: The file.
 
     Returns:
-        What it holds.
+        What it holds, by name.
 
     Raises:
-        ModelError: It is missing or not JSON.
+        ModelError: It is missing, not JSON, or not an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ModelError(f"{path} is missing; expected a directory saved by diffusers") from e
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise ModelError(f"{path} cannot be read as JSON: {one_line(e)}") from e
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} holds a {type(data).__name__}; expected an object of settings by name")
+    return data
 
 
 def one_line(e: BaseException) -> str:

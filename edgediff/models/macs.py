@@ -75,6 +75,10 @@ def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[st
     check_size(sample_shape[1], sample_shape[2], split.factor)
     memo = {id(p): torch.nn.Parameter(p.to("meta"), requires_grad=False) for p in split.parameters()}
     parts = copy.deepcopy(split, memo).parts
+    # torch runs a linear layer on a transposed input as a batched product, which would count as attention.
+    for module in (module for part in parts.values() for module in part.modules()):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     tensors: dict[str, torch.Tensor] = {
         "sample": torch.empty(1, *sample_shape, device="meta"),
         "timestep": torch.empty(1, device="meta"),

@@ -6,6 +6,7 @@ clock) stands apart from the caching error (clock N against clock 1, same backen
 along a real trajectory.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, Reference, load_reference, reference_request
+from edgediff.verify.reference import REFERENCE, Reference, check_reference, load_reference, reference_request
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS
@@ -29,6 +30,7 @@ from edgediff_runtime.sessions import Session, open_session
 log = logging.getLogger(__name__)
 
 BACKEND_OF_TARGET = {"onnx": "onnxruntime"}
+SCRATCH = "evidence/.parity.json.new"
 Progress = Callable[[str], None]
 
 
@@ -71,9 +73,10 @@ class ParityReport(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """No row is false, graphs and steps were measured now, and the trajectory now or by the export."""
+        """No row is false, and all was measured that the export measured."""
         measured = {row.check for row in self.rows if row.status == "measured"}
-        return not any(row.ok is False for row in self.rows) and {"graph", "composed"} <= measured
+        needed = {"graph", "composed"} | ({"trajectory"} if self.verified == "full" else set())
+        return not any(row.ok is False for row in self.rows) and needed <= measured
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ``ok`` first."""
@@ -105,6 +108,7 @@ def verify_bundle(
     check_files(bundle)
     reference = load_reference(bundle.path / REFERENCE)
     manifest = bundle.manifest
+    check_reference(reference, manifest)
     rows: list[Row] = []
     for target in manifest.targets:
         backend = BACKEND_OF_TARGET[target.target]
@@ -133,7 +137,8 @@ def check_files(bundle: Bundle) -> None:
     """
     for name in bundle.manifest.files:
         bundle.file(name)
-    listed = {*bundle.manifest.files, MANIFEST, SUMS, PARITY}
+    # A verification that was killed leaves its scratch file; the next one writes over it.
+    listed = {*bundle.manifest.files, MANIFEST, SUMS, PARITY, SCRATCH}
     for folder, folders, files in os.walk(bundle.path):
         for name in (*folders, *files):
             file = Path(folder, name)
@@ -253,10 +258,12 @@ def _write(bundle: Bundle, report: ParityReport) -> None:
         "versions": bundle.manifest.versions,
     }
     path = bundle.path / PARITY
-    scratch = path.with_name(".parity.json.new")
+    scratch = bundle.path / SCRATCH
     try:
         scratch.write_bytes(msgspec.json.format(msgspec.json.encode(evidence), indent=1) + b"\n")
         os.replace(scratch, path)
     except OSError as e:
-        scratch.unlink(missing_ok=True)
         log.warning("the report could not be written to %s: %s", path, e)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()

@@ -13,13 +13,13 @@ def psnr_db(reference: np.ndarray, value: np.ndarray) -> float:
         value: What it is.
 
     Returns:
-        dB; equal arrays of ordinary size give about 200. Minus infinity where `value` has another shape or holds NaN
-        or infinity.
+        dB; equal arrays of ordinary size give about 200. Minus infinity where `value` has another shape, or either
+        holds NaN or infinity.
 
     >>> round(psnr_db(np.array([1.0, 2.0]), np.array([1.0, 2.2])), 1)
     23.0
     """
-    if reference.shape != value.shape or not np.isfinite(value).all():
+    if reference.shape != value.shape or not (np.isfinite(value).all() and np.isfinite(reference).all()):
         return -math.inf
     reference = reference.astype(np.float64)
     rmse = math.sqrt(float(np.mean((reference - value.astype(np.float64)) ** 2)))

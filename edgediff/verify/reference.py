@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
@@ -97,9 +97,7 @@ def record(
         The reference.
     """
     whole = pipe.manifest.verified == "full"
-    mask = pipe.manifest.operating_point.mask
-    first_cached = mask.index(0) if 0 in mask else 0
-    wanted = {0, first_cached, len(mask) - 1 if whole else 0}
+    wanted = _wanted(pipe.manifest)
     steps: list[Recorded] = []
     latents = None
     cache: np.ndarray | None = None
@@ -114,6 +112,64 @@ def record(
         if step.index == max(wanted):
             break
     return Reference(tuple(steps), latents if whole else None, conditioning)
+
+
+def _wanted(manifest: Manifest) -> set[int]:
+    """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
+    mask = manifest.operating_point.mask
+    first_cached = mask.index(0) if 0 in mask else 0
+    return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
+
+
+def check_reference(reference: Reference, manifest: Manifest) -> None:
+    """Holds a reference to the manifest: its steps, and each tensor's dtype and shape.
+
+    Args:
+        reference: What was read.
+        manifest: The bundle's manifest.
+
+    Raises:
+        BundleError: Something that verification needs is missing or of another kind.
+    """
+    mask = manifest.operating_point.mask
+    expected = [(index, bool(mask[index])) for index in sorted(_wanted(manifest))]
+    found = [(step.index, step.full) for step in reference.steps]
+    if found != expected:
+        raise BundleError(f"{REFERENCE} holds the steps {_spell(found)}; the manifest asks for {_spell(expected)}")
+    sample = manifest.sample
+    images = (manifest.operating_point.num_images, sample.channels, sample.height, sample.width)
+    if manifest.verified == "full":
+        if reference.latents is None:
+            raise BundleError(f"{REFERENCE} has no latents")
+        _check_array("latents", reference.latents, "float32", images)
+    for step in reference.steps:
+        skipped = "cached_step" if step.full else "full_step"
+        graphs = [graph for graph in manifest.target("onnx").graphs if graph.frequency != skipped]
+        needed = {tensor.name: tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
+        rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
+        for name, tensor in needed.items():
+            if name not in step.tensors:
+                raise BundleError(f"{REFERENCE} has no {name} for step {step.index}, which needs it")
+            shape = tuple(rows if size == "batch" else size for size in tensor.shape)
+            _check_array(f"{name} of step {step.index}", step.tensors[name], tensor.dtype, shape)
+        if not step.full:
+            if step.cache is None:
+                raise BundleError(f"{REFERENCE} has no cache for step {step.index}, which needs it")
+            like = step.tensors[CACHE]
+            _check_array(f"cache of step {step.index}", step.cache, like.dtype.name, like.shape)
+
+
+def _check_array(what: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
+    if array.dtype.name != dtype or array.shape != shape or 0 in shape:
+        raise BundleError(
+            f"{REFERENCE}: {what} is {array.dtype.name} {list(array.shape)}; expected {dtype} {list(shape)}"
+        )
+    if not np.isfinite(array).all():
+        raise BundleError(f"{REFERENCE}: {what} holds NaN or infinity")
+
+
+def _spell(steps: list[tuple[int, bool]]) -> str:
+    return ", ".join(f"{index} ({'full' if full else 'cached'})" for index, full in steps) or "none"
 
 
 def save_reference(reference: Reference, path: Path) -> None:
@@ -131,7 +187,8 @@ def save_reference(reference: Reference, path: Path) -> None:
         flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
         if step.cache is not None and not step.full:
             flat[f"{where}/cache"] = step.cache
-    save_file({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}, path)
+    # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
+    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}))
 
 
 def load_reference(path: Path) -> Reference:
@@ -148,7 +205,7 @@ def load_reference(path: Path) -> Reference:
     """
     try:
         flat = load_file(path)
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, TypeError) as e:
         raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
     conditioning: dict[str, np.ndarray] = {}
     found: dict[tuple[int, bool], dict[str, np.ndarray]] = {}

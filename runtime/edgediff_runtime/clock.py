@@ -58,7 +58,8 @@ def _parse(text: str) -> int | list[int]:
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entry.isascii() and entry.isdigit() for entry in entries):
         raise RequestError(f"clock is {text!r}; expected a period such as 2 or a mask such as 1,0,1,0")
-    numbers = [int(entry) for entry in entries]
+    # Python converts at most 4300 digits; a period of more steps than there can be is as good as any other.
+    numbers = [int(entry[:20]) for entry in (entry.lstrip("0") or "0" for entry in entries)]
     return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -117,10 +117,12 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         model_output = out
         if guided:
             u, c = out[:num_images], out[num_images:]
-            model_output = u + np.float32(request.guidance[i]) * (c - u)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+                model_output = u + np.float32(request.guidance[i]) * (c - u)
         before = perf_counter()
         fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
-        x_t, state = scheduler.step(i, x_t, model_output, state, fresh)
+        with np.errstate(over="ignore", invalid="ignore"):
+            x_t, state = scheduler.step(i, x_t, model_output, state, fresh)
         ms["scheduler"] = 1e3 * (perf_counter() - before)
         if not np.isfinite(x_t).all():
             raise BundleError(f"the model's output is not finite at step {i}: the latents hold NaN or infinity")

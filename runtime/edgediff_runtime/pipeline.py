@@ -16,7 +16,7 @@ from edgediff_runtime.bundle import Bundle, open_bundle
 from edgediff_runtime.clock import ClockSpec, clock_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
-from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
+from edgediff_runtime.manifest import MAX_GUIDANCE, Conditioning, Manifest, Tensor
 from edgediff_runtime.schedulers import make_scheduler
 from edgediff_runtime.sessions import Array, Session, open_session
 
@@ -234,15 +234,26 @@ def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array | None], count
         if value is None:
             argument = {"encoder_hidden_states": "prompt_embeds"}.get(name, name)
             raise RequestError(f"the model needs {which}{argument} of shape {_spell(tensor.shape)}")
-        array = np.asarray(value, dtype=tensor.dtype)
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise RequestError(f"{which}{name} holds {array.dtype.name}; expected numbers")
         if array.shape[1:] != tensor.shape[1:] or array.ndim != len(tensor.shape) or len(array) not in (1, count):
             raise RequestError(
                 f"{which}{name} has shape {list(array.shape)}; expected {_spell(tensor.shape)} with 1 or {count} rows"
             )
         if not np.isfinite(array).all():
             raise RequestError(f"{which}{name} holds NaN or infinity")
+        array = _cast(array, tensor.dtype, f"{which}{name}")
         rows[name] = np.ascontiguousarray(np.broadcast_to(array, (count, *array.shape[1:])))
     return rows
+
+
+def _cast(array: Array, dtype: str, name: str) -> Array:
+    with np.errstate(over="ignore"):
+        cast: Array = array.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise RequestError(f"{name} holds numbers that {dtype} cannot")
+    return cast
 
 
 def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
@@ -256,7 +267,7 @@ def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
 
 
 def _usable(scale: float) -> bool:
-    return math.isfinite(scale) and scale >= 0
+    return math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE
 
 
 def _check_count(num_images: int) -> None:

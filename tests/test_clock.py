@@ -1,0 +1,130 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgediff_runtime import RequestError, clock_mask
+
+PERIOD_OR_MASK = "expected a period such as 2 or a mask such as 1,0,1,0"
+
+
+def mask(text: str) -> tuple[bool, ...]:
+    return tuple(letter == "F" for letter in text)
+
+
+@pytest.mark.parametrize(
+    ("clock", "steps", "want"),
+    [
+        (1, 1, "F"),
+        (1, 4, "FFFF"),
+        (2, 1, "F"),
+        (2, 8, "FcFcFcFc"),
+        (2, 7, "FcFcFcF"),
+        (3, 8, "FccFccFc"),
+        (8, 8, "Fccccccc"),
+        (9, 8, "Fccccccc"),
+        (10**30, 3, "Fcc"),
+        ("1", 3, "FFF"),
+        ("2", 4, "FcFc"),
+        (" 4 ", 5, "FcccF"),
+        ("02", 4, "FcFc"),
+        ("1,0,0,1", 4, "FccF"),
+        (" 1 , 0,1 ", 3, "FcF"),
+        ("1,1,1", 3, "FFF"),
+        ([1], 1, "F"),
+        ([1, 0, 1], 3, "FcF"),
+        ((1, 0, 0, 1), 4, "FccF"),
+        ([True, False], 2, "Fc"),
+        ((1.0, 0.0), 2, "Fc"),
+        ([np.int64(1), np.bool_(False)], 2, "Fc"),
+    ],
+)
+def test_masks(clock: Any, steps: int, want: str) -> None:
+    spelt = clock_mask(clock, steps)
+    assert spelt == mask(want)
+    assert all(type(full) is bool for full in spelt)
+
+
+@pytest.mark.parametrize("period", range(1, 11))
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 20])
+def test_a_period_begins_with_a_full_step_and_repeats(period: int, steps: int) -> None:
+    spelt = clock_mask(period, steps)
+    assert len(spelt) == steps
+    assert [i for i, full in enumerate(spelt) if full] == list(range(0, steps, period))
+    assert clock_mask(str(period), steps) == spelt
+
+
+def test_a_mask_spelt_out_is_the_same_clock() -> None:
+    spelt = clock_mask(3, 8)
+    text = ",".join(str(int(full)) for full in spelt)
+    assert clock_mask(text, 8) == clock_mask(list(spelt), 8) == clock_mask(spelt, 8) == spelt
+
+
+def test_the_callers_list_is_left_as_it_was() -> None:
+    given = [1, 0, 1]
+    clock_mask(given, 3)
+    assert given == [1, 0, 1]
+
+
+def refused(clock: Any, steps: Any, *words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        clock_mask(clock, steps)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("clock", [0, -1, -100, "0", "000"])
+def test_periods_below_one(clock: int | str) -> None:
+    refused(clock, 4, f"clock is {int(clock)}; expected a period of 1 or more")
+
+
+@pytest.mark.parametrize(
+    "clock",
+    ["", " ", ",", "1,", ",1", "1,,0", "-1", "+2", "2.0", "1_0", "1 0", "a", "1,a", "0x2", "auto:0.1", "1;0", "[1,0]"],
+)
+def test_text_that_is_neither_period_nor_mask(clock: str) -> None:
+    refused(clock, 2, f"clock is {clock!r}; {PERIOD_OR_MASK}")
+
+
+@pytest.mark.parametrize("clock", ["２", "1,０", "²", "٣", "1,٠", "Ⅱ"])  # noqa: RUF001
+def test_digits_of_other_scripts(clock: str) -> None:
+    refused(clock, 2, f"clock is {clock!r}; {PERIOD_OR_MASK}")
+
+
+@pytest.mark.parametrize("clock", [True, False, 2.0, float("nan"), None, b"2", {1, 0}, {1: 0}, range(2), object()])
+def test_types_that_are_neither_period_nor_mask(clock: Any) -> None:
+    refused(clock, 2, f"clock is {clock!r}; {PERIOD_OR_MASK}")
+
+
+@pytest.mark.parametrize(
+    ("clock", "spelt"),
+    [
+        ("1,2", "1,2"),
+        ([1, 2], "1,2"),
+        ([1, -1], "1,-1"),
+        ([1, 0.5], "1,0.5"),
+        ([1, None], "1,None"),
+        (["1", "0"], "1,0"),
+        ((1, [0]), "1,[0]"),
+        ([1, float("nan")], "1,nan"),
+    ],
+)
+def test_entries_that_are_neither_0_nor_1(clock: Any, spelt: str) -> None:
+    refused(clock, 2, f"clock mask is {spelt}; each entry is 0 (cached) or 1 (full)")
+
+
+@pytest.mark.parametrize(
+    ("clock", "entries", "steps"), [("1,0", 2, 3), ("1,0,1,0", 4, 3), ([1], 1, 2), ((1, 0), 2, 1), ([], 0, 1)]
+)
+def test_masks_of_another_length(clock: Any, entries: int, steps: int) -> None:
+    refused(clock, steps, f"has {entries} entries for {steps} steps; expected one each")
+
+
+@pytest.mark.parametrize("clock", ["0,1", [0, 1], (0, 0), [False, True]])
+def test_masks_that_do_not_begin_with_a_full_step(clock: Any) -> None:
+    refused(clock, 2, "begins with 0; the first step is always full")
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, False, 8.0, "8", None, [8]])
+def test_steps_that_are_no_number_of_steps(steps: Any) -> None:
+    refused(2, steps, f"steps is {steps!r}; expected a whole number above 0")

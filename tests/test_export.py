@@ -1,0 +1,246 @@
+import copy
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import SMALL, save_model
+from unets import unet2d_condition
+
+import edgediff
+from edgediff.config import OnnxConfig, VerifyConfig
+from edgediff.errors import ConfigError, TargetError, UnsupportedError, VerificationError
+from edgediff.export import onnx as onnx_module
+from edgediff.export import passes
+from edgediff_runtime import EdgePipeline, open_bundle
+
+
+def _files(path: Path, leave_out: tuple[str, ...] = ("evidence/parity.json",)) -> dict[str, bytes]:
+    found = {f.relative_to(path).as_posix(): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    return {name: data for name, data in found.items() if name not in leave_out}
+
+
+def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
+    assert set(_files(class_bundle, ())) == {
+        "README.md", "SHA256SUMS", "evidence/parity.json", "evidence/reference.safetensors", "manifest.json",
+        "onnx/highres_in.onnx", "onnx/highres_out.onnx", "onnx/lowres.onnx",
+    }  # fmt: skip
+    manifest = open_bundle(class_bundle).manifest
+    assert manifest.operating_point.mask == (1, 0, 1, 0)
+    assert manifest.conditioning.labels == ("Apple", "Banana", "Kiwi", "Orange")
+    assert manifest.conditioning.null_label == 4
+    assert manifest.license == "unknown"
+    assert manifest.cache_bytes == 4 * 16 * 8 * 8
+    assert manifest.cost["full"].macs > manifest.cost["cached"].macs > 0
+    assert [graph.frequency for graph in manifest.targets[0].graphs] == ["step", "full_step", "cached_step", "step"]
+    assert manifest.targets[0].graphs[2].file is None
+
+
+def test_sha256sum_agrees(class_bundle: Path) -> None:
+    done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=class_bundle, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_graphs_are_what_the_manifest_says(class_bundle: Path) -> None:
+    target = open_bundle(class_bundle).manifest.targets[0]
+    for graph in target.graphs:
+        if graph.file is None:
+            continue
+        model = onnx.load(class_bundle / graph.file)
+        onnx.checker.check_model(model, full_check=True)
+        assert model.opset_import[0].version == target.opset == 21
+        assert model.ir_version == target.ir_version
+        for said, found in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
+            assert [tensor.name for tensor in said] == [value.name for value in found]
+            for tensor, value in zip(said, found, strict=True):
+                dims = value.type.tensor_type.shape.dim
+                assert [dim.dim_param or dim.dim_value for dim in dims] == list(tensor.shape)
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+                assert dtype == np.dtype(tensor.dtype)
+
+
+def test_graphs_name_nothing_of_the_exporting_machine(class_bundle: Path) -> None:
+    home = str(Path(edgediff.__file__).parent).encode()
+    for file in (class_bundle / "onnx").iterdir():
+        assert b"stack_trace" not in file.read_bytes()
+        assert home not in file.read_bytes()
+
+
+def test_weights_are_in_the_bundle_once(class_bundle: Path, class_model: Path) -> None:
+    weights = (class_model / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    graphs = sum(file.stat().st_size for file in (class_bundle / "onnx").iterdir())
+    assert graphs < 1.3 * weights + 2e5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_the_batch_is_symbolic(class_bundle: Path, rows: int) -> None:
+    result = EdgePipeline.from_pretrained(class_bundle)(num_images=rows, guidance_scale=1, num_inference_steps=2)
+    assert result.latents.shape == (rows, 3, 16, 16)
+
+
+def test_exporting_twice_gives_the_same_bytes(class_bundle: Path, class_model: Path, tmp_path: Path) -> None:
+    model = edgediff.load_model(class_model)
+    edgediff.export_bundle(model, tmp_path / "again", edgediff.ExportConfig(steps=4))
+    want, got = _files(class_bundle), _files(tmp_path / "again")
+    assert want.keys() == got.keys()
+    assert [name for name in want if want[name] != got[name]] == []
+
+
+def test_what_is_there_and_valid_is_not_exported_again(
+    class_bundle: Path, class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "bundle"
+    shutil.copytree(class_bundle, there)
+    monkeypatch.setattr("edgediff.export.pipeline.write_onnx", lambda *a: pytest.fail("exported again"))
+    said: list[str] = []
+    model = edgediff.load_model(class_model)
+    done = edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=4), progress=said.append)
+    assert done.report is None
+    assert any("already there" in line for line in said)
+    with pytest.raises(TargetError, match="holds another bundle; pass --force"):
+        edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=5))
+    assert _files(there) == _files(class_bundle)
+
+
+def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_module, "EXTERNAL_DATA_BYTES", 10_000)
+    config = edgediff.ExportConfig(steps=2, verify=VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80))
+    edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    external = {graph.external_data for graph in manifest.targets[0].graphs} - {None}
+    assert "onnx/lowres.onnx.data" in external
+    assert external <= manifest.files.keys()
+    assert (tmp_path / "bundle" / "onnx" / "lowres.onnx").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+    ("level", "point", "scheduler", "clock"),
+    [(1, "after_upsample", "euler", "1,0,1"), (1, "before_upsample", "ddim", 1)],
+)
+def test_other_cuts_samplers_and_clocks(
+    text_model: Path, tmp_path: Path, level: int, point: str, scheduler: str, clock: int | str
+) -> None:
+    config = edgediff.ExportConfig(
+        cut=edgediff.Cut(level, point), scheduler=scheduler, clock=clock, steps=3, onnx=OnnxConfig(opset=18),
+        verify=VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80),
+    )  # fmt: skip
+    done = edgediff.export_bundle(edgediff.load_model(text_model), tmp_path / "bundle", config)
+    assert done.report is not None
+    statuses = {row.check: row.status for row in done.report.rows}
+    assert statuses["caching"] == ("not_run" if clock == 1 else "measured")
+    assert open_bundle(tmp_path / "bundle").manifest.conditioning.source == "synthetic"
+
+
+def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
+    unet = unet2d_condition(
+        **SMALL,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=34,
+    )
+    model = edgediff.load_model(save_model(unet, tmp_path / "sdxl"))
+    assert model.conditioning.tensors["text_embeds"].shape == (10,)
+    rng = np.random.default_rng(0)
+    arrays = {"encoder_hidden_states": (1, 77, 12), "text_embeds": (1, 10), "time_ids": (1, 6)}
+    given = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in arrays.items()}
+    given |= {f"negative_{n}": rng.standard_normal(arrays[n]).astype(np.float32) for n in list(arrays)[:2]}
+    np.savez(tmp_path / "prompt.npz", **given)
+    config = edgediff.ExportConfig(steps=2, conditioning=str(tmp_path / "prompt.npz"))
+    edgediff.export_bundle(model, tmp_path / "bundle", config)
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest.conditioning.source == "file"
+    graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].graphs}
+    assert graphs["highres_in"] == ["sample", "timestep", "text_embeds", "time_ids"]
+    assert "encoder_hidden_states" in graphs["lowres"]
+    np.savez(tmp_path / "short.npz", encoder_hidden_states=given["encoder_hidden_states"])
+    with pytest.raises(ConfigError, match="lacks text_embeds, time_ids"):
+        edgediff.export_bundle(model, tmp_path / "b2", edgediff.ExportConfig(conditioning=str(tmp_path / "short.npz")))
+
+
+def test_a_geometry_needs_random_weights_and_a_model_refuses_them(class_model: Path, tmp_path: Path) -> None:
+    model = edgediff.load_model(class_model)
+    geometry = dataclasses.replace(model, unet=type(model.unet)(**_plain(model.unet.config)).to("meta"))
+    with pytest.raises(ConfigError, match="--random-weights SEED"):
+        edgediff.export_bundle(geometry, tmp_path / "b")
+    with pytest.raises(ConfigError, match="has weights of its own"):
+        edgediff.export_bundle(model, tmp_path / "b", edgediff.ExportConfig(random_weights=0))
+    config = edgediff.ExportConfig(random_weights=3, steps=2, verify=VerifyConfig(mode="graphs"))
+    done = edgediff.export_bundle(geometry, tmp_path / "b", config)
+    assert done.report is not None
+    assert done.report.ok
+    assert {row.check: row.status for row in done.report.rows}["trajectory"] == "not_run"
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert manifest.source.random_weights == 3
+    assert "weights are random" in (tmp_path / "b" / "README.md").read_text()
+
+
+def _plain(config: dict) -> dict:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def test_a_graph_that_computes_something_else_is_not_put_in_place(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(part: torch.nn.Module, *args: object) -> onnx_module.Written:
+        if hasattr(part, "conv_out"):
+            part = copy.deepcopy(part)
+            part.conv_out.bias.data += 0.05
+        return onnx_module.write_onnx(part, *args)
+
+    monkeypatch.setattr("edgediff.export.pipeline.write_onnx", wrong)
+    with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was put in place"):
+        edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pass_that_fails_names_itself_and_those_before_it() -> None:
+    def fail(model: onnx.ModelProto) -> onnx.ModelProto:
+        raise UnsupportedError("no")
+
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    with pytest.raises(UnsupportedError, match=r"pass bad: no \(passes before it: strip-metadata\)"):
+        passes.run_passes(model, (passes.STRIP_METADATA, passes.Pass("bad", fail)))
+
+
+def test_strip_metadata_removes_and_nothing_else() -> None:
+    node = onnx.helper.make_node("Relu", ["x"], ["y"], doc_string="from here")
+    node.metadata_props.add(key="stack_trace", value="File /home/me")
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", value[:1], value[1:]))
+    stripped = passes.strip_metadata(model)
+    assert b"stack_trace" not in stripped.SerializeToString()
+    assert [n.op_type for n in stripped.graph.node] == ["Relu"]
+
+
+def test_the_simplifier_is_held_to_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, class_model: Path, tmp_path: Path
+) -> None:
+    def damage(model: onnx.ModelProto) -> onnx.ModelProto:
+        for tensor in model.graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor)
+            if array.ndim == 4:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array * 1.01, tensor.name))
+        return model
+
+    monkeypatch.setattr(onnx_module, "SIMPLIFY", passes.Pass("onnxsim", damage))
+    with pytest.raises(UnsupportedError, match="pass onnxsim: changed"):
+        edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "b", edgediff.ExportConfig(steps=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_round_trips(class_bundle: Path) -> None:
+    from edgediff_runtime.manifest import parse_manifest, render_manifest
+
+    data = (class_bundle / "manifest.json").read_bytes()
+    manifest = parse_manifest(data)
+    assert render_manifest(manifest) == data
+    assert msgspec.to_builtins(manifest)["format_version"] == 1

@@ -1,0 +1,240 @@
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+import edgediff
+from edgediff.models.session import TorchSession
+from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
+from edgediff_runtime.loop import Request, denoise
+from edgediff_runtime.manifest import Graph
+
+# Rows in another grouping go through other kernels: what is left is the order of additions.
+REGROUPED = 1e-4
+
+
+class Chunked(TorchSession):
+    """Torch behind graphs of a fixed batch, as Core ML has them."""
+
+    def __init__(self, split: edgediff.SplitUNet, batch: int) -> None:
+        super().__init__(split)
+        self.batch = batch
+
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        assert len(tensors["sample"]) == self.batch
+        super().run(graph, tensors)
+
+
+@pytest.fixture(scope="module")
+def torch_pipe(class_model: Path, class_bundle: Path) -> EdgePipeline:
+    split = edgediff.split(edgediff.load_model(class_model).unet)
+    return EdgePipeline(open_bundle(class_bundle).manifest, TorchSession(split))
+
+
+@pytest.fixture(scope="module")
+def ort_pipe(class_bundle: Path) -> EdgePipeline:
+    return EdgePipeline.from_pretrained(class_bundle)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@torch.no_grad()
+def test_clock_1_is_what_diffusers_samples(class_model: Path, torch_pipe: EdgePipeline) -> None:
+    model = edgediff.load_model(class_model)
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler)
+    scheduler.set_timesteps(6)
+    x = torch.from_numpy(np.stack([noise(3, (3, 16, 16), image=i) for i in range(2)]))
+    labels = torch.tensor([4, 4, 0, 1])
+    for t in scheduler.timesteps:
+        u, c = model.unet(torch.cat([x, x]), t, labels).sample.chunk(2)
+        x = scheduler.step(u + 2.5 * (c - u), t, x).prev_sample
+    got = torch_pipe(num_images=2, num_inference_steps=6, clock=1, guidance_scale=2.5, seed=3).latents
+    assert np.abs(got - x.numpy()).max() < 1e-4 * np.abs(x.numpy()).max()
+
+
+@torch.no_grad()
+def test_cached_steps_take_the_cache_of_the_step_before(torch_pipe: EdgePipeline) -> None:
+    split = torch_pipe.session.split
+    labels, cache = torch.tensor([0, 1]), None
+    for step in torch_pipe.stream(num_images=2, num_inference_steps=5, clock="1,0,0,1,0", guidance_scale=1):
+        sample = step.tensors[0]["sample"].clone()
+        if step.full:
+            out, cache = split.full(sample, step.timestep, class_labels=labels)
+        else:
+            out, cache = split.cached(sample, step.timestep, cache, class_labels=labels)
+        assert torch.equal(out, step.tensors[0]["out_sample"])
+    assert not step.full
+
+
+def test_onnxruntime_agrees_with_torch(torch_pipe: EdgePipeline, ort_pipe: EdgePipeline) -> None:
+    asked = {"num_images": 3, "num_inference_steps": 7, "clock": 3, "seed": 11}
+    want, got = torch_pipe(**asked), ort_pipe(**asked)
+    assert want.mask == got.mask == (1, 0, 0, 1, 0, 0, 1)
+    assert np.abs(want.latents - got.latents).max() < REGROUPED
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("guidance", [1.0, 3.0, [3.0, 3.0, 1.0, 1.0, 3.0, 1.0]])
+def test_fixed_batches_do_what_a_symbolic_one_does(
+    torch_pipe: EdgePipeline, batch: int, guidance: float | list[float]
+) -> None:
+    chunked = EdgePipeline(torch_pipe.manifest, Chunked(torch_pipe.session.split, batch))
+    asked = {"num_images": 3, "num_inference_steps": 6, "clock": 2, "guidance_scale": guidance}
+    want, got = torch_pipe(**asked), chunked(**asked)
+    assert want.mask == got.mask
+    assert np.abs(want.latents - got.latents).max() < REGROUPED
+
+
+@torch.no_grad()
+def test_guidance_switched_off_keeps_the_conditional_half_of_the_cache(torch_pipe: EdgePipeline) -> None:
+    stream = torch_pipe.stream(num_images=2, num_inference_steps=4, clock=4, guidance_scale=[3, 3, 1, 1])
+    steps = [(step, {n: t.clone() for n, t in step.tensors[0].items()}) for step in stream]
+    assert [step.full for step, _ in steps] == [True, False, False, False]
+    assert [step.guided for step, _ in steps] == [True, True, False, False]
+    assert torch.equal(steps[2][1]["lowres_feature"], steps[1][1]["lowres_feature"][2:])
+    assert steps[2][1]["class_labels"].tolist() == [0, 1]
+
+
+def test_guidance_switched_on_makes_that_step_full(torch_pipe: EdgePipeline) -> None:
+    result = torch_pipe(num_inference_steps=5, clock=5, guidance_scale=[1, 1, 2, 2, 2])
+    assert result.mask == (1, 0, 1, 0, 0)
+
+
+def test_the_ledger_names_what_ran(ort_pipe: EdgePipeline) -> None:
+    full, cached = ort_pipe(num_inference_steps=2, clock=2).ledger
+    assert set(full.ms) == {"highres_in", "lowres", "highres_out", "scheduler", "other"}
+    assert set(cached.ms) == {"highres_in", "adaptor", "highres_out", "scheduler", "other"}
+    assert all(ms >= 0 for step in (full, cached) for ms in step.ms.values())
+
+
+def test_same_seed_same_bits_other_seed_other_images(ort_pipe: EdgePipeline) -> None:
+    first, again, other = (ort_pipe(num_images=2, seed=seed).images for seed in (5, 5, 6))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first.shape == (2, 16, 16, 3)
+    assert first.dtype == np.uint8
+
+
+def test_three_threads_on_one_pipeline_are_each_as_alone(ort_pipe: EdgePipeline) -> None:
+    asked = [{"num_images": n, "num_inference_steps": 9, "clock": 4, "seed": n} for n in (1, 2, 3)]
+    alone = [ort_pipe(**request).images for request in asked]
+    together: list[Any] = [None] * 3
+    start = threading.Barrier(3)
+
+    def work(k: int) -> None:
+        start.wait()
+        together[k] = ort_pipe(**asked[k]).images
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_two_interleaved_generations_never_meet(ort_pipe: EdgePipeline) -> None:
+    asked = [
+        {"num_inference_steps": 6, "clock": 3, "seed": seed, "label": label}
+        for seed, label in ((1, "Kiwi"), (2, "Apple"))
+    ]
+    alone = [ort_pipe(**request).latents for request in asked]
+    *_, last = zip(*(ort_pipe.stream(**request) for request in asked), strict=True)
+    assert all(np.array_equal(step.latents, want) for step, want in zip(last, alone, strict=True))
+
+
+def test_cancelled_at_any_step_leaves_nothing_behind(ort_pipe: EdgePipeline) -> None:
+    want = ort_pipe(seed=9).latents
+    for stop in range(4):
+        stream = ort_pipe.stream(seed=4)
+        for step in stream:
+            if step.index == stop:
+                stream.close()
+        assert step.index == stop
+        assert np.array_equal(ort_pipe(seed=9).latents, want)
+
+
+def test_steps_keep_their_own_latents(ort_pipe: EdgePipeline) -> None:
+    kept = [(step.latents, step.latents.copy()) for step in ort_pipe.stream(seed=1)]
+    assert all(np.array_equal(now, then) for now, then in kept)
+
+
+def test_an_image_begins_from_the_same_noise_whatever_their_number(ort_pipe: EdgePipeline) -> None:
+    one = ort_pipe(num_images=1, label="Kiwi", seed=8).latents[0]
+    many = ort_pipe(num_images=3, label="Kiwi", seed=8).latents[0]
+    assert np.abs(one - many).max() < REGROUPED
+
+
+def test_labels_default_to_one_after_the_other(torch_pipe: EdgePipeline) -> None:
+    step = next(torch_pipe.stream(num_images=6, guidance_scale=1))
+    assert step.tensors[0]["class_labels"].tolist() == [0, 1, 2, 3, 0, 1]
+    step = next(torch_pipe.stream(label=["Kiwi", "Apple"], guidance_scale=2))
+    assert step.tensors[0]["class_labels"].tolist() == [4, 4, 2, 0]
+
+
+def test_text_rows_are_repeated_and_checked(text_bundle: Path) -> None:
+    pipe = EdgePipeline.from_pretrained(text_bundle)
+    prompt, negative = noise(0, (1, 7, 12)), noise(1, (1, 7, 12))
+    asked: dict[str, Any] = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+    one = pipe(**asked).latents
+    three = pipe(**asked, num_images=3).latents
+    assert one.shape == (1, 4, 16, 16)
+    assert np.abs(three[:1] - one).max() < REGROUPED * np.abs(one).max()
+    many = pipe(prompt_embeds=np.repeat(prompt, 2, axis=0), negative_prompt_embeds=negative).latents
+    assert many.shape[0] == 2
+    with pytest.raises(RequestError, match=r"shape \[1, 7, 11\]; expected \[batch, 7, 12\]"):
+        pipe(prompt_embeds=prompt[:, :, :11], negative_prompt_embeds=negative)
+    with pytest.raises(RequestError, match="needs negative prompt_embeds"):
+        pipe(prompt_embeds=prompt)
+    with pytest.raises(RequestError, match="NaN"):
+        pipe(prompt_embeds=prompt * np.nan, negative_prompt_embeds=negative)
+    with pytest.raises(RequestError, match="time_ids is no input of this model"):
+        pipe(**asked, added_cond={"time_ids": np.zeros((1, 6))})
+    with pytest.raises(RequestError, match=r"take result\.latents"):
+        _ = pipe(**asked).images
+
+
+def test_a_generation_graph_runs_once_before_the_steps(torch_pipe: EdgePipeline) -> None:
+    class Counting(TorchSession):
+        calls: list[str] = []  # noqa: RUF012
+
+        def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+            self.calls.append(graph.name)
+            if graph.frequency != "generation":
+                super().run(graph, tensors)
+
+    graphs = torch_pipe.manifest.target("onnx").graphs
+    once = Graph(name="once", file="x", frequency="generation", inputs=(), outputs=())
+    request = _request(torch_pipe, (once, *graphs))
+    session = Counting(torch_pipe.session.split)
+    list(denoise(request, session))
+    assert session.calls.count("once") == 1
+    assert session.calls[0] == "once"
+
+
+def test_output_that_is_not_finite_is_an_error(torch_pipe: EdgePipeline) -> None:
+    class Broken(TorchSession):
+        def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+            super().run(graph, tensors)
+            if graph.name == "highres_out":
+                tensors["out_sample"] = tensors["out_sample"] * float("nan")
+
+    request = _request(torch_pipe, torch_pipe.manifest.target("onnx").graphs)
+    with pytest.raises(BundleError, match="not finite at step 0"):
+        next(denoise(request, Broken(torch_pipe.session.split)))
+
+
+def _request(pipe: EdgePipeline, graphs: tuple[Graph, ...]) -> Request:
+    from edgediff_runtime import make_scheduler
+
+    return Request(
+        graphs=graphs,
+        scheduler=make_scheduler(pipe.manifest.scheduler, 2),
+        mask=(True, False),
+        guidance=(1.0, 1.0),
+        latents=noise(0, (1, 3, 16, 16)),
+        cond={"class_labels": np.zeros(1, dtype=np.int64)},
+    )

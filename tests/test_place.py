@@ -1,0 +1,196 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgediff.errors import TargetError
+from edgediff.export.place import check_place, staged
+
+
+def _bundle(folder: Path, text: str = "old") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format_version": 1}')
+    (folder / "SHA256SUMS").write_text("")
+    (folder / "weights").write_text(text)
+    return folder
+
+
+def _dead_pid() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_place_is_filled_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        assert not (tmp_path / "out").exists()
+        (folder / "a").write_text("x")
+    assert _names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "x"
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    check_place(tmp_path / "a" / "b" / "out", force=False)
+    with staged(tmp_path / "a" / "b" / "out") as folder:
+        (folder / "a").touch()
+    assert _names(tmp_path / "a" / "b") == ["out"]
+
+
+def test_a_relative_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with staged(Path("out")) as folder:
+        (folder / "a").touch()
+    assert _names(tmp_path) == ["out"]
+
+
+def test_an_existing_bundle_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = _bundle(tmp_path / "out")
+    with staged(target) as folder:
+        (folder / "new").touch()
+        assert (target / "weights").read_text() == "old"
+    assert _names(target) == ["new"]
+    assert _names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("fault", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)])
+def test_whatever_ends_the_block_leaves_the_old_as_it_was(tmp_path: Path, fault: BaseException) -> None:
+    target = _bundle(tmp_path / "out")
+    with pytest.raises(type(fault)), staged(target) as folder:
+        (folder / "new").touch()
+        raise fault
+    assert (target / "weights").read_text() == "old"
+    assert _names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_and_leaves_the_old_as_it_was(tmp_path: Path, number: int) -> None:
+    target = _bundle(tmp_path / "out")
+    with pytest.raises(TargetError, match="the disk is full: .*out was not written, what was there is as it was"):
+        with staged(target) as folder:
+            (folder / "new").touch()
+            raise OSError(number, os.strerror(number))
+    assert (target / "weights").read_text() == "old"
+    assert _names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_a_fault_between_the_two_renames_puts_the_old_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    target = _bundle(tmp_path / "out")
+    rename, calls = os.rename, []
+
+    def faulty(source: Path, to: Path) -> None:
+        calls.append(to)
+        if len(calls) == 2:
+            raise fault
+        rename(source, to)
+
+    with pytest.raises(type(fault)), staged(target) as folder:
+        (folder / "new").touch()
+        monkeypatch.setattr(os, "rename", faulty)
+    assert len(calls) == 3
+    assert (target / "weights").read_text() == "old"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_stale_siblings_of_dead_processes_are_cleared_and_of_living_ones_kept(tmp_path: Path) -> None:
+    target = _bundle(tmp_path / "out")
+    living = f".out.edgediff-{os.getppid()}"
+    for name in (living, f".out.edgediff-{_dead_pid()}", ".out.edgediff-mine", ".other.edgediff-1", f"{living}.old"):
+        _bundle(tmp_path / name)
+    with staged(target) as folder:
+        (folder / "new").touch()
+    assert _names(tmp_path) == sorted([living, f"{living}.old", ".out.edgediff-mine", ".other.edgediff-1", "out"])
+    assert _names(target) == ["new"]
+
+
+def test_what_a_killed_export_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    pid = _dead_pid()
+    _bundle(tmp_path / f".out.edgediff-{pid}", "half")
+    _bundle(tmp_path / f".out.edgediff-{pid}.old", "old")
+    with pytest.raises(ValueError, match="^x$"), staged(tmp_path / "out"):
+        assert (tmp_path / "out" / "weights").read_text() == "old"
+        raise ValueError("x")
+    assert _names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "weights").read_text() == "old"
+
+
+def test_what_was_moved_aside_goes_when_the_target_is_there(tmp_path: Path) -> None:
+    target = _bundle(tmp_path / "out", "new")
+    _bundle(tmp_path / f".out.edgediff-{_dead_pid()}.old", "old")
+    with pytest.raises(ValueError, match="^x$"), staged(target):
+        raise ValueError("x")
+    assert _names(tmp_path) == ["out"]
+    assert (target / "weights").read_text() == "new"
+
+
+def test_a_name_with_wildcards_means_itself_alone(tmp_path: Path) -> None:
+    other = _bundle(tmp_path / f".o1.edgediff-{_dead_pid()}.old")
+    with pytest.raises(ValueError, match="^x$"), staged(tmp_path / "o[12]"):
+        raise ValueError("x")
+    assert _names(tmp_path) == [other.name]
+
+
+def test_force_is_needed_to_replace_a_bundle(tmp_path: Path) -> None:
+    target = _bundle(tmp_path / "out")
+    with pytest.raises(TargetError, match="holds another bundle; pass --force"):
+        check_place(target, force=False)
+    check_place(target, force=True)
+
+
+@pytest.mark.parametrize("lost", ["SHA256SUMS", "manifest.json"])
+def test_a_damaged_bundle_is_told_from_other_things(tmp_path: Path, lost: str) -> None:
+    target = _bundle(tmp_path / "out")
+    (target / lost).unlink()
+    if lost == "manifest.json":
+        with pytest.raises(TargetError, match="other things in it, never replaced"):
+            check_place(target, force=True)
+    else:
+        check_place(target, force=True)
+        assert (target / "weights").exists()
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_web_page_with_its_own_manifest_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "my page", "icons": []}')
+    (tmp_path / "index.html").touch()
+    with pytest.raises(TargetError, match="other things in it, never replaced"):
+        check_place(tmp_path, force)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_other_folders_files_and_symlinks_are_never_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(_bundle(tmp_path / "bundle"))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TargetError, match="folder with other things in it, never replaced"):
+        check_place(tmp_path / "folder", force)
+    for name in ("file", "link", "dangling"):
+        with pytest.raises(TargetError, match=f"{name} exists and is no directory"):
+            check_place(tmp_path / name, force)
+    with pytest.raises(TargetError, match="file is not a folder that can be written"):
+        check_place(tmp_path / "file" / "out", force)
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    check_place(tmp_path / "out", force=False)
+    with staged(tmp_path / "out") as folder:
+        (folder / "a").touch()
+    assert _names(tmp_path / "out") == ["a"]
+
+
+def test_a_name_too_long_for_a_sibling_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="cannot write beside .*File name too long"), staged(tmp_path / ("x" * 250)):
+        pass
+    assert _names(tmp_path) == []
