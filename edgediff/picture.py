@@ -1,5 +1,6 @@
 """What `edgediff run` writes: a grid of images, or the latents."""
 
+import io
 import os
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def write_output(result: Result, path: Path, scale: int) -> None:
     scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
     try:
         if path.suffix == ".npy":
-            np.save(scratch, result.latents)
+            data = io.BytesIO()  # numpy does not say that a disk is full
+            np.save(data, result.latents)
+            scratch.write_bytes(data.getvalue())
         else:
             write_png(scratch, grid(result.images), scale)
         os.replace(scratch, path)

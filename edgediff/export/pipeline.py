@@ -4,6 +4,7 @@ The manifest is drafted before any graph exists, since it is all that the runtim
 trajectory runs through the same pipeline as a device does, with torch behind it.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable
@@ -108,8 +109,10 @@ def export_bundle(
             (folder / "LICENSE").write_text(model.card.license_text, encoding="utf-8")
         _seal(folder, manifest)
         source = model if draft.verified == "full" else None
-        # What is verified without torch lets go of torch's weights first: a large model is not in memory twice.
+        # What is verified without torch lets go of torch's weights first, also of those that the exporter's own cycles
+        # hold: a large model is not in memory twice.
         del model, divided, pipe, reference
+        gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
             raise VerificationError(_verdict(report))

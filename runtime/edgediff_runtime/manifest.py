@@ -295,6 +295,10 @@ def check_manifest(manifest: Manifest) -> None:
         _hold(parts <= manifest.cost.keys(), "cost", sorted(manifest.cost), f"an entry for {', '.join(sorted(parts))}")
         for full in (True, False):
             _check_wiring(target.graphs, known.kind, full)
+        for tensor in (t for graph in target.graphs for t in (*graph.inputs, *graph.outputs)):
+            shape = ("batch", sample.channels, sample.height, sample.width)
+            _hold(tensor.name not in ("sample", "out_sample") or tensor.shape == shape, f"shape of {tensor.name}",
+                  tensor.shape, f"{shape}")  # fmt: skip
 
 
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:

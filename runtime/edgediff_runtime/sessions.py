@@ -38,6 +38,14 @@ class Session(Protocol):
         ...
 
 
+ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+}
+
+
 class OrtSession:
     """ONNX Runtime on the CPU.
 
@@ -78,7 +86,7 @@ class OrtSession:
                 session = ort.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
             except Exception as e:  # onnxruntime's own errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
-            _check_names(graph, session)
+            _check_tensors(graph, session)
             self._sessions[graph.name] = session
             self._outputs[graph.name] = [tensor.name for tensor in graph.outputs]
 
@@ -117,7 +125,7 @@ class OrtSession:
         tensors.update(zip(names, self._sessions[graph.name].run_with_ort_values(names, feeds), strict=True))
 
 
-def _check_names(graph: Graph, session: Any) -> None:
+def _check_tensors(graph: Graph, session: Any) -> None:
     for kind, said, found in (
         ("inputs", graph.inputs, session.get_inputs()),
         ("outputs", graph.outputs, session.get_outputs()),
@@ -127,6 +135,17 @@ def _check_names(graph: Graph, session: Any) -> None:
                 f"{graph.file} has the {kind} {', '.join(t.name for t in found)}; "
                 f"the manifest says {', '.join(t.name for t in said)}"
             )
+        for tensor, other in zip(said, found, strict=True):
+            # A size of the graph's that is no number is symbolic, or was not inferred.
+            fits = len(other.shape) == len(tensor.shape) and all(
+                size == there or not isinstance(there, int)
+                for size, there in zip(tensor.shape, other.shape, strict=True)
+            )
+            if not fits or other.type != ORT_TYPES[tensor.dtype]:
+                raise BundleError(
+                    f"{graph.file} has {tensor.name} as {other.type} {other.shape}; "
+                    f"the manifest says {tensor.dtype} {list(tensor.shape)}"
+                )
 
 
 BACKENDS = {"onnxruntime": OrtSession}

@@ -1,0 +1,143 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgediff import cli
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "diffusers", "onnx", "onnxsim", "onnxscript", "yaml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["edgediff", *map(str, args)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def _light(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Runs code where the light install is all there is."""
+    return subprocess.run([sys.executable, "-c", BLOCK + code, *map(str, args)], capture_output=True, text=True)
+
+
+def test_run_writes_a_grid_and_the_ledger(
+    class_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "out.png"
+    assert _main(monkeypatch, "run", class_bundle, "-o", picture, "--num-images", 5, "--scale", 2, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["images"] == [str(picture)]
+    assert shown["mask"] == [1, 0, 1, 0]
+    assert [step["full"] for step in shown["ledger"]] == [True, False, True, False]
+    assert {"highres_in", "highres_out", "scheduler", "other"} <= shown["ledger"][1]["ms"].keys()
+    with Image.open(picture) as image:
+        assert image.size == (3 * 16 * 2, 2 * 16 * 2)
+        assert len(image.getcolors(1 << 16) or []) > 100
+
+
+def test_run_writes_latents(class_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _main(monkeypatch, "run", class_bundle, "-o", tmp_path / "x.npy", "--num-images", 2, "--label", "Kiwi") == 0
+    assert np.load(tmp_path / "x.npy").shape == (2, 3, 16, 16)
+
+
+def test_run_takes_embeddings_from_a_file(text_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    text = {n: rng.standard_normal((1, 7, 12)) for n in ("encoder_hidden_states", "negative_encoder_hidden_states")}
+    np.savez(tmp_path / "prompt.npz", **text)
+    args = ("run", text_bundle, "-o", tmp_path / "x.npy", "--conditioning", tmp_path / "prompt.npz", "--num-images", 3)
+    assert _main(monkeypatch, *args) == 0
+    assert np.load(tmp_path / "x.npy").shape == (3, 4, 16, 16)
+
+
+def test_verify_prints_the_numbers(
+    class_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(monkeypatch, "verify", class_bundle) == 0
+    table = capsys.readouterr().out
+    assert "everything holds" in table
+    assert all(check in table for check in ("graph", "composed", "trajectory", "caching"))
+    assert _main(monkeypatch, "verify", class_bundle, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_a_floor_that_is_not_reached_is_exit_code_1_and_nothing_is_placed(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "strict.yaml"
+    recipe.write_text("steps: 2\nverify: {graph_db: 199}\n")
+    assert _main(monkeypatch, "export", class_model, "-o", tmp_path / "b", "--config", recipe) == 1
+    assert "asked for 199" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [recipe]
+
+
+def test_inspect_shows_a_bundle_and_a_model_alike(
+    class_bundle: Path, class_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for what in (class_bundle, class_model):
+        assert _main(monkeypatch, "inspect", what, "--clock", 3, "--steps", 6, "--json") == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    for key in ("parameters", "gflops", "gflops_attention", "macs_without_attention", "cache_bytes", "schedule"):
+        assert shown[0][key] == shown[1][key]
+    schedule = shown[0]["schedule"]
+    assert schedule["mask"] == [1, 0, 0, 1, 0, 0]
+    assert schedule["batch"] == 2
+    gflops = shown[0]["gflops"]
+    assert schedule["tflops"] == pytest.approx(2 * (2 * gflops["full"] + 4 * gflops["cached"]) / 1e3)
+    assert _main(monkeypatch, "inspect", class_bundle) == 0
+    assert "highres_out" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(monkeypatch, "doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["abilities"]["export to ONNX"] == "yes"
+    assert found["versions"]["torch"]["tested"] == "2.13.0"
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "doctor", "demo"])
+def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(monkeypatch, command, "--help") == 0
+    assert f"edgediff {command}" in capsys.readouterr().out
+
+
+def test_the_light_install_runs_verifies_and_inspects(class_bundle: Path, tmp_path: Path) -> None:
+    code = "from edgediff.cli import main; main()"
+    run = _light(code, "run", class_bundle, "-o", tmp_path / "a.png", "--num-images", 4)
+    assert run.returncode == 0, run.stderr
+    verify = _light(code, "verify", class_bundle, "--json")
+    assert verify.returncode == 0, verify.stderr
+    notes = {row["check"]: row for row in json.loads(verify.stdout)["rows"]}
+    assert notes["trajectory"]["note"].endswith("torch is not installed")
+    assert notes["trajectory"]["psnr_db"] > 80
+    assert _light(code, "inspect", class_bundle).returncode == 0
+    assert _light(code, "doctor").returncode == 0
+    module = _light("import runpy; runpy.run_module('edgediff_runtime', run_name='__main__')",
+                    class_bundle, "-o", tmp_path / "b.png", "--num-images", 4)  # fmt: skip
+    assert module.returncode == 0, module.stderr
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("args", [("export", "grocery-32", "-o", "x"), ("demo",), ("inspect", "sd15")])
+def test_the_light_install_names_the_extra_that_a_command_needs(args: tuple[str, ...], tmp_path: Path) -> None:
+    done = _light(f"import os; os.chdir({str(tmp_path)!r}); from edgediff.cli import main; main()", *args)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith('pip install "edgediff[export]"')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_names_on_the_light_install() -> None:
+    done = _light("import edgediff\ntry: edgediff.load_model\nexcept edgediff.EdgediffError as e: print(e)")
+    assert done.stdout.strip() == "edgediff.load_model needs the 'export' extra: pip install \"edgediff[export]\""
