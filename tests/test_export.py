@@ -107,6 +107,17 @@ def test_what_is_there_and_valid_is_not_exported_again(
     assert _files(there) == _files(class_bundle)
 
 
+def test_a_bundle_with_other_files_in_it_is_never_replaced(
+    class_bundle: Path, class_model: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "bundle"
+    shutil.copytree(class_bundle, there)
+    (there / "onnx" / "notes.txt").write_text("mine")
+    with pytest.raises(TargetError, match=r"onnx/notes\.txt, which is not the bundle's"):
+        edgediff.export_bundle(edgediff.load_model(class_model), there, edgediff.ExportConfig(steps=5), force=True)
+    assert (there / "onnx" / "notes.txt").read_text() == "mine"
+
+
 def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

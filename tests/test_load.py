@@ -402,7 +402,7 @@ def test_another_class(folder: Path, name: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"down_block_types": ["X", "Y", "Z"]}, "X does not exist"),
+        ({"down_block_types": ["X", "Y"]}, "X does not exist"),
         ({"norm_num_groups": 5}, "divisible by num_groups (5)"),
         ({"norm_num_groups": 0}, "zero"),
         ({"layers_per_block": None}, "NoneType"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgediff.errors import TargetError
-from edgediff.export.place import check_place, staged
+from edgediff.export.place import check_place, clear_stale, staged
 
 
 def _bundle(folder: Path, text: str = "old") -> Path:
@@ -19,6 +19,7 @@ def _bundle(folder: Path, text: str = "old") -> Path:
 
 
 def _export(target: Path, fault: BaseException | None = None) -> None:
+    clear_stale(target)
     with staged(target) as folder:
         (folder / "new").touch()
         if fault is not None:
@@ -110,8 +111,7 @@ def test_stale_siblings_of_dead_processes_are_cleared_and_of_living_ones_kept(tm
     living = f".out.edgediff-{os.getppid()}"
     for name in (living, f".out.edgediff-{_dead_pid()}", ".out.edgediff-mine", ".other.edgediff-1", f"{living}.old"):
         _bundle(tmp_path / name)
-    with staged(target) as folder:
-        (folder / "new").touch()
+    _export(target)
     assert _names(tmp_path) == sorted([living, f"{living}.old", ".out.edgediff-mine", ".other.edgediff-1", "out"])
     assert _names(target) == ["new"]
 

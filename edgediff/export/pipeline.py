@@ -21,13 +21,14 @@ from edgediff.export.card import bundle_card
 from edgediff.export.conditioning import Source, reference_conditioning
 from edgediff.export.graphs import graph_list
 from edgediff.export.onnx import write_onnx
-from edgediff.export.place import check_place, staged
+from edgediff.export.place import check_place, clear_stale, staged
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.load import Model, random_weights
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.session import TorchSession
-from edgediff.verify.parity import ParityReport, check_files, verify_bundle
+from edgediff.verify.files import check_files
+from edgediff.verify.parity import ParityReport, verify_bundle
 from edgediff.verify.reference import REFERENCE, Reference, record, save_reference
 from edgediff_runtime import BundleError, EdgePipeline, Manifest, clock_mask, open_bundle
 from edgediff_runtime import manifest as m
@@ -95,6 +96,7 @@ def export_bundle(
     divided = split(model.unet, config.cut)
     conditioning, conditioning_source = reference_conditioning(model.conditioning, config.conditioning, config.seed)
     draft = _draft(model, divided, config, conditioning_source)
+    clear_stale(path)
     if _is_there(path, draft, say, force):
         return Exported(path, None)
     check_place(path, force)
@@ -137,7 +139,7 @@ def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_
         generator=f"edgediff {version('edgediff')}",
         source=m.Source(
             name=model.name,
-            path=None if model.is_built_in else str(model.path.resolve()),
+            path=None if model.is_built_in else str(model.path),
             sha256=model.sha256,
             random_weights=config.random_weights,
         ),

@@ -1,7 +1,7 @@
 """A directory that is whole or not there: written beside its place under another name, then renamed.
 
-A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away, unless
-the process that made it still lives.
+A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away first,
+unless the process that made it still lives.
 """
 
 import contextlib
@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgediff.errors import TargetError
+from edgediff.verify.files import unlisted
 from edgediff_runtime.bundle import MANIFEST, SUMS
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import parse_manifest
 
 
 def check_place(target: Path, force: bool) -> None:
@@ -24,14 +27,17 @@ def check_place(target: Path, force: bool) -> None:
         force: Whether an existing bundle may be replaced.
 
     Raises:
-        TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder,
-            which is never replaced; or its parent cannot be written.
+        TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder, or
+            a bundle with other files in it, which is never replaced; or its parent cannot be written.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target} exists and is no directory; choose another output")
     if target.is_dir() and any(target.iterdir()):
         if not _looks_like_a_bundle(target):
             raise TargetError(f"{target} is a folder with other things in it, never replaced; choose another output")
+        strays = _strays(target)
+        if strays:
+            raise TargetError(f"{target} holds {strays[0]}, which is not the bundle's; choose another output")
         if not force:
             raise TargetError(f"{target} holds another bundle; pass --force to replace it, or choose another output")
     for parent in target.absolute().parents:
@@ -45,6 +51,15 @@ def _looks_like_a_bundle(folder: Path) -> bool:
     """Whether export wrote it, damaged or not: a web page's folder has a manifest.json too."""
     manifest = folder / MANIFEST
     return manifest.is_file() and ((folder / SUMS).is_file() or b'"format_version"' in manifest.read_bytes())
+
+
+def _strays(bundle: Path) -> list[str]:
+    """Files in a bundle that are not its own; of one whose manifest cannot be read nothing is known."""
+    try:
+        manifest = parse_manifest((bundle / MANIFEST).read_bytes())
+    except BundleError:
+        return []
+    return unlisted(bundle, manifest)
 
 
 @contextlib.contextmanager
@@ -63,7 +78,6 @@ def staged(target: Path) -> Iterator[Path]:
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_stale(target)
         scratch = target.with_name(f"{_prefix(target)}{os.getpid()}")
         scratch.mkdir()
     except OSError as e:
@@ -97,8 +111,15 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.edgediff-"
 
 
-def _clear_stale(target: Path) -> None:
-    """Removes what a killed export left; a bundle it had moved aside is put back."""
+def clear_stale(target: Path) -> None:
+    """Removes what killed exports to the same place left; a bundle that one had moved aside is put back.
+
+    Comes before anybody looks at what is there.
+
+    Args:
+        target: Where the bundle is to be.
+    """
+    target = target.absolute()
     for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):
         pid = left.name.removeprefix(_prefix(target)).removesuffix(".old")
         if not pid.isdigit() or _alive(int(pid)):

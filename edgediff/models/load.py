@@ -80,6 +80,8 @@ def load_model(source: str | Path) -> Model:
         ModelError: The directory is missing, empty, or its files cannot be read.
         UnsupportedError: The model is of a class that edgediff does not handle.
     """
+    if not str(source):
+        raise ModelError(f"the model has no name; expected a diffusers directory or one of: {', '.join(ZOO)}")
     path = Path(source)
     if not path.is_dir():
         if path.exists():

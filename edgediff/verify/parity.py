@@ -19,18 +19,18 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from edgediff.verify.files import PARITY_SCRATCH, check_files
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, Reference, check_reference, load_reference, reference_request
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
-from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS
+from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.sessions import Session, open_session
 
 log = logging.getLogger(__name__)
 
 BACKEND_OF_TARGET = {"onnx": "onnxruntime"}
-SCRATCH = "evidence/.parity.json.new"
 Progress = Callable[[str], None]
 
 
@@ -124,29 +124,6 @@ def verify_bundle(
     if record:
         _write(bundle, report)
     return report
-
-
-def check_files(bundle: Bundle) -> None:
-    """Holds every file of a bundle to the manifest, and the manifest to every file.
-
-    Args:
-        bundle: The bundle.
-
-    Raises:
-        BundleError: A file is damaged, missing, not listed, or no plain file.
-    """
-    for name in bundle.manifest.files:
-        bundle.file(name)
-    # A verification that was killed leaves its scratch file; the next one writes over it.
-    listed = {*bundle.manifest.files, MANIFEST, SUMS, PARITY, SCRATCH}
-    for folder, folders, files in os.walk(bundle.path):
-        for name in (*folders, *files):
-            file = Path(folder, name)
-            inside = file.relative_to(bundle.path).as_posix()
-            if file.is_symlink():
-                raise BundleError(f"{inside} is a symlink; a bundle holds plain files")
-            if file.is_file() and inside not in listed:
-                raise BundleError(f"{inside} is in the bundle but not listed in {MANIFEST}")
 
 
 def _graph_rows(manifest: Manifest, reference: Reference, session: Session, backend: str) -> list[Row]:
@@ -258,7 +235,7 @@ def _write(bundle: Bundle, report: ParityReport) -> None:
         "versions": bundle.manifest.versions,
     }
     path = bundle.path / PARITY
-    scratch = bundle.path / SCRATCH
+    scratch = bundle.path / PARITY_SCRATCH
     try:
         scratch.write_bytes(msgspec.json.format(msgspec.json.encode(evidence), indent=1) + b"\n")
         os.replace(scratch, path)

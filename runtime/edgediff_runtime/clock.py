@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from edgediff_runtime.errors import RequestError
 
+MAX_STEPS = 10_000
+
 ClockSpec = int | str | list[int] | tuple[int, ...]
 
 
@@ -33,8 +35,8 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
     """
     if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
         raise RequestError(f"steps is {num_inference_steps!r}; expected a whole number above 0")
-    if num_inference_steps < 1:
-        raise RequestError(f"steps is {num_inference_steps}; expected a whole number above 0")
+    if not 1 <= num_inference_steps <= MAX_STEPS:
+        raise RequestError(f"steps is {num_inference_steps}; expected a whole number above 0, {MAX_STEPS} at most")
     if isinstance(clock, str):
         clock = _parse(clock)
     if isinstance(clock, bool) or not isinstance(clock, int | list | tuple):

@@ -21,6 +21,8 @@ from edgediff_runtime.schedulers import make_scheduler
 from edgediff_runtime.sessions import Array, Session, open_session
 
 DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
+# All images of a generation are in memory at once.
+MAX_IMAGES = 4096
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
 
 
@@ -271,8 +273,8 @@ def _usable(scale: float) -> bool:
 
 
 def _check_count(num_images: int) -> None:
-    if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
-        raise RequestError(f"num_images is {num_images!r}; expected a whole number above 0")
+    if isinstance(num_images, bool) or not isinstance(num_images, int) or not 1 <= num_images <= MAX_IMAGES:
+        raise RequestError(f"num_images is {num_images!r}; expected a whole number above 0, {MAX_IMAGES} at most")
 
 
 def _spell(shape: Sequence[int | str]) -> str:
