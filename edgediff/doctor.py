@@ -50,16 +50,22 @@ class BadPair:
 
 KNOWN_BAD = (
     BadPair(
-        "onnxscript", (0, 5, 3), "torch", (2, 9),
-        "torch.onnx.export imports names that onnxscript does not have yet",
-        "torch 2.9's own requirement, onnxscript>=0.5.3",
+        package="onnxscript",
+        below=(0, 6),
+        needs="torch",
+        from_version=(2, 9),
+        why="every dynamo export fails: onnxscript's version converter refuses models with local functions",
+        source="ray-project/ray#64410",
     ),
     BadPair(
-        "onnxruntime", (1, 19), "numpy", (2,),
-        "import fails: the wheel was built for NumPy 1",
-        "onnxruntime 1.19 release notes: NumPy 2 support added",
+        package="onnxruntime",
+        below=(1, 19),
+        needs="numpy",
+        from_version=(2,),
+        why="import fails, the wheel was built for NumPy 1",
+        source="microsoft/onnxruntime#21063",
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

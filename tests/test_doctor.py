@@ -38,8 +38,8 @@ def test_numbers_of_odd_versions(text: str, numbers: tuple[int, ...]) -> None:
     ("installed", "words"),
     [
         ({"onnxruntime": "1.18.1", "numpy": "2.1.0"}, ["onnxruntime 1.18.1 with numpy 2.1.0", ">=1.19"]),
-        ({"onnxscript": "0.5.2", "torch": "2.9.0+cpu"}, ["onnxscript 0.5.2 with torch 2.9.0+cpu", ">=0.5.3"]),
-        ({"onnxscript": "0.4", "torch": "2.10rc1"}, ["onnxscript 0.4 with torch 2.10rc1", ">=0.5.3"]),
+        ({"onnxscript": "0.5.2", "torch": "2.9.0+cpu"}, ["onnxscript 0.5.2 with torch 2.9.0+cpu", ">=0.6"]),
+        ({"onnxscript": "0.4", "torch": "2.10rc1"}, ["onnxscript 0.4 with torch 2.10rc1", ">=0.6"]),
     ],
 )
 def test_known_bad_pairs_are_found(installed: dict[str, str | None], words: list[str]) -> None:
@@ -58,7 +58,7 @@ def test_known_bad_pairs_are_found(installed: dict[str, str | None], words: list
         {"onnxruntime": "1.19rc1", "numpy": "2.1.0"},
         {"onnxruntime": "1.18.1", "numpy": None},
         {"onnxruntime": None, "numpy": "2.1.0"},
-        {"onnxscript": "0.5.3", "torch": "2.9.0"},
+        {"onnxscript": "0.6.0", "torch": "2.9.0"},
         {"onnxscript": "0.5.2", "torch": "2.8.0"},
     ],
 )

@@ -178,7 +178,7 @@ def _trajectory_rows(
     pipe = EdgePipeline(manifest, session)
     request = reference_request(manifest, reference.conditioning)
     latents = pipe(**request).latents
-    say("torch: trajectory")
+    say("trajectory of the source")
     anew, note = torch_latents(manifest, request, model)
     numbers = [(psnr_db(want, latents), "latents") for want in (anew, reference.latents) if want is not None]
     rows = [_row("trajectory", "latents", backend, numbers, floors.trajectory, note)]
