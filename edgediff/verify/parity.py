@@ -26,6 +26,7 @@ from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import Target
 from edgediff_runtime.sessions import Session, open_session
 
 log = logging.getLogger(__name__)
@@ -115,9 +116,9 @@ def verify_bundle(
         say(f"{backend}: loading")
         session = open_session(bundle, backend)
         say(f"{backend}: graphs")
-        rows += _graph_rows(manifest, reference, session, backend)
+        rows += _graph_rows(target, manifest.floors.graph, reference, session, backend)
         say(f"{backend}: composed steps")
-        rows += _composed_rows(manifest, reference, session, backend)
+        rows += _composed_rows(target, manifest.floors.composed, reference, session, backend)
         say(f"{backend}: trajectories")
         rows += _trajectory_rows(manifest, reference, session, backend, model, say)
     report = ParityReport(tuple(rows), manifest.verified)
@@ -126,9 +127,9 @@ def verify_bundle(
     return report
 
 
-def _graph_rows(manifest: Manifest, reference: Reference, session: Session, backend: str) -> list[Row]:
+def _graph_rows(target: Target, floor: float, reference: Reference, session: Session, backend: str) -> list[Row]:
     rows = []
-    for graph in manifest.target("onnx").graphs:
+    for graph in target.graphs:
         if graph.file is None:
             continue
         numbers: list[tuple[float, str]] = []
@@ -140,13 +141,13 @@ def _graph_rows(manifest: Manifest, reference: Reference, session: Session, back
             for tensor in graph.outputs:
                 got = session.get(tensors[tensor.name])
                 numbers.append((psnr_db(_given(step.tensors, tensor.name), got), tensor.name))
-        rows.append(_row("graph", graph.name, backend, numbers, manifest.floors.graph))
+        rows.append(_row("graph", graph.name, backend, numbers, floor))
     return rows
 
 
-def _composed_rows(manifest: Manifest, reference: Reference, session: Session, backend: str) -> list[Row]:
+def _composed_rows(target: Target, floor: float, reference: Reference, session: Session, backend: str) -> list[Row]:
     numbers: dict[bool, list[tuple[float, str]]] = {}
-    graphs = manifest.target("onnx").graphs
+    graphs = target.graphs
     made = {tensor.name for graph in graphs for tensor in graph.outputs}
     for step in reference.steps:
         given = {name: value for name, value in step.tensors.items() if name not in made}
@@ -160,7 +161,7 @@ def _composed_rows(manifest: Manifest, reference: Reference, session: Session, b
             number = psnr_db(_given(step.tensors, name), session.get(tensors[name]))
             numbers.setdefault(step.full, []).append((number, name))
     return [
-        _row("composed", "full" if full else "cached", backend, numbers[full], manifest.floors.composed)
+        _row("composed", "full" if full else "cached", backend, numbers[full], floor)
         for full in sorted(numbers, reverse=True)
     ]
 
