@@ -8,17 +8,22 @@ bad input, 130 interrupted. Commands import what they need when they run: `run`,
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgediff.errors import ConfigError, EdgediffError, MissingExtraError, VerificationError
-from edgediff_runtime.errors import BundleError, EdgeRuntimeError, RequestError
+from edgediff_runtime.errors import EdgeRuntimeError
+
+if TYPE_CHECKING:
+    from edgediff.verify.parity import ParityReport
+    from edgediff_runtime import Step
 
 app = typer.Typer(
     name="edgediff",
@@ -56,13 +61,28 @@ def main() -> None:
     except (EdgediffError, EdgeRuntimeError) as e:
         code = _say_error(e, 2)
     except UsageFault as e:
-        code = _say_error(e.format_message(), 2)
+        # A bare `edgediff` shows its help and raises with nothing to say.
+        code = _say_error(e.format_message(), 2) if e.format_message() else 2
     except (KeyboardInterrupt, typer.Abort):
         code = _say_error("interrupted; what was there is as it was", INTERRUPTED)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         code = _say_error(f"{e.strerror or e}{where}", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"edgediff {metadata.version('edgediff')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
 
 
 def _say_error(message: object, code: int) -> int:
@@ -147,9 +167,14 @@ def export(
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
     pipeline = _toolchain("edgediff.export.pipeline", "export")
     load = _toolchain("edgediff.models.load", "export")
-    with _progress() as say:
-        say(f"loading {checked.model}")
-        done = pipeline.export_bundle(load.load_model(checked.model), output, checked, force=force, progress=say)
+    try:
+        with _progress() as say:
+            say(f"loading {checked.model}")
+            done = pipeline.export_bundle(load.load_model(checked.model), output, checked, force=force, progress=say)
+    except VerificationError as e:
+        if e.report is not None:
+            _show_report(e.report, as_json)
+        raise
     if as_json:
         _print_json({"bundle": str(done.path), "exported": done.report is not None}
                     | (done.report.to_dict() if done.report else {}))  # fmt: skip
@@ -173,12 +198,7 @@ def verify(
 
     with _progress() as say:
         report = verify_bundle(bundle, model, progress=say)
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        from edgediff.tables import parity_table
-
-        out.print(parity_table(report))
+    _show_report(report, as_json)
     if not report.ok:
         raise VerificationError(f"{bundle} does not hold")
 
@@ -207,11 +227,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
-    from edgediff.picture import check_output, write_output
     from edgediff_runtime import EdgePipeline
+    from edgediff_runtime.image import check_output, write_output
     from edgediff_runtime.pipeline import Result
 
-    check_output(output, scale)
     request: dict[str, Any] = {"label": label, "prompt": prompt, "num_images": num_images, "seed": seed}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
     if conditioning is not None:
@@ -219,17 +238,11 @@ def run(
     with _progress() as say:
         say(f"opening {bundle}")
         pipe = EdgePipeline.from_pretrained(bundle, backend=backend)
-        if pipe.manifest.sample.space == "latent" and output.suffix == ".png":
-            raise RequestError("the bundle's model works on latents and has no decoder; write them with -o out.npy")
-        stream = pipe.stream(**request)
-        done = []
-        for step in stream:
-            done.append(step)
-            say(f"step {step.index + 1}: t = {step.timestep:g}, {'full' if step.full else 'cached'}")
-    result = Result(done[-1].latents, tuple(done), pipe.manifest.sample.space)
+        check_output(output, scale, pipe.manifest.sample.space)
+        result = Result.of(_telling(pipe.stream(**request), say), pipe.manifest)
     write_output(result, output, scale)
     if as_json:
-        ledger = [{"step": step.index, "full": step.full, "ms": step.ms} for step in done]
+        ledger = [{"step": step.index, "full": step.full, "ms": step.ms} for step in result.ledger]
         _print_json({"images": [str(output)], "mask": result.mask, "ledger": ledger})
     else:
         from edgediff.tables import ledger_table
@@ -305,6 +318,12 @@ def demo(
         raise VerificationError(f"{shown.bundle} does not hold")
 
 
+def _telling(steps: Iterable["Step"], say: Callable[[str], None]) -> Iterator["Step"]:
+    for step in steps:
+        say(f"step {step.index + 1}: t = {step.timestep:g}, {'full' if step.full else 'cached'}")
+        yield step
+
+
 def _embeddings(path: Path) -> dict[str, Any]:
     """Arguments for `EdgePipeline.stream` from a file of embeddings."""
     from edgediff.arrays import load_arrays
@@ -320,8 +339,14 @@ def _embeddings(path: Path) -> dict[str, Any]:
     }
 
 
+def _show_report(report: "ParityReport", as_json: bool) -> None:
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        from edgediff.tables import parity_table
+
+        out.print(parity_table(report))
+
+
 def _print_json(data: object) -> None:
     print(json.dumps(data, indent=1))
-
-
-__all__ = ["BundleError", "app", "main"]

@@ -23,10 +23,9 @@ Target = Literal["onnx"]
 Layout = Literal["split"]
 VerifyMode = Literal["full", "graphs"]
 SchedulerName = Literal["dpmpp_2m", "dpmpp_2m_karras", "ddim", "euler"]
-ConfigStruct = msgspec.Struct
 
 
-class Cut(ConfigStruct, frozen=True, forbid_unknown_fields=True):
+class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the UNet is divided (Clockwork Diffusion, section 3).
 
     Attributes:
@@ -39,7 +38,7 @@ class Cut(ConfigStruct, frozen=True, forbid_unknown_fields=True):
     point: str = "before_upsample"
 
 
-class OnnxConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True):
+class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the ONNX graphs are written.
 
     Attributes:
@@ -53,7 +52,7 @@ class OnnxConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True):
     simplify: bool = True
 
 
-class VerifyConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True):
+class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the numbers must hold, in dB of PSNR.
 
     The defaults are for fp32 against fp32, where only the order of additions differs: the ecosystem's usual 35 dB would
@@ -75,7 +74,7 @@ class VerifyConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True):
     caching_db: float | None = None
 
 
-class ExportConfig(ConfigStruct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One recipe: a model, a cut, an operating point and the targets.
 
     Attributes:
@@ -197,7 +196,7 @@ def config_from(data: object) -> ExportConfig:
     return check_config(config)
 
 
-def _refuse_unknown(data: Mapping[Any, Any], kind: type[ConfigStruct], where: str) -> None:
+def _refuse_unknown(data: Mapping[Any, Any], kind: type[msgspec.Struct], where: str) -> None:
     """Names a key that the struct does not have, and the nearest that it has."""
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in data.items():
@@ -207,7 +206,7 @@ def _refuse_unknown(data: Mapping[Any, Any], kind: type[ConfigStruct], where: st
                 f"unknown key '{where}{key}', did you mean '{where}{near[0]}'? (valid: {', '.join(fields)})"
             )
         inner = fields[key]
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, ConfigStruct):
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             _refuse_unknown(value, inner, f"{where}{key}.")
 
 
@@ -243,6 +242,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
     Raises:
         ConfigError: With the field, its value and what was expected.
     """
+    if isinstance(config.clock, list | tuple):
+        config = msgspec.structs.replace(config, clock=",".join(str(bit) for bit in config.clock))
     try:
         config = msgspec.convert(msgspec.to_builtins(config), ExportConfig)
     except msgspec.ValidationError as e:

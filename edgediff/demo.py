@@ -16,6 +16,7 @@ from edgediff_runtime.image import grid, write_png
 
 RECIPE = "grocery-32-onnx"
 IMAGES = 16
+ROUNDS = 2
 SCALE = 4
 
 
@@ -67,16 +68,19 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Shown:
     say(f"loading {config.model}")
     model = load_model(str(config.model))
     bundle = folder / "bundle"
-    done = export_bundle(model, bundle, config, progress=say)
+    # A bundle of another version is the demo's own to replace; files that are not its own stop it.
+    done = export_bundle(model, bundle, config, force=True, progress=say)
     report = done.report
     if report is None:
         report = verify_bundle(bundle, model, progress=lambda what: say(f"verifying: {what}"))
     pipe = EdgePipeline.from_pretrained(bundle)
     pipe(num_images=1, num_inference_steps=1, clock=1)  # the first call of a session is not the loop's time
-    say("generating with clock 1")
-    always = pipe(num_images=IMAGES, clock=1)
-    say(f"generating with clock {config.clock}")
-    clocked = pipe(num_images=IMAGES)
+    runs = []
+    for again in range(ROUNDS):
+        say(f"generating with clock 1 and clock {config.clock}, round {again + 1} of {ROUNDS}")
+        runs.append((pipe(num_images=IMAGES, clock=1), pipe(num_images=IMAGES)))
+    # Of each the faster run: what else the machine does only ever adds time.
+    always, clocked = (min(results, key=_loop_ms) for results in zip(*runs, strict=True))
     pictures = {
         "clock 1": folder / "clock-1.png",
         f"clock {config.clock}": folder / f"clock-{config.clock}.png",

@@ -4,6 +4,11 @@ The library raises; only the command line prints. Every message is one line: wha
 the choices.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgediff.verify.parity import ParityReport
+
 
 class EdgediffError(Exception):
     """Anything that a user of the toolchain can put right."""
@@ -26,7 +31,15 @@ class TargetError(EdgediffError):
 
 
 class VerificationError(EdgediffError):
-    """A number did not hold: the bundle is not what the model is, and was not put in place."""
+    """A number did not hold: the bundle is not what the model is, and was not put in place.
+
+    Attributes:
+        report: The verification, or None where it ended before there was one.
+    """
+
+    def __init__(self, message: str, report: "ParityReport | None" = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class MissingExtraError(EdgediffError):

@@ -1,8 +1,11 @@
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Command, Said, exit_code
 from unets import unet2d, unet2d_condition
 
 import edgediff
@@ -74,3 +77,37 @@ def text_bundle(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("bundles") / "text"
     edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4))
     return path
+
+
+@pytest.fixture
+def folder(class_model: Path, tmp_path: Path) -> Path:
+    """The class model's folder, copied for a test to change."""
+    return shutil.copytree(class_model, tmp_path / "model")
+
+
+@pytest.fixture
+def bundle(class_bundle: Path, tmp_path: Path) -> Path:
+    """The class bundle, copied for a test to change."""
+    return shutil.copytree(class_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+    def run(*args: object) -> Said:
+        capsys.readouterr()
+        code = exit_code(monkeypatch, *args)
+        return Said.of(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a file of the user's; what a test makes in it lies in `place`, and all else stays as it was."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.txt").write_text("mine")
+    yield tmp_path / "work"
+    assert (tmp_path / "work" / "mine.txt").read_text() == "mine"

@@ -1,13 +1,13 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import exit_code
 from PIL import Image
-
-from edgediff import cli
 
 BLOCK = """
 import sys
@@ -19,14 +19,6 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def _main(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["edgediff", *map(str, args)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
 def _light(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Runs code where the light install is all there is."""
     return subprocess.run([sys.executable, "-c", BLOCK + code, *map(str, args)], capture_output=True, text=True)
@@ -36,7 +28,7 @@ def test_run_writes_a_grid_and_the_ledger(
     class_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "out.png"
-    assert _main(monkeypatch, "run", class_bundle, "-o", picture, "--num-images", 5, "--scale", 2, "--json") == 0
+    assert exit_code(monkeypatch, "run", class_bundle, "-o", picture, "--num-images", 5, "--scale", 2, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["images"] == [str(picture)]
     assert shown["mask"] == [1, 0, 1, 0]
@@ -48,7 +40,8 @@ def test_run_writes_a_grid_and_the_ledger(
 
 
 def test_run_writes_latents(class_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _main(monkeypatch, "run", class_bundle, "-o", tmp_path / "x.npy", "--num-images", 2, "--label", "Kiwi") == 0
+    args = ("run", class_bundle, "-o", tmp_path / "x.npy", "--num-images", 2, "--label", "Kiwi")
+    assert exit_code(monkeypatch, *args) == 0
     assert np.load(tmp_path / "x.npy").shape == (2, 3, 16, 16)
 
 
@@ -57,18 +50,18 @@ def test_run_takes_embeddings_from_a_file(text_bundle: Path, tmp_path: Path, mon
     text = {n: rng.standard_normal((1, 7, 12)) for n in ("encoder_hidden_states", "negative_encoder_hidden_states")}
     np.savez(tmp_path / "prompt.npz", **text)
     args = ("run", text_bundle, "-o", tmp_path / "x.npy", "--conditioning", tmp_path / "prompt.npz", "--num-images", 3)
-    assert _main(monkeypatch, *args) == 0
+    assert exit_code(monkeypatch, *args) == 0
     assert np.load(tmp_path / "x.npy").shape == (3, 4, 16, 16)
 
 
 def test_verify_prints_the_numbers(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _main(monkeypatch, "verify", class_bundle) == 0
+    assert exit_code(monkeypatch, "verify", class_bundle) == 0
     table = capsys.readouterr().out
     assert "everything holds" in table
     assert all(check in table for check in ("graph", "composed", "trajectory", "caching"))
-    assert _main(monkeypatch, "verify", class_bundle, "--json") == 0
+    assert exit_code(monkeypatch, "verify", class_bundle, "--json") == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
@@ -77,7 +70,7 @@ def test_a_floor_that_is_not_reached_is_exit_code_1_and_nothing_is_placed(
 ) -> None:
     recipe = tmp_path / "strict.yaml"
     recipe.write_text("steps: 2\nverify: {graph_db: 199}\n")
-    assert _main(monkeypatch, "export", class_model, "-o", tmp_path / "b", "--config", recipe) == 1
+    assert exit_code(monkeypatch, "export", class_model, "-o", tmp_path / "b", "--config", recipe) == 1
     assert "asked for 199" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [recipe]
 
@@ -87,7 +80,7 @@ def test_inspect_shows_a_bundle_and_a_model_alike(
 ) -> None:
     shown = []
     for what in (class_bundle, class_model):
-        assert _main(monkeypatch, "inspect", what, "--clock", 3, "--steps", 6, "--json") == 0
+        assert exit_code(monkeypatch, "inspect", what, "--clock", 3, "--steps", 6, "--json") == 0
         shown.append(json.loads(capsys.readouterr().out))
     for key in ("parameters", "gflops", "gflops_attention", "macs_without_attention", "cache_bytes", "schedule"):
         assert shown[0][key] == shown[1][key]
@@ -96,12 +89,17 @@ def test_inspect_shows_a_bundle_and_a_model_alike(
     assert schedule["batch"] == 2
     gflops = shown[0]["gflops"]
     assert schedule["tflops"] == pytest.approx(2 * (2 * gflops["full"] + 4 * gflops["cached"]) / 1e3)
-    assert _main(monkeypatch, "inspect", class_bundle) == 0
+    assert exit_code(monkeypatch, "inspect", class_bundle) == 0
     assert "highres_out" in capsys.readouterr().out
 
 
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"edgediff {metadata.version('edgediff')}\n"
+
+
 def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main(monkeypatch, "doctor", "--json") == 0
+    assert exit_code(monkeypatch, "doctor", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["abilities"]["export to ONNX"] == "yes"
     assert found["versions"]["torch"]["tested"] == "2.13.0"
@@ -109,7 +107,7 @@ def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "doctor", "demo"])
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main(monkeypatch, command, "--help") == 0
+    assert exit_code(monkeypatch, command, "--help") == 0
     assert f"edgediff {command}" in capsys.readouterr().out
 
 

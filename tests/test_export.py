@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SMALL, save_model
+from conftest import SMALL, SMALL_TEXT, save_model
 from unets import unet2d_condition
 
 import edgediff
@@ -211,6 +211,36 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
     with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was put in place"):
         edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_are_not_the_unet_are_not_exported(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = edgediff.load_model(class_model)
+    forward = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda *a, **k: (forward(*a, **k)[0] * 1.0001,))
+    with pytest.raises(VerificationError, match="the divided UNet is not the undivided one: out_sample is 9"):
+        edgediff.export_bundle(model, tmp_path / "bundle", edgediff.ExportConfig(steps=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unet_that_gives_other_channels_than_it_takes_is_refused(tmp_path: Path) -> None:
+    model = edgediff.load_model(save_model(unet2d_condition(**SMALL_TEXT, in_channels=9), tmp_path / "inpainting"))
+    with pytest.raises(UnsupportedError, match="takes 9 channels and gives 4"):
+        edgediff.export_bundle(model, tmp_path / "bundle")
+
+
+def test_another_text_length_is_another_bundle(text_bundle: Path, text_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_bundle, tmp_path / "bundle")
+    shutil.copytree(text_model, tmp_path / "model")
+    config = edgediff.ExportConfig(steps=4)
+    # The same model from another path is the same bundle.
+    (tmp_path / "model").rename(tmp_path / "tiny-text")
+    there = edgediff.export_bundle(edgediff.load_model(tmp_path / "tiny-text"), tmp_path / "bundle", config)
+    assert there.report is None
+    (tmp_path / "tiny-text" / "text_encoder" / "config.json").write_text('{"max_position_embeddings": 9}')
+    with pytest.raises(TargetError, match="holds another bundle"):
+        edgediff.export_bundle(edgediff.load_model(tmp_path / "tiny-text"), tmp_path / "bundle", config)
 
 
 def test_a_pass_that_fails_names_itself_and_those_before_it() -> None:

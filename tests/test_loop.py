@@ -44,7 +44,7 @@ def ort_pipe(class_bundle: Path) -> EdgePipeline:
 @torch.no_grad()
 def test_clock_1_is_what_diffusers_samples(class_model: Path, torch_pipe: EdgePipeline) -> None:
     model = edgediff.load_model(class_model)
-    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler)
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(6)
     x = torch.from_numpy(np.stack([noise(3, (3, 16, 16), image=i) for i in range(2)]))
     labels = torch.tensor([4, 4, 0, 1])
@@ -166,6 +166,20 @@ def test_an_image_begins_from_the_same_noise_whatever_their_number(ort_pipe: Edg
     one = ort_pipe(num_images=1, label="Kiwi", seed=8).latents[0]
     many = ort_pipe(num_images=3, label="Kiwi", seed=8).latents[0]
     assert np.abs(one - many).max() < REGROUPED
+
+
+def test_labels_by_index(torch_pipe: EdgePipeline) -> None:
+    step = next(torch_pipe.stream(label=[2, "Apple"], guidance_scale=1))
+    assert step.tensors[0]["class_labels"].tolist() == [2, 0]
+    with pytest.raises(RequestError, match="no label 4; choices: Apple"):
+        torch_pipe(label=4)
+
+
+def test_the_ledger_keeps_no_tensors_and_steps_cannot_be_written(ort_pipe: EdgePipeline) -> None:
+    assert all(step.tensors == () for step in ort_pipe().ledger)
+    for step in ort_pipe.stream():
+        with pytest.raises(ValueError, match="read-only"):
+            step.latents[0] = 0
 
 
 def test_labels_default_to_one_after_the_other(torch_pipe: EdgePipeline) -> None:

@@ -115,6 +115,16 @@ def test_missing_and_foreign_conditioning() -> None:
                      encoder_hidden_states=torch.zeros(1, 5, 12))  # fmt: skip
 
 
+@torch.no_grad()
+def test_a_conditional_unet_without_attention() -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    unet = unet2d_condition(**blocks, mid_block_type="UNetMidBlock2D")
+    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 12)
+    want = unet(sample, 5, encoder_hidden_states=text).sample
+    assert split(unet).inputs == ("sample", "timestep")
+    assert torch.equal(split(unet).full(sample, 5, encoder_hidden_states=text)[0], want)
+
+
 def test_skip_blocks_are_refused_by_name() -> None:
     unet = unet2d(
         down_block_types=("SkipDownBlock2D", "DownBlock2D", "DownBlock2D"),

@@ -73,6 +73,14 @@ def test_without_the_source_the_evidence_is_the_reference(class_bundle: Path, mo
     assert row.note == "against the evidence's latents: the source is not at hand"
 
 
+def test_a_source_that_cannot_be_read_is_not_at_hand(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("edgediff.models.load.load_model", forbidden)
+    assert edgediff.verify_bundle(class_bundle, record=False).ok
+
+
 def test_a_named_model_must_be_the_source(class_bundle: Path, text_model: Path, class_model: Path) -> None:
     with pytest.raises(ModelError, match="is not the bundle's source"):
         edgediff.verify_bundle(class_bundle, str(text_model), record=False)

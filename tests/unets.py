@@ -31,14 +31,18 @@ def _sdxl(batch: int) -> dict[str, Any]:
     return {"text_embeds": torch.randn(batch, 10), "time_ids": torch.full((batch, 6), 32.0)}
 
 
+_TINY = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16, 24),
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+}
+
+
 def unet2d(**overrides: Any) -> UNet2DModel:
-    config: dict[str, Any] = {
-        "sample_size": 16,
-        "block_out_channels": (8, 16, 24),
-        "layers_per_block": 2,
+    config: dict[str, Any] = _TINY | {
         "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
         "attention_head_dim": 4,
     }
     torch.manual_seed(0)
@@ -46,15 +50,11 @@ def unet2d(**overrides: Any) -> UNet2DModel:
 
 
 def unet2d_condition(**overrides: Any) -> UNet2DConditionModel:
-    config: dict[str, Any] = {
-        "sample_size": 16,
+    config: dict[str, Any] = _TINY | {
         "in_channels": 4,
         "out_channels": 4,
-        "block_out_channels": (8, 16, 24),
-        "layers_per_block": 2,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "norm_num_groups": 4,
         "attention_head_dim": 2,
         "cross_attention_dim": 12,
     }

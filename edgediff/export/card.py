@@ -1,5 +1,7 @@
 """A bundle's README.md: the model card that travels with it."""
 
+import re
+
 from edgediff.models.load import Model
 from edgediff_runtime import Manifest
 
@@ -28,6 +30,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"# {source.name}, divided by edgediff",
         "",
         f"- **Source**: {origin}.",
+        f"- **Data**: {'as the source says below' if model.card.text else 'unknown, the source has no card'}.",
         f"- **Licence**: {manifest.license}."
         + ("" if manifest.license != "unknown" else " The source does not say: ask whoever made it before you ship."),
         f"- **Changed**: the UNet was divided at level {manifest.cut.level}, {manifest.cut.point}; "
@@ -44,7 +47,8 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         "Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` where there is no torch.",
     ]
     if model.card.text:
-        lines += ["", "## The source's own card", "", model.card.text.strip()]
+        text = re.sub(r"\A---\n.*?\n---\n", "", model.card.text, flags=re.DOTALL)  # without its front matter
+        lines += ["", "## The source's own card", "", text.strip()]
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgediff.errors import UnsupportedError
+from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.load import Model
 from edgediff_runtime.manifest import Frequency, Graph, Tensor
@@ -48,7 +49,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
             graphs.append(
                 Graph(
                     name=name,
-                    file=f"onnx/{name}.onnx" if inputs != outputs else None,
+                    file=f"onnx/{name}.onnx" if not isinstance(part, IdentityAdaptor) else None,
                     frequency=FREQUENCY[name],
                     inputs=tuple(_tensor(key, value) for key, value in inputs.items()),
                     outputs=tuple(_tensor(key, value) for key, value in outputs.items()),

@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from edgediff.config import OnnxConfig
 from edgediff.errors import UnsupportedError
-from edgediff.export.passes import SIMPLIFY, STRIP_METADATA, check, run_passes, weight_bytes
+from edgediff.export.passes import SIMPLIFY, STRIP_METADATA, Pass, check, run_passes, weight_bytes
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
 from edgediff_runtime.manifest import Graph
@@ -95,10 +95,9 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
     model = onnx.load(traced, load_external_data=False)
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES
     try:
-        model = run_passes(model, (STRIP_METADATA,))
-        simplified = "no: switched off in the recipe"
-        if config.simplify:
-            model, simplified = _simplified(model, traced, inputs, large)
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+        simplify = SIMPLIFY if large else Pass(SIMPLIFY.name, lambda before: _held(before, SIMPLIFY.apply, feeds))
+        model = run_passes(model, (STRIP_METADATA, simplify) if config.simplify else (STRIP_METADATA,))
         _restore_names(model, graph)
         if large:
             onnx.load_external_data_for_model(model, str(traced.parent))
@@ -117,25 +116,31 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return Written(external, opset, model.ir_version, simplified)
+    return Written(external, opset, model.ir_version, _how_simplified(config, large))
 
 
-def _simplified(
-    model: onnx.ModelProto, traced: Path, inputs: Mapping[str, torch.Tensor], large: bool
-) -> tuple[onnx.ModelProto, str]:
-    if large:
-        return run_passes(model, (SIMPLIFY,)), "yes, without its weights; checked by the graph's own verification"
-    before = model.SerializeToString()
-    model = run_passes(model, (SIMPLIFY,))
-    after = model.SerializeToString()
+def _held(
+    before: onnx.ModelProto, change: Callable[[onnx.ModelProto], onnx.ModelProto], feeds: Mapping[str, np.ndarray]
+) -> onnx.ModelProto:
+    """Changes a model and holds the result to what it was on real inputs."""
     # One row is enough, and half the memory of two where attention is large.
-    feeds = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
-    want, got = _run(before, feeds), _run(after, feeds)
+    feeds = {name: array[:1] for name, array in feeds.items()}
+    want = _run(before.SerializeToString(), feeds)
+    after = change(before)
+    got = _run(after.SerializeToString(), feeds)
     for name in want:
         number = psnr_db(want[name], got[name])
         if number < SIMPLIFIED_DB:
-            raise UnsupportedError(f"pass onnxsim: changed {name} to {number:.1f} dB of what it was")
-    return model, "yes"
+            raise UnsupportedError(f"changed {name} to {number:.1f} dB of what it was")
+    return after
+
+
+def _how_simplified(config: OnnxConfig, large: bool) -> str:
+    if not config.simplify:
+        return "no: switched off in the recipe"
+    if large:
+        return "yes, without its weights; held by the graph's own verification"
+    return "yes"
 
 
 def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

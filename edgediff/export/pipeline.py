@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
 from edgediff.config import ExportConfig, check_config
-from edgediff.errors import ConfigError, TargetError, VerificationError
+from edgediff.errors import ConfigError, ModelError, TargetError, UnsupportedError, VerificationError
 from edgediff.export.card import bundle_card
 from edgediff.export.conditioning import Source, reference_conditioning
 from edgediff.export.graphs import graph_list
@@ -29,6 +31,7 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.models.session import TorchSession
 from edgediff.verify.files import check_files
 from edgediff.verify.parity import ParityReport, verify_bundle
+from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, Reference, record, save_reference
 from edgediff_runtime import BundleError, EdgePipeline, Manifest, clock_mask, open_bundle
 from edgediff_runtime import manifest as m
@@ -92,6 +95,8 @@ def export_bundle(
         model = random_weights(model, config.random_weights)
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights; pass --random-weights SEED to export it")
+    if model.scheduler is None:
+        raise ModelError(f"{model.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
     say("dividing the UNet")
     divided = split(model.unet, config.cut)
     conditioning, conditioning_source = reference_conditioning(model.conditioning, config.conditioning, config.seed)
@@ -103,6 +108,8 @@ def export_bundle(
     with staged(path) as folder:
         pipe = EdgePipeline(draft, TorchSession(divided))
         reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
+        say("holding the parts to the undivided UNet")
+        _hold_to_undivided(model, divided, reference)
         manifest = _write_graphs(folder, draft, divided, reference, config, say)
         (folder / "evidence").mkdir()
         save_reference(reference, folder / REFERENCE)
@@ -117,8 +124,22 @@ def export_bundle(
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
-            raise VerificationError(_verdict(report))
+            raise VerificationError(_verdict(report), report)
     return Exported(path, report)
+
+
+@torch.no_grad()
+def _hold_to_undivided(model: Model, divided: SplitUNet, reference: Reference) -> None:
+    """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
+    first = reference.steps[0].tensors
+    tensors: dict[str, Any] = {name: torch.from_numpy(first[name]) for name in divided.inputs}
+    added = {name: tensors.pop(name) for name in ("text_embeds", "time_ids") if name in tensors}
+    if isinstance(model.unet, UNet2DConditionModel):
+        tensors.setdefault("encoder_hidden_states", None)  # asked for, also where no layer looks at it
+    whole = model.unet(**tensors, **({"added_cond_kwargs": added} if added else {}), return_dict=False)[0]
+    number = psnr_db(whole.numpy(), first["out_sample"])
+    if not np.array_equal(whole.numpy(), first["out_sample"]):
+        raise VerificationError(f"the divided UNet is not the undivided one: out_sample is {number:.1f} dB of it")
 
 
 def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_source: Source) -> Manifest:
@@ -129,6 +150,11 @@ def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_
     if known.kind == "class" and known.null_label is None and config.guidance_scale is None:
         guidance = 1.0
     channels, height, width = model.sample_shape
+    if model.unet.config.out_channels != channels:
+        raise UnsupportedError(
+            f"the UNet takes {channels} channels and gives {model.unet.config.out_channels}; supported: as many "
+            "out as in (no inpainting, no learned variance)"
+        )
     floors = config.verify
     graphs = graph_list(divided, model)
     # As the manifest's JSON gives it back, so that the two can be compared.
@@ -178,7 +204,7 @@ def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_
         targets=(
             m.Target(
                 target="onnx", layout="split", dtype=config.onnx.dtype, batch=None,
-                opset=config.onnx.opset, ir_version=0, simplified="", graphs=graphs,
+                opset=config.onnx.opset, ir_version=0, graphs=graphs,
             ),
         ),
         config=recipe,
@@ -199,14 +225,24 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
             return False
         check_place(path, force=True)
         raise TargetError(f"{path} holds a bundle that is not valid ({e}); pass --force to replace it") from e
-    there = bundle.manifest
-    same = all(
-        getattr(there, key) == getattr(draft, key)
-        for key in ("generator", "source", "license", "conditioning", "scheduler", "config", "versions")
-    )
+    same = _essence(bundle.manifest) == _essence(draft)
     if same:
         say(f"{path} is already there, made from the same model by the same recipe, and valid: nothing to export")
     return same
+
+
+def _essence(manifest: Manifest) -> Manifest:
+    """What two exports must share to be the same: all but what writing fills in, and where the source lies."""
+    targets = tuple(
+        msgspec.structs.replace(
+            target,
+            ir_version=0,
+            graphs=tuple(msgspec.structs.replace(g, external_data=None, simplified="") for g in target.graphs),
+        )
+        for target in manifest.targets
+    )
+    source = msgspec.structs.replace(manifest.source, path=None)
+    return msgspec.structs.replace(manifest, source=source, targets=targets, files={})
 
 
 def _write_graphs(
@@ -228,15 +264,13 @@ def _write_graphs(
             inputs = _example(reference, graph)
             done = write_onnx(divided.parts[graph.name], graph, inputs, folder / graph.file, config.onnx)
             external = None if done.external_data is None else f"onnx/{done.external_data}"
-            graph = msgspec.structs.replace(graph, external_data=external)
+            graph = msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
             written.append(done)
         graphs.append(graph)
-    simplified = sorted({done.simplified for done in written})
     made = msgspec.structs.replace(
         target,
         opset=written[0].opset,
         ir_version=written[0].ir_version,
-        simplified="; ".join(simplified),
         graphs=tuple(graphs),
     )
     return msgspec.structs.replace(draft, targets=(made,))
@@ -245,7 +279,7 @@ def _write_graphs(
 def _example(reference: Reference, graph: m.Graph) -> dict[str, np.ndarray]:
     """Real inputs of a graph: from the first recorded step in which it runs."""
     for step in reference.steps:
-        if graph.frequency in ("step", "full_step" if step.full else "cached_step"):
+        if graph.runs(step.full):
             return {tensor.name: step.tensors[tensor.name] for tensor in graph.inputs}
     raise ConfigError(f"the clock never runs {graph.name}")
 

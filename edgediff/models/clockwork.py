@@ -143,6 +143,7 @@ class SplitUNet(nn.Module):
     Attributes:
         cut: Where the UNet is divided.
         factor: Height and width of a sample must be multiples of it.
+        ignored: What the UNet asks for and never looks at: the text of a conditional one without attention.
         highres_in, lowres, adaptor, highres_out: The four parts.
     """
 
@@ -150,6 +151,7 @@ class SplitUNet(nn.Module):
         super().__init__()
         self.cut = cut
         self.factor = factor
+        self.ignored: tuple[str, ...] = ()
         self.highres_in = highres_in
         self.lowres = lowres
         self.adaptor = adaptor
@@ -228,6 +230,8 @@ class SplitUNet(nn.Module):
         given.update(given.pop("added_cond_kwargs", None) or {})
         tensors = {"sample": sample, "timestep": timestep.reshape(-1)}
         tensors.update({name: value for name, value in given.items() if value is not None})
+        for name in self.ignored:
+            tensors.pop(name, None)
         if set(tensors) != set(self.inputs):
             raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; given were {', '.join(sorted(tensors))}")
         return tensors
@@ -279,6 +283,8 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
         adaptor=IdentityAdaptor() if adaptor is None else adaptor,
         highres_out=HighresOut(unet, highres_up, text, num_skips),
     )
+    if isinstance(unet, UNet2DConditionModel) and TEXT not in divided.inputs:
+        divided.ignored = (TEXT,)
     own = {id(module) for module in unet.modules()}
     for module in divided.modules():
         if id(module) not in own:

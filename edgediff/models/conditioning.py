@@ -67,13 +67,13 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     tensors: dict[str, TensorSpec] = {}
     labels: tuple[str, ...] = ()
     null_label = None
-    if config.get("cross_attention_dim") is not None and config["_class_name"] == "UNet2DConditionModel":
+    if _looks_at_text(config):
         tensors["encoder_hidden_states"] = TensorSpec((_tokens(path), _text_width(config)), torch.float32)
     if config.get("addition_embed_type") == "text_time":
         tensors["text_embeds"], tensors["time_ids"] = _added(path, config)
     count = config.get("num_class_embeds")
     if config.get("class_embed_type") in ("identity", "projection", "simple_projection"):
-        width = config.get("projection_class_embeddings_input_dim") or 4 * config["block_out_channels"][0]
+        width = _class_width(config)
         tensors["class_labels"] = TensorSpec((width,), torch.float32)
     elif config.get("class_embed_type") == "timestep":
         tensors["class_labels"] = TensorSpec((), torch.float32)
@@ -88,6 +88,22 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
             "supported: class indices, text, or neither"
         )
     return Conditioning(kind, tensors, labels, null_label)
+
+
+def _looks_at_text(config: dict[str, Any]) -> bool:
+    """Whether any part of the UNet takes ``encoder_hidden_states`` in: a conditional UNet may have no attention."""
+    if config["_class_name"] != "UNet2DConditionModel":
+        return False
+    blocks = (*config["down_block_types"], config.get("mid_block_type"), *config["up_block_types"])
+    return config.get("addition_embed_type") == "text" or any("CrossAttn" in str(block) for block in blocks)
+
+
+def _class_width(config: dict[str, Any]) -> int:
+    """Width of a class given as a vector: what the projection takes, or the time embedding's where there is none."""
+    width = config.get("projection_class_embeddings_input_dim")
+    if config["class_embed_type"] == "identity" or width is None:
+        width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+    return int(width)
 
 
 def _labels(path: Path, count: int) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from edgediff.zoo import ZOO, built_in
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 WEIGHTS = "diffusion_pytorch_model"
+SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -32,7 +34,8 @@ class Model:
     Attributes:
         name: Built-in name, or the directory's name.
         unet: The network in evaluation mode, float32; on the meta device where a geometry has no weights.
-        scheduler: The scheduler's configuration as the model was saved with it.
+        scheduler: diffusers' scheduler, set as the model was saved with it; None where the directory has none, which is
+            enough to count the model and too little to sample it.
         conditioning: What the UNet is conditioned on, with labels where there are any.
         space: ``pixel`` where the UNet works on images, ``latent`` where a decoder comes after it.
         card: Licence and description of the source.
@@ -42,12 +45,17 @@ class Model:
 
     name: str
     unet: UNet2DModel | UNet2DConditionModel
-    scheduler: dict[str, Any]
+    scheduler: SchedulerMixin | None
     conditioning: Conditioning
     space: Literal["pixel", "latent"]
     card: Card
     sha256: str
     path: Path
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, without the null class; empty where there are none."""
+        return self.conditioning.labels
 
     @property
     def is_built_in(self) -> bool:
@@ -140,22 +148,33 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     if files:
         _fill(unet, files, unet_path)
-    pipeline = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
-    scheduler_path = path / "scheduler" / "scheduler_config.json"
-    if not scheduler_path.exists():
-        raise ModelError(f"{path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
-    scheduler = read_json(scheduler_path)
-    digest.update(scheduler_path.read_bytes())
+    # A UNet's folder within a pipeline's: what the UNet is sampled with lies beside it.
+    root = path.parent if unet_path == path and (path.parent / "scheduler").is_dir() else path
+    pipeline = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
+    scheduler_path = next((root / name for name in SCHEDULER_FILES if (root / name).exists()), None)
+    if scheduler_path is not None:
+        digest.update(scheduler_path.read_bytes())
     return Model(
-        name=name,
+        name=root.resolve().name if root != path else name,
         unet=unet.eval().requires_grad_(False),
-        scheduler=scheduler,
-        conditioning=read_conditioning(path, unet.config),
+        scheduler=None if scheduler_path is None else _scheduler(scheduler_path),
+        conditioning=read_conditioning(root, unet.config),
         space="latent" if _is_latent(pipeline, unet.config.in_channels) else "pixel",
-        card=read_card(path),
+        card=read_card(root),
         sha256=digest.hexdigest(),
         path=path,
     )
+
+
+def _scheduler(path: Path) -> SchedulerMixin:
+    config = read_json(path)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
+        raise ModelError(f"{path} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
+    try:
+        return kind.from_config(config)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, ImportError) as e:
+        raise ModelError(f"{path} does not describe a {kind.__name__}: {one_line(e)}") from e
 
 
 def _is_latent(pipeline: dict[str, Any], channels: int) -> bool:

@@ -33,16 +33,6 @@ class Count:
     macs: int
     macs_attention: int
 
-    @property
-    def gflops(self) -> float:
-        """Both papers' figure: 2 per multiply-add, attention matmuls left out."""
-        return 2e-9 * self.macs
-
-    @property
-    def gflops_attention(self) -> float:
-        """The attention matmuls alone."""
-        return 2e-9 * self.macs_attention
-
 
 @dataclass(frozen=True)
 class Tally:

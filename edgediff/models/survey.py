@@ -35,7 +35,8 @@ def survey_model(
     cut = Cut(default.level if level is None else level, default.point if point is None else point)
     counts = tally(split(model.unet, cut), model.sample_shape, model.conditioning.tensors)
     clock = "2" if clock is None else clock
-    guided = model.conditioning.kind != "none"
+    known = model.conditioning
+    guided = known.kind == "text" or known.null_label is not None
     return Survey(
         name=model.name,
         cut=f"level {cut.level}, {cut.point}",

@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from edgediff_runtime.sessions import Session, open_session
 
 log = logging.getLogger(__name__)
 
+TOOLS = ("edgediff", "numpy", "onnxruntime")
 BACKEND_OF_TARGET = {"onnx": "onnxruntime"}
 Progress = Callable[[str], None]
 
@@ -134,7 +136,7 @@ def _graph_rows(target: Target, floor: float, reference: Reference, session: Ses
             continue
         numbers: list[tuple[float, str]] = []
         for step in reference.steps:
-            if graph.frequency == ("cached_step" if step.full else "full_step"):
+            if not graph.runs(step.full):
                 continue
             tensors = {tensor.name: session.put(_given(step.tensors, tensor.name)) for tensor in graph.inputs}
             session.run(graph, tensors)
@@ -155,7 +157,7 @@ def _composed_rows(target: Target, floor: float, reference: Reference, session: 
             given["lowres_feature"] = step.cache
         tensors = {name: session.put(value) for name, value in given.items()}
         for graph in graphs:
-            if graph.file is not None and graph.frequency != ("cached_step" if step.full else "full_step"):
+            if graph.file is not None and graph.runs(step.full):
                 session.run(graph, tensors)
         for name in ("out_sample", "lowres_feature"):
             number = psnr_db(_given(step.tensors, name), session.get(tensors[name]))
@@ -233,7 +235,7 @@ def _write(bundle: Bundle, report: ParityReport) -> None:
         **report.to_dict(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
-        "versions": bundle.manifest.versions,
+        "versions": {tool: version(tool) for tool in TOOLS},
     }
     path = bundle.path / PARITY
     scratch = bundle.path / PARITY_SCRATCH

@@ -55,8 +55,6 @@ class Reference:
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
     """The generation that the reference is taken along: the bundle's operating point.
 
-    Where a model is too large for whole trajectories, the conditional rows alone are run: half the time and memory.
-
     Args:
         manifest: The bundle's manifest.
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
@@ -66,8 +64,6 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     """
     point = manifest.operating_point
     request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed}
-    if manifest.verified == "graphs":
-        request["guidance_scale"] = 1.0
     if manifest.conditioning.kind != "text":
         return request
     negative = {n.removeprefix("negative_"): v for n, v in conditioning.items() if n.startswith("negative_")}
@@ -86,7 +82,8 @@ def record(
 ) -> Reference:
     """Runs the reference trajectory and keeps what verification needs.
 
-    To its end, or to the first cached step where the bundle says ``verified: graphs``.
+    To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
+    time and memory.
 
     Args:
         pipe: A pipeline over torch.
@@ -101,7 +98,10 @@ def record(
     steps: list[Recorded] = []
     latents = None
     cache: np.ndarray | None = None
-    for step in pipe.stream(**reference_request(pipe.manifest, conditioning)):
+    request = reference_request(pipe.manifest, conditioning)
+    if not whole:
+        request["guidance_scale"] = 1.0
+    for step in pipe.stream(**request):
         tensors = {name: np.array(pipe.session.get(value)) for name, value in step.tensors[0].items()}
         if step.index in wanted:
             steps.append(Recorded(step.index, step.full, tensors, cache))
@@ -143,8 +143,7 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
             raise BundleError(f"{REFERENCE} has no latents")
         _check_array("latents", reference.latents, "float32", images)
     for step in reference.steps:
-        skipped = "cached_step" if step.full else "full_step"
-        graphs = [graph for graph in manifest.target("onnx").graphs if graph.frequency != skipped]
+        graphs = [graph for graph in manifest.target("onnx").graphs if graph.runs(step.full)]
         needed = {tensor.name: tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
         rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
         for name, tensor in needed.items():

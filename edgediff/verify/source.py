@@ -41,7 +41,7 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
     else:
         try:
             loaded = load_model(source.path or source.name if model is None else str(model))
-        except EdgediffError:
+        except (EdgediffError, OSError):
             if model is not None:
                 raise
             return None, f"{FROM_EVIDENCE}: the source is not at hand"

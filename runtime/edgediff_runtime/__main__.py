@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError
-from edgediff_runtime.image import grid, write_png
+from edgediff_runtime.image import check_output, write_output
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(prog="edgediff_runtime", description="Generate images from an edgediff bundle.")
     parser.add_argument("bundle", help="the bundle's directory")
-    parser.add_argument("-o", "--output", default="out.png", help="the PNG (default: out.png)")
+    parser.add_argument("-o", "--output", default="out.png", help="a .png, or .npy for the latents (default: out.png)")
     parser.add_argument("--label", help="class of all images; left out, one class after the other")
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
@@ -28,6 +28,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         pipe = EdgePipeline.from_pretrained(args.bundle)
+        output = Path(args.output)
+        check_output(output, scale=1, space=pipe.manifest.sample.space)
         result = pipe(
             label=args.label,
             num_images=args.num_images,
@@ -36,7 +38,7 @@ def main() -> int:
             guidance_scale=args.guidance_scale,
             seed=args.seed,
         )
-        write_png(Path(args.output), grid(result.images))
+        write_output(result, output, scale=1)
     except EdgeRuntimeError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

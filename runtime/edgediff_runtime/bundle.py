@@ -54,6 +54,24 @@ class Bundle:
             raise BundleError(f"{name} does not have the hash that {MANIFEST} says: it is damaged")
         return path
 
+    def folder(self, name: str) -> set[str]:
+        """Finds a folder of the bundle and checks every file in it, for readers that open more than they are told.
+
+        Args:
+            name: Its path in the bundle.
+
+        Returns:
+            Paths in the bundle of the files that were checked.
+
+        Raises:
+            BundleError: As in `file`.
+        """
+        found = sorted(inside(self.path, name).rglob("*"))
+        checked = {file.relative_to(self.path).as_posix() for file in found if file.is_symlink() or not file.is_dir()}
+        for file in sorted(checked):
+            self.file(file)
+        return checked
+
 
 def open_bundle(path: str | Path) -> Bundle:
     """Opens a bundle and checks its manifest against SHA256SUMS.
@@ -76,7 +94,7 @@ def open_bundle(path: str | Path) -> Bundle:
     if not recorded:
         raise BundleError(f"{SUMS} does not name {MANIFEST}: it is damaged")
     if recorded[0][:64] != hashlib.sha256(data).hexdigest().encode():
-        manifest = parse_manifest(data)  # a newer version is said first: its sums are its own affair
+        parse_manifest(data)  # a newer version is said first: its sums are its own affair
         raise BundleError(f"{MANIFEST} does not have the hash that {SUMS} says: one of the two is damaged")
     manifest = parse_manifest(data)
     for name in _names(manifest):

@@ -1,20 +1,22 @@
-"""Images on disk: a grid as one PNG, through Pillow."""
+"""Images on disk: a grid as one PNG through Pillow, or the latents."""
 
+import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 
 from edgediff_runtime.errors import RequestError
+from edgediff_runtime.pipeline import Result
 from edgediff_runtime.sessions import Array
 
 
-def grid(images: Array, columns: int | None = None) -> Array:
+def grid(images: Array) -> Array:
     """Lays images out in rows, as square as they will go.
 
     Args:
         images: uint8 [N, H, W, C].
-        columns: Images in a row.
 
     Returns:
         uint8 [rows * H, columns * W, C]; places without an image are black.
@@ -23,7 +25,7 @@ def grid(images: Array, columns: int | None = None) -> Array:
     (16, 16, 3)
     """
     count, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
     canvas[:count] = images
@@ -51,3 +53,55 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
         raise RequestError(f"cannot write {path}: the folder {path.parent} does not exist")
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+
+
+SUFFIXES = (".png", ".npy")
+
+
+def check_output(path: Path, scale: int, space: str) -> None:
+    """Refuses an output that could not be written, before anything is generated.
+
+    Args:
+        path: Where to.
+        scale: Size of a pixel.
+        space: ``pixel`` or ``latent``, from the manifest.
+
+    Raises:
+        RequestError: The suffix is unknown, the folder does not exist, the scale is not above 0, or latents were asked
+            for as a picture.
+    """
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"cannot write {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise RequestError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise RequestError(f"cannot write {path}: it is a folder")
+    if not 1 <= scale <= 64:
+        raise RequestError(f"--scale is {scale}; expected 1 to 64")
+    if space != "pixel" and path.suffix == ".png":
+        raise RequestError("the bundle's model works on latents and has no decoder; write them with -o out.npy")
+
+
+def write_output(result: Result, path: Path, scale: int) -> None:
+    """Writes a generation.
+
+    Args:
+        result: What was generated.
+        path: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
+        scale: Each pixel of a PNG becomes a square of this many.
+
+    Raises:
+        RequestError: The bundle has no images to show.
+    """
+    # Beside its place and then renamed: a full disk or an interrupt leaves what was there.
+    scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
+    try:
+        if path.suffix == ".npy":
+            data = io.BytesIO()  # numpy does not say that a disk is full
+            np.save(data, result.latents)
+            scratch.write_bytes(data.getvalue())
+        else:
+            write_png(scratch, grid(result.images), scale)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -55,9 +55,10 @@ class Step:
         timestep: The time that the UNet was told.
         full: Whether the low-resolution part ran.
         guided: Whether unconditional rows ran too.
-        latents: Latents after the step, [N, C, H, W]; a new array for each step.
+        latents: Latents after the step, [N, C, H, W], read-only; a new array for each step.
         ms: Milliseconds in each graph, in the ``scheduler`` and in everything ``other`` (hand-off, clock).
-        tensors: The table of tensors of each chunk of rows, in the backend's form, as the step left it.
+        tensors: The table of tensors of each chunk of rows, in the backend's form; the next step changes it. Empty in
+            a finished generation's ledger, which would keep them all in memory.
     """
 
     index: int
@@ -99,13 +100,13 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         x_in = scheduler.scale_model_input(i, x_t)
         rows = np.concatenate([x_in, x_in]) if guided else np.ascontiguousarray(x_in)
         timestep = session.put(np.array([t], dtype=np.float32))
-        ms = {graph.name: 0.0 for graph in request.graphs if _runs(graph, full)}
+        ms = {graph.name: 0.0 for graph in request.graphs if graph.runs(full)}
         out = np.empty_like(rows)
         for chunk in chunks:
             chunk.tensors["sample"] = session.put(rows if chunk.whole else rows[chunk.rows])
             chunk.tensors["timestep"] = timestep
             for graph in request.graphs:
-                if graph.file is not None and _runs(graph, full):
+                if graph.file is not None and graph.runs(full):
                     before = perf_counter()
                     session.run(graph, chunk.tensors)
                     ms[graph.name] += 1e3 * (perf_counter() - before)
@@ -127,7 +128,9 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         if not np.isfinite(x_t).all():
             raise BundleError(f"the model's output is not finite at step {i}: the latents hold NaN or infinity")
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
-        yield Step(i, float(t), full, guided, x_t, ms, tuple(chunk.tensors for chunk in chunks))
+        shown = x_t.view()
+        shown.flags.writeable = False
+        yield Step(i, float(t), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks))
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
@@ -149,10 +152,6 @@ def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: flo
 def _fresh_noise(request: Request, i: int) -> Array:
     shape = request.latents.shape
     return np.stack([noise(request.seed, shape[1:], image=n, draw=i + 1) for n in range(shape[0])])
-
-
-def _runs(graph: Graph, full: bool) -> bool:
-    return graph.frequency == "step" or graph.frequency == ("full_step" if full else "cached_step")
 
 
 @dataclass

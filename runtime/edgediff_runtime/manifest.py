@@ -54,6 +54,7 @@ class Graph(Struct, frozen=True):
         inputs: In the graph's order.
         outputs: In the graph's order.
         external_data: Path in the bundle of the weights that lie outside of `file`, or None.
+        simplified: Whether onnxsim's result was taken, or why it was left out.
     """
 
     name: str
@@ -62,6 +63,18 @@ class Graph(Struct, frozen=True):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     external_data: str | None = None
+    simplified: str = ""
+
+    def runs(self, full: bool) -> bool:
+        """Whether the graph belongs to a full or a cached step.
+
+        Args:
+            full: Of which of the two.
+
+        Returns:
+            False also for graphs that run once in a generation.
+        """
+        return self.frequency in ("step", "full_step" if full else "cached_step")
 
 
 class Target(Struct, frozen=True):
@@ -74,7 +87,6 @@ class Target(Struct, frozen=True):
         batch: Rows that each graph takes, or None where the batch is symbolic.
         opset: ONNX operator set.
         ir_version: ONNX file version.
-        simplified: Whether onnxsim's result was taken, or why it was left out.
         graphs: In the order in which a step runs them.
     """
 
@@ -84,7 +96,6 @@ class Target(Struct, frozen=True):
     batch: int | None
     opset: int
     ir_version: int
-    simplified: str
     graphs: tuple[Graph, ...]
 
 
@@ -270,7 +281,7 @@ def check_manifest(manifest: Manifest) -> None:
     sample, point, known = manifest.sample, manifest.operating_point, manifest.conditioning
     mask = clock_mask(point.clock, point.num_inference_steps)
     _hold(point.mask == tuple(map(int, mask)), "operating_point.mask", point.mask, f"clock {point.clock} spelt out")
-    _hold(0 <= point.guidance_scale <= MAX_GUIDANCE, "guidance_scale", point.guidance_scale, "a number of 0 or more")
+    _hold(0 < point.guidance_scale <= MAX_GUIDANCE, "guidance_scale", point.guidance_scale, "a number above 0")
     _hold(0 <= point.seed < 2**64, "operating_point.seed", point.seed, "0 to 2^64 - 1")
     for name, number in (
         ("num_images", point.num_images), ("channels", sample.channels), ("height", sample.height),
@@ -304,11 +315,10 @@ def check_manifest(manifest: Manifest) -> None:
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
     """Follows the tensors through one step: each is there when a graph wants it."""
     there = {"sample", "timestep", *CONDITIONING_INPUTS[kind]} | (set() if full else {"lowres_feature"})
-    runs = {"generation", "step", "full_step" if full else "cached_step"}
     for graph in graphs:
         for tensor in (*graph.inputs, *graph.outputs):
             _hold(all(n == "batch" or n > 0 for n in tensor.shape), f"shape of {tensor.name}", tensor.shape, "sizes")
-        if graph.frequency in runs:
+        if graph.frequency == "generation" or graph.runs(full):
             missing = [tensor.name for tensor in graph.inputs if tensor.name not in there]
             _hold(not missing, f"inputs of {graph.name}", missing, "tensors that a step has by then")
             there.update(tensor.name for tensor in graph.outputs)

@@ -5,8 +5,8 @@ may serve several threads.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edgediff_runtime.sessions import Array, Session, open_session
 DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
 # All images of a generation are in memory at once.
 MAX_IMAGES = 4096
+Label = str | int | Sequence[str | int] | None
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
 
 
@@ -39,6 +40,20 @@ class Result:
     latents: Array
     ledger: tuple[Step, ...]
     space: str
+
+    @classmethod
+    def of(cls, steps: Iterable[Step], manifest: Manifest) -> "Result":
+        """Runs a generation to its end and keeps the ledger, not the tensors.
+
+        Args:
+            steps: What `EdgePipeline.stream` gave.
+            manifest: The bundle's manifest.
+
+        Returns:
+            The result.
+        """
+        ledger = tuple(replace(step, tensors=()) for step in steps)
+        return cls(ledger[-1].latents, ledger, manifest.sample.space)
 
     @property
     def images(self) -> Array:
@@ -96,13 +111,12 @@ class EdgePipeline:
         Raises:
             RequestError: What was asked does not fit the bundle.
         """
-        ledger = tuple(self.stream(**request))
-        return Result(ledger[-1].latents, ledger, self.manifest.sample.space)
+        return Result.of(self.stream(**request), self.manifest)
 
     def stream(
         self,
         *,
-        label: str | Sequence[str] | None = None,
+        label: Label = None,
         prompt: str | None = None,
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
@@ -119,7 +133,7 @@ class EdgePipeline:
         Everything is checked before the first step; what is left out comes from the bundle's operating point.
 
         Args:
-            label: Class of all images, or of each; left out, image i gets class i mod the number of labels.
+            label: Class of all images, or of each, by name or index; left out, image i gets class i mod their number.
             prompt: Refused until bundles carry a text encoder.
             prompt_embeds: [1, S, D] for all images or [N, S, D].
             negative_prompt_embeds: The same for guidance.
@@ -163,7 +177,7 @@ class EdgePipeline:
 
     def _conditioning(
         self,
-        label: str | Sequence[str] | None,
+        label: Label,
         prompt: str | None,
         prompt_embeds: Array | None,
         negative_prompt_embeds: Array | None,
@@ -178,10 +192,13 @@ class EdgePipeline:
             _check_count(num_images)
         if known.kind != "class" and label is not None:
             raise RequestError(f"label {label!r} was given, but the model is conditioned on {_what(known)}")
-        if known.kind != "text" and (prompt is not None or prompt_embeds is not None or added_cond is not None):
+        texts = (prompt, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond)
+        if known.kind != "text" and any(text is not None for text in texts):
             raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}")
         if prompt is not None:
-            raise RequestError("the bundle has no text encoder: give prompt_embeds=, not prompt=")
+            raise RequestError(
+                "the bundle has no text encoder: give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
+            )
         if known.kind == "none":
             if guided:
                 raise RequestError("guidance_scale above 1 needs a conditioned model; this one has no condition")
@@ -197,32 +214,42 @@ class EdgePipeline:
         for same in ("time_ids", "class_labels"):
             if same in given and same not in negative:
                 negative[same] = given[same]
-        count = len(prompt_embeds) if num_images is None and prompt_embeds is not None else num_images or 1
+        if num_images is None:
+            num_images = (*np.shape(prompt_embeds), 1)[0] if prompt_embeds is not None else 1
+            _check_count(num_images)
+        count = num_images
         cond = _rows(needed, given, count, "")
         return cond, _rows(needed, negative, count, "negative ") if guided else {}, count
 
 
 def _classes(
-    known: Conditioning, label: str | Sequence[str] | None, num_images: int | None, guided: bool
+    known: Conditioning, label: Label, num_images: int | None, guided: bool
 ) -> tuple[dict[str, Array], dict[str, Array], int]:
     labels = known.labels
-    if isinstance(label, str):
-        names = [label] * (1 if num_images is None else num_images)
-    elif label is not None:
-        names = list(label)
-        if not names or num_images not in (None, len(names)):
-            raise RequestError(f"{len(names)} labels were given for {num_images or 1} images; expected one each")
+    one = isinstance(label, str | int)
+    count = num_images if num_images is not None else 1 if label is None or one else len(label)  # type: ignore[arg-type]
+    _check_count(count)
+    if label is None:
+        indices = [i % len(labels) for i in range(count)]
     else:
-        names = [labels[i % len(labels)] for i in range(1 if num_images is None else num_images)]
-    unknown = [name for name in names if name not in labels]
-    if unknown:
-        raise RequestError(f"no label {unknown[0]!r}; choices: {', '.join(labels)}")
-    cond = {"class_labels": np.array([labels.index(name) for name in names], dtype=np.int64)}
+        given = [label] * count if isinstance(label, str | int) else list(label)
+        if len(given) != count:
+            raise RequestError(f"{len(given)} labels were given for {count} images; expected one each")
+        indices = [_class_index(labels, entry) for entry in given]
+    cond = {"class_labels": np.array(indices, dtype=np.int64)}
     if not guided:
-        return cond, {}, len(names)
+        return cond, {}, count
     if known.null_label is None:
         raise RequestError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
-    return cond, {"class_labels": np.full(len(names), known.null_label, dtype=np.int64)}, len(names)
+    return cond, {"class_labels": np.full(count, known.null_label, dtype=np.int64)}, count
+
+
+def _class_index(labels: Sequence[str], label: object) -> int:
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
+        return label
+    if label not in labels:
+        raise RequestError(f"no label {label!r}; choices: {', '.join(labels)}")
+    return labels.index(str(label))
 
 
 def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array | None], count: int, which: str) -> dict[str, Array]:
@@ -259,17 +286,17 @@ def _cast(array: Array, dtype: str, name: str) -> Array:
 
 
 def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
-    scales = [scale] * steps if isinstance(scale, int | float | np.number) else list(scale)
+    scales: list[Any] = [scale] * steps if np.ndim(scale) == 0 else list(np.asarray(scale, dtype=object))
     if len(scales) != steps:
         raise RequestError(f"guidance_scale has {len(scales)} entries for {steps} steps; expected one each")
     for value in scales:
         if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not _usable(float(value)):
-            raise RequestError(f"guidance_scale is {value!r}; expected a finite number of 0 or more")
+            raise RequestError(f"guidance_scale is {value!r}; expected a finite number above 0")
     return tuple(float(value) for value in scales)
 
 
 def _usable(scale: float) -> bool:
-    return math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE
+    return math.isfinite(scale) and 0 < scale <= MAX_GUIDANCE
 
 
 def _check_count(num_images: int) -> None:

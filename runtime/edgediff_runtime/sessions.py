@@ -5,6 +5,7 @@ the cache and the skip connections go from graph to graph without a copy through
 """
 
 import os
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -57,12 +58,11 @@ class OrtSession:
 
     batch: int | None = None
 
-    def __init__(self, bundle: Bundle, num_threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         """Checks and loads the ONNX graphs of a bundle.
 
         Args:
             bundle: The bundle.
-            num_threads: Threads within an operator; None leaves it to ONNX Runtime.
 
         Raises:
             BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
@@ -71,19 +71,20 @@ class OrtSession:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
         self._outputs: dict[str, list[str]] = {}
+        checked: set[str] = set()
         for graph in bundle.manifest.target("onnx").graphs:
             if graph.file is None:
                 continue
-            file = bundle.file(graph.file)
-            if graph.external_data is not None:
-                bundle.file(graph.external_data)
+            if graph.file not in checked:
+                # ONNX Runtime reads whatever external data a graph names within its folder: all of it is checked.
+                bundle.file(graph.file)
+                checked |= bundle.folder(str(PurePosixPath(graph.file).parent))
             try:
-                session = ort.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+                file = os.fspath(bundle.path / graph.file)
+                session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             except Exception as e:  # onnxruntime's own errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
             _check_tensors(graph, session)

@@ -1,0 +1,74 @@
+"""Bundles that are changed and sealed again, so that their hashes tell nothing, and how they are refused."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edgediff import verify_bundle
+from edgediff_runtime import BundleError, EdgePipeline
+from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
+from edgediff_runtime.manifest import File, Manifest, parse_manifest, render_manifest
+
+GRAPHS = ("onnx/highres_in.onnx", "onnx/lowres.onnx", "onnx/highres_out.onnx")
+REFERENCE = "evidence/reference.safetensors"
+# A device opens neither.
+UNOPENED = (REFERENCE, "README.md")
+FILES = (MANIFEST, SUMS, *GRAPHS, *UNOPENED)
+
+
+def manifest_of(bundle: Path) -> Manifest:
+    return parse_manifest((bundle / MANIFEST).read_bytes())
+
+
+def replace_graph(manifest: Manifest, number: int, **changes: Any) -> Manifest:
+    target = manifest.targets[0]
+    graphs = list(target.graphs)
+    graphs[number] = msgspec.structs.replace(graphs[number], **changes)
+    return msgspec.structs.replace(manifest, targets=(msgspec.structs.replace(target, graphs=tuple(graphs)),))
+
+
+def reseal(bundle: Path, manifest: Manifest | None = None) -> None:
+    """Makes every hash agree with what is there now: a lie that hashes do not catch."""
+    found = [file for file in bundle.rglob("*") if file.is_file()]
+    names = [name for file in found if (name := file.relative_to(bundle).as_posix()) not in (MANIFEST, SUMS, PARITY)]
+    files = {name: File((bundle / name).stat().st_size, sha256_of(bundle / name)) for name in names}
+    seal(bundle, msgspec.structs.replace(manifest_of(bundle) if manifest is None else manifest, files=files))
+
+
+def seal(bundle: Path, manifest: Manifest) -> None:
+    data = render_manifest(manifest)
+    (bundle / MANIFEST).write_bytes(data)
+    (bundle / SUMS).write_bytes(render_sums(manifest, data))
+
+
+def seal_plain(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the manifest as plain data, so that it may hold what no struct can, and makes its hash agree."""
+    data = json.loads((bundle / MANIFEST).read_bytes())
+    change(data)
+    seal_bytes(bundle, json.dumps(data).encode())
+
+
+def seal_bytes(bundle: Path, data: bytes) -> None:
+    lines = [line for line in (bundle / SUMS).read_text().splitlines() if not line.endswith(MANIFEST)]
+    lines.append(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}")
+    (bundle / MANIFEST).write_bytes(data)
+    (bundle / SUMS).write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda line: line[66:])))
+
+
+def flip_bit(file: Path) -> None:
+    """Flips one bit in the middle of a file, and seals nothing."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def assert_refused(bundle: Path, match: str, run: bool = True) -> None:
+    for opens in (EdgePipeline.from_pretrained, verify_bundle) if run else (verify_bundle,):
+        with pytest.raises(BundleError, match=match) as caught:
+            opens(bundle)
+        assert "\n" not in str(caught.value), str(caught.value)

@@ -1,0 +1,193 @@
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_folders import (
+    BIN,
+    CONFIG,
+    INDEX,
+    PIPELINE,
+    SAFE,
+    SCHEDULER,
+    as_bin,
+    change_config,
+    change_weights,
+    refused,
+    write,
+)
+
+from edgediff import export_bundle, load_model
+from edgediff.errors import ModelError, UnsupportedError
+from edgediff.models.load import WEIGHTS
+
+# The folder and its configuration
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", ModelError, str(tmp_path / "nowhere"), "no such directory", "grocery-32, sd15")
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    refused(tmp_path, ModelError, f"{tmp_path} is empty", "expected config.json and weights")
+
+
+def test_a_file_instead_of_a_directory(folder: Path) -> None:
+    refused(folder / SAFE, ModelError, SAFE, "is a file", "expected a diffusers directory or one of: grocery-32, sd15")
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    refused(folder, ModelError, f"{CONFIG} is missing", "saved by diffusers")
+
+
+def test_config_without_weights(folder: Path) -> None:
+    (folder / SAFE).unlink()
+    refused(folder, ModelError, "config.json but no weights", f"expected {WEIGHTS}.safetensors")
+
+
+def test_no_scheduler(folder: Path) -> None:
+    shutil.rmtree(folder / "scheduler")
+    model = load_model(folder)  # enough to be counted
+    assert model.scheduler is None
+    with pytest.raises(ModelError, match=r"has no scheduler/scheduler_config\.json; a wrong schedule would give noise"):
+        export_bundle(model, folder / "out")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"_class_name": "UNet2DModel"}, {"_class_name": None}, {"beta_schedule": "x"}])
+def test_a_scheduler_that_is_none(folder: Path, change: dict[str, Any]) -> None:
+    data = json.loads((folder / SCHEDULER).read_text())
+    (folder / SCHEDULER).write_text(json.dumps(data | change))
+    refused(folder, ModelError, SCHEDULER)
+
+
+@pytest.mark.parametrize("text", ["{", "", b"\xff\xfe", "[" * 100_000])
+@pytest.mark.parametrize("name", [CONFIG, SCHEDULER, PIPELINE])
+def test_configuration_that_is_not_json(folder: Path, name: str, text: str | bytes) -> None:
+    write(folder / name, text)
+    refused(folder, ModelError, name, "cannot be read as JSON")
+
+
+@pytest.mark.parametrize("name", [CONFIG, SCHEDULER, PIPELINE])
+def test_configuration_that_is_no_object(folder: Path, name: str) -> None:
+    write(folder / name, "[1, 2]")
+    refused(folder, ModelError, name, "holds a list; expected an object")
+
+
+@pytest.mark.parametrize("name", ["UNet1DModel", None, ["UNet2DModel"]])
+def test_another_class(folder: Path, name: object) -> None:
+    change_config(folder, _class_name=name)
+    refused(folder, UnsupportedError, f"of class {name!r}", "supported: UNet2DModel, UNet2DConditionModel")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"down_block_types": ["X", "Y"]}, "X does not exist"),
+        ({"norm_num_groups": 5}, "divisible by num_groups (5)"),
+        ({"norm_num_groups": 0}, "zero"),
+        ({"layers_per_block": None}, "NoneType"),
+        ({"in_channels": -1}, "negative dimension"),
+    ],
+)
+def test_config_that_builds_no_unet(folder: Path, changes: dict[str, Any], word: str) -> None:
+    change_config(folder, **changes)
+    refused(folder, ModelError, f"{CONFIG} does not describe a UNet2DModel", word)
+
+
+@pytest.mark.parametrize("size", [None, "big", 0, [16, None]])
+def test_no_sample_size(folder: Path, size: object) -> None:
+    change_config(folder, sample_size=size)
+    refused(folder, ModelError, f"{CONFIG} has sample_size {size!r}", "expected a size")
+
+
+# The weights
+
+
+@pytest.mark.parametrize("keep", [0, 4, 500, -100])
+def test_truncated_safetensors(folder: Path, keep: int) -> None:
+    data = (folder / SAFE).read_bytes()
+    (folder / SAFE).write_bytes(data[:keep])
+    refused(folder, ModelError, SAFE, "damaged or truncated")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"conv_in__weight": torch.zeros(8, 1, 3, 3)}, "size mismatch for conv_in.weight"),
+        ({"conv_in__weight": None}, 'Missing key(s) in state_dict: "conv_in.weight"'),
+        ({"decoder__weight": torch.zeros(1)}, 'Unexpected key(s) in state_dict: "decoder.weight"'),
+    ],
+)
+def test_weights_that_do_not_fit_the_config(folder: Path, changes: dict[str, torch.Tensor | None], word: str) -> None:
+    change_weights(folder, **changes)
+    refused(folder, ModelError, "do not fit its config.json", word)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
+    change_weights(folder, conv_in__bias=torch.tensor([value, *[0.0] * 7]))
+    refused(folder, ModelError, "weights are not finite in conv_in.bias")
+
+
+class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+
+def assert_not_run(folder: Path, trace: Path, run: Callable[[], object]) -> None:
+    message = refused(folder, ModelError, BIN, "was not opened", "expected safetensors")
+    assert "weights_only" not in message, "torch's advice on how to run it all the same is not passed on"
+    assert not trace.exists()
+    run()
+    assert trace.exists(), "the file is harmless: this test proves nothing"
+
+
+@pytest.mark.parametrize("legacy_format", [False, True])
+def test_a_bin_that_would_run_code_is_not_run(folder: Path, tmp_path: Path, legacy_format: bool) -> None:
+    trace = tmp_path / "trace"
+    file = as_bin(folder)
+    torch.save({"weight": Malicious(trace)}, file, _use_new_zipfile_serialization=not legacy_format)
+    assert_not_run(folder, trace, lambda: torch.load(file, weights_only=False))
+
+
+def test_a_plain_pickle_that_would_run_code_is_not_run(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    data = pickle.dumps({"weight": Malicious(trace)}, protocol=2)
+    as_bin(folder).write_bytes(data)
+    assert_not_run(folder, trace, lambda: pickle.loads(data))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"conv_in.bias": torch.zeros(8)}}, {1: torch.zeros(8)}])
+def test_a_bin_of_something_else(folder: Path, content: object) -> None:
+    torch.save(content, as_bin(folder))
+    refused(folder, ModelError, BIN, "holds something else than tensors by name")
+
+
+@pytest.mark.parametrize("keep", [0, -100])
+def test_a_truncated_bin(folder: Path, keep: int) -> None:
+    file = as_bin(folder)
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(folder, ModelError, BIN, "damaged or truncated")
+
+
+@pytest.mark.parametrize("name", ["part-2.safetensors", "../outside.safetensors", "/dev/zero", "..", "."])
+def test_shards_that_are_missing_or_lie_elsewhere(folder: Path, name: str) -> None:
+    (folder / SAFE).rename(folder / "outside.safetensors")
+    write(folder / INDEX, json.dumps({"weight_map": {"conv_in.bias": name}}))
+    refused(folder, ModelError, INDEX, f"names shards that are not there: {name}")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": ["a"]}])
+def test_an_index_without_shards(folder: Path, index: object) -> None:
+    (folder / SAFE).unlink()
+    write(folder / INDEX, json.dumps(index))
+    refused(folder, ModelError, INDEX, "names shards that are not there: none")

@@ -1,0 +1,167 @@
+import dataclasses
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import FULL, SCRIPT, Command, Said, assert_error, snapshot, unchanged
+from seals import flip_bit
+
+import edgediff.export.pipeline as pipeline
+from edgediff.verify.parity import ParityReport, Row
+from edgediff.verify.reference import Reference, save_reference
+
+# Where the bundle goes.
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_other_things_are_never_replaced(command: Command, class_model: Path, place: Path, force: list[str]) -> None:
+    (place / "page").mkdir()
+    (place / "page" / "manifest.json").write_text('{"name": "a web page"}')
+    (place / "page" / "index.html").touch()
+    (place / "link").symlink_to("page")
+    for output, part in (
+        (place, "a folder with other things in it, never replaced"),
+        (place / "page", "a folder with other things in it, never replaced"),
+        (place / "mine.txt", "mine.txt exists and is no directory"),
+        (place / "mine.txt" / "out", "mine.txt is not a folder that can be written"),
+        (place / ("x" * 300), "File name too long"),
+        (place / "link", "link"),
+    ):
+        with unchanged(place):
+            assert_error(command("export", class_model, "-o", output, *force), part)
+
+
+def test_the_same_bundle_again_is_left_as_it_is(
+    command: Command, class_model: Path, class_bundle: Path, place: Path
+) -> None:
+    shutil.copytree(class_bundle, place / "out")
+    for force in ([], ["--force"]):
+        with unchanged(place):
+            said = command("export", class_model, "-o", place / "out", "--steps", "4", *force)
+        assert said.code == 0
+        assert "already there and valid: nothing was exported" in said.out.replace("\n", " ")
+
+
+def test_another_bundle_and_a_damaged_one_need_force(
+    command: Command, class_model: Path, class_bundle: Path, place: Path
+) -> None:
+    shutil.copytree(class_bundle, place / "out")
+    export = ("export", class_model, "-o", place / "out")
+    with unchanged(place):
+        assert_error(command(*export, "--steps", "3"), "holds another bundle; pass --force")
+    flip_bit(place / "out" / "onnx" / "lowres.onnx")
+    with unchanged(place):
+        assert_error(command(*export, "--steps", "4"), "not valid (onnx/lowres.onnx does not", "--force")
+    said = command(*export, "--steps", "4", "--force")
+    assert (said.code, said.errors) == (0, [])
+    assert command("verify", place / "out").code == 0
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "out"]
+
+
+# Interrupted, and a full disk.
+
+
+def _fails(fault: BaseException) -> Callable[..., None]:
+    def faulty(*_: object, **__: object) -> None:
+        raise fault
+
+    return faulty
+
+
+@pytest.mark.parametrize(("fault", "code"), [(FULL, 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("name", ["write_onnx", "save_reference", "_seal"])
+def test_what_ends_an_export_leaves_what_was_there(
+    command: Command,
+    class_model: Path,
+    class_bundle: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    code: int,
+    name: str,
+) -> None:
+    if name != "write_onnx":  # the graphs take the time, and are not what fails here
+        monkeypatch.setattr(pipeline, "_write_graphs", lambda folder, draft, *_: draft)
+    monkeypatch.setattr(pipeline, name, _fails(fault))
+    shutil.copytree(class_bundle, place / "out")
+    for output in ("out", "deep/new"):
+        with unchanged(place):
+            said = command("export", class_model, "-o", place / output, "--steps", "3", "--force")
+            shutil.rmtree(place / "deep", ignore_errors=True)
+        assert_error(said, "what was there is as it was", code=code)
+        assert ("the disk is full" in said.errors[0]) == (code == 2)
+
+
+def test_a_disk_that_fills_while_torch_writes_its_graph(
+    command: Command, class_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", _fails(FULL))
+    with unchanged(place):
+        assert_error(command("export", class_model, "-o", place / "out", "--steps", "3"), "the disk is full")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    except OSError:
+        pytest.skip("there is no mount here")
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(command: Command, class_model: Path, class_bundle: Path, small_disk: Path) -> None:
+    assert_error(command("export", class_model, "-o", small_disk / "out", "--steps", "3"), "the disk is full")
+    assert snapshot(small_disk) == {}
+    reference = Reference((), np.zeros(2**16, np.float32), {})
+    with pytest.raises(OSError, match="No space left"):
+        save_reference(reference, small_disk / "reference.safetensors")
+    (small_disk / "reference.safetensors").unlink()
+    (small_disk / "out.npy").write_bytes(b"as it was")
+    (small_disk / "rest").write_bytes(b"x" * 50_000)
+    said = command("run", class_bundle, "-o", small_disk / "out.npy")
+    assert_error(said, "No space left on device")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["out.npy", "rest"]
+    assert (small_disk / "out.npy").read_bytes() == b"as it was"
+
+
+def test_a_number_that_does_not_hold_puts_nothing_in_place(
+    command: Command, class_model: Path, class_bundle: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("graph", "lowres", "onnxruntime", "lowres_feature", 12.5, 35.0, False, "measured")
+    monkeypatch.setattr(pipeline, "_write_graphs", lambda folder, draft, *_: draft)
+    monkeypatch.setattr(pipeline, "verify_bundle", lambda *_, **__: ParityReport((row,), "full"))
+    shutil.copytree(class_bundle, place / "out")
+    with unchanged(place):
+        said = command("export", class_model, "-o", place / "out", "--steps", "3", "--force")
+    assert "DOES NOT HOLD" in said.out
+    words = "graph lowres (lowres_feature, onnxruntime) is 12.5 dB, asked for 35.0 dB"
+    assert_error(dataclasses.replace(said, out=""), words, code=1)
+
+
+def test_control_c_in_a_real_export(class_model: Path, place: Path) -> None:
+    with subprocess.Popen(
+        [SCRIPT, "export", class_model, "-o", place / "out", "--steps", "3"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stderr is not None
+        lines = []
+        for line in running.stderr:
+            lines.append(line)
+            if line.startswith("exporting"):
+                break
+        time.sleep(0.3)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert_error(Said.of(running.returncode, out, "".join(lines) + err), "interrupted", code=130)
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt"]
