@@ -1,11 +1,11 @@
 """What parts cost and what a clock saves, from a bundle or from a model's counts; the JSON of ``inspect``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgediff_runtime import RequestError, clock_mask, open_bundle
-from edgediff_runtime.manifest import Cost
+from edgediff_runtime.manifest import Cost, Manifest
 
 PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
@@ -22,6 +22,7 @@ class Survey:
         clock: As it was asked for.
         mask: The clock spelt out.
         batch: UNet rows in a step.
+        facts: What else a bundle's manifest says, in words; empty for a model.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Survey:
     clock: str
     mask: tuple[bool, ...]
     batch: int
+    facts: dict[str, str] = field(default_factory=dict)
 
     def tflops(self, mask: tuple[bool, ...], attention: bool) -> float:
         """Adds a schedule up.
@@ -57,6 +59,7 @@ class Survey:
         return {
             "name": self.name,
             "cut": self.cut,
+            "facts": self.facts,
             "parameters": {part: self.cost[part].parameters for part in PARTS},
             "gflops": {part: 2e-9 * self.cost[part].macs for part in PARTS},
             "gflops_attention": {part: 2e-9 * self.cost[part].macs_attention for part in PARTS},
@@ -101,7 +104,29 @@ def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int |
         clock=str(point.clock if clock is None else clock),
         mask=mask,
         batch=check_batch((2 if point.guidance_scale > 1 else 1) if batch is None else batch),
+        facts=_facts(manifest),
     )
+
+
+def _facts(manifest: Manifest) -> dict[str, str]:
+    """What a user wants to know of a bundle besides its costs."""
+    sample, known, point = manifest.sample, manifest.conditioning, manifest.operating_point
+    size = sum(file.size for file in manifest.files.values())
+    karras = " (Karras sigmas)" if manifest.scheduler.use_karras_sigmas else ""
+    facts = {
+        "source": f"{manifest.source.name}, sha256 {manifest.source.sha256[:12]}",
+        "licence": manifest.license,
+        "sample": f"{sample.channels} x {sample.height} x {sample.width}, {sample.space} space",
+        "conditioned on": known.kind,
+        "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
+        f"guidance {point.guidance_scale:g}",
+        "targets": ", ".join(f"{t.target} {t.dtype}, {t.layout}, opset {t.opset}" for t in manifest.targets),
+        "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
+        "verified by its export": manifest.verified,
+    }
+    if known.labels:
+        facts["labels"] = ", ".join(known.labels)
+    return facts
 
 
 def check_batch(batch: int) -> int:

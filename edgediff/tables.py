@@ -75,7 +75,7 @@ def survey_tables(found: Survey) -> list[Table]:
         found: The survey.
 
     Returns:
-        Two tables.
+        Two tables; for a bundle a third before them, with what else its manifest says.
     """
     parts = Table(
         box=box.SIMPLE_HEAD,
@@ -109,7 +109,14 @@ def survey_tables(found: Survey) -> list[Table]:
             f"{found.tflops(found.mask, attention):.4g}",
             f"{found.saved(attention):.1%}",
         )
-    return [parts, schedule]
+    if not found.facts:
+        return [parts, schedule]
+    facts = Table(show_header=False, box=box.SIMPLE)
+    facts.add_column("")
+    facts.add_column("", overflow="fold")
+    for what, answer in found.facts.items():
+        facts.add_row(what, Text(answer))
+    return [facts, parts, schedule]
 
 
 def doctor_tables(found: Examination) -> list[Table]:

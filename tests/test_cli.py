@@ -90,7 +90,10 @@ def test_inspect_shows_a_bundle_and_a_model_alike(
     gflops = shown[0]["gflops"]
     assert schedule["tflops"] == pytest.approx(2 * (2 * gflops["full"] + 4 * gflops["cached"]) / 1e3)
     assert exit_code(monkeypatch, "inspect", class_bundle) == 0
-    assert "highres_out" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "highres_out" in table
+    assert "Apple, Banana, Kiwi, Orange" in table
+    assert "4 steps of dpmpp_2m, clock 2, guidance 2" in table
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
