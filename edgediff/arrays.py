@@ -2,7 +2,9 @@
 
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -34,3 +36,22 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as e:
         reason = " ".join(str(e).split())
         raise ConfigError(f"conditioning {path} cannot be read as .safetensors or .npz: {reason}") from e
+
+
+def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Sorts embeddings into the arguments that `EdgePipeline.stream` takes.
+
+    Args:
+        arrays: By name; names beginning with ``negative_`` are the unconditional ones.
+
+    Returns:
+        ``prompt_embeds``, ``negative_prompt_embeds``, ``added_cond`` and ``negative_added_cond``.
+    """
+    negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
+    positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}
+    return {
+        "prompt_embeds": positive.pop("encoder_hidden_states", None),
+        "negative_prompt_embeds": negative.pop("encoder_hidden_states", None),
+        "added_cond": positive,
+        "negative_added_cond": negative,
+    }

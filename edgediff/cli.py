@@ -234,7 +234,9 @@ def run(
     request: dict[str, Any] = {"label": label, "prompt": prompt, "num_images": num_images, "seed": seed}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
     if conditioning is not None:
-        request |= _embeddings(conditioning)
+        from edgediff.arrays import load_arrays, prompt_arguments
+
+        request |= prompt_arguments(load_arrays(conditioning))
     with _progress() as say:
         say(f"opening {bundle}")
         pipe = EdgePipeline.from_pretrained(bundle, backend=backend)
@@ -322,21 +324,6 @@ def _telling(steps: Iterable["Step"], say: Callable[[str], None]) -> Iterator["S
     for step in steps:
         say(f"step {step.index + 1}: t = {step.timestep:g}, {'full' if step.full else 'cached'}")
         yield step
-
-
-def _embeddings(path: Path) -> dict[str, Any]:
-    """Arguments for `EdgePipeline.stream` from a file of embeddings."""
-    from edgediff.arrays import load_arrays
-
-    arrays = load_arrays(path)
-    negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
-    positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}
-    return {
-        "prompt_embeds": positive.pop("encoder_hidden_states", None),
-        "negative_prompt_embeds": negative.pop("encoder_hidden_states", None),
-        "added_cond": positive,
-        "negative_added_cond": negative,
-    }
 
 
 def _show_report(report: "ParityReport", as_json: bool) -> None:

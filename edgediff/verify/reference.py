@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from edgediff.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 
@@ -64,14 +65,8 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     """
     point = manifest.operating_point
     request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed}
-    if manifest.conditioning.kind != "text":
-        return request
-    negative = {n.removeprefix("negative_"): v for n, v in conditioning.items() if n.startswith("negative_")}
-    positive = {n: v for n, v in conditioning.items() if not n.startswith("negative_")}
-    request["prompt_embeds"] = positive.pop("encoder_hidden_states", None)
-    request["negative_prompt_embeds"] = negative.pop("encoder_hidden_states", None)
-    request["added_cond"] = positive
-    request["negative_added_cond"] = negative
+    if manifest.conditioning.kind == "text":
+        request |= prompt_arguments(conditioning)
     return request
 
 
