@@ -123,6 +123,9 @@ def test_the_light_install_runs_verifies_and_inspects(class_bundle: Path, tmp_pa
     notes = {row["check"]: row for row in json.loads(verify.stdout)["rows"]}
     assert notes["trajectory"]["note"].endswith("torch is not installed")
     assert notes["trajectory"]["psnr_db"] > 80
+    named = _light(code, "verify", class_bundle, "--model", "grocery-32")
+    assert named.returncode == 2
+    assert named.stderr.splitlines()[-1].endswith('pip install "edgediff[export]"')
     assert _light(code, "inspect", class_bundle).returncode == 0
     assert _light(code, "doctor").returncode == 0
     module = _light("import runpy; runpy.run_module('edgediff_runtime', run_name='__main__')",

@@ -37,11 +37,11 @@ from edgediff_runtime import BundleError, EdgePipeline, Manifest, clock_mask, op
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
 from edgediff_runtime.manifest import FORMAT_VERSION, render_manifest
-from edgediff_runtime.pipeline import DEFAULT_GUIDANCE
 
 log = logging.getLogger(__name__)
 
 TOOLS = ("edgediff", "torch", "diffusers", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy")
+DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
 Progress = Callable[[str], None]
 
 
@@ -81,6 +81,7 @@ def export_bundle(
 
     Raises:
         ConfigError: The recipe does not fit the model.
+        ModelError: The model has no scheduler.
         UnsupportedError: The model cannot be cut or exported so.
         TargetError: Something is in the way, or the disk is full.
         VerificationError: A number did not hold; nothing was put in place.
@@ -137,8 +138,8 @@ def _hold_to_undivided(model: Model, divided: SplitUNet, reference: Reference) -
     if isinstance(model.unet, UNet2DConditionModel):
         tensors.setdefault("encoder_hidden_states", None)  # asked for, also where no layer looks at it
     whole = model.unet(**tensors, **({"added_cond_kwargs": added} if added else {}), return_dict=False)[0]
-    number = psnr_db(whole.numpy(), first["out_sample"])
     if not np.array_equal(whole.numpy(), first["out_sample"]):
+        number = psnr_db(whole.numpy(), first["out_sample"])
         raise VerificationError(f"the divided UNet is not the undivided one: out_sample is {number:.1f} dB of it")
 
 
@@ -196,10 +197,7 @@ def _draft(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_
             trajectory=floors.trajectory_db,
             caching=floors.caching_db,
         ),
-        cost={
-            name: m.Cost(parameters=c.parameters, macs=c.macs, macs_attention=c.macs_attention)
-            for name, c in counts.parts.items()
-        },
+        cost=counts.parts,
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
         targets=(
             m.Target(

@@ -15,23 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.conditioning import TensorSpec
+from edgediff_runtime.manifest import Cost
 
 CONVOLUTION_AND_LINEAR = frozenset({"convolution", "_convolution", "addmm", "mm"})
-
-
-@dataclass(frozen=True)
-class Count:
-    """What one part costs for one sample.
-
-    Attributes:
-        parameters: Number of weights.
-        macs: Multiply-adds in convolutions and linear layers.
-        macs_attention: Multiply-adds in the attention matmuls.
-    """
-
-    parameters: int
-    macs: int
-    macs_attention: int
 
 
 @dataclass(frozen=True)
@@ -39,12 +25,12 @@ class Tally:
     """The counts of a split UNet.
 
     Attributes:
-        parts: Count of each part; ``full`` is a full step (highres_in, lowres, highres_out), ``cached`` a cached one
+        parts: Cost of each part; ``full`` is a full step (highres_in, lowres, highres_out), ``cached`` a cached one
             (highres_in, adaptor, highres_out).
         cache_elements: Elements of the cache for one sample.
     """
 
-    parts: dict[str, Count]
+    parts: dict[str, Cost]
     cache_elements: int
 
 
@@ -74,16 +60,16 @@ def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[st
         "timestep": torch.empty(1, device="meta"),
     }
     tensors.update({n: torch.empty(1, *s.shape, dtype=s.dtype, device="meta") for n, s in cond.items()})
-    counts: dict[str, Count] = {}
+    counts: dict[str, Cost] = {}
     for name, part in parts.items():
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             outputs = part(*(tensors[key] for key in part.inputs))
         tensors.update(zip(part.outputs, outputs, strict=True))
-        counts[name] = Count(sum(p.numel() for p in part.parameters()), *_split_flops(counter))
+        counts[name] = Cost(sum(p.numel() for p in part.parameters()), *_split_flops(counter))
     for step, between in (("full", "lowres"), ("cached", "adaptor")):
         run = [counts["highres_in"], counts[between], counts["highres_out"]]
-        counts[step] = Count(
+        counts[step] = Cost(
             sum(c.parameters for c in run), sum(c.macs for c in run), sum(c.macs_attention for c in run)
         )
     return Tally(counts, tensors["lowres_feature"].numel())

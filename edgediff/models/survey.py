@@ -6,7 +6,6 @@ from edgediff.models.load import load_model
 from edgediff.models.macs import tally
 from edgediff.survey import Survey, check_batch
 from edgediff_runtime import clock_mask
-from edgediff_runtime.manifest import Cost
 
 
 def survey_model(
@@ -40,7 +39,7 @@ def survey_model(
     return Survey(
         name=model.name,
         cut=f"level {cut.level}, {cut.point}",
-        cost={name: Cost(c.parameters, c.macs, c.macs_attention) for name, c in counts.parts.items()},
+        cost=counts.parts,
         cache_bytes=4 * counts.cache_elements,
         clock=clock,
         mask=clock_mask(clock, 8 if steps is None else steps),

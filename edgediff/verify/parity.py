@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
 from edgediff.verify.files import PARITY_SCRATCH, check_files
 from edgediff.verify.psnr import psnr_db
@@ -26,7 +25,7 @@ from edgediff.verify.reference import REFERENCE, Reference, check_reference, loa
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.bundle import PARITY
-from edgediff_runtime.errors import BundleError
+from edgediff_runtime.loop import CACHE
 from edgediff_runtime.manifest import Target
 from edgediff_runtime.sessions import Session, open_session
 
@@ -138,11 +137,11 @@ def _graph_rows(target: Target, floor: float, reference: Reference, session: Ses
         for step in reference.steps:
             if not graph.runs(step.full):
                 continue
-            tensors = {tensor.name: session.put(_given(step.tensors, tensor.name)) for tensor in graph.inputs}
+            tensors = {tensor.name: session.put(step.tensors[tensor.name]) for tensor in graph.inputs}
             session.run(graph, tensors)
             for tensor in graph.outputs:
                 got = session.get(tensors[tensor.name])
-                numbers.append((psnr_db(_given(step.tensors, tensor.name), got), tensor.name))
+                numbers.append((psnr_db(step.tensors[tensor.name], got), tensor.name))
         rows.append(_row("graph", graph.name, backend, numbers, floor))
     return rows
 
@@ -154,13 +153,13 @@ def _composed_rows(target: Target, floor: float, reference: Reference, session: 
     for step in reference.steps:
         given = {name: value for name, value in step.tensors.items() if name not in made}
         if step.cache is not None:
-            given["lowres_feature"] = step.cache
+            given[CACHE] = step.cache
         tensors = {name: session.put(value) for name, value in given.items()}
         for graph in graphs:
             if graph.file is not None and graph.runs(step.full):
                 session.run(graph, tensors)
-        for name in ("out_sample", "lowres_feature"):
-            number = psnr_db(_given(step.tensors, name), session.get(tensors[name]))
+        for name in ("out_sample", CACHE):
+            number = psnr_db(step.tensors[name], session.get(tensors[name]))
             numbers.setdefault(step.full, []).append((number, name))
     return [
         _row("composed", "full" if full else "cached", backend, numbers[full], floor)
@@ -194,12 +193,6 @@ def _trajectory_rows(
         *rows,
         _row("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note),
     ]
-
-
-def _given(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in tensors:
-        raise BundleError(f"{REFERENCE} has no {name} for a step that needs it")
-    return tensors[name]
 
 
 def _row(

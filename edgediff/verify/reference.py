@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save
 from edgediff.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
+from edgediff_runtime.loop import CACHE
 
 REFERENCE = "evidence/reference.safetensors"
-CACHE = "lowres_feature"
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def record(
     if not whole:
         request["guidance_scale"] = 1.0
     for step in pipe.stream(**request):
-        tensors = {name: np.array(pipe.session.get(value)) for name, value in step.tensors[0].items()}
         if step.index in wanted:
+            tensors = {name: np.array(pipe.session.get(value)) for name, value in step.tensors[0].items()}
             steps.append(Recorded(step.index, step.full, tensors, cache))
-        cache = tensors[CACHE]
+        cache = np.array(pipe.session.get(step.tensors[0][CACHE]))
         latents = step.latents
         if progress is not None:
             progress(step.index + 1, max(wanted) + 1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgediff.config import Cut
-from edgediff.errors import EdgediffError, ModelError
+from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
 
 FROM_EVIDENCE = "against the evidence's latents"
@@ -28,12 +28,15 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
 
     Raises:
         ModelError: `model` was named and is not the bundle's source.
+        MissingExtraError: `model` was named and torch is not installed.
     """
     try:
         from edgediff.models.clockwork import split
         from edgediff.models.load import Model, load_model, random_weights
         from edgediff.models.session import TorchSession
-    except ImportError:
+    except ImportError as e:
+        if model is not None:
+            raise MissingExtraError("verifying against a named model", "export") from e
         return None, f"{FROM_EVIDENCE}: torch is not installed"
     source = manifest.source
     if isinstance(model, Model):

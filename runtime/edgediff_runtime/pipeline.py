@@ -20,7 +20,6 @@ from edgediff_runtime.manifest import MAX_GUIDANCE, Conditioning, Manifest, Tens
 from edgediff_runtime.schedulers import make_scheduler
 from edgediff_runtime.sessions import Array, Session, open_session
 
-DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
 # All images of a generation are in memory at once.
 MAX_IMAGES = 4096
 Label = str | int | Sequence[str | int] | None
