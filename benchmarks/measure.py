@@ -15,7 +15,9 @@ def machine() -> str:
     if info.exists():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "diffusers", "numpy"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "onnxruntime", "coremltools", "diffusers", "numpy")
+    )
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
 
 

@@ -17,7 +17,7 @@ _HOME = {
     "EdgediffError": "edgediff.errors",
     "ExportConfig": "edgediff.config",
     "Model": "edgediff.models.load",
-    "ParityReport": "edgediff.verify.parity",
+    "ParityReport": "edgediff.verify.rows",
     "SplitUNet": "edgediff.models.clockwork",
     "export_bundle": "edgediff.export.pipeline",
     "load_config": "edgediff.config",

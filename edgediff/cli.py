@@ -22,7 +22,8 @@ from edgediff.errors import ConfigError, EdgediffError, MissingExtraError, Verif
 from edgediff_runtime.errors import EdgeRuntimeError
 
 if TYPE_CHECKING:
-    from edgediff.verify.parity import ParityReport
+    from edgediff.placement import Note
+    from edgediff.verify.rows import ParityReport
     from edgediff_runtime import Step
 
 app = typer.Typer(
@@ -126,7 +127,9 @@ def export(
     model: Annotated[str | None, typer.Argument(help="A diffusers directory, or a built-in name.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is to be.")] = Path("bundle"),
     config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="What to write; may be given more than once.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="What to write: onnx, coreml; may be given more than once.")
+    ] = None,
     level: LevelOption = None,
     point: PointOption = None,
     adaptor: Annotated[str | None, typer.Option(help="What stands in for lowres on cached steps.")] = None,
@@ -134,8 +137,13 @@ def export(
     steps: StepsOption = None,
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
     guidance_scale: GuidanceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Precision of the ONNX graphs.")] = None,
-    layout: Annotated[str | None, typer.Option(help="How graphs are packed.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of every target: fp32, or fp16 for Core ML (its default).")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="split (four graphs) or pair (a full and a cached step).")] = None,
+    deployment_target: Annotated[
+        str | None, typer.Option(help="Oldest system for Core ML: iOS16, iOS17 or iOS18.")
+    ] = None,
     conditioning: Annotated[
         Path | None, typer.Option(help="Embeddings for the reference, .safetensors or .npz.")
     ] = None,
@@ -158,7 +166,9 @@ def export(
     }  # fmt: skip
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (
-        ("cut", "level", level), ("cut", "point", point), ("onnx", "dtype", dtype), ("verify", "mode", verify),
+        ("cut", "level", level), ("cut", "point", point), ("verify", "mode", verify),
+        ("coreml", "deployment_target", deployment_target),
+        *((section, "dtype", dtype) for section in ("onnx", "coreml") if section in recipe["targets"]),
     ):  # fmt: skip
         if value is not None:
             recipe[section][key] = value
@@ -181,9 +191,7 @@ def export(
     elif done.report is None:
         out.print(f"{done.path} is already there and valid: nothing was exported", markup=False)
     else:
-        from edgediff.tables import parity_table
-
-        out.print(parity_table(done.report))
+        _show_report(done.report, as_json)
         out.print(f"bundle: {done.path}", markup=False)
 
 
@@ -191,13 +199,16 @@ def export(
 def verify(
     bundle: BundleArgument,
     model: Annotated[str | None, typer.Option(help="The source, where it is not where the manifest says.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Verify this target alone; may be given more than once.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify a bundle: every file, every graph, composed steps, the trajectory."""
     from edgediff.verify.parity import verify_bundle
 
     with _progress() as say:
-        report = verify_bundle(bundle, model, progress=say)
+        report = verify_bundle(bundle, model, progress=say, targets=target)
     _show_report(report, as_json)
     if not report.ok:
         raise VerificationError(f"{bundle} does not hold")
@@ -212,7 +223,13 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png (grid), or .npy for the latents.")] = Path(
         "out.png"
     ),
-    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
+    backend: Annotated[
+        str,
+        typer.Option(help="onnxruntime; coreml (macOS); mil-reference (Core ML packages evaluated in torch, on any machine)."),
+    ] = "onnxruntime",
+    compute_units: Annotated[
+        str, typer.Option(help="What Core ML may use: all, cpu_only, cpu_and_gpu, cpu_and_ne.")
+    ] = "all",
     label: Annotated[str | None, typer.Option(help="Class of all images; left out, one after the other.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Needs a text encoder in the bundle.")] = None,
     conditioning: Annotated[
@@ -227,7 +244,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
-    from edgediff_runtime import EdgePipeline
+    from edgediff.verify.backends import open_session
+    from edgediff_runtime import EdgePipeline, open_bundle
     from edgediff_runtime.image import check_output, write_output
     from edgediff_runtime.pipeline import Result
 
@@ -239,7 +257,8 @@ def run(
         request |= prompt_arguments(load_arrays(conditioning))
     with _progress() as say:
         say(f"opening {bundle}")
-        pipe = EdgePipeline.from_pretrained(bundle, backend=backend)
+        opened = open_bundle(bundle)
+        pipe = EdgePipeline(opened.manifest, open_session(opened, backend, compute_units))
         check_output(output, scale, pipe.manifest.sample.space)
         result = Result.of(_telling(pipe.stream(**request), say), pipe.manifest)
     write_output(result, output, scale)
@@ -265,23 +284,42 @@ def inspect(
     batch: Annotated[int | None, typer.Option(help="UNet rows in a step; left out, 2 where there is guidance.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show parts, parameters, operations and cache of a model or a bundle, and what a clock saves."""
+    """Show parts, parameters, operations and cache of a model or a bundle, and what a clock saves.
+
+    Of a bundle also what is known to fall off the Neural Engine or ONNX Runtime's mobile accelerators, with a source
+    for each line.
+    """
     from edgediff.survey import survey_bundle
 
     if (Path(model) / "manifest.json").is_file():
         if level is not None or point is not None:
             raise ConfigError("--level and --point belong to a model; this is a bundle, its cut is made")
         found = survey_bundle(Path(model), clock, steps, batch)
+        notes = _placement(Path(model))
     else:
+        notes = None
         survey = _toolchain("edgediff.models.survey", "inspect MODEL")
         found = survey.survey_model(model, level, point, clock, steps, batch)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(found.to_dict() | ({} if notes is None else {"placement": [note.to_dict() for note in notes]}))
     else:
-        from edgediff.tables import survey_tables
+        from edgediff.tables import placement_table, survey_tables
 
         for table in survey_tables(found):
             out.print(table)
+        if notes is not None:
+            out.print(placement_table(notes))
+
+
+def _placement(bundle: Path) -> "tuple[Note, ...] | None":
+    """What is known to fall off accelerators; None on the light install, which cannot read graphs."""
+    from edgediff.placement import lint_bundle
+
+    try:
+        return lint_bundle(bundle)
+    except MissingExtraError as e:
+        err.print(f"no placement: {e}", markup=False)
+        return None
 
 
 @app.command(epilog="Examples:  edgediff doctor   |   edgediff doctor --json")
@@ -330,9 +368,11 @@ def _show_report(report: "ParityReport", as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
     else:
-        from edgediff.tables import parity_table
+        from edgediff.tables import findings_table, parity_table
 
-        out.print(parity_table(report))
+        for table in (parity_table(report), findings_table(report)):
+            if table is not None:
+                out.print(table)
 
 
 def _print_json(data: object) -> None:

@@ -19,8 +19,9 @@ from edgediff_runtime.errors import RequestError
 POINTS = ("before_upsample", "after_upsample")
 ADAPTORS = ("identity",)
 
-Target = Literal["onnx"]
-Layout = Literal["split"]
+Target = Literal["onnx", "coreml"]
+Layout = Literal["split", "pair"]
+DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 VerifyMode = Literal["full", "graphs"]
 SchedulerName = Literal["dpmpp_2m", "dpmpp_2m_karras", "ddim", "euler"]
 
@@ -45,18 +46,55 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         opset: Version of the default operator set, 18 to 23.
         dtype: Precision of weights and features.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
+        layout: How the graphs are packed; None takes the recipe's.
     """
 
     opset: int = 21
     dtype: Literal["fp32"] = "fp32"
     simplify: bool = True
+    layout: Layout | None = None
+
+
+class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the Core ML packages (ML Programs) are written.
+
+    Attributes:
+        dtype: Precision of weights, features and arithmetic. The timestep's path through sine and cosine, the sample
+            and the output stay fp32 in either.
+        deployment_target: Oldest system that is to run them. The ``pair`` layout needs iOS18's multifunction packages.
+        batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
+            unconditional and the conditional row of an image), 1 where it is not.
+        layout: How the graphs are packed; None takes the recipe's.
+    """
+
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    deployment_target: DeploymentTarget = "iOS18"
+    batch: int | None = None
+    layout: Layout | None = None
+
+
+class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What graphs that compute in fp16 must hold, in dB of PSNR.
+
+    Attributes:
+        program_db: Floor of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is
+            the right program. Rounding hides a wrong constant, this does not.
+        graph_db: Floor of each graph, every result rounded to fp16, against fp32 torch: whether fp16 is enough.
+        composed_db: The same for composed steps.
+        trajectory_db: The same for the final latents.
+    """
+
+    program_db: float = 100.0
+    graph_db: float = 45.0
+    composed_db: float = 45.0
+    trajectory_db: float = 35.0
 
 
 class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the numbers must hold, in dB of PSNR.
 
-    The defaults are for fp32 against fp32, where only the order of additions differs: the ecosystem's usual 35 dB would
-    let a weight that is five percent off pass.
+    Floors for fp32 against fp32, where only the order of additions differs: the ecosystem's usual 35 dB would let a
+    weight that is five percent off pass.
 
     Attributes:
         mode: ``full`` runs whole trajectories; ``graphs`` stops after the composed steps.
@@ -65,13 +103,15 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         trajectory_db: Floor of the final latents against torch with the same clock: the conversion error.
         caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
             the method, shown and not judged.
+        fp16: Floors for targets that compute in fp16.
     """
 
     mode: VerifyMode = "full"
-    graph_db: float = 80.0
-    composed_db: float = 80.0
-    trajectory_db: float = 60.0
+    graph_db: float = 100.0
+    composed_db: float = 90.0
+    trajectory_db: float = 70.0
     caching_db: float | None = None
+    fp16: HalfFloors = HalfFloors()
 
 
 class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,8 +127,10 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         scheduler: Sampler of the operating point.
         guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
             for models with text, 1.0 (off) for models with neither.
-        layout: How the graphs are packed.
+        layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
+            ``pair``, a whole full and a whole cached step over the same weights.
         onnx: How ONNX graphs are written.
+        coreml: How Core ML packages are written.
         verify: What the numbers must hold.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
             (``encoder_hidden_states``, ``negative_encoder_hidden_states``, ``text_embeds``, ...), or None.
@@ -107,6 +149,7 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     guidance_scale: float | None = None
     layout: Layout = "split"
     onnx: OnnxConfig = OnnxConfig()
+    coreml: CoreMLConfig = CoreMLConfig()
     verify: VerifyConfig = VerifyConfig()
     conditioning: str | None = None
     random_weights: int | None = None
@@ -251,7 +294,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
     except TypeError as e:
         raise ConfigError(f"a setting is of a type that no recipe can hold: {e}") from e
     if not config.targets:
-        raise ConfigError("'targets' is empty; expected at least one of: onnx")
+        raise ConfigError(f"'targets' is empty; expected at least one of: {', '.join(get_args(Target))}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' names one twice: {', '.join(config.targets)}")
     if config.cut.level < 1:
@@ -264,12 +307,26 @@ def check_config(config: ExportConfig) -> ExportConfig:
         raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
     if not 18 <= config.onnx.opset <= 23:
         raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to 23")
+    if config.coreml.batch is not None and not 1 <= config.coreml.batch <= 2:
+        raise ConfigError(f"'coreml.batch' is {config.coreml.batch}; expected 1, 2 or nothing")
+    if (
+        "coreml" in config.targets
+        and layout_of(config, "coreml") == "pair"
+        and config.coreml.deployment_target != "iOS18"
+    ):
+        raise ConfigError(
+            f"layout pair needs Core ML packages of several functions, which {config.coreml.deployment_target} cannot "
+            "load; expected 'coreml.deployment_target' iOS18, or layout split"
+        )
     if config.guidance_scale is not None and not _positive(config.guidance_scale):
         raise ConfigError(f"'guidance_scale' is {config.guidance_scale}; expected a finite number above 0")
     for name in ("graph_db", "composed_db", "trajectory_db", "caching_db"):
         floor = getattr(config.verify, name)
         if floor is not None and not _positive(floor):
             raise ConfigError(f"'verify.{name}' is {floor}; expected a finite number of dB above 0")
+    for name, floor in msgspec.structs.asdict(config.verify.fp16).items():
+        if not _positive(floor):
+            raise ConfigError(f"'verify.fp16.{name}' is {floor}; expected a finite number of dB above 0")
     for name in ("seed", "random_weights"):
         seed = getattr(config, name)
         if seed is not None and not 0 <= seed < 2**63:
@@ -278,7 +335,30 @@ def check_config(config: ExportConfig) -> ExportConfig:
         clock_mask(config.clock, config.steps)
     except RequestError as e:
         raise ConfigError(str(e)) from e
+    pairs = any(layout_of(config, target) == "pair" for target in config.targets)
+    if pairs and all(clock_mask(config.clock, config.steps)):
+        raise ConfigError(
+            f"layout pair with clock {config.clock} over {config.steps} steps: there is no cached step by which the "
+            "cached graph could be verified; expected a clock with one, or layout split"
+        )
     return config
+
+
+def layout_of(config: ExportConfig, target: Target) -> Layout:
+    """How a target's graphs are packed.
+
+    Args:
+        config: The recipe.
+        target: One of its targets.
+
+    Returns:
+        The target's own layout, or the recipe's.
+
+    >>> layout_of(ExportConfig(coreml=CoreMLConfig(layout="pair")), "coreml")
+    'pair'
+    """
+    own = config.onnx.layout if target == "onnx" else config.coreml.layout
+    return config.layout if own is None else own
 
 
 def _positive(x: float) -> bool:

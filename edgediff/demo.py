@@ -10,11 +10,12 @@ from edgediff.config import find_recipe, load_config
 from edgediff.export.pipeline import export_bundle
 from edgediff.models.load import load_model
 from edgediff.survey import survey_bundle
-from edgediff.verify.parity import ParityReport, verify_bundle
+from edgediff.verify.parity import verify_bundle
+from edgediff.verify.rows import ParityReport
 from edgediff_runtime import EdgePipeline, Result
 from edgediff_runtime.image import grid, write_png
 
-RECIPE = "grocery-32-onnx"
+RECIPE = "grocery-32"
 IMAGES = 16
 ROUNDS = 2
 SCALE = 4

@@ -22,9 +22,12 @@ TESTED = {
     "onnx": "1.23.2",
     "onnxscript": "0.7.2",
     "onnxsim": "0.8.1",
+    "coremltools": "9.0",
     "pyyaml": "6.0.3",
 }
-EXPORT = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
+ONNX = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
+COREML = ("torch", "diffusers", "coremltools", "pyyaml")
+EXPORT = tuple(dict.fromkeys((*ONNX, *COREML)))
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,18 @@ def find_known_bad(installed: Mapping[str, str | None]) -> tuple[str, ...]:
 
 
 def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
-    missing = [name for name in EXPORT if installed[name] is None]
+    def needs(*names: str) -> str:
+        missing = [name for name in names if installed[name] is None]
+        return f'no: pip install "edgediff[export]" ({", ".join(missing)} missing)' if missing else "yes"
+
+    mac = platform.system() == "Darwin"
     return {
         "run and verify ONNX bundles": "yes" if installed["onnxruntime"] else "no: onnxruntime is not installed",
-        "export to ONNX": "yes"
-        if not missing
-        else f'no: pip install "edgediff[export]" ({", ".join(missing)} missing)',
-        "recompute trajectories in torch": "yes" if installed["torch"] else "no: torch is not installed",
-        "export to Core ML": "not yet in this version",
+        "export to ONNX": needs(*ONNX),
+        "export to Core ML": needs(*COREML),
+        "verify Core ML packages (mil-reference)": needs("torch", "coremltools"),
+        "run Core ML packages on Apple's runtime": needs("coremltools") if mac else "no: it needs macOS",
+        "recompute trajectories in torch": needs("torch"),
     }
 
 

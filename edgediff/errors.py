@@ -7,7 +7,7 @@ the choices.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgediff.verify.parity import ParityReport
+    from edgediff.verify.rows import ParityReport
 
 
 class EdgediffError(Exception):
@@ -40,6 +40,10 @@ class VerificationError(EdgediffError):
     def __init__(self, message: str, report: "ParityReport | None" = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class ProgramError(EdgediffError):
+    """An ML Program that cannot be read or evaluated: name another file, or install a newer tool."""
 
 
 class MissingExtraError(EdgediffError):

@@ -120,7 +120,9 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "conditioned on": known.kind,
         "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}",
-        "targets": ", ".join(f"{t.target} {t.dtype}, {t.layout}, opset {t.opset}" for t in manifest.targets),
+        "targets": "; ".join(
+            f"{t.target} {t.dtype}, {t.layout}, {t.deployment_target or f'opset {t.opset}'}" for t in manifest.targets
+        ),
         "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
         "verified by its export": manifest.verified,
     }

@@ -1,5 +1,6 @@
 """What the command line shows, as rich tables; nothing here prints."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,7 +13,8 @@ from edgediff_runtime import Result
 
 if TYPE_CHECKING:
     from edgediff.demo import Shown
-    from edgediff.verify.parity import ParityReport
+    from edgediff.placement import Note
+    from edgediff.verify.rows import Finding, ParityReport
 
 
 def parity_table(report: "ParityReport") -> Table:
@@ -22,23 +24,63 @@ def parity_table(report: "ParityReport") -> Table:
         report: The verification.
 
     Returns:
-        The table.
+        The table. A backend that measured nothing is a line of the caption.
     """
-    backends = ", ".join(dict.fromkeys(row.backend for row in report.rows))
-    caption = "everything holds" if report.ok else "DOES NOT HOLD"
-    table = Table(title=f"{backends} against torch", caption=caption, box=box.SIMPLE_HEAD)
-    for name in ("check", "part", "worst output"):
+    measured = list(dict.fromkeys(row.backend for row in report.rows if row.status == "measured"))
+    absent = {row.backend: row.note for row in report.rows if row.backend not in measured}
+    verdict = Text("everything holds", "green") if report.ok else Text("DOES NOT HOLD", "bold red")
+    caption = Text("\n").join([verdict, *(Text(f"not run: {note}", "dim") for note in absent.values())])
+    table = Table(title=f"{', '.join(measured)} against torch", caption=caption, box=box.SIMPLE_HEAD)
+    names = ("backend", "check", "part", "worst output") if len(measured) > 1 else ("check", "part", "worst output")
+    for name in names:
         table.add_column(name)
     table.add_column("PSNR dB", justify="right")
     table.add_column("floor", justify="right")
     table.add_column("verdict")
+    before = None
     for row in report.rows:
-        verdict = {True: Text("ok", "green"), False: Text("FAILS", "bold red"), None: Text("shown", "dim")}[row.ok]
+        if row.backend in absent:
+            continue
+        if before not in (None, row.backend):
+            table.add_section()
+        shown = {True: Text("ok", "green"), False: Text("FAILS", "bold red"), None: Text("shown", "dim")}[row.ok]
         if row.status == "not_run":
-            verdict = Text("not run", "dim")
+            shown = Text("not run", "dim")
         number = "-" if row.status == "not_run" else "not finite" if row.psnr_db is None else f"{row.psnr_db:.1f}"
         floor = "-" if row.floor_db is None else f"{row.floor_db:g}"
-        table.add_row(row.check, row.part, row.output or "-", number, floor, verdict)
+        named = (row.backend if row.backend != before else "",) if len(measured) > 1 else ()
+        table.add_row(*named, row.check, row.part, row.output or "-", number, floor, shown)
+        before = row.backend
+    return table
+
+
+def findings_table(report: "ParityReport") -> Table | None:
+    """What comes near the ends of fp16's range: the worst tensors, and constants that some hardware takes for zero.
+
+    Args:
+        report: The verification.
+
+    Returns:
+        The table, or None where nothing computes in fp16.
+    """
+    if not report.findings:
+        return None
+    table = Table(title="fp16: the worst tensors", box=box.SIMPLE_HEAD)
+    for name in ("graph", "tensor", "operation", "finding"):
+        table.add_column(name)
+    small: dict[str, list[Finding]] = {}
+    for finding in report.findings:
+        if finding.kind == "small-constant":
+            small.setdefault(finding.graph, []).append(finding)
+            continue
+        words = Text(f"{finding.value:.1%} of fp16's range", "yellow" if finding.warns else "dim")
+        if finding.kind == "overflow":
+            words = Text(f"overflows: {finding.value:,.0f} numbers are not finite", "bold red")
+        table.add_row(finding.graph, finding.tensor, finding.op, words)
+    for graph, constants in small.items():
+        least = min(constants, key=lambda finding: finding.value)
+        words = Text(f"{len(constants)} below fp16's smallest normal number, the smallest {least.value:.2g}", "yellow")
+        table.add_row(graph, least.tensor, "constants", words)
     return table
 
 
@@ -179,4 +221,35 @@ def demo_tables(shown: "Shown") -> list[Table]:
     where.add_row("bundle", str(shown.bundle))
     for what, path in shown.pictures.items():
         where.add_row(what, str(path))
-    return [parity_table(shown.report), ledger_table(shown.result), saved, where]
+    findings = findings_table(shown.report)
+    first = [parity_table(shown.report), *([] if findings is None else [findings])]
+    return [*first, ledger_table(shown.result), saved, where]
+
+
+def placement_table(notes: Iterable["Note"]) -> Table:
+    """One line for each rule that found something: where, in which graphs, what to do about it, and who says so.
+
+    Args:
+        notes: As the lint gave them.
+
+    Returns:
+        The table; without lines where nothing is known.
+    """
+    found: dict[str, list[Note]] = {}
+    for note in notes:
+        found.setdefault(note.rule.id, []).append(note)
+    caption = "known, not measured: the device decides" if found else "nothing that is known to"
+    table = Table(title="what falls off the accelerator", caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0))
+    table.add_column("rule", no_wrap=True)
+    table.add_column("operations of each graph", overflow="fold", ratio=2)
+    table.add_column("what happens, and what to do", overflow="fold", ratio=3)
+    for rule, lines in found.items():
+        graphs = []
+        for note in lines:
+            ops = ", ".join(f"{count} {op}" for op, count in note.ops.items())
+            graphs.append(f"{note.graph}: {ops}" + (f" ({note.details[0]})" if note.details else ""))
+        known = lines[0].rule
+        source = (f"{known.title}, {known.source}", f"dim link {known.source}")
+        words = Text.assemble(known.says, "\n", (known.rewrite, "green"), "\n", source)
+        table.add_row(rule, Text("\n".join(graphs)), words)
+    return table

@@ -79,6 +79,15 @@ def text_bundle(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="session")
+def coreml_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The class model exported to Core ML alone, fp16, as one package of two functions."""
+    path = tmp_path_factory.mktemp("bundles") / "coreml"
+    config = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair")
+    edgediff.export_bundle(edgediff.load_model(class_model), path, config)
+    return path
+
+
 @pytest.fixture
 def folder(class_model: Path, tmp_path: Path) -> Path:
     """The class model's folder, copied for a test to change."""

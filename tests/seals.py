@@ -12,7 +12,8 @@ import pytest
 from edgediff import verify_bundle
 from edgediff_runtime import BundleError, EdgePipeline
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
-from edgediff_runtime.manifest import File, Manifest, parse_manifest, render_manifest
+from edgediff_runtime.manifest import File, Manifest
+from edgediff_runtime.manifest_json import parse_manifest, render_manifest
 
 GRAPHS = ("onnx/highres_in.onnx", "onnx/lowres.onnx", "onnx/highres_out.onnx")
 REFERENCE = "evidence/reference.safetensors"

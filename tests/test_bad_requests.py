@@ -39,7 +39,7 @@ from seals import flip_bit, seal_plain
         (["--seed", "-1"], ("seed -1: expected an integer",)),
         (["--seed", str(2**64)], ("seed 18446744073709551616: expected an integer",)),
         (["--scale", "0"], ("--scale is 0",)),
-        (["--backend", "tpu"], ("no backend 'tpu'; choices: onnxruntime",)),
+        (["--backend", "tpu"], ("no backend 'tpu'; choices: onnxruntime, coreml, mil-reference",)),
         (["--level", "1"], ("--level",)),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_damaged_bundle(command: Command, class_bundle: Path, place: Path, nam
 
 def test_a_number_that_does_not_hold_is_a_failed_check(command: Command, class_bundle: Path, place: Path) -> None:
     bundle = shutil.copytree(class_bundle, place / "bundle")
-    seal_plain(bundle, lambda m: m["floors"].update(graph=500.0))
+    seal_plain(bundle, lambda m: m["targets"][0]["floors"].update(graph=500.0))
     said = command("verify", bundle)
     assert said.code == 1
     assert said.errors == [f"error: {bundle} does not hold"]

@@ -20,7 +20,8 @@ from seals import (
 )
 
 from edgediff import verify_bundle
-from edgediff_runtime import BundleError, EdgePipeline, open_bundle
+from edgediff.verify.backends import open_session
+from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.bundle import MANIFEST, SUMS, inside
 
 BAD_PATHS = (
@@ -184,8 +185,8 @@ def _graph(number: int, **values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["sample"].update(width=-16), "width is -16"),
         (lambda m: m["cut"].update(level=0), "cut.level is 0"),
         (lambda m: m.update(cache_bytes=-1), "cache_bytes is -1"),
-        (lambda m: m["floors"].update(graph=-1000.0), "floors.graph is -1000.0"),
-        (lambda m: m["floors"].update(caching=0.0), "floors.caching is 0.0"),
+        (lambda m: m["targets"][0]["floors"].update(graph=-1000.0), "floors.graph is -1000.0"),
+        (lambda m: m["targets"][0]["floors"].update(caching=0.0), "floors.caching is 0.0"),
         (lambda m: m["conditioning"].update(labels=[]), "labels"),
         (lambda m: m["conditioning"].update(null_label=5), "null_label is 5; expected 0 to 4"),
         (lambda m: m["conditioning"].update(null_label=-1), "null_label is -1"),
@@ -193,7 +194,12 @@ def _graph(number: int, **values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["cost"].pop("full"), "cost"),
         (lambda m: m["files"]["README.md"].update(size=-1), "size of README.md is -1"),
         (lambda m: m["files"]["README.md"].update(sha256="x"), "sha256 of README.md is 'x'"),
+        (lambda m: m.update(targets=[]), r"targets is \[\]; expected one of a kind"),
+        (lambda m: m["targets"].append(m["targets"][0]), "targets is .*; expected one of a kind"),
+        (lambda m: m["targets"][0].update(opset=None), "opset is None"),
+        (lambda m: m["targets"][0].update(deployment_target="iOS18"), "deployment_target is 'iOS18'; expected a value"),
         (lambda m: m["targets"][0].update(batch=0), "batch is 0"),
+        (lambda m: m["targets"][0].update(batch=2), "shape of sample is .*; expected 2 first"),
         (lambda m: m["targets"][0].update(graphs=[]), "outputs of a step"),
         (lambda m: m["targets"][0]["graphs"].reverse(), "inputs of highres_out"),
         (lambda m: m["targets"][0]["graphs"].append(m["targets"][0]["graphs"][0]), "distinct names"),
@@ -231,8 +237,9 @@ def test_a_graph_that_is_not_listed_is_refused(bundle: Path) -> None:
 
 
 def test_a_target_or_a_backend_that_is_not_there(bundle: Path) -> None:
-    with pytest.raises(BundleError, match="no backend 'tpu'; choices: onnxruntime"):
+    with pytest.raises(RequestError, match=r"no backend 'tpu'; choices: onnxruntime, coreml$"):
         EdgePipeline.from_pretrained(bundle, backend="tpu")
-    manifest = manifest_of(bundle)
-    seal(bundle, msgspec.structs.replace(manifest, targets=()))
-    assert_refused(bundle, "no 'onnx' target")
+    with pytest.raises(BundleError, match="no 'coreml' target; it has: onnx"):
+        open_session(open_bundle(bundle), "mil-reference")
+    with pytest.raises(BundleError, match="no 'coreml' target; it has: onnx"):
+        verify_bundle(bundle, targets=["coreml"])

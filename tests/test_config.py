@@ -148,8 +148,10 @@ def test_wrong_types(data: dict[str, Any], words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("data", "field", "value", "choices"),
     [
-        ({"targets": ["onnx", "coreml"]}, "targets[1]", "coreml", "onnx"),
-        ({"layout": "pair"}, "layout", "pair", "split"),
+        ({"targets": ["onnx", "tflite"]}, "targets[1]", "tflite", "onnx, coreml"),
+        ({"layout": "single"}, "layout", "single", "split, pair"),
+        ({"coreml": {"dtype": "int8"}}, "coreml.dtype", "int8", "fp16, fp32"),
+        ({"coreml": {"deployment_target": "iOS15"}}, "coreml.deployment_target", "iOS15", "iOS16, iOS17, iOS18"),
         ({"scheduler": "pndm"}, "scheduler", "pndm", "dpmpp_2m, dpmpp_2m_karras, ddim, euler"),
         ({"onnx": {"dtype": "fp16"}}, "onnx.dtype", "fp16", "fp32"),
         ({"verify": {"mode": "none"}}, "verify.mode", "none", "full, graphs"),
@@ -272,7 +274,7 @@ def test_a_config_by_hand_comes_back_as_it_was() -> None:
         ({"cut": Cut(level=1.5)}, ["'cut.level'", "expected `int`, got `float`"]),
         ({"cut": None}, ["'cut'", "expected `object`, got `null`"]),
         ({"targets": "onnx"}, ["'targets'", "expected `array`, got `str`"]),
-        ({"targets": ("coreml",)}, ["'targets[0]'", "'coreml'", "expected one of: onnx"]),
+        ({"targets": ("tflite",)}, ["'targets[0]'", "'tflite'", "expected one of: onnx, coreml"]),
         ({"guidance_scale": float("nan")}, ["'guidance_scale' is nan", "finite"]),
         ({"clock": "1,0"}, ["clock mask 1,0 has 2 entries for 8 steps"]),
         ({"model": Path("sd15")}, ["a type that no recipe can hold", "PosixPath"]),

@@ -90,6 +90,6 @@ def test_what_is_installed_here_can_export() -> None:
 def test_what_is_missing_is_named() -> None:
     abilities = _abilities(TESTED | {"torch": None, "onnxsim": None})
     assert abilities["export to ONNX"] == 'no: pip install "edgediff[export]" (torch, onnxsim missing)'
-    assert abilities["recompute trajectories in torch"] == "no: torch is not installed"
+    assert abilities["recompute trajectories in torch"] == 'no: pip install "edgediff[export]" (torch missing)'
     assert abilities["run and verify ONNX bundles"] == "yes"
     assert _abilities(dict.fromkeys(TESTED))["run and verify ONNX bundles"] == "no: onnxruntime is not installed"

@@ -201,13 +201,15 @@ def _plain(config: dict) -> dict:
 def test_a_graph_that_computes_something_else_is_not_put_in_place(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_graph = onnx_module.write_graph
+
     def wrong(part: torch.nn.Module, *args: object) -> onnx_module.Written:
         if hasattr(part, "conv_out"):
             part = copy.deepcopy(part)
             part.conv_out.bias.data += 0.05
-        return onnx_module.write_onnx(part, *args)
+        return write_graph(part, *args)
 
-    monkeypatch.setattr("edgediff.export.pipeline.write_onnx", wrong)
+    monkeypatch.setattr("edgediff.export.onnx.write_graph", wrong)
     with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was put in place"):
         edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
     assert list(tmp_path.iterdir()) == []
@@ -279,7 +281,7 @@ def test_the_simplifier_is_held_to_the_numbers(
 
 
 def test_the_manifest_round_trips(class_bundle: Path) -> None:
-    from edgediff_runtime.manifest import parse_manifest, render_manifest
+    from edgediff_runtime.manifest_json import parse_manifest, render_manifest
 
     data = (class_bundle / "manifest.json").read_bytes()
     manifest = parse_manifest(data)

@@ -13,8 +13,8 @@ from command_line import FULL, SCRIPT, Command, Said, assert_error, snapshot, un
 from seals import flip_bit
 
 import edgediff.export.pipeline as pipeline
-from edgediff.verify.parity import ParityReport, Row
 from edgediff.verify.reference import Reference, save_reference
+from edgediff.verify.rows import ParityReport, Row
 
 # Where the bundle goes.
 
@@ -87,7 +87,7 @@ def test_what_ends_an_export_leaves_what_was_there(
     name: str,
 ) -> None:
     if name != "write_onnx":  # the graphs take the time, and are not what fails here
-        monkeypatch.setattr(pipeline, "_write_graphs", lambda folder, draft, *_: draft)
+        monkeypatch.setattr(pipeline, "_write_targets", lambda folder, draft, *_: draft)
     monkeypatch.setattr(pipeline, name, _fails(fault))
     shutil.copytree(class_bundle, place / "out")
     for output in ("out", "deep/new"):
@@ -139,8 +139,8 @@ def test_a_number_that_does_not_hold_puts_nothing_in_place(
     command: Command, class_model: Path, class_bundle: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = Row("graph", "lowres", "onnxruntime", "lowres_feature", 12.5, 35.0, False, "measured")
-    monkeypatch.setattr(pipeline, "_write_graphs", lambda folder, draft, *_: draft)
-    monkeypatch.setattr(pipeline, "verify_bundle", lambda *_, **__: ParityReport((row,), "full"))
+    monkeypatch.setattr(pipeline, "_write_targets", lambda folder, draft, *_: draft)
+    monkeypatch.setattr(pipeline, "verify_bundle", lambda *_, **__: ParityReport((row,), "full", ("onnx",)))
     shutil.copytree(class_bundle, place / "out")
     with unchanged(place):
         said = command("export", class_model, "-o", place / "out", "--steps", "3", "--force")

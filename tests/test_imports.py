@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import edgediff
-from edgediff_runtime.manifest import manifest_schema
+from edgediff_runtime.manifest_json import manifest_schema
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "runtime" / "edgediff_runtime"
@@ -19,9 +19,9 @@ SOURCES = sorted([*(ROOT / "edgediff").rglob("*.py"), *RUNTIME.rglob("*.py")])
 # and those before it. Export runs the verification, so verify stands before it and knows nothing of it.
 STAGES = (
     ("edgediff.errors",),
-    ("edgediff.config", "edgediff.arrays", "edgediff.doctor", "edgediff.survey", "edgediff.zoo"),
+    ("edgediff.config", "edgediff.arrays", "edgediff.coreml", "edgediff.doctor", "edgediff.survey", "edgediff.zoo"),
     ("edgediff.models",),
-    ("edgediff.train", "edgediff.verify", "edgediff.evaluate"),
+    ("edgediff.train", "edgediff.verify", "edgediff.placement", "edgediff.evaluate"),
     ("edgediff.export",),
     ("edgediff.demo", "edgediff.tables"),
     ("edgediff.cli", "edgediff.__main__"),
@@ -29,7 +29,7 @@ STAGES = (
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}
 OF_THE_RUNTIME = {"numpy", "msgspec"}
 # Only where they are needed: a session, a PNG.
-LATE_OF_THE_RUNTIME = {"onnxruntime", "PIL"}
+LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL"}
 
 
 def module_name(file: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import edgediff
+from edgediff.models.graphs import graph_list
 from edgediff.models.session import TorchSession
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.loop import Request, denoise
@@ -20,8 +21,8 @@ REGROUPED = 1e-4
 class Chunked(TorchSession):
     """Torch behind graphs of a fixed batch, as Core ML has them."""
 
-    def __init__(self, split: edgediff.SplitUNet, batch: int) -> None:
-        super().__init__(split)
+    def __init__(self, whole: TorchSession, batch: int) -> None:
+        super().__init__(whole.split, whole.graphs)
         self.batch = batch
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
@@ -31,8 +32,9 @@ class Chunked(TorchSession):
 
 @pytest.fixture(scope="module")
 def torch_pipe(class_model: Path, class_bundle: Path) -> EdgePipeline:
-    split = edgediff.split(edgediff.load_model(class_model).unet)
-    return EdgePipeline(open_bundle(class_bundle).manifest, TorchSession(split))
+    model = edgediff.load_model(class_model)
+    split = edgediff.split(model.unet)
+    return EdgePipeline(open_bundle(class_bundle).manifest, TorchSession(split, graph_list(split, model)))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_onnxruntime_agrees_with_torch(torch_pipe: EdgePipeline, ort_pipe: EdgeP
 def test_fixed_batches_do_what_a_symbolic_one_does(
     torch_pipe: EdgePipeline, batch: int, guidance: float | list[float]
 ) -> None:
-    chunked = EdgePipeline(torch_pipe.manifest, Chunked(torch_pipe.session.split, batch))
+    chunked = EdgePipeline(torch_pipe.manifest, Chunked(torch_pipe.session, batch))
     asked = {"num_images": 3, "num_inference_steps": 6, "clock": 2, "guidance_scale": guidance}
     want, got = torch_pipe(**asked), chunked(**asked)
     assert want.mask == got.mask
@@ -223,7 +225,7 @@ def test_a_generation_graph_runs_once_before_the_steps(torch_pipe: EdgePipeline)
     graphs = torch_pipe.manifest.target("onnx").graphs
     once = Graph(name="once", file="x", frequency="generation", inputs=(), outputs=())
     request = _request(torch_pipe, (once, *graphs))
-    session = Counting(torch_pipe.session.split)
+    session = Counting(torch_pipe.session.split, torch_pipe.session.graphs)
     list(denoise(request, session))
     assert session.calls.count("once") == 1
     assert session.calls[0] == "once"
@@ -238,7 +240,7 @@ def test_output_that_is_not_finite_is_an_error(torch_pipe: EdgePipeline) -> None
 
     request = _request(torch_pipe, torch_pipe.manifest.target("onnx").graphs)
     with pytest.raises(BundleError, match="not finite at step 0"):
-        next(denoise(request, Broken(torch_pipe.session.split)))
+        next(denoise(request, Broken(torch_pipe.session.split, torch_pipe.session.graphs)))
 
 
 def _request(pipe: EdgePipeline, graphs: tuple[Graph, ...]) -> Request:

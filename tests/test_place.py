@@ -26,12 +26,6 @@ def _export(target: Path, fault: BaseException | None = None) -> None:
             raise fault
 
 
-def _dead_pid() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    return done.pid
-
-
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -108,18 +102,29 @@ def test_a_fault_between_the_two_renames_puts_the_old_back(
 
 def test_stale_siblings_of_dead_processes_are_cleared_and_of_living_ones_kept(tmp_path: Path) -> None:
     target = _bundle(tmp_path / "out")
-    living = f".out.edgediff-{os.getppid()}"
-    for name in (living, f".out.edgediff-{_dead_pid()}", ".out.edgediff-mine", ".other.edgediff-1", f"{living}.old"):
+    living = (".out.edgediff-1", ".out.edgediff-1.old")
+    others = (".out.edgediff-mine", ".other.edgediff-1")
+    # A process number that is in use again says nothing: the lock is what tells the living.
+    for name in (*living, *others, f".out.edgediff-{os.getppid()}", ".out.edgediff-2.old"):
         _bundle(tmp_path / name)
+    holding = "import fcntl, os, sys; [fcntl.flock(os.open(f, os.O_RDONLY), fcntl.LOCK_EX) for f in sys.argv[1:]]"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{holding}; print('held', flush=True); sys.stdin.read()", *living],
+        cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        _export(target)
+        assert _names(tmp_path) == sorted([*living, *others, "out"])
+        other.kill()
     _export(target)
-    assert _names(tmp_path) == sorted([living, f"{living}.old", ".out.edgediff-mine", ".other.edgediff-1", "out"])
+    assert _names(tmp_path) == sorted([*others, "out"])
     assert _names(target) == ["new"]
 
 
 def test_what_a_killed_export_had_moved_aside_is_put_back(tmp_path: Path) -> None:
-    pid = _dead_pid()
-    _bundle(tmp_path / f".out.edgediff-{pid}", "half")
-    _bundle(tmp_path / f".out.edgediff-{pid}.old", "old")
+    _bundle(tmp_path / ".out.edgediff-7", "half")
+    _bundle(tmp_path / ".out.edgediff-7.old", "old")
     with pytest.raises(ValueError, match="its own"):
         _export(tmp_path / "out", ValueError("its own"))
     assert _names(tmp_path) == ["out"]
@@ -128,7 +133,7 @@ def test_what_a_killed_export_had_moved_aside_is_put_back(tmp_path: Path) -> Non
 
 def test_what_was_moved_aside_goes_when_the_target_is_there(tmp_path: Path) -> None:
     target = _bundle(tmp_path / "out", "new")
-    _bundle(tmp_path / f".out.edgediff-{_dead_pid()}.old", "old")
+    _bundle(tmp_path / ".out.edgediff-7.old", "old")
     with pytest.raises(ValueError, match="its own"):
         _export(target, ValueError("its own"))
     assert _names(tmp_path) == ["out"]
@@ -136,7 +141,7 @@ def test_what_was_moved_aside_goes_when_the_target_is_there(tmp_path: Path) -> N
 
 
 def test_a_name_with_wildcards_means_itself_alone(tmp_path: Path) -> None:
-    other = _bundle(tmp_path / f".o1.edgediff-{_dead_pid()}.old")
+    other = _bundle(tmp_path / ".o1.edgediff-7.old")
     with pytest.raises(ValueError, match="its own"):
         _export(tmp_path / "o[12]", ValueError("its own"))
     assert _names(tmp_path) == [other.name]

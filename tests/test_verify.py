@@ -8,8 +8,9 @@ import pytest
 
 import edgediff
 from edgediff.errors import ModelError
-from edgediff.verify import parity, source
+from edgediff.verify import source
 from edgediff.verify.psnr import psnr_db
+from edgediff.verify.rows import ParityReport, Row
 from edgediff_runtime import open_bundle
 
 
@@ -97,8 +98,8 @@ def test_a_source_that_has_changed_is_said(class_bundle: Path, monkeypatch: pyte
     assert note.endswith("the source has changed")
 
 
-def _row(check: str, ok: bool | None, status: str = "measured") -> parity.Row:
-    return parity.Row(check, "full", "onnxruntime", "out_sample", 120.0, 35.0, ok, status)  # type: ignore[arg-type]
+def _row(check: str, ok: bool | None, status: str = "measured", target: str = "onnx") -> Row:
+    return Row(check, "full", "somewhere", "out_sample", 120.0, 35.0, ok, status, target=target)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +114,18 @@ def _row(check: str, ok: bool | None, status: str = "measured") -> parity.Row:
     ],
 )
 def test_the_verdict(rows: list[tuple[str, bool | None]], ok: bool) -> None:
-    assert parity.ParityReport(tuple(_row(*row) for row in rows), "graphs").ok is ok
+    assert ParityReport(tuple(_row(*row) for row in rows), "graphs", ("onnx",)).ok is ok
 
 
 def test_a_full_bundle_whose_trajectory_was_not_measured_does_not_hold() -> None:
     rows = (_row("graph", True), _row("composed", True), _row("trajectory", None, "not_run"))
-    assert not parity.ParityReport(rows, "full").ok
-    assert parity.ParityReport(rows, "graphs").ok
+    assert not ParityReport(rows, "full", ("onnx",)).ok
+    assert ParityReport(rows, "graphs", ("onnx",)).ok
+
+
+def test_every_target_must_have_been_measured() -> None:
+    rows = (_row("graph", True), _row("composed", True), _row("graph", None, "not_run", "coreml"))
+    assert not ParityReport(rows, "graphs", ("onnx", "coreml")).ok
+    assert not ParityReport(rows, "graphs", ()).ok
+    more = (*rows, _row("graph", True, target="coreml"), _row("composed", True, target="coreml"))
+    assert ParityReport(more, "graphs", ("onnx", "coreml")).ok

@@ -5,6 +5,7 @@ import re
 from edgediff.models.load import Model
 from edgediff_runtime import Manifest
 
+FORMATS = {"onnx": "ONNX", "coreml": "Core ML"}
 PATENT_NOTE = (
     "The methods in this bundle (reuse of low-resolution features across denoising steps) may be covered by patents. "
     "No licence to any patent is given with it."
@@ -34,7 +35,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"- **Licence**: {manifest.license}."
         + ("" if manifest.license != "unknown" else " The source does not say: ask whoever made it before you ship."),
         f"- **Changed**: the UNet was divided at level {manifest.cut.level}, {manifest.cut.point}; "
-        f"weights as in the source, in {manifest.targets[0].dtype}. On cached steps the {manifest.adaptor} adaptor "
+        f"weights as in the source, in {_precisions(manifest)}. On cached steps the {manifest.adaptor} adaptor "
         f"stands in for the low-resolution part: {saved:.0%} fewer multiply-adds in such a step.",
         f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
         f"conditioned on: {manifest.conditioning.kind}.",
@@ -44,12 +45,29 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         "- **Intended use**: generating images on a device within what the source's licence and card allow.",
         f"- **Patents**: {PATENT_NOTE}",
         "",
-        "Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` where there is no torch.",
+        *_how_to_run(manifest),
     ]
     if model.card.text:
         text = re.sub(r"\A---\n.*?\n---\n", "", model.card.text, flags=re.DOTALL)  # without its front matter
         lines += ["", "## The source's own card", "", text.strip()]
     return "\n".join(lines) + "\n"
+
+
+def _precisions(manifest: Manifest) -> str:
+    return ", ".join(f"{target.dtype} for {FORMATS[target.target]}" for target in manifest.targets)
+
+
+def _how_to_run(manifest: Manifest) -> list[str]:
+    targets = {target.target: target for target in manifest.targets}
+    lines = []
+    if "onnx" in targets:
+        lines.append("Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` without torch.")
+    if "coreml" in targets:
+        lines.append(
+            f"Core ML packages for {targets['coreml'].deployment_target} and later: `edgediff run . -o out.png` with "
+            "`--backend coreml` on a Mac, with `--backend mil-reference` elsewhere."
+        )
+    return lines
 
 
 def _step_macs(manifest: Manifest, step: str) -> int:

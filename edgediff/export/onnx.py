@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import torch
@@ -16,9 +17,10 @@ import torch
 from edgediff.config import OnnxConfig
 from edgediff.errors import UnsupportedError
 from edgediff.export.passes import SIMPLIFY, STRIP_METADATA, Pass, check, run_passes, weight_bytes
+from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import Graph, Target
 
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
@@ -45,8 +47,52 @@ class Written:
     simplified: str
 
 
-def write_onnx(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig) -> Written:
-    """Exports a part to an ONNX file.
+def write_onnx(
+    folder: Path,
+    target: Target,
+    modules: Mapping[str, Part],
+    examples: Mapping[str, Mapping[str, np.ndarray]],
+    config: OnnxConfig,
+    say: Callable[[str], None],
+) -> Target:
+    """Writes every ONNX graph of a target.
+
+    Args:
+        folder: The bundle that is being written.
+        target: What the manifest's draft says of the target.
+        modules: The modules by the names of their graphs.
+        examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
+        config: How to write.
+        say: Told what is being done.
+
+    Returns:
+        The target with what is known now: where weights lie, versions, what onnxsim did.
+
+    Raises:
+        UnsupportedError: The exporter, a pass or onnx.checker failed.
+    """
+    graphs = []
+    for graph in target.graphs:
+        if graph.file is not None:
+            say(f"exporting {graph.name} to ONNX")
+            path = folder / graph.file
+            path.parent.mkdir(exist_ok=True)
+            done = write_graph(modules[graph.name], graph, examples[graph.name], path, config)
+            beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
+            external = beside if graph.external_data is None else graph.external_data
+            graph = msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
+        graphs.append(graph)
+    if target.layout == "pair":
+        say("storing shared weights once")
+        paths = [folder / graph.file for graph in graphs if graph.file is not None]
+        pool_weights(paths, folder / str(graphs[0].external_data))
+        for path in paths:
+            check(str(path))
+    return msgspec.structs.replace(target, opset=done.opset, ir_version=done.ir_version, graphs=tuple(graphs))
+
+
+def write_graph(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig) -> Written:
+    """Exports a module to an ONNX file.
 
     Args:
         part: The module.

@@ -96,10 +96,18 @@ def weight_bytes(model: ModelProto) -> int:
     Returns:
         Bytes.
     """
-    return sum(_bytes(tensor) for tensor in model.graph.initializer)
+    return sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
 
 
-def _bytes(tensor: TensorProto) -> int:
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Counts the bytes of one tensor, wherever they lie.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Bytes.
+    """
     count = 1
     for size in tensor.dims:
         count *= size
@@ -111,7 +119,7 @@ def _take_weights(model: ModelProto) -> dict[str, TensorProto]:
     taken: dict[str, TensorProto] = {}
     kept = []
     for tensor in model.graph.initializer:
-        if _bytes(tensor) > SKELETON_BYTES or tensor.data_location == TensorProto.EXTERNAL:
+        if tensor_bytes(tensor) > SKELETON_BYTES or tensor.data_location == TensorProto.EXTERNAL:
             taken[tensor.name] = tensor
             model.graph.input.append(_as_input(tensor))
         else:

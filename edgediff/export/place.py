@@ -1,11 +1,13 @@
 """A directory that is whole or not there: written beside its place under another name, then renamed.
 
-A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away first,
-unless the process that made it still lives.
+A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away first.
+What belongs to a process that still lives is known by a lock, which ends with the process, however it ends: process
+numbers are used again.
 """
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -16,7 +18,7 @@ from edgediff.errors import TargetError
 from edgediff.verify.files import unlisted
 from edgediff_runtime.bundle import MANIFEST, SUMS
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import parse_manifest
+from edgediff_runtime.manifest_json import parse_manifest
 
 
 def check_place(target: Path, force: bool) -> None:
@@ -80,6 +82,7 @@ def staged(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f"{_prefix(target)}{os.getpid()}")
         scratch.mkdir()
+        lock = _lock(scratch)
     except OSError as e:
         raise TargetError(f"cannot write beside {target}: {e.strerror or e}") from e
     try:
@@ -91,11 +94,16 @@ def staged(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
 
 
 def _swap(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(scratch, target)
+        return
     old = scratch.with_name(scratch.name + ".old")
-    if target.exists():
+    lock = _lock(target)
+    try:
         os.rename(target, old)
         try:
             os.rename(scratch, target)
@@ -103,8 +111,8 @@ def _swap(scratch: Path, target: Path) -> None:
             os.rename(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(scratch, target)
+    finally:
+        os.close(lock)
 
 
 def _prefix(target: Path) -> str:
@@ -121,22 +129,27 @@ def clear_stale(target: Path) -> None:
     """
     target = target.absolute()
     for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):
-        pid = left.name.removeprefix(_prefix(target)).removesuffix(".old")
-        if not pid.isdigit() or _alive(int(pid)):
+        if not left.name.removeprefix(_prefix(target)).removesuffix(".old").isdigit():
             continue
-        if left.name.endswith(".old") and not target.exists():
-            os.rename(left, target)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
+        try:
+            lock = _lock(left)
+        except BlockingIOError:  # another export is at work there
+            continue
+        try:
+            if left.name.endswith(".old") and not target.exists():
+                os.rename(left, target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
+def _lock(folder: Path) -> int:
+    """Locks a folder until the descriptor is closed or the process ends; raises BlockingIOError where it is locked."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

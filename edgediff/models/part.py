@@ -4,6 +4,8 @@ Graph exporters want positional tensors, wiring wants names. A part has both, so
 the exporter, the manifest and every runtime.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -29,3 +31,38 @@ class Part(nn.Module):
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the part on named tensors; what a subclass writes."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
+
+
+class Chain(Part):
+    """Parts that run one after the other as one: a whole full or cached step."""
+
+    def __init__(self, parts: Iterable[Part], outputs: tuple[str, ...]) -> None:
+        """Joins parts.
+
+        Args:
+            parts: In the order in which they run; shared, not copied.
+            outputs: Which of the tensors that they make come out.
+        """
+        parts = list(parts)
+        made: set[str] = set()
+        needed: dict[str, None] = {}
+        for part in parts:
+            needed |= dict.fromkeys(name for name in part.inputs if name not in made)
+            made |= set(part.outputs)
+        super().__init__(tuple(needed), outputs)
+        self.links = nn.ModuleList(parts)
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs the parts.
+
+        Args:
+            tensors: What the parts take from outside.
+
+        Returns:
+            Those and everything that the parts made.
+        """
+        for part in self.links:
+            assert isinstance(part, Part)
+            outputs = part(*(tensors[name] for name in part.inputs))
+            tensors = {**tensors, **dict(zip(part.outputs, outputs, strict=True))}
+        return tensors

@@ -13,13 +13,15 @@ class TorchSession:
     """Runs the parts of a split UNet in eager torch, without gradients.
 
     Attributes:
+        graphs: The four parts as `edgediff.models.graphs.graph_list` lists them.
         batch: None: any number of rows.
     """
 
     batch: int | None = None
 
-    def __init__(self, split: SplitUNet) -> None:
+    def __init__(self, split: SplitUNet, graphs: tuple[Graph, ...]) -> None:
         self.split = split
+        self.graphs = graphs
 
     def put(self, array: np.ndarray) -> torch.Tensor:
         """Wraps an array without a copy.
@@ -48,7 +50,7 @@ class TorchSession:
         """Runs the part of the graph's name.
 
         Args:
-            graph: One of `edgediff.export.graphs.graph_list`.
+            graph: One of `edgediff.models.graphs.graph_list`.
             tensors: By name; the outputs are added.
         """
         part = self.split.parts[graph.name]

@@ -8,85 +8,52 @@ along a real trajectory.
 
 import contextlib
 import logging
-import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
+import numpy as np
 
+from edgediff.errors import MissingExtraError
+from edgediff.verify.backends import BACKENDS_OF_TARGET, MIL_REFERENCE, open_session
+from edgediff.verify.feed import groups, run_rows
 from edgediff.verify.files import PARITY_SCRATCH, check_files
 from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, Reference, check_reference, load_reference, reference_request
+from edgediff.verify.reference import (
+    REFERENCE,
+    Reference,
+    check_reference,
+    load_reference,
+    reference_request,
+    step_inputs,
+)
+from edgediff.verify.rows import Finding, ParityReport, Row, judged, not_run
 from edgediff.verify.source import torch_latents
-from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
+from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.loop import CACHE
 from edgediff_runtime.manifest import Target
-from edgediff_runtime.sessions import Session, open_session
+from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
 
 TOOLS = ("edgediff", "numpy", "onnxruntime")
-BACKEND_OF_TARGET = {"onnx": "onnxruntime"}
 Progress = Callable[[str], None]
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One number and whether it holds.
-
-    Attributes:
-        check: ``graph``, ``composed``, ``trajectory`` or ``caching``.
-        part: A part's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching.
-        backend: What ran the graphs.
-        output: The output that was worst, or None where nothing was measured.
-        psnr_db: The worst PSNR over outputs and steps; None where nothing was measured or the result was not finite.
-        floor_db: What it must reach; None is not judged.
-        ok: Whether it does; None where it is not judged or was not measured.
-        status: ``measured`` or ``not_run``.
-        note: Why it was not run, or what it was compared with.
-    """
-
-    check: Literal["graph", "composed", "trajectory", "caching"]
-    part: str
-    backend: str
-    output: str | None
-    psnr_db: float | None
-    floor_db: float | None
-    ok: bool | None
-    status: Literal["measured", "not_run"]
-    note: str = ""
-
-
-class ParityReport(msgspec.Struct, frozen=True):
-    """All rows of a verification.
-
-    Attributes:
-        rows: In the order of the checks.
-        verified: What the export verified: ``full`` or ``graphs``.
-    """
-
-    rows: tuple[Row, ...]
-    verified: str
-
-    @property
-    def ok(self) -> bool:
-        """No row is false, and all was measured that the export measured."""
-        measured = {row.check for row in self.rows if row.status == "measured"}
-        needed = {"graph", "composed"} | ({"trajectory"} if self.verified == "full" else set())
-        return not any(row.ok is False for row in self.rows) and needed <= measured
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, ``ok`` first."""
-        return {"ok": self.ok, "rows": [msgspec.to_builtins(row) for row in self.rows]}
-
-
 def verify_bundle(
-    path: str | Path, model: object = None, progress: Progress | None = None, record: bool = True
+    path: str | Path,
+    model: object = None,
+    progress: Progress | None = None,
+    record: bool = True,
+    targets: Iterable[str] | None = None,
 ) -> ParityReport:
     """Verifies a bundle: every file's hash, then every number.
 
@@ -95,13 +62,14 @@ def verify_bundle(
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
             it is not at hand, or torch is not installed, the trajectory is held to the evidence's final latents.
         progress: Told what is being done.
-        record: Write the report to ``evidence/parity.json``.
+        record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
+        targets: Which targets to verify; None verifies all.
 
     Returns:
         The report.
 
     Raises:
-        BundleError: A file is damaged, missing, not listed or unsafe.
+        BundleError: A file is damaged, missing, not listed or unsafe, or a target is not in the bundle.
         ModelError: `model` was named and is not the bundle's source.
     """
     say = progress if progress is not None else log.debug
@@ -111,115 +79,169 @@ def verify_bundle(
     reference = load_reference(bundle.path / REFERENCE)
     manifest = bundle.manifest
     check_reference(reference, manifest)
+    all_targets = [target.target for target in manifest.targets]
+    wanted = [manifest.target(name) for name in dict.fromkeys(all_targets if targets is None else targets)]
+    source = _Source(manifest, reference, model, say)
     rows: list[Row] = []
-    for target in manifest.targets:
-        backend = BACKEND_OF_TARGET[target.target]
-        say(f"{backend}: loading")
-        session = open_session(bundle, backend)
-        say(f"{backend}: graphs")
-        rows += _graph_rows(target, manifest.floors.graph, reference, session, backend)
-        say(f"{backend}: composed steps")
-        rows += _composed_rows(target, manifest.floors.composed, reference, session, backend)
-        say(f"{backend}: trajectories")
-        rows += _trajectory_rows(manifest, reference, session, backend, model, say)
-    report = ParityReport(tuple(rows), manifest.verified)
-    if record:
+    findings: list[Finding] = []
+    for target in wanted:
+        for backend in BACKENDS_OF_TARGET[target.target]:
+            say(f"{backend}: loading")
+            try:
+                session = open_session(bundle, backend)
+            except (RequestError, MissingExtraError) as e:
+                log.debug("%s: %s", backend, e)
+                found = _none_run(target, manifest, reference, backend, str(e))
+            else:
+                if backend == MIL_REFERENCE:
+                    findings += _findings(target, reference, session, say)
+                found = [
+                    *_graph_rows(target, reference, session, backend, say),
+                    *_trajectory_rows(target, source, session, backend),
+                ]
+                del session
+            rows += [msgspec.structs.replace(row, target=target.target) for row in found]
+    report = ParityReport(tuple(rows), manifest.verified, tuple(t.target for t in wanted), tuple(findings))
+    if record and len(wanted) == len(all_targets):
         _write(bundle, report)
     return report
 
 
-def _graph_rows(target: Target, floor: float, reference: Reference, session: Session, backend: str) -> list[Row]:
+@dataclass
+class _Source:
+    """The trajectory that every backend is held to; computed anew once, where the source is at hand."""
+
+    manifest: Manifest
+    reference: Reference
+    model: object
+    say: Progress
+
+    @cached_property
+    def latents(self) -> tuple[list[np.ndarray], str]:
+        """Final latents to compare with, and where they came from."""
+        self.say("trajectory of the source")
+        request = reference_request(self.manifest, self.reference.conditioning)
+        anew, note = torch_latents(self.manifest, request, self.model)
+        return [latents for latents in (anew, self.reference.latents) if latents is not None], note
+
+
+def _graph_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
+    """Each graph on its own, then the steps composed of them."""
     rows = []
+    floors = target.floors
+    say(f"{backend}: graphs")
+    alone: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for graph in target.graphs:
         if graph.file is None:
             continue
+        names = [tensor.name for tensor in graph.outputs]
         numbers: list[tuple[float, str]] = []
         for step in reference.steps:
-            if not graph.runs(step.full):
+            if graph.runs(step.full):
+                made = run_rows(session, (graph,), step_inputs(step, graph, target.graphs), names)
+                alone[step.index, graph.name] = made
+                numbers += [(psnr_db(step.tensors[name], made[name]), name) for name in names]
+        rows.append(judged("graph", graph.name, backend, numbers, floors.graph))
+    if floors.program is not None and backend == MIL_REFERENCE:
+        say(f"{backend}: graphs in fp32 arithmetic")
+        rows += _program_rows(target, reference, session, backend, floors.program)
+    say(f"{backend}: composed steps")
+    composed: dict[bool, list[tuple[float, str]]] = {}
+    for step in reference.steps:
+        graphs = tuple(graph for graph in target.graphs if graph.file is not None and graph.runs(step.full))
+        if len(graphs) == 1:
+            made = alone[step.index, graphs[0].name]
+        else:
+            made_inside = {tensor.name for graph in graphs for tensor in graph.outputs}
+            given = {
+                name: value
+                for graph in graphs
+                for name, value in step_inputs(step, graph, target.graphs).items()
+                if name not in made_inside
+            }
+            if step.cache is not None and CACHE not in made_inside:
+                dtype = next(t.dtype for graph in graphs for t in graph.inputs if t.name == CACHE)
+                given[CACHE] = step.cache.astype(dtype)
+            made = run_rows(session, graphs, given, ("out_sample", CACHE))
+        composed.setdefault(step.full, []).extend(
+            (psnr_db(step.tensors[name], value), name) for name, value in made.items()
+        )
+    return rows + [
+        judged("composed", "full" if full else "cached", backend, composed[full], floors.composed)
+        for full in sorted(composed, reverse=True)
+    ]
+
+
+def _program_rows(target: Target, reference: Reference, session: Any, backend: str, floor: float) -> list[Row]:
+    """Each fp16 graph in fp32 arithmetic: rounding cannot hide a program that is slightly another."""
+    rows = []
+    with session.unrounded():
+        for graph in target.graphs:
+            if graph.file is None:
                 continue
-            tensors = {tensor.name: session.put(step.tensors[tensor.name]) for tensor in graph.inputs}
-            session.run(graph, tensors)
-            for tensor in graph.outputs:
-                got = session.get(tensors[tensor.name])
-                numbers.append((psnr_db(step.tensors[tensor.name], got), tensor.name))
-        rows.append(_row("graph", graph.name, backend, numbers, floor))
+            numbers: list[tuple[float, str]] = []
+            for step in reference.steps:
+                if graph.runs(step.full):
+                    want = reference.half[step.index, graph.name]
+                    made = run_rows(session, (graph,), step_inputs(step, graph, target.graphs), list(want))
+                    numbers += [(psnr_db(value, made[name]), name) for name, value in want.items()]
+            note = "fp32 arithmetic, against torch with weights of fp16"
+            rows.append(judged("program", graph.name, backend, numbers, floor, note))
     return rows
 
 
-def _composed_rows(target: Target, floor: float, reference: Reference, session: Session, backend: str) -> list[Row]:
-    numbers: dict[bool, list[tuple[float, str]]] = {}
-    graphs = target.graphs
-    made = {tensor.name for graph in graphs for tensor in graph.outputs}
-    for step in reference.steps:
-        given = {name: value for name, value in step.tensors.items() if name not in made}
-        if step.cache is not None:
-            given[CACHE] = step.cache
-        tensors = {name: session.put(value) for name, value in given.items()}
-        for graph in graphs:
-            if graph.file is not None and graph.runs(step.full):
-                session.run(graph, tensors)
-        for name in ("out_sample", CACHE):
-            number = psnr_db(step.tensors[name], session.get(tensors[name]))
-            numbers.setdefault(step.full, []).append((number, name))
-    return [
-        _row("composed", "full" if full else "cached", backend, numbers[full], floor)
-        for full in sorted(numbers, reverse=True)
-    ]
+def _findings(target: Target, reference: Reference, session: Any, say: Progress) -> list[Finding]:
+    """What comes near the end of fp16's range, on the first recorded step in which each graph runs."""
+    from edgediff.verify.mil.findings import findings
+
+    say(f"{MIL_REFERENCE}: headroom")
+    found = []
+    for graph in target.graphs:
+        steps = [step for step in reference.steps if graph.runs(step.full)]
+        if graph.file is not None and target.dtype == "fp16" and steps:
+            first = next(groups(step_inputs(steps[0], graph, target.graphs), session.batch))
+            found += [
+                msgspec.structs.replace(finding, graph=graph.name)
+                for finding in findings(session.functions[graph.name], first)
+            ]
+    return found
 
 
-def _trajectory_rows(
-    manifest: Manifest, reference: Reference, session: Session, backend: str, model: object, say: Progress
-) -> list[Row]:
-    floors = manifest.floors
-    if manifest.verified == "graphs" and model is None:
+def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
+    floors, manifest = target.floors, source.manifest
+    if manifest.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
         return [
-            _not_run("trajectory", backend, floors.trajectory, note),
-            _not_run("caching", backend, floors.caching, note),
+            not_run("trajectory", "latents", backend, floors.trajectory, note),
+            not_run("caching", "latents", backend, floors.caching, note),
         ]
+    source.say(f"{backend}: trajectories")
+    request = reference_request(manifest, source.reference.conditioning)
     pipe = EdgePipeline(manifest, session)
-    request = reference_request(manifest, reference.conditioning)
     latents = pipe(**request).latents
-    say("trajectory of the source")
-    anew, note = torch_latents(manifest, request, model)
-    numbers = [(psnr_db(want, latents), "latents") for want in (anew, reference.latents) if want is not None]
-    rows = [_row("trajectory", "latents", backend, numbers, floors.trajectory, note)]
+    want, note = source.latents
+    numbers = [(psnr_db(each, latents), "latents") for each in want]
+    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
     if all(manifest.operating_point.mask):
-        return [*rows, _not_run("caching", backend, floors.caching, "the clock has no cached step")]
-    say(f"{backend}: clock 1")
+        note = "the clock has no cached step"
+        return [*rows, not_run("caching", "latents", backend, floors.caching, note)]
+    source.say(f"{backend}: clock 1")
     always = pipe(**request, clock=1).latents
     note = f"clock {manifest.operating_point.clock} against clock 1"
-    return [
-        *rows,
-        _row("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note),
+    return [*rows, judged("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note)]
+
+
+def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
+    """A row for everything that a backend would have measured."""
+    floors = target.floors
+    rows = [not_run("graph", g.name, backend, floors.graph, note) for g in target.graphs if g.file is not None]
+    rows += [
+        not_run("composed", "full" if full else "cached", backend, floors.composed, note)
+        for full in sorted({step.full for step in reference.steps}, reverse=True)
     ]
-
-
-def _row(
-    check: Any,
-    part: str,
-    backend: str,
-    numbers: Iterable[tuple[float, str]],
-    floor: float | None,
-    note: str = "",
-) -> Row:
-    number, output = min(numbers)
-    finite = math.isfinite(number)
-    return Row(
-        check=check,
-        part=part,
-        backend=backend,
-        output=output,
-        psnr_db=round(number, 2) if finite else None,
-        floor_db=floor,
-        ok=(finite and number >= floor) if floor is not None else (None if finite else False),
-        status="measured",
-        note=note,
-    )
-
-
-def _not_run(check: Any, backend: str, floor: float | None, note: str) -> Row:
-    return Row(check, "latents", backend, None, None, floor, None, "not_run", note)
+    rows.append(not_run("trajectory", "latents", backend, floors.trajectory, note))
+    rows.append(not_run("caching", "latents", backend, floors.caching, note))
+    return rows
 
 
 def _write(bundle: Bundle, report: ParityReport) -> None:

@@ -5,7 +5,7 @@ and the last step, the conditioning, and the final latents. With it a bundle is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgediff.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.loop import CACHE
+from edgediff_runtime.manifest import Graph
 
 REFERENCE = "evidence/reference.safetensors"
 
@@ -46,11 +47,14 @@ class Reference:
         steps: The recorded steps.
         latents: Final latents [N, C, H, W]; None where only the first steps were run.
         conditioning: Embeddings that the trajectory was conditioned on, by name; empty for classes.
+        half: For each recorded step and graph of an fp16 target, its outputs in fp32 arithmetic on weights and inputs
+            rounded to fp16.
     """
 
     steps: tuple[Recorded, ...]
     latents: np.ndarray | None
     conditioning: dict[str, np.ndarray]
+    half: dict[tuple[int, str], dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -116,6 +120,40 @@ def _wanted(manifest: Manifest) -> set[int]:
     return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
 
 
+def step_inputs(step: Recorded, graph: Graph, graphs: tuple[Graph, ...]) -> dict[str, np.ndarray]:
+    """Real inputs of a graph, in the dtypes that it declares.
+
+    Args:
+        step: A recorded step in which the graph runs.
+        graph: One of `graphs`.
+        graphs: All of its target's, in the order of a step.
+
+    Returns:
+        Arrays by name, [rows, ...]. The cache is the one that the step began with where no graph before this one makes
+        it anew.
+    """
+    before = graphs[: graphs.index(graph)]
+    made = any(tensor.name == CACHE for g in before if g.runs(step.full) for tensor in g.outputs)
+    tensors = step.tensors if made or step.cache is None else {**step.tensors, CACHE: step.cache}
+    return {tensor.name: tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+
+
+def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
+    """Real inputs of a graph as they were recorded, from the first step in which it runs.
+
+    Args:
+        reference: What torch computed.
+        graph: The graph.
+
+    Returns:
+        Arrays by name; empty where the clock never runs it, as an adaptor without a file.
+    """
+    for step in reference.steps:
+        if graph.runs(step.full):
+            return step_inputs(step, graph, (graph,))
+    return {}
+
+
 def check_reference(reference: Reference, manifest: Manifest) -> None:
     """Holds a reference to the manifest: its steps, and each tensor's dtype and shape.
 
@@ -138,14 +176,11 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
             raise BundleError(f"{REFERENCE} has no latents")
         _check_array("latents", reference.latents, "float32", images)
     for step in reference.steps:
-        graphs = [graph for graph in manifest.target("onnx").graphs if graph.runs(step.full)]
-        needed = {tensor.name: tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
         rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
-        for name, tensor in needed.items():
-            if name not in step.tensors:
-                raise BundleError(f"{REFERENCE} has no {name} for step {step.index}, which needs it")
-            shape = tuple(rows if size == "batch" else size for size in tensor.shape)
-            _check_array(f"{name} of step {step.index}", step.tensors[name], tensor.dtype, shape)
+        for target in manifest.targets:
+            for graph in target.graphs:
+                if graph.runs(step.full):
+                    _check_graph(step, graph, rows, reference.half, half_wanted=target.floors.program is not None)
         if not step.full:
             if step.cache is None:
                 raise BundleError(f"{REFERENCE} has no cache for step {step.index}, which needs it")
@@ -153,7 +188,24 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
             _check_array(f"cache of step {step.index}", step.cache, like.dtype.name, like.shape)
 
 
-def _check_array(what: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> None:
+def _check_graph(
+    step: Recorded, graph: Graph, rows: int, half: dict[tuple[int, str], dict[str, np.ndarray]], half_wanted: bool
+) -> None:
+    """Holds the tensors that one graph takes and gives."""
+    there = {tensor.name: (tensor, step.tensors) for tensor in (*graph.inputs, *graph.outputs)}
+    rounded = half.get((step.index, graph.name), {})
+    halves = {tensor.name: (tensor, rounded) for tensor in graph.outputs} if half_wanted and graph.file else {}
+    for what, wanted in (("", there), (f"{graph.name} with weights of fp16: ", halves)):
+        for name, (tensor, tensors) in wanted.items():
+            if name not in tensors:
+                raise BundleError(f"{REFERENCE} has no {what}{name} for step {step.index}, which needs it")
+            # What was recorded is torch's, in fp32; a target casts it to its own.
+            dtype = "int64" if "int" in tensor.dtype else "float32"
+            shape = tensor.shape if name == "timestep" else (rows, *tensor.shape[1:])
+            _check_array(f"{what}{name} of step {step.index}", tensors[name], dtype, shape)
+
+
+def _check_array(what: str, array: np.ndarray, dtype: str, shape: tuple[int | str, ...]) -> None:
     if array.dtype.name != dtype or array.shape != shape or 0 in shape:
         raise BundleError(
             f"{REFERENCE}: {what} is {array.dtype.name} {list(array.shape)}; expected {dtype} {list(shape)}"
@@ -181,6 +233,8 @@ def save_reference(reference: Reference, path: Path) -> None:
         flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
         if step.cache is not None and not step.full:
             flat[f"{where}/cache"] = step.cache
+    for (index, graph), tensors in reference.half.items():
+        flat.update({f"half/{index}/{graph}/{name}": value for name, value in tensors.items()})
     # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
     path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}))
 
@@ -202,6 +256,7 @@ def load_reference(path: Path) -> Reference:
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
     conditioning: dict[str, np.ndarray] = {}
+    half: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     found: dict[tuple[int, bool], dict[str, np.ndarray]] = {}
     latents = None
     for key, value in flat.items():
@@ -212,10 +267,12 @@ def load_reference(path: Path) -> Reference:
                 conditioning[name] = value
             case ["steps", index, ("full" | "cached") as kind, name] if index.isdigit():
                 found.setdefault((int(index), kind == "full"), {})[name] = value
+            case ["half", index, graph, name] if index.isdigit():
+                half.setdefault((int(index), graph), {})[name] = value
             case _:
                 raise BundleError(f"{REFERENCE} holds {key!r}, which is nothing that a reference holds")
     steps = [
         Recorded(index, full, {n: v for n, v in tensors.items() if n != "cache"}, tensors.get("cache"))
         for (index, full), tensors in sorted(found.items())
     ]
-    return Reference(tuple(steps), latents, conditioning)
+    return Reference(tuple(steps), latents, conditioning, half)

@@ -32,6 +32,7 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
     """
     try:
         from edgediff.models.clockwork import split
+        from edgediff.models.graphs import graph_list
         from edgediff.models.load import Model, load_model, random_weights
         from edgediff.models.session import TorchSession
     except ImportError as e:
@@ -55,4 +56,5 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")
         return None, f"{FROM_EVIDENCE}: the source has changed"
     divided = split(loaded.unet, Cut(manifest.cut.level, manifest.cut.point))
-    return EdgePipeline(manifest, TorchSession(divided))(**request).latents, "against torch, computed anew"
+    session = TorchSession(divided, graph_list(divided, loaded))
+    return EdgePipeline(manifest, session)(**request).latents, "against torch, computed anew"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import Manifest, parse_manifest
+from edgediff_runtime.manifest import Manifest
+from edgediff_runtime.manifest_json import parse_manifest
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"

@@ -16,7 +16,8 @@ from edgediff_runtime.bundle import Bundle, open_bundle
 from edgediff_runtime.clock import ClockSpec, clock_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
-from edgediff_runtime.manifest import MAX_GUIDANCE, Conditioning, Manifest, Tensor
+from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
+from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.schedulers import make_scheduler
 from edgediff_runtime.sessions import Array, Session, open_session
 
@@ -85,21 +86,25 @@ class EdgePipeline:
         self.session = session
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, backend: str = "onnxruntime") -> "EdgePipeline":
+    def from_pretrained(
+        cls, path: str | Path, backend: str = "onnxruntime", compute_units: str = "all"
+    ) -> "EdgePipeline":
         """Opens a bundle.
 
         Args:
             path: The bundle's directory.
-            backend: What runs the graphs.
+            backend: What runs the graphs: ``onnxruntime``, or ``coreml`` on macOS.
+            compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
 
         Returns:
             The pipeline.
 
         Raises:
-            BundleError: The bundle is damaged, unsafe, of a newer version, or the backend is unknown.
+            BundleError: The bundle is damaged, unsafe or of a newer version.
+            RequestError: The backend is unknown, or not to be had on this machine.
         """
         bundle: Bundle = open_bundle(path)
-        return cls(bundle.manifest, open_session(bundle, backend))
+        return cls(bundle.manifest, open_session(bundle, backend, compute_units))
 
     def __call__(self, **request: Any) -> Result:
         """Generates images; arguments as in `stream`.
@@ -163,7 +168,7 @@ class EdgePipeline:
         sample = self.manifest.sample
         shape = (sample.channels, sample.height, sample.width)
         request = Request(
-            graphs=self.manifest.target("onnx").graphs,
+            graphs=self.session.graphs,
             scheduler=scheduler,
             mask=mask,
             guidance=guidance,
@@ -202,9 +207,9 @@ class EdgePipeline:
             if guided:
                 raise RequestError("guidance_scale above 1 needs a conditioned model; this one has no condition")
             return {}, {}, 1 if num_images is None else num_images
+        tensors = {tensor.name: tensor for graph in self.session.graphs for tensor in graph.inputs}
         if known.kind == "class":
-            return _classes(known, label, num_images, guided)
-        tensors = {tensor.name: tensor for graph in self.manifest.target("onnx").graphs for tensor in graph.inputs}
+            return _classes(known, label, num_images, guided, tensors["class_labels"].dtype)
         needed = {name: tensors[name] for name in TEXT_INPUTS if name in tensors}
         if "class_labels" in tensors:
             needed["class_labels"] = tensors["class_labels"]
@@ -222,7 +227,7 @@ class EdgePipeline:
 
 
 def _classes(
-    known: Conditioning, label: Label, num_images: int | None, guided: bool
+    known: Conditioning, label: Label, num_images: int | None, guided: bool, dtype: str
 ) -> tuple[dict[str, Array], dict[str, Array], int]:
     labels = known.labels
     one = isinstance(label, str | int)
@@ -235,12 +240,12 @@ def _classes(
         if len(given) != count:
             raise RequestError(f"{len(given)} labels were given for {count} images; expected one each")
         indices = [_class_index(labels, entry) for entry in given]
-    cond = {"class_labels": np.array(indices, dtype=np.int64)}
+    cond = {"class_labels": np.array(indices, dtype=dtype)}
     if not guided:
         return cond, {}, count
     if known.null_label is None:
         raise RequestError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
-    return cond, {"class_labels": np.full(count, known.null_label, dtype=np.int64)}, count
+    return cond, {"class_labels": np.full(count, known.null_label, dtype=dtype)}, count
 
 
 def _class_index(labels: Sequence[str], label: object) -> int:

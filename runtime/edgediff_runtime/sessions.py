@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import BundleError
+from edgediff_runtime.coreml_session import CoreMLSession
+from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Graph
 
 Array = npt.NDArray[Any]
@@ -21,9 +22,11 @@ class Session(Protocol):
     """Runs graphs on tensors that it holds in its own form.
 
     Attributes:
+        graphs: What it runs, in the order of a step. Tensors are handed to it in the dtypes that these declare.
         batch: Rows that each graph takes, or None where any number will do.
     """
 
+    graphs: tuple[Graph, ...]
     batch: int | None
 
     def put(self, array: Array) -> Any:
@@ -53,7 +56,8 @@ class OrtSession:
     One object may serve several threads: it holds the loaded graphs and nothing of any generation.
 
     Attributes:
-        batch: None: ONNX graphs have a symbolic batch.
+        graphs: The bundle's ONNX graphs.
+        batch: None: they have a symbolic batch.
     """
 
     batch: int | None = None
@@ -75,7 +79,8 @@ class OrtSession:
         self._sessions: dict[str, Any] = {}
         self._outputs: dict[str, list[str]] = {}
         checked: set[str] = set()
-        for graph in bundle.manifest.target("onnx").graphs:
+        self.graphs = bundle.manifest.target("onnx").graphs
+        for graph in self.graphs:
             if graph.file is None:
                 continue
             if graph.file not in checked:
@@ -149,23 +154,26 @@ def _check_tensors(graph: Graph, session: Any) -> None:
                 )
 
 
-BACKENDS = {"onnxruntime": OrtSession}
+BACKENDS = ("onnxruntime", "coreml")
 
 
-def open_session(bundle: Bundle, backend: str = "onnxruntime") -> Session:
+def open_session(bundle: Bundle, backend: str = "onnxruntime", compute_units: str = "all") -> Session:
     """Opens a bundle in a backend.
 
     Args:
         bundle: The bundle.
         backend: One of `BACKENDS`.
+        compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
 
     Returns:
         The session.
 
     Raises:
-        BundleError: The backend is unknown, or cannot load the bundle.
+        BundleError: The backend cannot load the bundle.
+        RequestError: The backend is unknown, or not to be had on this machine.
     """
-    if backend not in BACKENDS:
-        raise BundleError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
-    session: Session = BACKENDS[backend](bundle)
-    return session
+    if backend == "coreml":
+        return CoreMLSession(bundle, compute_units)
+    if backend == "onnxruntime":
+        return OrtSession(bundle)
+    raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")

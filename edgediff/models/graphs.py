@@ -1,4 +1,4 @@
-"""The graphs of a bundle as the manifest lists them: names, shapes and when each one runs."""
+"""The four parts as graphs: names, shapes and when each one runs, as the loop and the manifest want to know it."""
 
 from typing import Literal
 
@@ -21,14 +21,15 @@ DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {torch.float32: "float3
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
-    """Lists the four graphs of the ``split`` layout with the shapes of their tensors.
+    """Lists the four parts of a divided UNet with the shapes of their tensors, in fp32.
 
     Args:
         split: The divided UNet.
         model: What it was divided from.
 
     Returns:
-        The graphs in the order in which a step runs them. The identity adaptor has no file.
+        The graphs in the order in which a step runs them. What a graph's `file` says is only whether there is anything
+        to run: the identity adaptor has none, the others have their name until a target gives them one.
 
     Raises:
         UnsupportedError: The levels do not divide the sample's size, or two graphs disagree on a tensor.
@@ -49,7 +50,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
             graphs.append(
                 Graph(
                     name=name,
-                    file=f"onnx/{name}.onnx" if not isinstance(part, IdentityAdaptor) else None,
+                    file=name if not isinstance(part, IdentityAdaptor) else None,
                     frequency=FREQUENCY[name],
                     inputs=tuple(_tensor(key, value) for key, value in inputs.items()),
                     outputs=tuple(_tensor(key, value) for key, value in outputs.items()),

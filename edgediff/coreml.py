@@ -1,0 +1,49 @@
+"""coremltools, imported where it is needed and kept quiet.
+
+On anything but a Mac its import logs eight warnings about missing frameworks, and converting draws progress bars: both
+belong to its own command line, not to ours. What goes wrong is raised all the same.
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from edgediff.errors import MissingExtraError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps coremltools' log lines, warnings and progress bars off the screen while the block runs."""
+    logger = logging.getLogger("coremltools")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        # tqdm writes to standard error, and looks it up when a bar is made.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled
+
+
+def import_coremltools(what: str) -> Any:
+    """Imports coremltools.
+
+    Args:
+        what: What needs it, for the message.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        with quiet():
+            return importlib.import_module("coremltools")
+    except ModuleNotFoundError as e:
+        raise MissingExtraError(what, "export") from e

@@ -1,0 +1,154 @@
+"""The manifest before any file exists: all that the runtime's loop needs to know of a bundle."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import torch
+
+from edgediff.config import ExportConfig, Target, layout_of
+from edgediff.errors import UnsupportedError
+from edgediff.export.conditioning import Source
+from edgediff.export.layout import coreml_graphs, onnx_graphs
+from edgediff.models.clockwork import SplitUNet
+from edgediff.models.graphs import graph_list
+from edgediff.models.load import Model
+from edgediff.models.macs import tally
+from edgediff.models.sampling import scheduler_config
+from edgediff_runtime import Manifest, clock_mask
+from edgediff_runtime import manifest as m
+from edgediff_runtime.bundle import sha256_of
+from edgediff_runtime.manifest_json import FORMAT_VERSION
+
+TOOLS = ("edgediff", "torch", "diffusers", "numpy")
+TOOLS_OF_TARGET: dict[Target, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxsim", "onnxruntime"),
+    "coreml": ("coremltools",),
+}
+DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
+
+
+def draft_manifest(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_source: Source) -> Manifest:
+    """Drafts the manifest of a bundle.
+
+    Args:
+        model: What is exported.
+        divided: Its divided UNet.
+        config: The recipe.
+        conditioning_source: Where the reference's conditioning comes from.
+
+    Returns:
+        The manifest without files and without what only writing the graphs can tell.
+
+    Raises:
+        UnsupportedError: The UNet's output or its cut is not handled.
+        ModelError: Its scheduler cannot be carried over.
+    """
+    counts = tally(divided, model.sample_shape, model.conditioning.tensors)
+    known = model.conditioning
+    guidance = DEFAULT_GUIDANCE[known.kind] if config.guidance_scale is None else config.guidance_scale
+    if known.kind == "class" and known.null_label is None and config.guidance_scale is None:
+        guidance = 1.0
+    channels, height, width = model.sample_shape
+    if model.unet.config.out_channels != channels:
+        raise UnsupportedError(
+            f"the UNet takes {channels} channels and gives {model.unet.config.out_channels}; supported: as many "
+            "out as in (no inpainting, no learned variance)"
+        )
+    assert model.scheduler is not None
+    # As the manifest's JSON gives it back, so that the two can be compared.
+    recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
+    file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
+    tools = [*TOOLS, *(tool for target in config.targets for tool in TOOLS_OF_TARGET[target])]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        generator=f"edgediff {version('edgediff')}",
+        source=m.Source(
+            name=model.name,
+            path=None if model.is_built_in else str(model.path),
+            sha256=model.sha256,
+            random_weights=config.random_weights,
+        ),
+        license=model.card.license if config.license is None else config.license,
+        cut=m.Cut(level=config.cut.level, point=config.cut.point),
+        adaptor=config.adaptor,
+        sample=m.Sample(channels=channels, height=height, width=width, space=model.space),
+        conditioning=m.Conditioning(
+            kind=known.kind,
+            labels=known.labels,
+            null_label=known.null_label,
+            source=conditioning_source,
+            sha256=file_hash,
+        ),
+        scheduler=scheduler_config(model.scheduler, config.scheduler),
+        operating_point=m.OperatingPoint(
+            num_inference_steps=config.steps,
+            clock=config.clock,
+            mask=tuple(int(full) for full in clock_mask(config.clock, config.steps)),
+            guidance_scale=guidance,
+            seed=config.seed,
+            num_images=1 if known.kind == "text" else 2,
+        ),
+        verified=config.verify.mode,
+        cost=counts.parts,
+        cache_bytes=counts.cache_elements * torch.float32.itemsize,
+        targets=_targets(model, divided, config, guided=guidance > 1),
+        config=recipe,
+        versions={tool: version(tool) for tool in tools},
+        files={},
+    )
+
+
+def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: bool) -> tuple[m.Target, ...]:
+    parts = graph_list(divided, model)
+    targets = []
+    for name in config.targets:
+        if name == "onnx":
+            target = m.Target(
+                target="onnx", layout=layout_of(config, "onnx"), dtype=config.onnx.dtype, batch=None,
+                floors=_floors(config, config.onnx.dtype), graphs=onnx_graphs(parts, divided, config),
+                opset=config.onnx.opset, ir_version=0,
+            )  # fmt: skip
+        else:
+            batch = (2 if guided else 1) if config.coreml.batch is None else config.coreml.batch
+            target = m.Target(
+                target="coreml", layout=layout_of(config, "coreml"), dtype=config.coreml.dtype, batch=batch,
+                floors=_floors(config, config.coreml.dtype), graphs=coreml_graphs(parts, divided, config, batch),
+                deployment_target=config.coreml.deployment_target, specification_version=0,
+            )  # fmt: skip
+        targets.append(target)
+    return tuple(targets)
+
+
+def _floors(config: ExportConfig, dtype: str) -> m.Floors:
+    floors, half = config.verify, config.verify.fp16
+    if dtype == "fp16":
+        return m.Floors(
+            graph=half.graph_db, composed=half.composed_db, trajectory=half.trajectory_db, caching=floors.caching_db,
+            program=half.program_db,
+        )  # fmt: skip
+    return m.Floors(
+        graph=floors.graph_db, composed=floors.composed_db, trajectory=floors.trajectory_db, caching=floors.caching_db
+    )
+
+
+def essence(manifest: Manifest) -> Manifest:
+    """Leaves what two exports must share to be the same.
+
+    Args:
+        manifest: A draft, or what a finished bundle has.
+
+    Returns:
+        The manifest without what writing fills in, and without where the source lies.
+    """
+    targets = tuple(
+        msgspec.structs.replace(
+            target,
+            ir_version=None,
+            specification_version=None,
+            graphs=tuple(msgspec.structs.replace(g, external_data=None, simplified="") for g in target.graphs),
+        )
+        for target in manifest.targets
+    )
+    source = msgspec.structs.replace(manifest.source, path=None)
+    return msgspec.structs.replace(manifest, source=source, targets=targets, files={})

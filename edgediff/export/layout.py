@@ -1,0 +1,121 @@
+"""Layouts: how the four parts are packed into the graphs of a target, and which modules make them.
+
+``split`` keeps the parts apart: a device holds the cache and the skip connections between them. ``pair`` joins them to
+a whole full and a whole cached step, whose shared weights are stored once.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from edgediff.config import ExportConfig, Layout, layout_of
+from edgediff.models.clockwork import SplitUNet
+from edgediff.models.part import Chain, Part
+from edgediff_runtime.loop import CACHE
+from edgediff_runtime.manifest import Graph, Tensor
+
+# What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
+# thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
+OUTSIDE = (
+    "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
+)  # fmt: skip
+ONNX_WEIGHTS = "onnx/weights.bin"
+COREML_PAIR = "coreml/unet.mlpackage"
+
+
+def modules(divided: SplitUNet, layout: Layout) -> dict[str, Part]:
+    """The modules of a layout's graphs.
+
+    Args:
+        divided: The divided UNet.
+        layout: How the graphs are packed.
+
+    Returns:
+        Modules by the names of their graphs, in the order of a step; they share the UNet's weights.
+    """
+    if layout == "split":
+        return divided.parts
+    return {
+        "full": Chain([divided.highres_in, divided.lowres, divided.highres_out], ("out_sample", CACHE)),
+        # The identity adaptor leaves the cache what it was: the step need not give it back.
+        "cached": Chain([divided.highres_in, divided.adaptor, divided.highres_out], ("out_sample",)),
+    }
+
+
+def onnx_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConfig) -> tuple[Graph, ...]:
+    """The graphs of the ONNX target: symbolic batch, in fp32.
+
+    Args:
+        parts: The four parts as graphs.
+        divided: The divided UNet.
+        config: The recipe.
+
+    Returns:
+        The graphs in the order of a step.
+    """
+    layout = layout_of(config, "onnx")
+    graphs = _pack(parts, divided, layout)
+    weights = ONNX_WEIGHTS if layout == "pair" else None
+    return tuple(
+        graph if graph.file is None
+        else msgspec.structs.replace(graph, file=f"onnx/{graph.name}.onnx", external_data=weights)
+        for graph in graphs
+    )  # fmt: skip
+
+
+def coreml_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConfig, batch: int) -> tuple[Graph, ...]:
+    """The graphs of the Core ML target: fixed throughout, features in the graph's dtype, integers of 32 bits.
+
+    Args:
+        parts: The four parts as graphs.
+        divided: The divided UNet.
+        config: The recipe.
+        batch: Rows of each graph.
+
+    Returns:
+        The graphs in the order of a step.
+    """
+
+    def fixed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(_fixed(tensor, config.coreml.dtype, batch) for tensor in tensors)
+
+    layout = layout_of(config, "coreml")
+    graphs = []
+    for graph in _pack(parts, divided, layout):
+        file, function = None, None
+        if graph.file is not None:
+            file = f"coreml/{graph.name}.mlpackage"
+            if layout == "pair":
+                file, function = COREML_PAIR, graph.name
+        graphs.append(
+            msgspec.structs.replace(
+                graph, file=file, function=function, inputs=fixed(graph.inputs), outputs=fixed(graph.outputs)
+            )
+        )
+    return tuple(graphs)
+
+
+def _fixed(tensor: Tensor, dtype: str, batch: int) -> Tensor:
+    element: Literal["float32", "float16", "int64", "int32"] = tensor.dtype
+    if element == "int64":
+        element = "int32"
+    elif dtype == "fp16" and tensor.name not in OUTSIDE:
+        element = "float16"
+    shape = tuple(batch if size == "batch" else size for size in tensor.shape)
+    return Tensor(name=tensor.name, dtype=element, shape=shape)
+
+
+def _pack(parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout) -> tuple[Graph, ...]:
+    if layout == "split":
+        return parts
+    tensors = {tensor.name: tensor for graph in parts for tensor in (*graph.inputs, *graph.outputs)}
+    return tuple(
+        Graph(
+            name=name,
+            file=name,
+            frequency="full_step" if name == "full" else "cached_step",
+            inputs=tuple(tensors[key] for key in module.inputs),
+            outputs=tuple(tensors[key] for key in module.outputs),
+        )
+        for name, module in modules(divided, layout).items()
+    )

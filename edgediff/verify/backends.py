@@ -1,0 +1,39 @@
+"""Every backend that a bundle can be opened in: the runtime's own, and the evaluator of ML Programs."""
+
+from edgediff.errors import MissingExtraError
+from edgediff_runtime import Bundle, RequestError
+from edgediff_runtime import sessions as runtime
+
+MIL_REFERENCE = "mil-reference"
+BACKENDS = (*runtime.BACKENDS, MIL_REFERENCE)
+# What verification asks of each target, in this order; one of them must have measured.
+BACKENDS_OF_TARGET = {"onnx": ("onnxruntime",), "coreml": (MIL_REFERENCE, "coreml")}
+
+
+def open_session(bundle: Bundle, backend: str, compute_units: str = "all") -> runtime.Session:
+    """Opens a bundle in a backend.
+
+    Args:
+        bundle: The bundle.
+        backend: One of `BACKENDS`.
+        compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
+
+    Returns:
+        The session.
+
+    Raises:
+        BundleError: The backend cannot load the bundle.
+        RequestError: The backend is unknown, or not to be had on this machine.
+        MissingExtraError: torch or coremltools is not installed, and the evaluator needs both.
+    """
+    if backend not in BACKENDS:
+        raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
+    if backend != MIL_REFERENCE:
+        return runtime.open_session(bundle, backend, compute_units)
+    try:
+        from edgediff.verify.mil.session import MilSession
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] == "edgediff":
+            raise
+        raise MissingExtraError("evaluating Core ML packages", "export") from e
+    return MilSession(bundle)

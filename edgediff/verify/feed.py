@@ -1,0 +1,67 @@
+"""Recorded rows through a session, divided as graphs of a fixed batch want them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from edgediff_runtime.manifest import Graph
+from edgediff_runtime.sessions import Session
+
+
+def run_rows(
+    session: Session, graphs: Iterable[Graph], given: Mapping[str, np.ndarray], wanted: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Runs graphs one after the other on any number of rows.
+
+    Args:
+        session: What runs them.
+        graphs: In the order in which they run; each has a file.
+        given: Inputs by name in the dtypes that the graphs declare, [rows, ...]; ``timestep`` [1] has none.
+        wanted: Names of the tensors to give back.
+
+    Returns:
+        The wanted tensors, [rows, ...].
+    """
+    graphs, wanted = tuple(graphs), tuple(wanted)
+    made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    rows = count_rows(given)
+    for group in groups(given, rows if session.batch is None else session.batch):
+        tensors = {name: session.put(array) for name, array in group.items()}
+        for graph in graphs:
+            session.run(graph, tensors)
+        for name in wanted:
+            made[name].append(session.get(tensors[name]))
+    return {name: np.concatenate(arrays)[:rows] for name, arrays in made.items()}
+
+
+def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np.ndarray]]:
+    """Divides rows; the last group is filled up with its last row, as the loop does.
+
+    Args:
+        given: Arrays by name, [rows, ...]; ``timestep`` [1] has none.
+        batch: Rows of each group.
+
+    Yields:
+        Arrays by name, [batch, ...].
+
+    >>> [group["x"].tolist() for group in groups({"x": np.arange(3)}, 2)]
+    [[0, 1], [2, 2]]
+    """
+    rows = count_rows(given)
+    order = np.minimum(np.arange(rows + -rows % batch), rows - 1)
+    for chosen in order.reshape(-1, batch):
+        yield {
+            name: array if name == "timestep" else np.ascontiguousarray(array[chosen]) for name, array in given.items()
+        }
+
+
+def count_rows(given: Mapping[str, np.ndarray]) -> int:
+    """Counts the rows of tensors.
+
+    Args:
+        given: Arrays by name, [rows, ...]; ``timestep`` [1] has none.
+
+    Returns:
+        How many.
+    """
+    return next(len(array) for name, array in given.items() if name != "timestep")

@@ -1,0 +1,135 @@
+"""An .mlpackage on disk: its manifest, the model's protobuf, and where its weights lie.
+
+Read without Apple's runtime and without coremltools' own loader, which compiles on a Mac and copies elsewhere: what is
+evaluated is the saved file.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgediff.coreml import import_coremltools
+from edgediff.errors import ProgramError
+
+MANIFEST = "Manifest.json"
+WEIGHTS_PREFIX = "@model_path/"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A saved ML Program.
+
+    Attributes:
+        path: The .mlpackage.
+        spec: Its ``Model`` protobuf.
+        folder: What ``@model_path`` stands for in the program: where the protobuf lies.
+        specification_version: Core ML's specification version.
+        functions: Names of the program's functions.
+        default: The function that runs where none is named.
+    """
+
+    path: Path
+    spec: Any
+    folder: Path
+    specification_version: int
+    functions: tuple[str, ...]
+    default: str
+
+    def weights(self, name: str) -> Path:
+        """Finds a file of weights.
+
+        Args:
+            name: As the program names it: ``@model_path/weights/weight.bin``.
+
+        Returns:
+            Its path.
+
+        Raises:
+            ProgramError: The name leads out of the package.
+        """
+        if not name.startswith(WEIGHTS_PREFIX):
+            raise ProgramError(f"{self.path}: weights {name!r} are not in the package; expected {WEIGHTS_PREFIX}...")
+        return _inside(self.path, self.folder.relative_to(self.path).as_posix(), name.removeprefix(WEIGHTS_PREFIX))
+
+
+def read_package(path: str | Path) -> Package:
+    """Reads an .mlpackage.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Its protobuf and what it says of itself; no weights yet.
+
+    Raises:
+        ProgramError: It is no .mlpackage, damaged, no ML Program, or newer than the installed coremltools.
+        MissingExtraError: coremltools is not installed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ProgramError(f"{path} is {'a file' if path.exists() else 'not there'}; expected an .mlpackage directory")
+    root = _root(path)
+    coremltools = import_coremltools("reading an ML Program")
+    spec = coremltools.proto.Model_pb2.Model()
+    try:
+        spec.ParseFromString(root.read_bytes())
+    except Exception as e:  # protobuf's DecodeError: its module differs between protobuf's implementations
+        if type(e).__name__ != "DecodeError":
+            raise
+        raise ProgramError(f"{root} is no Core ML model: it is not a protobuf") from e
+    known = max(coremltools._OPSET)
+    if spec.specificationVersion > known:
+        raise ProgramError(
+            f"{path} has specification version {spec.specificationVersion}; coremltools {coremltools.__version__} "
+            f"knows those up to {known}: install a newer coremltools"
+        )
+    kind = spec.WhichOneof("Type")
+    if kind != "mlProgram":
+        raise ProgramError(f"{path} is {_spell(kind)}; expected an ML Program")
+    functions = tuple(sorted(spec.mlProgram.functions))
+    default = spec.description.defaultFunctionName
+    if not default:
+        default = functions[0] if len(functions) == 1 else "main"
+    return Package(path, spec, root.parent, spec.specificationVersion, functions, default)
+
+
+def _root(path: Path) -> Path:
+    """The model file that the manifest names."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise ProgramError(f"{path} is no .mlpackage: it has no {MANIFEST}")
+    try:
+        content = json.loads(manifest.read_bytes())
+        item = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
+    except ValueError as e:
+        raise ProgramError(f"{manifest} is not JSON: {e}") from e
+    except (KeyError, TypeError) as e:
+        raise ProgramError(f"{manifest} names no root model") from e
+    if not isinstance(item, str):
+        raise ProgramError(f"{manifest} names no root model")
+    root = _inside(path, "Data", item)
+    if not root.is_file():
+        raise ProgramError(f"{path}: the root model {item} is missing")
+    return root
+
+
+def _inside(package: Path, folder: str, name: str) -> Path:
+    """A path in the package; refused where it leads out of it, by itself or through a symlink."""
+    relative = PurePosixPath(folder, name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+        raise ProgramError(f"{package}: {name!r} leads out of the package")
+    path = package
+    for part in relative.parts:
+        path = path / part
+        if path.is_symlink():
+            raise ProgramError(f"{package}: {path.relative_to(package)} is a symlink; expected the file itself")
+    return path
+
+
+def _spell(kind: str | None) -> str:
+    if kind is None:
+        return "empty: it holds no model"
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -1,0 +1,135 @@
+"""What verification found: numbers and whether they hold."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+Check = Literal["graph", "program", "composed", "trajectory", "caching"]
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One number and whether it holds.
+
+    Attributes:
+        check: ``graph``, ``program`` (an fp16 graph in fp32 arithmetic), ``composed``, ``trajectory`` or ``caching``.
+        part: A graph's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching.
+        backend: What ran the graphs.
+        output: The output that was worst, or None where nothing was measured.
+        psnr_db: The worst PSNR over outputs and steps; None where nothing was measured or the result was not finite.
+        floor_db: What it must reach; None is not judged.
+        ok: Whether it does; None where it is not judged or was not measured.
+        status: ``measured`` or ``not_run``.
+        note: Why it was not run, or what it was compared with.
+        target: What the backend ran: ``onnx`` or ``coreml``.
+    """
+
+    check: Check
+    part: str
+    backend: str
+    output: str | None
+    psnr_db: float | None
+    floor_db: float | None
+    ok: bool | None
+    status: Literal["measured", "not_run"]
+    note: str = ""
+    target: str = ""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """A tensor that fp16 may damage: no fault by itself.
+
+    Attributes:
+        kind: ``overflow`` (results that are not finite), ``headroom`` (one of the largest) or ``small-constant`` (one
+            that fp16 holds only as a subnormal number, which some hardware takes for zero).
+        graph: The graph.
+        tensor: Name of the tensor.
+        op: Type of the operation that makes it.
+        value: How many numbers are not finite; the largest magnitude as a share of fp16's 65504; the constant's largest
+            magnitude.
+        warns: Whether there is something to do about it: a headroom of less than one half is only shown.
+    """
+
+    kind: Literal["overflow", "headroom", "small-constant"]
+    graph: str
+    tensor: str
+    op: str
+    value: float
+    warns: bool = True
+
+
+class ParityReport(msgspec.Struct, frozen=True):
+    """All rows of a verification.
+
+    Attributes:
+        rows: In the order of the checks.
+        verified: What the export verified: ``full`` or ``graphs``.
+        targets: The targets that were verified.
+        findings: Warnings, the worst first.
+    """
+
+    rows: tuple[Row, ...]
+    verified: str
+    targets: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """No row is false, and of every target all was measured that the export measured."""
+        needed = {"graph", "composed"} | ({"trajectory"} if self.verified == "full" else set())
+        measured = {(row.target, row.check) for row in self.rows if row.status == "measured"}
+        wanted = {(target, check) for target in self.targets for check in needed}
+        return bool(wanted) and wanted <= measured and not any(row.ok is False for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ``ok`` first."""
+        return {
+            "ok": self.ok,
+            "rows": [msgspec.to_builtins(row) for row in self.rows],
+            "findings": [msgspec.to_builtins(finding) for finding in self.findings],
+        }
+
+
+def judged(
+    check: Check,
+    part: str,
+    backend: str,
+    numbers: Iterable[tuple[float, str]],
+    floor: float | None,
+    note: str = "",
+) -> Row:
+    """Makes a row of measured numbers.
+
+    Args:
+        check: What was checked.
+        part: Of what.
+        backend: In what.
+        numbers: PSNR in dB and the output's name, for each output and step; the worst is kept.
+        floor: What it must reach in dB, or None.
+        note: What it was compared with.
+
+    Returns:
+        The row.
+    """
+    number, output = min(numbers)
+    finite = math.isfinite(number)
+    ok = (finite and number >= floor) if floor is not None else (None if finite else False)
+    psnr_db = round(number, 2) if finite else None
+    return Row(check, part, backend, output, psnr_db, floor, ok, "measured", note)
+
+
+def not_run(check: Check, part: str, backend: str, floor: float | None, note: str) -> Row:
+    """Makes a row of what was not measured.
+
+    Args:
+        check: What would have been checked.
+        part: Of what.
+        backend: In what.
+        floor: What it would have had to reach in dB, or None.
+        note: Why it was not.
+
+    Returns:
+        The row.
+    """
+    return Row(check, part, backend, None, None, floor, None, "not_run", note)

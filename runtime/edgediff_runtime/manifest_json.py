@@ -1,0 +1,155 @@
+"""manifest.json: read strictly, held to what types cannot say, and written the same for the same content."""
+
+from typing import Any
+
+import msgspec
+
+from edgediff_runtime.clock import clock_mask
+from edgediff_runtime.errors import BundleError, RequestError
+from edgediff_runtime.manifest import Graph, Manifest, Target
+
+FORMAT_VERSION = 1
+
+MAX_GUIDANCE = 3.4028234663852886e38  # float32's largest
+# What a step has before any graph has run, besides sample and timestep.
+CONDITIONING_INPUTS = {
+    "none": (),
+    "class": ("class_labels",),
+    "text": ("encoder_hidden_states", "text_embeds", "time_ids", "class_labels"),
+}
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Holds what types cannot: ranges, and fields that must fit each other.
+
+    Args:
+        manifest: Any manifest.
+
+    Raises:
+        BundleError: With the field, its value and what was expected.
+        RequestError: The clock is none.
+    """
+    sample, point, known = manifest.sample, manifest.operating_point, manifest.conditioning
+    mask = clock_mask(point.clock, point.num_inference_steps)
+    _hold(point.mask == tuple(map(int, mask)), "operating_point.mask", point.mask, f"clock {point.clock} spelt out")
+    _hold(0 < point.guidance_scale <= MAX_GUIDANCE, "guidance_scale", point.guidance_scale, "a number above 0")
+    _hold(0 <= point.seed < 2**64, "operating_point.seed", point.seed, "0 to 2^64 - 1")
+    for name, number in (
+        ("num_images", point.num_images), ("channels", sample.channels), ("height", sample.height),
+        ("width", sample.width), ("cut.level", manifest.cut.level), ("cache_bytes", manifest.cache_bytes),
+    ):  # fmt: skip
+        _hold(number > 0, name, number, "a whole number above 0")
+    _hold((known.kind == "class") <= bool(known.labels), "labels", known.labels, "the names of the classes")
+    _hold(known.null_label is None or 0 <= known.null_label <= len(known.labels), "null_label", known.null_label,
+          f"0 to {len(known.labels)}")  # fmt: skip
+    for name, file in manifest.files.items():
+        _hold(file.size >= 0, f"size of {name}", file.size, "0 or more")
+        _hold(len(file.sha256) == 64 and set(file.sha256) <= set("0123456789abcdef"), f"sha256 of {name}", file.sha256,
+              "64 hexadecimal digits")  # fmt: skip
+    kinds = [target.target for target in manifest.targets]
+    _hold(0 < len(set(kinds)) == len(kinds), "targets", kinds, "one of a kind, one at least")
+    for target in manifest.targets:
+        _check_target(target, manifest)
+
+
+def _check_target(target: Target, manifest: Manifest) -> None:
+    sample = manifest.sample
+    for name, floor in msgspec.structs.asdict(target.floors).items():
+        _hold(floor is None or floor > 0, f"floors.{name}", floor, "dB above 0")
+    _hold(target.batch is None or target.batch > 0, "batch", target.batch, "null or a whole number above 0")
+    for name, kind in (
+        ("opset", "onnx"), ("ir_version", "onnx"), ("deployment_target", "coreml"), ("specification_version", "coreml"),
+    ):  # fmt: skip
+        value = getattr(target, name)
+        _hold((value is not None) == (target.target == kind), name, value, f"a value for {kind}, null for others")
+    names = [graph.name for graph in target.graphs]
+    _hold(len(set(names)) == len(names), "graphs", names, "distinct names")
+    parts = {*names, "full", "cached"}
+    _hold(parts <= manifest.cost.keys(), "cost", sorted(manifest.cost), f"an entry for {', '.join(sorted(parts))}")
+    for full in (True, False):
+        _check_wiring(target.graphs, manifest.conditioning.kind, full)
+    rows: int | str = "batch" if target.batch is None else target.batch
+    image = (rows, sample.channels, sample.height, sample.width)
+    for tensor in (t for graph in target.graphs for t in (*graph.inputs, *graph.outputs)):
+        if tensor.name == "timestep":
+            _hold(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
+            continue
+        _hold(tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")
+        _hold(tensor.name not in ("sample", "out_sample") or tensor.shape == image, f"shape of {tensor.name}",
+              tensor.shape, f"{image}")  # fmt: skip
+
+
+def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
+    """Follows the tensors through one step: each is there when a graph wants it."""
+    there = {"sample", "timestep", *CONDITIONING_INPUTS[kind]} | (set() if full else {"lowres_feature"})
+    for graph in graphs:
+        for tensor in (*graph.inputs, *graph.outputs):
+            _hold(all(n == "batch" or n > 0 for n in tensor.shape), f"shape of {tensor.name}", tensor.shape, "sizes")
+        if graph.frequency == "generation" or graph.runs(full):
+            missing = [tensor.name for tensor in graph.inputs if tensor.name not in there]
+            _hold(not missing, f"inputs of {graph.name}", missing, "tensors that a step has by then")
+            there.update(tensor.name for tensor in graph.outputs)
+    _hold({"out_sample", "lowres_feature"} <= there, "outputs of a step", sorted(there), "out_sample, lowres_feature")
+
+
+def _hold(holds: bool, name: str, given: object, expected: str) -> None:
+    if not holds:
+        raise BundleError(f"manifest.json: {name} is {given!r}; expected {expected}")
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Reads a manifest strictly.
+
+    Args:
+        data: The bytes of manifest.json.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        BundleError: It is not JSON, of a newer version, or does not hold what the format asks for.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"manifest.json is of format version {version}, this runtime reads up to {FORMAT_VERSION}; "
+                "install a newer edgediff"
+            )
+        if version < 1:
+            raise BundleError(f"manifest.json is of format version {version}; expected 1 to {FORMAT_VERSION}")
+        manifest = msgspec.json.decode(data, type=Manifest)
+        check_manifest(manifest)
+        return manifest
+    except (msgspec.DecodeError, UnicodeDecodeError, RequestError) as e:
+        raise BundleError(f"manifest.json is not a manifest: {e}") from e
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """Writes a manifest, the same bytes for the same content.
+
+    Args:
+        manifest: The manifest.
+
+    Returns:
+        Indented UTF-8 JSON with sorted mappings and a newline at its end.
+    """
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1) + b"\n"
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Generates the JSON Schema of the manifest.
+
+    Returns:
+        The schema as plain data; runtime/manifest.schema.json holds it.
+    """
+    schema = msgspec.json.schema(Manifest)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "edgediff bundle manifest",
+        **schema,
+    }

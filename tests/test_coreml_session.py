@@ -1,0 +1,121 @@
+"""Core ML's own session, with a stand-in for Apple's runtime: what it asks of it, and where it is not to be had."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from command_line import Command, assert_error
+from seals import flip_bit
+
+from edgediff import verify_bundle
+from edgediff.coreml import import_coremltools
+from edgediff.verify.backends import open_session
+from edgediff.verify.mil import evaluate
+from edgediff.verify.psnr import psnr_db
+from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
+
+
+class Stand:
+    """MLModel as a Mac has it, as far as a session uses it; the reference evaluator computes."""
+
+    opened: ClassVar[list[tuple[str, Any, str | None]]] = []
+
+    def __init__(self, path: str, compute_units: Any, function_name: str | None = None) -> None:
+        self.opened.append((Path(path).name, compute_units.name, function_name))
+        self.path, self.function = path, function_name
+
+    def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert all(isinstance(value, np.ndarray) for value in inputs.values())
+        # Core ML gives float32 for float16 where it likes: the session settles the dtype.
+        made = evaluate(self.path, inputs, self.function)
+        return {name: value.astype(np.float32) for name, value in made.items()}
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> type[Stand]:
+    Stand.opened = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(import_coremltools("tests").models, "MLModel", Stand)
+    return Stand
+
+
+def test_a_mac_makes_the_images_that_the_evaluator_makes(coreml_bundle: Path, mac: type[Stand]) -> None:
+    pipe = EdgePipeline.from_pretrained(coreml_bundle, backend="coreml", compute_units="cpu_and_ne")
+    assert mac.opened == [("unet.mlpackage", "CPU_AND_NE", "full"), ("unet.mlpackage", "CPU_AND_NE", "cached")]
+    request = {"label": ["Apple", "Kiwi", "Orange"], "num_inference_steps": 3, "clock": 2, "seed": 5}
+    opened = open_bundle(coreml_bundle)
+    other = EdgePipeline(opened.manifest, open_session(opened, "mil-reference"))
+    assert np.array_equal(pipe(**request).latents, other(**request).latents)
+    # Guidance that ends on the way keeps the conditional half of a cache in the graph's own dtype.
+    request |= {"guidance_scale": [2.0, 1.0, 1.0], "clock": "1,0,0"}
+    assert psnr_db(other(**request).latents, pipe(**request).latents) > 60
+
+
+def test_a_mac_is_asked_by_verify_too(coreml_bundle: Path, mac: type[Stand]) -> None:
+    report = verify_bundle(coreml_bundle, record=False)
+    assert report.ok
+    rows = {(row.check, row.part): row for row in report.rows if row.backend == "coreml"}
+    assert {row.status for row in rows.values()} == {"measured"}
+    assert rows.keys() >= {("graph", "full"), ("graph", "cached"), ("composed", "full"), ("trajectory", "latents")}
+
+
+def test_elsewhere_it_is_not_run_and_never_passed(coreml_bundle: Path, command: Command, place: Path) -> None:
+    rows = [row for row in verify_bundle(coreml_bundle, record=False).rows if row.backend == "coreml"]
+    assert len(rows) == 6
+    assert {(row.status, row.ok, row.psnr_db) for row in rows} == {("not_run", None, None)}
+    assert all("needs macOS" in row.note for row in rows)
+    said = command("run", coreml_bundle, "-o", place / "out.png", "--backend", "coreml")
+    assert_error(said, "backend 'coreml' is Apple's runtime and needs macOS", "--backend mil-reference")
+
+
+def test_compute_units_that_there_are_not(coreml_bundle: Path, command: Command, place: Path) -> None:
+    said = command("run", coreml_bundle, "-o", place / "x.png", "--backend", "coreml", "--compute-units", "gpu")
+    assert_error(said, "no compute units 'gpu'; choices: all, cpu_only, cpu_and_gpu, cpu_and_ne")
+
+
+def test_a_mac_without_coremltools(coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(RequestError, match=r"needs coremltools: pip install .*edgediff\[export\]"):
+        EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda made: {}, r"gave \{\}; the manifest says out_sample"),
+        (lambda made: {name: value[:1] for name, value in made.items()}, r"gave .*; the manifest says out_sample"),
+    ],
+)
+def test_predictions_that_are_not_what_the_manifest_says(
+    coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch, wrong: Any, match: str
+) -> None:
+    predict = Stand.predict
+    monkeypatch.setattr(Stand, "predict", lambda self, inputs: wrong(predict(self, inputs)))
+    with pytest.raises(BundleError, match=match):
+        EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")(num_inference_steps=1, clock=1)
+
+
+def test_what_apples_runtime_refuses_is_one_line(
+    coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Error compiling model:\n  compiler error")
+
+    pipe = EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
+    monkeypatch.setattr(Stand, "predict", fails)
+    with pytest.raises(BundleError, match="the prediction failed: Error compiling model: compiler error"):
+        pipe(num_inference_steps=1, clock=1)
+    monkeypatch.setattr(Stand, "__init__", fails)
+    with pytest.raises(BundleError, match=r"unet.mlpackage cannot be loaded: Error compiling model: compiler error"):
+        EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
+
+
+def test_a_damaged_package_never_reaches_the_runtime(coreml_bundle: Path, mac: type[Stand], tmp_path: Path) -> None:
+    bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
+    flip_bit(bundle / "coreml/unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin")
+    with pytest.raises(BundleError, match=r"weight.bin does not have the hash"):
+        EdgePipeline.from_pretrained(bundle, backend="coreml")
+    assert mac.opened == []
