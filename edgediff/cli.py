@@ -224,9 +224,9 @@ def run(
         "out.png"
     ),
     backend: Annotated[
-        str,
-        typer.Option(help="onnxruntime; coreml (macOS); mil-reference (Core ML packages evaluated in torch, on any machine)."),
-    ] = "onnxruntime",
+        str | None,
+        typer.Option(help="onnxruntime, coreml (on a Mac), or mil-reference: Core ML packages evaluated in torch."),
+    ] = None,
     compute_units: Annotated[
         str, typer.Option(help="What Core ML may use: all, cpu_only, cpu_and_gpu, cpu_and_ne.")
     ] = "all",
@@ -244,7 +244,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
-    from edgediff.verify.backends import open_session
+    from edgediff.verify.backends import open_session, usual_backend
     from edgediff_runtime import EdgePipeline, open_bundle
     from edgediff_runtime.image import check_output, write_output
     from edgediff_runtime.pipeline import Result
@@ -258,7 +258,8 @@ def run(
     with _progress() as say:
         say(f"opening {bundle}")
         opened = open_bundle(bundle)
-        pipe = EdgePipeline(opened.manifest, open_session(opened, backend, compute_units))
+        chosen = usual_backend(opened) if backend is None else backend
+        pipe = EdgePipeline(opened.manifest, open_session(opened, chosen, compute_units))
         check_output(output, scale, pipe.manifest.sample.space)
         result = Result.of(_telling(pipe.stream(**request), say), pipe.manifest)
     write_output(result, output, scale)
@@ -368,11 +369,10 @@ def _show_report(report: "ParityReport", as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
     else:
-        from edgediff.tables import findings_table, parity_table
+        from edgediff.tables import report_tables
 
-        for table in (parity_table(report), findings_table(report)):
-            if table is not None:
-                out.print(table)
+        for table in report_tables(report):
+            out.print(table)
 
 
 def _print_json(data: object) -> None:

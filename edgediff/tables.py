@@ -17,40 +17,39 @@ if TYPE_CHECKING:
     from edgediff.verify.rows import Finding, ParityReport
 
 
-def parity_table(report: "ParityReport") -> Table:
-    """One line for each number of a verification, the verdict below.
+def parity_tables(report: "ParityReport") -> list[Table]:
+    """One table for each backend that measured, one line for each number; the verdict below.
 
     Args:
         report: The verification.
 
     Returns:
-        The table. A backend that measured nothing is a line of the caption.
+        The tables. A backend that measured nothing is a line of the last one's caption.
     """
     measured = list(dict.fromkeys(row.backend for row in report.rows if row.status == "measured"))
-    absent = {row.backend: row.note for row in report.rows if row.backend not in measured}
+    tables = [_backend_table(backend, report) for backend in measured] or [Table(title="nothing was measured")]
     verdict = Text("everything holds", "green") if report.ok else Text("DOES NOT HOLD", "bold red")
-    caption = Text("\n").join([verdict, *(Text(f"not run: {note}", "dim") for note in absent.values())])
-    table = Table(title=f"{', '.join(measured)} against torch", caption=caption, box=box.SIMPLE_HEAD)
-    names = ("backend", "check", "part", "worst output") if len(measured) > 1 else ("check", "part", "worst output")
-    for name in names:
+    absent = dict.fromkeys(row.note for row in report.rows if row.backend not in measured)
+    tables[-1].caption = Text("\n").join([verdict, *(Text(f"not run: {note}", "dim") for note in absent)])
+    return tables
+
+
+def _backend_table(backend: str, report: "ParityReport") -> Table:
+    table = Table(title=f"{backend} against torch", box=box.SIMPLE_HEAD)
+    for name in ("check", "part", "worst output"):
         table.add_column(name)
     table.add_column("PSNR dB", justify="right")
     table.add_column("floor", justify="right")
     table.add_column("verdict")
-    before = None
     for row in report.rows:
-        if row.backend in absent:
+        if row.backend != backend:
             continue
-        if before not in (None, row.backend):
-            table.add_section()
         shown = {True: Text("ok", "green"), False: Text("FAILS", "bold red"), None: Text("shown", "dim")}[row.ok]
         if row.status == "not_run":
             shown = Text("not run", "dim")
         number = "-" if row.status == "not_run" else "not finite" if row.psnr_db is None else f"{row.psnr_db:.1f}"
         floor = "-" if row.floor_db is None else f"{row.floor_db:g}"
-        named = (row.backend if row.backend != before else "",) if len(measured) > 1 else ()
-        table.add_row(*named, row.check, row.part, row.output or "-", number, floor, shown)
-        before = row.backend
+        table.add_row(row.check, row.part, row.output or "-", number, floor, shown)
     return table
 
 
@@ -82,6 +81,19 @@ def findings_table(report: "ParityReport") -> Table | None:
         words = Text(f"{len(constants)} below fp16's smallest normal number, the smallest {least.value:.2g}", "yellow")
         table.add_row(graph, least.tensor, "constants", words)
     return table
+
+
+def report_tables(report: "ParityReport") -> list[Table]:
+    """Everything that a verification found.
+
+    Args:
+        report: The verification.
+
+    Returns:
+        The numbers, then what comes near the ends of fp16's range.
+    """
+    findings = findings_table(report)
+    return [*([] if findings is None else [findings]), *parity_tables(report)]
 
 
 def ledger_table(result: Result) -> Table:
@@ -221,9 +233,7 @@ def demo_tables(shown: "Shown") -> list[Table]:
     where.add_row("bundle", str(shown.bundle))
     for what, path in shown.pictures.items():
         where.add_row(what, str(path))
-    findings = findings_table(shown.report)
-    first = [parity_table(shown.report), *([] if findings is None else [findings])]
-    return [*first, ledger_table(shown.result), saved, where]
+    return [*report_tables(shown.report), ledger_table(shown.result), saved, where]
 
 
 def placement_table(notes: Iterable["Note"]) -> Table:

@@ -71,6 +71,15 @@ def test_elsewhere_it_is_not_run_and_never_passed(coreml_bundle: Path, command: 
     assert_error(said, "backend 'coreml' is Apple's runtime and needs macOS", "--backend mil-reference")
 
 
+def test_no_backend_is_guessed(coreml_bundle: Path, mac: type[Stand], command: Command, place: Path) -> None:
+    assert command("run", coreml_bundle, "-o", place / "out.png", "--num-images", "2").code == 0
+    assert mac.opened[0][0] == "unet.mlpackage"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "platform", "linux")
+        said = command("run", coreml_bundle, "-o", place / "out.png")
+    assert_error(said, "Core ML packages alone, which run on a Mac; --backend mil-reference evaluates them here")
+
+
 def test_compute_units_that_there_are_not(coreml_bundle: Path, command: Command, place: Path) -> None:
     said = command("run", coreml_bundle, "-o", place / "x.png", "--backend", "coreml", "--compute-units", "gpu")
     assert_error(said, "no compute units 'gpu'; choices: all, cpu_only, cpu_and_gpu, cpu_and_ne")

@@ -5,7 +5,10 @@ entries in no order, so its manifest and its model are written anew.
 """
 
 import contextlib
+import errno
+import gc
 import json
+import os
 import shutil
 import tempfile
 import traceback
@@ -84,27 +87,17 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
     half = config.dtype == "fp16"
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     examples = tuple(_example(inputs[name]) for name in module.inputs)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(module, examples).run_decompositions({})
-            ct.convert(
-                program,
-                inputs=[_tensor_type(ct, inputs[name]) for name in module.inputs],
-                outputs=[ct.TensorType(name=tensor.name, dtype=_dtype(tensor)) for tensor in graph.outputs],
-                minimum_deployment_target=ct.target[config.deployment_target],
-                compute_precision=_half_but_time(ct) if half else ct.precision.FLOAT32,
-                skip_model_load=True,
-                package_dir=str(path),
-            )
-    except OSError:  # a full disk is no fault of the model
-        raise
-    except Exception as e:  # neither torch.export's nor the converter's errors share a base class
-        with quiet():  # a temporary folder that coremltools left to the frames warns when it goes
-            traceback.clear_frames(e.__traceback__)
-        why = " ".join(str(e).split())[:400]
-        raise UnsupportedError(
-            f"{graph.name}: conversion to Core ML for {config.deployment_target} failed: {why}"
-        ) from e
+    with _faults(f"{graph.name}: conversion to Core ML for {config.deployment_target} failed", path.parent):
+        program = torch.export.export(module, examples).run_decompositions({})
+        ct.convert(
+            program,
+            inputs=[_tensor_type(ct, inputs[name]) for name in module.inputs],
+            outputs=[ct.TensorType(name=tensor.name, dtype=_dtype(tensor)) for tensor in graph.outputs],
+            minimum_deployment_target=ct.target[config.deployment_target],
+            compute_precision=_half_but_time(ct) if half else ct.precision.FLOAT32,
+            skip_model_load=True,
+            package_dir=str(path),
+        )
     _hold_ranks(path, graph, config)
 
 
@@ -173,8 +166,28 @@ def _join(ct: Any, functions: Mapping[str, Path], path: Path) -> None:
     for name, package in functions.items():
         described.add_function(str(package), src_function_name="main", target_function_name=name)
     described.default_function_name = next(iter(functions))
-    with quiet():
+    scratch = next(iter(functions.values())).parent
+    with _faults(f"{path.name}: joining {' and '.join(functions)} failed", scratch):
         ct.utils.save_multifunction(described, str(path))
+
+
+@contextlib.contextmanager
+def _faults(what: str, folder: Path) -> Iterator[None]:
+    """Runs a converter quietly; what it raises becomes an error of ours, a full disk a full disk."""
+    try:
+        with quiet(), torch.no_grad():
+            yield
+    except OSError as e:
+        # The frames that failed hold coremltools' temporary files, which would be closed after their folder is gone.
+        e.with_traceback(None)
+        raise OSError(e.errno, e.strerror, e.filename) from None
+    except Exception as e:  # neither torch.export's nor the converter's errors share a base class
+        # coremltools copies in C++, where a full disk is a RuntimeError like any other: what it cannot copy again
+        # where it copies to did not fit.
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if isinstance(e, RuntimeError) and shutil.disk_usage(folder).free < written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
+        raise UnsupportedError(f"{what}: {' '.join(str(e).split())[:400]}") from e
 
 
 def _settle(path: Path) -> int:
@@ -217,5 +230,13 @@ def _scratch(folder: Path) -> Iterator[Path]:
         tempfile.tempdir = scratch
         try:
             yield Path(scratch)
+        except BaseException as e:
+            # Files that coremltools left to the frames that failed complain when they go after their folder.
+            with quiet():
+                traceback.clear_frames(e.__traceback__)
+                if e.__cause__ is not None:
+                    traceback.clear_frames(e.__cause__.__traceback__)
+                gc.collect()
+            raise
         finally:
             tempfile.tempdir = before

@@ -1,5 +1,7 @@
 """Every backend that a bundle can be opened in: the runtime's own, and the evaluator of ML Programs."""
 
+import sys
+
 from edgediff.errors import MissingExtraError
 from edgediff_runtime import Bundle, RequestError
 from edgediff_runtime import sessions as runtime
@@ -37,3 +39,24 @@ def open_session(bundle: Bundle, backend: str, compute_units: str = "all") -> ru
             raise
         raise MissingExtraError("evaluating Core ML packages", "export") from e
     return MilSession(bundle)
+
+
+def usual_backend(bundle: Bundle) -> str:
+    """The backend that runs a bundle where none is asked for.
+
+    Args:
+        bundle: The bundle.
+
+    Returns:
+        ``onnxruntime`` where there are ONNX graphs, else ``coreml`` on a Mac.
+
+    Raises:
+        RequestError: There are Core ML packages alone, and this is no Mac.
+    """
+    if any(target.target == "onnx" for target in bundle.manifest.targets):
+        return "onnxruntime"
+    if sys.platform == "darwin":
+        return "coreml"
+    raise RequestError(
+        f"the bundle has Core ML packages alone, which run on a Mac; --backend {MIL_REFERENCE} evaluates them here"
+    )

@@ -87,6 +87,8 @@ class OrtSession:
                 # ONNX Runtime reads whatever external data a graph names within its folder: all of it is checked.
                 bundle.file(graph.file)
                 checked |= bundle.folder(str(PurePosixPath(graph.file).parent))
+            if graph.external_data is not None and graph.external_data not in checked:
+                bundle.file(graph.external_data)
             try:
                 file = os.fspath(bundle.path / graph.file)
                 session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
