@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/edgediff demo -o out/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

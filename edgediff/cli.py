@@ -112,7 +112,8 @@ def _progress() -> Iterator[Callable[[str], None]]:
         TextColumn("[cyan]{task.description}"),
         BarColumn(bar_width=20),
         TimeElapsedColumn(),
-        console=err,
+        # The stream as it is now: converters that are kept quiet have theirs redirected for minutes.
+        console=Console(file=sys.stderr, soft_wrap=True, highlight=False),
         transient=True,
     ) as bar:
         task = bar.add_task("starting", total=None)
@@ -318,7 +319,7 @@ def _placement(bundle: Path) -> "tuple[Note, ...] | None":
 
     try:
         return lint_bundle(bundle)
-    except MissingExtraError as e:
+    except (EdgediffError, EdgeRuntimeError) as e:
         err.print(f"no placement: {e}", markup=False)
         return None
 

@@ -7,13 +7,14 @@ ONNX Runtime's verbose log), never the measurement. Files are read without their
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from edgediff.errors import MissingExtraError, ProgramError
-from edgediff_runtime import open_bundle
+from edgediff.errors import EdgediffError, MissingExtraError, ProgramError
+from edgediff.placement_ops import Op, Value, mil_ops, onnx_ops
+from edgediff_runtime import EdgeRuntimeError, open_bundle
 
 
 def _names(text: str) -> frozenset[str]:
@@ -44,38 +45,6 @@ NNAPI = GRAPH | _names(
 )
 # The list for ML Programs lags behind what the EP registers (op_builder_factory.cc): the other list's too, and these.
 COREML = GRAPH | MLPROGRAM | NEURALNETWORK | _names("Range ReduceMin ReduceProd")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor: its dtype as numpy calls it; its sizes, strings where they are symbolic or not known."""
-
-    name: str
-    dtype: str = ""
-    shape: tuple[int | str, ...] = ("?",)
-    constant: bool = False
-
-    def __str__(self) -> str:
-        return f"{' x '.join(map(str, self.shape)) or 'scalar'} {self.dtype}".rstrip()
-
-
-@dataclass(frozen=True)
-class Op:
-    """An operation; inputs by MIL's name of the parameter or ONNX's position, attributes where they are strings.
-
-    A graph's inputs, outputs and weights stand among them as ``input``, ``output`` and ``weights``.
-    """
-
-    type: str
-    name: str
-    inputs: Mapping[str, Value] = field(default_factory=dict)
-    outputs: tuple[Value, ...] = ()
-    attributes: Mapping[str, str] = field(default_factory=dict)
-    bytes: int = 0
-
-    def input(self, name: str) -> Value:
-        """The input of that name, or one of which nothing is known."""
-        return self.inputs.get(name, Value(name))
 
 
 @dataclass(frozen=True)
@@ -275,7 +244,7 @@ def lint_onnx(path: str | Path) -> tuple[Note, ...]:
     model = onnx.load(path, load_external_data=False)
     # Exported graphs carry the shapes of everything; inferring them copies the model.
     model = model if model.graph.value_info else onnx.shape_inference.infer_shapes(model)
-    return _notes(list(_onnx_ops(model.graph)), "onnx", Path(path).stem)
+    return _notes(list(onnx_ops(model.graph)), "onnx", Path(path).stem)
 
 
 def lint_mlprogram(path: str | Path, function: str | None = None) -> tuple[Note, ...]:
@@ -301,7 +270,7 @@ def lint_mlprogram(path: str | Path, function: str | None = None) -> tuple[Note,
     if name not in package.functions:
         raise ProgramError(f"{path} has no function {name!r}; it has: {', '.join(package.functions)}")
     size = sum(file.stat().st_size for file in package.folder.glob("weights/*"))
-    ops = [Op("weights", "weights", bytes=size), *_mil_ops(package.spec, name)]
+    ops = [Op("weights", "weights", bytes=size), *mil_ops(package.spec, name)]
     return _notes(ops, "coreml", Path(path).stem if function is None else function)
 
 
@@ -324,13 +293,18 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
     for kind, graph in ((target.target, graph) for target in bundle.manifest.targets for graph in target.graphs):
         if graph.file is None:
             continue
-        if kind == "onnx":
-            found = lint_onnx(bundle.file(graph.file))
-        else:
-            for name in bundle.manifest.files:
-                if name.startswith(f"{graph.file}/") and "/weights/" not in name:  # what is read is checked
-                    bundle.file(name)
-            found = lint_mlprogram(bundle.path / graph.file, graph.function)
+        try:
+            if kind == "onnx":
+                found = lint_onnx(bundle.file(graph.file))
+            else:
+                bundle.folder(graph.file)
+                found = lint_mlprogram(bundle.path / graph.file, graph.function)
+        except (EdgediffError, EdgeRuntimeError):
+            raise
+        except Exception as e:  # what a damaged protobuf raises on the way shares no base class
+            raise ProgramError(
+                f"{graph.file} cannot be read: {type(e).__name__} {' '.join(str(e).split())[:200]}"
+            ) from e
         notes += [replace(note, graph=graph.name) for note in found]
     return tuple(notes)
 
@@ -344,56 +318,3 @@ def _notes(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
             details = tuple(dict.fromkeys(words for _, words in hit if words))
             notes.append(Note(rule, target, graph, dict(counts), tuple(op.name for op, _ in hit[:3]), details[:3]))
     return tuple(notes)
-
-
-def _onnx_ops(graph: Any) -> Iterator[Op]:
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    def dtype(number: int) -> str:
-        return str(tensor_dtype_to_np_dtype(number).name) if number else ""
-
-    values = {t.name: Value(t.name, dtype(t.data_type), tuple(t.dims), True) for t in graph.initializer}
-    given = [info for info in graph.input if info.name not in values]  # old files list their initializers too
-    for info in (*given, *graph.output, *graph.value_info):
-        kind = info.type.tensor_type
-        sizes = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in kind.shape.dim)
-        shape = sizes if kind.HasField("shape") else ("?",)
-        values.setdefault(info.name, Value(info.name, dtype(kind.elem_type), shape))
-    yield from (Op("input", info.name, outputs=(values[info.name],)) for info in given)
-    yield from (Op("output", info.name, outputs=(values[info.name],)) for info in graph.output)
-    outside = [{e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data]
-    if outside:
-        yield Op("weights", outside[0]["location"], bytes=sum(int(entry.get("length", 0)) for entry in outside))
-    for node in graph.node:
-        if node.op_type != "Constant":
-            domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}:"
-            inputs = {str(i): values.get(name, Value(name)) for i, name in enumerate(node.input) if name}
-            outputs = tuple(values.get(name, Value(name)) for name in node.output)
-            strings = {a.name: a.s.decode() for a in node.attribute if a.type == a.STRING}
-            yield Op(domain + node.op_type, node.name, inputs, outputs, strings)
-
-
-def _mil_ops(spec: Any, name: str) -> Iterator[Op]:
-    function = spec.mlProgram.functions[name]
-    block = function.block_specializations[function.opset]
-    described = next((f.input for f in spec.description.functions if f.name == name), spec.description.input)
-    ranged = {i.name for i in described if i.type.multiArrayType.WhichOneof("ShapeFlexibility") == "shapeRange"}
-    values: dict[str, Value] = {}
-
-    def declared(named: Any, constant: bool = False) -> Value:
-        tensor = named.type.tensorType
-        dtype = tensor.DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number[tensor.dataType].name.lower()
-        sizes = tuple(d.constant.size if d.HasField("constant") else "?" for d in tensor.dimensions)
-        values[named.name] = Value(named.name, dtype, sizes, constant)
-        return values[named.name]
-
-    for given in function.inputs:
-        yield Op("input", given.name, {}, (declared(given),), {"flexible": "range"} if given.name in ranged else {})
-    for op in block.operations:
-        constant = op.type == "const" or op.type.startswith("constexpr_")
-        outputs = tuple(declared(out, constant) for out in op.outputs)
-        bound = {f"{key}{i or ''}": a.name for key in op.inputs for i, a in enumerate(op.inputs[key].arguments)}
-        if not constant:
-            inputs = {key: values[bound[key]] for key in sorted(bound) if bound[key] in values}
-            yield Op(op.type, outputs[0].name if outputs else op.type, inputs, outputs)
-    yield from (Op("output", out, outputs=(values[out],)) for out in block.outputs)

@@ -27,7 +27,7 @@ def parity_tables(report: "ParityReport") -> list[Table]:
         The tables. A backend that measured nothing is a line of the last one's caption.
     """
     measured = list(dict.fromkeys(row.backend for row in report.rows if row.status == "measured"))
-    tables = [_backend_table(backend, report) for backend in measured] or [Table(title="nothing was measured")]
+    tables = [_backend_table(backend, report) for backend in measured] or [Table("nothing was measured")]
     verdict = Text("everything holds", "green") if report.ok else Text("DOES NOT HOLD", "bold red")
     absent = dict.fromkeys(row.note for row in report.rows if row.backend not in measured)
     tables[-1].caption = Text("\n").join([verdict, *(Text(f"not run: {note}", "dim") for note in absent)])

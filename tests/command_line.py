@@ -19,8 +19,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # What the commands say on the way where there is no terminal, one line for each thing.
 PROGRESS = (
     "loading ", "opening ", "step ", "dividing ", "drawing ", "reference trajectory", "exporting ", "verifying: ",
-    "hashing ", "holding ", "onnxruntime: ", "mil-reference: ", "trajectory of the source", "reference with weights",
-    "joining ", "storing ",
+    "hashing ", "holding ", "onnxruntime: ", "mil-reference: ", "coreml: ", "trajectory of the source",
+    "reference with weights", "joining ", "storing ",
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from unets import unet2d, unet2d_condition
 
 import edgediff
 
-torch.set_num_threads(2)
+# As many workers as cores run at once: a second thread of each would only wait for the others.
+torch.set_num_threads(1)
 
 # Two levels of one layer: exporting is what takes time in these tests, and it grows with the number of layers.
 SMALL = {

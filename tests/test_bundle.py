@@ -204,6 +204,8 @@ def _graph(number: int, **values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["targets"][0]["graphs"].reverse(), "inputs of highres_out"),
         (lambda m: m["targets"][0]["graphs"].append(m["targets"][0]["graphs"][0]), "distinct names"),
         (_graph(1, frequency="cached_step"), "inputs of highres_out is .*lowres_feature"),
+        (_graph(0, frequency="generation"), "inputs of highres_in is .*; expected tensors that a generation"),
+        (_graph(1, file=None), "file of lowres is None"),
         (_graph(0, inputs=[{"name": "x", "dtype": "float32", "shape": [0]}]), r"shape of x is \(0,\)"),
     ],
 )  # fmt: skip

@@ -275,9 +275,52 @@ def _no_model(package: Path) -> None:
     (package / MODEL).write_bytes(b"no model")
 
 
+def _not_described(package: Path) -> None:
+    change_package(package, lambda opened: opened.spec.description.ClearField("functions"))
+
+
+def _another_type(package: Path) -> None:
+    def change(opened: Opened) -> None:
+        opened.spec.description.functions[0].output[0].type.multiArrayType.dataType = 131104
+
+    change_package(package, change)
+
+
+def _two_blocks(package: Path) -> None:
+    def change(opened: Opened) -> None:
+        function = opened.spec.mlProgram.functions["full"]
+        function.block_specializations["CoreML9"].CopyFrom(function.block_specializations[function.opset])
+
+    change_package(package, change)
+
+
+def _older(package: Path) -> None:
+    change_package(package, lambda opened: setattr(opened.spec, "specificationVersion", 5))
+
+
+def _deep_manifest(package: Path) -> None:
+    (package / "Manifest.json").write_text("[" * 100_000)
+
+
+def _odd_bytes(package: Path) -> None:
+    def change(opened: Opened) -> None:
+        for block in opened.blocks():
+            for op in block.operations:
+                if op.type == "const" and op.attributes["val"].immediateValue.tensor.WhichOneof("value") == "bytes":
+                    op.attributes["val"].immediateValue.tensor.bytes.values = b"odd"
+
+    change_package(package, change)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (_not_described, "does not describe this function"),
+        (_another_type, "the package describes"),
+        (_two_blocks, "blocks for the opsets CoreML8, CoreML9"),
+        (_older, "specification version 5"),
+        (_deep_manifest, "is not JSON"),
+        (_odd_bytes, "bytes where"),
         (_no_manifest, "no .mlpackage"),
         (_newer, "specification version 99"),
         (_no_weights, "weight"),
@@ -294,10 +337,30 @@ def test_a_package_that_is_none_is_one_line(
     damage(bundle / PACKAGE)
     reseal(bundle)
     before = snapshot(bundle)
+    said = command("inspect", bundle)
+    assert said.code == 0
+    assert "Traceback" not in "".join(said.errors)
     assert_error(command("verify", bundle), words, PACKAGE)
     assert_error(command("run", bundle, "-o", place / "x.png", "--backend", "mil-reference"), words, PACKAGE)
     assert snapshot(bundle) == before
     assert not (place / "x.png").exists()
+
+
+def test_an_overflow_is_a_failed_check_that_names_the_first_tensor(
+    command: Command, coreml_bundle: Path, place: Path
+) -> None:
+    def change(opened: Opened) -> None:
+        opened.change(opened.ops("conv")[1], "weight", lambda w: w * 60000)
+
+    bundle = shutil.copytree(coreml_bundle, place / "bundle")
+    change_package(bundle / PACKAGE, change)
+    reseal(bundle)
+    said = command("verify", bundle, "--json")
+    assert said.code == 1
+    data = json.loads(said.out)
+    assert not data["ok"]
+    assert data["findings"][0]["kind"] == "overflow"
+    assert "overflows" in command("verify", bundle).out
 
 
 def test_a_function_that_is_not_there_and_tensors_that_are_others(

@@ -2,30 +2,45 @@
 
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from command_line import Command, assert_error
-from seals import flip_bit
+from ml_packages import Opened, change_package
+from seals import flip_bit, reseal, seal_plain
 
 from edgediff import verify_bundle
 from edgediff.coreml import import_coremltools
+from edgediff.errors import MissingExtraError
+from edgediff.verify import parity
 from edgediff.verify.backends import open_session
 from edgediff.verify.mil import evaluate
+from edgediff.verify.mil.package import read_package
 from edgediff.verify.psnr import psnr_db
-from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
+from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
 
 
 class Stand:
     """MLModel as a Mac has it, as far as a session uses it; the reference evaluator computes."""
 
     opened: ClassVar[list[tuple[str, Any, str | None]]] = []
+    framework_error: ClassVar[Exception | None] = None
 
     def __init__(self, path: str, compute_units: Any, function_name: str | None = None) -> None:
         self.opened.append((Path(path).name, compute_units.name, function_name))
         self.path, self.function = path, function_name
+        # What Core ML refuses, the real class says in a warning, and has no proxy then.
+        self.__proxy__ = object() if self.framework_error is None else None
+        self._framework_error = self.framework_error
+        if self.framework_error is not None:
+            warnings.warn(f"You will not be able to run predict() on this Core ML model: {self.framework_error}",
+                          RuntimeWarning, stacklevel=1)  # fmt: skip
+
+    def get_spec(self) -> Any:
+        return read_package(self.path).spec
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert all(isinstance(value, np.ndarray) for value in inputs.values())
@@ -62,7 +77,10 @@ def test_a_mac_is_asked_by_verify_too(coreml_bundle: Path, mac: type[Stand]) -> 
     assert rows.keys() >= {("graph", "full"), ("graph", "cached"), ("composed", "full"), ("trajectory", "latents")}
 
 
-def test_elsewhere_it_is_not_run_and_never_passed(coreml_bundle: Path, command: Command, place: Path) -> None:
+def test_elsewhere_it_is_not_run_and_never_passed(
+    coreml_bundle: Path, command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
     rows = [row for row in verify_bundle(coreml_bundle, record=False).rows if row.backend == "coreml"]
     assert len(rows) == 6
     assert {(row.status, row.ok, row.psnr_db) for row in rows} == {("not_run", None, None)}
@@ -83,11 +101,13 @@ def test_no_backend_is_guessed(coreml_bundle: Path, mac: type[Stand], command: C
 def test_compute_units_that_there_are_not(coreml_bundle: Path, command: Command, place: Path) -> None:
     said = command("run", coreml_bundle, "-o", place / "x.png", "--backend", "coreml", "--compute-units", "gpu")
     assert_error(said, "no compute units 'gpu'; choices: all, cpu_only, cpu_and_gpu, cpu_and_ne")
+    said = command("run", coreml_bundle, "-o", place / "x.png", "--backend", "mil-reference", "--compute-units", "gpu")
+    assert_error(said, "compute units 'gpu' are Core ML's")
 
 
 def test_a_mac_without_coremltools(coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(RequestError, match=r"needs coremltools: pip install .*edgediff\[export\]"):
+    with pytest.raises(RequestError, match="needs coremltools: pip install coremltools"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
 
 
@@ -120,6 +140,57 @@ def test_what_apples_runtime_refuses_is_one_line(
     monkeypatch.setattr(Stand, "__init__", fails)
     with pytest.raises(BundleError, match=r"unet.mlpackage cannot be loaded: Error compiling model: compiler error"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
+
+
+def test_a_mac_that_is_too_old_is_not_run(
+    coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stand, "framework_error", RuntimeError("Unable to parse ML Program: needs macOS 15"))
+    with pytest.raises(RequestError, match=r"unet.mlpackage cannot be loaded by Core ML here: .* needs macOS 15"):
+        EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
+    report = verify_bundle(coreml_bundle, record=False)
+    assert report.ok
+    assert {row.status for row in report.rows if row.backend == "coreml"} == {"not_run"}
+
+
+def test_a_package_that_describes_other_tensors_is_refused(
+    coreml_bundle: Path, mac: type[Stand], tmp_path: Path
+) -> None:
+    def change(opened: Opened) -> None:
+        opened.spec.description.functions[0].input[0].type.multiArrayType.shape[0] = 7
+
+    bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
+    change_package(bundle / "coreml/unet.mlpackage", change)
+    reseal(bundle)
+    for backend in ("coreml", "mil-reference"):
+        with pytest.raises(BundleError, match=r"sample.*float32.*7, 3, 16, 16"):
+            open_session(open_bundle(bundle), backend)
+
+
+def test_an_accelerator_is_held_to_its_own_floors(coreml_bundle: Path, mac: type[Stand], tmp_path: Path) -> None:
+    bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
+    seal_plain(bundle, lambda m: m["targets"][0]["floors"].update(graph=60.0, composed=60.0, trajectory=50.0))
+    floors = {(row.backend, row.check): row.floor_db for row in verify_bundle(bundle).rows}
+    assert (floors["mil-reference", "graph"], floors["coreml", "graph"]) == (60, 45)
+    assert (floors["mil-reference", "trajectory"], floors["coreml", "trajectory"]) == (50, 35)
+
+
+def test_without_torch_the_program_is_not_run(
+    coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = parity.open_session
+
+    def open_session(bundle: Bundle, backend: str) -> Any:
+        if backend == "mil-reference":
+            raise MissingExtraError("evaluating Core ML packages", "export")
+        return real(bundle, backend)
+
+    monkeypatch.setattr(parity, "open_session", open_session)
+    rows = verify_bundle(coreml_bundle, record=False).rows
+    assert {(row.part, row.status) for row in rows if row.check == "program"} == {
+        ("full", "not_run"),
+        ("cached", "not_run"),
+    }
 
 
 def test_a_damaged_package_never_reaches_the_runtime(coreml_bundle: Path, mac: type[Stand], tmp_path: Path) -> None:

@@ -19,7 +19,15 @@ SOURCES = sorted([*(ROOT / "edgediff").rglob("*.py"), *RUNTIME.rglob("*.py")])
 # and those before it. Export runs the verification, so verify stands before it and knows nothing of it.
 STAGES = (
     ("edgediff.errors",),
-    ("edgediff.config", "edgediff.arrays", "edgediff.coreml", "edgediff.doctor", "edgediff.survey", "edgediff.zoo"),
+    (
+        "edgediff.config",
+        "edgediff.arrays",
+        "edgediff.coreml",
+        "edgediff.doctor",
+        "edgediff.survey",
+        "edgediff.zoo",
+        "edgediff.placement_ops",
+    ),
     ("edgediff.models",),
     ("edgediff.train", "edgediff.verify", "edgediff.placement", "edgediff.evaluate"),
     ("edgediff.export",),

@@ -160,7 +160,10 @@ PROTOS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m.mlProgram.functions["main"].block_specializations["CoreML7"].outputs.append("nobody"),
         "nothing makes the output nobody",
     ),
-    "another opset": (lambda m: setattr(m.mlProgram.functions["main"], "opset", "CoreML1"), "no block for the opset"),
+    "another opset": (
+        lambda m: setattr(m.mlProgram.functions["main"], "opset", "CoreML1"),
+        "blocks for the opsets CoreML7; expected one",
+    ),
     "another shape": (
         lambda m: setattr(operation(m, "conv").outputs[0].type.tensorType.dimensions[1].constant, "size", 6),
         r"conv_0 has shape \[1, 5, 4, 4\]; declared is \[1, 6, 4, 4\]",

@@ -202,3 +202,27 @@ def test_a_name_too_long_for_a_sibling_is_one_clear_error(tmp_path: Path) -> Non
     with pytest.raises(TargetError, match=r"cannot write beside .*File name too long"), staged(tmp_path / ("x" * 250)):
         pass
     assert _names(tmp_path) == []
+
+
+def test_what_came_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def export_beside_a_user() -> None:
+        with staged(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").touch()
+
+    with pytest.raises(TargetError, match="has come into being while the bundle was made"):
+        export_beside_a_user()
+    assert _names(tmp_path) == ["out"]
+    assert _names(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("edgediff.export.place.fcntl.flock", unsupported)
+    target = _bundle(tmp_path / "out")
+    _bundle(tmp_path / ".out.edgediff-7")
+    _export(target)
+    assert _names(tmp_path) == ["out"]
+    assert _names(target) == ["new"]

@@ -287,21 +287,23 @@ def test_a_bundle_is_looked_at_graph_by_graph(class_bundle: Path) -> None:
     assert {note.target for note in notes} == {"onnx"}
 
 
-def test_a_bundles_packages_are_checked_but_for_their_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_bundles_packages_are_checked_before_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = program(tmp_path, lambda mb, x: mb.cos(x=x), (X, "fp16"))
     weighing(10**9)(path)
-    files = [file.relative_to(tmp_path).as_posix() for file in path.rglob("*") if file.is_file()]
     graphs = [
         SimpleNamespace(name="adaptor", file=None, function=None),
         SimpleNamespace(name="full", file="p.mlpackage", function="main"),
     ]
     checked: list[str] = []
-    manifest = SimpleNamespace(targets=[SimpleNamespace(target="coreml", graphs=graphs)], files=[*files, "LICENSE"])
-    bundle = SimpleNamespace(path=tmp_path, manifest=manifest, file=checked.append)
+    manifest = SimpleNamespace(targets=[SimpleNamespace(target="coreml", graphs=graphs)])
+    bundle = SimpleNamespace(path=tmp_path, manifest=manifest, folder=checked.append)
     monkeypatch.setattr(placement, "open_bundle", lambda path: bundle)
     notes = lint_bundle("somewhere")
     assert {(note.target, note.graph) for note in notes} == {("coreml", "full")}
-    assert sorted(Path(file).name for file in checked) == ["Manifest.json", "model.mlmodel"]
+    assert checked == ["p.mlpackage"]
+    (path / "Manifest.json").write_text('{"rootModelIdentifier": "a", "itemInfoEntries": {"a": {"path": "x"}}}')
+    with pytest.raises(ProgramError, match="the root model x is missing"):
+        lint_bundle("somewhere")
 
 
 @pytest.mark.parametrize(("package", "lint"), [("onnx", lint_onnx), ("coremltools", lint_mlprogram)])

@@ -177,16 +177,17 @@ def _faults(what: str, folder: Path) -> Iterator[None]:
     try:
         with quiet(), torch.no_grad():
             yield
-    except OSError as e:
-        # The frames that failed hold coremltools' temporary files, which would be closed after their folder is gone.
-        e.with_traceback(None)
-        raise OSError(e.errno, e.strerror, e.filename) from None
     except Exception as e:  # neither torch.export's nor the converter's errors share a base class
-        # coremltools copies in C++, where a full disk is a RuntimeError like any other: what it cannot copy again
-        # where it copies to did not fit.
+        if isinstance(e, OSError) and e.errno is not None:
+            # The frames that failed hold coremltools' temporary files, which would be closed after their folder is
+            # gone.
+            e.with_traceback(None)
+            raise OSError(e.errno, e.strerror, e.filename) from None
+        # coremltools copies in C++, where a full disk is a RuntimeError like any other, and whole folders, which gives
+        # a shutil.Error without a number: what cannot be written a second time did not fit.
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if isinstance(e, RuntimeError) and shutil.disk_usage(folder).free < written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
+        if isinstance(e, RuntimeError | OSError) and shutil.disk_usage(folder).free < written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         raise UnsupportedError(f"{what}: {' '.join(str(e).split())[:400]}") from e
 
 

@@ -7,12 +7,16 @@ numbers are used again.
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from edgediff.errors import TargetError
 from edgediff.verify.files import unlisted
@@ -81,12 +85,16 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f"{_prefix(target)}{os.getpid()}")
+        existed = target.exists()
         scratch.mkdir()
-        lock = _lock(scratch)
     except OSError as e:
         raise TargetError(f"cannot write beside {target}: {e.strerror or e}") from e
+    lock = None
     try:
+        lock = _lock(scratch)
         yield scratch
+        if target.exists() and not existed:
+            raise TargetError(f"{target} has come into being while the bundle was made; nothing was replaced")
         _swap(scratch, target)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -94,7 +102,7 @@ def staged(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
+        _unlock(lock)
 
 
 def _swap(scratch: Path, target: Path) -> None:
@@ -102,7 +110,10 @@ def _swap(scratch: Path, target: Path) -> None:
         os.rename(scratch, target)
         return
     old = scratch.with_name(scratch.name + ".old")
-    lock = _lock(target)
+    try:
+        lock = _lock(target)
+    except BlockingIOError as e:
+        raise TargetError(f"another export is just putting a bundle at {target}") from e
     try:
         os.rename(target, old)
         try:
@@ -112,7 +123,7 @@ def _swap(scratch: Path, target: Path) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        os.close(lock)
+        _unlock(lock)
 
 
 def _prefix(target: Path) -> str:
@@ -133,7 +144,7 @@ def clear_stale(target: Path) -> None:
             continue
         try:
             lock = _lock(left)
-        except BlockingIOError:  # another export is at work there
+        except OSError:  # another export is at work there, or another user was
             continue
         try:
             if left.name.endswith(".old") and not target.exists():
@@ -141,15 +152,29 @@ def clear_stale(target: Path) -> None:
             else:
                 shutil.rmtree(left, ignore_errors=True)
         finally:
-            os.close(lock)
+            _unlock(lock)
 
 
-def _lock(folder: Path) -> int:
-    """Locks a folder until the descriptor is closed or the process ends; raises BlockingIOError where it is locked."""
+def _lock(folder: Path) -> int | None:
+    """Locks a folder until the descriptor is closed or the process ends.
+
+    Raises BlockingIOError where it is locked. None where the file system has no locks: exports to one place at one time
+    are then the user's own affair.
+    """
+    if fcntl is None:
+        return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise
+    except OSError:
+        os.close(descriptor)
+        return None
     return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)

@@ -253,7 +253,7 @@ def load_reference(path: Path) -> Reference:
     """
     try:
         flat = load_file(path)
-    except (SafetensorError, OSError, ValueError, TypeError) as e:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
     conditioning: dict[str, np.ndarray] = {}
     half: dict[tuple[int, str], dict[str, np.ndarray]] = {}

@@ -24,10 +24,11 @@ def main() -> int:
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), or coreml on a Mac")
     parser.add_argument("--json", action="store_true", help="print the ledger as JSON")
     args = parser.parse_args()
     try:
-        pipe = EdgePipeline.from_pretrained(args.bundle)
+        pipe = EdgePipeline.from_pretrained(args.bundle, backend=args.backend)
         output = Path(args.output)
         check_output(output, scale=1, space=pipe.manifest.sample.space)
         result = pipe(

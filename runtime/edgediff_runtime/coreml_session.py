@@ -1,7 +1,11 @@
 """Core ML behind the loop's `Session`: Apple's own runtime, on macOS."""
 
+import contextlib
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ from edgediff_runtime.manifest import Graph
 
 Array = npt.NDArray[Any]
 
+# FeatureTypes.proto's ArrayDataType.
+ARRAY_TYPES = {65552: "float16", 65568: "float32", 131104: "int32"}
 COMPUTE_UNITS = ("all", "cpu_only", "cpu_and_gpu", "cpu_and_ne")
 
 
@@ -34,8 +40,9 @@ class CoreMLSession:
             compute_units: One of `COMPUTE_UNITS`.
 
         Raises:
-            RequestError: This is not macOS, coremltools is not installed, or the compute units are unknown.
-            BundleError: A package is damaged, cannot be loaded, or has other inputs than the manifest says.
+            RequestError: This is not macOS, coremltools is missing, this system's Core ML cannot load the packages,
+                or the compute units are unknown.
+            BundleError: A package is damaged, cannot be read, or has other inputs or outputs than the manifest says.
         """
         if compute_units not in COMPUTE_UNITS:
             raise RequestError(f"no compute units {compute_units!r}; choices: {', '.join(COMPUTE_UNITS)}")
@@ -44,11 +51,12 @@ class CoreMLSession:
                 "backend 'coreml' is Apple's runtime and needs macOS; elsewhere --backend mil-reference evaluates the "
                 "same packages in torch"
             )
-        try:
-            import coremltools as ct
-        except ImportError as e:
-            raise RequestError("backend 'coreml' needs coremltools: pip install \"edgediff[export]\"") from e
         target = bundle.manifest.target("coreml")
+        with _quiet():
+            try:
+                import coremltools as ct
+            except ImportError as e:
+                raise RequestError("backend 'coreml' needs coremltools: pip install coremltools") from e
         self.graphs = target.graphs
         self.batch = target.batch
         self._models: dict[str, Any] = {}
@@ -60,13 +68,21 @@ class CoreMLSession:
                 bundle.folder(graph.file)
                 checked.add(graph.file)
             try:
-                self._models[graph.name] = ct.models.MLModel(
-                    os.fspath(bundle.path / graph.file),
-                    compute_units=ct.ComputeUnit[compute_units.upper()],
-                    function_name=graph.function,
-                )
-            except Exception as e:  # Core ML's errors come as plain RuntimeErrors and others
+                with _quiet():
+                    model = ct.models.MLModel(
+                        os.fspath(bundle.path / graph.file),
+                        compute_units=ct.ComputeUnit[compute_units.upper()],
+                        function_name=graph.function,
+                    )
+            except Exception as e:  # coremltools' errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+            _check_tensors(graph, model.get_spec())
+            # What this system cannot load (its framework is missing, or older than the package), coremltools opens all
+            # the same, and fails at the first prediction.
+            if model.__proxy__ is None:
+                why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
+                raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {' '.join(str(why).split())[:400]}")
+            self._models[graph.name] = model
 
     def put(self, array: Array) -> Any:
         """Takes an array as it is.
@@ -111,3 +127,40 @@ class CoreMLSession:
                 found = {name: list(np.shape(value)) for name, value in made.items()}
                 raise BundleError(f"{graph.file} gave {found}; the manifest says {tensor.name} {list(tensor.shape)}")
             tensors[tensor.name] = np.asarray(made[tensor.name], dtype=tensor.dtype)
+
+
+def _check_tensors(graph: Graph, spec: Any) -> None:
+    """Holds what a package says of a function to the manifest."""
+    described = spec.description
+    if graph.function is not None:
+        named = {function.name: function for function in described.functions}
+        if graph.function not in named:
+            raise BundleError(f"{graph.file} has no function {graph.function!r}; choices: {', '.join(named)}")
+        described = named[graph.function]
+    for said, found, with_shape in ((graph.inputs, described.input, True), (graph.outputs, described.output, False)):
+        want = {tensor.name: (tensor.dtype, tensor.shape if with_shape else ()) for tensor in said}
+        have = {}
+        for feature in found:
+            array = feature.type.multiArrayType
+            # Of outputs Core ML needs no shape; a prediction shows it.
+            shape = tuple(array.shape) if with_shape else ()
+            have[feature.name] = (ARRAY_TYPES.get(array.dataType, str(array.dataType)), shape)
+        if want != have:
+            raise BundleError(f"{graph.file} has {_spell(have)}; the manifest says {_spell(want)}")
+
+
+def _spell(tensors: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
+    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in sorted(tensors.items())) or "nothing"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps coremltools' warnings of versions and frameworks off the screen: what fails is said as an error."""
+    logger = logging.getLogger("coremltools")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled

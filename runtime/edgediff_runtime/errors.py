@@ -14,5 +14,9 @@ class BundleError(EdgeRuntimeError):
     """The bundle is damaged, unsafe to open, or of another version."""
 
 
+class NotFiniteError(BundleError):
+    """A bundle's model gave NaN or infinity on the way: its weights or its precision are wrong."""
+
+
 class RequestError(EdgeRuntimeError):
     """What was asked does not fit the bundle: a label, a clock, a number of steps, a guidance scale."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediff_runtime.errors import BundleError
+from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.noise import noise
 from edgediff_runtime.schedulers import Scheduler
@@ -81,7 +81,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         Each step when it is done.
 
     Raises:
-        BundleError: The model's output is not finite.
+        NotFiniteError: The model's output is not finite.
     """
     scheduler = request.scheduler
     num_images = len(request.latents)
@@ -126,7 +126,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
             x_t, state = scheduler.step(i, x_t, model_output, state, fresh)
         ms["scheduler"] = 1e3 * (perf_counter() - before)
         if not np.isfinite(x_t).all():
-            raise BundleError(f"the model's output is not finite at step {i}: the latents hold NaN or infinity")
+            raise NotFiniteError(f"the model's output is not finite at step {i}: the latents hold NaN or infinity")
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
         shown = x_t.view()
         shown.flags.writeable = False

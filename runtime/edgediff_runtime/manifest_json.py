@@ -11,6 +11,8 @@ from edgediff_runtime.manifest import Graph, Manifest, Target
 FORMAT_VERSION = 1
 
 MAX_GUIDANCE = 3.4028234663852886e38  # float32's largest
+# Of Core ML's model format, by the oldest system that reads it.
+SPECIFICATION_OF = {"iOS16": 7, "iOS17": 8, "iOS18": 9}
 # What a step has before any graph has run, besides sample and timestep.
 CONDITIONING_INPUTS = {
     "none": (),
@@ -62,6 +64,15 @@ def _check_target(target: Target, manifest: Manifest) -> None:
     ):  # fmt: skip
         value = getattr(target, name)
         _hold((value is not None) == (target.target == kind), name, value, f"a value for {kind}, null for others")
+    if target.target == "coreml":
+        version = SPECIFICATION_OF.get(str(target.deployment_target))
+        _hold(version is not None, "deployment_target", target.deployment_target, ", ".join(SPECIFICATION_OF))
+        _hold(target.specification_version in (version, 0), "specification_version", target.specification_version,
+              f"{version}, that of {target.deployment_target}")  # fmt: skip
+    half = target.dtype == "fp16"
+    _hold((target.floors.program is not None) == half, "floors.program", target.floors.program, "dB for fp16 alone")
+    tensors = [t for graph in target.graphs for t in (*graph.inputs, *graph.outputs)]
+    _hold(half or all(t.dtype != "float16" for t in tensors), "dtype", target.dtype, "fp16 for float16 tensors")
     names = [graph.name for graph in target.graphs]
     _hold(len(set(names)) == len(names), "graphs", names, "distinct names")
     parts = {*names, "full", "cached"}
@@ -70,7 +81,7 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _check_wiring(target.graphs, manifest.conditioning.kind, full)
     rows: int | str = "batch" if target.batch is None else target.batch
     image = (rows, sample.channels, sample.height, sample.width)
-    for tensor in (t for graph in target.graphs for t in (*graph.inputs, *graph.outputs)):
+    for tensor in tensors:
         if tensor.name == "timestep":
             _hold(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
             continue
@@ -81,14 +92,24 @@ def _check_target(target: Target, manifest: Manifest) -> None:
 
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
     """Follows the tensors through one step: each is there when a graph wants it."""
-    there = {"sample", "timestep", *CONDITIONING_INPUTS[kind]} | (set() if full else {"lowres_feature"})
+    early = set(CONDITIONING_INPUTS[kind])
+    there = {"sample", "timestep", *early} | (set() if full else {"lowres_feature"})
     for graph in graphs:
+        names = {tensor.name for tensor in graph.outputs}
+        _hold(graph.file is not None or names <= {tensor.name for tensor in graph.inputs}, f"file of {graph.name}",
+              graph.file, "a file: what it makes does not come in")  # fmt: skip
         for tensor in (*graph.inputs, *graph.outputs):
             _hold(all(n == "batch" or n > 0 for n in tensor.shape), f"shape of {tensor.name}", tensor.shape, "sizes")
-        if graph.frequency == "generation" or graph.runs(full):
+        if graph.frequency == "generation":
+            # It runs before the first step, when there is no sample yet.
+            missing = [tensor.name for tensor in graph.inputs if tensor.name not in early]
+            _hold(not missing, f"inputs of {graph.name}", missing, "tensors that a generation begins with")
+            early |= names
+            there |= names
+        elif graph.runs(full):
             missing = [tensor.name for tensor in graph.inputs if tensor.name not in there]
             _hold(not missing, f"inputs of {graph.name}", missing, "tensors that a step has by then")
-            there.update(tensor.name for tensor in graph.outputs)
+            there |= names
     _hold({"out_sample", "lowres_feature"} <= there, "outputs of a step", sorted(there), "out_sample, lowres_feature")
 
 

@@ -176,6 +176,8 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", compute_units: st
     """
     if backend == "coreml":
         return CoreMLSession(bundle, compute_units)
+    if compute_units != "all":
+        raise RequestError(f"compute units {compute_units!r} are Core ML's; backend {backend!r} has no choice of them")
     if backend == "onnxruntime":
         return OrtSession(bundle)
     raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")

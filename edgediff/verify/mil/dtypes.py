@@ -48,6 +48,7 @@ DTYPES = {
     "uint6": Dtype(6, np.uint8, torch.uint8, 13),
 }
 STRING = "string"
+UNPACKED = 2**20
 # What `cast` and its kin call them.
 MIL_NAMES = {"fp16": "float16", "fp32": "float32"}
 
@@ -84,10 +85,15 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarra
     >>> unpack(np.array([0b11001110], dtype=np.uint8), 2, 3, signed=False)
     array([2, 3, 0], dtype=uint8)
     """
-    loose = np.unpackbits(packed, bitorder="little", count=count * bits).reshape(count, bits)
-    if signed:
-        loose = np.concatenate([loose, np.repeat(loose[:, -1:], 8 - bits, axis=1)], axis=1)
-    whole = np.packbits(loose, axis=1, bitorder="little").reshape(count)
+    whole = np.empty(count, dtype=np.uint8)
+    # In pieces of whole bytes: taken apart, a bit takes a byte.
+    for first in range(0, count, UNPACKED):
+        some = min(UNPACKED, count - first)
+        piece = packed[first * bits // 8 : -(-(first + some) * bits // 8)]
+        loose = np.unpackbits(piece, bitorder="little", count=some * bits).reshape(some, bits)
+        if signed:
+            loose = np.concatenate([loose, np.repeat(loose[:, -1:], 8 - bits, axis=1)], axis=1)
+        whole[first : first + some] = np.packbits(loose, axis=1, bitorder="little").reshape(some)
     return whole.view(np.int8) if signed else whole
 
 

@@ -20,7 +20,7 @@ from edgediff.verify.mil.values import Spec
 
 Watch = Callable[[str, str, Tensor, str], None]
 # What torch raises where a program asks for something impossible.
-FAULTS = (RuntimeError, ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError)
+FAULTS = (RuntimeError, ValueError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
 
 
 @dataclass
@@ -88,7 +88,10 @@ class Step:
         for value, (name, spec) in zip(results, self.outputs, strict=True):
             if not spec.takes(tuple(value.shape)):
                 raise ProgramError(f"{self}: {name} has shape {list(value.shape)}; declared is {_sizes(spec)}")
-            settled.append(settle(value, spec.dtype, rounded and not self.moves))
+            try:
+                settled.append(settle(value, spec.dtype, rounded and not self.moves))
+            except FAULTS as e:
+                raise ProgramError(f"{self}: {name} cannot be brought to {spec.dtype}") from e
         return tuple(settled)
 
     def __str__(self) -> str:

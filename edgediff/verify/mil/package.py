@@ -6,6 +6,7 @@ evaluated is the saved file.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,8 @@ from edgediff.errors import ProgramError
 
 MANIFEST = "Manifest.json"
 WEIGHTS_PREFIX = "@model_path/"
+# FeatureTypes.proto's ArrayDataType.
+ARRAY_TYPES = {65552: "float16", 65568: "float32", 131104: "int32"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,58 @@ class Package:
         if not name.startswith(WEIGHTS_PREFIX):
             raise ProgramError(f"{self.path}: weights {name!r} are not in the package; expected {WEIGHTS_PREFIX}...")
         return _inside(self.path, self.folder.relative_to(self.path).as_posix(), name.removeprefix(WEIGHTS_PREFIX))
+
+    def check_opset(self, opset: str) -> None:
+        """Holds an opset to the specification version: Core ML loads nothing newer than that says.
+
+        Args:
+            opset: As a function names it: ``CoreML8``.
+
+        Raises:
+            ProgramError: It is newer.
+        """
+        number = opset.removeprefix("CoreML")
+        # CoreML5 came with version 6, and each since with the next.
+        if not number.isdigit() or int(number) + 1 > self.specification_version:
+            raise ProgramError(
+                f"the opset {opset!r} does not go with specification version {self.specification_version}"
+            )
+
+    def check_description(self, function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Holds what the package says of a function, by which Core ML goes, to what the program says.
+
+        Args:
+            function: Its name.
+            inputs: What the program takes, each with `dtype` and `shape`.
+            outputs: What it gives.
+
+        Raises:
+            ProgramError: The package describes something else.
+        """
+        described = self.spec.description
+        if len(self.functions) > 1:
+            named = {item.name: item for item in described.functions}
+            if function not in named or self.default not in self.functions:
+                raise ProgramError("the package does not describe this function, or names no default one")
+            described = named[function]
+        for said, found, what in ((described.input, inputs, "inputs"), (described.output, outputs, "outputs")):
+            if {item.name for item in said} != set(found):
+                names = ", ".join(sorted(item.name for item in said)) or "none"
+                raise ProgramError(
+                    f"the package describes the {what} {names}; the program has {', '.join(sorted(found))}"
+                )
+            for item in said:
+                array = item.type.multiArrayType
+                if item.type.WhichOneof("Type") != "multiArrayType":
+                    continue
+                spec = found[item.name]
+                known = ARRAY_TYPES.get(array.dataType)
+                # Of outputs Core ML needs no shape.
+                if known != spec.dtype or (array.shape and not spec.takes(tuple(array.shape))):
+                    raise ProgramError(
+                        f"the package describes {item.name} as {known} {list(array.shape)}; "
+                        f"the program has {spec.dtype} {list(spec.shape)}"
+                    )
 
 
 def read_package(path: str | Path) -> Package:
@@ -103,7 +158,7 @@ def _root(path: Path) -> Path:
     try:
         content = json.loads(manifest.read_bytes())
         item = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ProgramError(f"{manifest} is not JSON: {e}") from e
     except (KeyError, TypeError) as e:
         raise ProgramError(f"{manifest} names no root model") from e

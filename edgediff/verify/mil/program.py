@@ -69,8 +69,10 @@ class Program:
 
     def _prepare(self, name: str) -> Function:
         proto = self.package.spec.mlProgram.functions[name]
-        if proto.opset not in proto.block_specializations:
-            raise ProgramError(f"no block for the opset {proto.opset!r} that the function asks for")
+        if list(proto.block_specializations) != [proto.opset]:
+            blocks = ", ".join(sorted(proto.block_specializations)) or "none"
+            raise ProgramError(f"blocks for the opsets {blocks}; expected one, for {proto.opset!r}")
+        self.package.check_opset(proto.opset)
         block = proto.block_specializations[proto.opset]
         inputs = {item.name: self._input(item) for item in proto.inputs}
         specs = dict(inputs)
@@ -95,7 +97,9 @@ class Program:
         missing = [output for output in block.outputs if output not in specs]
         if missing:
             raise ProgramError(f"nothing makes the output {missing[0]}")
-        return Function(name, inputs, {output: specs[output] for output in block.outputs}, steps, constants)
+        gives = {output: specs[output] for output in block.outputs}
+        self.package.check_description(name, inputs, gives)
+        return Function(name, inputs, gives, steps, constants)
 
     def _input(self, item: Any) -> Spec:
         try:

@@ -51,6 +51,10 @@ class MilSession:
                 self.functions[graph.name] = programs[graph.file].function(graph.function)
             except ProgramError as e:
                 raise BundleError(f"{graph.file}: {e}") from e
+            version = programs[graph.file].specification_version
+            if version != target.specification_version:
+                said = target.specification_version
+                raise BundleError(f"{graph.file} has specification version {version}; the manifest says {said}")
             _check_tensors(graph, self.functions[graph.name])
 
     @contextlib.contextmanager

@@ -100,15 +100,18 @@ class Values:
                 raise ProgramError("strings that are not one string")
             return str(elements[0])
         dtype = dtype_of(spec.dtype)
-        if field != "bytes":
-            array = np.array(elements).astype(dtype.array)
-        elif dtype.bits < 8:
-            packed = np.frombuffer(elements, dtype=np.uint8)
-            if packed.size * 8 < count * dtype.bits:
-                raise ProgramError(f"{packed.size} bytes for {count} elements of {spec.dtype}")
-            array = unpack(packed, dtype.bits, count, signed=spec.dtype.startswith("int"))
-        else:
-            array = np.frombuffer(bytearray(elements), dtype=dtype.array)
+        try:
+            if field != "bytes":
+                array = np.array(elements).astype(dtype.array)
+            elif dtype.bits < 8:
+                packed = np.frombuffer(elements, dtype=np.uint8)
+                if packed.size * 8 < count * dtype.bits:
+                    raise ProgramError(f"{packed.size} bytes for {count} elements of {spec.dtype}")
+                array = unpack(packed, dtype.bits, count, signed=spec.dtype.startswith("int"))
+            else:
+                array = np.frombuffer(bytearray(elements), dtype=dtype.array)
+        except (ValueError, TypeError, OverflowError) as e:
+            raise ProgramError(f"{field or 'nothing'} where {count} elements of {spec.dtype} are expected: {e}") from e
         if array.size != count:
             raise ProgramError(f"{array.size} elements of {spec.dtype}; its shape {list(shape)} takes {count}")
         return array.reshape(shape)

@@ -15,6 +15,7 @@ from edgediff.verify.mil.dtypes import DTYPES, dtype_of, unpack
 
 SENTINEL = 0xDEADBEEF
 VERSION = 2
+ALIGNMENT = 64
 HEADER = struct.Struct("<II56x")
 METADATA = struct.Struct("<IIQQQ32x")
 NAMES = {dtype.blob: name for name, dtype in DTYPES.items() if dtype.blob is not None}
@@ -74,6 +75,8 @@ class WeightFile:
         needed = -(-count * expected.bits // 8)
         if size != needed or padding != needed * 8 - count * expected.bits:
             raise ProgramError(f"{where} has {size} bytes; {count} elements of {dtype} take {needed}")
+        if offset % ALIGNMENT or start % ALIGNMENT:
+            raise ProgramError(f"{where}, or its data at {start}, is not at a multiple of {ALIGNMENT}")
         if start + size > self._size:
             raise ProgramError(f"{where} ends at {start + size}; the file is cut off at {self._size} bytes")
         data = self._bytes[start : start + size]
