@@ -178,15 +178,19 @@ def _faults(what: str, folder: Path) -> Iterator[None]:
         with quiet(), torch.no_grad():
             yield
     except Exception as e:  # neither torch.export's nor the converter's errors share a base class
-        if isinstance(e, OSError) and e.errno is not None:
-            # The frames that failed hold coremltools' temporary files, which would be closed after their folder is
-            # gone.
-            e.with_traceback(None)
-            raise OSError(e.errno, e.strerror, e.filename) from None
         # coremltools copies in C++, where a full disk is a RuntimeError like any other, and whole folders, which gives
         # a shutil.Error without a number: what cannot be written a second time did not fit.
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if isinstance(e, RuntimeError | OSError) and shutil.disk_usage(folder).free < written:
+        no_room = isinstance(e, RuntimeError | OSError) and shutil.disk_usage(folder).free < written
+        # The frames that failed hold coremltools' temporary files, which complain when they are closed late.
+        with quiet():
+            traceback.clear_frames(e.__traceback__)
+            gc.collect()
+        if isinstance(e, OSError) and e.errno is not None:
+            e.with_traceback(None)
+            raise OSError(e.errno, e.strerror, e.filename) from None
+        if no_room:
+            e.with_traceback(None)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         raise UnsupportedError(f"{what}: {' '.join(str(e).split())[:400]}") from e
 
@@ -232,11 +236,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
         try:
             yield Path(scratch)
         except BaseException as e:
-            # Files that coremltools left to the frames that failed complain when they go after their folder.
-            with quiet():
+            with quiet():  # an interrupt too leaves files to its frames
                 traceback.clear_frames(e.__traceback__)
-                if e.__cause__ is not None:
-                    traceback.clear_frames(e.__cause__.__traceback__)
                 gc.collect()
             raise
         finally:

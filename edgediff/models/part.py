@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Part(nn.Module):
-    """One of ``highres_in``, ``lowres``, ``adaptor``, ``highres_out``.
+    """A module with named inputs and outputs: one of the four parts, or a chain of them.
 
     Attributes:
         inputs: Names of the tensors that `forward` takes, in order.
