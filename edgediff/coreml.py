@@ -7,27 +7,19 @@ belong to its own command line, not to ours. What goes wrong is raised all the s
 import contextlib
 import importlib
 import io
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from edgediff.errors import MissingExtraError
+from edgediff_runtime import coreml_session
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps coremltools' log lines, warnings and progress bars off the screen while the block runs."""
-    logger = logging.getLogger("coremltools")
-    disabled = logger.disabled
-    logger.disabled = True
-    try:
-        # tqdm writes to standard error, and looks it up when a bar is made.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = disabled
+    # tqdm writes to standard error, and looks it up when a bar is made.
+    with coreml_session.quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def import_coremltools(what: str) -> Any:

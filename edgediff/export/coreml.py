@@ -84,7 +84,6 @@ def write_coreml(
 
 
 def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConfig) -> None:
-    half = config.dtype == "fp16"
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     examples = tuple(_example(inputs[name]) for name in module.inputs)
     with _faults(f"{graph.name}: conversion to Core ML for {config.deployment_target} failed", path.parent):
@@ -94,7 +93,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
             inputs=[_tensor_type(ct, inputs[name]) for name in module.inputs],
             outputs=[ct.TensorType(name=tensor.name, dtype=_dtype(tensor)) for tensor in graph.outputs],
             minimum_deployment_target=ct.target[config.deployment_target],
-            compute_precision=_half_but_time(ct) if half else ct.precision.FLOAT32,
+            compute_precision=_half_but_time(ct) if config.dtype == "fp16" else ct.precision.FLOAT32,
             skip_model_load=True,
             package_dir=str(path),
         )
@@ -177,7 +176,7 @@ def _faults(what: str, folder: Path) -> Iterator[None]:
     try:
         with quiet(), torch.no_grad():
             yield
-    except Exception as e:  # neither torch.export's nor the converter's errors share a base class
+    except BaseException as e:  # neither torch.export's nor the converter's errors share a base class
         # coremltools copies in C++, where a full disk is a RuntimeError like any other, and whole folders, which gives
         # a shutil.Error without a number: what cannot be written a second time did not fit.
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -186,6 +185,8 @@ def _faults(what: str, folder: Path) -> Iterator[None]:
         with quiet():
             traceback.clear_frames(e.__traceback__)
             gc.collect()
+        if not isinstance(e, Exception):  # an interrupt
+            raise
         if isinstance(e, OSError) and e.errno is not None:
             e.with_traceback(None)
             raise OSError(e.errno, e.strerror, e.filename) from None
@@ -235,10 +236,5 @@ def _scratch(folder: Path) -> Iterator[Path]:
         tempfile.tempdir = scratch
         try:
             yield Path(scratch)
-        except BaseException as e:
-            with quiet():  # an interrupt too leaves files to its frames
-                traceback.clear_frames(e.__traceback__)
-                gc.collect()
-            raise
         finally:
             tempfile.tempdir = before

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from edgediff.models.clockwork import SplitUNet
+from edgediff.models.tensors import TorchTensors
 from edgediff_runtime.manifest import Graph
 
 
-class TorchSession:
+class TorchSession(TorchTensors):
     """Runs the parts of a split UNet in eager torch, without gradients.
 
     Attributes:
@@ -22,28 +22,6 @@ class TorchSession:
     def __init__(self, split: SplitUNet, graphs: tuple[Graph, ...]) -> None:
         self.split = split
         self.graphs = graphs
-
-    def put(self, array: np.ndarray) -> torch.Tensor:
-        """Wraps an array without a copy.
-
-        Args:
-            array: C-contiguous.
-
-        Returns:
-            A tensor on the array's memory.
-        """
-        return torch.from_numpy(array)
-
-    def get(self, value: torch.Tensor) -> np.ndarray:
-        """Gives a tensor back as an array.
-
-        Args:
-            value: A tensor on the CPU.
-
-        Returns:
-            An array on the tensor's memory; parts make new outputs in every call.
-        """
-        return value.numpy()
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:

@@ -32,8 +32,7 @@ def open_session(bundle: Bundle, backend: str, compute_units: str = "all") -> ru
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
     if backend != MIL_REFERENCE:
         return runtime.open_session(bundle, backend, compute_units)
-    if compute_units != "all":
-        raise RequestError(f"compute units {compute_units!r} are Core ML's; backend {backend!r} has no choice of them")
+    runtime.refuse_compute_units(backend, compute_units)
     try:
         from edgediff.verify.mil.session import MilSession
     except ModuleNotFoundError as e:

@@ -12,12 +12,12 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -35,7 +35,7 @@ from edgediff.verify.reference import (
     reference_request,
     step_inputs,
 )
-from edgediff.verify.rows import Finding, ParityReport, Row, judged, not_run
+from edgediff.verify.rows import Check, Finding, ParityReport, Row, judged, not_run
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
 from edgediff_runtime.bundle import PARITY
@@ -50,6 +50,8 @@ TOOLS = ("edgediff", "numpy", "onnxruntime")
 # Of Apple's runtime, whatever the recipe asks of the evaluator: what processors it takes is its own affair.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 Progress = Callable[[str], None]
+# By number of the step and name of the graph.
+Outputs = Mapping[tuple[int, str], Mapping[str, np.ndarray]]
 
 
 def verify_bundle(
@@ -101,7 +103,7 @@ def verify_bundle(
                 if backend == MIL_REFERENCE:
                     findings += _findings(target, reference, session, say)
                 found = [
-                    *_graph_rows(target, reference, session, backend, say),
+                    *_step_rows(target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
                 ]
                 del session
@@ -142,69 +144,71 @@ def _for_device(target: Target) -> Target:
     return msgspec.structs.replace(target, floors=eased)
 
 
-def _graph_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
-    """Each graph on its own, then the steps composed of them."""
-    rows = []
+def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
+    """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.floors
     say(f"{backend}: graphs")
-    alone: dict[tuple[int, str], dict[str, np.ndarray]] = {}
-    for graph in target.graphs:
-        if graph.file is None:
-            continue
-        names = [tensor.name for tensor in graph.outputs]
-        numbers: list[tuple[float, str]] = []
-        for step in reference.steps:
-            if graph.runs(step.full):
-                made = run_rows(session, (graph,), step_inputs(step, graph, target.graphs), names)
-                alone[step.index, graph.name] = made
-                numbers += [(psnr_db(step.tensors[name], made[name]), name) for name in names]
-        rows.append(judged("graph", graph.name, backend, numbers, floors.graph))
+    alone = _run_alone(target, reference, session)
+    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.graphs}
+    rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
     if floors.program is not None and backend == MIL_REFERENCE:
         say(f"{backend}: graphs in fp32 arithmetic")
-        rows += _program_rows(target, reference, session, backend, floors.program)
+        with cast(Any, session).unrounded():
+            exact = _run_alone(target, reference, session)
+        # Rounding cannot hide a program that is slightly another.
+        note = "fp32 arithmetic, against torch with weights of fp16"
+        rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, note)
     say(f"{backend}: composed steps")
+    return rows + _composed_rows(target, reference, session, backend, alone)
+
+
+def _run_alone(target: Target, reference: Reference, session: Session) -> Outputs:
+    """Every graph on its recorded inputs, in each recorded step in which it runs."""
+    return {
+        (step.index, graph.name): run_rows(
+            session, (graph,), step_inputs(step, graph, target.graphs), [tensor.name for tensor in graph.outputs]
+        )
+        for graph in target.graphs
+        for step in reference.steps
+        if graph.file is not None and graph.runs(step.full)
+    }
+
+
+def _graph_rows(
+    check: Check, target: Target, backend: str, made: Outputs, want: Outputs, floor: float, note: str = ""
+) -> list[Row]:
+    rows = []
+    for graph in target.graphs:
+        numbers = [
+            (psnr_db(want[key][name], value), name)
+            for key, outputs in made.items()
+            if key[1] == graph.name
+            for name, value in outputs.items()
+        ]
+        if numbers:
+            rows.append(judged(check, graph.name, backend, numbers, floor, note))
+        elif graph.file is not None:
+            rows.append(not_run(check, graph.name, backend, floor, "the clock never runs it"))
+    return rows
+
+
+def _composed_rows(target: Target, reference: Reference, session: Session, backend: str, alone: Outputs) -> list[Row]:
     composed: dict[bool, list[tuple[float, str]]] = {}
     for step in reference.steps:
         graphs = tuple(graph for graph in target.graphs if graph.file is not None and graph.runs(step.full))
         if len(graphs) == 1:
             made = alone[step.index, graphs[0].name]
         else:
-            made_inside = {tensor.name for graph in graphs for tensor in graph.outputs}
-            given = {
-                name: value
-                for graph in graphs
-                for name, value in step_inputs(step, graph, target.graphs).items()
-                if name not in made_inside
-            }
-            if step.cache is not None and CACHE not in made_inside:
-                dtype = next(t.dtype for graph in graphs for t in graph.inputs if t.name == CACHE)
-                given[CACHE] = step.cache.astype(dtype)
+            inside = {tensor.name for graph in graphs for tensor in graph.outputs}
+            inputs = [step_inputs(step, graph, target.graphs) for graph in graphs]
+            given = {name: value for each in inputs for name, value in each.items() if name not in inside}
             made = run_rows(session, graphs, given, ("out_sample", CACHE))
-        composed.setdefault(step.full, []).extend(
-            (psnr_db(step.tensors[name], value), name) for name, value in made.items()
-        )
-    return rows + [
-        judged("composed", "full" if full else "cached", backend, composed[full], floors.composed)
+        numbers = [(psnr_db(step.tensors[name], value), name) for name, value in made.items()]
+        composed.setdefault(step.full, []).extend(numbers)
+    return [
+        judged("composed", "full" if full else "cached", backend, composed[full], target.floors.composed)
         for full in sorted(composed, reverse=True)
     ]
-
-
-def _program_rows(target: Target, reference: Reference, session: Any, backend: str, floor: float) -> list[Row]:
-    """Each fp16 graph in fp32 arithmetic: rounding cannot hide a program that is slightly another."""
-    rows = []
-    with session.unrounded():
-        for graph in target.graphs:
-            if graph.file is None:
-                continue
-            numbers: list[tuple[float, str]] = []
-            for step in reference.steps:
-                if graph.runs(step.full):
-                    want = reference.half[step.index, graph.name]
-                    made = run_rows(session, (graph,), step_inputs(step, graph, target.graphs), list(want))
-                    numbers += [(psnr_db(value, made[name]), name) for name, value in want.items()]
-            note = "fp32 arithmetic, against torch with weights of fp16"
-            rows.append(judged("program", graph.name, backend, numbers, floor, note))
-    return rows
 
 
 def _findings(target: Target, reference: Reference, session: Any, say: Progress) -> list[Finding]:

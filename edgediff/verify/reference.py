@@ -132,8 +132,8 @@ def step_inputs(step: Recorded, graph: Graph, graphs: tuple[Graph, ...]) -> dict
         Arrays by name, [rows, ...]. The cache is the one that the step began with where no graph before this one makes
         it anew.
     """
-    before = graphs[: graphs.index(graph)]
-    made = any(tensor.name == CACHE for g in before if g.runs(step.full) for tensor in g.outputs)
+    before = [g for g in graphs[: graphs.index(graph)] if g.file is not None and g.runs(step.full)]
+    made = any(tensor.name == CACHE for g in before for tensor in g.outputs)
     tensors = step.tensors if made or step.cache is None else {**step.tensors, CACHE: step.cache}
     return {tensor.name: tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
 

@@ -16,6 +16,7 @@ from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Graph
 
 Array = npt.NDArray[Any]
+Features = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 # FeatureTypes.proto's ArrayDataType.
 ARRAY_TYPES = {65552: "float16", 65568: "float32", 131104: "int32"}
@@ -52,7 +53,7 @@ class CoreMLSession:
                 "same packages in torch"
             )
         target = bundle.manifest.target("coreml")
-        with _quiet():
+        with quiet():
             try:
                 import coremltools as ct
             except ImportError as e:
@@ -68,7 +69,7 @@ class CoreMLSession:
                 bundle.folder(graph.file)
                 checked.add(graph.file)
             try:
-                with _quiet():
+                with quiet():
                     model = ct.models.MLModel(
                         os.fspath(bundle.path / graph.file),
                         compute_units=ct.ComputeUnit[compute_units.upper()],
@@ -137,25 +138,38 @@ def _check_tensors(graph: Graph, spec: Any) -> None:
         if graph.function not in named:
             raise BundleError(f"{graph.file} has no function {graph.function!r}; choices: {', '.join(named)}")
         described = named[graph.function]
-    for said, found, with_shape in ((graph.inputs, described.input, True), (graph.outputs, described.output, False)):
-        want = {tensor.name: (tensor.dtype, tensor.shape if with_shape else ()) for tensor in said}
-        have = {}
-        for feature in found:
-            array = feature.type.multiArrayType
-            # Of outputs Core ML needs no shape; a prediction shows it.
-            shape = tuple(array.shape) if with_shape else ()
-            have[feature.name] = (ARRAY_TYPES.get(array.dataType, str(array.dataType)), shape)
-        if want != have:
-            raise BundleError(f"{graph.file} has {_spell(have)}; the manifest says {_spell(want)}")
+
+    def features(found: Any) -> Features:
+        arrays = {feature.name: feature.type.multiArrayType for feature in found}
+        return {name: (ARRAY_TYPES.get(a.dataType, str(a.dataType)), tuple(a.shape)) for name, a in arrays.items()}
+
+    hold_tensors(graph, features(described.input), features(described.output))
 
 
-def _spell(tensors: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
+def hold_tensors(graph: Graph, inputs: Features, outputs: Features) -> None:
+    """Holds the tensors that a package has to those that the manifest says.
+
+    Args:
+        graph: The manifest's entry.
+        inputs: Dtype and shape of each input by name.
+        outputs: The same of each output; Core ML needs no shape of them, and none, (), fits any.
+
+    Raises:
+        BundleError: They are others.
+    """
+    for said, found in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        want = {t.name: (t.dtype, t.shape if found.get(t.name, ("", t.shape))[1] else ()) for t in said}
+        if want != dict(found):
+            raise BundleError(f"{graph.file} has {_spell(found)}; the manifest says {_spell(want)}")
+
+
+def _spell(tensors: Features) -> str:
     return ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in sorted(tensors.items())) or "nothing"
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps coremltools' warnings of versions and frameworks off the screen: what fails is said as an error."""
+def quiet() -> Iterator[None]:
+    """Keeps coremltools' log lines and warnings off the screen while the block runs: what fails is raised."""
     logger = logging.getLogger("coremltools")
     disabled, logger.disabled = logger.disabled, True
     try:

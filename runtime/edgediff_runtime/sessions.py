@@ -176,8 +176,21 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", compute_units: st
     """
     if backend == "coreml":
         return CoreMLSession(bundle, compute_units)
-    if compute_units != "all":
-        raise RequestError(f"compute units {compute_units!r} are Core ML's; backend {backend!r} has no choice of them")
+    refuse_compute_units(backend, compute_units)
     if backend == "onnxruntime":
         return OrtSession(bundle)
     raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
+
+
+def refuse_compute_units(backend: str, compute_units: str) -> None:
+    """Refuses a choice of compute units where there is none.
+
+    Args:
+        backend: Any but ``coreml``.
+        compute_units: What was asked for.
+
+    Raises:
+        RequestError: It is not ``all``.
+    """
+    if compute_units != "all":
+        raise RequestError(f"compute units {compute_units!r} are Core ML's; backend {backend!r} has no choice of them")

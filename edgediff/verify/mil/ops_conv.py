@@ -13,6 +13,7 @@ CONV = (F.conv1d, F.conv2d, F.conv3d)
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+SAME = ("same", "same_lower")
 Pairs = list[tuple[int, int]]
 
 
@@ -28,7 +29,7 @@ def _pairs(x: Tensor, kernel: list[int], strides: list[int], pad_type: str, pad:
     if pad_type == "custom":
         pad = [0] * 2 * len(kernel) if pad is None else pad
         return list(zip(pad[::2], pad[1::2], strict=True))
-    if pad_type not in ("same", "same_lower"):
+    if pad_type not in SAME:
         raise ProgramError(f"pad_type {pad_type!r}; choices: valid, custom, same, same_lower")
     totals = (max(0, (math.ceil(n / s) - 1) * s + k - n) for n, k, s in zip(x.shape[2:], kernel, strides, strict=True))
     return [_halves(total, pad_type) for total in totals]
@@ -78,20 +79,13 @@ def conv_transpose(
     full = CONV_TRANSPOSE[rank - 1](x, weight, None, strides, 0, 0, groups, dilations)
     crops = []
     for axis, (n, whole) in enumerate(zip(x.shape[2:], full.shape[2:], strict=True)):
-        if pad_type == "custom":
-            before, after = (0, 0) if pad is None else (pad[2 * axis], pad[2 * axis + 1])
-        elif pad_type == "valid":
-            before, after = 0, 0
-        elif pad_type in ("same", "same_lower"):
-            size = n * strides[axis] if output_shape is None else output_shape[2 + axis]
-            before, after = _halves(max(0, whole - size), pad_type)
+        size = None if output_shape is None else output_shape[2 + axis]
+        if pad_type in SAME:
+            size = n * strides[axis] if size is None else size
+            before, _ = _halves(max(0, whole - size), pad_type)
         else:
-            raise ProgramError(f"pad_type {pad_type!r}; choices: valid, custom, same, same_lower")
-        size = whole - before - after
-        if pad_type in ("same", "same_lower") and output_shape is None:
-            size = n * strides[axis]
-        elif output_shape is not None:
-            size = output_shape[2 + axis]
+            before, after = _pairs(x, list(weight.shape[2:]), strides, pad_type, pad)[axis]
+            size = whole - before - after if size is None else size
         # Negative padding crops; beyond the full result there is nothing but the bias.
         crops.append((-before, size - (whole - before)))
     out = F.pad(full, _flat(crops))

@@ -13,11 +13,10 @@ from typing import Any
 
 from edgediff.coreml import import_coremltools
 from edgediff.errors import ProgramError
+from edgediff_runtime.coreml_session import ARRAY_TYPES
 
 MANIFEST = "Manifest.json"
 WEIGHTS_PREFIX = "@model_path/"
-# FeatureTypes.proto's ArrayDataType.
-ARRAY_TYPES = {65552: "float16", 65568: "float32", 131104: "int32"}
 
 
 @dataclass(frozen=True)

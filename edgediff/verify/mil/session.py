@@ -4,17 +4,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from edgediff.errors import ProgramError
+from edgediff.models.tensors import TorchTensors
 from edgediff.verify.mil.function import Function
 from edgediff.verify.mil.program import open_program
 from edgediff_runtime import Bundle, BundleError
+from edgediff_runtime.coreml_session import hold_tensors
 from edgediff_runtime.manifest import Graph
 
 
-class MilSession:
+class MilSession(TorchTensors):
     """Evaluates a bundle's Core ML packages in torch on the CPU.
 
     Attributes:
@@ -55,7 +56,12 @@ class MilSession:
             if version != target.specification_version:
                 said = target.specification_version
                 raise BundleError(f"{graph.file} has specification version {version}; the manifest says {said}")
-            _check_tensors(graph, self.functions[graph.name])
+            function = self.functions[graph.name]
+            inputs, outputs = (
+                {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+                for specs in (function.inputs, function.outputs)
+            )
+            hold_tensors(graph, inputs, outputs)
 
     @contextlib.contextmanager
     def unrounded(self) -> Iterator[None]:
@@ -65,28 +71,6 @@ class MilSession:
             yield
         finally:
             self.rounded = before
-
-    def put(self, array: np.ndarray) -> torch.Tensor:
-        """Wraps an array without a copy.
-
-        Args:
-            array: C-contiguous.
-
-        Returns:
-            A tensor on the array's memory.
-        """
-        return torch.from_numpy(array)
-
-    def get(self, value: torch.Tensor) -> np.ndarray:
-        """Gives a tensor back as an array.
-
-        Args:
-            value: What `put` or `run` gave.
-
-        Returns:
-            An array: numbers of fp16 are held as float32.
-        """
-        return value.numpy()
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
@@ -104,15 +88,3 @@ class MilSession:
             tensors.update(self.functions[graph.name].run(feeds, rounded=self.rounded))
         except ProgramError as e:
             raise BundleError(f"{graph.file}: {e}") from e
-
-
-def _check_tensors(graph: Graph, function: Function) -> None:
-    for said, found in ((graph.inputs, function.inputs), (graph.outputs, function.outputs)):
-        want = {tensor.name: (tensor.dtype, tensor.shape) for tensor in said}
-        have = {name: (spec.dtype, tuple(spec.shape)) for name, spec in found.items()}
-        if want != have:
-            raise BundleError(f"{graph.file} has {_spell(have)}; the manifest says {_spell(want)}")
-
-
-def _spell(tensors: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in sorted(tensors.items()))
