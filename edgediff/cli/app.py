@@ -1,0 +1,115 @@
+"""The Typer application and what its commands share: consoles, options, progress, errors as one line."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from edgediff.errors import EdgediffError, MissingExtraError, VerificationError
+from edgediff_runtime.errors import EdgeRuntimeError
+
+app = typer.Typer(
+    name="edgediff",
+    help="Takes trained diffusion UNets to edge devices.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle: the directory that export wrote.", metavar="BUNDLE")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+LevelOption = Annotated[int | None, typer.Option(help="High-resolution levels that stay outside of lowres.")]
+PointOption = Annotated[str | None, typer.Option(help="Where lowres ends: before_upsample or after_upsample.")]
+ClockOption = Annotated[str | None, typer.Option(help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps.")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+
+
+# Typer carries click within itself since 0.26 and takes the installed one before: the base of what it raises is asked.
+UsageFault: Any = typer.BadParameter.__mro__[2]
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Runs the command line; what the user can put right is one line on standard error."""
+    try:
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # newer Typer returns the code where older ones raise Abort
+            raise KeyboardInterrupt
+    except VerificationError as e:
+        code = _say_error(e, 1)
+    except (EdgediffError, EdgeRuntimeError) as e:
+        code = _say_error(e, 2)
+    except UsageFault as e:
+        # A bare `edgediff` shows its help and raises with nothing to say.
+        code = _say_error(e.format_message(), 2) if e.format_message() else 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = _say_error("interrupted; what was there is as it was", INTERRUPTED)
+    except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        code = _say_error(f"{e.strerror or e}{where}", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"edgediff {metadata.version('edgediff')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
+def _say_error(message: object, code: int) -> int:
+    err.print("[red]error:[/red]", end=" ")
+    err.print(" ".join(str(message).split()), markup=False)
+    return code
+
+
+def toolchain(module: str, command: str, extra: str = "export") -> Any:
+    """Imports a part of the toolchain, or says which extra the command needs."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] in ("edgediff", "edgediff_runtime"):
+            raise
+        raise MissingExtraError(f"edgediff {command}", extra) from e
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done; where there is no terminal, one line for each thing."""
+    if not err.is_terminal:
+        yield lambda what: err.print(what, markup=False)
+        return
+    with Progress(
+        TextColumn("[cyan]{task.description}"),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        # The stream as it is now: converters that are kept quiet have theirs redirected for minutes.
+        console=Console(file=sys.stderr, soft_wrap=True, highlight=False),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what: bar.update(task, description=what)
+
+
+def print_json(data: object) -> None:
+    """Prints plain data as indented JSON."""
+    print(json.dumps(data, indent=1))

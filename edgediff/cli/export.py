@@ -1,0 +1,130 @@
+"""``edgediff export`` and ``edgediff verify``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgediff.cli.app import (
+    BundleArgument,
+    ClockOption,
+    GuidanceOption,
+    JsonOption,
+    LevelOption,
+    PointOption,
+    StepsOption,
+    app,
+    out,
+    print_json,
+    progress,
+    toolchain,
+)
+from edgediff.errors import ConfigError, VerificationError
+
+if TYPE_CHECKING:
+    from edgediff.verify.rows import ParityReport
+
+
+@app.command(
+    epilog="Examples:  edgediff export grocery-32 -o bundle   |   edgediff export path/to/diffusers/dir -o bundle "
+    "--clock 1,0,0,1,0,0,0,1   |   edgediff export sd15 -o sd --random-weights 0 --verify graphs"
+)
+def export(
+    model: Annotated[str | None, typer.Argument(help="A diffusers directory, or a built-in name.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is to be.")] = Path("bundle"),
+    config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="What to write: onnx, coreml; may be given more than once.")
+    ] = None,
+    level: LevelOption = None,
+    point: PointOption = None,
+    adaptor: Annotated[str | None, typer.Option(help="What stands in for lowres on cached steps.")] = None,
+    clock: ClockOption = None,
+    steps: StepsOption = None,
+    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
+    guidance_scale: GuidanceOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of every target: fp32, or fp16 for Core ML (its default).")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="split (four graphs) or pair (a full and a cached step).")] = None,
+    deployment_target: Annotated[
+        str | None, typer.Option(help="Oldest system for Core ML: iOS16, iOS17 or iOS18.")
+    ] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="Embeddings for the reference, .safetensors or .npz.")
+    ] = None,
+    random_weights: Annotated[int | None, typer.Option(help="Seed of random weights for a geometry.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the reference trajectory.")] = None,
+    verify: Annotated[str | None, typer.Option(help="full, or graphs: no trajectory, for very large models.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model as a verified bundle."""
+    import msgspec
+
+    from edgediff.config import ExportConfig, config_from, load_config
+
+    recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
+    given = {
+        "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
+        "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
+        "conditioning": None if conditioning is None else str(conditioning), "model": model,
+    }  # fmt: skip
+    recipe.update({key: value for key, value in given.items() if value is not None})
+    for section, key, value in (
+        ("cut", "level", level), ("cut", "point", point), ("verify", "mode", verify),
+        ("coreml", "deployment_target", deployment_target),
+        *((section, "dtype", dtype) for section in ("onnx", "coreml") if section in recipe["targets"]),
+    ):  # fmt: skip
+        if value is not None:
+            recipe[section][key] = value
+    checked = config_from(recipe)
+    if checked.model is None:
+        raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
+    pipeline = toolchain("edgediff.export.pipeline", "export")
+    load = toolchain("edgediff.models.load", "export")
+    try:
+        with progress() as say:
+            say(f"loading {checked.model}")
+            done = pipeline.export_bundle(load.load_model(checked.model), output, checked, force=force, progress=say)
+    except VerificationError as e:
+        if e.report is not None:
+            _show_report(e.report, as_json)
+        raise
+    if as_json:
+        print_json({"bundle": str(done.path), "exported": done.report is not None}
+                    | (done.report.to_dict() if done.report else {}))  # fmt: skip
+    elif done.report is None:
+        out.print(f"{done.path} is already there and valid: nothing was exported", markup=False)
+    else:
+        _show_report(done.report, as_json)
+        out.print(f"bundle: {done.path}", markup=False)
+
+
+@app.command(epilog="Examples:  edgediff verify bundle   |   edgediff verify bundle --json")
+def verify(
+    bundle: BundleArgument,
+    model: Annotated[str | None, typer.Option(help="The source, where it is not where the manifest says.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Verify this target alone; may be given more than once.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify a bundle: every file, every graph, composed steps, the trajectory."""
+    from edgediff.verify.parity import verify_bundle
+
+    with progress() as say:
+        report = verify_bundle(bundle, model, progress=say, targets=target)
+    _show_report(report, as_json)
+    if not report.ok:
+        raise VerificationError(f"{bundle} does not hold")
+
+
+def _show_report(report: "ParityReport", as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        from edgediff.tables import report_tables
+
+        for table in report_tables(report):
+            out.print(table)
