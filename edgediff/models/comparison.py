@@ -1,0 +1,124 @@
+"""A paper's own table of operations, counted anew on the same geometries and shown beside what it printed."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from edgediff.config import Cut
+from edgediff.errors import ConfigError
+from edgediff.models.adaptors import make_adaptor
+from edgediff.models.clockwork import split
+from edgediff.models.families import efficient
+from edgediff.models.graphs import adaptor_shape
+from edgediff.models.load import Model, load_model
+from edgediff.models.macs import Tally, tally
+from edgediff.survey import Survey
+from edgediff_runtime import clock_mask
+
+COMPARISONS = ("clockwork",)
+STEPS = 8
+CLOCK = 2
+ADAPTOR = "resnet"
+# Rows of a step, TFLOPs whole and with Clockwork, and the share saved, all as printed. Distilled has the guidance
+# distilled in, and so one row a step; what little its UNet has more to take the scale in is not stated and not counted.
+CLOCKWORK = {
+    "SD v1.5": (2, 10.8, 7.3, 0.32),
+    "Efficient": (2, 9.5, 5.9, 0.38),
+    "Distilled": (1, 4.7, 2.9, 0.38),
+}
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One line of the table.
+
+    Attributes:
+        survey: Our counts, and the schedule of this line.
+        clockwork: Whether the clock leaves anything out.
+        paper_tflops: What the paper prints, of the whole batch and all steps.
+        paper_saved: What the paper prints as saved against the line without Clockwork; None in that line itself.
+    """
+
+    survey: Survey
+    clockwork: bool
+    paper_tflops: float
+    paper_saved: float | None
+
+    def tflops(self, attention: bool) -> float:
+        """Our count for the whole batch and all steps; with or without attention matmuls."""
+        return self.survey.tflops(self.survey.mask, attention)
+
+    def saved(self, attention: bool) -> float | None:
+        """Share of our count that the clock saves; None without one."""
+        return self.survey.saved(attention) if self.clockwork else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as plain data; nothing is rounded but what the paper rounded."""
+        full, cached = self.survey.cost["full"], self.survey.cost["cached"]
+        return {
+            "model": self.survey.name,
+            "clockwork": self.clockwork,
+            "mask": [int(step) for step in self.survey.mask],
+            "batch": self.survey.batch,
+            "tflops": self.tflops(attention=False),
+            "tflops_with_attention": self.tflops(attention=True),
+            "source": "counted",
+            "paper_tflops": self.paper_tflops,
+            "paper_source": "published",
+            "saved": self.saved(attention=False),
+            "saved_with_attention": self.saved(attention=True),
+            "paper_saved": self.paper_saved,
+            "parameters": full.parameters,
+            "macs_without_attention": {"full": full.macs, "cached": cached.macs},
+            "macs_attention": {"full": full.macs_attention, "cached": cached.macs_attention},
+        }
+
+
+def compare(name: str) -> tuple[ComparisonRow, ...]:
+    """Counts a paper's table anew.
+
+    Args:
+        name: One of `COMPARISONS`.
+
+    Returns:
+        Its lines.
+
+    Raises:
+        ConfigError: There is no such comparison.
+    """
+    if name not in COMPARISONS:
+        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
+    return _clockwork()
+
+
+def _clockwork() -> tuple[ComparisonRow, ...]:
+    """8 steps of SD v1.5, Efficient and Distilled, whole and with the paper's cut, clock and learned adaptor."""
+    whole = load_model("sd15")
+    slim = replace(whole, unet=efficient(whole.unet))
+    cut = Cut()
+    small = _count(slim, cut)
+    counts = {"SD v1.5": _count(whole, cut), "Efficient": small, "Distilled": small}
+    rows = []
+    for model, (batch, tflops, tflops_clockwork, saved) in CLOCKWORK.items():
+        survey = Survey(
+            name=model,
+            cut=f"level {cut.level}, {cut.point}",
+            cost=counts[model].parts,
+            cache_bytes=4 * counts[model].cache_elements,
+            clock="1",
+            mask=clock_mask(1, STEPS),
+            batch=batch,
+        )
+        clocked = replace(survey, clock=str(CLOCK), mask=clock_mask(CLOCK, STEPS))
+        rows.append(ComparisonRow(survey, False, tflops, None))
+        rows.append(ComparisonRow(clocked, True, tflops_clockwork, saved))
+    return tuple(rows)
+
+
+def _count(model: Model, cut: Cut) -> Tally:
+    """Counts a model's parts at a cut, the learned adaptor among them."""
+    shape = adaptor_shape(split(model.unet, cut), model)
+    with torch.device("meta"):
+        adaptor = make_adaptor(ADAPTOR, shape)
+    return tally(split(model.unet, cut, adaptor), model.sample_shape, model.conditioning.tensors)
