@@ -1,0 +1,1 @@
+"""How far sets of images are from one another: distances of features, power spectra."""
