@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chunked import Chunked
 from diffusers import DPMSolverMultistepScheduler
 
 import edgediff
@@ -16,18 +17,6 @@ from edgediff_runtime.manifest import Graph
 
 # Rows in another grouping go through other kernels: what is left is the order of additions.
 REGROUPED = 1e-4
-
-
-class Chunked(TorchSession):
-    """Torch behind graphs of a fixed batch, as Core ML has them."""
-
-    def __init__(self, whole: TorchSession, batch: int) -> None:
-        super().__init__(whole.split, whole.graphs)
-        self.batch = batch
-
-    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        assert len(tensors["sample"]) == self.batch
-        super().run(graph, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +238,7 @@ def _request(pipe: EdgePipeline, graphs: tuple[Graph, ...]) -> Request:
     return Request(
         graphs=graphs,
         scheduler=make_scheduler(pipe.manifest.scheduler, 2),
-        mask=(True, False),
+        clock=(True, False),
         guidance=(1.0, 1.0),
         latents=noise(0, (1, 3, 16, 16)),
         cond={"class_labels": np.zeros(1, dtype=np.int64)},

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError
+from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, write_output
 
 
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument("--label", help="class of all images; left out, one class after the other")
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
-    parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
+    parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps, or auto:TOL")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), or coreml on a Mac")
@@ -31,14 +32,15 @@ def main() -> int:
         pipe = EdgePipeline.from_pretrained(args.bundle, backend=args.backend)
         output = Path(args.output)
         check_output(output, scale=1, space=pipe.manifest.sample.space)
-        result = pipe(
-            label=args.label,
-            num_images=args.num_images,
-            num_inference_steps=args.steps,
-            clock=args.clock,
-            guidance_scale=args.guidance_scale,
-            seed=args.seed,
-        )
+        with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
+            result = pipe(
+                label=args.label,
+                num_images=args.num_images,
+                num_inference_steps=args.steps,
+                clock=args.clock,
+                guidance_scale=args.guidance_scale,
+                seed=args.seed,
+            )
         write_output(result, output, scale=1)
     except EdgeRuntimeError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -50,7 +52,7 @@ def main() -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     if args.json:
-        ledger = [{"step": step.index, "full": step.full, "ms": step.ms} for step in result.ledger]
+        ledger = [step.to_dict() for step in result.ledger]
         print(json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1))
     else:
         total = sum(sum(step.ms.values()) for step in result.ledger)

@@ -5,6 +5,11 @@ line that says what was given and what was expected; and a caller who knows noth
 ``ValueError`` and is served. Errors of the program itself keep their own types.
 """
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
 
 class EdgeRuntimeError(ValueError):
     """Something that a user of the runtime can put right; the message is one line."""
@@ -20,3 +25,38 @@ class NotFiniteError(BundleError):
 
 class RequestError(EdgeRuntimeError):
     """What was asked does not fit the bundle: a label, a clock, a number of steps, a guidance scale."""
+
+
+class OperatingPointWarning(UserWarning):
+    """A generation is not what the bundle's adaptor was trained for: other steps, clock, guidance or sampler."""
+
+
+@contextmanager
+def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Hands each `OperatingPointWarning` on as one line while the block runs, whatever the filters; for command lines.
+
+    Args:
+        tell: Gets the line, at once.
+
+    Yields:
+        Nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OperatingPointWarning)
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, OperatingPointWarning):
+                tell(" ".join(str(message).split()))
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield

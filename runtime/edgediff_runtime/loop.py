@@ -1,10 +1,12 @@
 """The denoising loop: one, for the device, for verification and for training.
 
 In each step it runs the graphs that the clock says, on a table of tensors that lives from step to step; what the
-last step left under ``lowres_feature`` is the cache. All state belongs to the generator, so two generations never
-meet, and leaving the generator is all there is to cancelling.
+last step left under ``lowres_feature`` is this step's ``cache``. Graphs before the first one that the clock is asked
+for run for all rows first: an auto clock decides by what they made. All state belongs to the generator, so two
+generations never meet, and leaving the generator is all there is to cancelling.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -12,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from edgediff_runtime.errors import NotFiniteError
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.auto_clock import AutoClock, AutoDecisions, can_decide, divide
+from edgediff_runtime.errors import NotFiniteError, RequestError
+from edgediff_runtime.manifest import CACHE, HIGHRES_FEATURE, LOWRES_FEATURE, Graph
 from edgediff_runtime.noise import noise
 from edgediff_runtime.schedulers import Scheduler
 from edgediff_runtime.sessions import Array, Session
 
-CACHE = "lowres_feature"
+__all__ = ["CACHE", "LOWRES_FEATURE", "Request", "Step", "denoise", "initial_latents"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Request:
     Attributes:
         graphs: The graphs in the order in which a step runs them.
         scheduler: The sampler for this number of steps.
-        mask: One entry for each step, True = full.
+        clock: One entry for each step, True = full; or an auto clock, which decides as it runs.
         guidance: Guidance scale of each step; a step at or below 1 runs the conditional rows alone.
         latents: Initial latents [N, C, H, W], already scaled by the scheduler's initial sigma.
         cond: Conditional rows of each conditioning tensor, [N, ...].
@@ -38,7 +41,7 @@ class Request:
 
     graphs: tuple[Graph, ...]
     scheduler: Scheduler
-    mask: tuple[bool, ...]
+    clock: tuple[bool, ...] | AutoClock
     guidance: tuple[float, ...]
     latents: Array
     cond: Mapping[str, Array]
@@ -59,6 +62,8 @@ class Step:
         ms: Milliseconds in each graph, in the ``scheduler`` and in everything ``other`` (hand-off, clock).
         tensors: The table of tensors of each chunk of rows, in the backend's form; the next step changes it. Empty in
             a finished generation's ledger, which would keep them all in memory.
+        moved: How far ``highres_feature`` had moved since the last full step, where an auto clock compared it; not
+            finite where the feature was not, or had been zero.
     """
 
     index: int
@@ -68,6 +73,12 @@ class Step:
     latents: Array
     ms: dict[str, float]
     tensors: tuple[dict[str, Any], ...]
+    moved: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step's line of the ledger as plain data; ``moved`` is None also where it is not finite."""
+        moved = self.moved if self.moved is not None and math.isfinite(self.moved) else None
+        return {"step": self.index, "full": self.full, "moved": moved, "ms": self.ms}
 
 
 def denoise(request: Request, session: Session) -> Iterator[Step]:
@@ -82,9 +93,22 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
 
     Raises:
         NotFiniteError: The model's output is not finite.
+        RequestError: The clock is an auto clock, and these graphs are chosen before there is anything to decide by.
     """
     scheduler = request.scheduler
     num_images = len(request.latents)
+    head, rest = divide(request.graphs)
+    always = [graph for graph in head if graph.frequency == "step"]
+    clocked = {full: [graph for graph in rest if graph.runs(full)] for full in (True, False)}
+    mask: tuple[bool, ...] = ()
+    auto: AutoDecisions | None = None
+    if isinstance(request.clock, AutoClock):
+        if not can_decide(request.graphs):
+            names = ", ".join(graph.name for graph in request.graphs)
+            raise RequestError(f"clock {request.clock} has nothing to decide by before it chooses among {names}")
+        auto = AutoDecisions(request.clock)
+    else:
+        mask = request.clock
     x_t = request.latents
     state: Any = None
     chunks: list[_Chunk] = []
@@ -92,29 +116,29 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     for i, t in enumerate(scheduler.timesteps):
         start = perf_counter()
         guided = request.guidance[i] > 1
-        # Unconditional rows that join have no cache to reuse: their step is full.
-        full = request.mask[i] or (guided and not was_guided)
+        # There is no cache yet, or none of unconditional rows that join: such a step is full.
+        forced = i == 0 or (guided and not was_guided)
+        full = forced or (auto is None and mask[i])
         if i == 0 or guided != was_guided:
             chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
+            if auto is not None and not forced:
+                auto.keep_rows(num_images)
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
         rows = np.concatenate([x_in, x_in]) if guided else np.ascontiguousarray(x_in)
         timestep = session.put(np.array([t], dtype=np.float32))
-        ms = {graph.name: 0.0 for graph in request.graphs if graph.runs(full)}
-        out = np.empty_like(rows)
         for chunk in chunks:
             chunk.tensors["sample"] = session.put(rows if chunk.whole else rows[chunk.rows])
             chunk.tensors["timestep"] = timestep
-            for graph in request.graphs:
-                if graph.file is not None and graph.runs(full):
-                    before = perf_counter()
-                    session.run(graph, chunk.tensors)
-                    ms[graph.name] += 1e3 * (perf_counter() - before)
-            values = session.get(chunk.tensors["out_sample"])
-            if chunk.whole:
-                out = values
-            else:
-                out[chunk.rows] = values
+            if LOWRES_FEATURE in chunk.tensors:
+                chunk.tensors[CACHE] = chunk.tensors[LOWRES_FEATURE]
+        ms: dict[str, float] = {}
+        moved = None
+        _run(session, always, chunks, ms)
+        if auto is not None:
+            full, moved = auto.decide(_gather(session, chunks, HIGHRES_FEATURE, len(rows)), forced)
+        _run(session, clocked[full], chunks, ms)
+        out = _gather(session, chunks, "out_sample", len(rows))
         model_output = out
         if guided:
             u, c = out[:num_images], out[num_images:]
@@ -130,7 +154,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
         shown = x_t.view()
         shown.flags.writeable = False
-        yield Step(i, float(t), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks))
+        yield Step(i, float(t), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks), moved)
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
@@ -183,12 +207,13 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
     named = dict(request.cond)
     if guided:
         named = {name: np.concatenate([request.uncond[name], rows]) for name, rows in named.items()}
-    cache = _conditional_cache(session, old, num_images) if old and keep_cache else None
+    # A step without unconditional rows follows one that had them.
+    cache = _gather(session, old, LOWRES_FEATURE, 2 * num_images)[num_images:] if old and keep_cache else None
     chunks = []
     for rows in groups:
         tensors = {name: session.put(np.ascontiguousarray(values[rows])) for name, values in named.items()}
         if cache is not None:
-            tensors[CACHE] = session.put(np.ascontiguousarray(cache[rows]))
+            tensors[LOWRES_FEATURE] = session.put(np.ascontiguousarray(cache[rows]))
         for graph in request.graphs:
             if graph.frequency == "generation":
                 session.run(graph, tensors)
@@ -196,10 +221,27 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
     return chunks
 
 
-def _conditional_cache(session: Session, guided: list[_Chunk], num_images: int) -> Array:
-    """The conditional rows of a guided step's cache."""
-    first = session.get(guided[0].tensors[CACHE])
-    cache = np.empty((2 * num_images, *first.shape[1:]), dtype=first.dtype)
-    for chunk in guided:
-        cache[chunk.rows] = session.get(chunk.tensors[CACHE])
-    return cache[num_images:]
+def _run(session: Session, graphs: Sequence[Graph], chunks: Sequence[_Chunk], ms: dict[str, float]) -> None:
+    """Runs graphs for all rows, and adds up what each takes."""
+    for graph in graphs:
+        ms[graph.name] = 0.0
+    for chunk in chunks:
+        for graph in graphs:
+            if graph.file is not None:
+                before = perf_counter()
+                session.run(graph, chunk.tensors)
+                ms[graph.name] += 1e3 * (perf_counter() - before)
+
+
+def _gather(session: Session, chunks: Sequence[_Chunk], name: str, num_rows: int) -> Array:
+    """All rows of a tensor in their order, however they are grouped."""
+    gathered: Array | None = None
+    for chunk in chunks:
+        value = session.get(chunk.tensors[name])
+        if chunk.whole:
+            return value
+        if gathered is None:
+            gathered = np.empty((num_rows, *value.shape[1:]), dtype=value.dtype)
+        gathered[chunk.rows] = value
+    assert gathered is not None
+    return gathered

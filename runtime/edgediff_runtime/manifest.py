@@ -13,6 +13,10 @@ from edgediff_runtime.errors import BundleError
 from edgediff_runtime.schedulers import SchedulerConfig
 
 Frequency = Literal["step", "full_step", "cached_step", "generation"]
+# Tensors that the loop itself looks at: what the auto clock compares, what a step leaves, and what the next takes.
+HIGHRES_FEATURE = "highres_feature"
+LOWRES_FEATURE = "lowres_feature"
+CACHE = "cache"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -178,8 +182,8 @@ class OperatingPoint(Struct, frozen=True):
 
     Attributes:
         num_inference_steps: Denoising steps.
-        clock: Period or mask, as it was given.
-        mask: The clock spelt out, 1 = full.
+        clock: Period, mask or auto clock, as it was given.
+        mask: The clock spelt out, 1 = full; of an auto clock, as the reference in torch ran.
         guidance_scale: Classifier-free guidance; 1 is off.
         seed: Seed of the evidence's trajectory.
         num_images: Images in the evidence's trajectory.
@@ -191,6 +195,42 @@ class OperatingPoint(Struct, frozen=True):
     guidance_scale: float
     seed: int
     num_images: int
+
+
+class TrainedFor(Struct, frozen=True):
+    """The operating point that an adaptor was trained for.
+
+    Attributes:
+        num_inference_steps: Denoising steps.
+        scheduler: The sampler, as a recipe names it.
+        clock: Period or mask, as it was given.
+        mask: The clock spelt out, 1 = full.
+        guidance_scale: Classifier-free guidance; 1 is off.
+    """
+
+    num_inference_steps: int
+    scheduler: str
+    clock: int | str
+    mask: tuple[int, ...]
+    guidance_scale: float
+
+
+class Adaptor(Struct, frozen=True):
+    """What stands in for lowres on cached steps.
+
+    Attributes:
+        kind: ``identity``, ``resnet``, ``unet`` or ``unet-light``.
+        name: Its folder's name; None for the identity.
+        path: That folder as it was given; None for the identity and for built-in adaptors.
+        sha256: Hash of its weights; None for the identity.
+        trained_for: The operating point of its training; None for the identity.
+    """
+
+    kind: str
+    name: str | None = None
+    path: str | None = None
+    sha256: str | None = None
+    trained_for: TrainedFor | None = None
 
 
 class Cost(Struct, frozen=True):
@@ -242,7 +282,7 @@ class Manifest(Struct, frozen=True):
     source: Source
     license: str
     cut: Cut
-    adaptor: str
+    adaptor: Adaptor
     sample: Sample
     conditioning: Conditioning
     scheduler: SchedulerConfig

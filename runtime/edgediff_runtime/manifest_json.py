@@ -4,13 +4,24 @@ from typing import Any
 
 import msgspec
 
-from edgediff_runtime.clock import clock_mask
+from edgediff_runtime.auto_clock import AutoClock, can_decide, is_auto
+from edgediff_runtime.clock import parse_clock
 from edgediff_runtime.errors import BundleError, RequestError
-from edgediff_runtime.manifest import Graph, Manifest, Target
+from edgediff_runtime.manifest import (
+    CACHE,
+    LOWRES_FEATURE,
+    Adaptor,
+    Graph,
+    Manifest,
+    OperatingPoint,
+    Target,
+    TrainedFor,
+)
 
 FORMAT_VERSION = 1
 
 MAX_GUIDANCE = 3.4028234663852886e38  # float32's largest
+ADAPTORS = ("identity", "resnet", "unet", "unet-light")
 # Of Core ML's model format, by the oldest system that reads it.
 SPECIFICATION_OF = {"iOS16": 7, "iOS17": 8, "iOS18": 9}
 # What a step has before any graph has run, besides sample and timestep.
@@ -32,8 +43,10 @@ def check_manifest(manifest: Manifest) -> None:
         RequestError: The clock is none.
     """
     sample, point, known = manifest.sample, manifest.operating_point, manifest.conditioning
-    mask = clock_mask(point.clock, point.num_inference_steps)
-    _hold(point.mask == tuple(map(int, mask)), "operating_point.mask", point.mask, f"clock {point.clock} spelt out")
+    _check_clock("operating_point", point)
+    _check_adaptor(manifest.adaptor)
+    _hold(manifest.verified == "full" or not is_auto(point.clock), "verified", manifest.verified,
+          f"full with clock {point.clock}")  # fmt: skip
     _hold(0 < point.guidance_scale <= MAX_GUIDANCE, "guidance_scale", point.guidance_scale, "a number above 0")
     _hold(0 <= point.seed < 2**64, "operating_point.seed", point.seed, "0 to 2^64 - 1")
     for name, number in (
@@ -46,16 +59,50 @@ def check_manifest(manifest: Manifest) -> None:
           f"0 to {len(known.labels)}")  # fmt: skip
     for name, file in manifest.files.items():
         _hold(file.size >= 0, f"size of {name}", file.size, "0 or more")
-        _hold(len(file.sha256) == 64 and set(file.sha256) <= set("0123456789abcdef"), f"sha256 of {name}", file.sha256,
-              "64 hexadecimal digits")  # fmt: skip
+        _check_hash(f"sha256 of {name}", file.sha256)
     kinds = [target.target for target in manifest.targets]
     _hold(0 < len(set(kinds)) == len(kinds), "targets", kinds, "one of a kind, one at least")
     for target in manifest.targets:
         _check_target(target, manifest)
 
 
+def _check_clock(where: str, point: OperatingPoint | TrainedFor) -> None:
+    """The mask is the clock's, or one that an auto clock can have given."""
+    clock = parse_clock(point.clock, point.num_inference_steps)
+    if not isinstance(clock, AutoClock):
+        fits = point.mask == tuple(map(int, clock))
+    else:
+        cached = "".join(map(str, point.mask)).split("1")
+        fits = len(point.mask) == point.num_inference_steps and point.mask[0] == 1 and set(point.mask) <= {0, 1}
+        fits = fits and max(map(len, cached)) <= clock.bound
+    _hold(fits, f"{where}.mask", point.mask, f"clock {point.clock} spelt out")
+
+
+def _check_adaptor(adaptor: Adaptor) -> None:
+    """The identity is described by its kind alone; a learned adaptor by its name, its hash and its training."""
+    _hold(adaptor.kind in ADAPTORS, "adaptor.kind", adaptor.kind, f"one of {', '.join(ADAPTORS)}")
+    learned = adaptor.kind != "identity"
+    for name in ("name", "sha256", "trained_for"):
+        value = getattr(adaptor, name)
+        _hold((value is not None) == learned, f"adaptor.{name}", value, "a value for a learned one, null for identity")
+    _hold(learned or adaptor.path is None, "adaptor.path", adaptor.path, "null for identity")
+    if adaptor.sha256 is not None:
+        _check_hash("adaptor.sha256", adaptor.sha256)
+    if adaptor.trained_for is not None:
+        _check_clock("adaptor.trained_for", adaptor.trained_for)
+        scale = adaptor.trained_for.guidance_scale
+        _hold(0 < scale <= MAX_GUIDANCE, "adaptor.trained_for.guidance_scale", scale, "a number above 0")
+
+
+def _check_hash(name: str, given: str) -> None:
+    _hold(len(given) == 64 and set(given) <= set("0123456789abcdef"), name, given, "64 hexadecimal digits")
+
+
 def _check_target(target: Target, manifest: Manifest) -> None:
     sample = manifest.sample
+    clock = manifest.operating_point.clock
+    _hold(can_decide(target.graphs) or not is_auto(clock), "operating_point.clock", clock,
+          f"a period or a mask with layout {target.layout}, which cannot decide as it runs")  # fmt: skip
     for name, floor in msgspec.structs.asdict(target.floors).items():
         _hold(floor is None or floor > 0, f"floors.{name}", floor, "dB above 0")
     _hold(target.batch is None or target.batch > 0, "batch", target.batch, "null or a whole number above 0")
@@ -71,6 +118,10 @@ def _check_target(target: Target, manifest: Manifest) -> None:
               f"{version}, that of {target.deployment_target}")  # fmt: skip
     half = target.dtype == "fp16"
     _hold((target.floors.program is not None) == half, "floors.program", target.floors.program, "dB for fp16 alone")
+    for graph in target.graphs:
+        if graph.name == "adaptor":
+            without = manifest.adaptor.kind == "identity"
+            _hold((graph.file is None) == without, "file of adaptor", graph.file, "null for the identity alone")
     tensors = [t for graph in target.graphs for t in (*graph.inputs, *graph.outputs)]
     _hold(half or all(t.dtype != "float16" for t in tensors), "dtype", target.dtype, "fp16 for float16 tensors")
     names = [graph.name for graph in target.graphs]
@@ -93,11 +144,13 @@ def _check_target(target: Target, manifest: Manifest) -> None:
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
     """Follows the tensors through one step: each is there when a graph wants it."""
     early = set(CONDITIONING_INPUTS[kind])
-    there = {"sample", "timestep", *early} | (set() if full else {"lowres_feature"})
+    there = {"sample", "timestep", *early} | (set() if full else {CACHE, LOWRES_FEATURE})
     for graph in graphs:
         names = {tensor.name for tensor in graph.outputs}
-        _hold(graph.file is not None or names <= {tensor.name for tensor in graph.inputs}, f"file of {graph.name}",
-              graph.file, "a file: what it makes does not come in")  # fmt: skip
+        # Where nothing runs, the cache stays under the name that the last step left it under.
+        stays = {LOWRES_FEATURE if tensor.name == CACHE else tensor.name for tensor in graph.inputs}
+        _hold(graph.file is not None or names <= stays, f"file of {graph.name}", graph.file,
+              "a file: what it makes does not come in")  # fmt: skip
         for tensor in (*graph.inputs, *graph.outputs):
             _hold(all(n == "batch" or n > 0 for n in tensor.shape), f"shape of {tensor.name}", tensor.shape, "sizes")
         if graph.frequency == "generation":
@@ -110,7 +163,7 @@ def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
             missing = [tensor.name for tensor in graph.inputs if tensor.name not in there]
             _hold(not missing, f"inputs of {graph.name}", missing, "tensors that a step has by then")
             there |= names
-    _hold({"out_sample", "lowres_feature"} <= there, "outputs of a step", sorted(there), "out_sample, lowres_feature")
+    _hold({"out_sample", LOWRES_FEATURE} <= there, "outputs of a step", sorted(there), "out_sample, lowres_feature")
 
 
 def _hold(holds: bool, name: str, given: object, expected: str) -> None:

@@ -1,0 +1,62 @@
+"""Whether a generation is what a bundle's adaptor was trained for.
+
+A learned adaptor belongs to one operating point: steps, sampler, clock and guidance. Others run, and look worse; the
+user is told once.
+"""
+
+from collections.abc import Sequence
+
+from edgediff_runtime.auto_clock import AutoClock
+from edgediff_runtime.clock import ClockSpec, parse_clock
+from edgediff_runtime.errors import RequestError
+from edgediff_runtime.manifest import Manifest, TrainedFor
+
+
+def departure(
+    manifest: Manifest,
+    clock: tuple[bool, ...] | AutoClock,
+    guidance: Sequence[float],
+    asked: ClockSpec,
+) -> str | None:
+    """Says in what a generation differs from what the bundle's adaptor was trained for.
+
+    Args:
+        manifest: The bundle's.
+        clock: What is asked for: its mask, or the auto clock.
+        guidance: Guidance scale of each step; 1 or less is off.
+        asked: The clock as it was asked for.
+
+    Returns:
+        One line; None where nothing differs, nothing was trained, or no step is cached, so that the adaptor never runs.
+    """
+    trained = manifest.adaptor.trained_for
+    if trained is None or (not isinstance(clock, AutoClock) and all(clock)):
+        return None
+    # As the recipe named it: a source may ask for Karras sigmas under a plain name.
+    sampler = str(manifest.config.get("scheduler", manifest.scheduler.name))
+    differs = []
+    if len(guidance) != trained.num_inference_steps:
+        differs.append(f"{len(guidance)} steps")
+    if sampler != trained.scheduler:
+        differs.append(sampler)
+    if not _same_clock(clock, trained, len(guidance)):
+        differs.append(f"clock {','.join(map(str, asked)) if isinstance(asked, list | tuple) else asked}")
+    if any(max(scale, 1.0) != max(trained.guidance_scale, 1.0) for scale in guidance):
+        differs.append(f"guidance {', '.join(f'{scale:g}' for scale in dict.fromkeys(guidance))}")
+    if not differs:
+        return None
+    point = f"{trained.num_inference_steps} steps of {trained.scheduler}, clock {trained.clock}"
+    return (
+        f"adaptor {manifest.adaptor.name} was trained for {point}, guidance {trained.guidance_scale:g}; "
+        f"this is {', '.join(differs)}: images may be worse"
+    )
+
+
+def _same_clock(clock: tuple[bool, ...] | AutoClock, trained: TrainedFor, steps: int) -> bool:
+    """Whether the steps that are asked for are those of the training; of an auto clock, whether it is the same rule."""
+    if not isinstance(clock, AutoClock) and steps == trained.num_inference_steps:
+        return tuple(map(int, clock)) == trained.mask
+    try:
+        return parse_clock(trained.clock, steps) == clock
+    except RequestError:  # a mask, spelt out for another number of steps
+        return False
