@@ -1,23 +1,21 @@
 """What an export is asked to do: frozen structs, read from strict YAML.
 
-YAML exists only here, at the edge. A key that is unknown, missing or of the wrong type is refused by name with the
-nearest valid one; rules that tie two fields together stand in `check_config`, in one place.
+Rules that tie two fields together stand in `check_config`, in one place.
 """
 
-import difflib
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import msgspec
 
-from edgediff.errors import ConfigError, MissingExtraError
-from edgediff_runtime.clock import clock_mask
+from edgediff.errors import ConfigError
+from edgediff.strict import read_yaml, retyped, spell_clock, strict
+from edgediff_runtime.auto_clock import AutoClock
+from edgediff_runtime.clock import parse_clock
 from edgediff_runtime.errors import RequestError
 
 POINTS = ("before_upsample", "after_upsample")
-ADAPTORS = ("identity",)
 
 Target = Literal["onnx", "coreml"]
 Layout = Literal["split", "pair"]
@@ -32,7 +30,9 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         level: How many high-resolution levels stay outside of the low-resolution part; 1 is the paper's stage 1.
         point: Where the low-resolution part ends: ``before_upsample`` (the paper's: the upsampler belongs to the
-            high-resolution side, the cache is four times smaller) or ``after_upsample``.
+            high-resolution side, the cache is four times smaller), ``after_upsample`` (the authors' public code), or
+            ``block:N`` (level 1 only; DeepCache's branch N: conv_in and the first N layers of the first block stay
+            outside, and the last N + 1 layers of the last).
     """
 
     level: int = 1
@@ -121,8 +121,11 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         model: A diffusers directory or a built-in name; the command line's argument comes first.
         targets: What is written into the bundle.
         cut: Where the UNet is divided.
-        adaptor: What stands in for the low-resolution part on cached steps.
-        clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps.
+        adaptor: What stands in for the low-resolution part on cached steps: ``identity``, a built-in one by its name
+            or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
+            operating point, and the identity where there is none.
+        clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps; or ``auto:TOL`` or
+            ``auto:TOL:BOUND``, which decides as it runs.
         steps: Denoising steps of the operating point.
         scheduler: Sampler of the operating point.
         guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
@@ -142,7 +145,7 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     model: str | None = None
     targets: tuple[Target, ...] = ("onnx",)
     cut: Cut = Cut()
-    adaptor: str = "identity"
+    adaptor: str | None = None
     clock: int | str = 2
     steps: int = 8
     scheduler: SchedulerName = "dpmpp_2m"
@@ -192,21 +195,7 @@ def load_config(path: str | Path) -> ExportConfig:
     Raises:
         ConfigError: The file cannot be read, is no mapping, or a key in it is unknown, mistyped or out of range.
     """
-    try:
-        import yaml
-    except ImportError as e:
-        raise MissingExtraError("reading a YAML recipe", "export") from e
-    path = find_recipe(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"recipe {path}: cannot be read ({e.strerror or e})") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"recipe {path}: not YAML ({' '.join(str(e).split())})") from e
-    try:
-        return config_from(data if data is not None else {})
-    except ConfigError as e:
-        raise ConfigError(f"recipe {path}: {e}") from e
+    return read_yaml(find_recipe(path), config_from)
 
 
 def config_from(data: object) -> ExportConfig:
@@ -224,53 +213,7 @@ def config_from(data: object) -> ExportConfig:
     >>> config_from({"steps": 4, "clock": "1,0,0,1"}).clock
     '1,0,0,1'
     """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"expected a mapping of settings, got {type(data).__name__}")
-    _refuse_unknown(data, ExportConfig, "")
-    clock = data.get("clock")
-    if isinstance(clock, list):
-        if not clock or any(not isinstance(bit, int) or bit not in (0, 1) for bit in clock):
-            raise ConfigError(f"'clock' is {clock}; expected a period such as 2 or a mask such as [1, 0, 1, 0]")
-        data = {**data, "clock": ",".join(str(int(bit)) for bit in clock)}
-    try:
-        config = msgspec.convert(data, ExportConfig)
-    except msgspec.ValidationError as e:
-        raise ConfigError(_one_line(e)) from e
-    return check_config(config)
-
-
-def _refuse_unknown(data: Mapping[Any, Any], kind: type[msgspec.Struct], where: str) -> None:
-    """Names a key that the struct does not have, and the nearest that it has."""
-    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    for key, value in data.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"unknown key '{where}{key}', did you mean '{where}{near[0]}'? (valid: {', '.join(fields)})"
-            )
-        inner = fields[key]
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
-            _refuse_unknown(value, inner, f"{where}{key}.")
-
-
-def _one_line(e: msgspec.ValidationError) -> str:
-    message = str(e)
-    if " - at `$." in message:
-        text, _, where = message.partition(" - at `$.")
-        choices = _choices(where.rstrip("`")) if text.startswith("Invalid enum value") else ()
-        expected = f"; expected one of: {', '.join(choices)}" if choices else ""
-        return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}{expected}"
-    return message
-
-
-def _choices(where: str) -> tuple[str, ...]:
-    """The values that a field such as ``onnx.dtype`` or ``targets[0]`` takes, where they are counted."""
-    kind: Any = ExportConfig
-    for name in where.partition("[")[0].split("."):
-        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
-    if get_origin(kind) is tuple:
-        kind = get_args(kind)[0]
-    return get_args(kind)
+    return check_config(strict(spell_clock(data), ExportConfig))
 
 
 def check_config(config: ExportConfig) -> ExportConfig:
@@ -285,24 +228,24 @@ def check_config(config: ExportConfig) -> ExportConfig:
     Raises:
         ConfigError: With the field, its value and what was expected.
     """
-    if isinstance(config.clock, list | tuple):
+    if isinstance(config.clock, AutoClock):
+        config = msgspec.structs.replace(config, clock=str(config.clock))
+    elif isinstance(config.clock, list | tuple):
         config = msgspec.structs.replace(config, clock=",".join(str(bit) for bit in config.clock))
-    try:
-        config = msgspec.convert(msgspec.to_builtins(config), ExportConfig)
-    except msgspec.ValidationError as e:
-        raise ConfigError(_one_line(e)) from e
-    except TypeError as e:
-        raise ConfigError(f"a setting is of a type that no recipe can hold: {e}") from e
+    config = retyped(config)
     if not config.targets:
         raise ConfigError(f"'targets' is empty; expected at least one of: {', '.join(get_args(Target))}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' names one twice: {', '.join(config.targets)}")
     if config.cut.level < 1:
         raise ConfigError(f"'cut.level' is {config.cut.level}; expected 1 or more")
-    if config.cut.point not in POINTS:
-        raise ConfigError(f"'cut.point' is {config.cut.point!r}; expected one of: {', '.join(POINTS)}")
-    if config.adaptor not in ADAPTORS:
-        raise ConfigError(f"'adaptor' is {config.adaptor!r}; expected one of: {', '.join(ADAPTORS)}")
+    block = block_of(config.cut.point)
+    if config.cut.point not in POINTS and block is None:
+        raise ConfigError(f"'cut.point' is {config.cut.point!r}; expected one of: {', '.join(POINTS)}, block:N")
+    if block is not None and config.cut.level != 1:
+        raise ConfigError(
+            f"'cut.point' is {config.cut.point}, which divides level 1; 'cut.level' is {config.cut.level}"
+        )
     if config.steps < 1:
         raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
     if not 18 <= config.onnx.opset <= 23:
@@ -332,16 +275,44 @@ def check_config(config: ExportConfig) -> ExportConfig:
         if seed is not None and not 0 <= seed < 2**63:
             raise ConfigError(f"'{name}' is {seed}; expected 0 to 2^63 - 1")
     try:
-        clock_mask(config.clock, config.steps)
+        clock = parse_clock(config.clock, config.steps)
     except RequestError as e:
         raise ConfigError(str(e)) from e
     pairs = any(layout_of(config, target) == "pair" for target in config.targets)
-    if pairs and all(clock_mask(config.clock, config.steps)):
+    if isinstance(clock, AutoClock):
+        if pairs:
+            raise ConfigError(
+                f"clock {config.clock} decides after highres_in has run, layout pair before; expected a period or a "
+                "mask, or layout split"
+            )
+        if config.verify.mode == "graphs":
+            raise ConfigError(
+                f"clock {config.clock} decides as it runs, and --verify graphs runs no trajectory; expected a period "
+                "or a mask, or --verify full"
+            )
+    elif pairs and all(clock):
         raise ConfigError(
             f"layout pair with clock {config.clock} over {config.steps} steps: there is no cached step by which the "
             "cached graph could be verified; expected a clock with one, or layout split"
         )
     return config
+
+
+def block_of(point: str) -> int | None:
+    """The N of a cut point ``block:N``.
+
+    Args:
+        point: A cut point.
+
+    Returns:
+        N, or None where the point is another.
+
+    >>> block_of("block:2"), block_of("before_upsample")
+    (2, None)
+    """
+    name, _, number = point.partition(":")
+    digits = number.isascii() and number.isdigit() and len(number) <= 4
+    return int(number) if name == "block" and digits else None
 
 
 def layout_of(config: ExportConfig, target: Target) -> Layout:

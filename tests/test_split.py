@@ -10,6 +10,13 @@ from edgediff.errors import UnsupportedError
 POINTS = ("before_upsample", "after_upsample")
 
 
+def _cuts(unet: torch.nn.Module) -> list[Cut]:
+    """Every cut that a UNet allows."""
+    layers = len(unet.down_blocks[0].resnets)
+    levels = [Cut(level, point) for level in _levels(unet) for point in POINTS]
+    return levels + [Cut(1, f"block:{i}") for i in range(layers + 1)]
+
+
 def _levels(unet: torch.nn.Module) -> range:
     return range(1, len(unet.down_blocks))
 
@@ -22,14 +29,13 @@ def test_composed_equals_the_undivided_unet_bit_for_bit(name: str) -> None:
     sample = torch.randn(2, unet.config.in_channels, 16, 16)
     cond = CASES[name].cond(2)
     want = unet(sample, torch.tensor([371.0]), **cond).sample
-    for level in _levels(unet):
-        for point in POINTS:
-            divided = split(unet, Cut(level, point))
-            full, cache = divided.full(sample, torch.tensor([371.0]), **cond)
-            cached, kept = divided.cached(sample, torch.tensor([371.0]), cache, **cond)
-            assert torch.equal(full, want), (level, point)
-            assert torch.equal(cached, want), (level, point)
-            assert torch.equal(kept, cache)
+    for cut in _cuts(unet):
+        divided = split(unet, cut)
+        full, cache = divided.full(sample, torch.tensor([371.0]), **cond)
+        cached, kept = divided.cached(sample, torch.tensor([371.0]), cache, **cond)
+        assert torch.equal(full, want), cut
+        assert torch.equal(cached, want), cut
+        assert torch.equal(kept, cache)
     after = unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -99,6 +105,23 @@ def test_levels_that_are_not_there(level: int) -> None:
 def test_unknown_point() -> None:
     with pytest.raises(UnsupportedError, match="before_upsample, after_upsample"):
         split(unet2d(), Cut(1, "in_the_middle"))
+
+
+@pytest.mark.parametrize(("level", "point"), [(1, "block:3"), (2, "block:0"), (1, "block:12345")])
+def test_blocks_that_are_not_there(level: int, point: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"2 layers in its highest level|unknown; choices:.*block:N"):
+        split(unet2d(), Cut(level, point))
+
+
+@torch.no_grad()
+def test_the_first_block_leaves_one_layer_outside() -> None:
+    # DeepCache's branch 0: conv_in on the way down, the last layer of the last block on the way up.
+    divided = split(unet2d(), Cut(1, "block:0"))
+    assert len(divided.highres_in.layers) == 0
+    assert len(divided.highres_out.layers) == 1
+    assert divided.full(torch.randn(1, 3, 16, 16), 5)[1].shape == (1, 8, 16, 16)
+    whole = split(unet2d(), Cut(1, "block:2"))
+    assert [len(whole.highres_in.layers), len(whole.highres_out.layers)] == [2, 3]
 
 
 def test_sizes_that_the_levels_do_not_divide() -> None:

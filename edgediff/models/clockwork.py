@@ -5,6 +5,7 @@ Each part is a module with named inputs and outputs, and that list of names is a
 are shared with the UNet and never copied; the UNet is left as it was.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -12,16 +13,20 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from edgediff.config import POINTS, Cut
+from edgediff.config import POINTS, Cut, block_of
 from edgediff.errors import UnsupportedError
 from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.embedding import StepEmbedding
-from edgediff.models.layers import AnyLayer, flatten
+from edgediff.models.layers import AnyLayer, Layer, flatten
 from edgediff.models.part import Part
+from edgediff_runtime.loop import CACHE
 
 UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 TEXT = "encoder_hidden_states"
 PROJECTED_TEXT = "encoder_hidden_states_projected"
+RESIDUALS = (
+    "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
+)  # fmt: skip
 
 
 class HighresIn(Part):
@@ -170,9 +175,14 @@ class SplitUNet(nn.Module):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of what a step takes from outside: ``sample``, ``timestep`` and the conditioning."""
-        made = {name for part in self.parts.values() for name in part.outputs}
+        made = {CACHE, *(name for part in self.parts.values() for name in part.outputs)}
         needed = dict.fromkeys(name for part in self.parts.values() for name in part.inputs)
         return tuple(name for name in needed if name not in made)
+
+    def on_meta(self) -> "SplitUNet":
+        """Copies the structure without the weights, which get shapes and no numbers: for counting."""
+        memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.parameters()}
+        return copy.deepcopy(self, memo)
 
     def full(
         self, sample: torch.Tensor, timestep: torch.Tensor | float, **cond: Any
@@ -211,7 +221,7 @@ class SplitUNet(nn.Module):
         Raises:
             UnsupportedError: As in `full`.
         """
-        return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), "lowres_feature": cache})
+        return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), CACHE: cache})
 
     def _step(self, between: Part, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         for part in (self.highres_in, between, self.highres_out):
@@ -230,6 +240,12 @@ class SplitUNet(nn.Module):
         given.update(given.pop("added_cond_kwargs", None) or {})
         tensors = {"sample": sample, "timestep": timestep.reshape(-1)}
         tensors.update({name: value for name, value in given.items() if value is not None})
+        for name in RESIDUALS:
+            if tensors.pop(name, None) is not None:
+                raise UnsupportedError(
+                    f"{name} was given: a divided UNet takes no residuals of a ControlNet or a T2I adapter; "
+                    "supported: the UNet alone"
+                )
         for name in self.ignored:
             tensors.pop(name, None)
         if set(tensors) != set(self.inputs):
@@ -256,21 +272,17 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
         raise UnsupportedError(f"cannot cut a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel")
     if unet.config.get("attention_type", "default") != "default":
         raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
-    if cut.point not in POINTS:
-        raise UnsupportedError(f"cut point {cut.point!r} is unknown; choices: {', '.join(POINTS)}")
     down, mid, up = flatten(unet)
     if not 1 <= cut.level < len(down):
         raise UnsupportedError(
             f"cannot cut at level {cut.level}: the UNet has {len(down)} levels, choices: "
             + ", ".join(str(level) for level in range(1, len(down)))
         )
-    highres_down = [layer for level in down[: cut.level] for layer in level]
-    lowres = [layer for level in down[cut.level :] for layer in level]
-    lowres += [] if mid is None else [mid]
-    lowres.extend(layer for level in up[: -cut.level] for layer in level)
-    highres_up = [layer for level in up[-cut.level :] for layer in level]
-    if cut.point == "before_upsample":
-        highres_up.insert(0, lowres.pop())
+    way_down = [layer for level in down for layer in level]
+    way_up = [layer for level in up for layer in level]
+    top, bottom = _places(cut, down, up)
+    highres_down, highres_up = way_down[:top], way_up[bottom:]
+    lowres = [*way_down[top:], *([] if mid is None else [mid]), *way_up[:bottom]]
     num_skips = sum(layer.pops for layer in highres_up)
     carries_skip = sum(layer.pops - layer.pushes for layer in lowres) > 0
     highres_in = HighresIn(unet, highres_down, num_skips)
@@ -290,6 +302,25 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
         if id(module) not in own:
             module.training = unet.training
     return divided
+
+
+def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> tuple[int, int]:
+    """How many layers the high-resolution part has on the way down, and where it begins on the way up."""
+    layers_up = sum(len(level) for level in up)
+    block = block_of(cut.point)
+    if block is not None:
+        layers = sum(isinstance(layer, Layer) for layer in down[0])
+        if cut.level != 1 or block > layers:
+            raise UnsupportedError(
+                f"cannot cut at level {cut.level}, {cut.point}: the UNet has {layers} layers in its highest level; "
+                f"choices: level 1, {', '.join(f'block:{i}' for i in range(layers + 1))}"
+            )
+        return block, layers_up - (block + 1) - sum(not isinstance(layer, Layer) for layer in up[-1])
+    if cut.point not in POINTS:
+        raise UnsupportedError(f"cut point {cut.point!r} is unknown; choices: {', '.join(POINTS)}, block:N")
+    top = sum(len(level) for level in down[: cut.level])
+    bottom = layers_up - sum(len(level) for level in up[-cut.level :])
+    return top, bottom - 1 if cut.point == "before_upsample" else bottom
 
 
 def check_size(height: int, width: int, factor: int) -> None:

@@ -49,6 +49,20 @@ class Conditioning:
     null_label: int | None = None
 
 
+def usual_guidance(known: Conditioning) -> float:
+    """The guidance that a model is sampled with where nothing else is said.
+
+    Args:
+        known: What the model is conditioned on.
+
+    Returns:
+        2.0 for classes with a null class, 7.5 for text, 1.0 (off) for the rest.
+    """
+    if known.kind == "class":
+        return 1.0 if known.null_label is None else 2.0
+    return 7.5 if known.kind == "text" else 1.0
+
+
 def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     """Finds out what a UNet is conditioned on.
 

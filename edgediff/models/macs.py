@@ -5,7 +5,6 @@ apart and shown side by side. Counting runs the parts on the meta device: shapes
 needs no weights.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.conditioning import TensorSpec
+from edgediff_runtime.loop import CACHE, LOWRES_FEATURE
 from edgediff_runtime.manifest import Cost
 
 CONVOLUTION_AND_LINEAR = frozenset({"convolution", "_convolution", "addmm", "mm"})
@@ -49,8 +49,7 @@ def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[st
         UnsupportedError: The levels do not divide the sample's size.
     """
     check_size(sample_shape[1], sample_shape[2], split.factor)
-    memo = {id(p): torch.nn.Parameter(p.to("meta"), requires_grad=False) for p in split.parameters()}
-    parts = copy.deepcopy(split, memo).parts
+    parts = split.on_meta().parts
     # torch runs a linear layer on a transposed input as a batched product, which would count as attention.
     for module in (module for part in parts.values() for module in part.modules()):
         if isinstance(module, torch.nn.Linear):
@@ -66,13 +65,15 @@ def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[st
         with counter, torch.no_grad():
             outputs = part(*(tensors[key] for key in part.inputs))
         tensors.update(zip(part.outputs, outputs, strict=True))
+        if name == "lowres":
+            tensors[CACHE] = tensors[LOWRES_FEATURE]
         counts[name] = Cost(sum(p.numel() for p in part.parameters()), *_split_flops(counter))
     for step, between in (("full", "lowres"), ("cached", "adaptor")):
         run = [counts["highres_in"], counts[between], counts["highres_out"]]
         counts[step] = Cost(
             sum(c.parameters for c in run), sum(c.macs for c in run), sum(c.macs_attention for c in run)
         )
-    return Tally(counts, tensors["lowres_feature"].numel())
+    return Tally(counts, tensors[LOWRES_FEATURE].numel())
 
 
 def _split_flops(counter: Any) -> tuple[int, int]:

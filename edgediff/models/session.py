@@ -15,6 +15,7 @@ class TorchSession(TorchTensors):
     Attributes:
         graphs: The four parts as `edgediff.models.graphs.graph_list` lists them.
         batch: None: any number of rows.
+        device: Where the UNet's weights are.
     """
 
     batch: int | None = None
@@ -22,6 +23,7 @@ class TorchSession(TorchTensors):
     def __init__(self, split: SplitUNet, graphs: tuple[Graph, ...]) -> None:
         self.split = split
         self.graphs = graphs
+        self.device = next(split.parameters()).device
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:

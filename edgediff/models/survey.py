@@ -1,7 +1,11 @@
 """The survey of a model that is not yet a bundle."""
 
+import torch
+
 from edgediff.config import Cut
+from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
+from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import load_model
 from edgediff.models.macs import tally
 from edgediff.survey import Survey, check_batch
@@ -9,7 +13,13 @@ from edgediff_runtime import clock_mask
 
 
 def survey_model(
-    source: str, level: int | None, point: str | None, clock: str | None, steps: int | None, batch: int | None
+    source: str,
+    level: int | None,
+    point: str | None,
+    clock: str | None,
+    steps: int | None,
+    batch: int | None,
+    adaptor: str | None = None,
 ) -> Survey:
     """Counts a model's parts at a cut; weights are not needed.
 
@@ -20,6 +30,7 @@ def survey_model(
         clock: Period or mask; None takes 2.
         steps: Denoising steps; None takes 8.
         batch: UNet rows in a step; None takes 2 where the model is conditioned.
+        adaptor: Kind of adaptor to count; None takes the identity.
 
     Returns:
         The survey.
@@ -32,7 +43,10 @@ def survey_model(
     model = load_model(source)
     default = Cut()
     cut = Cut(default.level if level is None else level, default.point if point is None else point)
-    counts = tally(split(model.unet, cut), model.sample_shape, model.conditioning.tensors)
+    divided = split(model.unet, cut)
+    with torch.device("meta"):
+        part = make_adaptor("identity" if adaptor is None else adaptor, adaptor_shape(divided, model))
+    counts = tally(split(model.unet, cut, part), model.sample_shape, model.conditioning.tensors)
     clock = "2" if clock is None else clock
     known = model.conditioning
     guided = known.kind == "text" or known.null_label is not None

@@ -5,26 +5,32 @@ import torch
 
 
 class TorchTensors:
-    """What sessions that compute in torch on the CPU share."""
+    """What sessions that compute in torch share.
+
+    Attributes:
+        device: Where tensors live.
+    """
+
+    device = torch.device("cpu")
 
     def put(self, array: np.ndarray) -> torch.Tensor:
-        """Wraps an array without a copy.
+        """Takes an array to the session's device; on the CPU it is wrapped without a copy.
 
         Args:
             array: C-contiguous.
 
         Returns:
-            A tensor on the array's memory.
+            A tensor.
         """
-        return torch.from_numpy(array)
+        return torch.from_numpy(array).to(self.device)
 
     def get(self, value: torch.Tensor) -> np.ndarray:
         """Gives a tensor back as an array.
 
         Args:
-            value: A tensor on the CPU.
+            value: A tensor.
 
         Returns:
-            An array on the tensor's memory; graphs make new outputs in every call.
+            An array, on the CPU on the tensor's memory; graphs make new outputs in every call.
         """
-        return value.numpy()
+        return value.cpu().numpy()

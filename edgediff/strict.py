@@ -1,0 +1,146 @@
+"""Settings from YAML, strictly: a key that is unknown, missing or of the wrong type is refused by name.
+
+YAML exists only here, at the edge.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import msgspec
+
+from edgediff.errors import ConfigError, MissingExtraError
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") -> S:
+    """Reads a YAML file of settings.
+
+    Args:
+        path: The file.
+        build: Makes the settings of plain data; its ConfigError gets the file's name.
+        what: What the file is, for messages.
+
+    Returns:
+        What `build` gave.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or `build` refuses it.
+        MissingExtraError: There is no YAML reader.
+    """
+    try:
+        import yaml
+    except ImportError as e:
+        raise MissingExtraError("reading a YAML recipe", "export") from e
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{what} {path}: cannot be read ({e.strerror or e})") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{what} {path}: not YAML ({' '.join(str(e).split())})") from e
+    try:
+        return build(data if data is not None else {})
+    except ConfigError as e:
+        raise ConfigError(f"{what} {path}: {e}") from e
+
+
+def strict(data: object, kind: type[S]) -> S:
+    """Makes settings of plain data.
+
+    Args:
+        data: A mapping as YAML or JSON give it.
+        kind: The struct.
+
+    Returns:
+        The settings, of the declared types; ranges are not looked at.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest valid one is named), missing or mistyped.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected a mapping of settings, got {type(data).__name__}")
+    _refuse_unknown(data, kind, "")
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as e:
+        raise ConfigError(_one_line(e, kind)) from e
+
+
+def retyped(settings: S) -> S:
+    """Holds settings that were built by hand to their declared types.
+
+    Args:
+        settings: Any struct.
+
+    Returns:
+        The same settings, of the declared types throughout.
+
+    Raises:
+        ConfigError: With the field and what was expected.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(settings), type(settings))
+    except msgspec.ValidationError as e:
+        raise ConfigError(_one_line(e, type(settings))) from e
+    except TypeError as e:
+        raise ConfigError(f"a setting is of a type that no recipe can hold: {e}") from e
+
+
+def spell_clock(data: object) -> object:
+    """Writes a clock that is given as a list, as YAML likes to, as the mask's text.
+
+    Args:
+        data: Settings as plain data.
+
+    Returns:
+        The same, with ``clock`` as text.
+
+    Raises:
+        ConfigError: The list is no mask.
+
+    >>> spell_clock({"clock": [1, 0]})
+    {'clock': '1,0'}
+    """
+    clock = data.get("clock") if isinstance(data, Mapping) else None
+    if not isinstance(clock, list):
+        return data
+    if not clock or any(not isinstance(bit, int) or bit not in (0, 1) for bit in clock):
+        raise ConfigError(f"'clock' is {clock}; expected a period such as 2 or a mask such as [1, 0, 1, 0]")
+    assert isinstance(data, Mapping)
+    return {**data, "clock": ",".join(str(int(bit)) for bit in clock)}
+
+
+def _refuse_unknown(data: Mapping[Any, Any], kind: type[msgspec.Struct], where: str) -> None:
+    """Names a key that the struct does not have, and the nearest that it has."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in data.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown key '{where}{key}', did you mean '{where}{near[0]}'? (valid: {', '.join(fields)})"
+            )
+        inner = fields[key]
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            _refuse_unknown(value, inner, f"{where}{key}.")
+
+
+def _one_line(e: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
+    message = str(e)
+    if " - at `$." in message:
+        text, _, where = message.partition(" - at `$.")
+        choices = _choices(where.rstrip("`"), kind) if text.startswith("Invalid enum value") else ()
+        expected = f"; expected one of: {', '.join(choices)}" if choices else ""
+        return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}{expected}"
+    return message
+
+
+def _choices(where: str, settings: type[msgspec.Struct]) -> tuple[str, ...]:
+    """The values that a field such as ``onnx.dtype`` or ``targets[0]`` takes, where they are counted."""
+    kind: Any = settings
+    for name in where.partition("[")[0].split("."):
+        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return get_args(kind)

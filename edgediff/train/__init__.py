@@ -1,0 +1,1 @@
+"""Training: image folders, and the networks that learn from them."""

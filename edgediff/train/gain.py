@@ -1,0 +1,92 @@
+"""What an adaptor is worth: final images against clock 1, beside the identity's, on unseen seeds."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.graphs import graph_list
+from edgediff.models.load import Model
+from edgediff.models.session import TorchSession
+from edgediff.train.rollout import Rollouts
+from edgediff_runtime.loop import denoise, initial_latents
+
+IMAGES = 16
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Gain:
+    """PSNR in dB of final samples against clock 1, a mean over images.
+
+    Attributes:
+        identity: Of the identity adaptor.
+        learned: Of the learned one.
+        images: How many.
+        space: ``pixel``: of 8-bit images; ``latent``: of latents, against their range.
+    """
+
+    identity: float
+    learned: float
+    images: int
+    space: str
+
+
+def measure_gain(model: Model, learned: SplitUNet, rollouts: Rollouts) -> Gain:
+    """Generates the same samples at clock 1, with the identity and with the learned adaptor.
+
+    Args:
+        model: The model.
+        learned: The same, divided, with the adaptor.
+        rollouts: What it was trained with: sampler, clock, guidance and prompts.
+
+    Returns:
+        The gain.
+    """
+    identity = split(model.unet, learned.cut).to(next(learned.parameters()).device)
+    always = (True,) * len(rollouts.mask)
+    reference = _generate(model, identity, rollouts, always)
+    kept, made = (
+        float(np.mean(_psnr(reference, _generate(model, divided, rollouts, rollouts.mask), model.space)))
+        for divided in (identity, learned)
+    )
+    return Gain(kept, made, IMAGES, model.space)
+
+
+@torch.no_grad()
+def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[bool, ...]) -> np.ndarray:
+    session = TorchSession(divided, graph_list(divided, model))
+    cond, uncond = rollouts.prompts.draw(np.random.default_rng(SEED), IMAGES)
+    latents = initial_latents(SEED, IMAGES, model.sample_shape, rollouts.scheduler.init_noise_sigma)
+    # As many at once as the training takes: more may not fit.
+    at_once = rollouts.settings.images
+    made = []
+    for first in range(0, IMAGES, at_once):
+        rows = slice(first, first + at_once)
+        request = rollouts.request(
+            session,
+            clock=mask,
+            latents=latents[rows],
+            cond={name: values[rows] for name, values in cond.items()},
+            uncond={name: values[rows] for name, values in uncond.items()},
+            seed=SEED + first,
+        )
+        made.append(deque(denoise(request, session), maxlen=1).pop().latents)
+    return np.concatenate(made)
+
+
+def _psnr(reference: np.ndarray, samples: np.ndarray, space: str) -> np.ndarray:
+    """PSNR of each sample, [N]."""
+    axes = (1, 2, 3)
+    if space == "pixel":
+        reference, samples = (
+            np.rint(255 * np.clip(x.astype(np.float64) / 2 + 0.5, 0, 1)) for x in (reference, samples)
+        )
+        peak: np.ndarray | float = 255.0
+    else:
+        peak = np.abs(reference).max(axis=axes)
+    error = np.mean((reference - samples) ** 2, axis=axes)
+    result: np.ndarray = 20 * np.log10(peak / np.sqrt(np.maximum(error, 1e-10)))
+    return result

@@ -1,0 +1,193 @@
+"""Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance, through the one loop.
+
+No images are needed, labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3). Everything drawn
+follows from the seed, the round and the process, so that an interrupted training goes on as if it had not been.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgediff.arrays import load_arrays
+from edgediff.errors import ConfigError
+from edgediff.models.clockwork import SplitUNet
+from edgediff.models.conditioning import usual_guidance
+from edgediff.models.graphs import graph_list
+from edgediff.models.load import Model
+from edgediff.models.sampling import scheduler_config
+from edgediff.models.session import TorchSession
+from edgediff.train.settings import AdaptorTraining
+from edgediff_runtime import clock_mask
+from edgediff_runtime.loop import Request, denoise, initial_latents
+from edgediff_runtime.schedulers import make_scheduler
+
+TARGET = "target"
+# Far from the small seeds that users take: what is trained on is not what is looked at.
+FIRST_SEED = 2**52
+
+Samples = dict[str, torch.Tensor]
+Rows = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What trajectories are conditioned on: the rows of every prompt or class.
+
+    Attributes:
+        cond: Conditional rows by name, [P, ...]; empty where the model has no condition.
+        uncond: Unconditional rows by name, [1, ...]; empty where there is no guidance.
+        count: P.
+    """
+
+    cond: Rows
+    uncond: Rows
+    count: int
+
+    @classmethod
+    def of(cls, model: Model, guided: bool, path: str | None) -> "Prompts":
+        """Collects them.
+
+        Args:
+            model: The model.
+            guided: Whether unconditional rows are needed.
+            path: The file of a text model's embeddings: ``encoder_hidden_states`` [P, S, D],
+                ``negative_encoder_hidden_states`` [1, S, D] and what else the model takes.
+
+        Returns:
+            The prompts.
+
+        Raises:
+            ConfigError: The file is missing, not wanted, lacks a tensor or has one of another shape; or there is no
+                unconditional class to guide with.
+        """
+        known = model.conditioning
+        if known.kind != "text":
+            if path is not None:
+                raise ConfigError(f"conditioning {path} was given, but the model is not conditioned on text")
+            if guided and known.null_label is None:
+                raise ConfigError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
+            if known.kind == "none":
+                return cls({}, {}, 1)
+            labels = np.arange(len(known.labels), dtype=np.int64)
+            uncond = {"class_labels": np.array([known.null_label])} if guided else {}
+            return cls({"class_labels": labels}, uncond, len(labels))
+        if path is None:
+            raise ConfigError("the model is conditioned on text: --conditioning FILE brings the prompts' embeddings")
+        arrays = load_arrays(path)
+        rows: tuple[Rows, Rows] = ({}, {})
+        for found, prefix in zip(rows, ("", "negative_") if guided else ("",), strict=False):
+            for name, spec in known.tensors.items():
+                key = f"{prefix}{name}"
+                if key not in arrays and prefix and name in ("time_ids", "class_labels"):
+                    key = name
+                array = arrays.get(key, np.empty(0, dtype="V1"))
+                if array.shape[1:] != spec.shape or len(array) == 0 or array.dtype.kind not in "biuf":
+                    what = f"{array.dtype.name} {list(array.shape)}" if key in arrays else "missing"
+                    raise ConfigError(f"conditioning {path}: {key} is {what}; expected [P, {_spell(spec.shape)}]")
+                found[name] = array.astype(str(spec.dtype).removeprefix("torch."))
+        count = len(rows[0]["encoder_hidden_states"])
+        for name, array in rows[0].items():
+            if len(array) not in (1, count):
+                raise ConfigError(f"conditioning {path}: {name} has {len(array)} rows for {count} prompts")
+        return cls(*rows, count)
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[Rows, Rows]:
+        """Draws prompts.
+
+        Args:
+            rng: Source of randomness.
+            count: How many.
+
+        Returns:
+            Conditional and unconditional rows, [count, ...].
+        """
+        chosen = rng.integers(self.count, size=count)
+        cond = {name: rows[chosen % len(rows)] for name, rows in self.cond.items()}
+        return cond, {name: np.repeat(rows[:1], count, axis=0) for name, rows in self.uncond.items()}
+
+
+class Rollouts:
+    """Draws trajectories and keeps what an adaptor learns from."""
+
+    def __init__(self, model: Model, split: SplitUNet, settings: AdaptorTraining) -> None:
+        """Prepares the loop.
+
+        Args:
+            model: The model.
+            split: The same, divided, with the adaptor that learns; on the device where it is to run.
+            settings: What is trained.
+
+        Raises:
+            ConfigError: The conditioning does not fit the model.
+            UnsupportedError: The sampler cannot be carried over.
+        """
+        guidance = usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
+        self.settings = settings
+        self.split = split
+        self.shape = model.sample_shape
+        self.guidance = guidance
+        self.mask = clock_mask(settings.clock, settings.steps)
+        self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
+        self.prompts = Prompts.of(model, guidance > 1, settings.conditioning)
+        self.session = TorchSession(split, graph_list(split, model))
+        self._graphs = {graph.name: graph for graph in self.session.graphs}
+        self.names = tuple(dict.fromkeys(split.adaptor.inputs))
+        if settings.output_weight:
+            self.names = tuple(dict.fromkeys((*self.names, *split.highres_out.inputs, "out_sample")))
+
+    def request(self, session: TorchSession, **rest: Any) -> Request:
+        """A generation at the operating point.
+
+        Args:
+            session: What runs it.
+            **rest: What else a `Request` has: clock, latents, prompts and seed.
+
+        Returns:
+            The request.
+        """
+        guidance = (self.guidance,) * self.settings.steps
+        return Request(graphs=session.graphs, scheduler=self.scheduler, guidance=guidance, **rest)
+
+    def draw(self, index: int) -> Samples:
+        """Draws the trajectories of a round and of a process.
+
+        Args:
+            index: Number of the round and process.
+
+        Returns:
+            Tensors by name, [samples, ...], a sample being a row of a cached step: the adaptor's inputs and ``target``;
+            with a loss on the output also what highres_out takes and ``out_sample``, as the full step makes it.
+        """
+        settings = self.settings
+        rng = np.random.default_rng([settings.seed, index])
+        cond, uncond = self.prompts.draw(rng, settings.images)
+        seed = FIRST_SEED + (settings.seed << 20) + index
+        teacher = settings.rollout == "teacher"
+        request = self.request(
+            self.session,
+            clock=tuple(full or teacher for full in self.mask),
+            latents=initial_latents(seed, settings.images, self.shape, self.scheduler.init_noise_sigma),
+            cond=cond,
+            uncond=uncond,
+            seed=seed,
+        )
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in (*self.names, TARGET)}
+        for step in denoise(request, self.session):
+            if self.mask[step.index]:
+                continue
+            tensors = dict(step.tensors[0])
+            if not teacher:  # what a full step would have made of the student's own sample
+                self.session.run(self._graphs["lowres"], tensors)
+                if settings.output_weight:
+                    self.session.run(self._graphs["highres_out"], tensors)
+            rows = len(tensors["sample"])
+            given = {name: tensors[name] for name in self.names if name != "lowres_feature"}
+            for name, value in {**given, TARGET: tensors["lowres_feature"]}.items():
+                found[name].append(value.expand(rows) if name == "timestep" else value)
+        return {name: torch.cat(values) for name, values in found.items() if values}
+
+
+def _spell(shape: tuple[int, ...]) -> str:
+    return ", ".join(str(size) for size in shape)

@@ -1,0 +1,390 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from command_line import Command, assert_error, unchanged
+from PIL import Image
+from safetensors.torch import load_file
+
+from edgediff import split
+from edgediff.errors import ConfigError, EdgediffError, TargetError, TrainingError
+from edgediff.models.adaptors import LearnedAdaptor
+from edgediff.models.graphs import adaptor_shape
+from edgediff.models.load import Model, load_model
+from edgediff.models.trained import WEIGHTS, load_adaptor
+from edgediff.train import adaptor as training_loop
+from edgediff.train.adaptor import Training, train_adaptor
+from edgediff.train.place import CHECKPOINTS
+from edgediff.train.rollout import TARGET, Rollouts
+from edgediff.train.settings import AdaptorTraining, load_training, training_from
+from edgediff_runtime.loop import denoise
+
+TINY = AdaptorTraining(steps=4, rounds=3, images=2, batch=4, learning_rate=1e-3, ema=0.5)
+
+
+def tiny(**changes: object) -> AdaptorTraining:
+    return msgspec.structs.replace(TINY, **changes)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / WEIGHTS)
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rollouts_of(model: Model, settings: AdaptorTraining) -> Rollouts:
+    shape = adaptor_shape(split(model.unet, settings.cut), model)
+    torch.manual_seed(0)
+    part = LearnedAdaptor("resnet", shape)
+    torch.nn.init.normal_(part.body.up.weight, std=0.1)
+    return Rollouts(model, split(model.unet, settings.cut, part), settings)
+
+
+# Trajectories
+
+
+def test_a_teachers_rollout_is_clock_1_and_its_samples_are_the_cached_steps(class_model: Path) -> None:
+    model = load_model(class_model)
+    rollouts = rollouts_of(model, tiny(output_weight=1.0))
+    samples = rollouts.draw(5)
+    # 2 images, with their unconditional rows, at the 2 cached steps of 4.
+    assert {len(tensor) for tensor in samples.values()} == {8}
+    assert set(samples) >= {"highres_feature", "cache", "emb", TARGET, "out_sample", "skip_0"}
+    divided = rollouts.split
+    with torch.no_grad():
+        given = [samples[name] for name in divided.lowres.inputs]
+        assert torch.allclose(divided.lowres(*given)[0], samples[TARGET], atol=1e-5)
+        of_target = {**samples, "lowres_feature": samples[TARGET]}
+        out = divided.highres_out(*(of_target[name] for name in divided.highres_out.inputs))[0]
+    assert torch.allclose(out, samples["out_sample"], atol=1e-5)
+    assert not torch.equal(samples["cache"], samples[TARGET])
+
+
+def test_a_students_rollout_feeds_its_own_outputs_back(class_model: Path) -> None:
+    model = load_model(class_model)
+    settings = tiny(rollout="student", clock="1,0,0,0", images=1, guidance_scale=1.0)
+    rollouts = rollouts_of(model, settings)
+    samples = rollouts.draw(0)
+    assert len(samples[TARGET]) == 3
+    with torch.no_grad():
+        made = rollouts.split.adaptor(*(samples[name] for name in rollouts.split.adaptor.inputs))[0]
+        target = rollouts.split.lowres(*(samples[name] for name in rollouts.split.lowres.inputs))[0]
+    assert torch.allclose(made[:-1], samples["cache"][1:], atol=1e-5)
+    assert torch.allclose(target, samples[TARGET], atol=1e-5)
+
+
+def test_rollouts_depend_on_seed_and_round_alone(class_model: Path) -> None:
+    model = load_model(class_model)
+    one, again = rollouts_of(model, TINY), rollouts_of(model, TINY)
+    other = rollouts_of(model, tiny(seed=1))
+    first = one.draw(3)
+    one.draw(4)
+    assert all(torch.equal(first[name], value) for name, value in again.draw(3).items())
+    assert not torch.equal(first[TARGET], again.draw(4)[TARGET])
+    assert not torch.equal(first[TARGET], other.draw(3)[TARGET])
+
+
+def test_a_text_models_prompts_come_from_a_file(text_model: Path, tmp_path: Path) -> None:
+    model = load_model(text_model)
+    with pytest.raises(ConfigError, match="--conditioning FILE brings the prompts"):
+        rollouts_of(model, TINY)
+    file = tmp_path / "prompts.npz"
+    text = np.random.default_rng(0).normal(size=(3, 7, 12))
+    np.savez(file, encoder_hidden_states=text)
+    with pytest.raises(ConfigError, match=r"negative_encoder_hidden_states is missing; expected \[P, 7, 12\]"):
+        rollouts_of(model, tiny(conditioning=str(file)))
+    for bad, words in (
+        ({"encoder_hidden_states": text[:0]}, r"encoder_hidden_states is float64 \[0, 7, 12\]"),
+        ({"encoder_hidden_states": text.astype(str)}, "encoder_hidden_states is str"),
+        ({"negative_encoder_hidden_states": text[:0]}, r"negative_encoder_hidden_states is float64 \[0"),
+    ):
+        np.savez(file, **{"encoder_hidden_states": text, "negative_encoder_hidden_states": text[:1]} | bad)
+        with pytest.raises(ConfigError, match=words):
+            rollouts_of(model, tiny(conditioning=str(file)))
+    np.savez(file, encoder_hidden_states=text, negative_encoder_hidden_states=text[:1])
+    rollouts = rollouts_of(model, tiny(conditioning=str(file)))
+    cond, uncond = rollouts.prompts.draw(np.random.default_rng(1), 5)
+    assert cond["encoder_hidden_states"].shape == uncond["encoder_hidden_states"].shape == (5, 7, 12)
+    assert len(rollouts.draw(0)[TARGET]) == 8
+
+
+# Training
+
+
+def test_training_lowers_the_loss_and_touches_nothing_but_the_adaptor(class_model: Path, tmp_path: Path) -> None:
+    model = load_model(class_model)
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    said: list[tuple[str, float]] = []
+    done = train_adaptor(model, tmp_path / "a", tiny(rounds=12), progress=lambda *args: said.append(args))
+    assert isinstance(done, Training)
+    assert done.updates == 24
+    assert done.gain.learned > done.gain.identity
+    assert said[-2][1] == 1.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.unet.state_dict().items())
+    found = {file.name for file in (tmp_path / "a").iterdir()}
+    assert found == {"README.md", "adaptor.json", WEIGHTS, "loss.png", "training.json"}
+    assert load_adaptor(tmp_path / "a").record.trained_for.mask == (1, 0, 1, 0)
+    with Image.open(tmp_path / "a" / "loss.png") as picture:
+        assert picture.size == (840, 480)
+    card = (tmp_path / "a" / "README.md").read_text()
+    for part in (
+        "4 steps of dpmpp_2m, clock 2, guidance 2",
+        "seed 0",
+        "accelerate",
+        f"identity {done.gain.identity:.2f}",
+    ):
+        assert part in card
+    with unchanged(tmp_path / "a"):
+        assert train_adaptor(model, tmp_path / "a", tiny(rounds=12)) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        tiny(adaptor="unet-light", schedule="cosine", output_weight=0.5),
+        tiny(rollout="student", clock=4),
+        tiny(cut=msgspec.convert({"point": "block:1"}, type(TINY.cut))),
+    ],
+    ids=["unet-light", "student", "block"],
+)
+def test_other_settings_train_too(class_model: Path, tmp_path: Path, settings: AdaptorTraining) -> None:
+    done = train_adaptor(load_model(class_model), tmp_path / "a", settings)
+    assert done is not None
+    assert any(
+        tensor.abs().max() > 0 for name, tensor in weights(tmp_path / "a").items() if "up" in name or "out" in name
+    )
+    assert load_adaptor(tmp_path / "a").record.cut == settings.cut
+
+
+def test_stored_trajectories_teach_what_fresh_ones_do(class_model: Path, tmp_path: Path) -> None:
+    model = load_model(class_model)
+    train_adaptor(model, tmp_path / "fresh", TINY)
+    train_adaptor(model, tmp_path / "stored", tiny(store_gb=0.1))
+    assert same(tmp_path / "fresh", tmp_path / "stored")
+    assert not (tmp_path / "stored" / "store").exists()
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from edgediff import load_model
+from edgediff.train.adaptor import train_adaptor
+from edgediff.train.settings import load_training
+train_adaptor(load_model(sys.argv[1]), sys.argv[2], load_training(sys.argv[3]))
+"""
+
+
+def test_killed_and_resumed_gives_the_same_weights(class_model: Path, tmp_path: Path) -> None:
+    settings = tiny(rounds=16, passes=2, checkpoint_minutes=1e-5, output_weight=0.2, rollout="student")
+    (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(settings))
+    arguments = [sys.executable, "-c", SCRIPT, class_model, tmp_path / "killed", tmp_path / "settings.yaml"]
+    checkpoints = tmp_path / "killed" / CHECKPOINTS
+    deadline = time.monotonic() + 90
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as began:
+        while time.monotonic() < deadline and began.poll() is None and not list(checkpoints.glob("visit-*[0-9]")):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        began.send_signal(signal.SIGKILL)
+        assert began.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / WEIGHTS).exists()
+    resumed = train_adaptor(load_model(class_model), tmp_path / "killed", settings)
+    whole = train_adaptor(load_model(class_model), tmp_path / "whole", settings)
+    assert resumed is not None
+    assert whole is not None
+    assert resumed.updates == whole.updates == 64
+    assert same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_two_processes_agree(class_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(TINY))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+              "--standalone", "-m", "edgediff", "train", "adaptor", class_model,
+              "--config", tmp_path / "settings.yaml", "-o", tmp_path / "a", "--json"]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trained"]
+    assert load_adaptor(tmp_path / "a").record.trained_for.num_inference_steps == 4
+    assert "2 process(es) on cpu" in (tmp_path / "a" / "README.md").read_text()
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(checkpoint_minutes=1e-9)
+    draw = Rollouts.draw
+
+    def poisoned(self: Rollouts, index: int) -> dict[str, torch.Tensor]:
+        samples = draw(self, index)
+        if index == 2:
+            samples[TARGET][0, 0, 0, 0] = torch.nan
+        return samples
+
+    monkeypatch.setattr(Rollouts, "draw", poisoned)
+    with pytest.raises(
+        TrainingError, match=r"not finite at update \d+ \(round 2\); the last good checkpoint is .*visit-00000002"
+    ):
+        train_adaptor(load_model(class_model), tmp_path / "a", settings)
+    assert [path.name for path in (tmp_path / "a" / CHECKPOINTS).iterdir()] == ["visit-00000002"]
+    monkeypatch.undo()
+    assert train_adaptor(load_model(class_model), tmp_path / "a", settings) is not None
+    train_adaptor(load_model(class_model), tmp_path / "whole", settings)
+    assert same(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_store_that_outgrows_its_bound(class_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"3 rounds of .* GB take .* GB, more than store_gb: 1e-05; raise it"):
+        train_adaptor(load_model(class_model), tmp_path / "a", tiny(store_gb=1e-5))
+    assert not (tmp_path / "a" / "store").exists()
+
+
+def test_folders_that_hold_something_else(class_model: Path, text_model: Path, tmp_path: Path) -> None:
+    model = load_model(class_model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(TargetError, match="holds something else"):
+        train_adaptor(model, tmp_path / "full", TINY)
+    train_adaptor(model, tmp_path / "a", TINY)
+    with unchanged(tmp_path / "a", tmp_path / "full"):
+        with pytest.raises(TargetError, match="holds a training with steps 4, not 5; choose another folder"):
+            train_adaptor(model, tmp_path / "a", tiny(steps=5))
+        with pytest.raises(TargetError, match="another model"):
+            train_adaptor(load_model(text_model), tmp_path / "a", TINY)
+        with pytest.raises(TargetError, match=r"learning_rate 0\.001, not 0\.1"):
+            train_adaptor(model, tmp_path / "a", tiny(learning_rate=0.1))
+        assert train_adaptor(model, tmp_path / "a", tiny(checkpoint_minutes=1.0)) is None
+
+
+def test_a_refused_training_leaves_nothing_behind(class_model: Path, text_model: Path, tmp_path: Path) -> None:
+    for model, settings in (
+        (text_model, TINY),
+        (class_model, tiny(cut=msgspec.convert({"level": 7}, type(TINY.cut)))),
+        (class_model, tiny(cut=msgspec.convert({"point": "block:9"}, type(TINY.cut)))),
+    ):
+        with pytest.raises(EdgediffError):
+            train_adaptor(load_model(model), tmp_path / "a", settings)
+        assert not (tmp_path / "a").exists()
+
+
+def _interrupted(model: Model, path: Path, monkeypatch: pytest.MonkeyPatch, settings: AdaptorTraining) -> Path:
+    """A training that is interrupted at its second round, and the checkpoint that it leaves."""
+    draw = Rollouts.draw
+
+    def stop(self: Rollouts, index: int) -> dict[str, torch.Tensor]:
+        if index == 2:
+            raise KeyboardInterrupt
+        return draw(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rollouts, "draw", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_adaptor(model, path, settings)
+    (found,) = (path / CHECKPOINTS).iterdir()
+    return found
+
+
+def test_a_damaged_checkpoint_and_stray_files(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = load_model(class_model), tiny(checkpoint_minutes=1e-9)
+    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+        newest = _interrupted(model, tmp_path / name, monkeypatch, settings)
+        (newest.parent / ".DS_Store").write_text("stray")
+        (newest.parent / "visit-of-mine.txt").write_text("stray")
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*to begin anew"):
+            train_adaptor(model, tmp_path / name, settings)
+        (newest / name).write_bytes(whole)
+        # A slower rate is no other training: that is how one goes on after a loss that was not finite.
+        done = train_adaptor(model, tmp_path / name, msgspec.structs.replace(settings, learning_rate=1e-4))
+        assert done is not None
+        assert done.updates == 6
+
+
+def test_a_full_disk(class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(TargetError, match=r"visit-00000001\.partial cannot be written: .*there is no checkpoint"):
+        train_adaptor(load_model(class_model), tmp_path / "a", tiny(checkpoint_minutes=1e-9))
+
+
+def test_models_that_cannot_teach(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sd15 is a geometry without weights"):
+        train_adaptor(load_model("sd15"), tmp_path / "a", TINY)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("clock: 1", "has no cached step: there is nothing to train"),
+        ("clock: [1, 1]\nsteps: 2", "no cached step"),
+        ("clock: 1,0\nsteps: 3", "2 entries for 3 steps"),
+        ("adaptor: identity", "'adaptor': invalid enum value 'identity'; expected one of: resnet, unet, unet-light"),
+        ("rollout: both", "expected one of: teacher, student"),
+        ("round: 3", "unknown key 'round', did you mean 'rounds'?"),
+        ("rounds: 0", "'rounds' is 0; expected a finite number above 0"),
+        ("learning_rate: .nan", "'learning_rate' is nan"),
+        ("ema: 1.0", "'ema' is 1.0; expected 0 or more, below 1"),
+        ("output_weight: -1.0", "'output_weight' is -1.0"),
+        ("seed: -1", "'seed' is -1"),
+        ("images: 5000", "'images' is 5000; expected 4096 at most"),
+        ("seed: 2024-13-45", "not YAML"),
+        ("x: " + 3000 * "[", "not YAML"),
+        ("store_gb: 0", "'store_gb' is 0"),
+        ("store_gb: 1.0\nrollout: student", "cannot be stored"),
+        ("- 3", "expected a mapping of settings, got list"),
+    ],
+)
+def test_settings_that_are_wrong(command: Command, place: Path, text: str, words: str) -> None:
+    (place / "settings.yaml").write_text(text)
+    said = command("train", "adaptor", "grocery-32", "--config", place / "settings.yaml", "-o", place / "a")
+    assert_error(said, words)
+    assert not (place / "a").exists()
+
+
+def test_settings_round_trip(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("model: grocery-32\nclock: [1, 0, 0]\nsteps: 3\ncut: {level: 2}\n")
+    assert load_training(tmp_path / "s.yaml") == training_from(
+        {"model": "grocery-32", "clock": "1,0,0", "steps": 3, "cut": {"level": 2}}
+    )
+    assert training_from({"clock": "4"}).clock == 4
+
+
+def test_the_command_trains_and_says_what_it_is_worth(command: Command, class_model: Path, place: Path) -> None:
+    options = ("--steps", 4, "--rounds", 1, "--images", 2, "-o", place / "a")
+    said = command("train", "adaptor", class_model, *options, "--json")
+    assert said.code == 0, said.errors
+    found = json.loads(said.out)
+    assert found["trained"]
+    assert found["gain"]["images"] == 16
+    again = command("train", "adaptor", class_model, *options)
+    assert "already there" in again.out
+    assert_error(
+        command("train", "adaptor", class_model, *options, "--clock", 4), "holds a training with clock 2, not 4"
+    )
+    assert_error(command("train", "adaptor", "-o", place / "b"), "no model")
+    assert_error(command("train", "adaptor", class_model, "-o", place / "b", "--clock", "1"), "no cached step")
+
+
+def test_what_the_tests_hold_to_is_there() -> None:
+    # The loop and the runtime's are one: training unrolls what a device runs.
+    assert training_loop.Rollouts is Rollouts
+    assert Rollouts.draw.__globals__["denoise"] is denoise
