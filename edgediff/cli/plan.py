@@ -1,0 +1,71 @@
+"""``edgediff plan``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgediff.cli.app import (
+    BundleArgument,
+    GuidanceOption,
+    JsonOption,
+    StepsOption,
+    app,
+    out,
+    print_json,
+    progress,
+)
+
+
+@app.command(
+    epilog="Examples:  edgediff plan bundle --budget 0.7   |   edgediff plan bundle --steps 20 --budget 0.6 "
+    "--in latency -o plans/phone"
+)
+def plan(
+    bundle: BundleArgument,
+    steps: StepsOption = None,
+    budget: Annotated[float, typer.Option(help="Share of clock 1's cost that the clock may have.")] = 0.7,
+    unit: Annotated[
+        str, typer.Option("--in", help="flops (counted, attention matmuls included) or latency (measured here).")
+    ] = "flops",
+    num_images: Annotated[int, typer.Option(help="Planning images.")] = 16,
+    guidance_scale: GuidanceOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first planning image; image i has seed + i.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="As for run.")] = None,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="Embeddings for a model of text, .safetensors or .npz; rows are taken in turn.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture, the plan and the recipe.")] = (
+        Path("out/plan")
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the clock: the full and cached steps that move the images least, for a budget."""
+    from edgediff.arrays import load_arrays, prompt_arguments
+    from edgediff.plan.files import check_folder, write_plan
+    from edgediff.plan.planner import make_plan
+
+    check_folder(output, bundle)
+    with progress() as say:
+        found = make_plan(
+            bundle,
+            budget,
+            unit,
+            steps=steps,
+            num_images=num_images,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            backend=backend,
+            conditioning=None if conditioning is None else prompt_arguments(load_arrays(conditioning)),
+            progress=say,
+        )
+        say("planning: drawing the frontier")
+        files = write_plan(found, output)
+    if as_json:
+        print_json(found.to_dict() | {"files": {name: str(path) for name, path in files.items()}})
+        return
+    from edgediff.tables_plan import plan_tables
+
+    for table in plan_tables(found):
+        out.print(table)
+    out.print(f"recipe: {files['recipe']}; picture: {files['figure']}", markup=False)

@@ -1,0 +1,333 @@
+"""The planner: the clock with the least error in the image that a budget allows.
+
+It measures what each step and each pair of steps does to the image, looks through the masks with a model of second
+order, and then measures the best of them and every uniform clock for real, on the same noise. The least measured error
+wins, so on its own seeds a plan is never worse than a uniform clock that meets the budget. That it be so on others too,
+a uniform clock stands where the images do not tell it from the best: it is what adaptors are trained for.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgediff.arrays import prompt_arguments
+from edgediff.errors import ConfigError
+from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cost, time_cost, uniform_masks
+from edgediff.plan.caveats import caveats
+from edgediff.plan.estimate import Estimate, probes
+from edgediff.plan.recipe import plan_recipe
+from edgediff.plan.search import best_masks
+from edgediff.plan.tolerance import AutoClocks, AutoRun, longest_run, refusal
+from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db, spell
+from edgediff.verify.backends import open_session, usual_backend
+from edgediff.verify.reference import REFERENCE, load_reference
+from edgediff_runtime import Bundle, Manifest, open_bundle
+from edgediff_runtime.auto_clock import DEFAULT_BOUND
+
+log = logging.getLogger(__name__)
+
+# The model's best masks that are measured: of all that meet the budget, and of each number of cached steps.
+CANDIDATES, CANDIDATES_EACH = 8, 3
+MAX_STEPS = 100
+NUM_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mask and what is known of it.
+
+    Attributes:
+        mask: One entry for each step, True = full.
+        cost: Share of clock 1's cost.
+        expected: Mean error that the model of pairs expects.
+        errors: Measured error of each planning image against clock 1, float64 [N].
+    """
+
+    mask: Mask
+    cost: float
+    expected: float
+    errors: Errors
+
+    @property
+    def error(self) -> float:
+        """The mean of the measured errors."""
+        return float(np.mean(self.errors))
+
+    @property
+    def uncertainty(self) -> float:
+        """The standard error of that mean; 0 for one image."""
+        return float(np.std(self.errors, ddof=1) / len(self.errors) ** 0.5) if len(self.errors) > 1 else 0.0
+
+    def beats(self, other: "Point") -> bool:
+        """Whether the error is less than another's by more than the standard error of the difference, image by image.
+
+        Args:
+            other: A mask measured on the same images.
+
+        Returns:
+            False also where the two are equal.
+        """
+        nearer = other.errors - self.errors
+        noise = np.std(nearer, ddof=1) / len(nearer) ** 0.5 if len(nearer) > 1 else 0.0
+        return bool(np.mean(nearer) > noise)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The point as plain data; ``psnr_db`` is None where nothing differs."""
+        return {
+            "clock": spell(self.mask),
+            "mask": [int(full) for full in self.mask],
+            "cached_steps": cached_steps(self.mask),
+            "cost": self.cost,
+            "expected_error": self.expected,
+            "expected_psnr_db": finite_psnr(self.expected),
+            "error": self.error,
+            "error_uncertainty": self.uncertainty,
+            "psnr_db": finite_psnr(self.error),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was planned, and everything that was measured on the way.
+
+    Attributes:
+        bundle: The bundle's directory.
+        manifest: Its manifest.
+        images: The planning images.
+        backend: What ran them.
+        budget: Share of clock 1's cost.
+        cost: What a step costs, in the budget's unit.
+        chosen: The plan.
+        tied: The mask with the least measured error, where these images do not tell it from a uniform clock that then
+            is the plan; else None.
+        frontier: For each number of cached steps, from 0 up, the mask with the least measured error.
+        uniform: The clocks that are a period, by period.
+        estimate: The model of pairs.
+        measured: How many masks were measured.
+        auto: The auto clock of the plan's share of full steps; None where there is none, which `auto_note` explains.
+        auto_note: One line, or None.
+        warnings: What is known to speak against the plan, a line each.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    images: Trajectories
+    backend: str
+    budget: float
+    cost: StepCost
+    chosen: Point
+    tied: Point | None
+    frontier: tuple[Point, ...]
+    uniform: dict[int, Point]
+    estimate: Estimate
+    measured: int
+    auto: AutoRun | None = None
+    auto_note: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def undominated(self) -> tuple[Point, ...]:
+        """The frontier proper: of `frontier`, the points that no cheaper one equals in error."""
+        best: list[Point] = []
+        for point in sorted(self.frontier, key=lambda point: (point.cost, point.error)):
+            if not best or point.error < best[-1].error:
+                best.append(point)
+        return tuple(reversed(best))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for plan.json and ``--json``."""
+        images, auto = self.images, self.auto
+        return {
+            "bundle": str(self.bundle),
+            "model": self.manifest.source.name,
+            "scheduler": self.manifest.scheduler.name,
+            "steps": images.steps,
+            "guidance_scale": images.guidance_scale,
+            "seed": images.seed,
+            "num_images": images.num_images,
+            "backend": self.backend,
+            "space": self.manifest.sample.space,
+            "budget": self.budget,
+            "in": self.cost.unit,
+            "step_cost": {"full": self.cost.full, "cached": self.cost.cached},
+            "chosen": self.chosen.to_dict(),
+            "tied": None if self.tied is None else self.tied.to_dict(),
+            "auto": None
+            if auto is None
+            else {
+                "clock": str(auto.clock),
+                "tolerance": auto.clock.tolerance,
+                "bound": auto.clock.bound,
+                "share_of_full_steps": auto.share,
+                "error": auto.error,
+                "psnr_db": finite_psnr(auto.error),
+            },
+            "auto_note": self.auto_note,
+            "warnings": list(self.warnings),
+            "frontier": [point.to_dict() for point in self.frontier],
+            "uniform": {str(period): point.to_dict() for period, point in self.uniform.items()},
+            "alone": self.estimate.alone.tolist(),
+            "cross": self.estimate.cross.tolist(),
+            "pairs_up_to": self.estimate.near,
+            "masks_measured": self.measured,
+        }
+
+
+def make_plan(
+    bundle: str | Path,
+    budget: float,
+    unit: str = "flops",
+    *,
+    steps: int | None = None,
+    num_images: int = NUM_IMAGES,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    conditioning: dict[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Chooses a bundle's clock.
+
+    Args:
+        bundle: The bundle.
+        budget: Share of clock 1's cost; 1 and more leave clock 1.
+        unit: ``flops``: the manifest's counts, attention matmuls included. ``latency``: measured with the bundle's own
+            session on this machine.
+        steps: Denoising steps; None takes the bundle's.
+        num_images: Planning images.
+        guidance_scale: None takes the bundle's.
+        seed: Of the first planning image; image i has seed + i.
+        backend: None takes the one that `edgediff run` would.
+        conditioning: For a model of text, embeddings as `edgediff.arrays.prompt_arguments` gives them, with one row for
+            all images or rows that they take one after the other; None takes those of the bundle's evidence.
+        progress: Told what is being done.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The budget is none, or no clock meets it; there are more than 100 steps; or the bundle's own recipe
+            cannot be read.
+        RequestError: What was asked does not fit the bundle.
+        BundleError: The bundle is damaged.
+    """
+    say = progress if progress is not None else log.debug
+    check_budget(budget, unit)
+    say(f"opening {bundle}")
+    opened = open_bundle(bundle)
+    manifest, point = opened.manifest, opened.manifest.operating_point
+    steps = point.num_inference_steps if steps is None else steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise ConfigError(f"steps is {steps}; a plan is made for 1 to {MAX_STEPS}")
+    counted = count_cost(opened.path)
+    if unit == "flops":
+        counted.check(budget, steps)
+    plan_recipe(manifest, (True,) * steps, guidance_scale)
+    chosen_backend = usual_backend(opened) if backend is None else backend
+    images = Trajectories(
+        manifest,
+        open_session(opened, chosen_backend),
+        steps,
+        point.guidance_scale if guidance_scale is None else guidance_scale,
+        seed,
+        num_images,
+        _evidence(opened) if conditioning is None else conditioning,
+        say,
+    )
+    cost = counted if unit == "flops" else time_cost(images)
+    cost.check(budget, steps)
+    plan = with_auto(choose(opened.path, images, chosen_backend, budget, cost))
+    own = conditioning is None
+    return replace(plan, warnings=caveats(manifest, plan.chosen.mask, images.guidance_scale, own_conditioning=own))
+
+
+def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost: StepCost) -> Plan:
+    """Measures, searches, measures again, and takes the best.
+
+    Args:
+        bundle: The bundle's directory.
+        images: The planning images.
+        backend: What runs them.
+        budget: Share of clock 1's cost, which some mask meets.
+        cost: What a step costs.
+
+    Returns:
+        The plan, without an auto clock and without warnings.
+    """
+    steps = images.steps
+    full, tried = (True,) * steps, probes(steps)
+    errors = images.errors([full, *tried])
+    estimate = Estimate.of({mask: float(np.mean(errors[mask])) for mask in tried}, steps)
+    ranked = best_masks(estimate, CANDIDATES)
+    affordable = [mask for masks in ranked.values() for mask in masks if cost.fits(mask, budget)]
+    order = np.argsort(estimate.errors(affordable), kind="stable")[:CANDIDATES]
+    uniform = uniform_masks(steps)
+    errors |= images.errors(
+        [
+            *(affordable[k] for k in order),
+            *(mask for masks in ranked.values() for mask in masks[:CANDIDATES_EACH]),
+            *uniform.values(),
+        ]
+    )
+    expected = dict(zip(errors, estimate.errors(list(errors)).tolist(), strict=True))
+    points = {mask: Point(mask, cost.share(mask), expected[mask], errors[mask]) for mask in errors}
+
+    def rank(point: Point) -> tuple[float, float]:
+        return point.error, point.cost
+
+    by_count: dict[int, list[Point]] = {}
+    for point in points.values():
+        by_count.setdefault(cached_steps(point.mask), []).append(point)
+    least = min((point for point in points.values() if cost.fits(point.mask, budget)), key=rank)
+    regular = min((points[mask] for mask in uniform.values() if cost.fits(mask, budget)), key=rank)
+    chosen = least if least.beats(regular) else regular
+    return Plan(
+        bundle=bundle,
+        manifest=images.manifest,
+        images=images,
+        backend=backend,
+        budget=budget,
+        cost=cost,
+        chosen=chosen,
+        tied=None if chosen is least else least,
+        frontier=tuple(min(by_count[count], key=rank) for count in sorted(by_count)),
+        uniform={period: points[mask] for period, mask in uniform.items()},
+        estimate=estimate,
+        measured=len(points),
+    )
+
+
+def with_auto(plan: Plan) -> Plan:
+    """Adds the auto clock that runs as many full steps as the plan does.
+
+    Args:
+        plan: A plan.
+
+    Returns:
+        The plan with its auto clock, or with a line that says why there is none.
+    """
+    mask = plan.chosen.mask
+    note = refusal(plan.images) if not all(mask) else "no auto clock: the plan has no cached step"
+    if note is not None:
+        return replace(plan, auto_note=note)
+    share = 1 - cached_steps(mask) / len(mask)
+    found = AutoClocks(plan.images, max(DEFAULT_BOUND, longest_run(mask))).find(share)
+    if found.share > share:
+        return replace(plan, auto_note=f"no auto clock: none runs as few full steps as the plan's {share:.0%}")
+    return replace(plan, auto=found)
+
+
+def finite_psnr(error: float) -> float | None:
+    """PSNR in dB, or None where there is no error."""
+    return psnr_db(error) if error > 0 else None
+
+
+def _evidence(bundle: Bundle) -> dict[str, Any]:
+    """The embeddings that a bundle was verified with; nothing for a model of classes or of neither."""
+    if bundle.manifest.conditioning.kind != "text":
+        return {}
+    return prompt_arguments(load_reference(bundle.file(REFERENCE)).conditioning)

@@ -1,0 +1,231 @@
+import doctest
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from edgediff.errors import ConfigError
+from edgediff.plan import budget, estimate, figure, tolerance, trajectory
+from edgediff.plan.budget import StepCost, cached_steps, check_budget, uniform_masks
+from edgediff.plan.estimate import MAX_PAIRS, Estimate, near, probes
+from edgediff.plan.planner import Plan, choose, with_auto
+from edgediff.plan.search import best_masks
+from edgediff.plan.tolerance import longest_run, refusal
+from edgediff.plan.trajectory import Errors, Mask
+from edgediff_runtime.manifest import Graph
+
+COST = StepCost("flops", 10.0, 4.0)
+
+
+def masks(steps: int) -> list[Mask]:
+    return [(True, *rest) for rest in product((True, False), repeat=steps - 1)]
+
+
+def displacements(steps: int, seed: int, towards: float = 0.0) -> np.ndarray:
+    """How far each step, cached, moves an image of 40 numbers; all of them a little in one direction."""
+    moves = np.random.default_rng(seed).standard_normal((steps, 40)) + towards
+    moves *= np.linspace(1.5, 0.3, steps)[:, None]
+    return moves
+
+
+def squared(moves: np.ndarray, mask: Mask) -> float:
+    return float(np.mean(moves[~np.array(mask)].sum(axis=0) ** 2))
+
+
+def modelled(moves: np.ndarray) -> Estimate:
+    steps = len(moves)
+    return Estimate.of({mask: squared(moves, mask) for mask in probes(steps)}, steps)
+
+
+class Synthetic:
+    """Planning images whose errors follow from displacements that add up, and what a plan asks of them."""
+
+    def __init__(self, moves: np.ndarray, manifest: object = None) -> None:
+        self.moves = moves
+        self.steps, self.num_images, self.seed, self.guidance_scale = len(moves), 2, 0, 2.0
+        self.manifest = manifest
+
+    def errors(self, asked: Iterable[Mask]) -> dict[Mask, Errors]:
+        return {mask: squared(self.moves, mask) * np.array([0.9, 1.1]) for mask in asked}
+
+
+def chosen(moves: np.ndarray, limit: float, manifest: object = None) -> Plan:
+    return choose(Path("bundle"), Synthetic(moves, manifest), "onnxruntime", limit, COST)  # type: ignore[arg-type]
+
+
+# The model of pairs
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 11])
+def test_the_model_is_exact_where_displacements_add_up(steps: int) -> None:
+    moves = displacements(steps, seed=steps, towards=1.0)
+    want = [squared(moves, mask) for mask in masks(steps)]
+    np.testing.assert_allclose(modelled(moves).errors(masks(steps)), want, rtol=1e-9, atol=1e-12)
+
+
+def test_one_and_two_cached_steps_are_as_measured_whatever_their_sign() -> None:
+    moves = displacements(7, seed=1)
+    moves[2] = -moves[1]
+    few = [mask for mask in masks(7) if cached_steps(mask) <= 2]
+    np.testing.assert_allclose(modelled(moves).errors(few), [squared(moves, mask) for mask in few], atol=1e-12)
+
+
+def test_cancelling_pairs_do_not_make_a_long_mask_free() -> None:
+    errors = {mask: 1.0 if cached_steps(mask) == 1 else 0.2 for mask in probes(5)}
+    model = Estimate.of(errors, 5)
+    assert model.alone.sum() + model.cross[np.triu_indices(5)].sum() < 0
+    np.testing.assert_allclose(model.errors([(True, False, False, False, False)]), [0.2])
+
+
+@pytest.mark.parametrize("steps", range(1, 61))
+def test_pairs_are_bounded_and_neighbours_always_among_them(steps: int) -> None:
+    found = probes(steps)
+    pairs = [mask for mask in found if cached_steps(mask) == 2]
+    assert len(found) == len(set(found)) == steps - 1 + len(pairs)
+    assert all(mask[0] for mask in found)
+    assert len(pairs) <= max(MAX_PAIRS, steps - 2)
+    assert sum(longest_run(mask) == 2 for mask in pairs) == max(steps - 2, 0)
+    assert near(steps) >= steps - 2 or steps > 12
+
+
+# The search
+
+
+@pytest.mark.parametrize(("steps", "seed"), [(1, 0), (2, 0), (6, 1), (12, 2), (13, 3), (14, 4)])
+def test_the_search_finds_what_brute_force_finds(steps: int, seed: int) -> None:
+    model = modelled(displacements(steps, seed, towards=0.1))
+    every = masks(steps)
+    errors = model.errors(every)
+    found = best_masks(model, 3)
+    assert list(found) == list(range(steps))
+    for count, best in found.items():
+        want = sorted(e for e, mask in zip(errors, every, strict=True) if cached_steps(mask) == count)[:3]
+        assert {cached_steps(mask) for mask in best} == {count}
+        assert len(set(best)) == len(best)
+        np.testing.assert_allclose(model.errors(best), want, rtol=1e-9)
+
+
+def test_the_beam_goes_far() -> None:
+    found = best_masks(modelled(displacements(50, 6, towards=0.1)), 4)
+    assert {len(best) for count, best in found.items() if count not in (0, 49)} == {4}
+    assert all(mask[0] and len(mask) == 50 for best in found.values() for mask in best)
+
+
+# The choice
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_best_there_is_and_the_frontier_falls(seed: int) -> None:
+    moves = displacements(8, seed, towards=0.5)
+    found = chosen(moves, 0.75)
+    affordable = [mask for mask in masks(8) if COST.fits(mask, 0.75)]
+    assert found.chosen.error == pytest.approx(min(squared(moves, mask) for mask in affordable))
+    assert found.chosen.cost <= 0.75
+    assert [cached_steps(point.mask) for point in found.frontier] == list(range(8))
+    best = found.undominated
+    assert [point.cost for point in best] == sorted((point.cost for point in best), reverse=True)
+    assert [point.error for point in best] == sorted(point.error for point in best)
+    assert best[0].error == 0
+
+
+def test_no_uniform_clock_that_meets_the_budget_is_better() -> None:
+    moves = displacements(9, 7)
+    moves[2::2] *= 8  # the clock of period 2 is the right one, and the model is told something else
+    found = chosen(moves, 0.8)
+    assert all(found.chosen.error <= p.error for p in found.uniform.values() if COST.fits(p.mask, 0.8))
+    assert found.chosen.expected == pytest.approx(found.chosen.error)
+
+
+def test_a_uniform_clock_stands_where_it_is_as_good() -> None:
+    noise = {
+        (True, False, True, False): np.array([1.0, 3.0, 2.0]),
+        (True, True, False, False): np.array([2.0, 1.9, 2.0]),
+    }
+    images = Synthetic(displacements(4, 0))
+    images.errors = lambda asked: {  # type: ignore[method-assign]
+        mask: noise.get(mask, cached_steps(mask) * np.array([2.5, 2.5, 2.6])) for mask in asked
+    }
+    found = choose(Path("bundle"), images, "onnxruntime", 0.7, COST)  # type: ignore[arg-type]
+    assert found.chosen.mask == (True, False, True, False)
+    assert found.tied is not None
+    assert found.tied.mask == (True, True, False, False)
+    assert found.tied.error < found.chosen.error
+
+
+def test_a_budget_of_one_is_clock_1() -> None:
+    assert chosen(displacements(5, 0), 1.0).chosen.mask == (True,) * 5
+    assert chosen(displacements(1, 0), 1.5).chosen.mask == (True,)
+
+
+def test_uniform_masks_are_the_runtimes_clocks() -> None:
+    assert list(uniform_masks(3).values()) == [(True,) * 3, (True, False, True), (True, False, False)]
+
+
+# The budget
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, float("nan"), float("inf"), 70.0])
+def test_a_budget_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match=r"budget is .*; expected a share of clock 1's cost above 0, such as 0.7"):
+        check_budget(share, "flops")
+
+
+def test_an_unknown_unit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'joules'; choices: flops, latency"):
+        check_budget(0.7, "joules")
+
+
+def test_a_budget_that_no_mask_meets_names_the_cheapest_and_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"0\.3 in flops: the cheapest, 1,0,0,0, costs 55\.0% .* nearest budget is 0\.55"
+    ):
+        COST.check(0.3, 4)
+    COST.check(0.55, 4)
+    with pytest.raises(ConfigError, match="nearest budget is 1"):
+        COST.check(0.99, 1)
+    COST.check(1, 1)
+
+
+@pytest.mark.parametrize("steps", range(2, 30))
+def test_the_nearest_budget_is_met(steps: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        COST.check(0.01, steps)
+    COST.check(float(str(caught.value).rpartition(" ")[2]), steps)
+
+
+def test_a_cached_step_that_saves_nothing_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"no clock saves latency .*: a cached step costs 10 ms, a full one 10 ms"):
+        StepCost("latency", 10, 10).check(0.9, 8)
+    StepCost("latency", 10, 11).check(1.0, 8)
+
+
+def test_where_nothing_is_cached_there_is_no_auto_clock() -> None:
+    found = with_auto(chosen(displacements(4, 0), 1.0))
+    assert found.auto is None
+    assert found.auto_note == "no auto clock: the plan has no cached step"
+
+
+def test_a_pair_of_graphs_has_no_auto_clock() -> None:
+    full, cached = (Graph(name, f"{name}.onnx", f"{name}_step", (), ()) for name in ("full", "cached"))
+    note = refusal(SimpleNamespace(session=SimpleNamespace(graphs=(full, cached))))  # type: ignore[arg-type]
+    assert note is not None
+    assert note.endswith("this bundle's graphs are full, cached (layout pair)")
+
+
+def test_the_picture_shows_clock_1_alone(tmp_path: Path) -> None:
+    manifest = SimpleNamespace(
+        source=SimpleNamespace(name="tiny"),
+        scheduler=SimpleNamespace(name="ddim"),
+        sample=SimpleNamespace(space="latent"),
+    )
+    figure.draw_frontier(chosen(displacements(1, 0), 1.0, manifest), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("module", [budget, estimate, tolerance, trajectory])
+def test_the_examples_hold(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert (failed, tried > 0) == (0, True)

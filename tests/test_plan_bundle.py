@@ -1,0 +1,298 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from command_line import Command, Said
+
+import edgediff
+from edgediff.arrays import prompt_arguments
+from edgediff.config import config_from
+from edgediff.errors import ConfigError, MissingExtraError, TargetError
+from edgediff.plan import figure, files
+from edgediff.plan.budget import cached_steps, count_cost, time_cost
+from edgediff.plan.caveats import caveats
+from edgediff.plan.planner import Plan, make_plan
+from edgediff.plan.recipe import plan_recipe, render_recipe
+from edgediff.plan.tolerance import AutoClocks, longest_run
+from edgediff.plan.trajectory import Trajectories, psnr_db, spell
+from edgediff.verify.backends import open_session
+from edgediff_runtime import EdgePipeline, Manifest, open_bundle
+from edgediff_runtime.errors import RequestError
+from edgediff_runtime.manifest import TrainedFor
+
+
+@pytest.fixture(scope="module")
+def manifest(class_bundle: Path) -> Manifest:
+    return open_bundle(class_bundle).manifest
+
+
+@pytest.fixture(scope="module")
+def images(class_bundle: Path, manifest: Manifest) -> Trajectories:
+    return Trajectories(manifest, open_session(open_bundle(class_bundle), "onnxruntime"), 4, 2.0, 5, 3)
+
+
+@pytest.fixture(scope="module")
+def plan(class_bundle: Path) -> Plan:
+    return make_plan(class_bundle, 0.85, num_images=2, seed=3)
+
+
+# What a step costs
+
+
+def test_costs_are_the_manifests_with_attention(class_bundle: Path, manifest: Manifest) -> None:
+    found = count_cost(class_bundle)
+    full = manifest.cost["full"]
+    assert full.macs_attention > 0
+    assert found.full == pytest.approx(2e-9 * (full.macs + full.macs_attention))
+    assert found.share((True, False)) == pytest.approx((found.full + found.cached) / (2 * found.full))
+
+
+def test_time_is_measured_of_both_kinds_of_step(images: Trajectories) -> None:
+    found = time_cost(images)
+    assert found.unit == "latency"
+    assert found.cached > 0
+    assert 0 < found.full < 1e3
+
+
+# Trajectories
+
+
+def test_shared_beginnings_change_no_error_and_save_runs(images: Trajectories, manifest: Manifest) -> None:
+    tried = [(True, *rest) for rest in product((True, False), repeat=3)]
+    before = images._replay.runs
+    found = images.errors(tried)
+    # 15 different beginnings of masks: highres_out runs in each, lowres in the full ones, and highres_in does not know
+    # yet which of the two a step will be.
+    assert images._replay.runs - before == 3 * (15 + 8 + 8)
+    pipe = EdgePipeline(manifest, images.session)
+    for image in range(3):
+        request = {"label": image, "seed": 5 + image, "num_inference_steps": 4, "guidance_scale": 2.0}
+        pictures = {mask: pipe(**request, clock=mask).images / 255 for mask in tried}
+        for mask in tried:
+            want = np.mean((pictures[mask] - pictures[tried[0]]) ** 2)
+            assert found[mask][image] == pytest.approx(want, abs=1e-12)
+    assert images.errors(tried[:2])[tried[1]] is found[tried[1]]
+
+
+def test_a_latent_error_is_over_the_references_variance(text_bundle: Path) -> None:
+    opened = open_bundle(text_bundle)
+    rng = np.random.default_rng(0)
+    text = prompt_arguments({f"{k}encoder_hidden_states": rng.standard_normal((2, 7, 12)) for k in ("", "negative_")})
+    images = Trajectories(opened.manifest, open_session(opened, "onnxruntime"), 4, 7.5, 0, 2, text)
+    found = images.errors([(True, False, True, False)])[True, False, True, False]
+    rows = {name: value[1:] for name, value in text.items() if isinstance(value, np.ndarray)}
+    pipe = EdgePipeline(opened.manifest, images.session)
+    one, two = (pipe(**rows, seed=1, clock=clock, guidance_scale=7.5).latents for clock in (1, 2))
+    assert found[1] == pytest.approx(np.mean((two - one) ** 2) / np.var(one), rel=1e-4)
+    assert psnr_db(0.01) == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"num_images": 0}, "num_images is 0"), ({"seed": -1}, "seed"), ({"seed": 2**64 - 1, "num_images": 2}, "seed"),
+     ({"guidance_scale": float("nan")}, "guidance_scale"), ({"steps": 0}, "steps is 0"), ({"steps": 101}, "1 to 100"),
+     ({"backend": "tensorrt"}, "no backend 'tensorrt'")],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_runs(class_bundle: Path, given: dict, says: str) -> None:
+    said: list[str] = []
+    with pytest.raises((ConfigError, RequestError), match=says):
+        make_plan(class_bundle, 0.9, progress=said.append, **given)
+    assert said == [f"opening {class_bundle}"]
+
+
+# The auto clock
+
+
+def test_the_tolerance_gives_the_wanted_share(images: Trajectories) -> None:
+    clocks = AutoClocks(images)
+    found = clocks.find(0.5)
+    assert found.share <= 0.5
+    assert found.share == np.mean(found.masks)
+    # A little less, and there are more full steps than were wanted.
+    assert clocks.run(found.clock.tolerance * 0.98).share > 0.5
+    least = AutoClocks(images, bound=2).find(0.1)
+    assert least.share == 0.5  # a full step after two cached ones, whatever the tolerance
+
+
+def test_a_run_stands_for_those_that_would_be_the_same(images: Trajectories) -> None:
+    clocks = AutoClocks(images, bound=2)
+    tolerances = [0.02 * 1.25**n for n in range(24)]
+    found = [clocks.run(tolerance) for tolerance in tolerances]
+    assert clocks.runs < 3 * 24 / 2
+    assert len({run.masks for run in found}) > 4
+    for run in found[::3]:
+        for image, mask in enumerate(run.masks):
+            error, steps = images.error(image, run.clock)
+            assert (error, tuple(step.full for step in steps)) == (run.errors[image], mask)
+
+
+def test_a_plan_has_its_auto_clock(plan: Plan) -> None:
+    assert plan.auto is not None
+    assert plan.auto.share <= 1 - cached_steps(plan.chosen.mask) / 4
+    assert plan.auto_note is None
+
+
+def test_clock_1_of_a_pair_is_a_recipe_of_parts(manifest: Manifest) -> None:
+    config = manifest.config | {"layout": "pair", "onnx": {"layout": "pair"}}
+    pair = msgspec.structs.replace(manifest, config=config)
+    assert plan_recipe(pair, (True, False), None).onnx.layout == "pair"
+    found = plan_recipe(pair, (True, True), None)
+    assert (found.layout, found.onnx.layout, found.clock) == ("split", None, "1,1")
+
+
+# The recipe
+
+
+def test_the_recipe_loads_and_exports(plan: Plan, tmp_path: Path) -> None:
+    written = files.write_plan(plan, tmp_path)
+    config = edgediff.load_config(written["recipe"])
+    assert (config.clock, config.steps, config.adaptor) == (spell(plan.chosen.mask), 4, "identity")
+    assert plan.auto is not None
+    assert f'# clock: "{plan.auto.clock}"' in written["recipe"].read_text().splitlines()
+    quick = config_from(msgspec.to_builtins(config) | {"verify": {"mode": "graphs"}, "onnx": {"simplify": False}})
+    edgediff.export_bundle(edgediff.load_model(str(config.model)), tmp_path / "bundle", quick)
+    again = open_bundle(tmp_path / "bundle").manifest
+    assert tuple(map(bool, again.operating_point.mask)) == plan.chosen.mask
+    assert again.source.sha256 == plan.manifest.source.sha256
+
+
+def test_a_recipe_keeps_every_setting(manifest: Manifest, tmp_path: Path) -> None:
+    config = plan_recipe(manifest, (True, False, True), 1e-05)
+    strange = msgspec.structs.replace(config, license='MIT: "x" # y', model="a, b: c", random_weights=0)
+    (tmp_path / "r.yaml").write_text(render_recipe(strange, ["one", "two"]))
+    assert edgediff.load_config(tmp_path / "r.yaml") == strange
+
+
+def test_a_bundles_recipe_of_another_version_is_said(manifest: Manifest) -> None:
+    old = msgspec.structs.replace(manifest, config={**manifest.config, "colour": "red"})
+    with pytest.raises(
+        ConfigError, match="the recipe in the bundle's manifest cannot be used again: unknown key 'colour'"
+    ):
+        plan_recipe(old, (True,), None)
+
+
+# Warnings
+
+
+def test_what_the_paper_saw_fail_is_said(manifest: Manifest) -> None:
+    turns, row = (True, False) * 4, (True, True, True, True, False, False, False, False)
+    ddim = msgspec.structs.replace(manifest, scheduler=msgspec.structs.replace(manifest.scheduler, name="ddim"))
+    assert caveats(manifest, turns, 2.0) == ()
+    (few,) = caveats(ddim, turns, 2.0)
+    assert few.startswith("DDIM at 8 steps")
+    assert "34.72 to 38.38" in few
+    assert caveats(ddim, (True, False) * 10, 2.0) == ()
+    (consecutive,) = caveats(manifest, row, 2.0)
+    assert all(number in consecutive for number in ("28.07", "33.10", "23.21"))
+    assert caveats(ddim, (True,) * 8, 2.0) == ()
+
+
+def test_what_else_speaks_against_a_plan_is_said(manifest: Manifest) -> None:
+    trained = TrainedFor(8, "dpmpp_2m", 2, (1, 0) * 4, 2.0)
+    learnt = msgspec.structs.replace(manifest.adaptor, kind="resnet", name="resnet-8", trained_for=trained)
+    (line,) = caveats(msgspec.structs.replace(manifest, adaptor=learnt), (True, False, True), 2.0)
+    assert "resnet-8 was trained for 8 steps" in line
+    noise = msgspec.structs.replace(manifest, source=msgspec.structs.replace(manifest.source, random_weights=0))
+    assert "weights are random" in caveats(noise, (True, False), 2.0)[0]
+
+
+# Files, the picture, the command
+
+
+def own(said: Said) -> list[str]:
+    return [line for line in said.errors if not line.startswith("planning: ")]
+
+
+def test_the_command_writes_a_plan(class_bundle: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "mine.txt").write_text("mine")
+    args = ("plan", class_bundle, "--budget", "0.6", "--num-images", 2, "-o", tmp_path / "plan")
+    said = command(*args, "--json")
+    assert (said.code, own(said)) == (0, [])
+    shown = json.loads(said.out)
+    assert shown["files"] == {
+        "figure": str(tmp_path / "plan" / "frontier.png"),
+        "plan": str(tmp_path / "plan" / "plan.json"),
+        "recipe": str(tmp_path / "plan" / "recipe.yaml"),
+    }
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert written == {key: value for key, value in shown.items() if key != "files"}
+    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == [
+        "frontier.png", "mine.txt", "plan.json", "recipe.yaml",
+    ]  # fmt: skip
+    assert (tmp_path / "plan" / "frontier.png").read_bytes()[1:4] == b"PNG"
+    assert written["chosen"]["cost"] <= 0.6
+    assert [point["cached_steps"] for point in written["frontier"]] == [0, 1, 2, 3]
+    assert written["frontier"][0]["psnr_db"] is None
+    assert written["chosen"]["error"] <= written["uniform"]["2"]["error"] or written["uniform"]["2"]["cost"] > 0.6
+    said = command(*args)
+    assert said.code == 0
+    assert written["chosen"]["clock"] in said.out
+    assert all(word in said.out for word in ("uniform clocks", "auto clock", "recipe.yaml", "GFLOPs"))
+    if longest_run(written["chosen"]["mask"]) > 1:
+        assert "28.07" in said.out
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [(("--budget", "0.01"), ("the cheapest, 1,0,0,0, costs", "nearest budget is 0.")),
+     (("--budget", "nan"), ("budget is nan",)), (("--budget", "-1"), ("budget is -1",)),
+     (("--in", "joules"), ("choices: flops, latency",)), (("--steps", "1"), ("the cheapest, 1, costs 100.0%",))],
+)  # fmt: skip
+def test_the_command_refuses_in_one_line(
+    class_bundle: Path, place: Path, command: Command, args: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    said = command("plan", class_bundle, *args, "-o", place / "plan")
+    assert (said.code, said.out, len(own(said))) == (2, "", 1)
+    assert all(part in own(said)[0] for part in parts), said
+    assert not (place / "plan").exists()
+
+
+def test_a_plan_in_latent_space_takes_the_evidences_embeddings(text_bundle: Path, tmp_path: Path) -> None:
+    found = make_plan(text_bundle, 0.9, num_images=2, steps=3)
+    assert "random embeddings" in " ".join(found.warnings)
+    files.write_plan(found, tmp_path)
+
+
+def test_without_matplotlib_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"edgediff\[train\]"):
+        files.check_folder(tmp_path / "plan", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("where", ["", "plan", "onnx/plan"])
+def test_nothing_is_written_into_a_bundle(class_bundle: Path, where: str) -> None:
+    with pytest.raises(TargetError, match="lies in the bundle"):
+        files.check_folder(class_bundle / where, class_bundle)
+
+
+def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for where in ("file", "file/plan"):
+        with pytest.raises(TargetError, match=r"no directory|not a folder"):
+            files.check_folder(tmp_path / where, tmp_path / "bundle")
+
+
+def test_a_write_that_fails_leaves_what_was_there(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan.json").write_text("old")
+    fail: Callable[..., None] = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
+    monkeypatch.setattr(files, "draw_frontier", fail)
+    with pytest.raises(OSError, match="No space"):
+        files.write_plan(plan, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_needs_no_torch(class_bundle: Path) -> None:
+    program = (
+        "import sys\nfrom edgediff.plan.planner import make_plan\n"
+        "print(make_plan(sys.argv[1], 0.9, num_images=1, steps=2).chosen.mask)\n"
+        "assert not {'torch', 'diffusers', 'onnx', 'matplotlib', 'yaml'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", program, class_bundle], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "(True, False)\n"), done.stderr
