@@ -26,6 +26,10 @@ class UnsupportedError(EdgediffError):
     """The model or a setting of it is outside of what edgediff handles: take one of the choices named."""
 
 
+class DataError(EdgediffError):
+    """Images cannot be read, or are too few: repair the folder that the message names, or name another."""
+
+
 class TargetError(EdgediffError):
     """The output path cannot be written as asked: choose another, or pass ``--force``."""
 
@@ -44,6 +48,10 @@ class VerificationError(EdgediffError):
 
 class ProgramError(EdgediffError):
     """An ML Program that cannot be read or evaluated: name another file, or install a newer tool."""
+
+
+class TrainingError(EdgediffError):
+    """A training cannot go on: change a setting as the message says, and go on from the checkpoint that it names."""
 
 
 class MissingExtraError(EdgediffError):

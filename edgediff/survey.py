@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgediff_runtime import RequestError, clock_mask, open_bundle
-from edgediff_runtime.manifest import Cost, Manifest
+from edgediff_runtime import AutoClock, RequestError, clock_mask, open_bundle, parse_clock
+from edgediff_runtime.manifest import Adaptor, Cost, Manifest, OperatingPoint
 
 PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
@@ -82,7 +82,8 @@ def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int |
 
     Args:
         path: The bundle.
-        clock: Period or mask; None takes the bundle's.
+        clock: Period or mask; None takes the bundle's. Of the bundle's own auto clock, the steps are shown as its
+            reference ran them.
         steps: Denoising steps; None takes the bundle's.
         batch: UNet rows in a step; None takes 2 where the bundle is guided.
 
@@ -91,11 +92,11 @@ def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int |
 
     Raises:
         BundleError: The bundle is damaged.
-        RequestError: Clock, steps or batch are out of range.
+        RequestError: Clock, steps or batch are out of range, or only running tells what an auto clock does.
     """
     manifest = open_bundle(path).manifest
     point = manifest.operating_point
-    mask = clock_mask(point.clock if clock is None else clock, point.num_inference_steps if steps is None else steps)
+    mask = _mask(point, point.clock if clock is None else clock, point.num_inference_steps if steps is None else steps)
     return Survey(
         name=manifest.source.name,
         cut=f"level {manifest.cut.level}, {manifest.cut.point}",
@@ -106,6 +107,18 @@ def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int |
         batch=check_batch((2 if point.guidance_scale > 1 else 1) if batch is None else batch),
         facts=_facts(manifest),
     )
+
+
+def _mask(point: OperatingPoint, clock: int | str, steps: int) -> tuple[bool, ...]:
+    parsed = parse_clock(clock, steps)
+    if isinstance(parsed, AutoClock) and parsed == parse_clock(point.clock, point.num_inference_steps):
+        if steps == point.num_inference_steps:
+            return tuple(map(bool, point.mask))
+        raise RequestError(
+            f"clock {clock} decides as it runs, and was run over {point.num_inference_steps} steps, not {steps}; "
+            "expected those, or a period or a mask"
+        )
+    return clock_mask(clock, steps)
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:
@@ -120,6 +133,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "conditioned on": known.kind,
         "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}",
+        "adaptor": adaptor_in_words(manifest.adaptor),
         "targets": "; ".join(
             f"{t.target} {t.dtype}, {t.layout}, {t.deployment_target or f'opset {t.opset}'}" for t in manifest.targets
         ),
@@ -129,6 +143,24 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     if known.labels:
         facts["labels"] = ", ".join(known.labels)
     return facts
+
+
+def adaptor_in_words(adaptor: Adaptor) -> str:
+    """What stands in for lowres, and what it was trained for.
+
+    Args:
+        adaptor: The manifest's entry.
+
+    Returns:
+        One line.
+    """
+    point = adaptor.trained_for
+    if point is None:
+        return adaptor.kind
+    return (
+        f"{adaptor.kind} ({adaptor.name}), trained for {point.num_inference_steps} steps of {point.scheduler}, "
+        f"clock {point.clock}, guidance {point.guidance_scale:g}"
+    )
 
 
 def check_batch(batch: int) -> int:

@@ -13,6 +13,8 @@ from edgediff_runtime import Result
 
 if TYPE_CHECKING:
     from edgediff.demo import Shown
+    from edgediff.evaluate.report import Evaluation
+    from edgediff.models.comparison import ComparisonRow
     from edgediff.placement import Note
     from edgediff.verify.rows import Finding, ParityReport
 
@@ -111,14 +113,19 @@ def ledger_table(result: Result) -> Table:
     table.add_column("step", "sum")
     table.add_column("t", justify="right")
     table.add_column("runs")
+    auto = any(step.moved is not None for step in result.ledger)
+    if auto:
+        table.add_column("moved", justify="right")
     for name in names:
         total = sum(step.ms.get(name, 0.0) for step in result.ledger)
-        table.add_column(name, f"{total:.1f}", justify="right")
+        # Both of these are cut short alike where eight columns share a narrow terminal.
+        table.add_column(name.replace("highres_", "highres_\n"), f"{total:.1f}", justify="right", overflow="fold")
     table.add_column("step", f"{sum(sum(step.ms.values()) for step in result.ledger):.1f}", justify="right")
     for step in result.ledger:
         cells = [f"{step.ms[name]:.1f}" if name in step.ms else "-" for name in names]
         kind = "full" if step.full else "cached"
-        table.add_row(str(step.index), f"{step.timestep:g}", kind, *cells, f"{sum(step.ms.values()):.1f}")
+        moved = ["-" if step.moved is None else f"{step.moved:.3g}"] if auto else []
+        table.add_row(str(step.index), f"{step.timestep:g}", kind, *moved, *cells, f"{sum(step.ms.values()):.1f}")
     return table
 
 
@@ -171,6 +178,40 @@ def survey_tables(found: Survey) -> list[Table]:
     for what, answer in found.facts.items():
         facts.add_row(what, Text(answer))
     return [facts, parts, schedule]
+
+
+def comparison_table(rows: "Iterable[ComparisonRow]") -> Table:
+    """A paper's table counted anew, beside what it printed.
+
+    Args:
+        rows: As `compare` gave them.
+
+    Returns:
+        The table; lines with Clockwork say what it saves.
+    """
+    rows = list(rows)
+    clocked = next(row.survey for row in rows if row.clockwork)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Clockwork Diffusion's table, {len(clocked.mask)} steps: TFLOPs of the UNet",
+        caption=f"clock {clocked.clock}, {clocked.cut}; learned adaptor counted in, "
+        f"{2e-9 * clocked.cost['adaptor'].macs:.1f} GFLOPs a row\n"
+        "ours: 2 FLOPs per multiply-add, attention matmuls left out as in the paper; + attn.: with them",
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("batch", "ours", "paper", "+ attn.", "saved", "paper", "+ attn."):
+        table.add_column(name, justify="right")
+    for row in rows:
+        saved = {"ours": row.saved(attention=False), "paper": row.paper_saved, "+ attn.": row.saved(attention=True)}
+        table.add_row(
+            "  + Clockwork" if row.clockwork else row.survey.name,
+            str(row.survey.batch),
+            f"{row.tflops(attention=False):.2f}",
+            f"{row.paper_tflops:.1f}",
+            f"{row.tflops(attention=True):.2f}",
+            *("" if x is None else f"{x:.0%}" if whose == "paper" else f"{x:.1%}" for whose, x in saved.items()),
+        )
+    return table
 
 
 def doctor_tables(found: Examination) -> list[Table]:
@@ -262,4 +303,36 @@ def placement_table(notes: Iterable["Note"]) -> Table:
         source = (f"{known.title}, {known.source}", f"dim link {known.source}")
         words = Text.assemble(known.says, "\n", (known.rewrite, "green"), "\n", source)
         table.add_row(rule, Text("\n".join(graphs)), words)
+    return table
+
+
+def evaluation_table(found: "Evaluation") -> Table:
+    """One line for each clock, below the line of photographs against photographs.
+
+    Args:
+        found: The evaluation.
+
+    Returns:
+        The table.
+    """
+    table = Table(
+        title=f"{found.model}, distances from photographs: {found.num_images} images in each set, "
+        f"{found.num_inference_steps} steps, guidance {found.guidance_scale:g}, {found.backend}",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("clock")
+    for name in ("kernel x1000", "Frechet", "spectrum error", "ratio to clock 1"):
+        table.add_column(name, justify="right")
+    lines = [("photographs", found.floor, None), *((row.clock, row.distances, row.ratio) for row in found.rows)]
+    for name, distances, ratio in lines:
+        table.add_row(
+            name,
+            f"{1e3 * distances.kernel_distance:.1f} +- {1e3 * distances.kernel_spread:.1f}",
+            f"{distances.frechet_distance:.2f}",
+            f"{distances.spectrum_error:.3f}",
+            "-" if ratio is None else f"{ratio:.3f}",
+        )
+    table.caption = f"photographs: {found.num_images} others of the folder's {found.available}"
+    if found.num_images <= found.num_features:
+        table.caption += f"; Frechet says little where there are no more images than features ({found.num_features})"
     return table

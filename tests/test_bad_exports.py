@@ -24,7 +24,7 @@ def _config(**values: Any) -> Callable[[Path], None]:
 
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (shutil.rmtree, "no such directory, and no built-in name (choices: grocery-32, sd15)"),
+    "missing": (shutil.rmtree, "no such directory, and no built-in name (choices: "),
     "empty": (lambda m: (shutil.rmtree(m), m.mkdir()), "is empty; expected config.json"),
     "a file": (lambda m: (shutil.rmtree(m), m.touch()), "is a file; expected a diffusers directory"),
     "empty unet": (lambda m: (shutil.rmtree(m / "unet"), (m / "unet").mkdir()), "unet is empty"),

@@ -153,7 +153,7 @@ def test_the_time_embedding_stays_exact_and_so_do_the_borders(coreml_bundle: Pat
         kinds = {step.op: {spec.dtype for _, spec in step.outputs} for step in function.steps}
         assert kinds["sin"] == kinds["cos"] == {"float32"}
         assert kinds["conv"] == {"float16"}
-        wants = {"sample": "float32", "timestep": "float32", "class_labels": "int32", "lowres_feature": "float16"}
+        wants = {"sample": "float32", "timestep": "float32", "class_labels": "int32", "cache": "float16"}
         assert {key: spec.dtype for key, spec in function.inputs.items()}.items() <= wants.items()
         assert function.outputs["out_sample"].dtype == "float32"
 

@@ -19,6 +19,7 @@ SOURCES = sorted([*(ROOT / "edgediff").rglob("*.py"), *RUNTIME.rglob("*.py")])
 # and those before it. Export runs the verification, so verify stands before it and knows nothing of it.
 STAGES = (
     ("edgediff.errors",),
+    ("edgediff.strict",),
     (
         "edgediff.config",
         "edgediff.arrays",
@@ -31,7 +32,7 @@ STAGES = (
     ("edgediff.models",),
     ("edgediff.train", "edgediff.verify", "edgediff.placement", "edgediff.evaluate", "edgediff.plan"),
     ("edgediff.export",),
-    ("edgediff.demo", "edgediff.tables"),
+    ("edgediff.demo", "edgediff.tables", "edgediff.tables_plan"),
     ("edgediff.cli", "edgediff.__main__"),
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}

@@ -14,6 +14,7 @@ from unets import CASES, unet2d
 
 from edgediff import Cut, split
 from edgediff.cli import app
+from edgediff.config import load_config
 from edgediff.errors import UnsupportedError
 from edgediff.models.conditioning import TensorSpec
 from edgediff.models.load import load_model
@@ -154,6 +155,24 @@ def test_sd15_without_attention(sd15: Survey) -> None:
     assert gflops(sd15, "full", attention=False) == pytest.approx(677.8, rel=0.005)
     highres = gflops(sd15, "highres_in", attention=False) + gflops(sd15, "highres_out", attention=False)
     assert highres == pytest.approx(228.4, rel=0.005)
+
+
+@pytest.mark.parametrize(("recipe", "cached"), [("sd15-deepcache", 41.4), ("sd15-clockwork-code", 197.9)])
+def test_recipes_of_other_cuts_cost_what_their_papers_say(recipe: str, cached: float) -> None:
+    config = load_config(recipe)
+    model = load_model("sd15")
+    cost = tally(split(model.unet, config.cut), model.sample_shape, model.conditioning.tensors).parts
+    assert config.adaptor == "identity"
+    assert 2e-9 * cost["cached"].macs == pytest.approx(cached, abs=0.05)
+    assert 2e-9 * cost["full"].macs == pytest.approx(677.8, rel=0.005)
+
+
+def test_inspect_counts_an_adaptor() -> None:
+    found = survey_model("grocery-32", None, None, None, None, None, "resnet")
+    assert found.cost["adaptor"].parameters == 418_848
+    assert found.cost["cached"].macs == sum(found.cost[p].macs for p in ("highres_in", "adaptor", "highres_out"))
+    with pytest.raises(UnsupportedError, match="no adaptor 'rest'; choices: identity, resnet"):
+        survey_model("grocery-32", None, None, None, None, None, "rest")
 
 
 def test_sd15_with_attention(sd15: Survey) -> None:

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgediff.errors import EdgediffError, MissingExtraError, VerificationError
-from edgediff_runtime.errors import EdgeRuntimeError
+from edgediff_runtime.errors import EdgeRuntimeError, warnings_told
 
 app = typer.Typer(
     name="edgediff",
@@ -30,8 +32,14 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle: the directory that export wrote.", metavar="BUNDLE")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 LevelOption = Annotated[int | None, typer.Option(help="High-resolution levels that stay outside of lowres.")]
-PointOption = Annotated[str | None, typer.Option(help="Where lowres ends: before_upsample or after_upsample.")]
-ClockOption = Annotated[str | None, typer.Option(help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps.")]
+PointOption = Annotated[str | None, typer.Option(help="Where lowres ends: before_upsample, after_upsample or block:N.")]
+ClockOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps; or auto:TOL or auto:TOL:BOUND, which decides "
+        "as it runs."
+    ),
+]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 
@@ -39,12 +47,14 @@ GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guid
 # Typer carries click within itself since 0.26 and takes the installed one before: the base of what it raises is asked.
 UsageFault: Any = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
+SHARES_EVERY_S = 10
 
 
 def main() -> None:
     """Runs the command line; what the user can put right is one line on standard error."""
     try:
-        code = app(standalone_mode=False)
+        with warnings_told(_say_warning):
+            code = app(standalone_mode=False)
         if code == INTERRUPTED:  # newer Typer returns the code where older ones raise Abort
             raise KeyboardInterrupt
     except VerificationError as e:
@@ -82,6 +92,11 @@ def _say_error(message: object, code: int) -> int:
     return code
 
 
+def _say_warning(message: str) -> None:
+    err.print("[yellow]warning:[/yellow]", end=" ")
+    err.print(message, markup=False)
+
+
 def toolchain(module: str, command: str, extra: str = "export") -> Any:
     """Imports a part of the toolchain, or says which extra the command needs."""
     try:
@@ -93,10 +108,21 @@ def toolchain(module: str, command: str, extra: str = "export") -> Any:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done; where there is no terminal, one line for each thing."""
+def progress() -> Iterator[Callable[..., None]]:
+    """A line that says what is being done, and the share of it that is done where that is known.
+
+    Where there is no terminal, one line for each thing; of what advances by shares, one every ten seconds.
+    """
     if not err.is_terminal:
-        yield lambda what: err.print(what, markup=False)
+        last = -math.inf
+
+        def say(what: str, share: float | None = None) -> None:
+            nonlocal last
+            if share is None or share >= 1 or time.monotonic() - last >= SHARES_EVERY_S:
+                last = time.monotonic()
+                err.print(what, markup=False)
+
+        yield say
         return
     with Progress(
         TextColumn("[cyan]{task.description}"),
@@ -107,7 +133,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         transient=True,
     ) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda what: bar.update(task, description=what)
+        yield lambda what, share=None: bar.update(task, description=what, completed=share or 0, total=share and 1)
 
 
 def print_json(data: object) -> None:

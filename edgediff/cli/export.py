@@ -38,7 +38,9 @@ def export(
     ] = None,
     level: LevelOption = None,
     point: PointOption = None,
-    adaptor: Annotated[str | None, typer.Option(help="What stands in for lowres on cached steps.")] = None,
+    adaptor: Annotated[
+        str | None, typer.Option(help="identity, a built-in one by name or kind, or a folder that train adaptor wrote.")
+    ] = None,
     clock: ClockOption = None,
     steps: StepsOption = None,
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,

@@ -24,16 +24,25 @@ if TYPE_CHECKING:
     from edgediff.placement import Note
 
 
-@app.command(epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json")
+@app.command(
+    epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json   |   "
+    "edgediff inspect --compare clockwork"
+)
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="A model (directory or built-in name) or a bundle.", metavar="MODEL|BUNDLE")
-    ],
+        str | None, typer.Argument(help="A model (directory or built-in name) or a bundle.", metavar="MODEL|BUNDLE")
+    ] = None,
     level: LevelOption = None,
     point: PointOption = None,
     clock: ClockOption = None,
     steps: StepsOption = None,
     batch: Annotated[int | None, typer.Option(help="UNet rows in a step; left out, 2 where there is guidance.")] = None,
+    adaptor: Annotated[
+        str | None, typer.Option(help="Kind of adaptor to count in cached steps; left out, identity.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="In the place of a model: count a paper's table anew; clockwork.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show parts, parameters, operations and cache of a model or a bundle, and what a clock saves.
@@ -43,15 +52,25 @@ def inspect(
     """
     from edgediff.survey import survey_bundle
 
+    if compare is not None:
+        options = {"--level": level, "--point": point, "--clock": clock, "--steps": steps, "--batch": batch,
+                   "--adaptor": adaptor}  # fmt: skip
+        given = [name for name, value in {"MODEL|BUNDLE": model, **options}.items() if value is not None]
+        if given:
+            raise ConfigError(f"--compare counts a paper's own table as it stands and takes no {', '.join(given)}")
+        _compare(compare, as_json)
+        return
+    if model is None:
+        raise ConfigError("nothing to inspect; expected a MODEL or a BUNDLE, or --compare clockwork")
     if (Path(model) / "manifest.json").is_file():
-        if level is not None or point is not None:
-            raise ConfigError("--level and --point belong to a model; this is a bundle, its cut is made")
+        if level is not None or point is not None or adaptor is not None:
+            raise ConfigError("--level, --point and --adaptor belong to a model; this is a bundle, its cut is made")
         found = survey_bundle(Path(model), clock, steps, batch)
         notes = _placement(Path(model))
     else:
         notes = None
         survey = toolchain("edgediff.models.survey", "inspect MODEL")
-        found = survey.survey_model(model, level, point, clock, steps, batch)
+        found = survey.survey_model(model, level, point, clock, steps, batch, adaptor)
     if as_json:
         print_json(found.to_dict() | ({} if notes is None else {"placement": [note.to_dict() for note in notes]}))
     else:
@@ -61,6 +80,17 @@ def inspect(
             out.print(table)
         if notes is not None:
             out.print(placement_table(notes))
+
+
+def _compare(name: str, as_json: bool) -> None:
+    """Prints a paper's table beside our counts."""
+    rows = toolchain("edgediff.models.comparison", "inspect --compare").compare(name)
+    if as_json:
+        print_json({"rows": [row.to_dict() for row in rows]})
+    else:
+        from edgediff.tables import comparison_table
+
+        out.print(comparison_table(rows))
 
 
 def _placement(bundle: Path) -> "tuple[Note, ...] | None":

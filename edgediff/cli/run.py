@@ -72,7 +72,7 @@ def run(
         result = Result.of(_telling(pipe.stream(**request), say), pipe.manifest)
     write_output(result, output, scale)
     if as_json:
-        ledger = [{"step": step.index, "full": step.full, "ms": step.ms} for step in result.ledger]
+        ledger = [step.to_dict() for step in result.ledger]
         print_json({"images": [str(output)], "mask": result.mask, "ledger": ledger})
     else:
         from edgediff.tables import ledger_table

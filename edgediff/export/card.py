@@ -3,6 +3,7 @@
 import re
 
 from edgediff.models.load import Model
+from edgediff.survey import adaptor_in_words
 from edgediff_runtime import Manifest
 
 FORMATS = {"onnx": "ONNX", "coreml": "Core ML"}
@@ -35,8 +36,9 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"- **Licence**: {manifest.license}."
         + ("" if manifest.license != "unknown" else " The source does not say: ask whoever made it before you ship."),
         f"- **Changed**: the UNet was divided at level {manifest.cut.level}, {manifest.cut.point}; "
-        f"weights as in the source, in {_precisions(manifest)}. On cached steps the {manifest.adaptor} adaptor "
-        f"stands in for the low-resolution part: {saved:.0%} fewer multiply-adds in such a step.",
+        f"weights as in the source, in {_precisions(manifest)}. On cached steps an adaptor, "
+        f"{adaptor_in_words(manifest.adaptor)}, stands in for the low-resolution part: {saved:.0%} fewer multiply-adds "
+        "in such a step.",
         f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
         f"conditioned on: {manifest.conditioning.kind}.",
         f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "

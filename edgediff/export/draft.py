@@ -11,12 +11,14 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.conditioning import Source
 from edgediff.export.layout import coreml_graphs, onnx_graphs
 from edgediff.models.clockwork import SplitUNet
+from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
-from edgediff_runtime import Manifest, clock_mask
+from edgediff_runtime import AutoClock, Manifest, parse_clock
 from edgediff_runtime import manifest as m
+from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest_json import FORMAT_VERSION
 
@@ -25,10 +27,35 @@ TOOLS_OF_TARGET: dict[Target, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxsim", "onnxruntime"),
     "coreml": ("coremltools",),
 }
-DEFAULT_GUIDANCE = {"none": 1.0, "class": 2.0, "text": 7.5}
 
 
-def draft_manifest(model: Model, divided: SplitUNet, config: ExportConfig, conditioning_source: Source) -> Manifest:
+def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
+    """The operating point of a recipe, as an adaptor would have been trained for it.
+
+    Args:
+        model: What is exported.
+        config: The recipe.
+
+    Returns:
+        Steps, sampler, clock and guidance; without a mask where the clock decides as it runs.
+    """
+    clock = parse_clock(config.clock, config.steps)
+    return m.TrainedFor(
+        num_inference_steps=config.steps,
+        scheduler=config.scheduler,
+        clock=config.clock,
+        mask=() if isinstance(clock, AutoClock) else tuple(map(int, clock)),
+        guidance_scale=usual_guidance(model.conditioning) if config.guidance_scale is None else config.guidance_scale,
+    )
+
+
+def draft_manifest(
+    model: Model,
+    divided: SplitUNet,
+    config: ExportConfig,
+    conditioning_source: Source,
+    adaptor: m.Adaptor | None = None,
+) -> Manifest:
     """Drafts the manifest of a bundle.
 
     Args:
@@ -36,6 +63,7 @@ def draft_manifest(model: Model, divided: SplitUNet, config: ExportConfig, condi
         divided: Its divided UNet.
         config: The recipe.
         conditioning_source: Where the reference's conditioning comes from.
+        adaptor: What stands in for lowres; the identity if None.
 
     Returns:
         The manifest without files and without what only writing the graphs can tell.
@@ -46,9 +74,7 @@ def draft_manifest(model: Model, divided: SplitUNet, config: ExportConfig, condi
     """
     counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     known = model.conditioning
-    guidance = DEFAULT_GUIDANCE[known.kind] if config.guidance_scale is None else config.guidance_scale
-    if known.kind == "class" and known.null_label is None and config.guidance_scale is None:
-        guidance = 1.0
+    point = operating_point(model, config)
     channels, height, width = model.sample_shape
     if model.unet.config.out_channels != channels:
         raise UnsupportedError(
@@ -71,7 +97,7 @@ def draft_manifest(model: Model, divided: SplitUNet, config: ExportConfig, condi
         ),
         license=model.card.license if config.license is None else config.license,
         cut=m.Cut(level=config.cut.level, point=config.cut.point),
-        adaptor=config.adaptor,
+        adaptor=m.Adaptor(kind="identity") if adaptor is None else adaptor,
         sample=m.Sample(channels=channels, height=height, width=width, space=model.space),
         conditioning=m.Conditioning(
             kind=known.kind,
@@ -84,15 +110,15 @@ def draft_manifest(model: Model, divided: SplitUNet, config: ExportConfig, condi
         operating_point=m.OperatingPoint(
             num_inference_steps=config.steps,
             clock=config.clock,
-            mask=tuple(int(full) for full in clock_mask(config.clock, config.steps)),
-            guidance_scale=guidance,
+            mask=point.mask,
+            guidance_scale=point.guidance_scale,
             seed=config.seed,
             num_images=1 if known.kind == "text" else 2,
         ),
         verified=config.verify.mode,
         cost=counts.parts,
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
-        targets=_targets(model, divided, config, guided=guidance > 1),
+        targets=_targets(model, divided, config, guided=point.guidance_scale > 1),
         config=recipe,
         versions={tool: version(tool) for tool in tools},
         files={},
@@ -132,6 +158,21 @@ def _floors(config: ExportConfig, dtype: str) -> m.Floors:
     )
 
 
+def with_mask(draft: Manifest, mask: tuple[int, ...]) -> Manifest:
+    """Fills in what only the reference trajectory can tell: the steps that an auto clock chose.
+
+    Args:
+        draft: The manifest.
+        mask: The steps as torch ran them, 1 = full.
+
+    Returns:
+        The manifest; as it was where the clock is a period or a mask.
+    """
+    if not is_auto(draft.operating_point.clock):
+        return draft
+    return msgspec.structs.replace(draft, operating_point=msgspec.structs.replace(draft.operating_point, mask=mask))
+
+
 def essence(manifest: Manifest) -> Manifest:
     """Leaves what two exports must share to be the same.
 
@@ -151,4 +192,6 @@ def essence(manifest: Manifest) -> Manifest:
         for target in manifest.targets
     )
     source = msgspec.structs.replace(manifest.source, path=None)
-    return msgspec.structs.replace(manifest, source=source, targets=targets, files={})
+    adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
+    manifest = with_mask(manifest, ())
+    return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

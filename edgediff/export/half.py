@@ -63,7 +63,7 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
             module = with_half_weights(parts[graph.name])
             for step in reference.steps:
                 if graph.runs(step.full):
-                    inputs = step_inputs(step, graph, target.graphs)
+                    inputs = step_inputs(step, graph)
                     given = [torch.from_numpy(inputs[name].astype(np.float32)) if inputs[name].dtype == np.float16
                              else torch.from_numpy(inputs[name]) for name in module.inputs]  # fmt: skip
                     made = zip(module.outputs, module(*given), strict=True)

@@ -9,9 +9,10 @@ from typing import Literal
 import msgspec
 
 from edgediff.config import ExportConfig, Layout, layout_of
+from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Chain, Part
-from edgediff_runtime.loop import CACHE
+from edgediff_runtime.loop import LOWRES_FEATURE
 from edgediff_runtime.manifest import Graph, Tensor
 
 # What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
@@ -35,10 +36,12 @@ def modules(divided: SplitUNet, layout: Layout) -> dict[str, Part]:
     """
     if layout == "split":
         return divided.parts
+    outputs = ("out_sample", LOWRES_FEATURE)
+    # The identity adaptor leaves the feature what it was: the step need not give it back.
+    kept = isinstance(divided.adaptor, IdentityAdaptor)
     return {
-        "full": Chain([divided.highres_in, divided.lowres, divided.highres_out], ("out_sample", CACHE)),
-        # The identity adaptor leaves the cache what it was: the step need not give it back.
-        "cached": Chain([divided.highres_in, divided.adaptor, divided.highres_out], ("out_sample",)),
+        "full": Chain([divided.highres_in, divided.lowres, divided.highres_out], outputs),
+        "cached": Chain([divided.highres_in, divided.adaptor, divided.highres_out], outputs[:1] if kept else outputs),
     }
 
 

@@ -7,6 +7,7 @@ trajectory runs through the same pipeline as a device does, with torch behind it
 import gc
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edgediff.errors import ConfigError, ModelError, TargetError, VerificationEr
 from edgediff.export.card import bundle_card
 from edgediff.export.conditioning import reference_conditioning
 from edgediff.export.coreml import write_coreml
-from edgediff.export.draft import draft_manifest, essence
+from edgediff.export.draft import draft_manifest, essence, operating_point, with_mask
 from edgediff.export.half import half_outputs
 from edgediff.export.layout import modules
 from edgediff.export.onnx import write_onnx
@@ -31,15 +32,17 @@ from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, random_weights
 from edgediff.models.session import TorchSession
+from edgediff.models.trained import choose_adaptor
 from edgediff.verify.files import check_files
 from edgediff.verify.parity import verify_bundle
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, Reference, record, recorded_inputs, save_reference
 from edgediff.verify.rows import ParityReport
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, open_bundle
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, open_bundle, parse_clock
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
 from edgediff_runtime.manifest_json import render_manifest
+from edgediff_runtime.operating_point import departure
 
 log = logging.getLogger(__name__)
 
@@ -102,16 +105,21 @@ def export_bundle(
     if "coreml" in config.targets:
         import_coremltools("exporting to Core ML")
     say("dividing the UNet")
-    divided = split(model.unet, config.cut)
+    adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
+    divided = split(model.unet, config.cut, adaptor.part)
     conditioning, conditioning_source = reference_conditioning(model.conditioning, config.conditioning, config.seed)
-    draft = draft_manifest(model, divided, config, conditioning_source)
+    draft = draft_manifest(model, divided, config, conditioning_source, adaptor.manifest)
     clear_stale(path)
     if _is_there(path, draft, say, force):
         return Exported(path, None)
     check_place(path, force)
+    _warn_of_adaptor(draft)
     with staged(path) as folder:
-        pipe = EdgePipeline(draft, TorchSession(divided, graph_list(divided, model)))
-        reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
+        pipe = EdgePipeline(draft, TorchSession(divided, graph_list(divided, model)), warn=False)
+        reference, mask = record(
+            pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
+        )
+        draft = with_mask(draft, mask)
         say("holding the parts to the undivided UNet")
         _hold_to_undivided(model, divided, reference)
         reference = half_outputs(draft, divided, reference, say)
@@ -125,7 +133,7 @@ def export_bundle(
         source = model if draft.verified == "full" else None
         # What is verified without torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
-        del model, divided, pipe, reference
+        del model, divided, adaptor, pipe, reference
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
@@ -163,6 +171,15 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
     if same:
         say(f"{path} is already there, made from the same model by the same recipe, and valid: nothing to export")
     return same
+
+
+def _warn_of_adaptor(draft: Manifest) -> None:
+    """Warns where the bundle's operating point is not what its adaptor was trained for; it is exported all the same."""
+    point = draft.operating_point
+    clock = parse_clock(point.clock, point.num_inference_steps)
+    differs = departure(draft, clock, (point.guidance_scale,) * point.num_inference_steps, point.clock)
+    if differs is not None:
+        warnings.warn(differs, OperatingPointWarning, stacklevel=3)
 
 
 def _write_targets(

@@ -38,9 +38,10 @@ from edgediff.verify.reference import (
 from edgediff.verify.rows import Check, Finding, ParityReport, Row, judged, not_run
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
+from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
-from edgediff_runtime.loop import CACHE
+from edgediff_runtime.loop import LOWRES_FEATURE
 from edgediff_runtime.manifest import Target
 from edgediff_runtime.sessions import Session
 
@@ -166,7 +167,7 @@ def _run_alone(target: Target, reference: Reference, session: Session) -> Output
     """Every graph on its recorded inputs, in each recorded step in which it runs."""
     return {
         (step.index, graph.name): run_rows(
-            session, (graph,), step_inputs(step, graph, target.graphs), [tensor.name for tensor in graph.outputs]
+            session, (graph,), step_inputs(step, graph), [tensor.name for tensor in graph.outputs]
         )
         for graph in target.graphs
         for step in reference.steps
@@ -200,9 +201,9 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
             made = alone[step.index, graphs[0].name]
         else:
             inside = {tensor.name for graph in graphs for tensor in graph.outputs}
-            inputs = [step_inputs(step, graph, target.graphs) for graph in graphs]
+            inputs = [step_inputs(step, graph) for graph in graphs]
             given = {name: value for each in inputs for name, value in each.items() if name not in inside}
-            made = run_rows(session, graphs, given, ("out_sample", CACHE))
+            made = run_rows(session, graphs, given, ("out_sample", LOWRES_FEATURE))
         numbers = [(psnr_db(step.tensors[name], value), name) for name, value in made.items()]
         composed.setdefault(step.full, []).extend(numbers)
     return [
@@ -220,7 +221,7 @@ def _findings(target: Target, reference: Reference, session: Any, say: Progress)
     for graph in target.graphs:
         steps = [step for step in reference.steps if graph.runs(step.full)]
         if graph.file is not None and target.dtype == "fp16" and steps:
-            first = next(groups(step_inputs(steps[0], graph, target.graphs), session.batch))
+            first = next(groups(step_inputs(steps[0], graph), session.batch))
             found += [
                 msgspec.structs.replace(finding, graph=graph.name)
                 for finding in findings(session.functions[graph.name], first)
@@ -237,22 +238,40 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
             not_run("caching", "latents", backend, floors.caching, note),
         ]
     source.say(f"{backend}: trajectories")
+    point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    pipe = EdgePipeline(manifest, session)
+    # What the adaptor was trained for is the user's concern, not that of a comparison.
+    pipe = EdgePipeline(manifest, session, warn=False)
     try:
-        latents = pipe(**request).latents
-        always = None if all(manifest.operating_point.mask) else pipe(**request, clock=1).latents
+        latents, decided = _along(pipe, request)
+        always = None if all(point.mask) else pipe(**request | {"clock": 1}).latents
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
     want, note = source.latents
     numbers = [(psnr_db(each, latents), "latents") for each in want]
-    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
+    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note + decided)]
     if always is None:
         note = "the clock has no cached step"
         return [*rows, not_run("caching", "latents", backend, floors.caching, note)]
-    note = f"clock {manifest.operating_point.clock} against clock 1"
+    note = f"clock {point.clock}{_shown(point.mask) if decided else ''} against clock 1"
     return [*rows, judged("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note)]
+
+
+def _along(pipe: EdgePipeline, request: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    """Final latents along the reference's steps; of an auto clock also whether the backend decides on the same ones."""
+    point = pipe.manifest.operating_point
+    if not is_auto(point.clock):
+        return pipe(**request).latents, ""
+    own = pipe(**{**request, "clock": point.clock})
+    if own.mask == point.mask:
+        return own.latents, f"; clock {point.clock} decides on the same steps here"
+    said = f"; clock {point.clock} decides on other steps here:{_shown(own.mask)}, in torch{_shown(point.mask)}"
+    return pipe(**request).latents, said
+
+
+def _shown(mask: tuple[int, ...]) -> str:
+    return f" {''.join('F' if full else 'c' for full in mask)}"
 
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:

@@ -29,14 +29,13 @@ class Recorded:
     Attributes:
         index: Number of the step.
         full: Whether the low-resolution part ran.
-        tensors: Every tensor of the step by name, as the step left it, [rows, ...].
-        cache: The cache that the step began with; None in the first.
+        tensors: Every tensor of the step by name, as the step left it, [rows, ...]; of a cached one also the ``cache``
+            that it began with.
     """
 
     index: int
     full: bool
     tensors: dict[str, np.ndarray]
-    cache: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,15 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     """The generation that the reference is taken along: the bundle's operating point.
 
     Args:
-        manifest: The bundle's manifest.
+        manifest: The bundle's manifest, or its draft.
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
 
     Returns:
-        Arguments for `EdgePipeline.stream`.
+        Arguments for `EdgePipeline.stream`. The clock is spelt out, also an auto clock, as torch ran it: backends are
+        compared along the same steps. A draft's auto clock is left to decide.
     """
     point = manifest.operating_point
-    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed}
+    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask or point.clock}
     if manifest.conditioning.kind == "text":
         request |= prompt_arguments(conditioning)
     return request
@@ -78,7 +78,7 @@ def record(
     pipe: EdgePipeline,
     conditioning: dict[str, np.ndarray],
     progress: Callable[[int, int], None] | None = None,
-) -> Reference:
+) -> tuple[Reference, tuple[int, ...]]:
     """Runs the reference trajectory and keeps what verification needs.
 
     To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
@@ -90,52 +90,56 @@ def record(
         progress: Told the number of steps done and to do.
 
     Returns:
-        The reference.
+        The reference, and the steps as they were run, 1 = full.
     """
+    point = pipe.manifest.operating_point
     whole = pipe.manifest.verified == "full"
-    wanted = _wanted(pipe.manifest)
+    last = point.num_inference_steps - 1 if whole else _first_cached(point.mask)
     steps: list[Recorded] = []
+    mask: list[int] = []
     latents = None
-    cache: np.ndarray | None = None
     request = reference_request(pipe.manifest, conditioning)
     if not whole:
         request["guidance_scale"] = 1.0
     for step in pipe.stream(**request):
-        if step.index in wanted:
-            tensors = {name: np.array(pipe.session.get(value)) for name, value in step.tensors[0].items()}
-            steps.append(Recorded(step.index, step.full, tensors, cache))
-        cache = np.array(pipe.session.get(step.tensors[0][CACHE]))
+        # Of a clock that decides as it runs, this is where the first cached step turns out to be it.
+        if step.index in (0, last) or (not step.full and 0 not in mask):
+            tensors = {
+                name: np.array(pipe.session.get(value))
+                for name, value in step.tensors[0].items()
+                if name != CACHE or not step.full
+            }
+            steps.append(Recorded(step.index, step.full, tensors))
+        mask.append(int(step.full))
         latents = step.latents
         if progress is not None:
-            progress(step.index + 1, max(wanted) + 1)
-        if step.index == max(wanted):
+            progress(step.index + 1, last + 1)
+        if step.index == last:
             break
-    return Reference(tuple(steps), latents if whole else None, conditioning)
+    return Reference(tuple(steps), latents if whole else None, conditioning), tuple(mask)
+
+
+def _first_cached(mask: tuple[int, ...]) -> int:
+    return mask.index(0) if 0 in mask else 0
 
 
 def _wanted(manifest: Manifest) -> set[int]:
     """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
     mask = manifest.operating_point.mask
-    first_cached = mask.index(0) if 0 in mask else 0
-    return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
+    return {0, _first_cached(mask), len(mask) - 1 if manifest.verified == "full" else 0}
 
 
-def step_inputs(step: Recorded, graph: Graph, graphs: tuple[Graph, ...]) -> dict[str, np.ndarray]:
+def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
     """Real inputs of a graph, in the dtypes that it declares.
 
     Args:
         step: A recorded step in which the graph runs.
-        graph: One of `graphs`.
-        graphs: All of its target's, in the order of a step.
+        graph: The graph.
 
     Returns:
-        Arrays by name, [rows, ...]. The cache is the one that the step began with where no graph before this one makes
-        it anew.
+        Arrays by name, [rows, ...].
     """
-    before = [g for g in graphs[: graphs.index(graph)] if g.file is not None and g.runs(step.full)]
-    made = any(tensor.name == CACHE for g in before for tensor in g.outputs)
-    tensors = step.tensors if made or step.cache is None else {**step.tensors, CACHE: step.cache}
-    return {tensor.name: tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+    return {tensor.name: step.tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
 
 
 def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
@@ -150,7 +154,7 @@ def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]
     """
     for step in reference.steps:
         if graph.runs(step.full):
-            return step_inputs(step, graph, (graph,))
+            return step_inputs(step, graph)
     return {}
 
 
@@ -181,11 +185,6 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
             for graph in target.graphs:
                 if graph.runs(step.full):
                     _check_graph(step, graph, rows, reference.half, half_wanted=target.floors.program is not None)
-        if not step.full:
-            if step.cache is None:
-                raise BundleError(f"{REFERENCE} has no cache for step {step.index}, which needs it")
-            like = step.tensors[CACHE]
-            _check_array(f"cache of step {step.index}", step.cache, like.dtype.name, like.shape)
 
 
 def _check_graph(
@@ -231,8 +230,6 @@ def save_reference(reference: Reference, path: Path) -> None:
     for step in reference.steps:
         where = f"steps/{step.index}/{'full' if step.full else 'cached'}"
         flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
-        if step.cache is not None and not step.full:
-            flat[f"{where}/cache"] = step.cache
     for (index, graph), tensors in reference.half.items():
         flat.update({f"half/{index}/{graph}/{name}": value for name, value in tensors.items()})
     # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
@@ -271,8 +268,5 @@ def load_reference(path: Path) -> Reference:
                 half.setdefault((int(index), graph), {})[name] = value
             case _:
                 raise BundleError(f"{REFERENCE} holds {key!r}, which is nothing that a reference holds")
-    steps = [
-        Recorded(index, full, {n: v for n, v in tensors.items() if n != "cache"}, tensors.get("cache"))
-        for (index, full), tensors in sorted(found.items())
-    ]
+    steps = [Recorded(index, full, tensors) for (index, full), tensors in sorted(found.items())]
     return Reference(tuple(steps), latents, conditioning, half)

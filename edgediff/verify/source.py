@@ -35,6 +35,7 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
         from edgediff.models.graphs import graph_list
         from edgediff.models.load import Model, load_model, random_weights
         from edgediff.models.session import TorchSession
+        from edgediff.models.trained import choose_adaptor
     except ImportError as e:
         if model is not None:
             raise MissingExtraError("verifying against a named model", "export") from e
@@ -55,6 +56,14 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")
         return None, f"{FROM_EVIDENCE}: the source has changed"
-    divided = split(loaded.unet, Cut(manifest.cut.level, manifest.cut.point))
+    cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
+    try:
+        point = said.trained_for
+        adaptor = choose_adaptor(said.path or said.name, loaded, cut, point) if point else None
+    except (EdgediffError, OSError):
+        return None, f"{FROM_EVIDENCE}: the adaptor is not at hand"
+    if adaptor is not None and adaptor.sha256 != said.sha256:
+        return None, f"{FROM_EVIDENCE}: the adaptor has changed"
+    divided = split(loaded.unet, cut, None if adaptor is None else adaptor.part)
     session = TorchSession(divided, graph_list(divided, loaded))
-    return EdgePipeline(manifest, session)(**request).latents, "against torch, computed anew"
+    return EdgePipeline(manifest, session, warn=False)(**request).latents, "against torch, computed anew"
