@@ -17,7 +17,7 @@ import edgediff
 from edgediff.plan.budget import cached_steps, count_cost, uniform_masks
 from edgediff.plan.estimate import Estimate
 from edgediff.plan.planner import Plan, choose
-from edgediff.plan.tolerance import AutoClocks
+from edgediff.plan.tolerance import AutoClocks, best_auto
 from edgediff.plan.trajectory import Mask, Trajectories, letters, psnr_db
 from edgediff.verify.backends import open_session
 from edgediff_runtime import open_bundle
@@ -62,7 +62,9 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
     uniform = uniform_masks(steps)[PERIOD]
     best = plan.frontier[cached_steps(uniform)].mask
     share = 1 - cached_steps(uniform) / steps
-    auto = AutoClocks(seen).find(share).clock
+    found = best_auto(seen, share)
+    assert found is not None, "no auto clock runs as few full steps as clock 2"
+    auto = found.clock
     adaptor = opened.manifest.adaptor.name or "identity"
     print(
         f"\n{steps} steps, guidance {guidance:g}, adaptor {adaptor}: planned on {planning} images in {planned:.0f} s, "

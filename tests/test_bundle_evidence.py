@@ -52,7 +52,9 @@ def test_evidence_of_another_kind_is_refused(bundle: Path, key: str, value: np.n
     assert_refused(bundle, f"{REFERENCE}: ", run=False)
 
 
-@pytest.mark.parametrize("key", ["latents", "steps/0/full/out_sample", "steps/1/cached/lowres_feature", "steps/3/cached/sample"])
+@pytest.mark.parametrize(
+    "key", ["latents", "steps/0/full/out_sample", "steps/1/cached/lowres_feature", "steps/3/cached/sample"]
+)
 def test_evidence_of_other_numbers_does_not_hold(bundle: Path, key: str) -> None:
     _change(bundle, key, load_file(bundle / REFERENCE)[key] * np.float32(1.2) + np.float32(0.1))
     assert not verify_bundle(bundle).ok

@@ -21,7 +21,7 @@ from edgediff.plan.caveats import caveats
 from edgediff.plan.estimate import Estimate, probes
 from edgediff.plan.recipe import plan_recipe
 from edgediff.plan.search import best_masks
-from edgediff.plan.tolerance import AutoClocks, AutoRun, longest_run, refusal
+from edgediff.plan.tolerance import AutoRun, best_auto, longest_run, refusal
 from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db, spell
 from edgediff.verify.backends import open_session, usual_backend
 from edgediff.verify.reference import REFERENCE, load_reference
@@ -315,8 +315,8 @@ def with_auto(plan: Plan) -> Plan:
     if note is not None:
         return replace(plan, auto_note=note)
     share = 1 - cached_steps(mask) / len(mask)
-    found = AutoClocks(plan.images, max(DEFAULT_BOUND, longest_run(mask))).find(share)
-    if found.share > share:
+    found = best_auto(plan.images, share, max(DEFAULT_BOUND, longest_run(mask)))
+    if found is None:
         return replace(plan, auto_note=f"no auto clock: none runs as few full steps as the plan's {share:.0%}")
     return replace(plan, auto=found)
 

@@ -128,6 +128,24 @@ class _Known:
     mask: Mask
 
 
+def best_auto(images: Trajectories, share: float, most: int = DEFAULT_BOUND) -> AutoRun | None:
+    """Finds the auto clock of least error for a wanted share of full steps.
+
+    A tolerance alone may put cached steps in a row, which costs more than they save: every bound is tried, and one that
+    lets no more pass than the uniform clock is among them where the share is one.
+
+    Args:
+        images: The planning images.
+        share: Of full steps; none of more is taken.
+        most: The largest bound that is tried.
+
+    Returns:
+        The clock and what it does; None where no bound allows so few full steps.
+    """
+    found = [AutoClocks(images, bound).find(share) for bound in range(1, most + 1)]
+    return min((run for run in found if run.share <= share + 1e-9), key=lambda run: run.error, default=None)
+
+
 def refusal(images: Trajectories) -> str | None:
     """Why a bundle cannot run an auto clock.
 
