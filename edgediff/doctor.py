@@ -24,9 +24,12 @@ TESTED = {
     "onnxsim": "0.8.1",
     "coremltools": "9.0",
     "pyyaml": "6.0.3",
+    "accelerate": "1.15.0",
+    "matplotlib": "3.11.2",
 }
 ONNX = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
 COREML = ("torch", "diffusers", "coremltools", "pyyaml")
+TRAIN = ("torch", "diffusers", "pyyaml", "accelerate", "matplotlib")
 EXPORT = tuple(dict.fromkeys((*ONNX, *COREML)))
 
 
@@ -142,9 +145,9 @@ def find_known_bad(installed: Mapping[str, str | None]) -> tuple[str, ...]:
 
 
 def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
-    def needs(*names: str) -> str:
+    def needs(*names: str, extra: str = "export") -> str:
         missing = [name for name in names if installed[name] is None]
-        return f'no: pip install "edgediff[export]" ({", ".join(missing)} missing)' if missing else "yes"
+        return f'no: pip install "edgediff[{extra}]" ({", ".join(missing)} missing)' if missing else "yes"
 
     mac = platform.system() == "Darwin"
     return {
@@ -154,6 +157,8 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
         "verify Core ML packages (mil-reference)": needs("torch", "coremltools"),
         "run Core ML packages on Apple's runtime": needs("coremltools") if mac else "no: it needs macOS",
         "recompute trajectories in torch": needs("torch"),
+        "train adaptors": needs(*TRAIN, extra="train"),
+        "plan clocks": needs("matplotlib", extra="train"),
     }
 
 
