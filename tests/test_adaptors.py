@@ -6,6 +6,7 @@ import msgspec
 import pytest
 import torch
 from command_line import Command, assert_error, unchanged
+from learned import CUT, HERE, record_for, trained
 from safetensors.torch import save_file
 from unets import CASES, unet2d, unet2d_condition
 
@@ -27,37 +28,13 @@ from edgediff.models.macs import tally
 from edgediff.models.trained import (
     RECORD,
     WEIGHTS,
-    AdaptorRecord,
     built_in_adaptors,
     choose_adaptor,
     load_adaptor,
     save_adaptor,
 )
-from edgediff_runtime.manifest import TrainedFor
 
 POINTS = ("before_upsample", "after_upsample", "block:0", "block:1", "block:2")
-CUT = Cut()
-HERE = TrainedFor(num_inference_steps=4, scheduler="dpmpp_2m", clock=2, mask=(1, 0, 1, 0), guidance_scale=2.0)
-
-
-def record_for(model: edgediff.Model, cut: Cut = CUT, **changes: object) -> AdaptorRecord:
-    shape = adaptor_shape(split(model.unet, cut), model)
-    record = AdaptorRecord(
-        edgediff_adaptor=1, kind="resnet", takes_text=False, model=model.name, model_sha256=model.sha256, cut=cut,
-        highres=shape.highres, lowres=shape.lowres, emb=shape.emb, text=None, trained_for=HERE, rollout="teacher",
-    )  # fmt: skip
-    return msgspec.structs.replace(record, **changes)
-
-
-def trained(model: edgediff.Model, path: Path, cut: Cut = CUT, seed: int = 0, **changes: object) -> Path:
-    """A folder with an adaptor whose last layer is not zero."""
-    record = record_for(model, cut, **changes)
-    torch.manual_seed(seed)
-    part = make_adaptor(record.kind, record.shape)
-    assert isinstance(part, LearnedAdaptor)
-    torch.nn.init.normal_(list(part.body.parameters())[-2], std=0.05)
-    save_adaptor(part, record, path)
-    return path
 
 
 # Sizes

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import learned
 import msgspec
 import pytest
 from command_line import Command
@@ -31,7 +32,14 @@ ADAPTOR = Adaptor(kind="resnet", name="tiny-resnet", path="x", sha256="0" * 64, 
 def trained(manifest: Manifest, **values: Any) -> Manifest:
     """The manifest as if its adaptor had been trained."""
     adaptor = msgspec.structs.replace(ADAPTOR, trained_for=msgspec.structs.replace(TRAINED, **values))
-    return msgspec.structs.replace(manifest, adaptor=adaptor)
+    targets = tuple(
+        msgspec.structs.replace(target, graphs=tuple(
+            msgspec.structs.replace(g, file="adaptor.onnx") if g.name == "adaptor" and g.file is None else g
+            for g in target.graphs
+        ))
+        for target in manifest.targets
+    )  # fmt: skip
+    return msgspec.structs.replace(manifest, adaptor=adaptor, targets=targets)
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +163,11 @@ def test_the_sampler_is_the_recipe_s(identity: EdgePipeline) -> None:
 
 
 @pytest.fixture
-def trained_bundle(bundle: Path) -> Path:
-    seal(bundle, trained(manifest_of(bundle)))
-    return bundle
+def trained_bundle(class_model: Path, tmp_path: Path) -> Path:
+    model = edgediff.load_model(class_model)
+    adaptor = learned.trained(model, tmp_path / "tiny-resnet")
+    edgediff.export_bundle(model, tmp_path / "bundle", edgediff.ExportConfig(steps=4, adaptor=str(adaptor)))
+    return tmp_path / "bundle"
 
 
 def test_run_says_it_once_before_the_first_step(trained_bundle: Path, tmp_path: Path, command: Command) -> None:
@@ -237,4 +247,4 @@ def test_adaptors_that_no_manifest_has(
 def test_adaptors_that_a_manifest_has(identity: EdgePipeline) -> None:
     check_manifest(identity.manifest)
     check_manifest(trained(identity.manifest))
-    check_manifest(_adaptor(path=None)(identity.manifest))
+    check_manifest(_adaptor(path=None)(trained(identity.manifest)))
