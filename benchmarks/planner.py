@@ -85,11 +85,11 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
 
 
 def _print_model(plan: Plan, estimate: Estimate) -> None:
-    """How well the model of pairs foretold what was measured afterwards: masks of three and more cached steps."""
+    """How well the model foretold what was measured afterwards: masks of three and more cached steps."""
     told = [p for p in (*plan.frontier, *plan.uniform.values()) if cached_steps(p.mask) > 2]
     ratios = np.array([point.expected / point.error for point in told])
     print(
-        f"model of pairs (up to {estimate.near} apart), expected over measured, {len(told)} clocks: "
+        f"model (pairs up to {estimate.near} apart, short rows), expected over measured, {len(told)} clocks: "
         f"median {np.median(ratios):.2f}, {ratios.min():.2f} to {ratios.max():.2f}"
     )
 

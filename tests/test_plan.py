@@ -1,5 +1,5 @@
 import doctest
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -35,9 +35,14 @@ def squared(moves: np.ndarray, mask: Mask) -> float:
     return float(np.mean(moves[~np.array(mask)].sum(axis=0) ** 2))
 
 
-def modelled(moves: np.ndarray) -> Estimate:
+def stale(moves: np.ndarray, mask: Mask) -> float:
+    """The same, where cached steps in a row move the image by more than each of them."""
+    return squared(moves, mask) * max(longest_run(mask), 1) ** 2
+
+
+def modelled(moves: np.ndarray, measure: Callable[[np.ndarray, Mask], float] = squared) -> Estimate:
     steps = len(moves)
-    return Estimate.of({mask: squared(moves, mask) for mask in probes(steps)}, steps)
+    return Estimate.of({mask: measure(moves, mask) for mask in probes(steps)}, steps)
 
 
 class Synthetic:
@@ -56,7 +61,7 @@ def chosen(moves: np.ndarray, limit: float, manifest: object = None) -> Plan:
     return choose(Path("bundle"), Synthetic(moves, manifest), "onnxruntime", limit, COST)  # type: ignore[arg-type]
 
 
-# The model of pairs
+# The model
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8, 11])
@@ -73,18 +78,29 @@ def test_one_and_two_cached_steps_are_as_measured_whatever_their_sign() -> None:
     np.testing.assert_allclose(modelled(moves).errors(few), [squared(moves, mask) for mask in few], atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [5, 8, 20])
+def test_short_rows_are_as_measured(steps: int) -> None:
+    moves = displacements(steps, seed=2, towards=1.0)
+    rows = [mask for mask in probes(steps) if cached_steps(mask) == longest_run(mask)]
+    assert {cached_steps(mask) for mask in rows} == {1, 2, 3, 4}
+    model = modelled(moves, stale)
+    np.testing.assert_allclose(model.errors(rows), [stale(moves, mask) for mask in rows], rtol=1e-9)
+    longer = (True, *(False,) * (steps - 1))
+    assert steps == 5 or model.errors([longer])[0] > modelled(moves).errors([longer])[0]
+
+
 def test_cancelling_pairs_do_not_make_a_long_mask_free() -> None:
-    errors = {mask: 1.0 if cached_steps(mask) == 1 else 0.2 for mask in probes(5)}
-    model = Estimate.of(errors, 5)
-    assert model.alone.sum() + model.cross[np.triu_indices(5)].sum() < 0
-    np.testing.assert_allclose(model.errors([(True, False, False, False, False)]), [0.2])
+    errors = {mask: 1.0 if cached_steps(mask) == 1 else 0.2 for mask in probes(6)}
+    model = Estimate.of(errors, 6)
+    assert model.alone.sum() + model.cross[np.triu_indices(6)].sum() < 0
+    np.testing.assert_allclose(model.errors([(True, *(False,) * 5)]), [0.2])
 
 
 @pytest.mark.parametrize("steps", range(1, 61))
 def test_pairs_are_bounded_and_neighbours_always_among_them(steps: int) -> None:
     found = probes(steps)
     pairs = [mask for mask in found if cached_steps(mask) == 2]
-    assert len(found) == len(set(found)) == steps - 1 + len(pairs)
+    assert len(found) == len(set(found)) == steps - 1 + len(pairs) + max(steps - 3, 0) + max(steps - 4, 0)
     assert all(mask[0] for mask in found)
     assert len(pairs) <= max(MAX_PAIRS, steps - 2)
     assert sum(longest_run(mask) == 2 for mask in pairs) == max(steps - 2, 0)
@@ -96,7 +112,7 @@ def test_pairs_are_bounded_and_neighbours_always_among_them(steps: int) -> None:
 
 @pytest.mark.parametrize(("steps", "seed"), [(1, 0), (2, 0), (6, 1), (12, 2), (13, 3), (14, 4)])
 def test_the_search_finds_what_brute_force_finds(steps: int, seed: int) -> None:
-    model = modelled(displacements(steps, seed, towards=0.1))
+    model = modelled(displacements(steps, seed, towards=0.1), stale)
     every = masks(steps)
     errors = model.errors(every)
     found = best_masks(model, 3)
@@ -109,7 +125,7 @@ def test_the_search_finds_what_brute_force_finds(steps: int, seed: int) -> None:
 
 
 def test_the_beam_goes_far() -> None:
-    found = best_masks(modelled(displacements(50, 6, towards=0.1)), 4)
+    found = best_masks(modelled(displacements(50, 6, towards=0.1), stale), 4)
     assert {len(best) for count, best in found.items() if count not in (0, 49)} == {4}
     assert all(mask[0] and len(mask) == 50 for best in found.values() for mask in best)
 

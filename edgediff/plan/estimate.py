@@ -1,4 +1,4 @@
-"""How far a mask moves the image, expected from what its steps do alone and in pairs: a model of second order.
+"""How far a mask moves the image, expected from what its steps do alone, in pairs and in rows.
 
 Caching a step moves the final image a little, and small displacements add up: the squared error of their sum is the sum
 of their squared errors and, for each pair, a cross term. With e_i the error of caching step i alone and e_ij that of
@@ -6,8 +6,12 @@ caching i and j, the model is
 
     E(mask) = sum_i e_i + sum_{i<j} (e_ij - e_i - e_j)
 
-over the cached steps: exact for one and for two, and for any number where displacements just add up. A cached step that
-follows a cached one reuses an older feature; between neighbours that is in the cross term too.
+over the cached steps: exact for one and for two, and for any number where displacements just add up.
+
+They do not in a row: a cached step that follows cached ones reuses an older feature, which pairs know of neighbours
+alone. So rows of three and four cached steps are measured too, and what the pairs leave out is added for each row that
+a mask holds. On grocery-32 at 8 steps, all 128 masks measured, ranks of masks with 4, 5 and 6 cached steps agreed with
+what was measured to 0.75, 0.41 and 0.11 (Spearman) without, to 0.99, 0.99 and 0.96 with rows.
 
 A cross term may be negative, and is kept so: two displacements can point against each other, and clipping half of the
 terms would favour pairs for nothing but their sign. What must not be is that a search over thousands of masks finds
@@ -25,6 +29,7 @@ from edgediff.plan.trajectory import Mask
 
 # As many pairs as 12 steps have; above that, neighbours come first.
 MAX_PAIRS = 55
+ROWS = (3, 4)
 
 
 def near(steps: int) -> int:
@@ -47,7 +52,7 @@ def near(steps: int) -> int:
 
 
 def probes(steps: int) -> list[Mask]:
-    """The masks that the model is made of: each step cached alone, and each pair that is near enough.
+    """The masks that the model is made of: each step cached alone, each pair that is near enough, rows of 3 and 4.
 
     Args:
         steps: Denoising steps.
@@ -56,9 +61,10 @@ def probes(steps: int) -> list[Mask]:
         Masks, True = full; the first step is full in all.
 
     >>> len(probes(8))
-    28
+    37
     """
-    return [_with(steps, *cached) for cached in [*((i,) for i in range(1, steps)), *_pairs(steps, near(steps))]]
+    cached = [*((i,) for i in range(1, steps)), *_pairs(steps, near(steps)), *_rows(steps)]
+    return [_with(steps, *few) for few in cached]
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,13 @@ class Estimate:
     Attributes:
         alone: e_i, float64 [steps]; 0 for the first step, which is never cached.
         cross: e_ij - e_i - e_j, float64 [steps, steps], symmetric; 0 where the pair is further apart than `near`.
+        rows: What those leave out of a row of cached steps, by its length and its first step, float64 [5, steps].
         near: Largest distance of a pair that was measured.
     """
 
     alone: NDArray[np.float64]
     cross: NDArray[np.float64]
+    rows: NDArray[np.float64]
     near: int
 
     @classmethod
@@ -91,7 +99,11 @@ class Estimate:
             alone[i] = errors[_with(steps, i)]
         for i, j in _pairs(steps, near(steps)):
             cross[i, j] = cross[j, i] = errors[_with(steps, i, j)] - alone[i] - alone[j]
-        return cls(alone, cross, near(steps))
+        estimate = cls(alone, cross, np.zeros((max(ROWS) + 1, steps)), near(steps))
+        for row in _rows(steps):
+            mask = _with(steps, *row)
+            estimate.rows[len(row), row[0]] = errors[mask] - estimate._sums([mask])[0]
+        return estimate
 
     def errors(self, masks: Sequence[Mask]) -> NDArray[np.float64]:
         """The expected error of masks.
@@ -102,17 +114,52 @@ class Estimate:
         Returns:
             float64 [masks], none below 0.
         """
-        cached = ~np.array(masks, dtype=bool)
-        total = cached @ self.alone + 0.5 * np.einsum("mi,ij,mj->m", cached, self.cross, cached)
         pairs = self.alone[:, None] + self.alone[None, :] + self.cross
         np.fill_diagonal(pairs, np.inf)
+        cached = ~np.array(masks, dtype=bool)
         least = [pairs[np.ix_(steps, steps)].min() if steps.sum() > 2 else 0.0 for steps in cached]
-        floored: NDArray[np.float64] = np.maximum(total, np.maximum(least, 0.0))
+        floored: NDArray[np.float64] = np.maximum(self._sums(masks), np.maximum(least, 0.0))
         return floored
+
+    def added(self, mask: Mask, step: int) -> float:
+        """What caching one more step adds.
+
+        Args:
+            mask: The steps before it, True = full.
+            step: Its number.
+
+        Returns:
+            The difference of the expected errors, before they are held to their floor.
+        """
+        total = float(self.alone[step])
+        total += sum(float(self.cross[step, j]) for j in range(max(step - self.reach, 0), step) if not mask[j])
+        for length in ROWS:
+            first = step - length + 1
+            if first > 0 and not any(mask[first:step]):
+                total += float(self.rows[length, first])
+        return total
+
+    @property
+    def reach(self) -> int:
+        """How many steps back it depends on what a step adds."""
+        return max(self.near, max(ROWS) - 1)
+
+    def _sums(self, masks: Sequence[Mask]) -> NDArray[np.float64]:
+        cached = ~np.array(masks, dtype=bool)
+        total: NDArray[np.float64] = cached @ self.alone + 0.5 * np.einsum("mi,ij,mj->m", cached, self.cross, cached)
+        for length in ROWS:
+            for first in range(1, cached.shape[1] - length + 1):
+                total += cached[:, first : first + length].all(axis=1) * self.rows[length, first]
+        return total
 
 
 def _pairs(steps: int, distance: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(1, steps) for j in range(i + 1, min(i + distance, steps - 1) + 1)]
+
+
+def _rows(steps: int) -> list[range]:
+    """Cached steps in a row, the shorter rows first."""
+    return [range(i, i + length) for length in ROWS for i in range(1, steps - length + 1)]
 
 
 def _with(steps: int, *cached: int) -> Mask:

@@ -1,9 +1,9 @@
 """The planner: the clock with the least error in the image that a budget allows.
 
-It measures what each step and each pair of steps does to the image, looks through the masks with a model of second
-order, and then measures the best of them and every uniform clock for real, on the same noise. The least measured error
-wins, so on its own seeds a plan is never worse than a uniform clock that meets the budget. That it be so on others too,
-a uniform clock stands where the images do not tell it from the best: it is what adaptors are trained for.
+It measures what each step, each pair and each short row of steps does to the image, looks through the masks with a
+model made of these, and then measures the best of them and every uniform clock for real, on the same noise. The least
+measured error wins, so on its own seeds a plan is never worse than a uniform clock that meets the budget. That it be so
+on others too, a uniform clock stands where the images do not tell it from the best: adaptors are trained for it.
 """
 
 import logging
@@ -18,7 +18,7 @@ from edgediff.arrays import prompt_arguments
 from edgediff.errors import ConfigError
 from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cost, time_cost, uniform_masks
 from edgediff.plan.caveats import caveats
-from edgediff.plan.estimate import Estimate, probes
+from edgediff.plan.estimate import ROWS, Estimate, probes
 from edgediff.plan.recipe import plan_recipe
 from edgediff.plan.search import best_masks
 from edgediff.plan.tolerance import AutoRun, best_auto, longest_run, refusal
@@ -43,7 +43,7 @@ class Point:
     Attributes:
         mask: One entry for each step, True = full.
         cost: Share of clock 1's cost.
-        expected: Mean error that the model of pairs expects.
+        expected: Mean error that the model expects.
         errors: Measured error of each planning image against clock 1, float64 [N].
     """
 
@@ -106,7 +106,7 @@ class Plan:
             is the plan; else None.
         frontier: For each number of cached steps, from 0 up, the mask with the least measured error.
         uniform: The clocks that are a period, by period.
-        estimate: The model of pairs.
+        estimate: The model that foretold errors.
         measured: How many masks were measured.
         auto: The auto clock of the plan's share of full steps; None where there is none, which `auto_note` explains.
         auto_note: One line, or None.
@@ -172,6 +172,7 @@ class Plan:
             "uniform": {str(period): point.to_dict() for period, point in self.uniform.items()},
             "alone": self.estimate.alone.tolist(),
             "cross": self.estimate.cross.tolist(),
+            "rows": {str(length): self.estimate.rows[length].tolist() for length in ROWS},
             "pairs_up_to": self.estimate.near,
             "masks_measured": self.measured,
         }

@@ -1,8 +1,8 @@
 """The masks with the least expected error, for each number of cached steps.
 
 Up to `EXACT` steps all masks are looked at. Above, a beam goes through the steps in order. It keeps the best few of all
-beginnings that have the same number of cached steps and the same last few steps, as many as the model's pairs reach
-back: what comes later is added to each of these alike, so nothing is dropped that could still have come out ahead.
+beginnings that have the same number of cached steps and the same last few steps, as many as the model reaches back:
+what comes later is added to each of these alike, so nothing is dropped that could still have come out ahead.
 """
 
 from itertools import product
@@ -40,13 +40,12 @@ def _all_masks(steps: int) -> list[Mask]:
 
 def _beam(estimate: Estimate, keep: int) -> list[Mask]:
     """The best few masks of each number of cached steps, step by step."""
-    steps, reach = len(estimate.alone), estimate.near
+    steps, reach = len(estimate.alone), estimate.reach
     beams: list[tuple[float, Mask]] = [(0.0, (True,))]
     for i in range(1, steps):
         grouped: dict[tuple[int, Mask], list[tuple[float, Mask]]] = {}
         for error, mask in beams:
-            cross = sum(float(estimate.cross[i, j]) for j in range(max(i - reach, 0), i) if not mask[j])
-            for full, more in ((True, 0.0), (False, float(estimate.alone[i]) + cross)):
+            for full, more in ((True, 0.0), (False, estimate.added(mask, i))):
                 longer = (*mask, full)
                 grouped.setdefault((cached_steps(longer), longer[-reach:]), []).append((error + more, longer))
         beams = [beam for group in grouped.values() for beam in sorted(group)[:keep]]
