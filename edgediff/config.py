@@ -160,11 +160,12 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     license: str | None = None
 
 
-def find_recipe(name: str | Path) -> Path:
+def find_recipe(name: str | Path, kind: str = "") -> Path:
     """Finds a recipe by its path or by the name of a built-in one.
 
     Args:
         name: A file, or a name such as ``grocery-32-onnx``.
+        kind: Subfolder of the recipes; ``train`` has those of trainings.
 
     Returns:
         The file.
@@ -177,7 +178,7 @@ def find_recipe(name: str | Path) -> Path:
     # An installed wheel carries the recipes in the package; a checkout has them beside it.
     here = Path(__file__).parent
     folder = next(f for f in (here / "export_configs", here.parent / "export_configs") if f.is_dir())
-    built_in = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    built_in = {file.stem: file for file in sorted((folder / kind).glob("*.yaml"))}
     if str(name) not in built_in:
         raise ConfigError(f"no recipe {name}: no such file, and no built-in one (choices: {', '.join(built_in)})")
     return built_in[str(name)]

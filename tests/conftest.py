@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Command, Said, exit_code
+from photographs import folder_of_images
+from trainings import UNET, UPDATES
 from unets import unet2d, unet2d_condition
 
 import edgediff
+from edgediff.train import unet_loop
+from edgediff.train.unet_settings import StudentTraining, TeacherTraining
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.
 torch.set_num_threads(1)
@@ -121,3 +125,38 @@ def place(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "work" / "mine.txt").write_text("mine")
     yield tmp_path / "work"
     assert (tmp_path / "work" / "mine.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight 16x16 pictures of each of the class model's four classes."""
+    return folder_of_images(tmp_path_factory.mktemp("photographs"), tuple(LABELS), each=8)
+
+
+@pytest.fixture
+def student_training(class_model: Path, photographs: Path) -> StudentTraining:
+    """A few updates of a student of the class model."""
+    return StudentTraining(
+        teacher=str(class_model), data=str(photographs), updates=UPDATES, batch=4, warmup=1, ema=0.5, width=8
+    )
+
+
+@pytest.fixture
+def teacher_training(photographs: Path) -> TeacherTraining:
+    """A few updates of a tiny teacher."""
+    return TeacherTraining(unet=UNET, data=str(photographs), updates=UPDATES, batch=4, warmup=1, ema=0.5)
+
+
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample grids of four images."""
+    monkeypatch.setattr(unet_loop, "NUM_SAMPLES", 4)
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[unet_loop.UNetLoop]:
+    """The loops that run in a test."""
+    seen: list[unet_loop.UNetLoop] = []
+    run = unet_loop.UNetLoop.run
+    monkeypatch.setattr(unet_loop.UNetLoop, "run", lambda self, say: (seen.append(self), run(self, say))[1])
+    return seen

@@ -1,6 +1,8 @@
 """Image folders: the order, how an image is brought to size, and what is refused."""
 
 import doctest
+import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from edgediff.errors import DataError
 from edgediff.train import data
-from edgediff.train.data import ImageSet, divide, read_image, read_images, shuffled
+from edgediff.train.data import ImageSet, Reason, Skipped, divide, read_image, read_images, shuffled
 
 RNG = np.random.default_rng(0)
 
@@ -80,36 +82,121 @@ def test_photographs_are_turned_as_they_say(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(file, 16), pixels[::-1, ::-1])
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    image = Image.fromarray(random_pixels(8, 8, 3)).convert(mode)
-    file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    image.save(file)
-    assert read_image(file, 8).shape == (8, 8, 3)
+# What is left out
+
+
+def damaged_folder(folder: Path) -> Path:
+    good = write(folder / "Kiwi" / "1.png").read_bytes()
+    write(folder / "Plum" / "1.png", np.full((8, 8, 3), 9, np.uint8))
+    damaged = {"2.png": b"", "3.JPG": b"no image", "4.png": good[: len(good) // 2], "5.gif": b"GIF89a"}
+    for name, content in damaged.items():
+        (folder / "Kiwi" / name).write_bytes(content)
+    write(folder / "Plum" / "0.png", random_pixels(8, 7, 3))
+    # 90 and 900 million pixels, by a header.
+    bitmap = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(bitmap, format="BMP")
+    for name, width in (("2.bmp", 9000), ("3.bmp", 90000)):
+        header = bitmap.getvalue()[:18] + struct.pack("<ii", width, 10000)
+        (folder / "Plum" / name).write_bytes(header + bitmap.getvalue()[26:])
+    return folder
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path: Path) -> None:
+    found = read_images(damaged_folder(tmp_path), 8)
+    assert found.names == ("Kiwi", "Plum")
+    assert found.labels.tolist() == [0, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 9]
+    assert found.skipped == Skipped(
+        (
+            Reason("cannot be read", 4, ("Kiwi/2.png", "Kiwi/3.JPG", "Kiwi/4.png")),
+            Reason("smaller than 8x8", 1, ("Plum/0.png",)),
+            Reason("too large to decode", 2, ("Plum/2.bmp", "Plum/3.bmp")),
+        )
+    )
+    assert found.skipped.count == 7
+    assert found.skipped.in_words() == (
+        "7 images skipped: 4 cannot be read (Kiwi/2.png, Kiwi/3.JPG, Kiwi/4.png, ...), "
+        "1 smaller than 8x8 (Plum/0.png), 2 too large to decode (Plum/2.bmp, Plum/3.bmp)"
+    )
+    assert Skipped().in_words() == ""
+    assert found.take(np.array([0])).skipped.count == 0
+
+
+def test_reading_one_image_says_what_is_wrong(tmp_path: Path) -> None:
+    folder = damaged_folder(tmp_path)
+    for name, words in (
+        ("Kiwi/2.png", "cannot be read as an image"),
+        ("Kiwi/4.png", "cannot be read as an image"),
+        ("Plum/0.png", "is 7x8; expected 8x8 or larger"),
+        ("Plum/2.bmp", r"too large to decode: Image size \(90000000 pixels\)"),
+        ("none.png", "cannot be read as an image"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            read_image(folder / name, 8)
+        assert str(folder / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+# Folders
+
+
+def test_images_alone_have_no_classes(tmp_path: Path) -> None:
+    for name, value in (("2.png", 2), ("1.JPEG", 1), ("3.png", 3)):
+        write(tmp_path / name, np.full((8, 8, 3), value, np.uint8))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "4.png").write_bytes(b"")
+    found = read_images(tmp_path, 8, minimum=3)
+    assert found.names == ()
+    assert found.labels.tolist() == [0, 0, 0]
+    assert found.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert found.skipped.in_words() == "1 image skipped: 1 cannot be read (4.png)"
+    rest, held_out = divide(found, 0.3, seed=0)
+    assert (len(rest), len(held_out)) == (2, 1)
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "1.png")
+    write(tmp_path / "a" / "2.png")
+    said: list[tuple[str, float]] = []
+    read_images(tmp_path, 8, progress=lambda *args: said.append(args))
+    assert said == [("reading images: 0 of 2", 0.0)]
 
 
 def test_bad_folders_are_one_line(tmp_path: Path) -> None:
-    def refuses(*parts: str, minimum: int = 1) -> None:
+    folder = tmp_path / "images"
+
+    def refuses(*parts: str, minimum: int = 1, size: int = 8) -> None:
         with pytest.raises(DataError) as caught:
-            read_images(tmp_path / "images", 8, minimum)
+            read_images(folder, size, minimum)
         assert "\n" not in str(caught.value)
         for part in parts:
             assert part in str(caught.value)
 
-    refuses("no such folder", str(tmp_path / "images"))
-    (tmp_path / "images").mkdir()
-    write(tmp_path / "images" / "1.png")
-    refuses("expected a subfolder for each class")
-    (tmp_path / "images" / "Kiwi").mkdir()
+    refuses("no such folder", str(folder))
+    folder.mkdir()
+    refuses("no images in", "expected a subfolder for each class, or images")
+    (folder / "Kiwi").mkdir()
     refuses("no images in", "Kiwi", ".png")
-    write(tmp_path / "images" / "Kiwi" / "1.png")
+    write(folder / "Kiwi" / "1.png")
     refuses("has 1 images", "expected 2 or more", minimum=2)
-    write(tmp_path / "images" / "Kiwi" / "2.png", random_pixels(8, 7, 3))
-    refuses("2.png is 7x8", "expected 8x8 or larger")
-    good = (tmp_path / "images" / "Kiwi" / "1.png").read_bytes()
-    for damaged in (b"", b"no image", good[: len(good) // 2]):
-        (tmp_path / "images" / "Kiwi" / "2.png").write_bytes(damaged)
-        refuses("2.png cannot be read as an image")
+    write(folder / "Kiwi" / "2.png", random_pixels(8, 7, 3))
+    refuses("has 1 images that can be used; expected 2 or more; 1 image skipped", "smaller than 8x8", minimum=2)
+    refuses("no images left in", "Kiwi: 2 images skipped: 2 smaller than 9x9 (Kiwi/1.png, Kiwi/2.png)", size=9)
+    (folder / "Plum").mkdir()
+    refuses("no images in", "Plum")
+    (folder / "Plum" / "broken.png").write_bytes(b"")
+    refuses("no images left in", "Plum: 1 image skipped: 1 cannot be read (Plum/broken.png)")
+    write(folder / "loose.png")
+    refuses("has images (loose.png) beside folders (Kiwi)", "expected a subfolder for each class, or images alone")
+
+
+def test_more_images_than_there_is_memory_for(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"1 images of 20000000x20000000 take 1200000\.0 GB, more than there is memory"):
+        read_images(tmp_path, 20_000_000)
+
+
+# Orders
 
 
 def test_an_order_is_a_permutation_of_its_seed() -> None:
@@ -138,4 +225,4 @@ def test_dividing_holds_out_of_every_class(tmp_path: Path) -> None:
 
 
 def test_examples_hold() -> None:
-    assert doctest.testmod(data) == (0, 1)
+    assert doctest.testmod(data) == (0, 2)

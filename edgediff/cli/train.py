@@ -21,6 +21,20 @@ from edgediff.cli.app import (
 )
 from edgediff.errors import ConfigError
 
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the model is to be, a diffusers directory.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="Settings: a YAML file, or the name of one in export_configs/train.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Images to learn from: a folder with a subfolder for each class, or images alone.")
+]
+HeldOutOption = Annotated[
+    Path | None, typer.Option(help="Images that are not learnt from; left out, a tenth of --data is held back.")
+]
+UpdatesOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+BatchOption = Annotated[int | None, typer.Option(help="Images of an update.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")]
+
 train = typer.Typer(help="Train what a model needs for the edge.", no_args_is_help=True)
 app.add_typer(train, name="train")
 
@@ -91,3 +105,87 @@ def adaptor(
             f"learned {gain.learned:.2f} dB"
         )
         out.print(f"adaptor: {done.path}", markup=False)
+
+
+@train.command(
+    epilog="Examples:  edgediff train teacher grocery-32 --data photographs -o mine   |   edgediff train teacher "
+    "--config grocery-64-teacher --data photographs -o teacher   |   accelerate launch -m "
+    "edgediff train teacher --config teacher.yaml -o teacher"
+)
+def teacher(
+    model: Annotated[
+        str | None, typer.Argument(help="Whose geometry is trained: a diffusers directory, or a built-in name.")
+    ] = None,
+    output: OutputOption = Path("teacher"),
+    config: ConfigOption = None,
+    data: DataOption = None,
+    held_out: HeldOutOption = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of the images, in pixels.")] = None,
+    updates: UpdatesOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a UNet of any geometry on a folder of images; an interrupted training goes on where it stopped."""
+    given = {"model": model, "data": data, "held_out": held_out, "size": size, "updates": updates, "batch": batch}
+    _train_unet("teacher", "TeacherTraining", output, config, {**given, "seed": seed}, as_json)
+
+
+@train.command(
+    epilog="Examples:  edgediff train student grocery-32 --data photographs --width 16 -o student   |   edgediff train "
+    "student grocery-32 --data photographs --width 16 --no-gating --spatial 0 --frequency 0 -o lite"
+)
+def student(
+    teacher: Annotated[str | None, typer.Argument(help="A diffusers directory, or a built-in name.")] = None,
+    output: OutputOption = Path("student"),
+    config: ConfigOption = None,
+    data: DataOption = None,
+    held_out: HeldOutOption = None,
+    width: Annotated[int | None, typer.Option(help="Channels of the highest level, a multiple of 8.")] = None,
+    gating: Annotated[bool | None, typer.Option(help="Wavelet gating, or plain resampling.")] = None,
+    wavelet: Annotated[str | None, typer.Option(help="The gating's filter: haar, db2, sym4 and others.")] = None,
+    spatial: Annotated[float | None, typer.Option(help="Lambda of the spatial term.")] = None,
+    frequency: Annotated[float | None, typer.Option(help="Lambda of the frequency term.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Exponent of the frequency weights.")] = None,
+    updates: UpdatesOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a slim student of a teacher (Spectral Diffusion); an interrupted training goes on where it stopped."""
+    given = {
+        "teacher": teacher, "data": data, "held_out": held_out, "width": width, "gating": gating, "wavelet": wavelet,
+        "spatial": spatial, "frequency": frequency, "alpha": alpha, "updates": updates, "batch": batch, "seed": seed,
+    }  # fmt: skip
+    _train_unet("student", "StudentTraining", output, config, given, as_json)
+
+
+def _train_unet(what: str, kind: str, output: Path, config: Path | None, given: dict[str, Any], as_json: bool) -> None:
+    """Trains a teacher or a student and says what became of it."""
+    settings = toolchain("edgediff.train.unet_settings", f"train {what}")
+    import msgspec
+
+    struct = getattr(settings, kind)
+    asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config, struct))
+    for name, value in given.items():
+        if value is not None:
+            asked[name] = str(value) if isinstance(value, Path) else value
+    checked = settings.training_from(asked, struct)
+    trainer = toolchain(f"edgediff.train.{what}", f"train {what}", "train")
+    try:
+        with progress() as say:
+            done = getattr(trainer, f"train_{what}")(output, checked, progress=say)
+    except KeyboardInterrupt:
+        err.print("the same command goes on from the last checkpoint", markup=False)
+        raise
+    if not toolchain("edgediff.train.adaptor", f"train {what}", "train").is_main_process():
+        return
+    if as_json:
+        print_json({"model": str(output), "trained": done is not None} | ({} if done is None else done.to_dict()))
+    elif done is None:
+        out.print(f"{output} is already there, trained with the same settings: nothing to do", markup=False)
+    else:
+        if done.skipped:
+            err.print(done.skipped, markup=False)
+        out.print(f"{done.updates} updates on {done.images} images: loss {done.loss:.4f}, held out {done.held_out:.4f}")
+        out.print(f"model: {done.path}", markup=False)

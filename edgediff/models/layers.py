@@ -92,7 +92,7 @@ class Resample(nn.Module):
     def __init__(self, module: nn.Module, way: str) -> None:
         super().__init__()
         self.module = module
-        self.takes_emb = isinstance(module, ResnetBlock2D)
+        self.takes_emb = isinstance(module, ResnetBlock2D) or getattr(module, "takes_emb", False)
         self.pushes = int(way == "down")
 
     def forward(
@@ -103,7 +103,7 @@ class Resample(nn.Module):
         Returns:
             [B, C, H/2, W/2] on the way down, [B, C, 2H, 2W] on the way up.
         """
-        x = self.module(x, emb) if self.takes_emb else self.module(x)
+        x = self.module(x, temb=emb) if self.takes_emb else self.module(x)
         if self.pushes:
             skips.append(x)
         return x

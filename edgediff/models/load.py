@@ -16,12 +16,13 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from edgediff.errors import ModelError, UnsupportedError
+from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
 from edgediff.models.conditioning import Conditioning, read_conditioning
+from edgediff.models.spectral import SPECTRAL
 from edgediff.zoo import ZOO, built_in
 
-UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -137,7 +138,9 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     try:
         with torch.device("meta"):
             unet = unet_class.from_config(config)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError) as e:
+    except (
+        EdgediffError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError,
+    ) as e:  # fmt: skip
         raise ModelError(f"{unet_path}/config.json does not describe a {unet_class.__name__}: {one_line(e)}") from e
     size = unet.config.sample_size
     if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, list | tuple) else (size,))):

@@ -7,7 +7,7 @@ feature that a full step makes. Losses are given relative to the identity's, so 
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,33 @@ from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
 from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
 from edgediff.train.card import adaptor_card
-from edgediff.train.checkpoint import Checkpoints, Progress, recent
+from edgediff.train.checkpoint import Checkpoints
 from edgediff.train.curve import check_drawing, draw_losses
 from edgediff.train.gain import Gain, measure_gain
-from edgediff.train.place import CHECKPOINTS, STORE, check_place, claim_place
+from edgediff.train.place import CHECKPOINTS, STORE, Claim, check_place, claim_place, is_finished
+from edgediff.train.progress import Progress, recent
 from edgediff.train.rollout import TARGET, Rollouts, Samples
 from edgediff.train.settings import AdaptorTraining, check_training
 from edgediff.train.store import Store
+from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest import TrainedFor
 
 Say = Callable[[str, float], None]
+FREE = ("learning_rate", "checkpoint_minutes", "store_gb")
+FREE_AFTER = ("checkpoint_minutes", "store_gb")
 LOSSES = "loss.png"
 CARD = "README.md"
+
+
+@dataclass
+class AdaptorProgress(Progress):
+    """How far a training of an adaptor has come.
+
+    Attributes:
+        identity: The identity adaptor's errors on the first round; empty before it.
+    """
+
+    identity: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,9 @@ def train_adaptor(
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         say = _silent
-    check_place(path, settings, model, accelerator.num_processes)
-    if (path / RECORD).is_file():
+    claim = _claim(settings, model, accelerator.num_processes)
+    check_place(path, claim)
+    if is_finished(path, claim):
         _clear(path)
         return None
     check_drawing()
@@ -103,7 +119,7 @@ def train_adaptor(
     rollouts = Rollouts(model, divided, settings)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        claim_place(path, settings, model, accelerator.num_processes)
+        claim_place(path, claim)
     accelerator.wait_for_everyone()
     loop = _Loop(accelerator, divided, adaptor, rollouts, settings, path)
     loop.run(say)
@@ -134,7 +150,7 @@ def train_adaptor(
             ),
             rollout=settings.rollout,
         )
-        draw_losses(state.losses, settings, path / LOSSES)
+        _draw(state.losses, settings, path / LOSSES)
         loop.checkpoints.count_time()
         card = adaptor_card(record, model, settings, gain, state.losses, state.seconds, accelerator)
         (path / CARD).write_text(card, encoding="utf-8")
@@ -148,6 +164,22 @@ def train_adaptor(
 def is_main_process() -> bool:
     """Whether this process is the one that speaks: of several that train together, the first."""
     return bool(PartialState().is_main_process)
+
+
+def _claim(settings: AdaptorTraining, model: Model, processes: int) -> Claim:
+    sources = {"another model": model.sha256}
+    if settings.conditioning is not None:
+        sources[f"other embeddings in {settings.conditioning}"] = sha256_of(Path(settings.conditioning))
+    return Claim(settings, sources, processes, product=RECORD, free=FREE, free_after=FREE_AFTER)
+
+
+def _draw(losses: list[float], settings: AdaptorTraining, path: Path) -> None:
+    title = (
+        f"{settings.adaptor} adaptor, {settings.steps} steps of {settings.scheduler}, clock {settings.clock}, "
+        f"{settings.rollout} rollout"
+    )
+    what = "loss, relative to the identity's"
+    draw_losses({"loss": losses}, path, title, what, level=(1.0, "the identity adaptor"))
 
 
 def _clear(path: Path) -> None:
@@ -181,7 +213,7 @@ class _Loop:
         )
         self.ema = EMAModel(adaptor.parameters(), decay=settings.ema)
         self.ema.to(accelerator.device)
-        self.state = Progress()
+        self.state = AdaptorProgress()
         self.checkpoints = Checkpoints(path, accelerator, self.ema, self.state, settings.checkpoint_minutes)
         self.store = None
         if settings.store_gb is not None:

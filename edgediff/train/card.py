@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from edgediff.models.load import Model
 from edgediff.models.trained import AdaptorRecord
-from edgediff.train.checkpoint import recent
 from edgediff.train.gain import Gain
+from edgediff.train.progress import recent
 from edgediff.train.settings import AdaptorTraining
 
 TOOLS = ("edgediff", "torch", "diffusers", "accelerate", "numpy")

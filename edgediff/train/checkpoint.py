@@ -1,14 +1,11 @@
 """Checkpoints of a training, written whole or not at all: a kill at any moment loses minutes and nothing else."""
 
-import math
 import os
 import pickle
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,54 +15,10 @@ from safetensors import SafetensorError
 from edgediff.errors import TargetError
 from edgediff.models.load import one_line
 from edgediff.train.place import CHECKPOINTS
+from edgediff.train.progress import Progress
 
 PARTIAL = ".partial"
 NAME = re.compile(r"visit-\d{8}")
-
-
-@dataclass
-class Progress:
-    """How far a training has come.
-
-    Attributes:
-        visits: Rounds learnt from, counting each pass.
-        updates: Optimizer steps.
-        identity: The identity adaptor's errors on the first round; empty before it.
-        losses: Of each update, relative to the identity's.
-        seconds: Spent so far, in all runs.
-    """
-
-    visits: int = 0
-    updates: int = 0
-    identity: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a checkpoint's state.
-
-        Args:
-            state: What `state_dict` gave.
-        """
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-def recent(losses: list[float]) -> float:
-    """Mean over the last tenth of the losses.
-
-    Args:
-        losses: One for each update.
-
-    Returns:
-        The mean; NaN where there are none.
-    """
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last) if last else math.nan
 
 
 class Checkpoints:

@@ -1,12 +1,15 @@
-"""The loss curve of a training, as a picture."""
+"""The loss curves of a training, as a picture."""
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from edgediff.errors import MissingExtraError
-from edgediff.train.settings import AdaptorTraining
+
+# Dark enough for the mean; what each update gave is drawn lighter in the same colour.
+COLOURS = ("#1f4e79", "#2e7d32", "#b9770e", "#7d3c98")
 
 
 def check_drawing() -> None:
@@ -19,13 +22,24 @@ def check_drawing() -> None:
         raise MissingExtraError("drawing the loss curve", "train")
 
 
-def draw_losses(losses: list[float], settings: AdaptorTraining, path: Path) -> None:
+def draw_losses(
+    curves: Mapping[str, Sequence[float]],
+    path: Path,
+    title: str,
+    what: str,
+    *,
+    level: tuple[float, str] | None = None,
+    points: tuple[str, Sequence[tuple[int, float]]] | None = None,
+) -> None:
     """Draws the losses of a training.
 
     Args:
-        losses: One for each update, relative to the identity's.
-        settings: What was trained.
+        curves: One loss for each update, by name.
         path: A ``.png``.
+        title: Over the picture.
+        what: Beside the losses' axis.
+        level: A horizontal line and its name.
+        points: Name, then update and loss of each point of a curve that is measured now and then.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,21 +47,24 @@ def draw_losses(losses: list[float], settings: AdaptorTraining, path: Path) -> N
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    updates = np.arange(1, len(losses) + 1)
-    window = max(1, len(losses) // 100)
-    axes.plot(updates, losses, color="#9db4c8", linewidth=0.6, label="each update")
-    if window > 1:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(updates[window - 1 :], mean, color="#1f4e79", linewidth=1.6, label=f"mean of {window}")
-    axes.axhline(1.0, color="#b03a2e", linewidth=1, linestyle="--", label="the identity adaptor")
+    for (name, losses), colour in zip(curves.items(), COLOURS, strict=False):
+        updates = np.arange(1, len(losses) + 1)
+        window = max(1, len(losses) // 100)
+        single = window == 1
+        axes.plot(
+            updates, losses, color=colour, alpha=1 if single else 0.25, linewidth=0.6, label=name if single else None
+        )
+        if not single:
+            mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes.plot(updates[window - 1 :], mean, color=colour, linewidth=1.6, label=f"{name}, mean of {window}")
+    if points is not None and points[1]:
+        axes.plot(*zip(*points[1], strict=True), "o-", color="#b03a2e", markersize=3, linewidth=1, label=points[0])
+    if level is not None:
+        axes.axhline(level[0], color="#b03a2e", linewidth=1, linestyle="--", label=level[1])
     axes.set_yscale("log")
     axes.set_xlabel("update")
-    axes.set_ylabel("loss, relative to the identity's")
-    axes.set_title(
-        f"{settings.adaptor} adaptor, {settings.steps} steps of {settings.scheduler}, clock {settings.clock}, "
-        f"{settings.rollout} rollout",
-        fontsize=10,
-    )
+    axes.set_ylabel(what)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)

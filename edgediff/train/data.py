@@ -1,10 +1,15 @@
-"""An image folder, a subfolder for each class, as one array.
+"""An image folder as one array: a subfolder for each class, or images alone.
 
 How an image is brought to size is part of what it is compared with: a sharper reduction has more power at high
 frequencies. So there is one way, that of the built-in model's own data (its card): cut out the centre, Lanczos to twice
 the size where it is larger, then the mean of each square of four pixels.
+
+Folders are as people have them. What can be made RGB is: grey, palettes, CMYK, 16 bits, transparency on white. What
+cannot be read, or is too small, is left out and said. One image is decoded at a time; beside it there is the array.
 """
 
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +20,74 @@ from PIL import Image, ImageOps
 from edgediff.errors import DataError
 from edgediff_runtime import noise
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# By content, whatever the suffix says. Not all of Pillow's: PostScript, say, would be run.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 # A draw that no generation comes to: the noise that orders images is never an image's own.
 _ORDER = 2**32 - 1
+_NAMED = 3
+_READ_AT_ONCE = 256
+_SIXTEEN_BITS = 65535
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why files were left out.
+
+    Attributes:
+        what: The fault that they share.
+        count: How many they are.
+        names: The first three, with their class's folder.
+    """
+
+    what: str
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Files of an image folder that were left out.
+
+    Attributes:
+        reasons: Why, in the order in which they were met.
+    """
+
+    reasons: tuple[Reason, ...] = ()
+
+    @classmethod
+    def of(cls, faults: Iterable[tuple[str, str]]) -> "Skipped":
+        """Counts faults.
+
+        Args:
+            faults: What is wrong with a file, and its name.
+
+        Returns:
+            The same by reason.
+
+        >>> Skipped.of([("broken", "a/1.png"), ("small", "a/2.png"), ("broken", "b/1.png")]).in_words()
+        '3 images skipped: 2 broken (a/1.png, b/1.png), 1 small (a/2.png)'
+        """
+        found: dict[str, list[str]] = {}
+        for what, name in faults:
+            found.setdefault(what, []).append(name)
+        return cls(tuple(Reason(what, len(names), tuple(names[:_NAMED])) for what, names in found.items()))
+
+    @property
+    def count(self) -> int:
+        """How many files were left out."""
+        return sum(reason.count for reason in self.reasons)
+
+    def in_words(self) -> str:
+        """One line to show; empty where nothing was left out."""
+        if not self.reasons:
+            return ""
+        parts = [f"{each.count} {each.what} ({_some(each.names, each.count)})" for each in self.reasons]
+        return f"{self.count} image{'s' if self.count > 1 else ''} skipped: {', '.join(parts)}"
+
+
+def _some(names: tuple[str, ...], count: int) -> str:
+    return ", ".join(names) + (", ..." if count > len(names) else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +96,15 @@ class ImageSet:
 
     Attributes:
         images: uint8 [N, H, W, 3].
-        labels: int64 [N], indices into `names`.
-        names: Names of the classes.
+        labels: int64 [N], indices into `names`; all 0 where there are no classes.
+        names: Names of the classes; empty where there are none.
+        skipped: What of the folder is not among the images.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
+    skipped: Skipped = Skipped()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,42 +121,101 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.names)
 
 
-def read_images(folder: str | Path, size: int, minimum: int = 1) -> ImageSet:
+class _Unfit(DataError):
+    """An image that is left out; `what` is the fault, as `Reason` has it."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
+def read_images(
+    folder: str | Path, size: int, minimum: int = 1, *, progress: Callable[[str, float], None] | None = None
+) -> ImageSet:
     """Reads an image folder.
 
-    Hidden files and files of other kinds are passed over. Photographs are turned as their EXIF says; transparency is
-    ignored.
+    Hidden files and files of other kinds are passed over. Images that cannot be read or are too small are left out and
+    counted in `skipped`, which the caller shows.
 
     Args:
-        folder: It has a subfolder for each class.
+        folder: It has a subfolder for each class, or images alone: then there are no classes.
         size: Height and width wanted, in pixels.
         minimum: How many images there must be.
+        progress: Told what is being done, and the share of it that is done.
 
     Returns:
         The images; classes and the files of each in the order of their names.
 
     Raises:
-        DataError: There is no such folder, a class without images, too few images, an image that is smaller than
-            `size`, or one that cannot be read.
+        DataError: There is no such folder, it has images beside class folders, a class without images (that can be
+            read), too few images, or more than there is memory for.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no images at {folder}: no such folder")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise DataError(f"no images in {folder}: expected a subfolder for each class")
-    files = [[file for file in sorted(path.iterdir()) if _is_image(file)] for path in classes]
-    for path, found in zip(classes, files, strict=True):
-        if not found:
+    entries = _entries(folder)
+    classes = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    loose = [path for path in entries if _is_image(path)]
+    if classes and loose:
+        raise DataError(
+            f"{folder} has images ({loose[0].name}) beside folders ({classes[0].name}); expected a subfolder for each "
+            "class, or images alone"
+        )
+    if not classes and not loose:
+        raise DataError(f"no images in {folder}: expected a subfolder for each class, or images")
+    found = {path: [file for file in _entries(path) if _is_image(file)] for path in classes} or {folder: loose}
+    for path, files in found.items():
+        if not files:
             raise DataError(f"no images in {path}; expected files that end in {', '.join(SUFFIXES)}")
-    count = sum(len(found) for found in files)
+    count = sum(len(files) for files in found.values())
     if count < minimum:
         raise DataError(f"{folder} has {count} images; expected {minimum} or more")
-    return ImageSet(
-        images=np.stack([read_image(file, size) for found in files for file in found]),
-        labels=np.repeat(np.arange(len(classes)), [len(found) for found in files]).astype(np.int64),
-        names=tuple(path.name for path in classes),
-    )
+    return _read_all(folder, found, size, minimum, progress)
+
+
+def _read_all(
+    folder: Path,
+    found: dict[Path, list[Path]],
+    size: int,
+    minimum: int,
+    progress: Callable[[str, float], None] | None,
+) -> ImageSet:
+    total = sum(len(files) for files in found.values())
+    try:
+        images = np.empty((total, size, size, 3), dtype=np.uint8)
+    except MemoryError as e:
+        raise DataError(
+            f"{total} images of {size}x{size} take {3 * size * size * total / 1e9:.1f} GB, more than there is memory"
+        ) from e
+    labels: list[int] = []
+    faults: list[tuple[str, str]] = []
+    for label, (path, files) in enumerate(found.items()):
+        before = len(labels), len(faults)
+        for file in files:
+            done = len(labels) + len(faults)
+            if progress is not None and done % _READ_AT_ONCE == 0:
+                progress(f"reading images: {done} of {total}", done / total)
+            try:
+                images[len(labels)] = read_image(file, size)
+                labels.append(label)
+            except _Unfit as e:
+                faults.append((e.what, file.relative_to(folder).as_posix()))
+        if len(labels) == before[0]:
+            raise DataError(f"no images left in {path}: {Skipped.of(faults[before[1] :]).in_words()}")
+    skipped = Skipped.of(faults)
+    if len(labels) < minimum:
+        raise DataError(
+            f"{folder} has {len(labels)} images that can be used; expected {minimum} or more; {skipped.in_words()}"
+        )
+    names = () if folder in found else tuple(path.name for path in found)
+    return ImageSet(images[: len(labels)], np.array(labels, dtype=np.int64), names, skipped)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as e:
+        raise DataError(f"{folder} cannot be read ({e.strerror or e})") from e
 
 
 def _is_image(file: Path) -> bool:
@@ -94,6 +225,10 @@ def _is_image(file: Path) -> bool:
 def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     """Reads one image and brings it to size.
 
+    Photographs are turned as their EXIF says, transparency is laid on white, of moving pictures the first is taken.
+    16-bit values are divided by 257. 32-bit integers are taken for 16-bit values and floats for 0 to 1, where that is
+    what they hold; other ranges mean nothing without their source.
+
     Args:
         file: The image.
         size: Height and width wanted, in pixels.
@@ -102,16 +237,59 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
         uint8 [size, size, 3].
 
     Raises:
-        DataError: It cannot be read, or is smaller than `size`.
+        DataError: It cannot be read, is smaller than `size`, too large to decode, or its values are of no known range.
     """
     try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        raise DataError(f"{file} cannot be read as an image: {' '.join(str(e).split())}") from e
-    if min(image.size) < size:
-        raise DataError(f"{file} is {image.width}x{image.height}; expected {size}x{size} or larger")
+        with warnings.catch_warnings():
+            # What Pillow says of odd metadata is not for the user; what would fill the memory is an error.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as opened:
+                if min(opened.size) < size:
+                    what = f"{opened.width}x{opened.height}; expected {size}x{size} or larger"
+                    raise _Unfit(f"smaller than {size}x{size}", f"{file} is {what}")
+                image = _to_rgb(ImageOps.exif_transpose(opened), file)
+    except _Unfit:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+        raise _Unfit("too large to decode", f"{file} is too large to decode: {_one_line(e)}") from e
+    except Exception as e:  # a damaged file raises whatever its decoder runs into
+        raise _Unfit("cannot be read", f"{file} cannot be read as an image: {_one_line(e)}") from e
     return np.asarray(_to_size(image, size))
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def _to_rgb(image: Image.Image, file: Path) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_bytes(image, file)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_bytes(image: Image.Image, file: Path) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits; Pillow's own conversion would cut them off at 255."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    expected = None
+    if image.mode == "F" and not (low >= 0 and high <= 1):
+        expected = "0 to 1"
+    # No more than 255: as likely 8-bit values, and black if they are not.
+    if image.mode == "I" and not (low >= 0 and 255 < high <= _SIXTEEN_BITS):
+        expected = f"0 to {_SIXTEEN_BITS}, and above 255 somewhere"
+    if expected is not None:
+        raise _Unfit("of an unknown range of values", f"{file} has values of {low:g} to {high:g}; expected {expected}")
+    if image.mode == "F":
+        return np.asarray(np.rint(255 * values), dtype=np.uint8)
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return grey
 
 
 def _to_size(image: Image.Image, size: int) -> Image.Image:
@@ -153,7 +331,7 @@ def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]
     """
     order = shuffled(len(data), seed)
     held_out = np.zeros(len(data), dtype=bool)
-    for label in range(len(data.names)):
+    for label in range(max(len(data.names), 1)):
         of_class = order[data.labels[order] == label]
         count = max(round(share * len(of_class)), int(share > 0 and len(of_class) > 1))
         held_out[of_class[:count]] = True

@@ -1,0 +1,112 @@
+"""The plain small UNet ('Lite'): a UNet's own structure at a smaller width (Spectral Diffusion, table 1).
+
+Multipliers, layers and attention levels stay. What follows from the width and would not divide it is made to: widths
+are multiples of eight, groups and attention heads become the largest that fit.
+"""
+
+import inspect
+import math
+from typing import Any
+
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from edgediff.errors import ConfigError, UnsupportedError
+
+MULTIPLE = 8
+
+
+def slim(unet: UNet2DModel | UNet2DConditionModel, width: int | None) -> UNet2DModel | UNet2DConditionModel:
+    """The plain UNet of a smaller width.
+
+    Args:
+        unet: The geometry; its weights are not looked at, and wavelet gating is left out.
+        width: Channels of the highest level, a multiple of 8; None keeps all widths.
+
+    Returns:
+        A new UNet with weights as torch initialises them.
+
+    Raises:
+        ConfigError: The width is no multiple of 8, or larger than the UNet's own.
+        UnsupportedError: It is no UNet of diffusers'.
+    """
+    check_unet(unet)
+    kind = UNet2DConditionModel if isinstance(unet, UNet2DConditionModel) else UNet2DModel
+    config = plain_config(unet)
+    if width is not None:
+        config = slim_config(config, width)
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{name: value for name, value in config.items() if name in known}).eval()
+
+
+def check_unet(unet: Any) -> None:
+    """Refuses what is no UNet.
+
+    Args:
+        unet: What was given.
+
+    Raises:
+        UnsupportedError: With its class and the choices.
+    """
+    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
+        raise UnsupportedError(f"no slim UNet of a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel")
+
+
+def plain_config(unet: UNet2DModel | UNet2DConditionModel) -> dict[str, Any]:
+    """A UNet's settings by name, without diffusers' own notes.
+
+    Args:
+        unet: Any UNet.
+
+    Returns:
+        What its class takes.
+    """
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
+def slim_config(config: dict[str, Any], width: int) -> dict[str, Any]:
+    """Scales the widths of a configuration.
+
+    Args:
+        config: A diffusers UNet's settings.
+        width: Channels of the highest level.
+
+    Returns:
+        The settings with other widths, groups and heads.
+
+    Raises:
+        ConfigError: The width is no multiple of 8, or larger than what is there.
+
+    >>> slim_config({"block_out_channels": (48, 96, 160), "norm_num_groups": 16}, 16)["block_out_channels"]
+    (16, 32, 56)
+    """
+    old = tuple(config["block_out_channels"])
+    if width < MULTIPLE or width % MULTIPLE or width > old[0]:
+        raise ConfigError(f"width {width}; expected a multiple of {MULTIPLE} from {MULTIPLE} to the UNet's {old[0]}")
+    widths = tuple(max(MULTIPLE, round(channels * width / old[0] / MULTIPLE) * MULTIPLE) for channels in old)
+    new = config | {"block_out_channels": widths}
+    if config.get("norm_num_groups") is not None:
+        new["norm_num_groups"] = _largest_divisor(math.gcd(*widths), config["norm_num_groups"])
+    if config.get("time_embedding_dim") is not None:
+        new["time_embedding_dim"] = config["time_embedding_dim"] * width // old[0]
+    heads = config.get("attention_head_dim")
+    if isinstance(heads, int):
+        new["attention_head_dim"] = _largest_divisor(math.gcd(*_attending(new)), heads)
+    elif heads is not None:
+        new["attention_head_dim"] = tuple(
+            _largest_divisor(channels, head) for channels, head in zip(widths, heads, strict=True)
+        )
+    return new
+
+
+def _attending(config: dict[str, Any]) -> tuple[int, ...]:
+    """Widths of the levels that have attention; the lowest is the mid block's too."""
+    widths = config["block_out_channels"]
+    on_the_way = zip(
+        widths, config.get("down_block_types", ()), reversed(config.get("up_block_types", ())), strict=False
+    )
+    return (widths[-1], *(width for width, *blocks in on_the_way if any("Attn" in block for block in blocks)))
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    """The largest number up to `at_most` that divides `number`."""
+    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

@@ -1,0 +1,92 @@
+"""What a UNet learns from: images, what is held out of them, and the model's class of each."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgediff.errors import ConfigError, DataError
+from edgediff.models.load import Model
+from edgediff.train.data import ImageSet, divide, read_images
+from edgediff.train.images import Batches, as_channels_first
+from edgediff.train.space import LatentSpace
+from edgediff.train.unet_settings import UNetTraining
+
+HELD_BACK = 0.1
+
+
+def read_data(settings: UNetTraining, size: int) -> tuple[ImageSet, ImageSet]:
+    """Reads what is learnt from and what is not.
+
+    Args:
+        settings: Name the folders.
+        size: Height and width, in pixels.
+
+    Returns:
+        The images and the held-out images, of the same classes.
+
+    Raises:
+        ConfigError: No folder is named.
+        DataError: A folder cannot be read, or the held-out images have other classes.
+    """
+    if settings.data is None:
+        raise ConfigError("no images: name a folder, --data DIR or 'data' in the settings")
+    data = read_images(settings.data, size, minimum=2)
+    if settings.held_out is None:
+        kept, held_back = divide(data, HELD_BACK, seed=0)
+        return replace(kept, skipped=data.skipped), held_back
+    held_out = read_images(settings.held_out, size)
+    strange = sorted(set(held_out.names) - set(data.names))
+    if strange or bool(held_out.names) != bool(data.names):
+        what = ", ".join(strange[:5]) or "none"
+        raise DataError(f"{settings.held_out} has classes that {settings.data} has not: {what}")
+    return data, held_out
+
+
+def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
+    """The model's class of each image.
+
+    Args:
+        model: The model.
+        data: Images whose classes bear the model's names.
+
+    Returns:
+        int64 [N]; None where the model is not conditioned.
+
+    Raises:
+        ConfigError: The model is conditioned on something else.
+        DataError: A class of the folder is none of the model's.
+    """
+    known = model.conditioning
+    if known.kind == "none":
+        return None
+    if known.kind != "class":
+        raise ConfigError(f"{model.name} is conditioned on {known.kind}; expected classes, or nothing")
+    strange = [name for name in data.names if name not in known.labels]
+    if strange or not data.names:
+        what = f"the folder's class {strange[0]!r} is none of the model's" if strange else "the folder has no classes"
+        raise DataError(f"{what}; choices: {', '.join(known.labels)}")
+    return np.array([known.labels.index(name) for name in data.names], dtype=np.int64)[data.labels]
+
+
+def batches_of(data: ImageSet, model: Model, space: LatentSpace | None, settings: UNetTraining) -> Batches:
+    """Images in the form that updates draw them in.
+
+    Args:
+        data: The images.
+        model: What learns from them.
+        space: Whose latents it works on; None for pixels.
+        settings: Whether images are mirrored, and the order's seed.
+
+    Returns:
+        The batches.
+
+    Raises:
+        ConfigError: The autoencoder's levels do not divide the images, or the model's conditioning does not fit.
+        DataError: The images' classes do not fit the model.
+    """
+    labels = classes_of(model, data)
+    if space is None:
+        return Batches(as_channels_first(data.images), None, labels, settings.seed)
+    mirrored = space.encode(np.ascontiguousarray(data.images[:, :, ::-1])) if settings.flip else None
+    return Batches(space.encode(data.images), mirrored, labels, settings.seed)

@@ -1,0 +1,118 @@
+"""Latents of images and images of latents, by a KL autoencoder of diffusers."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from edgediff.errors import ConfigError, ModelError
+from edgediff.evaluate.features import as_input
+from edgediff.models.load import one_line, read_json
+
+CONFIG = "config.json"
+_AT_ONCE = 64
+
+
+def load_autoencoder(path: str | Path) -> AutoencoderKL:
+    """Reads an autoencoder.
+
+    Args:
+        path: Its folder, or that of a pipeline with a ``vae``.
+
+    Returns:
+        The autoencoder in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ModelError: There is none, its files cannot be read, or it is not one of RGB images.
+    """
+    path = Path(path)
+    path = path / "vae" if (path / "vae").is_dir() else path
+    config = read_json(path / CONFIG)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ModelError(f"{path / CONFIG} is of class {config.get('_class_name')!r}; expected AutoencoderKL")
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, SafetensorError) as e:
+        raise ModelError(f"{path} cannot be read as an autoencoder: {one_line(e)[:300]}") from e
+    if vae.config.in_channels != 3 or vae.config.out_channels != 3:
+        raise ModelError(f"{path} has {vae.config.in_channels} channels; expected an autoencoder of RGB images")
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> torch.Tensor:
+    """Makes latents: the mean of each image's posterior, scaled.
+
+    Args:
+        vae: In evaluation mode.
+        images: uint8 [N, H, W, 3].
+        batch: Images at once.
+
+    Returns:
+        float32 [N, C, h, w], on the CPU.
+
+    Raises:
+        ConfigError: The autoencoder's levels do not divide the images.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = images.shape[1:3]
+    if height % factor or width % factor:
+        raise ConfigError(f"images are {width}x{height}; the autoencoder takes multiples of {factor}")
+    shift, scale = _affine(vae)
+    made = []
+    for first in range(0, len(images), batch):
+        x = as_input(images[first : first + batch]).to(vae.device)
+        made.append(((vae.encode(x).latent_dist.mean - shift) * scale).float().cpu())
+    return torch.cat(made)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = _AT_ONCE) -> NDArray[np.uint8]:
+    """Makes images of latents.
+
+    Args:
+        vae: In evaluation mode.
+        latents: float32 [N, C, h, w], scaled as `encode` does.
+        batch: Images at once.
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    shift, scale = _affine(vae)
+    made = []
+    for first in range(0, len(latents), batch):
+        z = latents[first : first + batch].to(vae.device) / scale + shift
+        x = vae.decode(z).sample.float().permute(0, 2, 3, 1).cpu().numpy()
+        made.append(np.rint(127.5 * (np.clip(x, -1, 1) + 1)).astype(np.uint8))
+    return np.concatenate(made)
+
+
+def _affine(vae: AutoencoderKL) -> tuple[float, float]:
+    """What latents are shifted by, then multiplied with; only others' autoencoders shift."""
+    shift = vae.config.get("shift_factor")
+    return 0.0 if shift is None else shift, vae.config.scaling_factor
+
+
+def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> float:
+    """How near images come back: ``20 log10(255 / rmse)`` over all of them.
+
+    Args:
+        vae: In evaluation mode.
+        images: uint8 [N, H, W, 3].
+        batch: Images at once.
+
+    Returns:
+        dB; infinity where all come back as they were.
+    """
+    squares = 0.0
+    for first in range(0, len(images), batch):
+        some = images[first : first + batch]
+        squares += float(np.sum((decode(vae, encode(vae, some)).astype(np.float64) - some) ** 2))
+    rmse = math.sqrt(squares / images.size)
+    return 20 * math.log10(255 / rmse) if rmse > 0 else math.inf

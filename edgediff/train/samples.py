@@ -1,0 +1,105 @@
+"""Samples of a UNet while it is trained, through the loop that runs on the device."""
+
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgediff.config import Cut
+from edgediff.models.clockwork import split
+from edgediff.models.conditioning import usual_guidance
+from edgediff.models.graphs import graph_list
+from edgediff.models.load import Model
+from edgediff.models.sampling import scheduler_config
+from edgediff.models.session import TorchSession
+from edgediff_runtime.image import grid, write_png
+from edgediff_runtime.loop import Request, denoise, initial_latents
+from edgediff_runtime.schedulers import make_scheduler
+
+STEPS = 20
+SCHEDULER = "dpmpp_2m"
+
+
+def draw_samples(model: Model, count: int, *, steps: int = STEPS, seed: int = 0) -> NDArray[np.float32]:
+    """Samples a model with its usual guidance, every step in full.
+
+    Args:
+        model: Of classes or of nothing; its UNet is where it is to run. Image i has class i mod the number of classes.
+        count: How many.
+        steps: Denoising steps.
+        seed: Of the noise.
+
+    Returns:
+        float32 [count, C, H, W], as the sampler leaves them.
+
+    Raises:
+        UnsupportedError: The sampler cannot be carried over.
+    """
+    divided = split(model.unet, Cut())
+    session = TorchSession(divided, graph_list(divided, model))
+    known = model.conditioning
+    guidance = usual_guidance(known)
+    cond: dict[str, np.ndarray] = {}
+    uncond: dict[str, np.ndarray] = {}
+    if known.kind == "class":
+        cond["class_labels"] = np.arange(count, dtype=np.int64) % len(known.labels)
+        if guidance > 1:
+            uncond["class_labels"] = np.full(count, known.null_label, dtype=np.int64)
+    scheduler = make_scheduler(scheduler_config(model.scheduler, SCHEDULER), steps)
+    request = Request(
+        graphs=session.graphs,
+        scheduler=scheduler,
+        clock=(True,) * steps,
+        guidance=(guidance,) * steps,
+        latents=initial_latents(seed, count, model.sample_shape, scheduler.init_noise_sigma),
+        cond=cond,
+        uncond=uncond,
+        seed=seed,
+    )
+    made: NDArray[np.float32] = deque(denoise(request, session), maxlen=1).pop().latents
+    return made
+
+
+def as_pixels(samples: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Puts samples of a pixel model in the form of images.
+
+    Args:
+        samples: float32 [N, C, H, W], about [-1, 1].
+
+    Returns:
+        uint8 [N, H, W, C].
+    """
+    scaled = np.rint(255 * np.clip(samples.astype(np.float64) / 2 + 0.5, 0, 1))
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def write_grid(images: NDArray[np.uint8], path: Path) -> None:
+    """Writes images as one PNG, small ones enlarged.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        path: A ``.png``.
+    """
+    write_png(path, grid(images), scale=max(1, 128 // images.shape[1]))
+
+
+@torch.no_grad()
+def take_samples(model: Model, count: int, seed: int) -> NDArray[np.float32]:
+    """As `draw_samples`, with the UNet in evaluation mode for as long as it takes.
+
+    Args:
+        model: The model; its UNet is left in the mode that it was in.
+        count: How many.
+        seed: Of the noise.
+
+    Returns:
+        float32 [count, C, H, W].
+    """
+    training = model.unet.training
+    model.unet.eval()
+    try:
+        return draw_samples(model, count, seed=seed)
+    finally:
+        model.unet.train(training)

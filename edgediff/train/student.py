@@ -1,0 +1,98 @@
+"""Training a slim student (Spectral Diffusion, section 4): wavelet gating, images and a teacher to learn from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from edgediff.errors import ConfigError, ModelError
+from edgediff.models.load import Model, load_model
+from edgediff.models.slim import slim
+from edgediff.models.spectral import spectralize
+from edgediff.train.dataset import read_data
+from edgediff.train.latents import load_autoencoder
+from edgediff.train.space import FOLDER, LatentSpace
+from edgediff.train.unet import UNetTrained, train_unet
+from edgediff.train.unet_loop import Say
+from edgediff.train.unet_settings import StudentTraining, check_training
+
+
+def train_student(path: str | Path, settings: StudentTraining, *, progress: Say | None = None) -> UNetTrained | None:
+    """Trains a student, or goes on where an interrupted training of the same settings stopped.
+
+    Args:
+        path: Where the student is to be, a diffusers directory.
+        settings: What is asked for; `teacher` and `data` must be there.
+        progress: Told what is being done, and the share of it that is done.
+
+    Returns:
+        What became of it; None where the student is there already.
+
+    Raises:
+        ConfigError: The settings do not fit, or teacher and student do not.
+        DataError: The images cannot be read, or do not fit the teacher.
+        ModelError: The teacher cannot be loaded, or has no scheduler.
+        TargetError: Something else is in the folder, or the disk is full.
+        TrainingError: The loss is not finite; the last good checkpoint is kept.
+        UnsupportedError: The teacher's resampling cannot be gated.
+    """
+    settings = check_training(settings)
+    if settings.teacher is None:
+        raise ConfigError("no teacher: name a diffusers directory or a built-in model, 'teacher' in the settings")
+    path = Path(path)
+    teacher = load_model(settings.teacher)
+    if teacher.scheduler is None:
+        raise ModelError(f"{teacher.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+    if settings.distils and not teacher.has_weights:
+        raise ConfigError(f"the teacher {teacher.name} is a geometry without weights: there is nothing to learn from")
+    model = student_of(teacher, settings)
+    _, height, width = model.sample_shape
+    if height != width:
+        raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    vae = None if teacher.space == "pixel" else load_autoencoder(teacher.path / FOLDER).to(accelerator.device)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    sources = {"another teacher": teacher.sha256}
+    if settings.student is not None:
+        sources["another student"] = model.sha256
+    return train_unet(
+        replace(model, name=path.resolve().name),
+        read_data(settings, factor * height),
+        path,
+        settings,
+        accelerator=accelerator,
+        teacher=teacher,
+        space=None if vae is None else lambda: LatentSpace(vae),
+        sources=sources,
+        progress=progress,
+    )
+
+
+def student_of(teacher: Model, settings: StudentTraining) -> Model:
+    """The student that a training begins with.
+
+    Args:
+        teacher: Lends geometry, schedule and classes.
+        settings: Width and gating; or a student that is there.
+
+    Returns:
+        The model, its weights drawn by the seed.
+
+    Raises:
+        ConfigError: The width does not fit.
+        ModelError: The student that is named cannot be loaded, or has no scheduler.
+        UnsupportedError: The teacher's resampling cannot be gated.
+    """
+    if settings.student is not None:
+        student = load_model(settings.student)
+        if student.scheduler is None or not student.has_weights:
+            raise ModelError(f"{student.path} has no scheduler or no weights; expected a whole model to go on from")
+        return student
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        if settings.gating:
+            unet = spectralize(teacher.unet, settings.width, settings.wavelet, settings.gate_takes_time)
+        else:
+            unet = slim(teacher.unet, settings.width)
+    return replace(teacher, unet=unet)

@@ -1,0 +1,170 @@
+"""Training a teacher: any diffusers UNet geometry, from scratch, on images or on the latents of an autoencoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler
+
+from edgediff.errors import ConfigError
+from edgediff.models.card import Card
+from edgediff.models.clockwork import check_size
+from edgediff.models.conditioning import Conditioning, TensorSpec
+from edgediff.models.load import UNETS, Model, load_model, one_line
+from edgediff.models.slim import plain_config
+from edgediff.strict import strict
+from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
+from edgediff.train.data import ImageSet
+from edgediff.train.dataset import read_data
+from edgediff.train.latents import load_autoencoder
+from edgediff.train.space import FOLDER, LatentSpace
+from edgediff.train.unet import UNetTrained, train_unet
+from edgediff.train.unet_loop import Say
+from edgediff.train.unet_settings import TeacherTraining, check_training
+
+# A geometry's own conditioning that images in folders do not bring.
+_UNCLASSED = {"class_embed_type": None, "num_class_embeds": None}
+
+
+def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say | None = None) -> UNetTrained | None:
+    """Trains a UNet from scratch, or goes on where an interrupted training of the same settings stopped.
+
+    Args:
+        path: Where the model is to be, a diffusers directory.
+        settings: What is asked for; a geometry and `data` must be there.
+        progress: Told what is being done, and the share of it that is done.
+
+    Returns:
+        What became of it; None where the model is there already.
+
+    Raises:
+        ConfigError: The settings, the geometry and the images do not fit together.
+        DataError: The images cannot be read.
+        ModelError: The geometry or the autoencoder cannot be loaded.
+        TargetError: Something else is in the folder, or the disk is full.
+        TrainingError: The loss is not finite; the last good checkpoint is kept.
+        UnsupportedError: The geometry's levels do not divide the size.
+    """
+    settings = check_training(settings)
+    path = Path(path)
+    kind, config = geometry_of(settings)
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    own = settings.autoencoder
+    given = load_autoencoder(own) if isinstance(own, str) else None
+    asked = check_autoencoder(strict(own, AutoencoderTraining)) if isinstance(own, dict) else None
+    factor = _factor(given) if given is not None else asked.factor if asked is not None else 1
+    size = factor * _side(config) if settings.size is None else settings.size
+    if size % factor:
+        raise ConfigError(f"'size' is {size}; expected a multiple of {factor}, which the autoencoder divides by")
+    if asked is not None:
+        check_autoencoder(asked, size)
+    data = read_data(settings, size)
+    latent = given.config.latent_channels if given is not None else asked.latent_channels if asked is not None else None
+    model = _teacher(path.resolve().name, path, kind, config, data[0], settings, size // factor, latent)
+
+    def space() -> LatentSpace:
+        if given is not None:
+            return LatentSpace(given.to(accelerator.device))
+        vae = train_autoencoder(
+            data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=progress
+        )
+        return LatentSpace(vae)
+
+    return train_unet(
+        model,
+        data,
+        path,
+        settings,
+        accelerator=accelerator,
+        space=None if latent is None else space,
+        progress=progress,
+    )
+
+
+def geometry_of(settings: TeacherTraining) -> tuple[Any, dict[str, Any]]:
+    """The UNet's class and its settings.
+
+    Args:
+        settings: Name a model, or hold the settings themselves.
+
+    Returns:
+        The class and what it takes.
+
+    Raises:
+        ConfigError: The class is unknown.
+        ModelError: The model cannot be loaded.
+    """
+    if settings.model is not None:
+        unet = load_model(settings.model).unet
+        return type(unet), plain_config(unet)
+    assert settings.unet is not None
+    config = dict(settings.unet)
+    name = config.pop("_class_name", None)
+    if name not in UNETS:
+        raise ConfigError(f"'unet' has _class_name {name!r}; choices: {', '.join(UNETS)}")
+    return UNETS[str(name)], {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _teacher(
+    name: str,
+    path: Path,
+    kind: Any,
+    config: dict[str, Any],
+    data: ImageSet,
+    settings: TeacherTraining,
+    side: int,
+    latent: int | None,
+) -> Model:
+    """The model that the training begins with."""
+    channels = 3 if latent is None else latent
+    config = config | _UNCLASSED | {"sample_size": side, "in_channels": channels, "out_channels": channels}
+    tensors: dict[str, TensorSpec] = {}
+    labels = data.names if settings.classes else ()
+    if labels:
+        config["num_class_embeds"] = len(labels) + 1
+        tensors["class_labels"] = TensorSpec((), torch.int64)
+    if config.get("addition_embed_type") is not None or _looks_at_text(kind, config):
+        raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            unet = kind(**config).eval()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError) as e:
+        raise ConfigError(f"the geometry is none of a {kind.__name__}: {one_line(e)[:200]}") from e
+    check_size(side, side, 2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None))
+    scheduler = DDPMScheduler(
+        num_train_timesteps=settings.num_train_timesteps,
+        beta_schedule=settings.beta_schedule,
+        prediction_type=settings.prediction_type,
+        clip_sample=latent is None,
+    )
+    return Model(
+        name=name,
+        unet=unet,
+        scheduler=scheduler,
+        conditioning=Conditioning("class" if labels else "none", tensors, labels, len(labels) if labels else None),
+        space="pixel" if latent is None else "latent",
+        card=Card("unknown", None, ""),
+        sha256="",
+        path=path,
+    )
+
+
+def _looks_at_text(kind: Any, config: dict[str, Any]) -> bool:
+    blocks = (*config.get("down_block_types", ()), *config.get("up_block_types", ()), config.get("mid_block_type"))
+    default = getattr(kind, "__name__", "").endswith("ConditionModel") and "down_block_types" not in config
+    return default or any("CrossAttn" in str(block) for block in blocks)
+
+
+def _side(config: dict[str, Any]) -> int:
+    size = config.get("sample_size")
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"the geometry has sample_size {size!r}; expected one number, or 'size' in the settings")
+    return size
+
+
+def _factor(vae: AutoencoderKL) -> int:
+    return int(2 ** (len(vae.config.block_out_channels) - 1))

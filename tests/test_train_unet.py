@@ -1,0 +1,232 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import Command, assert_error
+from conftest import LABELS
+from photographs import folder_of_images
+from PIL import Image
+from safetensors.torch import load_file
+from trainings import UPDATES, changed
+
+from edgediff import Cut, ExportConfig, export_bundle, load_model, split
+from edgediff.errors import ConfigError
+from edgediff.models.macs import tally
+from edgediff.models.spectral import SpectralUNet2DModel
+from edgediff.train import unet_loop
+from edgediff.train.images import Batches, as_channels_first
+from edgediff.train.student import student_of, train_student
+from edgediff.train.teacher import geometry_of, train_teacher
+from edgediff.train.unet import PRODUCT, UNetTrained
+from edgediff.train.unet_settings import StudentTraining, TeacherTraining, load_training, training_from
+
+RECIPES = sorted((Path(__file__).parents[1] / "export_configs" / "train").glob("*.yaml"))
+pytestmark = pytest.mark.usefixtures("few_samples")
+
+
+# What is learnt
+
+
+def test_a_student_is_a_model_that_loads_exports_and_runs(student_training: StudentTraining, tmp_path: Path) -> None:
+    done = train_student(tmp_path / "mine", student_training)
+    assert isinstance(done, UNetTrained)
+    assert (done.updates, done.images, done.skipped) == (UPDATES, 28, "")
+    model = load_model(tmp_path / "mine")
+    assert isinstance(model.unet, SpectralUNet2DModel)
+    assert (model.name, model.labels, model.conditioning.null_label) == ("mine", tuple(LABELS), 4)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {
+        "README.md", "classes.json", "loss.png", "samples.png", "scheduler", "training.json", "unet",
+    }  # fmt: skip
+    for picture in ("loss.png", "samples.png"):
+        with Image.open(tmp_path / "mine" / picture) as image:
+            image.verify()
+    export_bundle(model, tmp_path / "bundle", ExportConfig(steps=2))
+
+
+def test_the_card_has_what_the_training_took(student_training: StudentTraining, tmp_path: Path) -> None:
+    train_student(tmp_path / "a", student_training)
+    card = (tmp_path / "a" / "README.md").read_text()
+    settings = card.partition("```json\n")[2].partition("```")[0]
+    assert training_from(json.loads(settings), StudentTraining) == student_training
+    assert "spatial 0.1, frequency 0.1 with alpha -1, at down, mid, up, out" in card
+    assert "28 images of 4 classes, brought to 16x16" in card
+
+
+def test_a_student_learns_from_its_teacher(
+    student_training: StudentTraining, tmp_path: Path, loops: list[unet_loop.UNetLoop]
+) -> None:
+    """Where the teacher's prediction counts most, the student comes nearer to it."""
+    changes = {"updates": 60, "learning_rate": 1e-2, "spatial": 100.0, "frequency": 0.0, "points": ("out",)}
+    train_student(tmp_path / "a", changed(student_training, **changes))
+    spatial = loops[0].state.terms["spatial"]
+    assert np.mean(spatial[-10:]) < 0.5 * np.mean(spatial[:5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [
+        ({}, {"ddpm", "spatial", "frequency"}),
+        ({"spatial": 0.0, "frequency": 0.0}, {"ddpm"}),
+        ({"spatial": 0.0}, {"ddpm", "spatial", "frequency"}),
+        ({"gating": False}, {"ddpm", "spatial", "frequency"}),
+    ],
+)
+def test_each_term_can_be_switched_off(
+    student_training: StudentTraining,
+    tmp_path: Path,
+    loops: list[unet_loop.UNetLoop],
+    changes: dict[str, Any],
+    terms: set[str],
+) -> None:
+    train_student(tmp_path / "a", changed(student_training, **changes))
+    (loop,) = loops
+    assert set(loop.state.terms) == terms
+    expected = [
+        sum(loop.task.weights[name] * values[i] for name, values in loop.state.terms.items()) for i in range(UPDATES)
+    ]
+    np.testing.assert_allclose(loop.state.losses, expected, rtol=1e-5)
+    assert isinstance(load_model(tmp_path / "a").unet, SpectralUNet2DModel) == changes.get("gating", True)
+
+
+def test_a_student_can_go_on_from_another(student_training: StudentTraining, tmp_path: Path) -> None:
+    train_student(tmp_path / "first", student_training)
+    still = changed(student_training, student=str(tmp_path / "first"), width=None, updates=1, learning_rate=1e-12)
+    train_student(tmp_path / "second", still)
+    a, b = (load_file(tmp_path / name / PRODUCT) for name in ("first", "second"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_a_teacher_learns(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    settings = changed(teacher_training, updates=80, learning_rate=5e-3, sample_every=20, ema=0.9)
+    shares = []
+    done = train_teacher(tmp_path / "a", settings, progress=lambda what, share: shares.append(share))
+    assert done is not None
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    model = load_model(tmp_path / "a")
+    assert model.labels == tuple(LABELS)
+    assert model.scheduler.config.prediction_type == "v_prediction"
+    assert done.held_out < 0.7  # 1 is a prediction of nothing
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_other_predictions_and_no_classes(teacher_training: TeacherTraining, tmp_path: Path, prediction: str) -> None:
+    settings = changed(teacher_training, prediction_type=prediction, classes=False, updates=2)
+    train_teacher(tmp_path / "a", settings)
+    model = load_model(tmp_path / "a")
+    assert (model.labels, model.scheduler.config.prediction_type) == ((), prediction)
+
+
+def test_a_flat_folder_teaches_a_model_without_classes(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    flat = folder_of_images(tmp_path / "flat", (), each=6)
+    train_teacher(tmp_path / "a", changed(teacher_training, data=str(flat), held_out=str(flat), updates=2))
+    assert load_model(tmp_path / "a").conditioning.kind == "none"
+
+
+def test_a_teacher_of_latents_and_its_student(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    autoencoder = {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4, "updates": 2, "batch": 4}
+    settings = changed(teacher_training, autoencoder=autoencoder, size=32, data=None)
+    big = folder_of_images(tmp_path / "big", tuple(LABELS), each=3, size=32)
+    settings = changed(settings, data=str(big), held_out=str(big))
+    train_teacher(tmp_path / "a", settings)
+    model = load_model(tmp_path / "a")
+    assert (model.space, model.sample_shape) == ("latent", (4, 16, 16))
+    with Image.open(tmp_path / "a" / "samples.png") as image:
+        assert image.size == (256, 256)  # four 32x32 images, enlarged four times
+    mine = StudentTraining(teacher=str(tmp_path / "a"), data=str(big), held_out=str(big), updates=2, batch=4, width=8)
+    train_student(tmp_path / "b", mine)
+    assert load_model(tmp_path / "b").space == "latent"
+    again = changed(settings, autoencoder=str(tmp_path / "a"))
+    train_teacher(tmp_path / "c", again)
+    assert load_model(tmp_path / "c").sample_shape == (4, 16, 16)
+
+
+# Order
+
+
+def test_each_pass_has_each_image_once_in_a_seeded_order() -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+    batches = Batches(as_channels_first(images), None, np.arange(5), seed=3)
+    x, labels = batches.take(0, 10, None)
+    assert labels is not None
+    assert sorted(labels[:5].tolist()) == sorted(labels[5:].tolist()) == list(range(5))
+    assert labels[:5].tolist() != labels[5:].tolist()
+    assert torch.allclose(x[:, 0, 0, 0], labels / 127.5 - 1)
+    apart = [batches.take(i, 1, None)[1].item() for i in range(10)]
+    assert apart == labels.tolist()
+    assert Batches(as_channels_first(images), None, np.arange(5), seed=4).take(0, 10, None)[1].tolist() != apart
+
+
+def test_mirrored_images() -> None:
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    batches = Batches(as_channels_first(images), None, None, seed=0)
+    plain, labels = batches.take(0, 2, None)
+    flipped, _ = batches.take(0, 2, torch.tensor([True, False]))
+    assert labels is None
+    assert torch.equal(flipped[0], plain[0].flip(2))
+    assert torch.equal(flipped[1], plain[1])
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("teacher: grocery-32\nalpha: 0\npoints: [out]\n")
+    assert load_training(tmp_path / "a.yaml", StudentTraining) == StudentTraining(
+        teacher="grocery-32", alpha=0.0, points=("out",)
+    )
+    (tmp_path / "b.yaml").write_text("teacher: grocery-32\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml: .*teacher"):
+        load_training(tmp_path / "b.yaml", TeacherTraining)
+    with pytest.raises(ConfigError, match=r"no recipe nothing: .*grocery-32-lite"):
+        load_training("nothing", StudentTraining)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes(path: Path) -> None:
+    """Each is one that its command takes, and makes a UNet of the size that it speaks of."""
+    if path.stem.endswith("-teacher"):
+        settings = load_training(path.stem, TeacherTraining)
+        kind, config = geometry_of(settings)
+        with torch.device("meta"):
+            assert sum(parameter.numel() for parameter in kind(**config).parameters()) > 60e6
+        return
+    student = load_training(path.stem, StudentTraining)
+    if student.teacher is None:  # of a teacher that is trained first
+        return
+    teacher = load_model(student.teacher)
+    counts = [
+        tally(split(model.unet, Cut()), model.sample_shape, model.conditioning.tensors).parts["full"].macs
+        for model in (teacher, student_of(teacher, student))
+    ]
+    assert counts[1] <= counts[0] / 8
+
+
+# The command
+
+
+def test_the_command(class_model: Path, photographs: Path, tmp_path: Path, command: Command) -> None:
+    options = ["--data", photographs, "--updates", 2, "--batch", 4]
+    said = command("train", "student", class_model, *options, "--width", 8, "-o", tmp_path / "a", "--json")
+    assert said.code == 0
+    found = json.loads(said.out)
+    assert (found["model"], found["trained"], found["updates"]) == (str(tmp_path / "a"), True, 2)
+    said = command("train", "student", class_model, *options, "--width", 8, "-o", tmp_path / "a")
+    assert "nothing to do" in said.out
+    said = command("train", "teacher", class_model, *options, "-o", tmp_path / "b")
+    assert said.code == 0
+    assert "2 updates on 28 images" in said.out
+    assert load_model(tmp_path / "b").labels == tuple(LABELS)
+
+
+def test_the_command_refuses(class_model: Path, photographs: Path, tmp_path: Path, command: Command) -> None:
+    for arguments, words in (
+        (["student", class_model], "no images: name a folder, --data DIR"),
+        (["student", "--data", photographs], "no teacher"),
+        (["student", "nowhere", "--data", photographs], "no model at nowhere"),
+        (["student", class_model, "--data", photographs, "--wavelet", "x"], "wavelet 'x' is unknown"),
+        (["teacher", "--data", photographs], "neither given"),
+        (["teacher", class_model, "--data", tmp_path / "none"], "no such folder"),
+    ):
+        assert_error(command("train", *arguments, "-o", tmp_path / "a"), words)
+        assert not (tmp_path / "a").exists()

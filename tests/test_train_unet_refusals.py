@@ -1,0 +1,270 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import unchanged
+from conftest import DDPM, LABELS, SMALL, save_model
+from photographs import folder_of_images
+from PIL import Image
+from trainings import UNET, changed, refused, same
+from unets import unet2d, unet2d_condition
+
+from edgediff.errors import ConfigError, DataError, EdgediffError, ModelError, TargetError, TrainingError
+from edgediff.models.spectral import SpectralUNet2DModel
+from edgediff.train.images import Batches
+from edgediff.train.place import CHECKPOINTS
+from edgediff.train.student import train_student
+from edgediff.train.teacher import train_teacher
+from edgediff.train.unet_settings import StudentTraining, TeacherTraining, training_from
+
+pytestmark = pytest.mark.usefixtures("few_samples")
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    kind: str, student_training: StudentTraining, teacher_training: TeacherTraining, tmp_path: Path
+) -> None:
+    settings: Any = changed(
+        student_training if kind == "student" else teacher_training, checkpoint_minutes=1e-9, sample_every=2
+    )
+    train: Any = train_student if kind == "student" else train_teacher
+    train(tmp_path / "whole", settings)
+
+    def stop(what: str, share: float) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "a", settings, progress=stop)
+    assert [path.name for path in (tmp_path / "a" / CHECKPOINTS).iterdir()] == ["visit-00000002"]
+    assert train(tmp_path / "a", settings) is not None
+    assert same(tmp_path / "a", tmp_path / "whole")
+    assert not (tmp_path / "a" / CHECKPOINTS).exists()
+    assert train(tmp_path / "a", settings) is None
+
+
+def test_a_killed_training_goes_on(class_model: Path, photographs: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "edgediff", "train", "student", str(class_model), "--data", str(photographs), "--width",
+        "8", "--batch", "2", "--updates", "40", "-o", str(tmp_path / "a"), "--config", str(tmp_path / "often.yaml"),
+    ]  # fmt: skip
+    (tmp_path / "often.yaml").write_text("checkpoint_minutes: 1.0e-9\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as running:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "a" / CHECKPOINTS).glob("visit-0000000[3-9]")):
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        running.send_signal(signal.SIGKILL)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    settings = StudentTraining(
+        teacher=str(class_model), data=str(photographs), width=8, batch=2, updates=40, checkpoint_minutes=1e-9
+    )
+    train_student(tmp_path / "whole", settings)
+    assert same(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
+    student_training: StudentTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = changed(student_training, checkpoint_minutes=1e-9)
+    take = Batches.take
+
+    def poisoned(self: Batches, first: int, size: int, flips: torch.Tensor | None) -> Any:
+        x_0, labels = take(self, first, size, flips)
+        return (x_0 * torch.nan if first == 3 * size else x_0), labels
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "take", poisoned)
+        with pytest.raises(
+            TrainingError, match=r"not finite at update 3; the last good checkpoint is .*visit-00000003"
+        ):
+            train_student(tmp_path / "a", settings)
+    train_student(tmp_path / "a", settings)
+    train_student(tmp_path / "whole", settings)
+    assert same(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    student_training: StudentTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    settings = changed(student_training, checkpoint_minutes=1e-9)
+    save, calls = Accelerator.save_state, []
+
+    def full(self: Accelerator, output_dir: str) -> Any:
+        calls.append(output_dir)
+        if len(calls) == 3:
+            Path(output_dir).mkdir()
+            raise OSError(28, "No space left on device")
+        return save(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        with pytest.raises(TargetError, match=r"No space left on device; the last good checkpoint is .*visit-00000002"):
+            train_student(tmp_path / "a", settings)
+    train_student(tmp_path / "a", settings)
+    train_student(tmp_path / "whole", settings)
+    assert same(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
+    student_training: StudentTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, folder: Path) -> None:
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpectralUNet2DModel, "save_pretrained", full)
+        with pytest.raises(TargetError, match=r"No space left on device; the last good checkpoint is .*visit-00000004"):
+            train_student(tmp_path / "a", student_training)
+    assert train_student(tmp_path / "a", student_training) is not None
+    train_student(tmp_path / "whole", student_training)
+    assert same(tmp_path / "a", tmp_path / "whole")
+
+
+# Bad input
+
+
+def test_another_training_is_refused(student_training: StudentTraining, photographs: Path, tmp_path: Path) -> None:
+    train_student(tmp_path / "a", student_training)
+    other = folder_of_images(tmp_path / "other", tuple(LABELS), each=8, seed=1)
+    with unchanged(tmp_path / "a"):
+        for changes, words in (
+            ({"width": None}, "width 8, not None"),
+            ({"alpha": 0.0}, r"alpha -1\.0, not 0\.0"),
+            ({"data": str(other)}, "other images, other held-out images"),
+        ):
+            with pytest.raises(TargetError, match=f"holds a training with {words}; choose another folder"):
+                train_student(tmp_path / "a", changed(student_training, **changes))
+        assert train_student(tmp_path / "a", changed(student_training, checkpoint_minutes=1.0)) is None
+
+
+def test_teachers_that_do_not_fit(
+    class_model: Path, text_model: Path, student_training: StudentTraining, tmp_path: Path
+) -> None:
+    refused(tmp_path, changed(student_training, teacher=None), ConfigError, "no teacher: name")
+    refused(tmp_path, changed(student_training, teacher="ddpm-cifar10"), ConfigError, "geometry without weights")
+    refused(
+        tmp_path, changed(student_training, teacher=str(text_model)), EdgediffError, "conditioned on text|config.json"
+    )
+    grey = save_model(unet2d(in_channels=1, out_channels=1, num_class_embeds=5), tmp_path / "grey")
+    (grey / "classes.json").write_text(json.dumps(LABELS))
+    refused(
+        tmp_path,
+        changed(student_training, teacher=str(grey), student=str(class_model), width=None),
+        ConfigError,
+        "the teacher grey has in_channels 1, the student 3; out_channels 1, the student 3: expected the same",
+    )
+    epsilon = save_model(
+        unet2d(**SMALL, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=5),
+        tmp_path / "epsilon",
+        DDPM | {"prediction_type": "epsilon"},
+    )
+    (epsilon / "classes.json").write_text(json.dumps(LABELS))
+    refused(
+        tmp_path,
+        changed(student_training, teacher=str(epsilon), student=str(class_model), width=None),
+        ConfigError,
+        "the teacher epsilon has prediction_type epsilon, the student v_prediction: expected the same",
+    )
+
+
+def test_images_that_do_not_fit(
+    student_training: StudentTraining, teacher_training: TeacherTraining, tmp_path: Path
+) -> None:
+    refused(tmp_path, changed(student_training, data=None), ConfigError, "no images: name a folder")
+    refused(tmp_path, changed(student_training, data=str(tmp_path / "none")), DataError, "no such folder")
+    strange = folder_of_images(tmp_path / "strange", ("Apple", "Quince"), each=3)
+    refused(
+        tmp_path,
+        changed(student_training, data=str(strange)),
+        DataError,
+        "class 'Quince' is none of the model's; choices",
+    )
+    flat = folder_of_images(tmp_path / "flat", (), each=4)
+    refused(tmp_path, changed(student_training, data=str(flat)), DataError, "the folder has no classes")
+    refused(
+        tmp_path, changed(teacher_training, held_out=str(strange)), DataError, "has classes that .* has not: Quince"
+    )
+    (strange / "Empty").mkdir()
+    refused(tmp_path, changed(teacher_training, data=str(strange)), DataError, "no images in .*Empty")
+
+
+def test_broken_images_are_skipped_and_counted(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path / "some", tuple(LABELS), each=5)
+    (folder / "Apple" / "broken.png").write_bytes(b"nothing")
+    Image.new("RGB", (4, 4)).save(folder / "Kiwi" / "tiny.png")
+    done = train_teacher(tmp_path / "a", changed(teacher_training, data=str(folder), updates=1))
+    assert done is not None
+    assert done.skipped.startswith("2 images skipped: ")
+    assert done.skipped in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_geometries_that_do_not_fit(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    refused(tmp_path, changed(teacher_training, model="grocery-32"), ConfigError, "'model' and 'unet': both given")
+    refused(tmp_path, changed(teacher_training, unet=None), ConfigError, "'model' and 'unet': neither given")
+    refused(tmp_path, changed(teacher_training, unet={"_class_name": "VQModel"}), ConfigError, "choices: UNet2DModel")
+    refused(
+        tmp_path,
+        changed(teacher_training, unet=UNET | {"down_block_types": ["Nothing"]}),
+        ConfigError,
+        "geometry is none",
+    )
+    refused(
+        tmp_path, changed(teacher_training, unet=UNET | {"sample_size": [16, 8]}), ConfigError, r"sample_size \[16, 8\]"
+    )
+    refused(tmp_path, changed(teacher_training, size=15), EdgediffError, "15x15 cannot be cut: the levels divide by 2")
+    text = {key: value for key, value in unet2d_condition().config.items() if not key.startswith("_")}
+    cross = text | {"_class_name": "UNet2DConditionModel"}
+    refused(tmp_path, changed(teacher_training, unet=cross), ConfigError, "looks at text")
+    coarse = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
+    refused(
+        tmp_path,
+        changed(teacher_training, autoencoder=coarse, size=18),
+        ConfigError,
+        "'size' is 18; expected a multiple of 4",
+    )
+    refused(tmp_path, changed(teacher_training, autoencoder="nowhere"), ModelError, "nowhere")
+    refused(tmp_path, changed(teacher_training, autoencoder={"widths": 3}), ConfigError, "widths")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alhpa": -1}, "unknown.*alhpa.*alpha"),
+        ({"wavelet": "bior2.2"}, "wavelet 'bior2.2' is unknown; choices: haar, db1 to db38"),
+        ({"width": 12}, "width 12; expected a multiple of 8"),
+        ({"alpha": float("nan")}, "'alpha' is nan"),
+        ({"spatial": -1}, "'spatial' is -1.0; expected 0 or more"),
+        ({"points": []}, "'points' is"),
+        ({"points": ["out", "out"]}, "'points' is"),
+        ({"points": ["top"]}, "points"),
+        ({"updates": 0}, "'updates' is 0"),
+        ({"ema": 1.0}, "'ema' is 1.0"),
+        ({"learning_rate": float("inf")}, "'learning_rate' is inf"),
+        ({"precision": "fp8"}, "precision"),
+        ({"seed": -1}, "'seed' is -1"),
+        ({"student": "x", "width": 8}, "leave one out"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    class_model: Path, photographs: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    asked = {"teacher": str(class_model), "data": str(photographs)} | settings
+    with pytest.raises(ConfigError, match=words):
+        train_student(tmp_path / "a", training_from(asked, StudentTraining))
+    assert not (tmp_path / "a").exists()
