@@ -1,3 +1,4 @@
+import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from edgediff import Cut, ExportConfig, export_bundle, load_model, split
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
 from edgediff.models.spectral import SpectralUNet2DModel
-from edgediff.train import unet_loop
+from edgediff.train import draws, unet_loop
 from edgediff.train.images import Batches, as_channels_first
 from edgediff.train.student import student_of, train_student
 from edgediff.train.teacher import geometry_of, train_teacher
@@ -230,3 +231,13 @@ def test_the_command_refuses(class_model: Path, photographs: Path, tmp_path: Pat
     ):
         assert_error(command("train", *arguments, "-o", tmp_path / "a"), words)
         assert not (tmp_path / "a").exists()
+
+
+def test_seeds_draw_otherwise(student_training: StudentTraining, tmp_path: Path, loops: list[Any]) -> None:
+    """Weights, order and noise: torch's own generator on the CPU takes 32 bits of a seed."""
+    assert doctest.testmod(draws).failed == 0
+    for seed in (0, 1, 2):
+        train_student(tmp_path / str(seed), changed(student_training, seed=seed, updates=1))
+    batches = [loop._batch(loop.task.data, 0, 4, 1) for loop in loops]
+    for name in ("x_0", "t", "x_t"):
+        assert not any(torch.equal(batches[i][name], batches[j][name]) for i, j in ((0, 1), (0, 2), (1, 2)))

@@ -25,6 +25,7 @@ from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
 from edgediff.train.card import adaptor_card
 from edgediff.train.checkpoint import Checkpoints
 from edgediff.train.curve import check_drawing, draw_losses
+from edgediff.train.draws import generator
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.place import CHECKPOINTS, STORE, Claim, check_place, claim_place, is_finished
 from edgediff.train.progress import Progress, recent
@@ -212,7 +213,6 @@ class _Loop:
             adaptor, torch.optim.Adam(adaptor.parameters(), lr=settings.learning_rate)
         )
         self.ema = EMAModel(adaptor.parameters(), decay=settings.ema)
-        self.ema.to(accelerator.device)
         self.state = AdaptorProgress()
         self.checkpoints = Checkpoints(path, accelerator, self.ema, self.state, settings.checkpoint_minutes)
         self.store = None
@@ -236,7 +236,7 @@ class _Loop:
             total = visits * math.ceil(count / settings.batch)
             if not state.identity:
                 state.identity = self._identity(samples)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(_order(settings.seed, state.visits)))
+            order = torch.randperm(count, generator=generator(settings.seed, state.visits))
             for first in range(0, count, settings.batch):
                 chosen = order[first : first + settings.batch]
                 batch = {name: tensor[chosen.to(tensor.device)] for name, tensor in samples.items()}
@@ -292,7 +292,3 @@ class _Loop:
         """The errors of the identity adaptor on the first round: the unit of the losses."""
         errors = torch.stack(self._errors(samples["cache"], samples))
         return [max(float(error), 1e-12) for error in self.accelerator.reduce(errors, reduction="mean")]
-
-
-def _order(seed: int, visit: int) -> int:
-    return (seed << 31) + visit

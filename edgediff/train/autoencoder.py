@@ -281,7 +281,6 @@ class _Loop:
         """Runs what is left of the training; the autoencoder with its averaged weights."""
         settings, state = self.settings, self.state
         self.checkpoints.load()
-        self.ema.to(self.accelerator.device)  # checkpoints are read to the CPU
         while state.updates < settings.updates:
             self._update(state.updates * self.accelerator.num_processes + self.accelerator.process_index)
             share = state.updates / settings.updates

@@ -40,6 +40,8 @@ class Checkpoints:
         self.minutes = minutes
         self._last = time.monotonic()
         self._began = self._last
+        ema.to(accelerator.device)
+        self.ema = ema
         accelerator.register_for_checkpointing(ema, state)
 
     def newest(self) -> Path | None:
@@ -66,6 +68,8 @@ class Checkpoints:
             self.accelerator.load_state(str(newest))
         except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as e:
             raise TargetError(f"{newest} is damaged ({one_line(e)[:200]}); remove {self.folder} to begin anew") from e
+        # What is registered comes back on the CPU.
+        self.ema.to(self.accelerator.device)
 
     def save_when_due(self) -> None:
         """Writes a checkpoint where the last one is old enough, by any process's watch: all write it together."""

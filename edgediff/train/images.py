@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgediff.train.data import ImageSet
+from edgediff.train.draws import generator
 
 
 class Batches:
@@ -60,8 +61,7 @@ class Batches:
         """The order of a pass; the last two are kept."""
         if number not in self._passes:
             self._passes = {k: v for k, v in self._passes.items() if k == number - 1}
-            generator = torch.Generator().manual_seed((self._seed << 31) + number)
-            self._passes[number] = torch.randperm(self.count, generator=generator)
+            self._passes[number] = torch.randperm(self.count, generator=generator(self._seed, number))
         return self._passes[number]
 
 

@@ -20,6 +20,7 @@ from edgediff.errors import TargetError, TrainingError
 from edgediff.models.load import Model, one_line
 from edgediff.train.checkpoint import Checkpoints
 from edgediff.train.curve import draw_losses
+from edgediff.train.draws import generator
 from edgediff.train.images import Batches
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
 from edgediff.train.noising import Noising
@@ -102,7 +103,6 @@ class UNetLoop:
         self.unet = task.learner.unet
         self.model, self.optimizer = accelerator.prepare(task.learner, optimizer)
         self.ema = EMAModel(self.unet.parameters(), decay=settings.ema)
-        self.ema.to(accelerator.device)
         self.state = UNetProgress()
         self.checkpoints = Checkpoints(path, accelerator, self.ema, self.state, settings.checkpoint_minutes)
 
@@ -176,7 +176,7 @@ class UNetLoop:
     def _batch(self, data: Batches, first: int, size: int, number: int, learning: bool = True) -> dict[str, Any]:
         """Images, noise and time steps of one update in one process."""
         settings, device = self.settings, self.accelerator.device
-        rng = torch.Generator().manual_seed((settings.seed << 32) + number)
+        rng = generator(settings.seed, number)
         flips = torch.rand(size, generator=rng) < 0.5 if settings.flip and learning else None
         x_0, labels = data.take(first, size, flips)
         t = torch.randint(0, self.noising.steps, (size,), generator=rng)
