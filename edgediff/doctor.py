@@ -23,6 +23,7 @@ TESTED = {
     "onnxscript": "0.7.2",
     "onnxsim": "0.8.1",
     "coremltools": "9.0",
+    "PyWavelets": "1.9.0",
     "pyyaml": "6.0.3",
     "accelerate": "1.15.0",
     "matplotlib": "3.11.2",

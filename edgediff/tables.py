@@ -1,6 +1,7 @@
 """What the command line shows, as rich tables; nothing here prints."""
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -13,8 +14,7 @@ from edgediff_runtime import Result
 
 if TYPE_CHECKING:
     from edgediff.demo import Shown
-    from edgediff.evaluate.report import Evaluation
-    from edgediff.models.comparison import ComparisonRow
+    from edgediff.models.comparison import ComparisonRow, SpectralRow
     from edgediff.placement import Note
     from edgediff.verify.rows import Finding, ParityReport
 
@@ -181,7 +181,7 @@ def survey_tables(found: Survey) -> list[Table]:
 
 
 def comparison_table(rows: "Iterable[ComparisonRow]") -> Table:
-    """A paper's table counted anew, beside what it printed.
+    """Clockwork Diffusion's table counted anew, beside what it printed.
 
     Args:
         rows: As `compare` gave them.
@@ -211,6 +211,46 @@ def comparison_table(rows: "Iterable[ComparisonRow]") -> Table:
             f"{row.tflops(attention=True):.2f}",
             *("" if x is None else f"{x:.0%}" if whose == "paper" else f"{x:.1%}" for whose, x in saved.items()),
         )
+    return table
+
+
+def spectral_table(rows: "Iterable[SpectralRow]") -> Table:
+    """Spectral Diffusion's UNets counted anew, beside the figures that they are held to.
+
+    Args:
+        rows: As `compare` gave them, three for each task.
+
+    Returns:
+        The table; figures that nobody printed stand in brackets.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title="Spectral Diffusion's UNets, one sample",
+        caption="MACs: multiply-adds, attention matmuls left out as in the paper; + attn.: they\n"
+        "in brackets: not in the paper's print, counted on CompVis' configurations\n"
+        "ratio: the teacher's MACs over these; the abstract says 8 to 18 times",
+    )
+    table.add_column("task")
+    table.add_column("UNet")
+    for name in ("params, M", "published", "MACs, G", "published", "+ attn.", "ratio"):
+        table.add_column(name, justify="right")
+    for task, lines in groupby(rows, key=lambda row: row.task):
+        words = iter(task.split("/"))
+        for row in lines:
+            parameters, macs = row.published_parameters / 1e6, row.published_macs / 1e9
+            printed = row.source == "published"
+            table.add_row(
+                next(words, ""),
+                row.role,
+                f"{row.cost.parameters / 1e6:.2f}",
+                f"{parameters:g}" if printed else f"({parameters:.2f})",
+                f"{row.cost.macs / 1e9:.2f}",
+                f"{macs:g}" if printed else f"({macs:.2f})",
+                f"{row.cost.macs_attention / 1e9:.2f}",
+                "" if row.role == "teacher" else f"{row.ratio:.1f}x",
+            )
+        table.add_section()
     return table
 
 
@@ -303,36 +343,4 @@ def placement_table(notes: Iterable["Note"]) -> Table:
         source = (f"{known.title}, {known.source}", f"dim link {known.source}")
         words = Text.assemble(known.says, "\n", (known.rewrite, "green"), "\n", source)
         table.add_row(rule, Text("\n".join(graphs)), words)
-    return table
-
-
-def evaluation_table(found: "Evaluation") -> Table:
-    """One line for each clock, below the line of photographs against photographs.
-
-    Args:
-        found: The evaluation.
-
-    Returns:
-        The table.
-    """
-    table = Table(
-        title=f"{found.model}, distances from photographs: {found.num_images} images in each set, "
-        f"{found.num_inference_steps} steps, guidance {found.guidance_scale:g}, {found.backend}",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("clock")
-    for name in ("kernel x1000", "Frechet", "spectrum error", "ratio to clock 1"):
-        table.add_column(name, justify="right")
-    lines = [("photographs", found.floor, None), *((row.clock, row.distances, row.ratio) for row in found.rows)]
-    for name, distances, ratio in lines:
-        table.add_row(
-            name,
-            f"{1e3 * distances.kernel_distance:.1f} +- {1e3 * distances.kernel_spread:.1f}",
-            f"{distances.frechet_distance:.2f}",
-            f"{distances.spectrum_error:.3f}",
-            "-" if ratio is None else f"{ratio:.3f}",
-        )
-    table.caption = f"photographs: {found.num_images} others of the folder's {found.available}"
-    if found.num_images <= found.num_features:
-        table.caption += f"; Frechet says little where there are no more images than features ({found.num_features})"
     return table

@@ -43,6 +43,13 @@ PUBLISHED = {
     "ldm-ffhq": (274.06e6, 0.001),
     "ldm-church": (294.97e6, 0.001),
     "ldm-imagenet": (400.92e6, 0.001),
+    "ldm-ffhq-lite": (22.41e6, 0.001),
+    "ldm-church-lite": (32.83e6, 0.001),
+    "ldm-imagenet-lite": (47.03e6, 0.001),
+    # The paper's students; what it does not state is rebuilt.
+    "ldm-ffhq-spectral": (21.1e6, 0.01),
+    "ldm-church-spectral": (33.8e6, 0.025),
+    "ldm-imagenet-spectral": (45.4e6, 0.01),
 }
 # Multiply-adds without and of attention matmuls, in G.
 GMACS = {
@@ -50,6 +57,12 @@ GMACS = {
     "ldm-ffhq": (96.02, 5.18),
     "ldm-church": (18.64, 2.28),
     "ldm-imagenet": (99.77, 4.46),
+    "ldm-ffhq-lite": (7.85, 1.48),
+    "ldm-church-lite": (2.07, 0.76),
+    "ldm-imagenet-lite": (11.10, 1.49),
+    "ldm-ffhq-spectral": (6.69, 1.48),
+    "ldm-church-spectral": (2.09, 0.76),
+    "ldm-imagenet-spectral": (9.85, 1.49),
 }
 
 
@@ -219,10 +232,12 @@ def test_what_cards_are_conditioned_on(cards: Cards) -> None:
         name: {key: spec.shape for key, spec in model.conditioning.tensors.items()}
         for name, (model, _) in cards.items()
     }
-    assert shapes["ldm-imagenet"] == {"encoder_hidden_states": (1, 512)}
+    for kind in ("", "-lite", "-spectral"):
+        assert shapes[f"ldm-imagenet{kind}"] == {"encoder_hidden_states": (1, 512)}
+        assert shapes[f"ldm-ffhq{kind}"] == shapes[f"ldm-church{kind}"] == {}
     assert shapes["ssd-1b"] == shapes["sdxl"]
     assert shapes["sdxl"] == {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)}
-    assert shapes["ldm-ffhq"] == shapes["ldm-church"] == shapes["ddpm-cifar10"] == {}
+    assert shapes["ddpm-cifar10"] == {}
 
 
 # The paper's own table
@@ -286,13 +301,14 @@ def test_the_table_fits_a_terminal(rows: tuple[ComparisonRow, ...]) -> None:
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["--compare", "spectrum"], "no comparison 'spectrum'; choices: clockwork"),
-        (["--compare", ""], "choices: clockwork"),
+        (["--compare", "spectrum"], "no comparison 'spectrum'; choices: clockwork, spectral"),
+        (["--compare", ""], "choices: clockwork, spectral"),
         (["sd15", "--compare", "clockwork"], "takes no MODEL|BUNDLE"),
         (["--compare", "clockwork", "--level", "1"], "takes no --level"),
         (["--compare", "clockwork", "--point", "before_upsample", "--clock", "2"], "takes no --point, --clock"),
         (["--compare", "clockwork", "--steps", "8", "--batch", "2"], "takes no --steps, --batch"),
-        ([], "expected a MODEL or a BUNDLE, or --compare clockwork"),
+        (["--compare", "spectral", "--adaptor", "resnet"], "takes no --adaptor"),
+        ([], "expected a MODEL or a BUNDLE, or --compare clockwork or spectral"),
     ],
 )
 def test_comparisons_that_cannot_be_made(command: Command, args: list[str], part: str) -> None:
@@ -300,7 +316,7 @@ def test_comparisons_that_cannot_be_made(command: Command, args: list[str], part
 
 
 def test_a_comparison_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="no comparison 'DDPM'; choices: clockwork"):
+    with pytest.raises(ConfigError, match="no comparison 'DDPM'; choices: clockwork, spectral"):
         compare("DDPM")
 
 

@@ -32,7 +32,7 @@ STAGES = (
     ("edgediff.models",),
     ("edgediff.train", "edgediff.verify", "edgediff.placement", "edgediff.evaluate", "edgediff.plan"),
     ("edgediff.export",),
-    ("edgediff.demo", "edgediff.tables", "edgediff.tables_plan"),
+    ("edgediff.demo", "edgediff.tables", "edgediff.tables_plan", "edgediff.tables_evaluate"),
     ("edgediff.cli", "edgediff.__main__"),
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json   |   "
-    "edgediff inspect --compare clockwork"
+    "edgediff inspect --compare clockwork   |   edgediff inspect --compare spectral"
 )
 def inspect(
     model: Annotated[
@@ -41,7 +41,7 @@ def inspect(
         str | None, typer.Option(help="Kind of adaptor to count in cached steps; left out, identity.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="In the place of a model: count a paper's table anew; clockwork.")
+        str | None, typer.Option(help="In the place of a model: count a paper's table anew; clockwork or spectral.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,7 +61,7 @@ def inspect(
         _compare(compare, as_json)
         return
     if model is None:
-        raise ConfigError("nothing to inspect; expected a MODEL or a BUNDLE, or --compare clockwork")
+        raise ConfigError("nothing to inspect; expected a MODEL or a BUNDLE, or --compare clockwork or spectral")
     if (Path(model) / "manifest.json").is_file():
         if level is not None or point is not None or adaptor is not None:
             raise ConfigError("--level, --point and --adaptor belong to a model; this is a bundle, its cut is made")
@@ -88,9 +88,9 @@ def _compare(name: str, as_json: bool) -> None:
     if as_json:
         print_json({"rows": [row.to_dict() for row in rows]})
     else:
-        from edgediff.tables import comparison_table
+        from edgediff.tables import comparison_table, spectral_table
 
-        out.print(comparison_table(rows))
+        out.print(comparison_table(rows) if name == "clockwork" else spectral_table(rows))
 
 
 def _placement(bundle: Path) -> "tuple[Note, ...] | None":

@@ -16,6 +16,7 @@ from diffusers.models.embeddings import GaussianFourierProjection
 from edgediff.export.layout import modules
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Part
+from edgediff.models.spectral import WaveletGating
 from edgediff.verify.reference import Reference, step_inputs
 from edgediff_runtime import Manifest
 
@@ -28,13 +29,16 @@ def with_half_weights(module: Part) -> Part:
         module: Left as it was.
 
     Returns:
-        The copy, in fp32 arithmetic. The frequencies of Fourier features stay exact: they are on the timestep's path.
+        The copy, in fp32 arithmetic, the taps of wavelets rounded too. The frequencies of Fourier features stay exact:
+        they are on the timestep's path.
     """
     rounded = copy.deepcopy(module)
     exact = {id(p) for m in rounded.modules() if isinstance(m, GaussianFourierProjection) for p in m.parameters()}
     for parameter in rounded.parameters():
         if id(parameter) not in exact:
             parameter.copy_(parameter.half().float())
+    for gating in (m for m in rounded.modules() if isinstance(m, WaveletGating)):
+        gating.taps = torch.float16
     return rounded
 
 

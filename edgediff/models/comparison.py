@@ -1,4 +1,4 @@
-"""A paper's own table of operations, counted anew on the same geometries and shown beside what it printed."""
+"""Both papers' tables of operations, counted anew on the same geometries and shown beside what they are held to."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +15,9 @@ from edgediff.models.load import Model, load_model
 from edgediff.models.macs import Tally, tally
 from edgediff.survey import Survey
 from edgediff_runtime import clock_mask
+from edgediff_runtime.manifest import Cost
 
-COMPARISONS = ("clockwork",)
+COMPARISONS = ("clockwork", "spectral")
 STEPS = 8
 CLOCK = 2
 ADAPTOR = "resnet"
@@ -27,11 +28,21 @@ CLOCKWORK = {
     "Efficient": (2, 9.5, 5.9, 0.38),
     "Distilled": (1, 4.7, 2.9, 0.38),
 }
+# Spectral Diffusion's roles: what a teacher's name in the zoo goes on with, and where the figures come from that a row
+# is held to. The paper prints its students' sizes; those of teachers and plain small UNets we have from no print, but
+# from a count on CompVis' own configurations.
+ROLES = {"teacher": ("", "counted"), "plain": ("-lite", "counted"), "student": ("-spectral", "published")}
+# Teacher, then parameters and multiply-adds without attention matmuls of each role.
+SPECTRAL = {
+    "FFHQ/CelebA-HQ/Bedroom": ("ldm-ffhq", ((274.06e6, 96.02e9), (22.41e6, 7.85e9), (21.1e6, 6.7e9))),
+    "Church": ("ldm-church", ((294.97e6, 18.64e9), (32.83e6, 2.07e9), (33.8e6, 2.1e9))),
+    "ImageNet": ("ldm-imagenet", ((400.92e6, 99.77e9), (47.03e6, 11.10e9), (45.4e6, 9.9e9))),
+}
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One line of the table.
+    """One line of Clockwork Diffusion's table.
 
     Attributes:
         survey: Our counts, and the schedule of this line.
@@ -75,7 +86,52 @@ class ComparisonRow:
         }
 
 
-def compare(name: str) -> tuple[ComparisonRow, ...]:
+@dataclass(frozen=True)
+class SpectralRow:
+    """One line of Spectral Diffusion's table.
+
+    Attributes:
+        task: What the UNets are trained on.
+        role: ``teacher``, ``plain`` (a small UNet of its structure) or ``student``.
+        model: Name in the zoo.
+        cost: Our counts for one sample.
+        published_parameters: The figure that ours is held to.
+        published_macs: The same of multiply-adds, attention matmuls left out.
+        source: Where those two come from: ``published``, or ``counted`` on the configurations of CompVis.
+        teacher_macs: Multiply-adds of the task's teacher, attention matmuls left out.
+    """
+
+    task: str
+    role: str
+    model: str
+    cost: Cost
+    published_parameters: int
+    published_macs: int
+    source: str
+    teacher_macs: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times this UNet's multiply-adds are the teacher's, attention matmuls left out."""
+        return self.teacher_macs / self.cost.macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as plain data, in whole parameters and multiply-adds."""
+        return {
+            "task": self.task,
+            "role": self.role,
+            "model": self.model,
+            "parameters": self.cost.parameters,
+            "macs": self.cost.macs,
+            "macs_attention": self.cost.macs_attention,
+            "published_parameters": self.published_parameters,
+            "published_macs": self.published_macs,
+            "source": self.source,
+            "ratio": self.ratio,
+        }
+
+
+def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
     """Counts a paper's table anew.
 
     Args:
@@ -89,7 +145,7 @@ def compare(name: str) -> tuple[ComparisonRow, ...]:
     """
     if name not in COMPARISONS:
         raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
-    return _clockwork()
+    return _clockwork() if name == "clockwork" else _spectral()
 
 
 def _clockwork() -> tuple[ComparisonRow, ...]:
@@ -113,6 +169,30 @@ def _clockwork() -> tuple[ComparisonRow, ...]:
         clocked = replace(survey, clock=str(CLOCK), mask=clock_mask(CLOCK, STEPS))
         rows.append(ComparisonRow(survey, False, tflops, None))
         rows.append(ComparisonRow(clocked, True, tflops_clockwork, saved))
+    return tuple(rows)
+
+
+def _spectral() -> tuple[SpectralRow, ...]:
+    """Teacher, plain small UNet and student of every task."""
+    rows = []
+    for task, (teacher, held) in SPECTRAL.items():
+        counted: dict[str, Cost] = {}
+        for (role, (suffix, source)), (parameters, macs) in zip(ROLES.items(), held, strict=True):
+            model = load_model(teacher + suffix)
+            divided = split(model.unet, Cut())
+            counted[role] = tally(divided, model.sample_shape, model.conditioning.tensors).parts["full"]
+            rows.append(
+                SpectralRow(
+                    task=task,
+                    role=role,
+                    model=model.name,
+                    cost=counted[role],
+                    published_parameters=round(parameters),
+                    published_macs=round(macs),
+                    source=source,
+                    teacher_macs=counted["teacher"].macs,
+                )
+            )
     return tuple(rows)
 
 

@@ -106,7 +106,7 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
 
 def _looks_at_text(config: dict[str, Any]) -> bool:
     """Whether any part of the UNet takes ``encoder_hidden_states`` in: a conditional UNet may have no attention."""
-    if config["_class_name"] != "UNet2DConditionModel":
+    if not config["_class_name"].endswith("UNet2DConditionModel"):  # spectral ones have a word before it
         return False
     blocks = (*config["down_block_types"], config.get("mid_block_type"), *config["up_block_types"])
     return config.get("addition_embed_type") == "text" or any("CrossAttn" in str(block) for block in blocks)

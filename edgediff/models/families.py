@@ -49,7 +49,7 @@ def efficient(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     config["down_block_types"] = [WITHOUT[0], *config["down_block_types"][1:]]
     config["up_block_types"] = [*config["up_block_types"][:-1], WITHOUT[1]]
     with torch.device("meta"):
-        slim: Any = UNet2DConditionModel(**config)
+        slim: Any = type(unet)(**config)
     for name, module in unet.named_children():
         if name not in ("down_blocks", "up_blocks"):
             setattr(slim, name, module)

@@ -65,12 +65,16 @@ class BandGate(nn.Module):
         return gates.reshape(-1, len(BANDS), self.gated, 1, 1)
 
 
-class _Gated(nn.Module):
+class WaveletGating(nn.Module):
     """What the two ways have in common.
 
     Attributes:
         takes_emb: Whether `forward` wants the time embedding.
+        taps: What the filter's numbers are rounded to, for the reference of a graph in less precision; they are no
+            parameters. None leaves them.
     """
+
+    taps: torch.dtype | None = None
 
     def __init__(self, channels: int, gated: int, wavelet: str, emb_channels: int | None) -> None:
         super().__init__()
@@ -81,11 +85,13 @@ class _Gated(nn.Module):
     def _weighed(
         self, bands: tuple[torch.Tensor, ...], x: torch.Tensor, emb: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        gates: torch.Tensor = self.gate(x, emb)
-        return [gates[:, i] * band for i, band in enumerate(bands)]
+        # Taken apart as channels: picked by their number, they would be gathered, which divides a graph on ONNX
+        # Runtime's Core ML provider.
+        gates = torch.chunk(self.gate(x, emb).flatten(1, 2), len(BANDS), dim=1)
+        return [gate * band for gate, band in zip(gates, bands, strict=True)]
 
 
-class WaveletDown(_Gated):
+class WaveletDown(WaveletGating):
     """WG-Down: the bands of half the size, each weighed by its gates, in one sum."""
 
     def __init__(self, channels: int, wavelet: str = "haar", emb_channels: int | None = None) -> None:
@@ -116,11 +122,11 @@ class WaveletDown(_Gated):
             raise UnsupportedError(
                 f"a feature of {height}x{width} has no bands of half its size; expected even numbers"
             )
-        ll, lh, hl, hh = self._weighed(dwt2(x, self.wavelet), x, temb)
+        ll, lh, hl, hh = self._weighed(dwt2(x, self.wavelet, self.taps), x, temb)
         return ll + lh + hl + hh
 
 
-class WaveletUp(_Gated):
+class WaveletUp(WaveletGating):
     """WG-Up: quarters of the channels as the bands of a map of twice the size, then a 1x1 convolution to all channels.
 
     IDWT leaves a quarter of the channels; the convolution that widens them again is rebuilt: it fits published counts.
@@ -163,7 +169,7 @@ class WaveletUp(_Gated):
                 "that the levels divide"
             )
         ll, lh, hl, hh = self._weighed(torch.chunk(x, len(BANDS), dim=1), x, temb)
-        widened: torch.Tensor = self.widen(idwt2(ll, lh, hl, hh, self.wavelet))
+        widened: torch.Tensor = self.widen(idwt2(ll, lh, hl, hh, self.wavelet, self.taps))
         return widened
 
 

@@ -42,12 +42,14 @@ def check_wavelet(wavelet: str) -> str:
     return wavelet
 
 
-def dwt2(x: torch.Tensor, wavelet: str = "haar") -> Bands:
+def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None) -> Bands:
     """Divides an image into four bands of half its size.
 
     Args:
         x: [B, C, H, W]; an odd height or width is continued by its last row or column.
         wavelet: An orthogonal filter's name.
+        taps: What the filter's numbers are rounded to first, as a graph of less precision has them; None takes x's
+            dtype. Haar's are exact in any.
 
     Returns:
         LL, LH, HL, HH, each [B, C, ceil(H/2), ceil(W/2)]: approximation, horizontal, vertical and diagonal detail, as
@@ -71,14 +73,20 @@ def dwt2(x: torch.Tensor, wavelet: str = "haar") -> Bands:
         ll, hl = _haar_pair(low)
         lh, hh = _haar_pair(high)
         return 0.5 * ll, 0.5 * lh, 0.5 * hl, 0.5 * hh
-    low, high = _analyse(x, wavelet, dim=2)
-    ll, hl = _analyse(low, wavelet, dim=3)
-    lh, hh = _analyse(high, wavelet, dim=3)
+    filters = _filters(wavelet, x, taps)
+    low, high = _analyse(x, filters, dim=2)
+    ll, hl = _analyse(low, filters, dim=3)
+    lh, hh = _analyse(high, filters, dim=3)
     return ll, lh, hl, hh
 
 
 def idwt2(
-    ll: torch.Tensor, lh: torch.Tensor, hl: torch.Tensor, hh: torch.Tensor, wavelet: str = "haar"
+    ll: torch.Tensor,
+    lh: torch.Tensor,
+    hl: torch.Tensor,
+    hh: torch.Tensor,
+    wavelet: str = "haar",
+    taps: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Puts four bands together again: the inverse of `dwt2` for images of even size.
 
@@ -88,6 +96,7 @@ def idwt2(
         hl: Vertical detail.
         hh: Diagonal detail.
         wavelet: An orthogonal filter's name.
+        taps: As in `dwt2`.
 
     Returns:
         [B, C, 2H, 2W].
@@ -103,8 +112,9 @@ def idwt2(
     if wavelet in HAAR:
         low, high = _interleave(ll + hl, ll - hl, 3), _interleave(lh + hh, lh - hh, 3)
         return 0.5 * _interleave(low + high, low - high, 2)
-    low, high = _synthesise(ll, hl, wavelet, dim=3), _synthesise(lh, hh, wavelet, dim=3)
-    return _synthesise(low, high, wavelet, dim=2)
+    filters = _filters(wavelet, ll, taps)
+    low, high = _synthesise(ll, hl, filters, dim=3), _synthesise(lh, hh, filters, dim=3)
+    return _synthesise(low, high, filters, dim=2)
 
 
 def _haar_pair(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +131,8 @@ def _interleave(even: torch.Tensor, odd: torch.Tensor, dim: int) -> torch.Tensor
     return torch.cat(pair, dim=3).reshape(batch, channels, height, 2 * width)
 
 
-def _analyse(x: torch.Tensor, wavelet: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _analyse(x: torch.Tensor, filters: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Low- and high-pass halves along one dimension: y[k] = sum_j h[j] x[2k + L/2 - j], L taps."""
-    filters = _filters(wavelet, x)
     channels, reach = x.shape[1], filters.shape[1] // 2 - 1
     # One group for each channel, whose two outputs are its low and its high half.
     kernel = _along(filters.flip(1), dim).repeat(channels, 1, 1, 1)
@@ -131,12 +140,11 @@ def _analyse(x: torch.Tensor, wavelet: str, dim: int) -> tuple[torch.Tensor, tor
     return halves[:, 0::2], halves[:, 1::2]
 
 
-def _synthesise(low: torch.Tensor, high: torch.Tensor, wavelet: str, dim: int) -> torch.Tensor:
+def _synthesise(low: torch.Tensor, high: torch.Tensor, filters: torch.Tensor, dim: int) -> torch.Tensor:
     """The inverse of `_analyse`, which is its transpose: sample 2i + p is sum_r h[2r + s] y[i + r + c].
 
     Here s = (L/2 + p) mod 2 and c = (p + s - L/2) / 2: even and odd samples are two convolutions of the coefficients.
     """
-    filters = _filters(wavelet, low)
     half, channels = filters.shape[1] // 2, low.shape[1]
     phases = [((half + p) % 2, (p + (half + p) % 2 - half) // 2) for p in (0, 1)]
     first = min(c for _, c in phases)
@@ -150,9 +158,10 @@ def _synthesise(low: torch.Tensor, high: torch.Tensor, wavelet: str, dim: int) -
     return _interleave(both[:, 0::2], both[:, 1::2], dim)
 
 
-def _filters(wavelet: str, like: torch.Tensor) -> torch.Tensor:
+def _filters(wavelet: str, like: torch.Tensor, taps: torch.dtype | None) -> torch.Tensor:
     """The low- and the high-pass filter of the analysis, [2, taps]."""
-    return torch.tensor(_taps(wavelet), dtype=like.dtype, device=like.device)
+    precision = like.dtype if taps is None else taps
+    return torch.tensor(_taps(wavelet), dtype=precision, device=like.device).to(like.dtype)
 
 
 @lru_cache(maxsize=8)
