@@ -1,7 +1,7 @@
 """How well does a small classifier tell an image folder's classes apart? Trains it, stores it, and says.
 
-What it stores is what `edgediff evaluate --features` takes, and how the classifier in edgediff/zoo was made. The
-accuracy is measured on the stored fp16 weights, on images that training did not see.
+What it stores is what `edgediff evaluate distance --features` takes, and how the classifier in edgediff/zoo was made.
+The accuracy is measured on the stored fp16 weights, on images that training did not see.
 """
 
 import argparse

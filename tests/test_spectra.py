@@ -79,4 +79,4 @@ def test_spectra_of_other_sizes_and_of_nothing_are_refused() -> None:
 
 
 def test_examples_hold() -> None:
-    assert doctest.testmod(spectra) == (0, 1)
+    assert doctest.testmod(spectra) == (0, 2)

@@ -1,8 +1,12 @@
 import doctest
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -201,6 +205,24 @@ def test_recipes(path: Path) -> None:
         for model in (teacher, student_of(teacher, student))
     ]
     assert counts[1] <= counts[0] / 8
+
+
+# Processes
+
+
+def test_two_processes_agree(student_training: StudentTraining, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(changed(student_training, checkpoint_minutes=1e-9)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+              "--standalone", "-m", "edgediff", "train", "student", "--config", tmp_path / "settings.yaml",
+              "-o", tmp_path / "a", "--json"]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["updates"] == UPDATES
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "4 updates of 8 images" in card
+    assert "2 process(es) on cpu" in card
+    assert load_model(tmp_path / "a").labels == tuple(LABELS)
 
 
 # The command

@@ -6,59 +6,154 @@ from typing import Annotated
 import typer
 
 from edgediff.cli.app import (
-    BundleArgument,
     GuidanceOption,
     JsonOption,
     StepsOption,
     app,
+    err,
     out,
     print_json,
     progress,
     toolchain,
 )
 
+evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate")
 
-@app.command(
-    epilog="Examples:  edgediff evaluate bundle --images photographs   |   edgediff evaluate bundle "
-    "--images photographs --clock 1 --clock 2 --clock 1,0,0,1,0,0,0,1 --num-images 500 --json"
+ImagesOption = Annotated[
+    Path,
+    typer.Option(help="Photographs: a folder with a subfolder for each class; or images alone, where there are none."),
+]
+SchedulerOption = Annotated[
+    str | None, typer.Option(help="Of a model: dpmpp_2m, dpmpp_2m_karras, ddim or euler. A bundle brings its own.")
+]
+
+
+@evaluate.command(
+    epilog="Examples:  edgediff evaluate distance bundle --images photographs   |   edgediff evaluate distance model "
+    "--images test --train train --grid nearest.png   |   edgediff evaluate distance bundle --images photographs "
+    "--clock 1 --clock 1,0,0,1,0,0,0,1 --json   |   accelerate launch -m edgediff evaluate distance model --images "
+    "test --train train --num-images 50000 --batch 500"
 )
-def evaluate(
-    bundle: BundleArgument,
-    images: Annotated[Path, typer.Option(help="Photographs: a folder with a subfolder for each class.")],
+def distance(
+    source: Annotated[
+        str, typer.Argument(help="A bundle, a diffusers directory, or a built-in name.", metavar="BUNDLE|MODEL")
+    ],
+    images: ImagesOption,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            help="Photographs that the model was trained on. All of --images, which it has not seen, are then the "
+            "reference, and each image's nearest training photograph is looked for."
+        ),
+    ] = None,
     clock: Annotated[
         list[str] | None,
-        typer.Option(help="Period or mask; may be given more than once. Left out: 1 and the bundle's own."),
+        typer.Option(help="Of a bundle: period or mask; may be given more than once. Left out: 1 and its own."),
     ] = None,
-    num_images: Annotated[int, typer.Option(help="Images of each set, as far as the folder has twice as many.")] = 1000,
+    num_images: Annotated[
+        int,
+        typer.Option(help="Images to generate; without --train as far as the folder has twice as many photographs."),
+    ] = 1000,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
+    scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of photographs.")] = 0,
     batch: Annotated[int, typer.Option(help="Images generated at once; the images do not depend on it.")] = 50,
-    backend: Annotated[str | None, typer.Option(help="As for run.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="Folder of a classifier; left out, the built-in model's own.")
     ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(help="A .png: the images nearest to training photographs, above those; with --train."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare a bundle's images with photographs: distances of features, power by frequency; a line for each clock."""
-    report = toolchain("edgediff.evaluate.report", "evaluate")
+    """Say how far images are from photographs: distances of features, power by frequency; a line for each clock.
+
+    Under accelerate launch the images are divided over processes.
+    """
+    found = toolchain("edgediff.evaluate.distance", "evaluate distance")
     with progress() as say:
-        found = report.evaluate_bundle(
-            bundle,
+        done = found.evaluate_distance(
+            source,
             images,
+            train=train,
             clocks=clock,
             num_images=num_images,
             steps=steps,
             guidance_scale=guidance_scale,
+            scheduler=scheduler,
             seed=seed,
             batch=batch,
             backend=backend,
             features=features,
+            grid=grid,
             progress=say,
         )
+    if done is None:
+        return
+    if done.skipped:
+        err.print(done.skipped, markup=False)
     if as_json:
-        print_json(found.to_dict())
-    else:
-        from edgediff.tables import evaluation_table
+        print_json(done.to_dict())
+        return
+    from edgediff.tables_evaluate import distance_tables
 
-        out.print(evaluation_table(found))
+    for table in distance_tables(done):
+        out.print(table)
+    if grid is not None:
+        out.print(f"the nearest of them: {grid}", markup=False)
+
+
+@evaluate.command(
+    epilog="Examples:  edgediff evaluate spectrum grocery-32 --images photographs   |   edgediff evaluate spectrum "
+    "student --teacher teacher --images photographs -o out/student --steps 20"
+)
+def spectrum(
+    model: Annotated[str, typer.Argument(help="A diffusers directory, or a built-in name; of pixels.")],
+    images: ImagesOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for spectrum.json and the picture.")] = Path(
+        "out/spectrum"
+    ),
+    teacher: Annotated[
+        str | None, typer.Option(help="A model of the same samples, prediction and schedule: the gap to it.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Images to generate, and photographs to noise at most.")] = 256,
+    steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all noise, and of the order of photographs.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images at once; nothing else depends on it.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a model does to each frequency: power of its images, error and response of its denoising, gates."""
+    diagnose = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
+    files = toolchain("edgediff.evaluate.spectrum_files", "evaluate spectrum")
+    files.check_folder(output)
+    with progress() as say:
+        found = diagnose.evaluate_spectrum(
+            model,
+            images,
+            teacher=teacher,
+            num_images=num_images,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            seed=seed,
+            batch=batch,
+            progress=say,
+        )
+        say("drawing the overview")
+        written = files.write_diagnosis(found, output)
+    if found.report.skipped:
+        err.print(found.report.skipped, markup=False)
+    if as_json:
+        print_json(found.report.to_dict() | {"files": {name: str(path) for name, path in written.items()}})
+        return
+    from edgediff.tables_evaluate import spectrum_tables
+
+    for table in spectrum_tables(found.report):
+        out.print(table)
+    out.print(f"numbers: {written['numbers']}; picture: {written['overview']}", markup=False)

@@ -17,7 +17,8 @@ from edgediff.train.data import shuffled
 GROUPS = 10
 # Two groups of two: below that there is no spread.
 MIN_IMAGES = 4
-_DEGREE = 3
+# Images of either set whose pairs are in memory at once.
+_TILE = 2048
 
 Features = NDArray[np.float64]
 
@@ -50,31 +51,55 @@ def kernel_distance(x: Features, y: Features, seed: int = 0) -> KernelDistance:
     Raises:
         DataError: A set has fewer than four images, the widths differ, or a feature is not finite.
     """
-    _check(x, y)
+    check_features(x, y)
     count = min(GROUPS, len(x) // 2, len(y) // 2)
+    parts_x, parts_y = (np.array_split(features[shuffled(len(features), seed)], count) for features in (x, y))
+    within_x, within_y = _sums_within(parts_x), _sums_within(parts_y)
+    between = np.array([[_kernel_sum(a, b) for b in parts_y] for a in parts_x])
+    sizes = [(len(a), len(b)) for a, b in zip(parts_x, parts_y, strict=True)]
+    # The sums of pairs by group say what is left without one: ten distances for the price of one.
     without = [
-        _mmd2(np.delete(x, of_x, axis=0), np.delete(y, of_y, axis=0))
-        for of_x, of_y in zip(_groups(len(x), count, seed), _groups(len(y), count, seed), strict=True)
+        _mmd2(
+            within_x.sum() - 2 * within_x[i].sum() + within_x[i, i],
+            within_y.sum() - 2 * within_y[i].sum() + within_y[i, i],
+            between.sum() - between[i].sum() - between[:, i].sum() + between[i, i],
+            len(x) - of_x,
+            len(y) - of_y,
+        )
+        for i, (of_x, of_y) in enumerate(sizes)
     ]
-    return KernelDistance(_mmd2(x, y), math.sqrt(count - 1) * float(np.std(without)))
+    value = _mmd2(within_x.sum(), within_y.sum(), between.sum(), len(x), len(y))
+    return KernelDistance(value, math.sqrt(count - 1) * float(np.std(without)))
 
 
-def _groups(size: int, count: int, seed: int) -> list[NDArray[np.int64]]:
-    return np.array_split(shuffled(size, seed), count)
+def _mmd2(within_x: float, within_y: float, between: float, count_x: int, count_y: int) -> float:
+    """Mean of k(x, x') over pairs of different x, likewise of y, less twice the mean of k(x, y); from their sums."""
+    of_x, of_y = within_x / (count_x * (count_x - 1)), within_y / (count_y * (count_y - 1))
+    return float(of_x + of_y - 2 * between / (count_x * count_y))
 
 
-def _mmd2(x: Features, y: Features) -> float:
-    """Mean of k(x, x') over pairs of different x, likewise of y, less twice the mean of k(x, y)."""
-    return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * float(_kernel(x, y).mean())
+def _sums_within(parts: list[Features]) -> NDArray[np.float64]:
+    """[G, G]: the sum of k over the pairs of two groups, an image with itself left out."""
+    sums = np.zeros((len(parts), len(parts)))
+    for i, a in enumerate(parts):
+        for j, b in enumerate(parts[:i]):
+            sums[i, j] = sums[j, i] = _kernel_sum(a, b)
+        sums[i, i] = _kernel_sum(a, a) - float(_kernel((a**2).sum(axis=1), a.shape[1]).sum())
+    return sums
 
 
-def _mean_of_pairs(x: Features) -> float:
-    k = _kernel(x, x)
-    return float(k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+def _kernel_sum(x: Features, y: Features) -> float:
+    """The sum of k over all pairs, of which only a tile is in memory at once."""
+    total = 0.0
+    for a in (x[i : i + _TILE] for i in range(0, len(x), _TILE)):
+        for b in (y[j : j + _TILE] for j in range(0, len(y), _TILE)):
+            total += float(_kernel(a @ b.T, x.shape[1]).sum())
+    return total
 
 
-def _kernel(x: Features, y: Features) -> Features:
-    k: Features = (x @ y.T / x.shape[1] + 1) ** _DEGREE
+def _kernel(dots: Features, width: int) -> Features:
+    base = dots / width + 1
+    k: Features = base * base * base
     return k
 
 
@@ -94,7 +119,7 @@ def frechet_distance(x: Features, y: Features) -> float:
     Raises:
         DataError: A set has fewer than four images, the widths differ, or a feature is not finite.
     """
-    _check(x, y)
+    check_features(x, y)
     c_x, c_y = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (x, y))
     values, vectors = np.linalg.eigh(c_x)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
@@ -105,7 +130,16 @@ def frechet_distance(x: Features, y: Features) -> float:
     return max(float(apart @ apart + np.trace(c_x) + np.trace(c_y) - 2 * roots.sum()), 0.0)
 
 
-def _check(x: Features, y: Features) -> None:
+def check_features(x: Features, y: Features) -> None:
+    """Refuses what cannot be compared.
+
+    Args:
+        x: [N, F].
+        y: [M, F].
+
+    Raises:
+        DataError: A set has fewer than four images, the widths differ, or a feature is not finite.
+    """
     for features in (x, y):
         if features.ndim != 2 or len(features) < MIN_IMAGES:
             raise DataError(f"features of shape {list(features.shape)}; expected {MIN_IMAGES} images or more, [N, F]")

@@ -130,14 +130,15 @@ def features_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np
     """The features of images.
 
     Args:
-        classifier: In evaluation mode.
+        classifier: In evaluation mode; where it is, they are computed.
         images: uint8 [N, H, W, 3].
 
     Returns:
         float64 [N, F].
     """
-    made = [classifier.features(as_input(images[i : i + _BATCH])) for i in range(0, len(images), _BATCH)]
-    return torch.cat(made).double().numpy()
+    device = classifier.head.weight.device
+    chunks = (as_input(images[i : i + _BATCH]).to(device) for i in range(0, len(images), _BATCH))
+    return torch.cat([classifier.features(chunk) for chunk in chunks]).cpu().double().numpy()
 
 
 def save_classifier(classifier: Classifier, folder: str | Path) -> None:

@@ -93,12 +93,28 @@ def band_gap(spectrum: NDArray[np.float64], reference: NDArray[np.float64]) -> N
     return np.log10(np.maximum(spectrum, ROUNDING) / np.maximum(reference, ROUNDING))
 
 
-def spectrum_error(spectrum: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
-    """Mean over the bands of |log10(power / reference power)|, band 0 (the brightness) left out.
+def top_octaves(size: int) -> int:
+    """The first band of the top two octaves: what lies above a quarter of the Nyquist frequency.
+
+    Args:
+        size: The shorter side of the images, in pixels; the Nyquist frequency is half as many cycles per image.
+
+    Returns:
+        The band's number; those from it on, the corners among them, are the top.
+
+    >>> top_octaves(32)
+    5
+    """
+    return size // 8 + 1
+
+
+def spectrum_error(spectrum: NDArray[np.float64], reference: NDArray[np.float64], first: int = 1) -> float:
+    """Mean over the bands of |log10(power / reference power)|.
 
     Args:
         spectrum: [bands], from `radial_spectrum`.
         reference: [bands], of images of the same size.
+        first: The first band that counts; band 0, the brightness, is left out as a rule.
 
     Returns:
         The error: 0.1 is a factor of 1.26 in power, on the mean.
@@ -106,4 +122,4 @@ def spectrum_error(spectrum: NDArray[np.float64], reference: NDArray[np.float64]
     Raises:
         DataError: They are of images of another size.
     """
-    return float(np.abs(band_gap(spectrum, reference)[1:]).mean())
+    return float(np.abs(band_gap(spectrum, reference)[first:]).mean())

@@ -1,0 +1,90 @@
+"""What can be compared with a folder of photographs at all, and by which classes."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgediff.errors import ConfigError, DataError, ModelError, UnsupportedError
+from edgediff.models.load import Model
+from edgediff.train.data import ImageSet
+from edgediff_runtime.manifest import Manifest
+
+
+def check_model(model: Model) -> int:
+    """Refuses a model whose images cannot be compared with photographs.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Height and width of its images, in pixels.
+
+    Raises:
+        ConfigError: It is a geometry without weights.
+        ModelError: It has no scheduler.
+        UnsupportedError: It makes latents, or images that are not square or not RGB, is conditioned on text, or
+            predicts something besides the image.
+    """
+    if model.conditioning.kind == "text":
+        raise UnsupportedError(f"{model.name} is conditioned on text; expected classes, or nothing")
+    if model.space != "pixel":
+        raise UnsupportedError(f"{model.name} works on latents and has no decoder; expected a model that makes images")
+    channels, height, width = model.sample_shape
+    if channels != 3 or height != width:
+        raise UnsupportedError(f"{model.name} makes {channels}x{height}x{width}; expected square images of 3 channels")
+    if model.unet.config.out_channels != channels:
+        raise UnsupportedError(f"{model.name} gives {model.unet.config.out_channels} channels; expected the 3 it takes")
+    if not model.has_weights:
+        raise ConfigError(f"{model.name} is a geometry without weights: it makes no images")
+    if model.scheduler is None:
+        raise ModelError(f"{model.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+    return height
+
+
+def check_manifest(manifest: Manifest) -> int:
+    """Refuses a bundle whose images cannot be compared with photographs.
+
+    Args:
+        manifest: The bundle's manifest.
+
+    Returns:
+        Height and width of its images, in pixels.
+
+    Raises:
+        UnsupportedError: It makes latents, or images that are not square or not RGB, is conditioned on text, or draws
+            fresh noise on its way.
+    """
+    sample = manifest.sample
+    if sample.space != "pixel":
+        raise UnsupportedError("the bundle's model works on latents and has no decoder; expected one that makes images")
+    if sample.channels != 3 or sample.height != sample.width:
+        shape = f"{sample.channels}x{sample.height}x{sample.width}"
+        raise UnsupportedError(f"the bundle's images are {shape}; expected square ones of 3 channels")
+    if manifest.conditioning.kind == "text":
+        raise UnsupportedError("the bundle's model is conditioned on text; expected classes, or nothing")
+    if manifest.scheduler.eta > 0:
+        raise UnsupportedError("the bundle's sampler draws fresh noise in every step (eta above 0); expected eta 0")
+    return sample.height
+
+
+def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) -> NDArray[np.int64] | None:
+    """The class that a sampler has for each real image.
+
+    Args:
+        labels: The sampler's classes; None where there is no condition.
+        real: The images; their classes bear the sampler's names.
+        whose: What has the classes, for the message: ``bundle`` or ``model``.
+
+    Returns:
+        int64 [N]; None where there is no condition.
+
+    Raises:
+        DataError: A class of the folder is none of the sampler's, or the folder has none.
+    """
+    if labels is None:
+        return None
+    if not real.names:
+        raise DataError(f"the folder has no classes, which the {whose} has; expected a subfolder for each")
+    strange = [name for name in real.names if name not in labels]
+    if strange:
+        raise DataError(f"the folder's class {strange[0]!r} is none of the {whose}'s; choices: {', '.join(labels)}")
+    return np.array([labels.index(name) for name in real.names], dtype=np.int64)[real.labels]

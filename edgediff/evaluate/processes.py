@@ -1,0 +1,100 @@
+"""The processes that an evaluation is spread over: one, or as many as `accelerate launch` started.
+
+Work is divided in turns, what comes of it is gathered in order, and the main process goes on alone. accelerate is asked
+only where something was launched: on one process nothing needs it.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from edgediff.errors import MissingExtraError
+
+# What launchers leave in the environment: how many processes there are, and whether the CPU was asked for.
+LAUNCHED = ("WORLD_SIZE", "ACCELERATE_USE_CPU")
+
+CPU = torch.device("cpu")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that were started together.
+
+    Attributes:
+        index: Its number, from 0; the first is the main one.
+        count: How many there are.
+        device: Where it computes.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device = CPU
+
+    @classmethod
+    def launched(cls) -> "Processes":
+        """Finds out, and joins the others.
+
+        Returns:
+            This process: on a GPU where there is one.
+
+        Raises:
+            MissingExtraError: Several were started, and accelerate is not installed.
+        """
+        if not any(name in os.environ for name in LAUNCHED):
+            return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            from accelerate import PartialState
+            from accelerate.utils import parse_flag_from_env
+        except ModuleNotFoundError as e:
+            raise MissingExtraError("an evaluation on several processes", "train") from e
+        # Left to itself, PartialState takes processes without a GPU for one each.
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that goes on and speaks."""
+        return self.index == 0
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """What of the work is this process's.
+
+        Args:
+            work: The same on all processes.
+
+        Returns:
+            Every `count`-th piece, beginning with its own.
+
+        >>> Processes(1, 3).share([0, 1, 2, 3, 4])
+        [1, 4]
+        """
+        return list(work[self.index :: self.count])
+
+    def gather(self, results: Sequence[T]) -> list[T]:
+        """Brings the results of all processes together; all of them call this.
+
+        Args:
+            results: One for each piece of this process's share, in order.
+
+        Returns:
+            The results in the order of the work, on every process.
+        """
+        if self.count == 1:
+            return list(results)
+        from accelerate.utils import gather_object
+
+        shares: list[list[T]] = gather_object([list(results)])
+        longest = max(map(len, shares))
+        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+
+    def leave(self) -> None:
+        """Parts from the others, after the last `gather`."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()

@@ -1,0 +1,127 @@
+"""What ``edgediff evaluate`` shows, as rich tables; nothing here prints."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from edgediff.evaluate.neighbours import Closeness
+    from edgediff.evaluate.report import Distances, Evaluation
+    from edgediff.evaluate.spectrum_report import SpectrumReport
+
+
+def distance_tables(found: "Evaluation") -> list[Table]:
+    """One line for each clock, below the line of photographs against photographs.
+
+    Args:
+        found: The evaluation.
+
+    Returns:
+        The distances; where training photographs were named, also how near images come to those.
+    """
+    return [_distances(found), *([] if found.yardstick is None else [_closeness(found)])]
+
+
+def _distances(found: "Evaluation") -> Table:
+    of = "in each set" if found.yardstick is None else f"against {found.num_reference} photographs held out"
+    table = Table(
+        title=f"{found.model}, distances from photographs: {found.num_images} images {of}, "
+        f"{found.num_inference_steps} steps of {found.scheduler}, guidance {found.guidance_scale:g}, {found.backend}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("clock")
+    names = ["kernel\nx1000", "Frechet", "precision", "recall", "spectrum\nerror", "top\noctaves"]
+    for name in (*names, *(["ratio to\nclock 1"] if len(found.rows) > 1 else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("photographs", *_numbers(found.floor), *(["-"] if len(found.rows) > 1 else []))
+    for row in found.rows:
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
+        table.add_row(row.clock, *_numbers(row.distances), *([ratio] if len(found.rows) > 1 else []))
+    if found.yardstick is None:
+        table.caption = f"photographs: {found.num_floor} others of the folder's {found.available}"
+    else:
+        table.caption = f"photographs: {found.num_floor} of the {found.yardstick.available} training ones"
+    if found.accuracy is not None:
+        table.caption += f"; the classifier names {found.accuracy:.1%} of those held out"
+    if found.num_equal < max(found.num_images, found.num_reference):
+        table.caption += f"; Frechet, precision and recall of {found.num_equal} images a set"
+    if found.num_equal <= found.num_features:
+        table.caption += f"; Frechet says little where there are no more images than features ({found.num_features})"
+    return table
+
+
+def _numbers(distances: "Distances") -> tuple[str, ...]:
+    return (
+        f"{1e3 * distances.kernel_distance:.1f} +- {1e3 * distances.kernel_spread:.1f}",
+        f"{distances.frechet_distance:.2f}",
+        f"{distances.precision:.2f}",
+        f"{distances.recall:.2f}",
+        f"{distances.spectrum_error:.3f}",
+        f"{distances.spectrum_error_top:.3f}",
+    )
+
+
+def _closeness(found: "Evaluation") -> Table:
+    assert found.yardstick is not None
+    table = Table(
+        title=f"distance to the nearest of {found.yardstick.available} training photographs, steps of 8 bits",
+        caption=f"nearer: as near as {found.yardstick.threshold:.1f}, where the nearest 1 % of the photographs held "
+        "out are; far more of a model's images there would be copies",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("images")
+    for name in ("median", "5 % below", "nearer"):
+        table.add_column(name, justify="right")
+    table.add_row("photographs held out", *_near(found.yardstick.held_out))
+    for row in found.rows:
+        if row.closeness is not None:
+            table.add_row(f"clock {row.clock}", *_near(row.closeness))
+    return table
+
+
+def _near(closeness: "Closeness") -> tuple[str, str, str]:
+    return f"{closeness.median:.1f}", f"{closeness.quantile_5:.1f}", f"{closeness.share_nearer:.1%}"
+
+
+def spectrum_tables(found: "SpectrumReport") -> list[Table]:
+    """One line for each octave.
+
+    Args:
+        found: The diagnosis.
+
+    Returns:
+        The table.
+    """
+    spectra, denoising = found.spectra, found.denoising
+    times = [0, len(denoising.timesteps) // 2, len(denoising.timesteps) - 1]
+    table = Table(
+        title=f"{found.model} by frequency: {found.num_images} images, {found.num_inference_steps} steps of "
+        f"{found.scheduler}, guidance {found.guidance_scale:g}",
+        caption=f"spectrum error {spectra.error:.3f}, top two octaves {spectra.error_top:.3f} (mean of |log10 power|); "
+        "gain: of the guess on the noisy image/Wiener's; error: of the guess over the photographs' power; "
+        f"{denoising.num_images} of {found.available} photographs noised",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("cycles\nper image", no_wrap=True)
+    table.add_column("log10\npower", justify="right", no_wrap=True)
+    for k in times:
+        table.add_column(f"gain\nt = {denoising.timesteps[k]}", justify="right", no_wrap=True)
+    for k in times:
+        table.add_column(f"error\nt = {denoising.timesteps[k]}", justify="right", no_wrap=True)
+    low = 1
+    while low < len(spectra.gap):
+        of = slice(low, min(2 * low, len(spectra.gap)))
+        cells = [f"{_mean(denoising.response[k][of]):.2f}/{_mean(denoising.wiener[k][of]):.2f}" for k in times]
+        errors = [f"{_mean(denoising.error[k][of]):.2f}" for k in times]
+        name = str(low) if of.stop == low + 1 else f"{low} to {of.stop - 1}"
+        table.add_row(name, f"{_mean(spectra.gap[of]):+.2f}", *cells, *errors)
+        low *= 2
+    return [table]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

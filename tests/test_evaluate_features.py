@@ -1,0 +1,150 @@
+"""The classifier whose features are compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_photographs import LABELS, RECIPE, SIZE, make_photographs, write_photographs
+
+from edgediff.errors import ConfigError, DataError, ModelError
+from edgediff.evaluate.features import (
+    Classifier,
+    ClassifierShape,
+    as_input,
+    classifier_of,
+    features_of,
+    load_classifier,
+    save_classifier,
+)
+from edgediff.train.classifier import ClassifierRecipe, accuracy_of, augment, train_classifier
+from edgediff.train.data import ImageSet
+from edgediff.zoo import FOLDER
+
+RNG = np.random.default_rng(0)
+
+
+# Features
+
+
+@pytest.fixture(scope="module")
+def photographs() -> ImageSet:
+    return make_photographs()
+
+
+@pytest.fixture(scope="module")
+def images(photographs: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs as an image folder."""
+    return write_photographs(photographs, tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="module")
+def trained(photographs: ImageSet) -> Classifier:
+    return train_classifier(photographs, RECIPE).classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(trained: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny classifier's folder."""
+    folder = tmp_path_factory.mktemp("features") / "tiny"
+    save_classifier(trained, folder)
+    return folder
+
+
+def test_a_classifier_learns_and_its_features_are_normalised(trained: Classifier, photographs: ImageSet) -> None:
+    assert accuracy_of(trained, photographs) > 0.9
+    features = features_of(trained, photographs.images)
+    assert features.shape == (40, 8)
+    assert np.abs(features.mean(axis=0)).max() < 1
+    assert 0.3 < features.std(axis=0).mean() < 3
+    with torch.no_grad():
+        scores = trained.head(torch.from_numpy(features).float())
+        torch.testing.assert_close(scores, trained(as_input(photographs.images)))
+
+
+def test_training_is_repeatable_and_leaves_torchs_seed_alone(photographs: ImageSet) -> None:
+    recipe = ClassifierRecipe(widths=(4,), epochs=1, batch=20, seed=5)
+    state = torch.get_rng_state()
+    told: list[str] = []
+    first, again = (train_classifier(photographs, recipe, told.append) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (first.epochs, first.steps) == (1, 2)
+    assert first.loss == again.loss
+    assert told[0].startswith("epoch 1 of 1: loss ")
+    for mine, theirs in zip(first.classifier.parameters(), again.classifier.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_training_ends_when_its_time_does(photographs: ImageSet) -> None:
+    trained = train_classifier(photographs, ClassifierRecipe(widths=(4,), epochs=10_000, batch=20, minutes=0.005))
+    assert 1 <= trained.steps < 20_000
+
+
+def test_augmentation_keeps_what_an_image_is(photographs: ImageSet) -> None:
+    given = as_input(photographs.images)
+    made = augment(given, torch.Generator().manual_seed(0))
+    assert made.shape == given.shape
+    assert not torch.equal(made, given)
+    assert (made.mean(dim=(2, 3)) - given.mean(dim=(2, 3))).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch": 1}, {"minutes": 0.0}, {"learning_rate": -1.0}])
+def test_recipes_out_of_range_are_refused(photographs: ImageSet, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        train_classifier(photographs, ClassifierRecipe(**change))
+
+
+def test_too_few_images_and_strange_classes_are_refused(trained: Classifier, photographs: ImageSet) -> None:
+    with pytest.raises(DataError, match="40 images of 4 classes; expected two classes and 64"):
+        train_classifier(photographs)
+    strange = ImageSet(photographs.images, photographs.labels, ("Apple", "Banana", "Kiwi", "Plum"))
+    with pytest.raises(DataError, match="'Plum' is none of"):
+        accuracy_of(trained, strange)
+
+
+def test_a_classifier_comes_back_as_it_was_stored(trained: Classifier, classifier: Path, photographs: ImageSet) -> None:
+    loaded = load_classifier(classifier)
+    assert loaded.shape == trained.shape == ClassifierShape(SIZE, (6, 8), LABELS)
+    assert not loaded.training
+    expected = features_of(trained, photographs.images)
+    np.testing.assert_allclose(features_of(loaded, photographs.images), expected, atol=0.02)  # fp16 on disk
+    assert json.loads((classifier / "config.json").read_text())["_class_name"] == "Classifier"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.json", None, "config.json is missing"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("config.json", "{", "does not describe a classifier"),
+        ("config.json", '{"_class_name": "UNet2DModel"}', "does not describe a classifier"),
+        ("config.json", '{"_class_name": "Classifier", "size": 0, "widths": [4], "labels": ["a"]}', "size"),
+        ("config.json", '{"_class_name": "Classifier", "size": 16, "widths": [6, 9], "labels": ["a"]}', "does not fit"),
+        ("model.safetensors", "no weights", "cannot be read as weights"),
+    ],
+)
+def test_bad_classifiers_are_one_line(
+    classifier: Path, tmp_path: Path, name: str, text: str | None, words: str
+) -> None:
+    for file in classifier.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=words) as caught:
+        load_classifier(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_built_in_models_classifier_knows_its_classes() -> None:
+    home = classifier_of("grocery-32")
+    loaded = load_classifier(home)
+    assert loaded.shape.size == 32
+    assert list(loaded.shape.labels) == json.loads((FOLDER / "grocery-32" / "classes.json").read_text())
+    assert sum(parameter.numel() for parameter in loaded.parameters()) < 500_000
+    assert (home / "model.safetensors").stat().st_size < 1_000_000
+    with pytest.raises(ModelError, match="no features for sd15"):
+        classifier_of("sd15")
