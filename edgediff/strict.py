@@ -4,6 +4,7 @@ YAML exists only here, at the edge.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -86,6 +87,36 @@ def retyped(settings: S) -> S:
         raise ConfigError(_one_line(e, type(settings))) from e
     except TypeError as e:
         raise ConfigError(f"a setting is of a type that no recipe can hold: {e}") from e
+
+
+def check_ranges(
+    settings: msgspec.Struct, above_0: tuple[str, ...] = (), from_0: tuple[str, ...] = (), shares: tuple[str, ...] = ()
+) -> None:
+    """Holds numbers to their ranges, and ``seed`` to what every generator takes.
+
+    Args:
+        settings: Settings with a `seed`.
+        above_0: Fields that are above 0, or None.
+        from_0: Fields that are 0 or more.
+        shares: Fields that are 0 or more, and below 1.
+
+    Raises:
+        ConfigError: With the field, its value and what was expected.
+    """
+    for name in above_0:
+        value = getattr(settings, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"'{name}' is {value}; expected a finite number above 0")
+    for name in from_0:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"'{name}' is {value}; expected 0 or more")
+    for name in shares:
+        if not 0 <= getattr(settings, name) < 1:
+            raise ConfigError(f"'{name}' is {getattr(settings, name)}; expected 0 or more, below 1")
+    seed = getattr(settings, "seed", 0)
+    if not 0 <= seed < 2**31:
+        raise ConfigError(f"'seed' is {seed}; expected 0 to 2^31 - 1")
 
 
 def spell_clock(data: object) -> object:

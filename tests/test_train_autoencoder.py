@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from edgediff.errors import ConfigError, ModelError, TargetError, TrainingError
 from edgediff.train import autoencoder
 from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
 from edgediff.train.data import ImageSet, divide
+from edgediff.train.images import Batches
 from edgediff.train.latents import decode, encode, load_autoencoder, reconstruction_psnr
 from edgediff.train.place import CHECKPOINTS
 from edgediff_runtime.bundle import sha256_of
@@ -161,21 +163,6 @@ def test_the_accelerator_is_free_afterwards(images: ImageSet, tmp_path: Path) ->
     assert not list((tmp_path / "state").glob("custom_checkpoint_*"))
 
 
-def test_each_pass_sees_every_image_once_whatever_the_processes() -> None:
-    draws = autoencoder._Draws(10, tiny(batch=4), (1, 2, 2))
-    seen = np.concatenate([draws.rows(number) for number in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert list(seen[:10]) != list(seen[10:])
-    assert len(autoencoder._Draws(3, tiny(batch=7), (1, 2, 2)).rows(2)) == 7
-    mirrored, noise = draws.chance(3)
-    again, other = draws.chance(3), draws.chance(4)
-    assert np.array_equal(noise, again[1])
-    assert noise.shape == (4, 1, 2, 2)
-    assert np.array_equal(mirrored, again[0])
-    assert not np.array_equal(noise, other[1])
-    assert not autoencoder._Draws(3, tiny(batch=64, flip=False), (1, 2, 2)).chance(0)[0].any()
-
-
 def test_own_images_held_out(images: ImageSet, tmp_path: Path) -> None:
     said: list[str] = []
     train(images, tmp_path / "a", held_out=images.take(np.arange(3)), progress=lambda what, share: said.append(what))
@@ -191,14 +178,14 @@ def test_own_images_held_out(images: ImageSet, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     images: ImageSet, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chance = autoencoder._Draws.chance
+    take = Batches.take
 
-    def poisoned(self: autoencoder._Draws, number: int) -> tuple[np.ndarray, np.ndarray]:
-        mirrored, noise = chance(self, number)
-        return mirrored, noise * (np.float32(np.nan) if number == 3 else np.float32(1))
+    def poisoned(self: Batches, first: int, size: int, flips: torch.Tensor | None) -> Any:
+        x, labels = take(self, first, size, flips)
+        return (x * torch.nan if first == 3 * size else x), labels
 
     with monkeypatch.context() as patch:
-        patch.setattr(autoencoder._Draws, "chance", poisoned)
+        patch.setattr(Batches, "take", poisoned)
         with pytest.raises(TrainingError, match=r"not finite at update 3; the last good checkpoint is .*visit-0+3; go"):
             train(images, tmp_path / "a")
     train(images, tmp_path / "a")

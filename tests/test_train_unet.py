@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from trainings import UPDATES, changed
 
 from edgediff import Cut, ExportConfig, export_bundle, load_model, split
+from edgediff.config import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
 from edgediff.models.spectral import SpectralUNet2DModel
@@ -48,7 +49,7 @@ def test_a_student_is_a_model_that_loads_exports_and_runs(student_training: Stud
     for picture in ("loss.png", "samples.png"):
         with Image.open(tmp_path / "mine" / picture) as image:
             image.verify()
-    export_bundle(model, tmp_path / "bundle", ExportConfig(steps=2))
+    export_bundle(model, tmp_path / "bundle", ExportConfig(steps=2, verify=VerifyConfig(mode="graphs")))
 
 
 def test_the_card_has_what_the_training_took(student_training: StudentTraining, tmp_path: Path) -> None:

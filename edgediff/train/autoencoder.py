@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from edgediff.errors import ConfigError, TargetError, TrainingError
-from edgediff.evaluate.features import as_input
 from edgediff.models.load import WEIGHTS, one_line
-from edgediff.strict import retyped
+from edgediff.strict import check_ranges, retyped
 from edgediff.train.checkpoint import Checkpoints
-from edgediff.train.data import ImageSet, divide, shuffled
+from edgediff.train.data import ImageSet, divide
+from edgediff.train.draws import generator
+from edgediff.train.images import Batches, as_channels_first
 from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr
 from edgediff.train.place import CHECKPOINTS, Claim, check_place, claim_place, is_finished
 from edgediff.train.progress import Progress, recent
@@ -98,20 +99,11 @@ def check_autoencoder(settings: AutoencoderTraining, size: int | None = None) ->
         ConfigError: With the field, its value and what was expected.
     """
     settings = retyped(settings)
-    for name in POSITIVE:
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"'{name}' is {value}; expected a finite number above 0")
+    check_ranges(settings, POSITIVE, ("kl_weight",), ("ema",))
     widths, groups = settings.block_out_channels, settings.norm_num_groups
     if not widths or any(width < 1 or width % groups for width in widths):
         expected = f"one or more multiples of norm_num_groups: {groups}"
         raise ConfigError(f"'block_out_channels' is {list(widths)}; expected {expected}")
-    if not (math.isfinite(settings.kl_weight) and settings.kl_weight >= 0):
-        raise ConfigError(f"'kl_weight' is {settings.kl_weight}; expected 0 or more")
-    if not 0 <= settings.ema < 1:
-        raise ConfigError(f"'ema' is {settings.ema}; expected 0 or more, below 1")
-    if not 0 <= settings.seed < 2**31:
-        raise ConfigError(f"'seed' is {settings.seed}; expected 0 to 2^31 - 1")
     if size is not None and size % settings.factor:
         raise ConfigError(
             f"images are {size}x{size}; expected a multiple of {settings.factor}, which the {len(widths)} levels of "
@@ -230,33 +222,6 @@ class _Loss(nn.Module):
         return loss
 
 
-class _Draws:
-    """Which images an update sees, mirrored or not, and its noise. Each pass sees every image once."""
-
-    def __init__(self, count: int, settings: AutoencoderTraining, shape: tuple[int, int, int]) -> None:
-        self.count = count
-        self.settings = settings
-        self.shape = shape
-        self._orders: dict[int, NDArray[np.int64]] = {}
-
-    def rows(self, number: int) -> NDArray[np.int64]:
-        """The images of one batch, int64 [B]; batches of all processes are numbered in one row."""
-        places = number * self.settings.batch + np.arange(self.settings.batch)
-        passes = places // self.count
-        self._orders = {int(i): self._order(int(i)) for i in np.unique(passes)}
-        return np.array([self._orders[int(i)][k] for i, k in zip(passes, places % self.count, strict=True)])
-
-    def _order(self, number: int) -> NDArray[np.int64]:
-        known = self._orders.get(number)
-        return shuffled(self.count, (self.settings.seed << 32) + number) if known is None else known
-
-    def chance(self, number: int) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Which of a batch are mirrored, [B], and its noise, float32 [B, C, h, w]."""
-        rng = np.random.default_rng((self.settings.seed, number))
-        mirrored = rng.random(self.settings.batch) < (0.5 if self.settings.flip else 0)
-        return mirrored, rng.standard_normal((self.settings.batch, *self.shape), dtype=np.float32)
-
-
 class _Loop:
     """Updates and checkpoints."""
 
@@ -266,9 +231,9 @@ class _Loop:
         size = images.shape[1]
         side = size // settings.factor
         self.accelerator = accelerator
-        self.images = images
+        self.batches = Batches(as_channels_first(images), None, None, settings.seed)
         self.settings = settings
-        self.draws = _Draws(len(images), settings, (settings.latent_channels, side, side))
+        self.noise_shape = (settings.batch, settings.latent_channels, side, side)
         loss = _Loss(_new(settings, size), settings.kl_weight)
         self.model, self.optimizer = accelerator.prepare(
             loss, torch.optim.AdamW(loss.parameters(), lr=settings.learning_rate, weight_decay=0.0)
@@ -295,11 +260,12 @@ class _Loop:
         settings, state = self.settings, self.state
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * state.updates / settings.updates))
-        mirrored, noise = self.draws.chance(number)
-        batch = self.images[self.draws.rows(number)]
-        batch[mirrored] = batch[mirrored, :, ::-1]
+        rng = generator(settings.seed, number)
+        flips = torch.rand(settings.batch, generator=rng) < 0.5 if settings.flip else None
+        x, _ = self.batches.take(number * settings.batch, settings.batch, flips)
+        noise = torch.randn(self.noise_shape, generator=rng)
         device = self.accelerator.device
-        loss = self.model(as_input(batch).to(device), torch.from_numpy(noise).to(device))
+        loss = self.model(x.to(device), noise.to(device))
         shown = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if not math.isfinite(shown):
             raise TrainingError(

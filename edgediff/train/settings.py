@@ -1,6 +1,5 @@
 """What a training of an adaptor is asked to do: a frozen struct, read from strict YAML."""
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ import msgspec
 from edgediff.config import Cut, SchedulerName
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import Kind
-from edgediff.strict import read_yaml, retyped, spell_clock, strict
+from edgediff.strict import check_ranges, read_yaml, retyped, spell_clock, strict
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.pipeline import MAX_IMAGES
@@ -118,16 +117,7 @@ def check_training(settings: AdaptorTraining) -> AdaptorTraining:
     settings = retyped(settings)
     if isinstance(settings.clock, str) and settings.clock.isdecimal():
         settings = msgspec.structs.replace(settings, clock=int(settings.clock[:20]))
-    for name in POSITIVE:
-        value = getattr(settings, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"'{name}' is {value}; expected a finite number above 0")
-    if not (math.isfinite(settings.output_weight) and settings.output_weight >= 0):
-        raise ConfigError(f"'output_weight' is {settings.output_weight}; expected 0 or more")
-    if not 0 <= settings.ema < 1:
-        raise ConfigError(f"'ema' is {settings.ema}; expected 0 or more, below 1")
-    if not 0 <= settings.seed < 2**31:
-        raise ConfigError(f"'seed' is {settings.seed}; expected 0 to 2^31 - 1")
+    check_ranges(settings, POSITIVE, ("output_weight",), ("ema",))
     if settings.images > MAX_IMAGES:
         raise ConfigError(f"'images' is {settings.images}; expected {MAX_IMAGES} at most")
     if settings.rounds >= 2**20:

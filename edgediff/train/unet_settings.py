@@ -1,6 +1,5 @@
 """What a training of a UNet is asked to do, teacher or student: frozen structs, read from strict YAML."""
 
-import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,7 +8,7 @@ import msgspec
 from edgediff.config import find_recipe
 from edgediff.errors import ConfigError
 from edgediff.models.wavelet import check_wavelet
-from edgediff.strict import read_yaml, retyped, strict
+from edgediff.strict import check_ranges, read_yaml, retyped, strict
 
 POSITIVE = ("updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip")
 # What a training that has begun may change; none of it makes other weights.
@@ -170,20 +169,7 @@ def check_training(settings: T) -> T:
         ConfigError: With the field, its value and what was expected.
     """
     settings = retyped(settings)
-    for name in POSITIVE:
-        value = getattr(settings, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"'{name}' is {value}; expected a finite number above 0")
-    for name in ("warmup", "weight_decay"):
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"'{name}' is {value}; expected 0 or more")
-    for name in ("ema", "label_dropout"):
-        value = getattr(settings, name)
-        if not 0 <= value < 1:
-            raise ConfigError(f"'{name}' is {value}; expected 0 or more, below 1")
-    if not 0 <= settings.seed < 2**31:
-        raise ConfigError(f"'seed' is {settings.seed}; expected 0 to 2^31 - 1")
+    check_ranges(settings, POSITIVE, ("warmup", "weight_decay"), ("ema", "label_dropout"))
     if isinstance(settings, StudentTraining):
         _check_student(settings)
     if isinstance(settings, TeacherTraining):
@@ -195,10 +181,7 @@ def _check_student(settings: StudentTraining) -> None:
     check_wavelet(settings.wavelet)
     if settings.student is not None and settings.width is not None:
         raise ConfigError("'student' and 'width' were given: a student that is there has its width; leave one out")
-    for name in ("spatial", "frequency"):
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"'{name}' is {value}; expected 0 or more")
+    check_ranges(settings, from_0=("spatial", "frequency"))
     if not -4 <= settings.alpha <= 4:
         raise ConfigError(f"'alpha' is {settings.alpha}; expected -4 to 4 (the paper's is -1)")
     if not settings.points or len(set(settings.points)) != len(settings.points):
