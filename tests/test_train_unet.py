@@ -105,6 +105,23 @@ def test_a_student_can_go_on_from_another(student_training: StudentTraining, tmp
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
+def test_gates_that_see_the_time_are_taught_at_all_places(
+    student_training: StudentTraining, tmp_path: Path, loops: list[unet_loop.UNetLoop]
+) -> None:
+    """Such a UNet runs layer by layer: its blocks are never called."""
+    train_student(tmp_path / "a", changed(student_training, gate_takes_time=True, updates=1))
+    train_student(tmp_path / "b", changed(student_training, gate_takes_time=True, updates=1, points=("down",)))
+    every, down = (loop.state.terms["spatial"][0] for loop in loops)
+    assert 0 < down < every
+
+
+def test_names_of_classes_are_kept_as_they_are(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    names = ('5" pot', "back\\slash", "Käse")
+    folder = folder_of_images(tmp_path / "some", names, each=3)
+    train_teacher(tmp_path / "a", changed(teacher_training, data=str(folder), updates=1))
+    assert set(load_model(tmp_path / "a").labels) == set(names)
+
+
 def test_a_teacher_learns(teacher_training: TeacherTraining, tmp_path: Path) -> None:
     settings = changed(teacher_training, updates=80, learning_rate=5e-3, sample_every=20, ema=0.9)
     shares = []
@@ -212,7 +229,9 @@ def test_recipes(path: Path) -> None:
 
 
 def test_two_processes_agree(student_training: StudentTraining, tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(changed(student_training, checkpoint_minutes=1e-9)))
+    (tmp_path / "settings.yaml").write_bytes(
+        msgspec.yaml.encode(changed(student_training, checkpoint_minutes=1e-9, sample_every=2))
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
               "--standalone", "-m", "edgediff", "train", "student", "--config", tmp_path / "settings.yaml",
               "-o", tmp_path / "a", "--json"]  # fmt: skip

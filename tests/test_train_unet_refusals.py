@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import unchanged
-from conftest import DDPM, LABELS, SMALL, save_model
+from conftest import DDPM, LABELS, SMALL, SMALL_CLASS, save_model
+from model_folders import SCHEDULER, change_json
 from photographs import folder_of_images
 from PIL import Image
+from safetensors import SafetensorError
 from trainings import UNET, changed, refused, same
 from unets import unet2d, unet2d_condition
 
@@ -125,7 +128,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
 ) -> None:
     def full(self: Any, folder: Path) -> None:
         Path(folder).mkdir()
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(SpectralUNet2DModel, "save_pretrained", full)
@@ -181,6 +184,23 @@ def test_teachers_that_do_not_fit(
         ConfigError,
         "the teacher epsilon has prediction_type epsilon, the student v_prediction: expected the same",
     )
+    other = shutil.copytree(class_model, tmp_path / "other")
+    (other / "classes.json").write_text(json.dumps(LABELS[::-1]))
+    change_json(other / SCHEDULER, beta_schedule="linear")
+    refused(
+        tmp_path,
+        changed(student_training, student=str(other), width=None),
+        ConfigError,
+        "has other classes than the student; another noise schedule than the student: expected the same",
+    )
+    variance = save_model(unet2d(**SMALL_CLASS, out_channels=6), tmp_path / "variance")
+    (variance / "classes.json").write_text(json.dumps(LABELS))
+    refused(
+        tmp_path,
+        changed(student_training, teacher=str(variance)),
+        ConfigError,
+        "in_channels 3 and out_channels 6; expected 3, as images have",
+    )
 
 
 def test_images_that_do_not_fit(
@@ -200,6 +220,8 @@ def test_images_that_do_not_fit(
     refused(
         tmp_path, changed(teacher_training, held_out=str(strange)), DataError, "has classes that .* has not: Quince"
     )
+    single = folder_of_images(tmp_path / "single", ("Apple", "Kiwi"), each=1)
+    refused(tmp_path, changed(teacher_training, data=str(single)), DataError, "has one image of each class")
     (strange / "Empty").mkdir()
     refused(tmp_path, changed(teacher_training, data=str(strange)), DataError, "no images in .*Empty")
 

@@ -34,6 +34,10 @@ def read_data(settings: UNetTraining, size: int) -> tuple[ImageSet, ImageSet]:
     data = read_images(settings.data, size, minimum=2)
     if settings.held_out is None:
         kept, held_back = divide(data, HELD_BACK, seed=0)
+        if not len(held_back):
+            raise DataError(
+                f"{settings.data} has one image of each class; expected more, or held-out images of their own"
+            )
         return replace(kept, skipped=data.skipped), held_back
     held_out = read_images(settings.held_out, size)
     strange = sorted(set(held_out.names) - set(data.names))

@@ -53,19 +53,21 @@ def tapped(unet: Any, points: tuple[str, ...]) -> Iterator[dict[str, torch.Tenso
 def _places(unet: Any, points: tuple[str, ...]) -> dict[str, nn.Module]:
     places: dict[str, nn.Module] = {}
     if "down" in points:
-        places |= {f"down_{i}": block for i, block in enumerate(unet.down_blocks)}
+        places |= {f"down_{i}": _last_module(block, "downsamplers") for i, block in enumerate(unet.down_blocks)}
     if "mid" in points and unet.mid_block is not None:
         places["mid"] = unet.mid_block
     if "up" in points:
-        places |= {f"up_{i}": _last_layer(block) for i, block in enumerate(unet.up_blocks)}
+        places |= {f"up_{i}": _last_module(block) for i, block in enumerate(unet.up_blocks)}
     return places
 
 
-def _last_layer(block: Any) -> nn.Module:
-    """What runs last in a block before its resampler."""
-    attentions = getattr(block, "attentions", None)
-    layer: nn.Module = attentions[-1] if attentions else block.resnets[-1]
-    return layer
+def _last_module(block: Any, resamplers: str = "") -> nn.Module:
+    """What runs last in a block: not the block itself, which a UNet that runs layer by layer never calls."""
+    for name in (resamplers, "attentions"):
+        modules = getattr(block, name, None) if name else None
+        if modules and modules[-1] is not None:
+            return modules[-1]  # type: ignore[no-any-return]
+    return block.resnets[-1]  # type: ignore[no-any-return]
 
 
 def _widths(unet: Any) -> dict[str, int]:
@@ -123,8 +125,8 @@ class Distillation(nn.Module):
         """
         spatial, frequency = [], []
         weights: dict[tuple[int, int], torch.Tensor] = {}
-        for name, feature in student.items():
-            aligned = feature if name == OUT else self.aligners[name](feature)
+        for name in (*self.aligners, *((OUT,) if OUT in self.points else ())):
+            aligned = student[name] if name == OUT else self.aligners[name](student[name])
             size = (aligned.shape[2], aligned.shape[3])
             if size not in weights:
                 weights[size] = frequency_weights(x_0, size, self.alpha)

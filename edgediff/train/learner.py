@@ -94,25 +94,24 @@ class Teacher:
         return dict(found)
 
 
-def check_pair(teacher: Model, student: Any, prediction: str) -> None:
+def check_pair(teacher: Model, student: Model) -> None:
     """Refuses a student that cannot learn from a teacher.
 
     Args:
         teacher: The teacher.
-        student: The student's UNet.
-        prediction: What the student predicts.
+        student: The student.
 
     Raises:
-        ConfigError: Channels, size, classes or what is predicted differ; all of it is named.
+        ConfigError: Channels, size, classes, schedule or what is predicted differ; all of it is named.
     """
-    theirs = teacher.unet.config
-    known = Noising(teacher.scheduler, torch.device("cpu")).prediction
-    found = [
-        f"{name} {getattr(theirs, name, None)}, the student {getattr(student.config, name, None)}"
-        for name in ("in_channels", "out_channels", "sample_size", "num_class_embeds")
-        if getattr(theirs, name, None) != getattr(student.config, name, None)
-    ]
-    if known != prediction:
-        found.append(f"prediction_type {known}, the student {prediction}")
+    names = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
+    pairs = [(name, *(getattr(m.unet.config, name, None) for m in (teacher, student))) for name in names]
+    schedules = [Noising(model.scheduler, torch.device("cpu")) for model in (teacher, student)]
+    pairs.append(("prediction_type", *(schedule.prediction for schedule in schedules)))
+    found = [f"{name} {theirs}, the student {own}" for name, theirs, own in pairs if theirs != own]
+    if teacher.labels != student.labels:
+        found.append("other classes than the student")
+    if not schedules[0].is_like(schedules[1]):
+        found.append("another noise schedule than the student")
     if found:
         raise ConfigError(f"the teacher {teacher.name} has {'; '.join(found)}: expected the same")

@@ -38,6 +38,14 @@ class Noising:
         self.steps = len(alphas)
         self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
 
+    def is_like(self, other: "Noising") -> bool:
+        """Whether another schedule noises alike.
+
+        Args:
+            other: The other, on the same device.
+        """
+        return self.steps == other.steps and torch.allclose(self._signal, other._signal)
+
     def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noises images.
 

@@ -12,6 +12,7 @@ from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import load_autoencoder
+from edgediff.train.learner import check_pair
 from edgediff.train.space import FOLDER, LatentSpace
 from edgediff.train.unet import UNetTrained, train_unet
 from edgediff.train.unet_loop import Say
@@ -47,12 +48,20 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     if settings.distils and not teacher.has_weights:
         raise ConfigError(f"the teacher {teacher.name} is a geometry without weights: there is nothing to learn from")
     model = student_of(teacher, settings)
+    check_pair(teacher, model)
     _, height, width = model.sample_shape
     if height != width:
         raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     vae = None if teacher.space == "pixel" else load_autoencoder(teacher.path / FOLDER).to(accelerator.device)
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    channels = 3 if vae is None else vae.config.latent_channels
+    found = (teacher.unet.config.in_channels, teacher.unet.config.out_channels)
+    if found != (channels, channels):
+        raise ConfigError(
+            f"the teacher {teacher.name} has in_channels {found[0]} and out_channels {found[1]}; expected {channels}, "
+            f"as {'images' if vae is None else 'the latents of its autoencoder'} have"
+        )
     sources = {"another teacher": teacher.sha256}
     if settings.student is not None:
         sources["another student"] = model.sha256

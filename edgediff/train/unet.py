@@ -3,6 +3,7 @@
 What differs between teacher and student is made before: a UNet with a schedule, and what it learns from.
 """
 
+import json
 import math
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from edgediff.errors import TargetError
 from edgediff.models.load import Model, one_line
@@ -21,8 +23,7 @@ from edgediff.train.data import ImageSet
 from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation
 from edgediff.train.images import hash_of
-from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher, check_pair
-from edgediff.train.noising import Noising
+from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
 from edgediff.train.place import CHECKPOINTS, Claim, check_place, claim_place, is_finished
 from edgediff.train.progress import recent
 from edgediff.train.samples import as_pixels
@@ -138,7 +139,8 @@ def train_unet(
         card = unet_card(model, teacher, settings, data, state, accelerator)
         try:
             _save(path, replace(model, unet=loop.unet), card, made)
-        except OSError as e:
+        except (SafetensorError, RuntimeError, OSError) as e:
+            # torch and safetensors have errors of their own for a full disk.
             raise TargetError(f"{path} cannot be written: {one_line(e)[:200]}; {loop.checkpoints.kept()}") from e
     _clear(path, accelerator)
     return UNetTrained(
@@ -164,7 +166,6 @@ def _learner(
     unet = model.unet.requires_grad_(True).train().to(accelerator.device)
     if teacher is None or not isinstance(settings, StudentTraining) or not settings.distils:
         return Learner(unet), None
-    check_pair(teacher, unet, Noising(model.scheduler, torch.device("cpu")).prediction)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         distillation = Distillation(teacher.unet, unet, settings.points, settings.alpha)
@@ -177,8 +178,8 @@ def _save(path: Path, model: Model, card: str, space: LatentSpace | None) -> Non
     assert model.scheduler is not None
     model.scheduler.save_pretrained(path / "scheduler")
     if model.labels:
-        names = ",\n ".join(f'"{name}"' for name in model.labels)
-        (path / "classes.json").write_text(f"[{names}]\n", encoding="utf-8")
+        names = json.dumps(model.labels, ensure_ascii=False, indent=1)
+        (path / "classes.json").write_text(f"{names}\n", encoding="utf-8")
     if space is not None:
         space.save(path)
     (path / CARD).write_text(card, encoding="utf-8")

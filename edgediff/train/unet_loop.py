@@ -5,7 +5,7 @@ had not been.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,11 @@ class UNetLoop:
         names = list(terms)
         shown = torch.stack([loss.detach(), *(terms[name].detach().float() for name in names)])
         total, *values = accelerator.reduce(shown, reduction="mean").tolist()
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is not finite at update {state.updates}; {self.checkpoints.kept()}; begin anew with a lower "
-                f"learning_rate than {settings.learning_rate:g}"
-            )
+        self._hold_finite(total, "loss")
         self.optimizer.zero_grad()
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self._hold_finite(float(norm), "gradient")
         self.optimizer.step()
         self.ema.step(self.unet.parameters())
         state.updates += 1
@@ -162,6 +159,13 @@ class UNetLoop:
         state.losses.append(total)
         for name, value in zip(names, values, strict=True):
             state.terms.setdefault(name, []).append(value)
+
+    def _hold_finite(self, number: float, what: str) -> None:
+        if not math.isfinite(number):
+            raise TrainingError(
+                f"the {what} is not finite at update {self.state.updates}; {self.checkpoints.kept()}; begin anew with "
+                f"a lower learning_rate than {self.settings.learning_rate:g}"
+            )
 
     def _rate(self, update: int) -> float:
         """The learning rate's share of its highest."""
@@ -193,14 +197,15 @@ class UNetLoop:
 
     def _look(self) -> None:
         """Takes the held-out loss and a sample grid of the averaged weights; the main process alone."""
+        held_out = math.nan
         if self.accelerator.is_main_process:
             self.ema.store(self.unet.parameters())
             self.ema.copy_to(self.unet.parameters())
             self.unet.eval()
             try:
-                self.state.held_out.append((self.state.updates, self._held_out()))
+                held_out = self._held_out()
                 self._write_samples()
-                self.draw()
+                self.draw((*self.state.held_out, (self.state.updates, held_out)))
             except OSError as e:
                 raise TargetError(
                     f"{self.path} cannot be written: {one_line(e)[:200]}; {self.checkpoints.kept()}"
@@ -208,6 +213,8 @@ class UNetLoop:
             finally:
                 self.ema.restore(self.unet.parameters())
                 self.unet.train()
+        # On every process: whether one looks at the end again is decided by it.
+        self.state.held_out.append((self.state.updates, held_out))
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -226,8 +233,12 @@ class UNetLoop:
         model = replace(self.task.model, unet=self.unet)
         write_grid(self.task.decode(take_samples(model, NUM_SAMPLES, seed=0)), self.path / SAMPLES)
 
-    def draw(self) -> None:
-        """Draws the loss's curves."""
+    def draw(self, held_out: Sequence[tuple[int, float]]) -> None:
+        """Draws the loss's curves.
+
+        Args:
+            held_out: Update and held-out loss, now and then.
+        """
         names = {DDPM: "denoising", SPATIAL: "spatial", FREQUENCY: "frequency"}
         curves = {names[name]: losses for name, losses in self.state.terms.items()}
         draw_losses(
@@ -235,5 +246,5 @@ class UNetLoop:
             self.path / LOSSES,
             f"{self.task.model.name}: {self.task.data.count} images, batch {self.settings.batch}",
             "terms of the loss",
-            points=("denoising, held out", self.state.held_out),
+            points=("denoising, held out", held_out),
         )
