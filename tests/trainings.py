@@ -35,6 +35,13 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def goes_on(tmp_path: Path, settings: StudentTraining) -> None:
+    """Holds that what stopped in ``a`` goes on, and ends as a training that did not stop."""
+    assert train_student(tmp_path / "a", settings) is not None
+    train_student(tmp_path / "whole", settings)
+    assert same(tmp_path / "a", tmp_path / "whole")
+
+
 def refused(tmp_path: Path, settings: Any, kind: type[EdgediffError], words: str) -> None:
     """Holds that a training is refused in one line and leaves nothing behind."""
     train: Any = train_student if isinstance(settings, StudentTraining) else train_teacher

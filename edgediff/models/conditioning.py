@@ -81,7 +81,7 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     tensors: dict[str, TensorSpec] = {}
     labels: tuple[str, ...] = ()
     null_label = None
-    if _looks_at_text(config):
+    if looks_at_text(config):
         tensors["encoder_hidden_states"] = TensorSpec((_tokens(path), _text_width(config)), torch.float32)
     if config.get("addition_embed_type") == "text_time":
         tensors["text_embeds"], tensors["time_ids"] = _added(path, config)
@@ -104,8 +104,15 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     return Conditioning(kind, tensors, labels, null_label)
 
 
-def _looks_at_text(config: dict[str, Any]) -> bool:
-    """Whether any part of the UNet takes ``encoder_hidden_states`` in: a conditional UNet may have no attention."""
+def looks_at_text(config: dict[str, Any]) -> bool:
+    """Whether any part of a UNet takes ``encoder_hidden_states`` in: a conditional one may have no attention.
+
+    Args:
+        config: Its whole configuration, ``_class_name`` among it.
+
+    Returns:
+        True where one does.
+    """
     if not config["_class_name"].endswith("UNet2DConditionModel"):  # spectral ones have a word before it
         return False
     blocks = (*config["down_block_types"], config.get("mid_block_type"), *config["up_block_types"])

@@ -5,8 +5,6 @@ feature that a full step makes. Losses are given relative to the identity's, so 
 """
 
 import math
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,14 @@ from edgediff.train.checkpoint import Checkpoints
 from edgediff.train.curve import check_drawing, draw_losses
 from edgediff.train.draws import generator
 from edgediff.train.gain import Gain, measure_gain
-from edgediff.train.place import CHECKPOINTS, STORE, Claim, check_place, claim_place, is_finished
-from edgediff.train.progress import Progress, recent
+from edgediff.train.place import STORE, Claim, check_place, claim_place, clear_place, is_finished
+from edgediff.train.progress import Progress, Say, recent, silent
 from edgediff.train.rollout import TARGET, Rollouts, Samples
 from edgediff.train.settings import AdaptorTraining, check_training
 from edgediff.train.store import Store
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest import TrainedFor
 
-Say = Callable[[str, float], None]
 FREE = ("learning_rate", "checkpoint_minutes", "store_gb")
 FREE_AFTER = ("checkpoint_minutes", "store_gb")
 LOSSES = "loss.png"
@@ -96,7 +93,7 @@ def train_adaptor(
         TrainingError: The loss is not finite; the last good checkpoint is kept.
     """
     settings = check_training(AdaptorTraining() if settings is None else settings)
-    say: Say = progress if progress is not None else _silent
+    say: Say = progress if progress is not None else silent
     path = Path(path)
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights: there is nothing to learn from")
@@ -104,11 +101,11 @@ def train_adaptor(
         raise ModelError(f"{model.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
     accelerator = Accelerator()
     if not accelerator.is_main_process:
-        say = _silent
+        say = silent
     claim = _claim(settings, model, accelerator.num_processes)
     check_place(path, claim)
     if is_finished(path, claim):
-        _clear(path)
+        clear_place(path)
         return None
     check_drawing()
     shape = adaptor_shape(split(model.unet, settings.cut), model)
@@ -156,7 +153,7 @@ def train_adaptor(
         card = adaptor_card(record, model, settings, gain, state.losses, state.seconds, accelerator)
         (path / CARD).write_text(card, encoding="utf-8")
         save_adaptor(adaptor, record, path)
-        _clear(path)
+        clear_place(path)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Training(path, gain, state.updates, recent(state.losses))
@@ -181,16 +178,6 @@ def _draw(losses: list[float], settings: AdaptorTraining, path: Path) -> None:
     )
     what = "loss, relative to the identity's"
     draw_losses({"loss": losses}, path, title, what, level=(1.0, "the identity adaptor"))
-
-
-def _clear(path: Path) -> None:
-    """Removes what a finished training no longer needs."""
-    for name in (CHECKPOINTS, STORE):
-        shutil.rmtree(path / name, ignore_errors=True)
-
-
-def _silent(what: str, share: float) -> None:
-    """Tells nobody."""
 
 
 class _Loop:

@@ -8,7 +8,6 @@ process, so that an interrupted training goes on as if it had not been.
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from edgediff.train.data import ImageSet, divide
 from edgediff.train.draws import generator
 from edgediff.train.images import Batches, as_channels_first
 from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr
-from edgediff.train.place import CHECKPOINTS, Claim, check_place, claim_place, is_finished
-from edgediff.train.progress import Progress, recent
+from edgediff.train.place import Claim, check_place, claim_place, clear_place, is_finished
+from edgediff.train.progress import Progress, recent, silent
 
 WEIGHTS_FILE = f"{WEIGHTS}.safetensors"
 HELD_OUT = 0.1
@@ -147,7 +146,7 @@ def train_autoencoder(
     """
     settings = check_autoencoder(AutoencoderTraining() if settings is None else settings, images.images.shape[1])
     path = Path(path)
-    say = progress if progress is not None and accelerator.is_main_process else _silent
+    say = progress if progress is not None and accelerator.is_main_process else silent
     if held_out is None:
         images, held_out = divide(images, HELD_OUT, settings.seed)
     sources = {"other images": hashlib.sha256(np.ascontiguousarray(images.images).data).hexdigest()}
@@ -181,12 +180,8 @@ def train_autoencoder(
 def _clear(path: Path, accelerator: Accelerator) -> None:
     """Removes what a finished training no longer needs."""
     if accelerator.is_main_process:
-        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+        clear_place(path)
     accelerator.wait_for_everyone()
-
-
-def _silent(what: str, share: float) -> None:
-    """Tells nobody."""
 
 
 def _new(settings: AutoencoderTraining, size: int) -> AutoencoderKL:

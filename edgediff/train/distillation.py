@@ -13,11 +13,9 @@ from torch import nn
 
 from edgediff.errors import ConfigError
 from edgediff.train.spectrum import frequency_term, frequency_weights, spatial_term
+from edgediff.train.unet_settings import POINTS
 
-OUT = "out"
-# Where features are taken: what each level hands on on the way down (after its downsampler), after the mid block, what
-# each level makes on the way up (before its upsampler), and the prediction itself. A clockwork cut is at such places.
-POINTS = ("down", "mid", "up", OUT)
+OUT = POINTS[-1]
 # Mixed precision must not round the spectra.
 _FULL = torch.float32
 

@@ -60,7 +60,7 @@ def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE)
     Raises:
         ConfigError: The autoencoder's levels do not divide the images.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = factor_of(vae)
     height, width = images.shape[1:3]
     if height % factor or width % factor:
         raise ConfigError(f"images are {width}x{height}; the autoencoder takes multiples of {factor}")
@@ -91,6 +91,18 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = _AT_ONCE) -> 
         x = vae.decode(z).sample.float().permute(0, 2, 3, 1).cpu().numpy()
         made.append(np.rint(127.5 * (np.clip(x, -1, 1) + 1)).astype(np.uint8))
     return np.concatenate(made)
+
+
+def factor_of(vae: AutoencoderKL) -> int:
+    """By how much an autoencoder divides height and width.
+
+    Args:
+        vae: The autoencoder.
+
+    Returns:
+        A power of 2.
+    """
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def _affine(vae: AutoencoderKL) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The folder of a training: what is trained there, so that nothing else goes on from its checkpoints."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def is_finished(path: Path, claim: Claim) -> bool:
         True where it is.
     """
     return (path / claim.product).is_file()
+
+
+def clear_place(path: Path) -> None:
+    """Removes what a finished training no longer needs.
+
+    Args:
+        path: Its folder.
+    """
+    for name in (CHECKPOINTS, STORE):
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _differences(old: dict[str, Any], claim: Claim, finished: bool) -> str:

@@ -1,8 +1,12 @@
 """How far a training has come: what a checkpoint keeps beside weights and random states."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+# Told what is being done, and the share of it that is done.
+Say = Callable[[str, float], None]
 
 
 @dataclass
@@ -46,3 +50,7 @@ def recent(losses: list[float]) -> float:
     """
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last) if last else math.nan
+
+
+def silent(what: str, share: float) -> None:
+    """Tells nobody."""

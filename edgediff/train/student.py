@@ -11,11 +11,11 @@ from edgediff.models.load import Model, load_model
 from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import load_autoencoder
+from edgediff.train.latents import factor_of, load_autoencoder
 from edgediff.train.learner import check_pair
+from edgediff.train.progress import Say
 from edgediff.train.space import FOLDER, LatentSpace
 from edgediff.train.unet import UNetTrained, train_unet
-from edgediff.train.unet_loop import Say
 from edgediff.train.unet_settings import StudentTraining, check_training
 
 
@@ -54,7 +54,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     vae = None if teacher.space == "pixel" else load_autoencoder(teacher.path / FOLDER).to(accelerator.device)
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 1 if vae is None else factor_of(vae)
     channels = 3 if vae is None else vae.config.latent_channels
     found = (teacher.unet.config.in_channels, teacher.unet.config.out_channels)
     if found != (channels, channels):

@@ -5,22 +5,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from edgediff.errors import ConfigError
 from edgediff.models.card import Card
 from edgediff.models.clockwork import check_size
-from edgediff.models.conditioning import Conditioning, TensorSpec
+from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
 from edgediff.models.load import UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
 from edgediff.strict import strict
 from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
 from edgediff.train.data import ImageSet
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import load_autoencoder
+from edgediff.train.latents import factor_of, load_autoencoder
+from edgediff.train.progress import Say
 from edgediff.train.space import FOLDER, LatentSpace
 from edgediff.train.unet import UNetTrained, train_unet
-from edgediff.train.unet_loop import Say
 from edgediff.train.unet_settings import TeacherTraining, check_training
 
 # A geometry's own conditioning that images in folders do not bring.
@@ -53,7 +53,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     own = settings.autoencoder
     given = load_autoencoder(own) if isinstance(own, str) else None
     asked = check_autoencoder(strict(own, AutoencoderTraining)) if isinstance(own, dict) else None
-    factor = _factor(given) if given is not None else asked.factor if asked is not None else 1
+    factor = factor_of(given) if given is not None else asked.factor if asked is not None else 1
     size = factor * _side(config) if settings.size is None else settings.size
     if size % factor:
         raise ConfigError(f"'size' is {size}; expected a multiple of {factor}, which the autoencoder divides by")
@@ -124,14 +124,15 @@ def _teacher(
     if labels:
         config["num_class_embeds"] = len(labels) + 1
         tensors["class_labels"] = TensorSpec((), torch.int64)
-    if config.get("addition_embed_type") is not None or _looks_at_text(kind, config):
-        raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             unet = kind(**config).eval()
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError) as e:
         raise ConfigError(f"the geometry is none of a {kind.__name__}: {one_line(e)[:200]}") from e
+    whole = {**unet.config, "_class_name": kind.__name__}
+    if whole.get("addition_embed_type") is not None or looks_at_text(whole):
+        raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")
     check_size(side, side, 2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None))
     scheduler = DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
@@ -151,12 +152,6 @@ def _teacher(
     )
 
 
-def _looks_at_text(kind: Any, config: dict[str, Any]) -> bool:
-    blocks = (*config.get("down_block_types", ()), *config.get("up_block_types", ()), config.get("mid_block_type"))
-    default = getattr(kind, "__name__", "").endswith("ConditionModel") and "down_block_types" not in config
-    return default or any("CrossAttn" in str(block) for block in blocks)
-
-
 def _side(config: dict[str, Any]) -> int:
     size = config.get("sample_size")
     if isinstance(size, list | tuple) and len(set(size)) == 1:
@@ -164,7 +159,3 @@ def _side(config: dict[str, Any]) -> int:
     if not isinstance(size, int) or size < 1:
         raise ConfigError(f"the geometry has sample_size {size!r}; expected one number, or 'size' in the settings")
     return size
-
-
-def _factor(vae: AutoencoderKL) -> int:
-    return int(2 ** (len(vae.config.block_out_channels) - 1))

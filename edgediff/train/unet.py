@@ -24,12 +24,12 @@ from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation
 from edgediff.train.images import hash_of
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
-from edgediff.train.place import CHECKPOINTS, Claim, check_place, claim_place, is_finished
-from edgediff.train.progress import recent
+from edgediff.train.place import Claim, check_place, claim_place, clear_place, is_finished
+from edgediff.train.progress import Say, recent, silent
 from edgediff.train.samples import as_pixels
 from edgediff.train.space import LatentSpace
 from edgediff.train.unet_card import unet_card
-from edgediff.train.unet_loop import Say, Task, UNetLoop
+from edgediff.train.unet_loop import Task, UNetLoop
 from edgediff.train.unet_settings import FREE, StudentTraining, UNetTraining
 
 UNET = "unet"
@@ -132,7 +132,7 @@ def train_unet(
         decode=as_pixels if made is None else made.decode,
     )
     loop = UNetLoop(accelerator, task, settings, path)
-    loop.run(progress if progress is not None and accelerator.is_main_process else _silent)
+    loop.run(progress if progress is not None and accelerator.is_main_process else silent)
     state = loop.state
     if accelerator.is_main_process:
         loop.checkpoints.count_time()
@@ -156,7 +156,7 @@ def train_unet(
 def _clear(path: Path, accelerator: Accelerator) -> None:
     """Removes what a finished training no longer needs."""
     if accelerator.is_main_process:
-        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+        clear_place(path)
     accelerator.wait_for_everyone()
 
 
@@ -188,7 +188,3 @@ def _save(path: Path, model: Model, card: str, space: LatentSpace | None) -> Non
     model.unet.save_pretrained(partial)
     shutil.rmtree(path / UNET, ignore_errors=True)
     os.replace(partial, path / UNET)
-
-
-def _silent(what: str, share: float) -> None:
-    """Tells nobody."""

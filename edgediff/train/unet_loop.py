@@ -24,11 +24,10 @@ from edgediff.train.draws import generator
 from edgediff.train.images import Batches
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
 from edgediff.train.noising import Noising
-from edgediff.train.progress import Progress, recent
+from edgediff.train.progress import Progress, Say, recent
 from edgediff.train.samples import take_samples, write_grid
 from edgediff.train.unet_settings import UNetTraining
 
-Say = Callable[[str, float], None]
 LOSSES = "loss.png"
 SAMPLES = "samples.png"
 NUM_SAMPLES = 36

@@ -13,7 +13,9 @@ from edgediff.strict import check_ranges, read_yaml, retyped, strict
 POSITIVE = ("updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip")
 # What a training that has begun may change; none of it makes other weights.
 FREE = ("data", "held_out", "checkpoint_minutes", "sample_every")
-POINT_NAMES = ("down", "mid", "up", "out")
+# Where features are compared: what each level hands on on the way down (after its downsampler), after the mid block,
+# what each level makes on the way up (before its upsampler), and the prediction itself. A cut is at such places.
+POINTS = ("down", "mid", "up", "out")
 
 
 class UNetTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,7 +87,7 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
     spatial: float = 0.1
     frequency: float = 0.1
     alpha: float = -1.0
-    points: tuple[Literal["down", "mid", "up", "out"], ...] = POINT_NAMES  # type: ignore[assignment]
+    points: tuple[Literal["down", "mid", "up", "out"], ...] = POINTS  # type: ignore[assignment]
 
     @property
     def distils(self) -> bool:
@@ -185,7 +187,7 @@ def _check_student(settings: StudentTraining) -> None:
     if not -4 <= settings.alpha <= 4:
         raise ConfigError(f"'alpha' is {settings.alpha}; expected -4 to 4 (the paper's is -1)")
     if not settings.points or len(set(settings.points)) != len(settings.points):
-        raise ConfigError(f"'points' is {list(settings.points)}; expected one or more of {', '.join(POINT_NAMES)}")
+        raise ConfigError(f"'points' is {list(settings.points)}; expected one or more of {', '.join(POINTS)}")
 
 
 def _check_teacher(settings: TeacherTraining) -> None:
