@@ -12,18 +12,22 @@ import pytest
 import torch
 from command_line import Command, assert_error
 from conftest import LABELS
+from diffusers import AutoencoderKL
 from photographs import folder_of_images
 from PIL import Image
 from safetensors.torch import load_file
-from trainings import UPDATES, changed
+from trainings import UNET, UPDATES, changed
 
 from edgediff import Cut, ExportConfig, export_bundle, load_model, split
 from edgediff.config import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
-from edgediff.models.spectral import SpectralUNet2DModel
+from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2DModel
 from edgediff.train import draws, unet_loop
 from edgediff.train.images import Batches, as_channels_first
+from edgediff.train.latents import load_autoencoder
+from edgediff.train.samples import draw_samples
+from edgediff.train.space import LatentSpace
 from edgediff.train.student import student_of, train_student
 from edgediff.train.teacher import geometry_of, train_teacher
 from edgediff.train.unet import PRODUCT, UNetTrained
@@ -165,6 +169,47 @@ def test_a_teacher_of_latents_and_its_student(teacher_training: TeacherTraining,
     again = changed(settings, autoencoder=str(tmp_path / "a"))
     train_teacher(tmp_path / "c", again)
     assert load_model(tmp_path / "c").sample_shape == (4, 16, 16)
+
+
+def test_a_latent_model_says_what_it_is_made_of(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    autoencoder = {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4, "updates": 1, "batch": 4}
+    train_teacher(tmp_path / "a", changed(teacher_training, autoencoder=autoencoder, size=16, updates=1))
+    mine = StudentTraining(teacher=str(tmp_path / "a"), data=teacher_training.data, updates=1, batch=4, width=8)
+    train_student(tmp_path / "b", mine)
+    index = json.loads((tmp_path / "b" / "model_index.json").read_text())
+    assert index == {
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["edgediff.models.spectral", "SpectralUNet2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def test_an_autoencoder_is_written_whole(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    space = LatentSpace(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    train_teacher(tmp_path / "a", changed(teacher_training, updates=1))
+    model = load_model(tmp_path / "a")
+    (tmp_path / "a" / "vae.partial").mkdir()
+    (tmp_path / "a" / "vae.partial" / "config.json").write_text("{}")  # left by one that was killed
+    space.save(tmp_path / "a", model)
+    assert load_autoencoder(tmp_path / "a").config.block_out_channels == [8]
+    assert not (tmp_path / "a" / "vae.partial").exists()
+
+
+def test_a_conditional_unet_without_text_learns(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    unet = UNET | {"_class_name": "UNet2DConditionModel", "mid_block_type": None}
+    train_teacher(tmp_path / "a", changed(teacher_training, unet=unet, updates=1))
+    mine = StudentTraining(teacher=str(tmp_path / "a"), data=teacher_training.data, updates=1, batch=4, points=("out",))
+    train_student(tmp_path / "b", mine)
+    assert isinstance(load_model(tmp_path / "b").unet, SpectralUNet2DConditionModel)
+
+
+def test_a_grid_takes_no_more_rows_at_once_than_it_may(class_model: Path) -> None:
+    model = load_model(class_model)
+    seen: set[int] = set()
+    model.unet.register_forward_pre_hook(lambda unet, args: seen.add(len(args[0])))
+    some = draw_samples(model, 3, at_once=2)
+    assert seen == {2}
+    np.testing.assert_allclose(some, draw_samples(model, 3), atol=1e-4)
 
 
 # Order

@@ -12,6 +12,7 @@ import pytest
 import torch
 from command_line import unchanged
 from conftest import DDPM, LABELS, SMALL, SMALL_CLASS, save_model
+from diffusers import AutoencoderKL
 from model_folders import SCHEDULER, change_json
 from photographs import folder_of_images
 from PIL import Image
@@ -27,21 +28,36 @@ from edgediff.train.student import train_student
 from edgediff.train.teacher import train_teacher
 from edgediff.train.unet_settings import StudentTraining, TeacherTraining, training_from
 
+KL = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
 pytestmark = pytest.mark.usefixtures("few_samples")
 
 
 # Interruptions
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["student", "teacher", "teacher with dropout"])
 def test_an_interrupted_training_ends_with_the_same_weights(
     kind: str, student_training: StudentTraining, teacher_training: TeacherTraining, tmp_path: Path
 ) -> None:
     settings: Any = changed(
         student_training if kind == "student" else teacher_training, checkpoint_minutes=1e-9, sample_every=2
     )
+    if kind == "teacher with dropout":
+        settings = changed(settings, unet=UNET | {"dropout": 0.5})
     train: Any = train_student if kind == "student" else train_teacher
+    torch.manual_seed(7)
+    expected = torch.random.get_rng_state()
     train(tmp_path / "whole", settings)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    torch.manual_seed(8)
 
     def stop(what: str, share: float) -> None:
         if share > 0.5:
@@ -150,6 +166,33 @@ def test_another_training_is_refused(student_training: StudentTraining, photogra
         assert train_student(tmp_path / "a", changed(student_training, checkpoint_minutes=1.0)) is None
 
 
+def test_another_geometry_or_autoencoder_under_the_same_name_is_refused(
+    teacher_training: TeacherTraining, photographs: Path, tmp_path: Path
+) -> None:
+    geometry = save_model(unet2d(**SMALL_CLASS), tmp_path / "geometry")
+    settings = changed(teacher_training, model=str(geometry), unet=None, size=16)
+    train_teacher(tmp_path / "a", settings)
+    change_json(geometry / "unet" / "config.json", dropout=0.25)
+    with pytest.raises(TargetError, match="holds a training with another geometry; choose another folder"):
+        train_teacher(tmp_path / "a", settings)
+    vae = AutoencoderKL(**KL)
+    vae.save_pretrained(tmp_path / "vae")
+    latent = changed(teacher_training, autoencoder=str(tmp_path / "vae"), size=16)
+    train_teacher(tmp_path / "b", latent)
+    mine = changed(StudentTraining(), teacher=str(tmp_path / "b"), data=str(photographs), updates=1, batch=4, width=8)
+    train_student(tmp_path / "c", mine)
+    # Where the teacher is named by its UNet's folder, the autoencoder lies beside that.
+    assert train_student(tmp_path / "d", changed(mine, teacher=str(tmp_path / "b" / "unet"))) is not None
+    with torch.no_grad():
+        vae.decoder.conv_in.bias.add_(1)
+    for folder in (tmp_path / "vae", tmp_path / "b" / "vae"):
+        vae.save_pretrained(folder)
+    with pytest.raises(TargetError, match="holds a training with another autoencoder; choose another folder"):
+        train_teacher(tmp_path / "b", latent)
+    with pytest.raises(TargetError, match="holds a training with another autoencoder; choose another folder"):
+        train_student(tmp_path / "c", mine)
+
+
 def test_teachers_that_do_not_fit(
     class_model: Path, text_model: Path, student_training: StudentTraining, tmp_path: Path
 ) -> None:
@@ -234,15 +277,6 @@ def test_geometries_that_do_not_fit(teacher_training: TeacherTraining, tmp_path:
     refused(tmp_path, changed(teacher_training, model="grocery-32"), ConfigError, "'model' and 'unet': both given")
     refused(tmp_path, changed(teacher_training, unet=None), ConfigError, "'model' and 'unet': neither given")
     refused(tmp_path, changed(teacher_training, unet={"_class_name": "VQModel"}), ConfigError, "choices: UNet2DModel")
-    refused(
-        tmp_path,
-        changed(teacher_training, unet=UNET | {"down_block_types": ["Nothing"]}),
-        ConfigError,
-        "geometry is none",
-    )
-    refused(
-        tmp_path, changed(teacher_training, unet=UNET | {"sample_size": [16, 8]}), ConfigError, r"sample_size \[16, 8\]"
-    )
     refused(tmp_path, changed(teacher_training, size=15), EdgediffError, "15x15 cannot be cut: the levels divide by 2")
     text = {key: value for key, value in unet2d_condition().config.items() if not key.startswith("_")}
     cross = text | {"_class_name": "UNet2DConditionModel"}
@@ -261,6 +295,35 @@ def test_geometries_that_do_not_fit(teacher_training: TeacherTraining, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"_class_name": ["UNet2DModel"]}, r"_class_name \['UNet2DModel'\]; choices: UNet2DModel"),
+        ({"down_block_types": ["Nothing"]}, "geometry is none of a UNet2DModel"),
+        ({"down_block_types": [3, None]}, "geometry is none of a UNet2DModel"),
+        ({"time_embedding_type": "x"}, "geometry is none of a UNet2DModel"),
+        ({"mid_block_scale_factor": "x"}, "geometry cannot run at 16x16"),
+        ({"time_embedding_type": "fourier"}, "NaN or infinity at time step 0"),
+        ({"sample_size": [16, 8]}, r"sample_size \[16, 8\]"),
+        ({"sample_size": [[16], 16]}, r"sample_size \[\[16\], 16\]"),
+        ({"sample_size": 10**10}, "sample_size 10000000000"),
+        (
+            {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+            "1 level, choices: none",
+        ),
+    ],
+)
+def test_settings_of_a_geometry_that_do_not_fit(
+    teacher_training: TeacherTraining, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    refused(tmp_path, changed(teacher_training, unet=UNET | settings), EdgediffError, words)
+
+
+def test_a_schedule_that_cannot_be_sampled(teacher_training: TeacherTraining, tmp_path: Path) -> None:
+    """Found out before the training, not at its first sample grid."""
+    refused(tmp_path, changed(teacher_training, num_train_timesteps=5), EdgediffError, "cannot be sampled")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
         ({"alhpa": -1}, "unknown.*alhpa.*alpha"),
         ({"wavelet": "bior2.2"}, "wavelet 'bior2.2' is unknown; choices: haar, db1 to db38"),
         ({"width": 12}, "width 12; expected a multiple of 8"),
@@ -270,6 +333,9 @@ def test_geometries_that_do_not_fit(teacher_training: TeacherTraining, tmp_path:
         ({"points": ["out", "out"]}, "'points' is"),
         ({"points": ["top"]}, "points"),
         ({"updates": 0}, "'updates' is 0"),
+        ({"updates": 10**20}, "'updates' is 1.*; expected at most"),
+        ({"updates": float("inf")}, "'updates'"),
+        ({"batch": 10**10}, "'batch' is 1.*; expected at most"),
         ({"ema": 1.0}, "'ema' is 1.0"),
         ({"learning_rate": float("inf")}, "'learning_rate' is inf"),
         ({"precision": "fp8"}, "precision"),

@@ -6,11 +6,10 @@ from numpy.typing import NDArray
 
 from edgediff.errors import UnsupportedError
 from edgediff.evaluate.comparable import check_model
-from edgediff.evaluate.whole import predict
 from edgediff.models.load import Model
+from edgediff.models.whole import predict
+from edgediff.train.noising import PREDICTIONS
 from edgediff_runtime.errors import NotFiniteError
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Denoiser:
@@ -69,8 +68,8 @@ class Denoiser:
         """
         alpha, sigma = np.sqrt(self.alphas_cumprod[t]), np.sqrt(1 - self.alphas_cumprod[t])
         sample = torch.from_numpy(x_t).float().to(self._device)
-        labels = None if classes is None else torch.from_numpy(classes).to(self._device)
-        said = predict(self.unet, sample, torch.tensor([float(t)], device=self._device), labels)
+        cond = {} if classes is None else {"class_labels": torch.from_numpy(classes).to(self._device)}
+        said = predict(self.unet, sample, torch.tensor([float(t)], device=self._device), cond)
         out: NDArray[np.float64] = said.cpu().double().numpy()
         if not np.isfinite(out).all():
             raise NotFiniteError(f"{self.name}'s output is not finite at t = {t}")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgediff.errors import ModelError
+from edgediff.train.images import as_channels_first, scaled
 from edgediff.zoo import built_in
 
 CONFIG = "config.json"
@@ -122,7 +123,7 @@ def as_input(images: NDArray[np.uint8]) -> torch.Tensor:
     Returns:
         float32 [N, 3, H, W] in [-1, 1].
     """
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return scaled(as_channels_first(images))
 
 
 @torch.no_grad()

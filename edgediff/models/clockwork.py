@@ -274,10 +274,9 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
         raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
     down, mid, up = flatten(unet)
     if not 1 <= cut.level < len(down):
-        raise UnsupportedError(
-            f"cannot cut at level {cut.level}: the UNet has {len(down)} levels, choices: "
-            + ", ".join(str(level) for level in range(1, len(down)))
-        )
+        count = "1 level" if len(down) == 1 else f"{len(down)} levels"
+        choices = ", ".join(str(level) for level in range(1, len(down))) or "none; expected two levels or more"
+        raise UnsupportedError(f"cannot cut at level {cut.level}: the UNet has {count}, choices: {choices}")
     way_down = [layer for level in down for layer in level]
     way_up = [layer for level in up for layer in level]
     top, bottom = _places(cut, down, up)

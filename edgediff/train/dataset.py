@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.errors import ConfigError, DataError
+from edgediff.evaluate.comparable import class_indices
 from edgediff.models.load import Model
 from edgediff.train.data import ImageSet, divide, read_images
 from edgediff.train.images import Batches, as_channels_first
@@ -62,15 +63,9 @@ def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
         DataError: A class of the folder is none of the model's.
     """
     known = model.conditioning
-    if known.kind == "none":
-        return None
-    if known.kind != "class":
-        raise ConfigError(f"{model.name} is conditioned on {known.kind}; expected classes, or nothing")
-    strange = [name for name in data.names if name not in known.labels]
-    if strange or not data.names:
-        what = f"the folder's class {strange[0]!r} is none of the model's" if strange else "the folder has no classes"
-        raise DataError(f"{what}; choices: {', '.join(known.labels)}")
-    return np.array([known.labels.index(name) for name in data.names], dtype=np.int64)[data.labels]
+    if known.kind == "text":
+        raise ConfigError(f"{model.name} is conditioned on text; expected classes, or nothing")
+    return class_indices(known.labels if known.kind == "class" else None, data, "model")
 
 
 def batches_of(data: ImageSet, model: Model, space: LatentSpace | None, settings: UNetTraining) -> Batches:

@@ -22,4 +22,17 @@ def generator(seed: int, number: int) -> torch.Generator:
     >>> bool((first == other).any())
     False
     """
-    return torch.Generator().manual_seed((number + seed * _APART) % _BITS)
+    return torch.Generator().manual_seed(mixed(seed, number))
+
+
+def mixed(seed: int, number: int) -> int:
+    """One seed of a training's and a number.
+
+    Args:
+        seed: The training's.
+        number: Of the update or the pass, below 2^32.
+
+    Returns:
+        0 to 2^32 - 1.
+    """
+    return (number + seed * _APART) % _BITS

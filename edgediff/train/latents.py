@@ -1,5 +1,6 @@
 """Latents of images and images of latents, by a KL autoencoder of diffusers."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -91,6 +92,22 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = _AT_ONCE) -> 
         x = vae.decode(z).sample.float().permute(0, 2, 3, 1).cpu().numpy()
         made.append(np.rint(127.5 * (np.clip(x, -1, 1) + 1)).astype(np.uint8))
     return np.concatenate(made)
+
+
+def hash_of_autoencoder(vae: AutoencoderKL) -> str:
+    """What tells one autoencoder from another.
+
+    Args:
+        vae: On the CPU.
+
+    Returns:
+        sha256 over its weights and what scales its latents.
+    """
+    digest = hashlib.sha256(repr(_affine(vae)).encode())
+    for name, tensor in vae.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def factor_of(vae: AutoencoderKL) -> int:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from edgediff.errors import ConfigError
 from edgediff.models.load import Model
+from edgediff.models.whole import predict
 from edgediff.train.distillation import OUT, Distillation, tapped
 from edgediff.train.noising import Noising
 
@@ -53,7 +54,7 @@ class Learner(nn.Module):
         """
         points = self.distillation.points if self.distillation is not None and teacher is not None else ()
         with tapped(self.unet, points) as features:
-            prediction = self.unet(x_t, t, **cond, return_dict=False)[0]
+            prediction = predict(self.unet, x_t, t, cond)
         losses = {DDPM: F.mse_loss(prediction.float(), target)}
         if self.distillation is not None and teacher is not None:
             if OUT in points:
@@ -88,7 +89,7 @@ class Teacher:
             Its features by place, [B, C', H', W'].
         """
         with tapped(self.unet, self.points) as found:
-            prediction = self.unet(x_t, t, **cond, return_dict=False)[0]
+            prediction = predict(self.unet, x_t, t, cond)
         if OUT in self.points:
             found[OUT] = prediction
         return dict(found)

@@ -7,29 +7,47 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgediff.config import Cut
-from edgediff.models.clockwork import split
+from edgediff.errors import UnsupportedError
 from edgediff.models.conditioning import usual_guidance
-from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.session import TorchSession
+from edgediff.models.whole import WholeSession
+from edgediff_runtime.errors import RequestError
 from edgediff_runtime.image import grid, write_png
 from edgediff_runtime.loop import Request, denoise, initial_latents
-from edgediff_runtime.schedulers import make_scheduler
+from edgediff_runtime.schedulers import Scheduler, make_scheduler
 
 STEPS = 20
 SCHEDULER = "dpmpp_2m"
 
 
-def draw_samples(model: Model, count: int, *, steps: int = STEPS, seed: int = 0) -> NDArray[np.float32]:
+def make_sampler(model: Model) -> Scheduler:
+    """The sampler that grids are drawn with: `STEPS` steps, or as many as the schedule has.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        UnsupportedError: The model's own cannot be carried over.
+    """
+    config = scheduler_config(model.scheduler, SCHEDULER)
+    try:
+        return make_scheduler(config, min(STEPS, config.num_train_timesteps))
+    except RequestError as e:
+        raise UnsupportedError(f"{model.name} cannot be sampled: {e}") from e
+
+
+def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None = None) -> NDArray[np.float32]:
     """Samples a model with its usual guidance, every step in full.
 
     Args:
         model: Of classes or of nothing; its UNet is where it is to run. Image i has class i mod the number of classes.
         count: How many.
-        steps: Denoising steps.
         seed: Of the noise.
+        at_once: Rows that go through the UNet together, two for an image with guidance; None for all.
 
     Returns:
         float32 [count, C, H, W], as the sampler leaves them.
@@ -37,8 +55,7 @@ def draw_samples(model: Model, count: int, *, steps: int = STEPS, seed: int = 0)
     Raises:
         UnsupportedError: The sampler cannot be carried over.
     """
-    divided = split(model.unet, Cut())
-    session = TorchSession(divided, graph_list(divided, model))
+    session = WholeSession(model, model.unet.device, at_once)
     known = model.conditioning
     guidance = usual_guidance(known)
     cond: dict[str, np.ndarray] = {}
@@ -47,7 +64,8 @@ def draw_samples(model: Model, count: int, *, steps: int = STEPS, seed: int = 0)
         cond["class_labels"] = np.arange(count, dtype=np.int64) % len(known.labels)
         if guidance > 1:
             uncond["class_labels"] = np.full(count, known.null_label, dtype=np.int64)
-    scheduler = make_scheduler(scheduler_config(model.scheduler, SCHEDULER), steps)
+    scheduler = make_sampler(model)
+    steps = scheduler.num_inference_steps
     request = Request(
         graphs=session.graphs,
         scheduler=scheduler,
@@ -86,13 +104,13 @@ def write_grid(images: NDArray[np.uint8], path: Path) -> None:
 
 
 @torch.no_grad()
-def take_samples(model: Model, count: int, seed: int) -> NDArray[np.float32]:
+def take_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
     """As `draw_samples`, with the UNet in evaluation mode for as long as it takes.
 
     Args:
         model: The model; its UNet is left in the mode that it was in.
         count: How many.
-        seed: Of the noise.
+        at_once: Rows that go through the UNet together.
 
     Returns:
         float32 [count, C, H, W].
@@ -100,6 +118,6 @@ def take_samples(model: Model, count: int, seed: int) -> NDArray[np.float32]:
     training = model.unet.training
     model.unet.eval()
     try:
-        return draw_samples(model, count, seed=seed)
+        return draw_samples(model, count, at_once=at_once)
     finally:
         model.unet.train(training)

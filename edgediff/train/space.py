@@ -1,5 +1,8 @@
 """The space in which a UNet works where that is not pixels: an autoencoder's latents."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
+from edgediff.models.load import Model
 from edgediff.train.latents import decode, encode
 
 FOLDER = "vae"
-_INDEX = """{
- "_class_name": "DiffusionPipeline",
- "scheduler": ["diffusers", "DDPMScheduler"],
- "unet": ["diffusers", "UNet2DModel"],
- "vae": ["diffusers", "AutoencoderKL"]
-}
-"""
+_INDEX = "model_index.json"
 
 
 class LatentSpace:
@@ -51,12 +49,23 @@ class LatentSpace:
         """
         return decode(self.vae, torch.tensor(samples))
 
-    def save(self, path: Path) -> None:
-        """Writes the autoencoder into a model's folder, and what tells that the model works on latents.
+    def save(self, path: Path, model: Model) -> None:
+        """Writes the autoencoder, whole, into a model's folder, and what tells that the model works on latents.
 
         Args:
-            path: The model's folder.
+            path: The model's folder; an autoencoder that was trained there stays as it is.
+            model: The model.
         """
-        if not (path / FOLDER / "config.json").is_file():
-            self.vae.save_pretrained(path / FOLDER)
-        (path / "model_index.json").write_text(_INDEX, encoding="utf-8")
+        if not (path / FOLDER).exists():
+            partial = path / f"{FOLDER}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            self.vae.save_pretrained(partial)
+            os.replace(partial, path / FOLDER)
+        parts = {"scheduler": model.scheduler, "unet": model.unet, "vae": self.vae}
+        index = {name: [_library(type(part).__module__), type(part).__name__] for name, part in parts.items()}
+        (path / _INDEX).write_text(f"{json.dumps(index, indent=1)}\n", encoding="utf-8")
+
+
+def _library(module: str) -> str:
+    """Where a pipeline's index looks for a class: diffusers by its name, others by their module."""
+    return "diffusers" if module.startswith("diffusers.") else module

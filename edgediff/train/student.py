@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.load import Model, load_model
 from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import factor_of, load_autoencoder
+from edgediff.train.latents import factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.learner import check_pair
 from edgediff.train.progress import Say
 from edgediff.train.space import FOLDER, LatentSpace
@@ -53,7 +54,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     if height != width:
         raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    vae = None if teacher.space == "pixel" else load_autoencoder(teacher.path / FOLDER).to(accelerator.device)
+    vae = None if teacher.space == "pixel" else _autoencoder(teacher)
     factor = 1 if vae is None else factor_of(vae)
     channels = 3 if vae is None else vae.config.latent_channels
     found = (teacher.unet.config.in_channels, teacher.unet.config.out_channels)
@@ -63,6 +64,8 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
             f"as {'images' if vae is None else 'the latents of its autoencoder'} have"
         )
     sources = {"another teacher": teacher.sha256}
+    if vae is not None:
+        sources["another autoencoder"] = hash_of_autoencoder(vae)
     if settings.student is not None:
         sources["another student"] = model.sha256
     return train_unet(
@@ -72,10 +75,16 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         settings,
         accelerator=accelerator,
         teacher=teacher,
-        space=None if vae is None else lambda: LatentSpace(vae),
+        space=None if vae is None else lambda: LatentSpace(vae.to(accelerator.device)),
         sources=sources,
         progress=progress,
     )
+
+
+def _autoencoder(teacher: Model) -> AutoencoderKL:
+    """The autoencoder on whose latents the teacher works."""
+    beside_unet = teacher.path if (teacher.path / FOLDER).is_dir() else teacher.path.parent
+    return load_autoencoder(beside_unet / FOLDER)
 
 
 def student_of(teacher: Model, settings: StudentTraining) -> Model:

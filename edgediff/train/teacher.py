@@ -1,5 +1,7 @@
 """Training a teacher: any diffusers UNet geometry, from scratch, on images or on the latents of an autoencoder."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,21 @@ from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
 from edgediff.models.load import UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
+from edgediff.models.whole import predict
 from edgediff.strict import strict
 from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
 from edgediff.train.data import ImageSet
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import factor_of, load_autoencoder
+from edgediff.train.latents import factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.progress import Say
 from edgediff.train.space import FOLDER, LatentSpace
 from edgediff.train.unet import UNetTrained, train_unet
-from edgediff.train.unet_settings import TeacherTraining, check_training
+from edgediff.train.unet_settings import MOST, TeacherTraining, check_training
 
 # A geometry's own conditioning that images in folders do not bring.
 _UNCLASSED = {"class_embed_type": None, "num_class_embeds": None}
+# How torch and diffusers fail over settings of the wrong kind.
+_NO_GEOMETRY = (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError)
 
 
 def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say | None = None) -> UNetTrained | None:
@@ -63,6 +68,10 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     latent = given.config.latent_channels if given is not None else asked.latent_channels if asked is not None else None
     model = _teacher(path.resolve().name, path, kind, config, data[0], settings, size // factor, latent)
 
+    sources = {"another geometry": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
+    if given is not None:
+        sources["another autoencoder"] = hash_of_autoencoder(given)
+
     def space() -> LatentSpace:
         if given is not None:
             return LatentSpace(given.to(accelerator.device))
@@ -78,6 +87,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         settings,
         accelerator=accelerator,
         space=None if latent is None else space,
+        sources=sources,
         progress=progress,
     )
 
@@ -101,7 +111,7 @@ def geometry_of(settings: TeacherTraining) -> tuple[Any, dict[str, Any]]:
     assert settings.unet is not None
     config = dict(settings.unet)
     name = config.pop("_class_name", None)
-    if name not in UNETS:
+    if str(name) not in UNETS:
         raise ConfigError(f"'unet' has _class_name {name!r}; choices: {', '.join(UNETS)}")
     return UNETS[str(name)], {key: value for key, value in config.items() if not key.startswith("_")}
 
@@ -128,12 +138,13 @@ def _teacher(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             unet = kind(**config).eval()
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError) as e:
+    except _NO_GEOMETRY as e:
         raise ConfigError(f"the geometry is none of a {kind.__name__}: {one_line(e)[:200]}") from e
     whole = {**unet.config, "_class_name": kind.__name__}
     if whole.get("addition_embed_type") is not None or looks_at_text(whole):
         raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")
     check_size(side, side, 2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None))
+    _try(unet, channels, side, len(labels))
     scheduler = DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
         beta_schedule=settings.beta_schedule,
@@ -152,10 +163,24 @@ def _teacher(
     )
 
 
+@torch.no_grad()
+def _try(unet: Any, channels: int, side: int, null_label: int) -> None:
+    """Runs the UNet once, at the least noise: some settings fail only then, or give NaN there."""
+    cond = {"class_labels": torch.tensor([null_label])} if null_label else {}
+    try:
+        out = predict(unet, torch.zeros(1, channels, side, side), torch.zeros(1), cond)
+    except _NO_GEOMETRY as e:
+        raise ConfigError(f"the geometry cannot run at {side}x{side}: {one_line(e)[:200]}") from e
+    if out.shape != (1, channels, side, side):
+        raise ConfigError(f"the geometry makes {list(out.shape)} of {[1, channels, side, side]}; expected the same")
+    if not out.isfinite().all():
+        raise ConfigError("the geometry gives NaN or infinity at time step 0, before anything is learnt")
+
+
 def _side(config: dict[str, Any]) -> int:
     size = config.get("sample_size")
-    if isinstance(size, list | tuple) and len(set(size)) == 1:
+    if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST["size"]:
         raise ConfigError(f"the geometry has sample_size {size!r}; expected one number, or 'size' in the settings")
     return size

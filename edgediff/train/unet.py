@@ -16,7 +16,9 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from edgediff.config import Cut
 from edgediff.errors import TargetError
+from edgediff.models.clockwork import split
 from edgediff.models.load import Model, one_line
 from edgediff.train.curve import check_drawing
 from edgediff.train.data import ImageSet
@@ -26,7 +28,7 @@ from edgediff.train.images import hash_of
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
 from edgediff.train.place import Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.progress import Say, recent, silent
-from edgediff.train.samples import as_pixels
+from edgediff.train.samples import as_pixels, make_sampler
 from edgediff.train.space import LatentSpace
 from edgediff.train.unet_card import unet_card
 from edgediff.train.unet_loop import Task, UNetLoop
@@ -95,8 +97,12 @@ def train_unet(
         DataError: The images' classes do not fit the model.
         TargetError: Something else is in the folder, or the disk is full.
         TrainingError: The loss is not finite; the last good checkpoint is kept.
+        UnsupportedError: The model cannot be sampled, or cannot be cut.
     """
     check_drawing()
+    # What could not be sampled or divided afterwards is not trained.
+    make_sampler(model)
+    split(model.unet, Cut())
     images, held_out = data
     claim = Claim(
         settings=settings,
@@ -181,7 +187,7 @@ def _save(path: Path, model: Model, card: str, space: LatentSpace | None) -> Non
         names = json.dumps(model.labels, ensure_ascii=False, indent=1)
         (path / "classes.json").write_text(f"{names}\n", encoding="utf-8")
     if space is not None:
-        space.save(path)
+        space.save(path, model)
     (path / CARD).write_text(card, encoding="utf-8")
     partial = path / f"{UNET}.partial"
     shutil.rmtree(partial, ignore_errors=True)

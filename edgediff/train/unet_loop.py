@@ -20,7 +20,7 @@ from edgediff.errors import TargetError, TrainingError
 from edgediff.models.load import Model, one_line
 from edgediff.train.checkpoint import Checkpoints
 from edgediff.train.curve import draw_losses
-from edgediff.train.draws import generator
+from edgediff.train.draws import generator, mixed
 from edgediff.train.images import Batches
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
 from edgediff.train.noising import Noising
@@ -115,6 +115,12 @@ class UNetLoop:
             TargetError: The disk is full; the last good checkpoint is kept.
             TrainingError: The loss is not finite; likewise.
         """
+        device = self.accelerator.device
+        # Dropout draws from torch's own source of chance: it is seeded for every update, and given back as it was.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._run(say)
+
+    def _run(self, say: Say) -> None:
         settings, state = self.settings, self.state
         self.checkpoints.load()
         self.model.train()
@@ -134,6 +140,7 @@ class UNetLoop:
     def _update(self) -> None:
         settings, state, accelerator = self.settings, self.state, self.accelerator
         number = state.updates * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(mixed(settings.seed, number + _FIRST_UPDATE))
         share = self._rate(state.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
@@ -230,7 +237,7 @@ class UNetLoop:
 
     def _write_samples(self) -> None:
         model = replace(self.task.model, unet=self.unet)
-        write_grid(self.task.decode(take_samples(model, NUM_SAMPLES, seed=0)), self.path / SAMPLES)
+        write_grid(self.task.decode(take_samples(model, NUM_SAMPLES, self.settings.batch)), self.path / SAMPLES)
 
     def draw(self, held_out: Sequence[tuple[int, float]]) -> None:
         """Draws the loss's curves.

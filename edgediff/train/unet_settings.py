@@ -11,6 +11,8 @@ from edgediff.models.wavelet import check_wavelet
 from edgediff.strict import check_ranges, read_yaml, retyped, strict
 
 POSITIVE = ("updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip")
+# More is a slip of the pen, and would be found out only after hours or out of memory.
+MOST = {"updates": 100_000_000, "batch": 65_536, "size": 8_192, "num_train_timesteps": 100_000, "width": 65_536}
 # What a training that has begun may change; none of it makes other weights.
 FREE = ("data", "held_out", "checkpoint_minutes", "sample_every")
 # Where features are compared: what each level hands on on the way down (after its downsampler), after the mid block,
@@ -172,6 +174,10 @@ def check_training(settings: T) -> T:
     """
     settings = retyped(settings)
     check_ranges(settings, POSITIVE, ("warmup", "weight_decay"), ("ema", "label_dropout"))
+    for name, most in MOST.items():
+        value = getattr(settings, name, None)
+        if value is not None and value > most:
+            raise ConfigError(f"'{name}' is {value}; expected at most {most}")
     if isinstance(settings, StudentTraining):
         _check_student(settings)
     if isinstance(settings, TeacherTraining):
