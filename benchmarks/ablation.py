@@ -14,7 +14,6 @@ import numpy as np
 from measure import machine
 
 from edgediff.evaluate.distance import evaluate_distance
-from edgediff.evaluate.features import classifier_of
 from edgediff.train.student import train_student
 from edgediff.train.unet_settings import StudentTraining, load_training, training_from
 
@@ -59,9 +58,7 @@ def main() -> None:
 
 def measure(path: Path, asked: argparse.Namespace) -> tuple[float, float, float]:
     """Kernel distance (x1000), spectrum error, and that of the top two octaves."""
-    features = classifier_of("grocery-32")
-    found = evaluate_distance(path, asked.images, train=asked.data, num_images=asked.num_images, steps=STEPS,
-                              features=features)  # fmt: skip
+    found = evaluate_distance(path, asked.images, train=asked.data, num_images=asked.num_images, steps=STEPS)
     assert found is not None
     far = found.rows[0].distances
     return 1e3 * far.kernel_distance, far.spectrum_error, far.spectrum_error_top

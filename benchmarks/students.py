@@ -19,7 +19,6 @@ from measure import machine, spread
 import edgediff
 from edgediff.config import Cut, VerifyConfig
 from edgediff.evaluate.distance import evaluate_distance
-from edgediff.evaluate.features import classifier_of
 from edgediff.models.macs import tally
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.manifest import Cost
@@ -84,8 +83,7 @@ def distances(names: list[str], asked: argparse.Namespace) -> None:
     kernels, tops = {}, {}
     for name in names:
         found = evaluate_distance(
-            name, asked.images, train=asked.train, num_images=asked.num_images, steps=STEPS, seed=asked.seed,
-            features=classifier_of(TEACHER),
+            name, asked.images, train=asked.train, num_images=asked.num_images, steps=STEPS, seed=asked.seed
         )  # fmt: skip
         assert found is not None
         row = found.rows[0]

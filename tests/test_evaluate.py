@@ -12,7 +12,7 @@ from command_line import Command, assert_error
 from seals import manifest_of, seal
 from tiny_photographs import LABELS, RECIPE, SIZE, as_bytes, make_photographs, write_photographs
 
-from edgediff.errors import DataError, EdgediffError, ModelError, UnsupportedError
+from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate.comparable import check_manifest, class_indices
 from edgediff.evaluate.distance import evaluate_distance
 from edgediff.evaluate.features import (
@@ -28,7 +28,6 @@ from edgediff.evaluate.traits import Examiner
 from edgediff.train.classifier import train_classifier
 from edgediff.train.data import ImageSet
 from edgediff_runtime import EdgePipeline, RequestError
-from edgediff_runtime.manifest import Source
 
 RNG = np.random.default_rng(0)
 
@@ -205,7 +204,7 @@ def test_evaluate_on_the_command_line(class_bundle: Path, images: Path, classifi
     ("change", "parts"),
     [
         ({"--images": "nowhere"}, ("no images at nowhere", "no such folder")),
-        ({"--features": None}, ("no features for", "name one's folder")),
+        ({"--features": None}, ("no features", "name the folder of one")),
         ({"--features": "nowhere"}, ("no classifier at nowhere",)),
         ({"--num-images": 3}, ("num_images is 3", "4 or more")),
         ({"--batch": 0}, ("batch is 0",)),
@@ -244,13 +243,3 @@ def test_bundles_that_cannot_be_evaluated(
     manifest = manifest_of(bundle)
     seal(bundle, msgspec.structs.replace(manifest, sample=msgspec.structs.replace(manifest.sample, space="latent")))
     assert_error(command("evaluate", "distance", bundle, *asked), "works on latents")
-
-
-def test_a_built_in_source_brings_its_classifier_and_no_other_does(bundle: Path, images: Path) -> None:
-    manifest = manifest_of(bundle)
-    with pytest.raises(ModelError, match="only built-in models bring"):
-        evaluate_distance(bundle, images)
-    for name, words in (("grocery-32", "takes 32x32 pixels, the bundle makes 16x16"), ("sd15", "no features for sd15")):
-        seal(bundle, msgspec.structs.replace(manifest, source=Source(name, None, manifest.source.sha256)))
-        with pytest.raises(EdgediffError, match=words):
-            evaluate_distance(bundle, images)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny_photographs import LABELS, RECIPE, SIZE, make_photographs, write_photographs
 
+from edgediff import load_model
 from edgediff.errors import ConfigError, DataError, ModelError
 from edgediff.evaluate.features import (
     Classifier,
     ClassifierShape,
     as_input,
-    classifier_of,
+    built_in_classifier,
     features_of,
     load_classifier,
     save_classifier,
@@ -140,11 +141,13 @@ def test_bad_classifiers_are_one_line(
 
 
 def test_the_built_in_models_classifier_knows_its_classes() -> None:
-    home = classifier_of("grocery-32")
+    labels = load_model("grocery-32").labels
+    home = built_in_classifier(labels[::-1], 32)
     loaded = load_classifier(home)
     assert loaded.shape.size == 32
     assert list(loaded.shape.labels) == json.loads((FOLDER / "grocery-32" / "classes.json").read_text())
     assert sum(parameter.numel() for parameter in loaded.parameters()) < 500_000
     assert (home / "model.safetensors").stat().st_size < 1_000_000
-    with pytest.raises(ModelError, match="no features for sd15"):
-        classifier_of("sd15")
+    for others, size in ((labels, 16), (labels[1:], 32), (None, 32)):
+        with pytest.raises(ModelError, match="no built-in classifier knows these"):
+            built_in_classifier(others, size)

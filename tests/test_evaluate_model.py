@@ -210,7 +210,7 @@ def test_where_nothing_was_launched_accelerate_is_not_asked(monkeypatch: pytest.
         ({"--seed": -1}, ("seed",)),
         ({"--steps": 0}, ("steps",)),
         ({"--num-images": 3}, ("num_images is 3",)),
-        ({"--features": None}, ("no features for tiny-class", "--features")),
+        ({"--features": None}, ("no built-in classifier knows these 4 classes at 16x16", "--features")),
         ({"--grid": "out.jpg"}, ("ends in .png",)),
         ({"--grid": "nowhere/out.png"}, ("cannot write", "nowhere")),
     ],

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.errors import ConfigError, ModelError, UnsupportedError
+from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.evaluate.comparable import class_indices
 from edgediff.evaluate.distances import MIN_IMAGES
-from edgediff.evaluate.features import Classifier, classifier_of, load_classifier
+from edgediff.evaluate.features import Classifier, built_in_classifier, load_classifier
 from edgediff.evaluate.neighbours import SUSPICIOUS, Nearest, closeness
 from edgediff.evaluate.photographs import Photographs
 from edgediff.evaluate.processes import Processes
@@ -100,7 +100,7 @@ def evaluate_distance(
     guidance_scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     asked = [str(clock) for clock in (sampler.clocks if clocks is None else clocks)]
     masks = {clock: sampler.check(clock, steps, guidance_scale, seed) for clock in asked}
-    home = _features_folder(sampler) if features is None else Path(features)
+    home = built_in_classifier(sampler.labels, sampler.size) if features is None else Path(features)
     classifier = _classifier(home, sampler).to(processes.device)
     say(f"loading images: {images}")
     if train is None:
@@ -151,14 +151,6 @@ def evaluate_distance(
 
 def _silent(what: str) -> None:
     """Tells nobody."""
-
-
-def _features_folder(sampler: Sampler) -> Path:
-    if not sampler.built_in:
-        raise ModelError(
-            f"no features for {sampler.name}: only built-in models bring a classifier; name one's folder (--features)"
-        )
-    return classifier_of(sampler.name)
 
 
 def _classifier(home: Path, sampler: Sampler) -> Classifier:

@@ -21,7 +21,7 @@ from torch import nn
 
 from edgediff.errors import ModelError
 from edgediff.train.images import as_channels_first, scaled
-from edgediff.zoo import built_in
+from edgediff.zoo import FOLDER
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -175,10 +175,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"no classifier at {folder}: {name} is missing")
-    try:
-        shape = msgspec.json.decode((folder / CONFIG).read_bytes(), type=ClassifierShape)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise ModelError(f"{folder / CONFIG} does not describe a classifier: {e}") from e
+    shape = _read_shape(folder)
     try:
         state = {
             name: tensor.float() if tensor.is_floating_point() else tensor
@@ -197,19 +194,32 @@ def load_classifier(folder: str | Path) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
-def classifier_of(model: str) -> Path:
-    """Finds the classifier that a built-in model brings.
+def built_in_classifier(labels: tuple[str, ...] | None, size: int) -> Path:
+    """Finds the built-in classifier of some classes, whoever makes the images.
 
     Args:
-        model: The model's name.
+        labels: Names of the classes, in any order; None where there are none.
+        size: Height and width of the images, in pixels.
 
     Returns:
         Its folder.
 
     Raises:
-        ModelError: The model is not built in, or brings none.
+        ModelError: There is none.
     """
-    home = built_in(model)
-    if home is None or not (home / BESIDE_THE_MODEL / CONFIG).is_file():
-        raise ModelError(f"no features for {model}: the model brings no classifier; name the folder of one")
-    return home / BESIDE_THE_MODEL
+    homes = sorted(path.parent for path in FOLDER.glob(f"*/{BESIDE_THE_MODEL}/{CONFIG}"))
+    for home in homes:
+        shape = _read_shape(home)
+        if shape.size == size and set(shape.labels) == set(labels or ()):
+            return home
+    raise ModelError(
+        f"no features: no built-in classifier knows these {len(labels or ())} classes at {size}x{size}; "
+        "name the folder of one (--features)"
+    )
+
+
+def _read_shape(folder: Path) -> ClassifierShape:
+    try:
+        return msgspec.json.decode((folder / CONFIG).read_bytes(), type=ClassifierShape)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise ModelError(f"{folder / CONFIG} does not describe a classifier: {e}") from e

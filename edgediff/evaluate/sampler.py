@@ -70,7 +70,7 @@ class Sampler:
         """
         self.size = check_model(model)
         known = model.conditioning
-        self.name, self.built_in = model.name, model.is_built_in
+        self.name = model.name
         self.backend = TORCH
         self.scheduler = scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler)
         self.session = WholeSession(model, torch.device("cpu") if device is None else device)
@@ -138,7 +138,7 @@ class BundleSampler(Sampler):
         self.session = open_session(opened, self.backend)
         self._pipe = EdgePipeline(self._manifest, self.session, warn=warn)
         source, known, point = self._manifest.source, self._manifest.conditioning, self._manifest.operating_point
-        self.name, self.built_in = source.name, source.path is None
+        self.name = source.name
         self.scheduler = self._manifest.scheduler
         self.labels = known.labels if known.kind == "class" else None
         self.null_label = known.null_label

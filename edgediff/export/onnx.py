@@ -16,7 +16,7 @@ import torch
 
 from edgediff.config import OnnxConfig
 from edgediff.errors import UnsupportedError
-from edgediff.export.passes import SIMPLIFY, STRIP_METADATA, Pass, check, run_passes, weight_bytes
+from edgediff.export.passes import GROUP_NORM, SIMPLIFY, STRIP_METADATA, Pass, check, run_passes, weight_bytes
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -26,8 +26,8 @@ from edgediff_runtime.manifest import Graph, Target
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
-# Simplifying moves constants, not arithmetic: what is left is rounding.
-SIMPLIFIED_DB = 100.0
+# Passes move constants and write arithmetic otherwise: what is left is rounding.
+HELD_DB = 100.0
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES
     try:
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-        simplify = SIMPLIFY if large else Pass(SIMPLIFY.name, lambda before: _held(before, SIMPLIFY.apply, feeds))
-        model = run_passes(model, (STRIP_METADATA, simplify) if config.simplify else (STRIP_METADATA,))
+        passes = (GROUP_NORM, SIMPLIFY) if config.simplify else (GROUP_NORM,)
+        model = run_passes(model, (STRIP_METADATA, *(passes if large else (_holding(step, feeds) for step in passes))))
         _restore_names(model, graph)
         if large:
             onnx.load_external_data_for_model(model, str(traced.parent))
@@ -165,20 +165,22 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
     return Written(external, opset, model.ir_version, _how_simplified(config, large))
 
 
-def _held(
-    before: onnx.ModelProto, change: Callable[[onnx.ModelProto], onnx.ModelProto], feeds: Mapping[str, np.ndarray]
-) -> onnx.ModelProto:
-    """Changes a model and holds the result to what it was on real inputs."""
+def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
+    """A pass whose result is held to what the model was before, on real inputs."""
     # One row is enough, and half the memory of two where attention is large.
     feeds = {name: array[:1] for name, array in feeds.items()}
-    want = _run(before.SerializeToString(), feeds)
-    after = change(before)
-    got = _run(after.SerializeToString(), feeds)
-    for name in want:
-        number = psnr_db(want[name], got[name])
-        if number < SIMPLIFIED_DB:
-            raise UnsupportedError(f"changed {name} to {number:.1f} dB of what it was")
-    return after
+
+    def held(before: onnx.ModelProto) -> onnx.ModelProto:
+        want = _run(before.SerializeToString(), feeds)
+        after = step.apply(before)
+        got = _run(after.SerializeToString(), feeds)
+        for name in want:
+            number = psnr_db(want[name], got[name])
+            if number < HELD_DB:
+                raise UnsupportedError(f"changed {name} to {number:.1f} dB of what it was")
+        return after
+
+    return Pass(step.name, held)
 
 
 def _how_simplified(config: OnnxConfig, large: bool) -> str:

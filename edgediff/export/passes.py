@@ -11,6 +11,7 @@ import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
+from edgediff.export.group_norm import expand_group_norm
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
 
 
 STRIP_METADATA = Pass("strip-metadata", strip_metadata)
+GROUP_NORM = Pass("group-norm", expand_group_norm)
 SIMPLIFY = Pass("onnxsim", simplify)
 
 
