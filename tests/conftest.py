@@ -7,11 +7,13 @@ import pytest
 import torch
 from command_line import Command, Said, exit_code
 from photographs import folder_of_images
+from tiny_photographs import make_photographs, write_classifier, write_photographs
 from trainings import UNET, UPDATES
 from unets import unet2d, unet2d_condition
 
 import edgediff
 from edgediff.train import unet_loop
+from edgediff.train.data import ImageSet
 from edgediff.train.unet_settings import StudentTraining, TeacherTraining
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.
@@ -131,6 +133,24 @@ def place(tmp_path: Path) -> Iterator[Path]:
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight 16x16 pictures of each of the class model's four classes."""
     return folder_of_images(tmp_path_factory.mktemp("photographs"), tuple(LABELS), each=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_set() -> ImageSet:
+    """Forty photographs of four classes."""
+    return make_photographs()
+
+
+@pytest.fixture(scope="session")
+def images(tiny_set: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny set as an image folder."""
+    return write_photographs(tiny_set, tmp_path_factory.mktemp("tiny-set"))
+
+
+@pytest.fixture(scope="session")
+def classifier(tiny_set: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a classifier that learnt the tiny set."""
+    return write_classifier(tiny_set, tmp_path_factory.mktemp("features") / "tiny")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command_line import Command, assert_error
 from seals import manifest_of, seal
-from tiny_photographs import LABELS, RECIPE, SIZE, as_bytes, make_photographs, write_photographs
+from tiny_photographs import LABELS, SIZE, as_bytes
 
 from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate.comparable import check_manifest, class_indices
@@ -25,35 +25,10 @@ from edgediff.evaluate.report import Reference
 from edgediff.evaluate.row import Row
 from edgediff.evaluate.sampler import BundleSampler
 from edgediff.evaluate.traits import Examiner
-from edgediff.train.classifier import train_classifier
 from edgediff.train.data import ImageSet
 from edgediff_runtime import EdgePipeline, RequestError
 
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def photographs() -> ImageSet:
-    return make_photographs()
-
-
-@pytest.fixture(scope="module")
-def images(photographs: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photographs as an image folder."""
-    return write_photographs(photographs, tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def trained(photographs: ImageSet) -> Classifier:
-    return train_classifier(photographs, RECIPE).classifier
-
-
-@pytest.fixture(scope="module")
-def classifier(trained: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny classifier's folder."""
-    folder = tmp_path_factory.mktemp("features") / "tiny"
-    save_classifier(trained, folder)
-    return folder
 
 
 @pytest.fixture
@@ -111,24 +86,22 @@ def test_bundles_that_make_no_photographs_are_refused(
         check_manifest(manifest)
 
 
-def test_classes_go_by_name(photographs: ImageSet) -> None:
-    some = ImageSet(photographs.images, photographs.labels, ("Orange", "Kiwi", "Banana", "Apple"))
+def test_classes_go_by_name(tiny_set: ImageSet) -> None:
+    some = ImageSet(tiny_set.images, tiny_set.labels, ("Orange", "Kiwi", "Banana", "Apple"))
     found = class_indices(LABELS, some, "bundle")
     assert found is not None
-    assert found.tolist() == [3 - label for label in photographs.labels]
-    strange = ImageSet(photographs.images, photographs.labels, ("Apple", "Banana", "Kiwi", "Plum"))
+    assert found.tolist() == [3 - label for label in tiny_set.labels]
+    strange = ImageSet(tiny_set.images, tiny_set.labels, ("Apple", "Banana", "Kiwi", "Plum"))
     with pytest.raises(DataError, match="'Plum' is none of the bundle's; choices: Apple"):
         class_indices(LABELS, strange, "bundle")
     assert class_indices(None, strange, "bundle") is None
 
 
-def test_photographs_are_nearer_to_photographs_than_what_was_done_to_them(
-    classifier: Path, photographs: ImageSet
-) -> None:
+def test_photographs_are_nearer_to_photographs_than_what_was_done_to_them(classifier: Path, tiny_set: ImageSet) -> None:
     order = np.random.default_rng(2).permutation(40)
     examiner = Examiner(load_classifier(classifier))
-    reference = Reference(examiner.examine(photographs.images[order[:20]]), SIZE)
-    others = photographs.images[order[20:]]
+    reference = Reference(examiner.examine(tiny_set.images[order[:20]]), SIZE)
+    others = tiny_set.images[order[20:]]
     noise = RNG.normal(0, 1, others.shape)
     found = [reference.distances(examiner.examine(as_bytes(others / 255 + scale * noise))) for scale in (0, 0.15, 0.4)]
     for name in ("frechet_distance", "spectrum_error", "spectrum_error_top", "kernel_distance"):
@@ -137,7 +110,7 @@ def test_photographs_are_nearer_to_photographs_than_what_was_done_to_them(
     blurred = reference.distances(examiner.examine((others // 2 + np.roll(others, 1, axis=2) // 2).astype(np.uint8)))
     assert blurred.band_gap[SIZE // 2] < -0.2
     assert blurred.spectrum_error_top > blurred.spectrum_error
-    itself = reference.distances(examiner.examine(photographs.images[order[:20]]))
+    itself = reference.distances(examiner.examine(tiny_set.images[order[:20]]))
     assert itself.frechet_distance == pytest.approx(0, abs=1e-6)
     assert itself.precision == itself.recall == 1
     assert itself.spectrum_error == 0

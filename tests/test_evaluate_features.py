@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_photographs import LABELS, RECIPE, SIZE, make_photographs, write_photographs
+from tiny_photographs import LABELS, RECIPE, SIZE
 
 from edgediff import load_model
 from edgediff.errors import ConfigError, DataError, ModelError
@@ -18,7 +18,6 @@ from edgediff.evaluate.features import (
     built_in_classifier,
     features_of,
     load_classifier,
-    save_classifier,
 )
 from edgediff.train.classifier import ClassifierRecipe, accuracy_of, augment, train_classifier
 from edgediff.train.data import ImageSet
@@ -31,45 +30,26 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
-def photographs() -> ImageSet:
-    return make_photographs()
+def trained(tiny_set: ImageSet) -> Classifier:
+    return train_classifier(tiny_set, RECIPE).classifier
 
 
-@pytest.fixture(scope="module")
-def images(photographs: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photographs as an image folder."""
-    return write_photographs(photographs, tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def trained(photographs: ImageSet) -> Classifier:
-    return train_classifier(photographs, RECIPE).classifier
-
-
-@pytest.fixture(scope="module")
-def classifier(trained: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny classifier's folder."""
-    folder = tmp_path_factory.mktemp("features") / "tiny"
-    save_classifier(trained, folder)
-    return folder
-
-
-def test_a_classifier_learns_and_its_features_are_normalised(trained: Classifier, photographs: ImageSet) -> None:
-    assert accuracy_of(trained, photographs) > 0.9
-    features = features_of(trained, photographs.images)
+def test_a_classifier_learns_and_its_features_are_normalised(trained: Classifier, tiny_set: ImageSet) -> None:
+    assert accuracy_of(trained, tiny_set) > 0.9
+    features = features_of(trained, tiny_set.images)
     assert features.shape == (40, 8)
     assert np.abs(features.mean(axis=0)).max() < 1
     assert 0.3 < features.std(axis=0).mean() < 3
     with torch.no_grad():
         scores = trained.head(torch.from_numpy(features).float())
-        torch.testing.assert_close(scores, trained(as_input(photographs.images)))
+        torch.testing.assert_close(scores, trained(as_input(tiny_set.images)))
 
 
-def test_training_is_repeatable_and_leaves_torchs_seed_alone(photographs: ImageSet) -> None:
+def test_training_is_repeatable_and_leaves_torchs_seed_alone(tiny_set: ImageSet) -> None:
     recipe = ClassifierRecipe(widths=(4,), epochs=1, batch=20, seed=5)
     state = torch.get_rng_state()
     told: list[str] = []
-    first, again = (train_classifier(photographs, recipe, told.append) for _ in range(2))
+    first, again = (train_classifier(tiny_set, recipe, told.append) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert (first.epochs, first.steps) == (1, 2)
     assert first.loss == again.loss
@@ -78,13 +58,13 @@ def test_training_is_repeatable_and_leaves_torchs_seed_alone(photographs: ImageS
         assert torch.equal(mine, theirs)
 
 
-def test_training_ends_when_its_time_does(photographs: ImageSet) -> None:
-    trained = train_classifier(photographs, ClassifierRecipe(widths=(4,), epochs=10_000, batch=20, minutes=0.005))
+def test_training_ends_when_its_time_does(tiny_set: ImageSet) -> None:
+    trained = train_classifier(tiny_set, ClassifierRecipe(widths=(4,), epochs=10_000, batch=20, minutes=0.005))
     assert 1 <= trained.steps < 20_000
 
 
-def test_augmentation_keeps_what_an_image_is(photographs: ImageSet) -> None:
-    given = as_input(photographs.images)
+def test_augmentation_keeps_what_an_image_is(tiny_set: ImageSet) -> None:
+    given = as_input(tiny_set.images)
     made = augment(given, torch.Generator().manual_seed(0))
     assert made.shape == given.shape
     assert not torch.equal(made, given)
@@ -92,25 +72,25 @@ def test_augmentation_keeps_what_an_image_is(photographs: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"batch": 1}, {"minutes": 0.0}, {"learning_rate": -1.0}])
-def test_recipes_out_of_range_are_refused(photographs: ImageSet, change: dict[str, Any]) -> None:
+def test_recipes_out_of_range_are_refused(tiny_set: ImageSet, change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
-        train_classifier(photographs, ClassifierRecipe(**change))
+        train_classifier(tiny_set, ClassifierRecipe(**change))
 
 
-def test_too_few_images_and_strange_classes_are_refused(trained: Classifier, photographs: ImageSet) -> None:
+def test_too_few_images_and_strange_classes_are_refused(trained: Classifier, tiny_set: ImageSet) -> None:
     with pytest.raises(DataError, match="40 images of 4 classes; expected two classes and 64"):
-        train_classifier(photographs)
-    strange = ImageSet(photographs.images, photographs.labels, ("Apple", "Banana", "Kiwi", "Plum"))
+        train_classifier(tiny_set)
+    strange = ImageSet(tiny_set.images, tiny_set.labels, ("Apple", "Banana", "Kiwi", "Plum"))
     with pytest.raises(DataError, match="'Plum' is none of"):
         accuracy_of(trained, strange)
 
 
-def test_a_classifier_comes_back_as_it_was_stored(trained: Classifier, classifier: Path, photographs: ImageSet) -> None:
+def test_a_classifier_comes_back_as_it_was_stored(trained: Classifier, classifier: Path, tiny_set: ImageSet) -> None:
     loaded = load_classifier(classifier)
     assert loaded.shape == trained.shape == ClassifierShape(SIZE, (6, 8), LABELS)
     assert not loaded.training
-    expected = features_of(trained, photographs.images)
-    np.testing.assert_allclose(features_of(loaded, photographs.images), expected, atol=0.02)  # fp16 on disk
+    expected = features_of(trained, tiny_set.images)
+    np.testing.assert_allclose(features_of(loaded, tiny_set.images), expected, atol=0.02)  # fp16 on disk
     assert json.loads((classifier / "config.json").read_text())["_class_name"] == "Classifier"
 
 
