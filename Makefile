@@ -23,6 +23,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/adaptors.py
 	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/students.py
 	$(BIN)/python benchmarks/coreml_images.py
 	$(BIN)/python benchmarks/coreml_size.py
 	$(BIN)/python benchmarks/export_sd15.py

@@ -1,8 +1,8 @@
 """What does each part of a student do? Gating, the spatial term, the frequency term, and its alpha, each left out.
 
-Trains every variant of the built-in student's recipe with a budget of its own (`--updates`) and three seeds, and
-compares 1,000 images of each with held-out photographs, as students.py does. A training that was stopped goes on; what
-is in `--output` already is only compared.
+Trains every variant of the built-in student's recipe, alpha at the paper's -1 but in one, with a budget of its own
+(`--updates`) and three seeds, and compares the images of each with held-out photographs, as students.py does. A
+training that was stopped goes on; what is in `--output` already is only compared.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def main() -> None:
     asked = parser.parse_args()
     print(machine())
     base = msgspec.to_builtins(load_training(RECIPE, StudentTraining))
-    base |= {"data": str(asked.data), "held_out": str(asked.images), "updates": asked.updates, "sample_every": None}
+    base |= {"data": str(asked.data), "held_out": str(asked.images), "sample_every": None}
+    base |= {"alpha": -1.0, "updates": asked.updates}
     # Seed by seed: what has run so far compares all variants.
     found: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(asked.seeds):

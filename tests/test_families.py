@@ -27,7 +27,7 @@ from edgediff_runtime import clock_mask
 from edgediff_runtime.manifest import Cost
 
 HAVE_TRANSFORMERS = ("sd15-like", "sd2-like-linear-projection", "uneven-layers", "bk-sdm-like-no-mid", "text-and-class")
-CARDS = tuple(name for name in ZOO if name != "grocery-32")
+CARDS = tuple(name for name in ZOO if not list((FOLDER / name / "unet").glob("*.safetensors")))
 # Published parameters, as printed, and how far the print may be rounded. BK-SDM's card has two digits, and its small
 # and tiny are rounded up from the authors' own configuration; SSD-1B's is the size of its fp16 weights, 2.66 GB.
 PUBLISHED = {

@@ -10,9 +10,11 @@ from model_folders import BIN, PIPELINE, SAFE, SCHEDULER, as_bin, change_config,
 from safetensors.torch import load_file, save_file
 from unets import CASES, unet2d
 
-from edgediff import load_model
+from edgediff import Cut, load_model, split
 from edgediff.models.conditioning import TensorSpec
 from edgediff.models.load import WEIGHTS, random_weights
+from edgediff.models.macs import tally
+from edgediff.models.spectral import SpectralUNet2DModel
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -171,6 +173,19 @@ def test_the_built_in_model_with_weights() -> None:
     assert (len(model.conditioning.labels), model.conditioning.null_label) == (35, 35)
     assert (model.space, model.card.license) == ("pixel", "apache-2.0")
     assert "Apache License" in str(model.card.license_text)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("grocery-32-student", SpectralUNet2DModel), ("grocery-32-lite", UNet2DModel)]
+)
+def test_the_built_in_students(name: str, kind: type) -> None:
+    model, teacher = load_model(name), load_model("grocery-32")
+    assert type(model.unet) is kind
+    assert_ready(model.unet)
+    assert (model.conditioning, model.sample_shape) == (teacher.conditioning, teacher.sample_shape)
+    assert (model.space, model.card.license) == ("pixel", "apache-2.0")
+    own, its = (tally(split(m.unet, Cut()), m.sample_shape, m.conditioning.tensors) for m in (model, teacher))
+    assert own.parts["full"].macs <= its.parts["full"].macs / 8
 
 
 def test_the_built_in_geometry_without_weights() -> None:
