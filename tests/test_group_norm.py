@@ -29,7 +29,11 @@ def normalizing(shape: tuple[int | str, ...], *, shared: bool = False) -> ModelP
         [helper.make_tensor_value_info("x", FLOAT, shape)],
         [helper.make_tensor_value_info("z", FLOAT, shape)],
         weights,
-        value_info=[helper.make_tensor_value_info("y", FLOAT, shape)],
+        # As torch's exporter writes it: of weights too.
+        value_info=[
+            helper.make_tensor_value_info("y", FLOAT, shape),
+            *(helper.make_tensor_value_info(name, FLOAT, [CHANNELS]) for name in names),
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
@@ -49,6 +53,8 @@ def test_it_computes_what_the_operator_does(shape: tuple[int | str, ...], shared
     expanded = expand_group_norm(model)
     assert {node.op_type for node in expanded.graph.node} == {"Reshape", "InstanceNormalization", "Mul", "Add"}
     onnx.checker.check_model(expanded, full_check=True)
+    used = {name for node in expanded.graph.node for name in node.input}
+    assert {tensor.name for tensor in expanded.graph.initializer} <= used
     np.testing.assert_allclose(run(expanded, x), want, atol=1e-5)
 
 

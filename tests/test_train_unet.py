@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from command_line import Command, assert_error
 from conftest import LABELS
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 from photographs import folder_of_images
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2
 from edgediff.train import draws, unet_loop
 from edgediff.train.images import Batches, as_channels_first
 from edgediff.train.latents import load_autoencoder
-from edgediff.train.samples import draw_samples
+from edgediff.train.samples import STEPS, draw_samples, make_sampler
 from edgediff.train.space import LatentSpace
 from edgediff.train.student import student_of, train_student
 from edgediff.train.teacher import geometry_of, train_teacher
@@ -178,6 +179,7 @@ def test_a_latent_model_says_what_it_is_made_of(teacher_training: TeacherTrainin
     train_student(tmp_path / "b", mine)
     index = json.loads((tmp_path / "b" / "model_index.json").read_text())
     assert index == {
+        "_class_name": "DiffusionPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["edgediff.models.spectral", "SpectralUNet2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -195,6 +197,13 @@ def test_an_autoencoder_is_written_whole(teacher_training: TeacherTraining, tmp_
     assert not (tmp_path / "a" / "vae.partial").exists()
 
 
+@pytest.mark.parametrize("steps", [2, 5, 10, 20, 21, 1000])
+def test_schedules_of_all_lengths_can_be_sampled(class_model: Path, steps: int) -> None:
+    model = load_model(class_model)
+    model = replace(model, scheduler=DDPMScheduler(num_train_timesteps=steps, prediction_type="v_prediction"))
+    assert make_sampler(model).num_inference_steps == min(STEPS, steps - 1)
+
+
 def test_a_conditional_unet_without_text_learns(teacher_training: TeacherTraining, tmp_path: Path) -> None:
     unet = UNET | {"_class_name": "UNet2DConditionModel", "mid_block_type": None}
     train_teacher(tmp_path / "a", changed(teacher_training, unet=unet, updates=1))
@@ -205,11 +214,13 @@ def test_a_conditional_unet_without_text_learns(teacher_training: TeacherTrainin
 
 def test_a_grid_takes_no_more_rows_at_once_than_it_may(class_model: Path) -> None:
     model = load_model(class_model)
-    seen: set[int] = set()
-    model.unet.register_forward_pre_hook(lambda unet, args: seen.add(len(args[0])))
-    some = draw_samples(model, 3, at_once=2)
-    assert seen == {2}
-    np.testing.assert_allclose(some, draw_samples(model, 3), atol=1e-4)
+    seen: list[int] = []
+    model.unet.register_forward_pre_hook(lambda unet, args: seen.append(len(args[0])))
+    some = draw_samples(model, 3, at_once=4)
+    assert seen == [3, 3] * STEPS  # six rows, two of each image
+    every = draw_samples(model, 3, at_once=100)
+    assert seen[2 * STEPS :] == [6] * STEPS
+    np.testing.assert_allclose(some, every, atol=1e-4)
 
 
 # Order

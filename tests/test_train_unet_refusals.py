@@ -318,7 +318,10 @@ def test_settings_of_a_geometry_that_do_not_fit(
 
 def test_a_schedule_that_cannot_be_sampled(teacher_training: TeacherTraining, tmp_path: Path) -> None:
     """Found out before the training, not at its first sample grid."""
-    refused(tmp_path, changed(teacher_training, num_train_timesteps=5), EdgediffError, "cannot be sampled")
+    unsampled = save_model(unet2d(**SMALL_CLASS), tmp_path / "unsampled", DDPM | {"thresholding": True})
+    (unsampled / "classes.json").write_text(json.dumps(LABELS))
+    mine = StudentTraining(teacher=str(unsampled), data=teacher_training.data, updates=1, batch=4)
+    refused(tmp_path, mine, EdgediffError, "scheduler thresholding True")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def distance(
     batch: Annotated[int, typer.Option(help="Images generated at once; the images do not depend on it.")] = 50,
     backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Folder of a classifier; left out, the built-in model's own.")
+        Path | None, typer.Option(help="Folder of a classifier; left out, the built-in one of the classes.")
     ] = None,
     grid: Annotated[
         Path | None,

@@ -67,7 +67,7 @@ def evaluate_distance(
         seed: Of the noise, of the choice of photographs and of the spread.
         batch: Images generated at once; what it changes is memory.
         backend: What runs a bundle's graphs; the usual one where None.
-        features: A classifier's folder; that of the built-in model where None.
+        features: A classifier's folder; the built-in one of the classes where None.
         grid: A .png to be: the images that are nearest to training photographs, and those.
         progress: Told what is being done.
 

@@ -40,7 +40,19 @@ def expand_group_norm(model: ModelProto) -> ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.extend(expansion.constants.values())
+    _drop_stale(model, expansion.reshaped)
     return model
+
+
+def _drop_stale(model: ModelProto, reshaped: set[str]) -> None:
+    """Removes what was said of the shapes of reshaped weights, and weights that have only left copies behind."""
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input}
+    said = [value for value in graph.value_info if value.name not in reshaped]
+    weights = [tensor for tensor in graph.initializer if tensor.name in used or tensor.name not in reshaped]
+    del graph.value_info[:], graph.initializer[:]
+    graph.value_info.extend(said)
+    graph.initializer.extend(weights)
 
 
 class _Expansion:
@@ -48,11 +60,13 @@ class _Expansion:
 
     Attributes:
         constants: New initialisers by name.
+        reshaped: Names of the weights that have another shape now, or copies that have.
     """
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
         self.constants: dict[str, TensorProto] = {}
+        self.reshaped: set[str] = set()
         self._shapes = {
             value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in (*graph.input, *graph.value_info, *graph.output)
@@ -91,6 +105,7 @@ class _Expansion:
         tensor = self._weights.get(name)
         if tensor is None:
             raise UnsupportedError(f"{name} scales a group normalization; expected one of the graph's weights")
+        self.reshaped.add(name)
         if self._uses[name] > 1:  # equal weights are stored once
             name = f"{name}.rank_{rank}"
             if name not in self.constants:

@@ -1,5 +1,6 @@
 """Samples of a UNet while it is trained, through the loop that runs on the device."""
 
+import math
 from collections import deque
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SCHEDULER = "dpmpp_2m"
 
 
 def make_sampler(model: Model) -> Scheduler:
-    """The sampler that grids are drawn with: `STEPS` steps, or as many as the schedule has.
+    """The sampler that grids are drawn with: `STEPS` steps, or fewer where the schedule is shorter.
 
     Args:
         model: The model.
@@ -35,7 +36,7 @@ def make_sampler(model: Model) -> Scheduler:
     """
     config = scheduler_config(model.scheduler, SCHEDULER)
     try:
-        return make_scheduler(config, min(STEPS, config.num_train_timesteps))
+        return make_scheduler(config, max(1, min(STEPS, config.num_train_timesteps - 1)))
     except RequestError as e:
         raise UnsupportedError(f"{model.name} cannot be sampled: {e}") from e
 
@@ -47,7 +48,7 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
         model: Of classes or of nothing; its UNet is where it is to run. Image i has class i mod the number of classes.
         count: How many.
         seed: Of the noise.
-        at_once: Rows that go through the UNet together, two for an image with guidance; None for all.
+        at_once: Most rows that go through the UNet together, two for an image with guidance; None for all.
 
     Returns:
         float32 [count, C, H, W], as the sampler leaves them.
@@ -55,7 +56,6 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
     Raises:
         UnsupportedError: The sampler cannot be carried over.
     """
-    session = WholeSession(model, model.unet.device, at_once)
     known = model.conditioning
     guidance = usual_guidance(known)
     cond: dict[str, np.ndarray] = {}
@@ -64,6 +64,10 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
         cond["class_labels"] = np.arange(count, dtype=np.int64) % len(known.labels)
         if guidance > 1:
             uncond["class_labels"] = np.full(count, known.null_label, dtype=np.int64)
+    rows = count * (2 if guidance > 1 else 1)
+    # As many in each part, since the loop fills up parts that are not full.
+    even = None if at_once is None else math.ceil(rows / math.ceil(rows / at_once))
+    session = WholeSession(model, model.unet.device, even)
     scheduler = make_sampler(model)
     steps = scheduler.num_inference_steps
     request = Request(
@@ -110,7 +114,7 @@ def take_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
     Args:
         model: The model; its UNet is left in the mode that it was in.
         count: How many.
-        at_once: Rows that go through the UNet together.
+        at_once: Most rows that go through the UNet together.
 
     Returns:
         float32 [count, C, H, W].

@@ -62,7 +62,8 @@ class LatentSpace:
             self.vae.save_pretrained(partial)
             os.replace(partial, path / FOLDER)
         parts = {"scheduler": model.scheduler, "unet": model.unet, "vae": self.vae}
-        index = {name: [_library(type(part).__module__), type(part).__name__] for name, part in parts.items()}
+        index: dict[str, object] = {"_class_name": "DiffusionPipeline"}
+        index |= {name: [_library(type(part).__module__), type(part).__name__] for name, part in parts.items()}
         (path / _INDEX).write_text(f"{json.dumps(index, indent=1)}\n", encoding="utf-8")
 
 

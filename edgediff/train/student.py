@@ -83,8 +83,9 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
 
 def _autoencoder(teacher: Model) -> AutoencoderKL:
     """The autoencoder on whose latents the teacher works."""
-    beside_unet = teacher.path if (teacher.path / FOLDER).is_dir() else teacher.path.parent
-    return load_autoencoder(beside_unet / FOLDER)
+    # A UNet's own folder within a pipeline's, as load_model takes it too.
+    within = not (teacher.path / "unet").is_dir() and (teacher.path.parent / "scheduler").is_dir()
+    return load_autoencoder((teacher.path.parent if within else teacher.path) / FOLDER)
 
 
 def student_of(teacher: Model, settings: StudentTraining) -> Model:

@@ -33,7 +33,9 @@ SAMPLES = "samples.png"
 NUM_SAMPLES = 36
 # What a held-out loss is measured on: at most so many images, each with the same noise every time.
 HELD_OUT = 512
+# Numbers that chance is drawn under: of an update's images and noise, and of its dropout.
 _FIRST_UPDATE = 1
+_DROPOUT = 1 << 30
 
 
 @dataclass
@@ -140,7 +142,7 @@ class UNetLoop:
     def _update(self) -> None:
         settings, state, accelerator = self.settings, self.state, self.accelerator
         number = state.updates * accelerator.num_processes + accelerator.process_index
-        torch.manual_seed(mixed(settings.seed, number + _FIRST_UPDATE))
+        torch.manual_seed(mixed(settings.seed, _DROPOUT + number))
         share = self._rate(state.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
