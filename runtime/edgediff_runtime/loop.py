@@ -21,6 +21,9 @@ from edgediff_runtime.noise import noise
 from edgediff_runtime.schedulers import Scheduler
 from edgediff_runtime.sessions import Array, Session
 
+# A normalization squares what it is given: above this float32 overflows, and what comes out may be finite and wrong.
+OVERFLOW = 1e18
+
 __all__ = ["CACHE", "LOWRES_FEATURE", "Request", "Step", "denoise", "initial_latents"]
 
 
@@ -149,8 +152,10 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         with np.errstate(over="ignore", invalid="ignore"):
             x_t, state = scheduler.step(i, x_t, model_output, state, fresh)
         ms["scheduler"] = 1e3 * (perf_counter() - before)
-        if not np.isfinite(x_t).all():
-            raise NotFiniteError(f"the model's output is not finite at step {i}: the latents hold NaN or infinity")
+        if not np.abs(x_t).max() < OVERFLOW:  # so that NaN is refused too
+            raise NotFiniteError(
+                f"the model's output is not finite at step {i}: latents hold NaN, infinity or more than {OVERFLOW:g}"
+            )
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
         shown = x_t.view()
         shown.flags.writeable = False
