@@ -25,6 +25,7 @@ STAGES = (
         "edgediff.arrays",
         "edgediff.coreml",
         "edgediff.doctor",
+        "edgediff.outputs",
         "edgediff.survey",
         "edgediff.zoo",
         "edgediff.placement_ops",

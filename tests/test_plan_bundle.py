@@ -11,10 +11,11 @@ import pytest
 from command_line import Command, Said
 
 import edgediff
+from edgediff import outputs
 from edgediff.arrays import prompt_arguments
 from edgediff.config import config_from
 from edgediff.errors import ConfigError, MissingExtraError, TargetError
-from edgediff.plan import figure, files
+from edgediff.plan import files
 from edgediff.plan.budget import cached_steps, count_cost, time_cost
 from edgediff.plan.caveats import caveats
 from edgediff.plan.planner import Plan, make_plan
@@ -261,7 +262,7 @@ def test_a_plan_in_latent_space_takes_the_evidences_embeddings(text_bundle: Path
 
 
 def test_without_matplotlib_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"edgediff\[train\]"):
         files.check_folder(tmp_path / "plan", tmp_path / "bundle")
 

@@ -1,6 +1,5 @@
 """A model by frequency on one page: what it makes, how it denoises, and what its gates let pass."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.errors import MissingExtraError
 from edgediff.evaluate.spectra import top_octaves
 from edgediff.evaluate.spectrum_report import GateCurves, SpectrumReport
 
@@ -18,16 +16,6 @@ WIDTH, HEIGHT, DPI = 15.0, 4.6, 120
 # Time steps whose response is drawn as a curve.
 CURVES = 5
 GATES_IN_A_LINE = 6
-
-
-def check_drawing() -> None:
-    """Refuses to begin what could not be drawn at its end.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("drawing spectra", "train")
 
 
 def draw_overview(

@@ -1,15 +1,15 @@
 """A model's diagnosis on disk: spectrum.json and pictures in one folder, each whole or as it was."""
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from edgediff.errors import TargetError
-from edgediff.evaluate.overview import check_drawing, draw_overview
+from edgediff.evaluate.overview import draw_overview
 from edgediff.evaluate.spectrum import Diagnosis
+from edgediff.outputs import check_drawing, write_whole
 
 NUMBERS, OVERVIEW = "spectrum.json", "spectrum.png"
 
@@ -24,7 +24,7 @@ def check_folder(folder: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         TargetError: It is no folder, or cannot be written.
     """
-    check_drawing()
+    check_drawing("drawing spectra")
     if folder.exists() and not folder.is_dir():
         raise TargetError(f"{folder} exists and is no directory; choose another output")
     here = folder.resolve()
@@ -45,17 +45,7 @@ def write_diagnosis(found: Diagnosis, folder: Path) -> dict[str, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(found.report), indent=1) + b"\n"
-    _replace(folder / NUMBERS, lambda path: path.write_bytes(data))
+    write_whole(folder / NUMBERS, lambda path: path.write_bytes(data))
     draw = partial(draw_overview, found.report, found.generated, found.photographs)
-    _replace(folder / OVERVIEW, draw)
+    write_whole(folder / OVERVIEW, draw)
     return {"numbers": folder / NUMBERS, "overview": folder / OVERVIEW}
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside its place, then renames: a full disk or an interrupt leaves what was there."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """The images that come nearest to training photographs, as a picture beside those: what numbers cannot show."""
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.errors import ConfigError, MissingExtraError, TargetError
+from edgediff.errors import ConfigError, TargetError
 from edgediff.evaluate.neighbours import Nearest
 from edgediff.evaluate.report import Suspect
+from edgediff.outputs import check_drawing
 
 SHOWN = 8
 INK, SOFT = "#222222", "#8a8a8a"
@@ -70,8 +70,7 @@ def check_picture(path: Path, train: str | Path | None) -> None:
         raise ConfigError(f"the grid is a picture; expected a name that ends in .png, not {path}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise TargetError(f"cannot write {path}: {path.parent} is not a folder that can be written")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("the grid", "train")
+    check_drawing("the grid")
 
 
 def draw_suspects(groups: Sequence[Group], train: NDArray[np.uint8], threshold: float, model: str, path: Path) -> None:

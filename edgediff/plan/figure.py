@@ -1,11 +1,10 @@
 """The frontier as a picture: what each number of cached steps costs, and how near its best mask stays to clock 1."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgediff.errors import MissingExtraError
+from edgediff.outputs import check_drawing
 from edgediff.plan.trajectory import letters, psnr_db
 
 if TYPE_CHECKING:
@@ -13,18 +12,9 @@ if TYPE_CHECKING:
 
 INK, SOFT, BEST, UNIFORM, CHOSEN = "#222222", "#8a8a8a", "#1f5fa8", "#c2571a", "#1a7f37"
 SIZE, DPI = (8.0, 5.0), 150
+DRAWING = "the plan's picture"
 # Uniform clocks that get their name: those of longer periods crowd together at the cheap end.
 NAMED = 5
-
-
-def check_figure() -> None:
-    """Refuses to begin where the picture could not be drawn.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("the plan's picture", "train")
 
 
 def draw_frontier(plan: "Plan", path: Path) -> None:
@@ -37,7 +27,7 @@ def draw_frontier(plan: "Plan", path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    check_figure()
+    check_drawing(DRAWING)
     # The Agg backend by name: no display is asked for, and no global setting changed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from edgediff.errors import TargetError
-from edgediff.plan.figure import check_figure, draw_frontier
+from edgediff.outputs import check_drawing, write_whole
+from edgediff.plan.figure import DRAWING, draw_frontier
 from edgediff.plan.planner import Plan
 from edgediff.plan.recipe import plan_recipe, render_recipe
 from edgediff_runtime.bundle import MANIFEST
@@ -25,7 +25,7 @@ def check_folder(folder: Path, bundle: Path) -> None:
         TargetError: It is no folder, cannot be written, or lies in a bundle.
         MissingExtraError: matplotlib is not installed.
     """
-    check_figure()
+    check_drawing(DRAWING)
     if folder.exists() and not folder.is_dir():
         raise TargetError(f"{folder} exists and is no directory; choose another output")
     here = folder.resolve()
@@ -55,9 +55,9 @@ def write_plan(plan: Plan, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = render(plan)
     data = json.dumps(plan.to_dict(), indent=1) + "\n"
-    _replace(folder / FIGURE, lambda path: draw_frontier(plan, path))
-    _replace(folder / PLAN, lambda path: path.write_text(data, encoding="utf-8"))
-    _replace(folder / RECIPE, lambda path: path.write_text(recipe, encoding="utf-8"))
+    write_whole(folder / FIGURE, lambda path: draw_frontier(plan, path))
+    write_whole(folder / PLAN, lambda path: path.write_text(data, encoding="utf-8"))
+    write_whole(folder / RECIPE, lambda path: path.write_text(recipe, encoding="utf-8"))
     return {"figure": folder / FIGURE, "plan": folder / PLAN, "recipe": folder / RECIPE}
 
 
@@ -84,13 +84,3 @@ def render(plan: Plan) -> str:
             f'clock: "{plan.auto.clock}"',
         ]
     return render_recipe(config, lines)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside its place, then renames: a full disk or an interrupt leaves what was there."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -20,9 +20,10 @@ from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
 from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
+from edgediff.outputs import check_drawing
 from edgediff.train.card import adaptor_card
 from edgediff.train.checkpoint import Checkpoints
-from edgediff.train.curve import check_drawing, draw_losses
+from edgediff.train.curve import draw_losses
 from edgediff.train.draws import generator
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.place import STORE, Claim, check_place, claim_place, clear_place, is_finished
@@ -107,7 +108,7 @@ def train_adaptor(
     if is_finished(path, claim):
         clear_place(path)
         return None
-    check_drawing()
+    check_drawing("drawing the loss curve")
     shape = adaptor_shape(split(model.unet, settings.cut), model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -1,25 +1,12 @@
 """The loss curves of a training, as a picture."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from edgediff.errors import MissingExtraError
-
 # Dark enough for the mean; what each update gave is drawn lighter in the same colour.
 COLOURS = ("#1f4e79", "#2e7d32", "#b9770e", "#7d3c98")
-
-
-def check_drawing() -> None:
-    """Refuses to begin what could not be drawn at its end.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError("drawing the loss curve", "train")
 
 
 def draw_losses(

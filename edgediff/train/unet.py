@@ -20,7 +20,7 @@ from edgediff.config import Cut
 from edgediff.errors import TargetError
 from edgediff.models.clockwork import split
 from edgediff.models.load import Model, one_line
-from edgediff.train.curve import check_drawing
+from edgediff.outputs import check_drawing
 from edgediff.train.data import ImageSet
 from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation
@@ -99,7 +99,7 @@ def train_unet(
         TrainingError: The loss is not finite; the last good checkpoint is kept.
         UnsupportedError: The model cannot be sampled, or cannot be cut.
     """
-    check_drawing()
+    check_drawing("drawing the loss curve")
     # What could not be sampled or divided afterwards is not trained.
     make_sampler(model)
     split(model.unet, Cut())
