@@ -1,4 +1,4 @@
-"""The main job on the built-in model: export, verify, generate with two clocks, compare."""
+"""The main job on a built-in model: export, verify, generate with two clocks, compare."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgediff.config import find_recipe, load_config
+from edgediff.errors import ConfigError
 from edgediff.export.pipeline import export_bundle
 from edgediff.models.load import load_model
 from edgediff.survey import survey_bundle
@@ -15,7 +16,8 @@ from edgediff.verify.rows import ParityReport
 from edgediff_runtime import EdgePipeline, Result
 from edgediff_runtime.image import grid, write_png
 
-RECIPE = "grocery-32"
+# Built-in models with weights and a recipe of their name; the first is shown unless another is named.
+MODELS = ("grocery-32-student", "grocery-32")
 IMAGES = 16
 ROUNDS = 2
 SCALE = 4
@@ -52,28 +54,31 @@ class Shown:
     pictures: dict[str, Path]
 
 
-def run_demo(folder: Path, say: Callable[[str], None]) -> Shown:
-    """Exports the built-in model, verifies it, and generates the same images with clock 1 and the recipe's clock.
+def run_demo(folder: Path, say: Callable[[str], None], model: str = MODELS[0]) -> Shown:
+    """Exports a built-in model, verifies it, and generates the same images with clock 1 and the recipe's clock.
 
     Args:
         folder: For the bundle and the pictures; a valid bundle in it is used again.
         say: Told what is being done.
+        model: One of ``MODELS``.
 
     Returns:
         What was done.
 
     Raises:
-        EdgediffError: Something is in the way, or a number does not hold.
+        EdgediffError: The model is another, something is in the way, or a number does not hold.
     """
-    config = load_config(find_recipe(RECIPE))
-    say(f"loading {config.model}")
-    model = load_model(str(config.model))
+    if model not in MODELS:
+        raise ConfigError(f"the demo does not show {model!r}; choices: {', '.join(MODELS)}")
+    config = load_config(find_recipe(model))
+    say(f"loading {model}")
+    loaded = load_model(model)
     bundle = folder / "bundle"
     # A bundle of another version is the demo's own to replace; files that are not its own stop it.
-    done = export_bundle(model, bundle, config, force=True, progress=say)
+    done = export_bundle(loaded, bundle, config, force=True, progress=say)
     report = done.report
     if report is None:
-        report = verify_bundle(bundle, model, progress=lambda what: say(f"verifying: {what}"))
+        report = verify_bundle(bundle, loaded, progress=lambda what: say(f"verifying: {what}"))
     pipe = EdgePipeline.from_pretrained(bundle)
     pipe(num_images=1, num_inference_steps=1, clock=1)  # the first call of a session is not the loop's time
     runs = []
@@ -94,7 +99,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Shown:
     survey = survey_bundle(bundle, None, None, None)
     every = (True,) * config.steps
     return Shown(
-        name=model.name,
+        name=loaded.name,
         bundle=bundle,
         report=report,
         result=clocked,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from edgediff.errors import MissingExtraError
+from edgediff.errors import MissingExtraError, TargetError
 
 
 def check_drawing(what: str) -> None:
@@ -19,6 +19,23 @@ def check_drawing(what: str) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(what, "train")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that could not be written, before anything is measured.
+
+    Args:
+        folder: Where files are to be; it need not be there.
+
+    Raises:
+        TargetError: It is no folder, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TargetError(f"{folder} exists and is no directory; choose another output")
+    here = folder.resolve()
+    there = next(parent for parent in (here, *here.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -227,8 +227,9 @@ def test_controlnet_residuals_are_refused_by_name() -> None:
 # Built-in ones
 
 
-def test_built_in_adaptors_are_whole_and_belong_to_their_model() -> None:
-    model = load_model("grocery-32")
+@pytest.mark.parametrize("name", ["grocery-32", "grocery-32-student"])
+def test_built_in_adaptors_are_whole_and_belong_to_their_model(name: str) -> None:
+    model = load_model(name)
     found = dict(built_in_adaptors(model))
     assert {path.name for path in found} == {path.name for path in (model.path / "adaptors").iterdir()}
     for path, record in found.items():

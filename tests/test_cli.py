@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import exit_code
+from command_line import Command, assert_error, exit_code
 from PIL import Image
+
+import edgediff
+from edgediff import demo
+from edgediff.config import find_recipe, load_config
 
 BLOCK = """
 import sys
@@ -112,6 +116,15 @@ def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(monkeypatch, command, "--help") == 0
     assert f"edgediff {command}" in capsys.readouterr().out
+
+
+def test_the_demo_shows_models_that_have_weights_and_a_recipe(command: Command, place: Path) -> None:
+    for name in demo.MODELS:
+        assert load_config(find_recipe(name)).model == name
+        assert edgediff.load_model(name).has_weights
+    said = command("demo", "sd15", "-o", place / "demo")
+    assert_error(said, "'sd15'", "grocery-32-student, grocery-32")
+    assert not (place / "demo").exists()
 
 
 def test_the_light_install_runs_verifies_and_inspects(class_bundle: Path, tmp_path: Path) -> None:

@@ -264,20 +264,20 @@ def test_a_plan_in_latent_space_takes_the_evidences_embeddings(text_bundle: Path
 def test_without_matplotlib_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"edgediff\[train\]"):
-        files.check_folder(tmp_path / "plan", tmp_path / "bundle")
+        files.check_place(tmp_path / "plan", tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("where", ["", "plan", "onnx/plan"])
 def test_nothing_is_written_into_a_bundle(class_bundle: Path, where: str) -> None:
     with pytest.raises(TargetError, match="lies in the bundle"):
-        files.check_folder(class_bundle / where, class_bundle)
+        files.check_place(class_bundle / where, class_bundle)
 
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in ("file", "file/plan"):
         with pytest.raises(TargetError, match=r"no directory|not a folder"):
-            files.check_folder(tmp_path / where, tmp_path / "bundle")
+            files.check_place(tmp_path / where, tmp_path / "bundle")
 
 
 def test_a_write_that_fails_leaves_what_was_there(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

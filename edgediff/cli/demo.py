@@ -26,19 +26,22 @@ def doctor(as_json: JsonOption = False) -> None:
         raise VerificationError(f"{len(found.known_bad)} known-bad pair(s) of versions: {found.known_bad[0]}")
 
 
-@app.command(epilog="Example:  edgediff demo -o demo")
+@app.command(epilog="Examples:  edgediff demo -o demo   |   edgediff demo grocery-32")
 def demo(
+    model: Annotated[
+        str, typer.Argument(help="grocery-32-student, a spectral student, or its teacher grocery-32.")
+    ] = "grocery-32-student",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")] = Path(
         "out/demo"
     ),
 ) -> None:
-    """Do the main job on the built-in model: export, verify, generate at clock 1 and clock 2, compare."""
+    """Do the main job on a built-in model: export, verify, generate at clock 1 and clock 2, compare."""
     toolchain("edgediff.export.pipeline", "demo")
     from edgediff.demo import run_demo
     from edgediff.tables import demo_tables
 
     with progress() as say:
-        shown = run_demo(output, say)
+        shown = run_demo(output, say, model)
     for table in demo_tables(shown):
         out.print(table)
     if not shown.report.ok:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from edgediff import outputs
 from edgediff.cli.app import (
     GuidanceOption,
     JsonOption,
@@ -131,7 +132,8 @@ def spectrum(
     """Say what a model does to each frequency: power of its images, error and response of its denoising, gates."""
     diagnose = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
     files = toolchain("edgediff.evaluate.spectrum_files", "evaluate spectrum")
-    files.check_folder(output)
+    outputs.check_drawing("drawing spectra")
+    outputs.check_folder(output)
     with progress() as say:
         found = diagnose.evaluate_spectrum(
             model,

@@ -42,10 +42,10 @@ def plan(
 ) -> None:
     """Choose the clock: the full and cached steps that move the images least, for a budget."""
     from edgediff.arrays import load_arrays, prompt_arguments
-    from edgediff.plan.files import check_folder, write_plan
+    from edgediff.plan.files import check_place, write_plan
     from edgediff.plan.planner import make_plan
 
-    check_folder(output, bundle)
+    check_place(output, bundle)
     with progress() as say:
         found = make_plan(
             bundle,

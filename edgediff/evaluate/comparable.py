@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.errors import ConfigError, DataError, ModelError, UnsupportedError
+from edgediff.errors import ConfigError, DataError, UnsupportedError
 from edgediff.models.load import Model
 from edgediff.train.data import ImageSet
 from edgediff_runtime.manifest import Manifest
@@ -35,8 +35,7 @@ def check_model(model: Model) -> int:
         raise UnsupportedError(f"{model.name} gives {model.unet.config.out_channels} channels; expected the 3 it takes")
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights: it makes no images")
-    if model.scheduler is None:
-        raise ModelError(f"{model.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+    model.check_schedule()
     return height
 
 

@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 
 from edgediff.config import ExportConfig, check_config
 from edgediff.coreml import import_coremltools
-from edgediff.errors import ConfigError, ModelError, TargetError, VerificationError
+from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.card import bundle_card
 from edgediff.export.conditioning import reference_conditioning
 from edgediff.export.coreml import write_coreml
@@ -100,8 +100,7 @@ def export_bundle(
         model = random_weights(model, config.random_weights)
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights; pass --random-weights SEED to export it")
-    if model.scheduler is None:
-        raise ModelError(f"{model.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+    model.check_schedule()
     if "coreml" in config.targets:
         import_coremltools("exporting to Core ML")
     say("dividing the UNet")

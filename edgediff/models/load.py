@@ -25,6 +25,8 @@ from edgediff.zoo import ZOO, built_in
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
+# How torch and diffusers fail over settings of the wrong kind.
+BAD_SETTINGS = (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError)
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -42,6 +44,7 @@ class Model:
         card: Licence and description of the source.
         sha256: Hash over configuration and weights; what a bundle is compared with.
         path: The directory that it came from.
+        home: The directory of the whole: where schedule, autoencoder and card lie. ``path``, or the one around it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Model:
     card: Card
     sha256: str
     path: Path
+    home: Path
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -74,6 +78,15 @@ class Model:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    def check_schedule(self) -> None:
+        """Refuses to sample or train by a schedule that is not known.
+
+        Raises:
+            ModelError: The directory has no scheduler.
+        """
+        if self.scheduler is None:
+            raise ModelError(f"{self.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
 
 
 def load_model(source: str | Path) -> Model:
@@ -138,9 +151,7 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     try:
         with torch.device("meta"):
             unet = unet_class.from_config(config)
-    except (
-        EdgediffError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError,
-    ) as e:  # fmt: skip
+    except (EdgediffError, *BAD_SETTINGS) as e:
         raise ModelError(f"{unet_path}/config.json does not describe a {unet_class.__name__}: {one_line(e)}") from e
     size = unet.config.sample_size
     if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, list | tuple) else (size,))):
@@ -152,20 +163,21 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     if files:
         _fill(unet, files, unet_path)
     # A UNet's folder within a pipeline's: what the UNet is sampled with lies beside it.
-    root = path.parent if unet_path == path and (path.parent / "scheduler").is_dir() else path
-    pipeline = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
-    scheduler_path = next((root / name for name in SCHEDULER_FILES if (root / name).exists()), None)
+    home = path.parent if unet_path == path and (path.parent / "scheduler").is_dir() else path
+    pipeline = read_json(home / "model_index.json") if (home / "model_index.json").exists() else {}
+    scheduler_path = next((home / name for name in SCHEDULER_FILES if (home / name).exists()), None)
     if scheduler_path is not None:
         digest.update(scheduler_path.read_bytes())
     return Model(
-        name=root.resolve().name if root != path else name,
+        name=home.resolve().name if home != path else name,
         unet=unet.eval().requires_grad_(False),
         scheduler=None if scheduler_path is None else _scheduler(scheduler_path),
-        conditioning=read_conditioning(root, unet.config),
+        conditioning=read_conditioning(home, unet.config),
         space="latent" if _is_latent(pipeline, unet.config.in_channels) else "pixel",
-        card=read_card(root),
+        card=read_card(home),
         sha256=digest.hexdigest(),
         path=path,
+        home=home,
     )
 
 
@@ -176,7 +188,7 @@ def _scheduler(path: Path) -> SchedulerMixin:
         raise ModelError(f"{path} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
     try:
         return kind.from_config(config)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, ImportError) as e:
+    except (ImportError, *BAD_SETTINGS) as e:
         raise ModelError(f"{path} does not describe a {kind.__name__}: {one_line(e)}") from e
 
 

@@ -1,11 +1,10 @@
 """A plan on disk: frontier.png, plan.json and recipe.yaml in one folder, each whole or as it was."""
 
 import json
-import os
 from pathlib import Path
 
 from edgediff.errors import TargetError
-from edgediff.outputs import check_drawing, write_whole
+from edgediff.outputs import check_drawing, check_folder, write_whole
 from edgediff.plan.figure import DRAWING, draw_frontier
 from edgediff.plan.planner import Plan
 from edgediff.plan.recipe import plan_recipe, render_recipe
@@ -14,7 +13,7 @@ from edgediff_runtime.bundle import MANIFEST
 FIGURE, PLAN, RECIPE = "frontier.png", "plan.json", "recipe.yaml"
 
 
-def check_folder(folder: Path, bundle: Path) -> None:
+def check_place(folder: Path, bundle: Path) -> None:
     """Refuses a folder that could not be written, before anything is measured.
 
     Args:
@@ -26,17 +25,13 @@ def check_folder(folder: Path, bundle: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     check_drawing(DRAWING)
-    if folder.exists() and not folder.is_dir():
-        raise TargetError(f"{folder} exists and is no directory; choose another output")
+    check_folder(folder)
     here = folder.resolve()
     inside = next((parent for parent in (here, *here.parents) if (parent / MANIFEST).is_file()), None)
     if inside is not None or bundle.resolve() in (here, *here.parents):
         raise TargetError(
             f"{folder} lies in the bundle {inside or bundle}, which holds nothing else; choose another output"
         )
-    there = next(parent for parent in (here, *here.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written")
 
 
 def write_plan(plan: Plan, folder: Path) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
-from edgediff.errors import ConfigError, ModelError, TrainingError
+from edgediff.errors import ConfigError, TrainingError
 from edgediff.models.adaptors import LearnedAdaptor
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import adaptor_shape
@@ -98,8 +98,7 @@ def train_adaptor(
     path = Path(path)
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights: there is nothing to learn from")
-    if model.scheduler is None:
-        raise ModelError(f"{model.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+    model.check_schedule()
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         say = silent

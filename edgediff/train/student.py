@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.load import Model, load_model
@@ -44,8 +43,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         raise ConfigError("no teacher: name a diffusers directory or a built-in model, 'teacher' in the settings")
     path = Path(path)
     teacher = load_model(settings.teacher)
-    if teacher.scheduler is None:
-        raise ModelError(f"{teacher.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+    teacher.check_schedule()
     if settings.distils and not teacher.has_weights:
         raise ConfigError(f"the teacher {teacher.name} is a geometry without weights: there is nothing to learn from")
     model = student_of(teacher, settings)
@@ -54,7 +52,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     if height != width:
         raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    vae = None if teacher.space == "pixel" else _autoencoder(teacher)
+    vae = None if teacher.space == "pixel" else load_autoencoder(teacher.home / FOLDER)
     factor = 1 if vae is None else factor_of(vae)
     channels = 3 if vae is None else vae.config.latent_channels
     found = (teacher.unet.config.in_channels, teacher.unet.config.out_channels)
@@ -79,13 +77,6 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         sources=sources,
         progress=progress,
     )
-
-
-def _autoencoder(teacher: Model) -> AutoencoderKL:
-    """The autoencoder on whose latents the teacher works."""
-    # A UNet's own folder within a pipeline's, as load_model takes it too.
-    within = not (teacher.path / "unet").is_dir() and (teacher.path.parent / "scheduler").is_dir()
-    return load_autoencoder((teacher.path.parent if within else teacher.path) / FOLDER)
 
 
 def student_of(teacher: Model, settings: StudentTraining) -> Model:

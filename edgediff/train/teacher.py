@@ -13,7 +13,7 @@ from edgediff.errors import ConfigError
 from edgediff.models.card import Card
 from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
-from edgediff.models.load import UNETS, Model, load_model, one_line
+from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
 from edgediff.models.whole import predict
 from edgediff.strict import strict
@@ -28,8 +28,6 @@ from edgediff.train.unet_settings import MOST, TeacherTraining, check_training
 
 # A geometry's own conditioning that images in folders do not bring.
 _UNCLASSED = {"class_embed_type": None, "num_class_embeds": None}
-# How torch and diffusers fail over settings of the wrong kind.
-_NO_GEOMETRY = (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError)
 
 
 def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say | None = None) -> UNetTrained | None:
@@ -138,7 +136,7 @@ def _teacher(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             unet = kind(**config).eval()
-    except _NO_GEOMETRY as e:
+    except BAD_SETTINGS as e:
         raise ConfigError(f"the geometry is none of a {kind.__name__}: {one_line(e)[:200]}") from e
     whole = {**unet.config, "_class_name": kind.__name__}
     if whole.get("addition_embed_type") is not None or looks_at_text(whole):
@@ -160,6 +158,7 @@ def _teacher(
         card=Card("unknown", None, ""),
         sha256="",
         path=path,
+        home=path,
     )
 
 
@@ -169,7 +168,7 @@ def _try(unet: Any, channels: int, side: int, null_label: int) -> None:
     cond = {"class_labels": torch.tensor([null_label])} if null_label else {}
     try:
         out = predict(unet, torch.zeros(1, channels, side, side), torch.zeros(1), cond)
-    except _NO_GEOMETRY as e:
+    except BAD_SETTINGS as e:
         raise ConfigError(f"the geometry cannot run at {side}x{side}: {one_line(e)[:200]}") from e
     if out.shape != (1, channels, side, side):
         raise ConfigError(f"the geometry makes {list(out.shape)} of {[1, channels, side, side]}; expected the same")
