@@ -23,6 +23,7 @@ TESTED = {
     "onnxscript": "0.7.2",
     "onnxsim": "0.8.1",
     "coremltools": "9.0",
+    "openvino": "2026.4.0",
     "PyWavelets": "1.9.0",
     "pyyaml": "6.0.3",
     "accelerate": "1.15.0",
@@ -159,6 +160,7 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
         "run Core ML packages on Apple's runtime": needs("coremltools") if mac else "no: it needs macOS",
         "recompute trajectories in torch": needs("torch"),
         "train adaptors": needs(*TRAIN, extra="train"),
+        "run ONNX bundles in OpenVINO": needs("openvino", extra="bench"),
         "plan clocks": needs("matplotlib", extra="train"),
     }
 

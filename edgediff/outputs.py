@@ -38,6 +38,21 @@ def check_folder(folder: Path) -> None:
         raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written")
 
 
+def check_file(file: Path) -> None:
+    """Refuses a file that could not be written, before anything is measured.
+
+    Args:
+        file: It need not be there; its folder must.
+
+    Raises:
+        TargetError: It is a folder, or its folder is not there or cannot be written.
+    """
+    if file.is_dir():
+        raise TargetError(f"{file} is a directory; expected a file")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise TargetError(f"cannot write {file}: {file.parent} is not a folder that can be written")
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside a file's place, then renames: a full disk or an interrupt leaves what was there.
 

@@ -33,13 +33,14 @@ STAGES = (
     ("edgediff.models",),
     ("edgediff.train", "edgediff.verify", "edgediff.placement", "edgediff.evaluate", "edgediff.plan"),
     ("edgediff.export",),
-    ("edgediff.demo", "edgediff.tables", "edgediff.tables_plan", "edgediff.tables_evaluate"),
+    ("edgediff.bench",),
+    ("edgediff.demo", "edgediff.tables", "edgediff.tables_plan", "edgediff.tables_evaluate", "edgediff.tables_bench"),
     ("edgediff.cli", "edgediff.__main__"),
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}
 OF_THE_RUNTIME = {"numpy", "msgspec"}
 # Only where they are needed: a session, a PNG.
-LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL"}
+LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL", "openvino"}
 
 
 def module_name(file: Path) -> str:

@@ -23,7 +23,7 @@ REGROUPED = 1e-4
 def torch_pipe(class_model: Path, class_bundle: Path) -> EdgePipeline:
     model = edgediff.load_model(class_model)
     split = edgediff.split(model.unet)
-    return EdgePipeline(open_bundle(class_bundle).manifest, TorchSession(split, graph_list(split, model)))
+    return EdgePipeline(open_bundle(class_bundle).manifest, TorchSession(split.parts, graph_list(split, model)))
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,10 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 
 from edgediff.config import ExportConfig, check_config
 from edgediff.coreml import import_coremltools
@@ -33,6 +31,7 @@ from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, random_weights
 from edgediff.models.session import TorchSession
 from edgediff.models.trained import choose_adaptor
+from edgediff.models.undivided import Undivided
 from edgediff.verify.files import check_files
 from edgediff.verify.parity import verify_bundle
 from edgediff.verify.psnr import psnr_db
@@ -114,7 +113,7 @@ def export_bundle(
     check_place(path, force)
     _warn_of_adaptor(draft)
     with staged(path) as folder:
-        pipe = EdgePipeline(draft, TorchSession(divided, graph_list(divided, model)), warn=False)
+        pipe = EdgePipeline(draft, TorchSession(divided.parts, graph_list(divided, model)), warn=False)
         reference, mask = record(
             pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
         )
@@ -144,11 +143,7 @@ def export_bundle(
 def _hold_to_undivided(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = reference.steps[0].tensors
-    tensors: dict[str, Any] = {name: torch.from_numpy(first[name]) for name in divided.inputs}
-    added = {name: tensors.pop(name) for name in ("text_embeds", "time_ids") if name in tensors}
-    if isinstance(model.unet, UNet2DConditionModel):
-        tensors.setdefault("encoder_hidden_states", None)  # asked for, also where no layer looks at it
-    whole = model.unet(**tensors, **({"added_cond_kwargs": added} if added else {}), return_dict=False)[0]
+    (whole,) = Undivided(model.unet, divided.inputs)(*(torch.from_numpy(first[name]) for name in divided.inputs))
     if not np.array_equal(whole.numpy(), first["out_sample"]):
         number = psnr_db(whole.numpy(), first["out_sample"])
         raise VerificationError(f"the divided UNet is not the undivided one: out_sample is {number:.1f} dB of it")
@@ -198,17 +193,26 @@ def _write_targets(
 
 def _seal(folder: Path, manifest: Manifest) -> None:
     """Lists every file in the manifest and writes SHA256SUMS."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    names = [file.relative_to(folder).as_posix() for file in found]
-    files = {
-        name: m.File(size=file.stat().st_size, sha256=sha256_of(file))
-        for name, file in zip(names, found, strict=True)
-        if name not in (MANIFEST, SUMS, PARITY)
-    }
+    files = {name: file for name, file in list_files(folder).items() if name not in (MANIFEST, SUMS, PARITY)}
     manifest = msgspec.structs.replace(manifest, files=files)
     data = render_manifest(manifest)
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))
+
+
+def list_files(folder: Path) -> dict[str, m.File]:
+    """Sizes and hashes of all files of a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        By their paths in it, in their order.
+    """
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        file.relative_to(folder).as_posix(): m.File(size=file.stat().st_size, sha256=sha256_of(file)) for file in found
+    }
 
 
 def _verdict(report: ParityReport) -> str:

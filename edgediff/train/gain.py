@@ -57,7 +57,7 @@ def measure_gain(model: Model, learned: SplitUNet, rollouts: Rollouts) -> Gain:
 
 @torch.no_grad()
 def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[bool, ...]) -> np.ndarray:
-    session = TorchSession(divided, graph_list(divided, model))
+    session = TorchSession(divided.parts, graph_list(divided, model))
     cond, uncond = rollouts.prompts.draw(np.random.default_rng(SEED), IMAGES)
     latents = initial_latents(SEED, IMAGES, model.sample_shape, rollouts.scheduler.init_noise_sigma)
     # As many at once as the training takes: more may not fit.

@@ -131,7 +131,7 @@ class Rollouts:
         self.mask = clock_mask(settings.clock, settings.steps)
         self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
         self.prompts = Prompts.of(model, guidance > 1, settings.conditioning)
-        self.session = TorchSession(split, graph_list(split, model))
+        self.session = TorchSession(split.parts, graph_list(split, model))
         self._graphs = {graph.name: graph for graph in self.session.graphs}
         self.names = tuple(dict.fromkeys(split.adaptor.inputs))
         if settings.output_weight:

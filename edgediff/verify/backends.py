@@ -12,13 +12,16 @@ BACKENDS = (*runtime.BACKENDS, MIL_REFERENCE)
 BACKENDS_OF_TARGET = {"onnx": ("onnxruntime",), "coreml": (MIL_REFERENCE, "coreml")}
 
 
-def open_session(bundle: Bundle, backend: str, compute_units: str = "all") -> runtime.Session:
+def open_session(
+    bundle: Bundle, backend: str, compute_units: str = "all", threads: int | None = None
+) -> runtime.Session:
     """Opens a bundle in a backend.
 
     Args:
         bundle: The bundle.
         backend: One of `BACKENDS`.
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
+        threads: Of each graph on the CPU; the backend's own choice where None.
 
     Returns:
         The session.
@@ -31,7 +34,7 @@ def open_session(bundle: Bundle, backend: str, compute_units: str = "all") -> ru
     if backend not in BACKENDS:
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
     if backend != MIL_REFERENCE:
-        return runtime.open_session(bundle, backend, compute_units)
+        return runtime.open_session(bundle, backend, compute_units, threads)
     runtime.refuse_compute_units(backend, compute_units)
     try:
         from edgediff.verify.mil.session import MilSession

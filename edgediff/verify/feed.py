@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from edgediff.verify.reference import Recorded, step_inputs
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.sessions import Session
 
@@ -32,6 +33,24 @@ def run_rows(
         for name in wanted:
             made[name].append(session.get(tensors[name]))
     return {name: np.concatenate(arrays)[:rows] for name, arrays in made.items()}
+
+
+def run_step(session: Session, step: Recorded, graphs: Iterable[Graph], wanted: Iterable[str]) -> dict[str, np.ndarray]:
+    """Runs a whole recorded step on what it took from outside: what one graph makes, the next one is given.
+
+    Args:
+        session: What runs the graphs.
+        step: The recorded step.
+        graphs: The session's; those that have no file, or do not run in such a step, are left out.
+        wanted: Names of the tensors to give back.
+
+    Returns:
+        The wanted tensors, [rows, ...].
+    """
+    running = [graph for graph in graphs if graph.file is not None and graph.runs(step.full)]
+    inside = {tensor.name for graph in running for tensor in graph.outputs}
+    inputs = {name: value for graph in running for name, value in step_inputs(step, graph).items()}
+    return run_rows(session, running, {name: value for name, value in inputs.items() if name not in inside}, wanted)
 
 
 def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np.ndarray]]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from edgediff.errors import MissingExtraError
 from edgediff.verify.backends import BACKENDS_OF_TARGET, MIL_REFERENCE, open_session
-from edgediff.verify.feed import groups, run_rows
+from edgediff.verify.feed import groups, run_rows, run_step
 from edgediff.verify.files import PARITY_SCRATCH, check_files
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import (
@@ -200,10 +200,7 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
         if len(graphs) == 1:
             made = alone[step.index, graphs[0].name]
         else:
-            inside = {tensor.name for graph in graphs for tensor in graph.outputs}
-            inputs = [step_inputs(step, graph) for graph in graphs]
-            given = {name: value for each in inputs for name, value in each.items() if name not in inside}
-            made = run_rows(session, graphs, given, ("out_sample", LOWRES_FEATURE))
+            made = run_step(session, step, graphs, ("out_sample", LOWRES_FEATURE))
         numbers = [(psnr_db(step.tensors[name], value), name) for name, value in made.items()]
         composed.setdefault(step.full, []).extend(numbers)
     return [

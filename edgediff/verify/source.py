@@ -1,15 +1,19 @@
-"""The source of a bundle, where it is at hand: the trajectory computed anew in torch.
+"""The source of a bundle, where it is at hand: the UNet that it was made of, and its trajectory computed anew in torch.
 
 Only this module of verification needs torch, and does without it where it is not installed.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgediff.config import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
+
+if TYPE_CHECKING:
+    from edgediff.models.clockwork import SplitUNet
+    from edgediff.models.load import Model
 
 FROM_EVIDENCE = "against the evidence's latents"
 
@@ -30,16 +34,39 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
         ModelError: `model` was named and is not the bundle's source.
         MissingExtraError: `model` was named and torch is not installed.
     """
+    found, reason = open_source(manifest, model)
+    if found is None:
+        return None, f"{FROM_EVIDENCE}: {reason}"
+    from edgediff.models.graphs import graph_list
+    from edgediff.models.session import TorchSession
+
+    loaded, divided = found
+    session = TorchSession(divided.parts, graph_list(divided, loaded))
+    return EdgePipeline(manifest, session, warn=False)(**request).latents, "against torch, computed anew"
+
+
+def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model, SplitUNet] | None, str]":
+    """Finds the UNet that a bundle was made of, divides it as it was, and puts the bundle's adaptor in.
+
+    Args:
+        manifest: The bundle's manifest.
+        model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says.
+
+    Returns:
+        The model and its UNet divided; None and the reason where they are not at hand.
+
+    Raises:
+        ModelError: `model` was named and is not the bundle's source.
+        MissingExtraError: `model` was named and torch is not installed.
+    """
     try:
         from edgediff.models.clockwork import split
-        from edgediff.models.graphs import graph_list
         from edgediff.models.load import Model, load_model, random_weights
-        from edgediff.models.session import TorchSession
         from edgediff.models.trained import choose_adaptor
     except ImportError as e:
         if model is not None:
             raise MissingExtraError("verifying against a named model", "export") from e
-        return None, f"{FROM_EVIDENCE}: torch is not installed"
+        return None, "torch is not installed"
     source = manifest.source
     if isinstance(model, Model):
         loaded = model
@@ -49,21 +76,19 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
         except (EdgediffError, OSError):
             if model is not None:
                 raise
-            return None, f"{FROM_EVIDENCE}: the source is not at hand"
+            return None, "the source is not at hand"
         if source.random_weights is not None:
             loaded = random_weights(loaded, source.random_weights)
     if loaded.sha256 != source.sha256:
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")
-        return None, f"{FROM_EVIDENCE}: the source has changed"
+        return None, "the source has changed"
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
     try:
         point = said.trained_for
         adaptor = choose_adaptor(said.path or said.name, loaded, cut, point) if point else None
     except (EdgediffError, OSError):
-        return None, f"{FROM_EVIDENCE}: the adaptor is not at hand"
+        return None, "the adaptor is not at hand"
     if adaptor is not None and adaptor.sha256 != said.sha256:
-        return None, f"{FROM_EVIDENCE}: the adaptor has changed"
-    divided = split(loaded.unet, cut, None if adaptor is None else adaptor.part)
-    session = TorchSession(divided, graph_list(divided, loaded))
-    return EdgePipeline(manifest, session, warn=False)(**request).latents, "against torch, computed anew"
+        return None, "the adaptor has changed"
+    return (loaded, split(loaded.unet, cut, None if adaptor is None else adaptor.part)), ""

@@ -14,6 +14,7 @@ from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.coreml_session import CoreMLSession
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Graph
+from edgediff_runtime.openvino_session import OpenVinoSession
 
 Array = npt.NDArray[Any]
 
@@ -62,11 +63,12 @@ class OrtSession:
 
     batch: int | None = None
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Checks and loads the ONNX graphs of a bundle.
 
         Args:
             bundle: The bundle.
+            threads: Of each graph; as many as there are cores where None.
 
         Raises:
             BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
@@ -75,6 +77,8 @@ class OrtSession:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
         self._outputs: dict[str, list[str]] = {}
@@ -156,16 +160,19 @@ def _check_tensors(graph: Graph, session: Any) -> None:
                 )
 
 
-BACKENDS = ("onnxruntime", "coreml")
+BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "coreml")
 
 
-def open_session(bundle: Bundle, backend: str = "onnxruntime", compute_units: str = "all") -> Session:
+def open_session(
+    bundle: Bundle, backend: str = "onnxruntime", compute_units: str = "all", threads: int | None = None
+) -> Session:
     """Opens a bundle in a backend.
 
     Args:
         bundle: The bundle.
         backend: One of `BACKENDS`.
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
+        threads: Of each graph on the CPU; the backend's own choice where None. Core ML has no such choice.
 
     Returns:
         The session.
@@ -178,7 +185,9 @@ def open_session(bundle: Bundle, backend: str = "onnxruntime", compute_units: st
         return CoreMLSession(bundle, compute_units)
     refuse_compute_units(backend, compute_units)
     if backend == "onnxruntime":
-        return OrtSession(bundle)
+        return OrtSession(bundle, threads)
+    if backend in ("openvino", "openvino-bf16"):
+        return OpenVinoSession(bundle, "fp32" if backend == "openvino" else "bf16", threads)
     raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
 
 

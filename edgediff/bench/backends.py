@@ -1,0 +1,185 @@
+"""The backends that are timed: what each needs, and how a bundle is opened in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgediff.errors import EdgediffError, UnsupportedError
+from edgediff.verify.backends import open_session
+from edgediff.verify.source import open_source
+from edgediff_runtime import Bundle, Manifest
+from edgediff_runtime.manifest import File, Graph, Target
+from edgediff_runtime.sessions import Session
+
+# A result in bf16 is held to less than the bundle's own floor, which is for fp32.
+BF16_DB = 35.0
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a bundle.
+
+    Attributes:
+        name: As everywhere.
+        target: Whose graphs it runs; None where it runs the source.
+        package: What must be installed.
+        install: The command that installs it.
+        floor_db: What its output is held to; None takes the target's floor.
+    """
+
+    name: str
+    target: str | None
+    package: str
+    install: str
+    floor_db: float | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there; not whether it works here."""
+        return find_spec(self.package) is not None
+
+
+BACKENDS = (
+    Backend("torch", None, "torch", 'pip install "edgediff[export]"'),
+    Backend("torch-compile", None, "torch", 'pip install "edgediff[export]"'),
+    Backend("onnxruntime", "onnx", "onnxruntime", "pip install edgediff"),
+    Backend("openvino", "onnx", "openvino", 'pip install "edgediff[bench]"'),
+    Backend("openvino-bf16", "onnx", "openvino", 'pip install "edgediff[bench]"', BF16_DB),
+    Backend("coreml", "coreml", "coremltools", 'pip install "edgediff[export]", on macOS'),
+    Backend("mil-reference", "coreml", "coremltools", 'pip install "edgediff[export]"'),
+)
+# Evaluated in torch, to be right and not to be fast: timed where it is asked for by name.
+NOT_BY_DEFAULT = ("mil-reference",)
+
+
+class Whole(msgspec.Struct, frozen=True):
+    """Where the undivided UNet lies in ONNX.
+
+    Attributes:
+        folder: Its directory.
+        graph: As the manifest would list it.
+        files: Size and hash of each file in the directory.
+    """
+
+    folder: str
+    graph: Graph
+    files: dict[str, File]
+
+
+def named(name: str) -> Backend:
+    """Finds a backend.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The backend.
+
+    Raises:
+        UnsupportedError: There is none; the choices are named.
+    """
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise UnsupportedError(f"no backend {name!r}; choices: {', '.join(backend.name for backend in BACKENDS)}")
+
+
+def opened(
+    bundle: Bundle, backend: Backend, threads: int | None, undivided: bool = False, whole: Whole | None = None
+) -> Session:
+    """Opens a bundle, or the undivided UNet that it was made of.
+
+    Args:
+        bundle: The bundle.
+        backend: Where.
+        threads: Of each graph; the backend's own choice where None.
+        undivided: Whether to open the undivided UNet in the place of the bundle's graphs.
+        whole: That in ONNX; backends that run the source do without.
+
+    Returns:
+        The session.
+
+    Raises:
+        BundleError: The backend cannot load the graphs.
+        RequestError: The backend is not to be had on this machine.
+        UnsupportedError: The source is not at hand.
+    """
+    if backend.target is None:
+        return _torch(bundle.manifest, compile_parts=backend.name == "torch-compile", undivided=undivided)
+    if whole is not None:
+        bundle = Bundle(Path(whole.folder), _with_whole(bundle.manifest, backend.target, whole))
+    return open_session(bundle, backend.name, threads=threads)
+
+
+def _with_whole(manifest: Manifest, name: str, whole: Whole) -> Manifest:
+    """A manifest of the undivided UNet alone."""
+    target: Target = msgspec.structs.replace(manifest.target(name), graphs=(whole.graph,))
+    return msgspec.structs.replace(manifest, targets=(target,), files=whole.files)
+
+
+def _torch(manifest: Manifest, compile_parts: bool, undivided: bool) -> Session:
+    from edgediff.models.graphs import graph_list
+    from edgediff.models.part import Part
+    from edgediff.models.session import TorchSession
+    from edgediff.models.undivided import NAME, Undivided, undivided_graph
+
+    found, reason = open_source(manifest)
+    if found is None:
+        raise UnsupportedError(f"{reason}; torch runs the model that the bundle was made of")
+    model, divided = found
+    graphs = graph_list(divided, model)
+    parts: dict[str, Part] = divided.parts
+    if undivided:
+        parts = {NAME: Undivided(model.unet, divided.inputs)}
+        graphs = (undivided_graph(graphs, divided.inputs),)
+    session = TorchSession(parts, graphs)
+    if compile_parts:
+        import torch
+
+        compiler: Callable[..., Any] = torch.compile
+        session.parts = {name: compiler(part) for name, part in parts.items()}
+    return session
+
+
+def write_whole(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> Whole:
+    """Exports the undivided UNet of a bundle's source to ONNX, as the bundle's graphs were.
+
+    Args:
+        bundle: The bundle.
+        inputs: Real inputs of a full step by name, for tracing.
+        folder: An empty directory.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        UnsupportedError: The source is not at hand, or cannot be exported.
+    """
+    try:
+        from edgediff.config import OnnxConfig
+        from edgediff.export.onnx import write_graph
+        from edgediff.export.pipeline import list_files
+        from edgediff.models.graphs import graph_list
+        from edgediff.models.undivided import NAME, Undivided, undivided_graph
+    except ModuleNotFoundError as e:
+        raise UnsupportedError(f"exporting the undivided UNet needs {e.name}") from e
+    found, reason = open_source(bundle.manifest)
+    if found is None:
+        raise UnsupportedError(reason)
+    model, divided = found
+    file = f"onnx/{NAME}.onnx"
+    (folder / "onnx").mkdir()
+    graph = undivided_graph(graph_list(divided, model), divided.inputs, file)
+    settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
+    given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+    try:
+        done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings)
+    except EdgediffError as e:
+        raise UnsupportedError(f"the undivided UNet cannot be exported: {e}") from e
+    beside = None if done.external_data is None else f"onnx/{done.external_data}"
+    graph = msgspec.structs.replace(graph, external_data=beside)
+    return Whole(str(folder), graph, list_files(folder))

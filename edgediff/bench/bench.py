@@ -1,0 +1,304 @@
+"""One run: every contender in a process of its own, asked in turns (A B C A B C), right before it is timed."""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import IO
+
+import msgspec
+
+from edgediff.bench.backends import BACKENDS, NOT_BY_DEFAULT, Backend, Whole, named, write_whole
+from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of
+from edgediff.bench.machine import describe_machine, free_memory
+from edgediff.bench.worker import Said, Task
+from edgediff.errors import ConfigError, EdgediffError
+from edgediff_runtime import Bundle, Manifest, open_bundle
+from edgediff_runtime.errors import BundleError
+
+Say = Callable[[str], None]
+# Runtimes keep weights a second time, laid out for their kernels.
+WEIGHTS_TIMES = 2.2
+BASE_BYTES = 300 * 2**20
+
+
+def run_bench(
+    bundles: Sequence[Path],
+    backends: Sequence[str] | None = None,
+    *,
+    steps: int | None = None,
+    clock: str | None = None,
+    num_images: int = 1,
+    guidance_scale: float | None = None,
+    rounds: int = 10,
+    threads: int | None = None,
+    progress: Say = lambda what: None,
+) -> Ledger:
+    """Times bundles in backends.
+
+    Args:
+        bundles: Their directories.
+        backends: Names; all that there are if None, but those that are there to be right and not to be fast.
+        steps: Denoising steps; each bundle's own if None.
+        clock: Period or mask; each bundle's own if None.
+        num_images: Images at once.
+        guidance_scale: Each bundle's own if None; 1 halves the rows.
+        rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
+        threads: Of each graph; each backend's own choice if None.
+        progress: Told what is being done.
+
+    Returns:
+        The ledger. What could not be measured is in it with the reason.
+
+    Raises:
+        BundleError: A bundle is damaged.
+        ConfigError: There is no bundle, or a number is out of range.
+        UnsupportedError: A backend is unknown.
+    """
+    for name, number in (("num_images", num_images), ("rounds", rounds), ("threads", threads)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} is {number}; expected a whole number above 0")
+    if not bundles:
+        raise ConfigError("no bundle was given")
+    chosen = [named(name) for name in dict.fromkeys(backends)] if backends else [
+        backend for backend in BACKENDS if backend.name not in NOT_BY_DEFAULT
+    ]  # fmt: skip
+    opened = [(str(path), open_bundle(path)) for path in dict.fromkeys(bundles)]
+    asked = Task(None, steps=steps, clock=clock, num_images=num_images, guidance_scale=guidance_scale, threads=threads)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgediff-bench-")))
+        runners = list(_runners(opened, chosen, asked, folder, progress))
+        peak = _Runner(Contender("", "peak", "", "measured"), asked)
+        for runner in (peak, *runners):
+            stack.callback(runner.close)
+            runner.start(progress)
+        for i in range(rounds):
+            for runner in (peak, *runners):
+                progress(f"round {i + 1} of {rounds}: {runner.words}")
+                runner.turn()
+        gflops = [said.gflops for said in peak.heard if said.gflops is not None]
+        for runner in (peak, *runners):
+            runner.close()
+    settings = Settings(steps, clock, num_images, guidance_scale, rounds, threads)
+    manifests = {name: bundle.manifest for name, bundle in opened}
+    return _ledger(runners, manifests, median(gflops) if gflops else None, settings)
+
+
+@dataclass
+class _Runner:
+    """A contender and its process.
+
+    Attributes:
+        contender: What is known of it.
+        task: What its process is told.
+        needs: Bytes that it will hold, guessed.
+        heard: What its process has said.
+    """
+
+    contender: Contender
+    task: Task
+    needs: int = 0
+    heard: list[Said] = field(default_factory=list)
+    _process: subprocess.Popen[bytes] | None = None
+    _errors: IO[bytes] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the undivided UNet."""
+        return self.task.undivided
+
+    @property
+    def words(self) -> str:
+        """Its name for people."""
+        known = self.contender
+        return f"{known.bundle} in {known.backend}{', undivided' if self.is_whole else ''}" if known.bundle else "peak"
+
+    def start(self, say: Say) -> None:
+        """Starts the process and hears whether it is ready."""
+        if self.contender.status != "measured":
+            return
+        free = free_memory()
+        if free is not None and self.needs > free:
+            self._end("refused", f"needs about {self.needs / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
+            return
+        say(f"opening {self.words}")
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  it is closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edgediff.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        self._tell(msgspec.json.encode(self.task))
+
+    def turn(self) -> None:
+        """Asks for one turn."""
+        if self._process is not None:
+            self._tell(b'"round"')
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
+
+    def _tell(self, line: bytes) -> None:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answer = b""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line + b"\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        if not answer:
+            self._end("died", self._last_words(process))
+            return
+        said = msgspec.json.decode(answer, type=Said)
+        if said.says:
+            self.contender = msgspec.structs.replace(self.contender, psnr_db=said.psnr_db)
+            self._end("wrong" if said.wrong else "refused", said.says)
+            return
+        self.heard.append(said)
+
+    def _last_words(self, process: subprocess.Popen[bytes]) -> str:
+        code = process.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        assert self._errors is not None
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"its process ended with {how}{f': {lines[-1].strip()}' if lines else ''}"
+
+    def _end(self, status: str, says: str) -> None:
+        self.contender = msgspec.structs.replace(self.contender, status=status, says=says)
+        self.close()
+
+
+def _runners(
+    opened: Sequence[tuple[str, Bundle]], chosen: Sequence[Backend], asked: Task, folder: Path, say: Say
+) -> Iterator[_Runner]:
+    """A runner for each bundle in each backend, and beside it one for the undivided UNet where that can be had."""
+    for number, (name, bundle) in enumerate(opened):
+        manifest = bundle.manifest
+        there = [target.target for target in manifest.targets]
+        whole: Whole | None = None
+        if "onnx" in there and any(backend.is_installed and backend.target == "onnx" for backend in chosen):
+            whole = _whole(bundle, folder / str(number), say)
+        for backend in chosen:
+            known = Contender(name, backend.name, manifest.source.sha256, "measured")
+            if not backend.is_installed:
+                known = msgspec.structs.replace(known, status="absent", says=f"not installed: {backend.install}")
+            elif backend.target is not None and backend.target not in there:
+                says = f"runs {backend.target} graphs, the bundle has {', '.join(there)}"
+                known = msgspec.structs.replace(known, status="absent", says=says)
+            task = msgspec.structs.replace(asked, bundle=name, backend=backend.name)
+            needs = _needs(manifest)
+            yield _Runner(known, task, needs)
+            has_whole = backend.target is None or (backend.target == "onnx" and whole is not None)
+            if known.status == "measured" and has_whole:
+                yield _Runner(known, msgspec.structs.replace(task, undivided=True, whole=whole), needs)
+
+
+def _needs(manifest: Manifest) -> int:
+    parameters = manifest.cost["full"].parameters + manifest.cost["adaptor"].parameters
+    return BASE_BYTES + int(4 * WEIGHTS_TIMES * parameters)
+
+
+def _whole(bundle: Bundle, folder: Path, say: Say) -> Whole | None:
+    """The undivided UNet in ONNX; None where the source is not at hand: the bundle's own graphs stand in."""
+    from edgediff.verify.reference import REFERENCE, load_reference
+
+    folder.mkdir()
+    say(f"exporting the undivided UNet of {bundle.path}")
+    reference = load_reference(bundle.file(REFERENCE))
+    try:
+        return write_whole(bundle, reference.steps[0].tensors, folder)
+    except (EdgediffError, BundleError) as e:
+        say(f"without the undivided UNet: {e}")
+        return None
+
+
+def _ledger(
+    runners: Sequence[_Runner], manifests: dict[str, Manifest], peak: float | None, settings: Settings
+) -> Ledger:
+    """Sums everything up."""
+    contenders: list[Contender] = []
+    rows: list[Row] = []
+    saved: dict[str, float] = {}
+    whole = {(r.contender.bundle, r.contender.backend): r for r in runners if r.is_whole}
+    for runner in runners:
+        known = runner.contender
+        if runner.is_whole:
+            continue
+        key = known.bundle, known.backend
+        beside = whole.get(key)
+        parts = _together(runner)
+        # Beside a contender that was never asked, the undivided UNet has nothing to be compared with.
+        beside_parts = _together(beside) if beside is not None and known.status in ("measured", "died") else {}
+        if known.status == "measured" and beside is not None and beside.contender.says:
+            known = msgspec.structs.replace(known, says=f"the undivided UNet: {beside.contender.says}")
+        if known.status == "measured":
+            known = _judged(runner, parts, beside_parts, manifests[known.bundle], peak)
+        contenders.append(known)
+        rows += rows_of(*key, parts, known.peak_mib)
+        wanted = {name: samples for name, samples in beside_parts.items() if name in ("undivided", "undivided_loop")}
+        rows += rows_of(*key, wanted, beside.heard[-1].peak_mib if beside is not None and beside.heard else None)
+        if known.time_saved is not None and known.flops_saved:
+            label = known.backend if len(manifests) == 1 else f"{known.backend} ({known.bundle})"
+            saved[label] = round(known.time_saved / known.flops_saved, 4)
+    return Ledger(
+        machine=describe_machine(),
+        settings=settings,
+        peak_gflops=None if peak is None else round(peak, 1),
+        contenders=tuple(contenders),
+        rows=tuple(rows),
+        time_saved_over_flops_saved=saved,
+    )
+
+
+def _together(runner: _Runner) -> dict[str, list[float]]:
+    parts: dict[str, list[float]] = {}
+    for said in runner.heard:
+        for name, samples in said.parts.items():
+            parts.setdefault(name, []).extend(samples)
+    return parts
+
+
+def _judged(
+    runner: _Runner,
+    parts: dict[str, list[float]],
+    beside: dict[str, list[float]],
+    manifest: Manifest,
+    peak: float | None,
+) -> Contender:
+    """What the clock saved, and how near the machine's peak the steps came."""
+    last = runner.heard[-1]
+    cost = {name: manifest.cost[name] for name in ("full", "cached")}
+    macs = {name: found.macs + found.macs_attention for name, found in cost.items()}
+    flops_saved = 1 - sum(macs["full" if full else "cached"] for full in last.mask) / (len(last.mask) * macs["full"])
+    always = beside.get("undivided_loop") or parts["loop_clock1"]
+    gflop = {name: 2e-9 * last.rows * count for name, count in macs.items()}
+    return msgspec.structs.replace(
+        runner.contender,
+        psnr_db=runner.heard[0].psnr_db,
+        mask=last.mask,
+        rows=last.rows,
+        peak_mib=last.peak_mib,
+        undivided="undivided" if "undivided_loop" in beside else "own",
+        flops_saved=round(flops_saved, 4),
+        time_saved=round(1 - median(parts["loop"]) / median(always), 4),
+        share_of_peak={
+            name: round(gflop[name] / (1e-3 * median(parts[name])) / peak, 4)
+            for name in ("full", "cached")
+            if peak is not None and parts.get(name)
+        },
+    )

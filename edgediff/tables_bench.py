@@ -1,0 +1,137 @@
+"""What ``edgediff bench`` shows, as rich tables; nothing here prints."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from edgediff.bench.compare import Change
+    from edgediff.bench.ledger import Contender, Ledger, Row
+
+# The graphs of a step stand between these.
+BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
+AFTER = ("scheduler", "other")
+
+
+def bench_tables(ledger: "Ledger") -> list[Table]:
+    """The two figures that matter for each contender, then milliseconds by part.
+
+    Args:
+        ledger: The run.
+
+    Returns:
+        Tables of this machine, then those of each that was imported.
+    """
+    tables = [
+        _figures(ledger),
+        *(_parts(ledger, bundle) for bundle in dict.fromkeys(row.bundle for row in ledger.rows)),
+    ]
+    return [*tables, *(table for other in ledger.imported for table in bench_tables(other))]
+
+
+def machine_line(ledger: "Ledger") -> str:
+    """The machine and its tools on one line."""
+    machine = ledger.machine
+    tools = ", ".join(f"{tool} {version}" for tool, version in machine.versions.items())
+    flags = f" ({' '.join(machine.flags)})" if machine.flags else ""
+    return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}, Python {machine.python}; {tools}"
+
+
+def _figures(ledger: "Ledger") -> Table:
+    peak = "not measured" if ledger.peak_gflops is None else f"{ledger.peak_gflops:,.0f} GFLOP/s"
+    table = Table(
+        title=f"time saved by the clock, and how near the machine's peak ({peak} in fp32) its steps come",
+        caption=machine_line(ledger),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("bundle", "backend"):
+        table.add_column(name, overflow="fold")
+    for name in (
+        "clock",
+        "time\nsaved",
+        "FLOPs\nsaved",
+        "ratio",
+        "full,\nof peak",
+        "cached,\nof peak",
+        "PSNR\ndB",
+        "MiB",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for known in ledger.contenders:
+        table.add_row(known.bundle, known.backend, *_cells(known))
+        if known.says:
+            table.add_row("", Text(known.says, "yellow" if known.status in ("absent", "measured") else "bold red"))
+    return table
+
+
+def _cells(known: "Contender") -> tuple[str, ...]:
+    if known.status != "measured":
+        return (known.status,)
+    clock = "".join("F" if full else "c" for full in known.mask)
+    own = "*" if known.undivided == "own" else ""
+    ratio = known.time_saved / known.flops_saved if known.time_saved is not None and known.flops_saved else None
+    return (
+        clock,
+        "-" if known.time_saved is None else f"{known.time_saved:.1%}{own}",
+        "-" if known.flops_saved is None else f"{known.flops_saved:.1%}",
+        "-" if ratio is None else f"{ratio:.2f}",
+        *(f"{known.share_of_peak[name]:.2f}" if name in known.share_of_peak else "-" for name in ("full", "cached")),
+        "-" if known.psnr_db is None else f"{known.psnr_db:.1f}",
+        "-" if known.peak_mib is None else f"{known.peak_mib:,.0f}",
+    )
+
+
+def _parts(ledger: "Ledger", bundle: str) -> Table:
+    rows = [row for row in ledger.rows if row.bundle == bundle]
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    graphs = [row.part for row in rows if row.part not in (*BEFORE, *AFTER)]
+    there = {row.part for row in rows}
+    table = Table(
+        title=f"{bundle}: milliseconds, median [10th, 90th percentile]",
+        caption="loop: all steps at the clock; loop_clock1: all of them full; undivided: the UNet before it was cut",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("part", no_wrap=True)
+    for backend in backends:
+        table.add_column(backend, justify="right")
+    found = {(row.backend, row.part): row for row in rows}
+    for part in (*BEFORE, *dict.fromkeys(graphs), *AFTER):
+        if part in there:
+            table.add_row(part, *(_spell(found.get((backend, part))) for backend in backends))
+    return table
+
+
+def _spell(row: "Row | None") -> str:
+    if row is None:
+        return "-"
+    if len(row.samples_ms) == 1:
+        return f"{row.median_ms:,.4g}"
+    return f"{row.median_ms:,.4g} [{row.p10_ms:,.4g}, {row.p90_ms:,.4g}]"
+
+
+def compare_table(changes: Iterable["Change"]) -> Table:
+    """One line for each part that two ledgers have in common.
+
+    Args:
+        changes: The later one against the earlier.
+
+    Returns:
+        The table; what is beyond the noise of both stands out.
+    """
+    table = Table(title="against the earlier run", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("bundle", "backend", "part"):
+        table.add_column(name, overflow="fold")
+    for name in ("before, ms", "now, ms", "ratio", ""):
+        table.add_column(name, justify="right")
+    for change in changes:
+        said = ("slower" if change.ratio > 1 else "faster") if change.is_beyond_noise else ""
+        style = {"slower": "bold red", "faster": "bold green", "": "dim"}[said]
+        row = change.new
+        cells = (row.bundle, row.backend, row.part, _spell(change.old), _spell(row), f"{change.ratio:.3f}", said)
+        table.add_row(*cells, style=style)
+    return table

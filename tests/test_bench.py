@@ -1,0 +1,246 @@
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+from command_line import Command, assert_error
+from safetensors.numpy import load_file, save_file
+from seals import REFERENCE, reseal
+
+from edgediff.bench import backends, bench
+from edgediff.bench.bench import _Runner, run_bench
+from edgediff.bench.compare import compare_ledgers
+from edgediff.bench.ledger import Contender, Ledger, Machine, Settings, read_ledger, rows_of, write_ledger
+from edgediff.bench.worker import Task
+from edgediff.errors import ConfigError, DataError, UnsupportedError
+from edgediff.survey import survey_bundle
+from edgediff_runtime import open_bundle
+
+
+@pytest.fixture(scope="module")
+def ledger(class_bundle: Path) -> Ledger:
+    return run_bench([class_bundle], ["onnxruntime", "torch", "coreml"], rounds=2, threads=1)
+
+
+# What is measured
+
+
+def test_every_part_of_every_backend_is_in_the_ledger(ledger: Ledger) -> None:
+    graphs = {"highres_in", "lowres", "highres_out"}
+    steps = {"full", "cached", "scheduler", "other", "loop", "loop_clock1", "undivided", "undivided_loop"}
+    for backend in ("onnxruntime", "torch"):
+        found = {row.part: row for row in ledger.rows if row.backend == backend}
+        assert set(found) == graphs | steps | {"load", "first_call"}
+        for part, count in (("loop", 2), ("loop_clock1", 2), ("undivided_loop", 2), ("undivided", 8), ("cached", 4)):
+            assert len(found[part].samples_ms) == count, part
+        # The loop at the clock and the one at clock 1 both have full steps; lowres runs in those alone.
+        assert len(found["full"].samples_ms) == len(found["lowres"].samples_ms) == 2 * (2 + 4)
+        for row in found.values():
+            assert 0 < row.p10_ms <= row.median_ms <= row.p90_ms
+            assert row.peak_mib is not None
+            assert row.peak_mib > 50
+
+
+def test_a_step_is_the_sum_of_its_parts(ledger: Ledger) -> None:
+    for backend in ("onnxruntime", "torch"):
+        found = {row.part: sum(row.samples_ms) for row in ledger.rows if row.backend == backend}
+        parts = sum(found[part] for part in ("highres_in", "lowres", "highres_out", "scheduler", "other"))
+        assert parts == pytest.approx(found["full"] + found["cached"], rel=1e-3)
+        assert found["full"] + found["cached"] == pytest.approx(found["loop"] + found["loop_clock1"], rel=1e-3)
+
+
+def test_the_leading_figures_follow_from_the_rows(ledger: Ledger, class_bundle: Path) -> None:
+    known = next(contender for contender in ledger.contenders if contender.backend == "onnxruntime")
+    assert (known.status, known.mask, known.rows, known.undivided) == ("measured", (1, 0, 1, 0), 2, "undivided")
+    assert known.psnr_db is not None
+    assert known.psnr_db > 90
+    survey = survey_bundle(class_bundle, None, None, None)
+    assert known.flops_saved == pytest.approx(survey.saved(attention=True), abs=1e-4)
+    median = {row.part: row.median_ms for row in ledger.rows if row.backend == "onnxruntime"}
+    assert known.time_saved == pytest.approx(1 - median["loop"] / median["undivided_loop"], abs=1e-3)
+    assert known.time_saved is not None
+    assert known.flops_saved is not None
+    ratio = known.time_saved / known.flops_saved
+    assert ledger.time_saved_over_flops_saved["onnxruntime"] == pytest.approx(ratio, abs=1e-3)
+    assert ledger.peak_gflops is not None
+    cost = survey.cost["cached"]
+    gflops = 2e-9 * known.rows * (cost.macs + cost.macs_attention) / (1e-3 * median["cached"])
+    assert known.share_of_peak["cached"] == pytest.approx(gflops / ledger.peak_gflops, rel=0.01)
+
+
+def test_a_ledger_is_read_as_it_was_written(ledger: Ledger, tmp_path: Path) -> None:
+    write_ledger(ledger, tmp_path / "a.json")
+    assert read_ledger(tmp_path / "a.json") == ledger
+    data = json.loads((tmp_path / "a.json").read_bytes())
+    assert {"machine", "peak_gflops", "rows", "time_saved_over_flops_saved"} <= data.keys()
+    assert {"bundle", "backend", "part", "median_ms", "p10_ms", "p90_ms", "samples_ms", "peak_mib"} == data["rows"][
+        0
+    ].keys()
+
+
+def test_openvino_gives_the_same_and_its_bf16_nearly(class_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    found = run_bench([class_bundle], ["openvino", "openvino-bf16"], rounds=1, threads=1)
+    exact, half = found.contenders
+    assert (exact.status, half.status) == ("measured", "measured"), (exact.says, half.says)
+    assert exact.psnr_db is not None
+    assert half.psnr_db is not None
+    assert exact.psnr_db > 90
+    assert half.psnr_db > 35
+
+
+# What cannot be measured
+
+
+def test_a_backend_that_has_no_graphs_here_says_so(ledger: Ledger) -> None:
+    known = ledger.contenders[-1]
+    assert (known.backend, known.status) == ("coreml", "absent")
+    assert known.says == "runs coreml graphs, the bundle has onnx"
+    assert not [row for row in ledger.rows if row.backend == "coreml"]
+
+
+def test_a_backend_that_is_not_installed_is_listed_with_its_command(
+    class_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    (known,) = run_bench([class_bundle], ["openvino"], rounds=1).contenders
+    assert (known.status, known.says) == ("absent", 'not installed: pip install "edgediff[bench]"')
+
+
+def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
+    tensors = load_file(bundle / REFERENCE)
+    tensors["steps/1/cached/out_sample"] = tensors["steps/1/cached/out_sample"] + 0.01
+    save_file(tensors, bundle / REFERENCE)
+    reseal(bundle)
+    found = run_bench([bundle], ["onnxruntime"], rounds=1)
+    (known,) = found.contenders
+    assert known.status == "wrong"
+    assert "dB of the reference; expected 90" in known.says
+    assert found.rows == ()
+
+
+def test_a_damaged_graph_is_refused_and_the_others_go_on(class_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
+    (bundle / "onnx" / "lowres.onnx").write_bytes(b"nothing")
+    found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1)
+    assert [known.status for known in found.contenders] == ["refused", "measured"]
+    assert "onnx/lowres.onnx" in found.contenders[0].says
+    assert {row.backend for row in found.rows} == {"torch"}
+
+
+def test_a_process_that_dies_is_said_and_keeps_what_it_measured(class_bundle: Path) -> None:
+    sha256 = open_bundle(class_bundle).manifest.source.sha256
+    known = Contender(str(class_bundle), "onnxruntime", sha256, "measured")
+    runner = _Runner(known, Task(str(class_bundle), "onnxruntime", threads=1))
+    try:
+        runner.start(lambda what: None)
+        runner.turn()
+        assert runner.contender.status == "measured"
+        assert runner._process is not None
+        os.kill(runner._process.pid, signal.SIGKILL)
+        runner.turn()
+        assert (runner.contender.status, runner.contender.says) == ("died", "its process ended with signal 9")
+        assert "loop" in runner.heard[-1].parts
+        runner.turn()  # nobody is asked any more
+    finally:
+        runner.close()
+
+
+def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_memory", lambda: 2**20)
+    (known,) = run_bench([class_bundle], ["onnxruntime"], rounds=1).contenders
+    assert known.status == "refused"
+    assert known.says.startswith("needs about 0.3 GiB of memory, 0.0 are free")
+
+
+def test_where_the_source_is_gone_the_bundle_stands_for_itself(
+    class_bundle: Path, class_model: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
+    moved = class_model.with_name("elsewhere")
+    class_model.rename(moved)
+    try:
+        found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1)
+    finally:
+        moved.rename(class_model)
+    ort, eager = found.contenders
+    assert (ort.status, ort.undivided) == ("measured", "own")
+    assert (eager.status, "source is not at hand" in eager.says) == ("refused", True)
+
+
+@pytest.mark.parametrize("numbers", [{"rounds": 0}, {"num_images": 0}, {"threads": 0}])
+def test_numbers_out_of_range_are_named(class_bundle: Path, numbers: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(numbers))):
+        run_bench([class_bundle], ["onnxruntime"], **numbers)
+    with pytest.raises(UnsupportedError, match="choices: torch, torch-compile, onnxruntime"):
+        run_bench([class_bundle], ["tensorrt"])
+
+
+# Ledgers against each other
+
+MACHINE = Machine("a chip", ("avx2",), 2, 1000, "Linux 6", "3.11", {"numpy": "2"})
+SETTINGS = Settings(4, "2", 1, None, 3, None)
+
+
+def made(samples: tuple[float, ...], sha256: str = "a" * 64, bundle: str = "b") -> Ledger:
+    contender = Contender(bundle, "onnxruntime", sha256, "measured")
+    rows = rows_of(bundle, "onnxruntime", {"full": samples, "load": samples[:1]}, None)
+    return Ledger(MACHINE, SETTINGS, 100.0, (contender,), rows, {})
+
+
+@pytest.mark.parametrize(
+    ("now", "beyond"),
+    [((1.0, 1.1, 1.2), False), ((1.15, 1.3, 1.4), False), ((1.5, 1.6, 1.7), True), ((0.5, 0.6, 0.7), True)],
+)
+def test_a_change_counts_beyond_the_noise_of_both(now: tuple[float, ...], beyond: bool) -> None:
+    (change,) = compare_ledgers(made((1.0, 1.1, 1.2)), made(now))
+    assert change.is_beyond_noise is beyond
+    assert change.ratio == pytest.approx(now[1] / 1.1)
+
+
+def test_ledgers_that_cannot_be_compared_are_refused_by_name() -> None:
+    old = made((1.0, 1.1))
+    other = msgspec.structs.replace(old, machine=msgspec.structs.replace(MACHINE, processor="another chip"))
+    with pytest.raises(DataError, match="different machines: processor 'another chip' there, 'a chip' here"):
+        compare_ledgers(other, old)
+    with pytest.raises(DataError, match="different models: b was of sha256 aaaaaaaaaaaa, is of cccccccccccc"):
+        compare_ledgers(old, made((1.0, 1.1), sha256="c" * 64))
+    fewer = msgspec.structs.replace(old, settings=msgspec.structs.replace(SETTINGS, steps=8))
+    with pytest.raises(DataError, match="different settings: steps 8 there, 4 here"):
+        compare_ledgers(fewer, old)
+    with pytest.raises(DataError, match="no bundle, backend and part in common"):
+        compare_ledgers(made((1.0, 1.1), bundle="c"), old)
+
+
+# The command
+
+
+def test_the_command_measures_writes_and_compares(command: Command, class_bundle: Path, place: Path) -> None:
+    asked = ("bench", class_bundle, "--backend", "onnxruntime", "--rounds", 1, "--threads", 1)
+    said = command(*asked, "--json", place / "a.json")
+    assert said.code == 0, said.errors
+    assert "time saved by the clock" in said.out
+    again = command(*asked, "--compare", place / "a.json", "--import", place / "a.json")
+    assert again.code == 0, again.errors
+    assert "against the earlier run" in again.out
+    assert again.out.count("time saved by the clock") == 2
+
+
+def test_bad_input_is_one_line(command: Command, class_bundle: Path, place: Path) -> None:
+    (place / "text").write_text("no ledger")
+    for said, parts in (
+        (command("bench", class_bundle, "--backend", "tensorrt"), ("'tensorrt'", "choices: torch")),
+        (command("bench", place / "nowhere"), ("no such directory",)),
+        (command("bench", class_bundle, "--rounds", 0), ("rounds is 0",)),
+        (command("bench", class_bundle, "--json", place / "none" / "a.json"), ("not a folder",)),
+        (command("bench", class_bundle, "--json", place), ("is a directory",)),
+        (command("bench", class_bundle, "--compare", place / "text"), ("no ledger of edgediff bench",)),
+        (command("bench", class_bundle, "--import", place / "nothing"), ("cannot be read",)),
+    ):
+        assert_error(said, *parts)
+    none = command("bench", class_bundle, "--backend", "coreml", "--rounds", 1)
+    assert (none.code, none.errors[-1]) == (1, "error: no backend could be measured")
