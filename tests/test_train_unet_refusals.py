@@ -75,7 +75,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 def test_a_killed_training_goes_on(class_model: Path, photographs: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "edgediff", "train", "student", str(class_model), "--data", str(photographs), "--width",
-        "8", "--batch", "2", "--updates", "40", "-o", str(tmp_path / "a"), "--config", str(tmp_path / "often.yaml"),
+        "8", "--batch", "2", "--updates", "20", "-o", str(tmp_path / "a"), "--config", str(tmp_path / "often.yaml"),
     ]  # fmt: skip
     (tmp_path / "often.yaml").write_text("checkpoint_minutes: 1.0e-9\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -88,7 +88,7 @@ def test_a_killed_training_goes_on(class_model: Path, photographs: Path, tmp_pat
         running.send_signal(signal.SIGKILL)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     settings = StudentTraining(
-        teacher=str(class_model), data=str(photographs), width=8, batch=2, updates=40, checkpoint_minutes=1e-9
+        teacher=str(class_model), data=str(photographs), width=8, batch=2, updates=20, checkpoint_minutes=1e-9
     )
     train_student(tmp_path / "whole", settings)
     assert same(tmp_path / "a", tmp_path / "whole")
