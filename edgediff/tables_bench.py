@@ -44,7 +44,7 @@ def _figures(ledger: "Ledger") -> Table:
     peak = "not measured" if ledger.peak_gflops is None else f"{ledger.peak_gflops:,.0f} GFLOP/s"
     table = Table(
         title=f"time saved by the clock, and how near the machine's peak ({peak} in fp32) its steps come",
-        caption=machine_line(ledger),
+        caption=f"{machine_line(ledger)}; *: against its own graphs at clock 1",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -62,7 +62,7 @@ def _figures(ledger: "Ledger") -> Table:
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for known in ledger.contenders:
-        table.add_row(known.bundle, known.backend, *_cells(known))
+        table.add_row(Text(known.bundle), known.backend, *_cells(known))
         if known.says:
             table.add_row("", Text(known.says, "yellow" if known.status in ("absent", "measured") else "bold red"))
     return table
@@ -91,7 +91,7 @@ def _parts(ledger: "Ledger", bundle: str) -> Table:
     graphs = [row.part for row in rows if row.part not in (*BEFORE, *AFTER)]
     there = {row.part for row in rows}
     table = Table(
-        title=f"{bundle}: milliseconds, median [10th, 90th percentile]",
+        title=Text(f"{bundle}: milliseconds, median [10th, 90th percentile]"),
         caption="loop: all steps at the clock; loop_clock1: all of them full; undivided: the UNet before it was cut",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -132,6 +132,6 @@ def compare_table(changes: Iterable["Change"]) -> Table:
         said = ("slower" if change.ratio > 1 else "faster") if change.is_beyond_noise else ""
         style = {"slower": "bold red", "faster": "bold green", "": "dim"}[said]
         row = change.new
-        cells = (row.bundle, row.backend, row.part, _spell(change.old), _spell(row), f"{change.ratio:.3f}", said)
+        cells = (Text(row.bundle), row.backend, row.part, _spell(change.old), _spell(row), f"{change.ratio:.3f}", said)
         table.add_row(*cells, style=style)
     return table

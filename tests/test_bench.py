@@ -1,12 +1,17 @@
+import io
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from command_line import Command, assert_error
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from seals import REFERENCE, reseal
 
@@ -17,7 +22,8 @@ from edgediff.bench.ledger import Contender, Ledger, Machine, Settings, read_led
 from edgediff.bench.worker import Task
 from edgediff.errors import ConfigError, DataError, UnsupportedError
 from edgediff.survey import survey_bundle
-from edgediff_runtime import open_bundle
+from edgediff.tables_bench import bench_tables, compare_table
+from edgediff_runtime import RequestError, open_bundle
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def test_a_ledger_is_read_as_it_was_written(ledger: Ledger, tmp_path: Path) -> N
 
 def test_openvino_gives_the_same_and_its_bf16_nearly(class_bundle: Path) -> None:
     pytest.importorskip("openvino")
-    found = run_bench([class_bundle], ["openvino", "openvino-bf16"], rounds=1, threads=1)
+    found = run_bench([class_bundle], ["openvino", "openvino-bf16"], rounds=1, threads=1, undivided=False)
     exact, half = found.contenders
     assert (exact.status, half.status) == ("measured", "measured"), (exact.says, half.says)
     assert exact.psnr_db is not None
@@ -106,7 +112,7 @@ def test_a_backend_that_is_not_installed_is_listed_with_its_command(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    (known,) = run_bench([class_bundle], ["openvino"], rounds=1).contenders
+    (known,) = run_bench([class_bundle], ["openvino"], rounds=1, undivided=False).contenders
     assert (known.status, known.says) == ("absent", 'not installed: pip install "edgediff[bench]"')
 
 
@@ -116,7 +122,7 @@ def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, t
     tensors["steps/1/cached/out_sample"] = tensors["steps/1/cached/out_sample"] + 0.01
     save_file(tensors, bundle / REFERENCE)
     reseal(bundle)
-    found = run_bench([bundle], ["onnxruntime"], rounds=1)
+    found = run_bench([bundle], ["onnxruntime"], rounds=1, undivided=False)
     (known,) = found.contenders
     assert known.status == "wrong"
     assert "dB of the reference; expected 90" in known.says
@@ -126,7 +132,7 @@ def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, t
 def test_a_damaged_graph_is_refused_and_the_others_go_on(class_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
     (bundle / "onnx" / "lowres.onnx").write_bytes(b"nothing")
-    found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1)
+    found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1, undivided=False)
     assert [known.status for known in found.contenders] == ["refused", "measured"]
     assert "onnx/lowres.onnx" in found.contenders[0].says
     assert {row.backend for row in found.rows} == {"torch"}
@@ -152,7 +158,7 @@ def test_a_process_that_dies_is_said_and_keeps_what_it_measured(class_bundle: Pa
 
 def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "free_memory", lambda: 2**20)
-    (known,) = run_bench([class_bundle], ["onnxruntime"], rounds=1).contenders
+    (known,) = run_bench([class_bundle], ["onnxruntime"], rounds=1, undivided=False).contenders
     assert known.status == "refused"
     assert known.says.startswith("needs about 0.3 GiB of memory, 0.0 are free")
 
@@ -169,7 +175,30 @@ def test_where_the_source_is_gone_the_bundle_stands_for_itself(
         moved.rename(class_model)
     ort, eager = found.contenders
     assert (ort.status, ort.undivided) == ("measured", "own")
+    assert ort.says == "the undivided UNet: the source is not at hand"
     assert (eager.status, "source is not at hand" in eager.says) == ("refused", True)
+
+
+def test_threads_reach_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import torch; print(torch.get_num_threads())"
+    for threads in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=bench._environment(threads), capture_output=True, text=True
+        )
+        assert done.stdout.strip() == str(threads)
+    assert bench._environment(None) == dict(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"clock": "0"}, "clock"), ({"clock": "1,0,1"}, "4"), ({"clock": "banana"}, "banana"), ({"steps": 0}, "steps")],
+)
+def test_clocks_and_steps_are_refused_before_anything_starts(
+    class_bundle: Path, wrong: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_runners", None)
+    with pytest.raises(RequestError, match=words):
+        run_bench([class_bundle], ["onnxruntime"], **wrong)
 
 
 @pytest.mark.parametrize("numbers", [{"rounds": 0}, {"num_images": 0}, {"threads": 0}])
@@ -212,6 +241,12 @@ def test_ledgers_that_cannot_be_compared_are_refused_by_name() -> None:
     fewer = msgspec.structs.replace(old, settings=msgspec.structs.replace(SETTINGS, steps=8))
     with pytest.raises(DataError, match="different settings: steps 8 there, 4 here"):
         compare_ledgers(fewer, old)
+
+    def ran(mask: tuple[int, ...]) -> Ledger:
+        return msgspec.structs.replace(old, contenders=(msgspec.structs.replace(old.contenders[0], mask=mask, rows=2),))
+
+    with pytest.raises(DataError, match=r"different settings: b in onnxruntime ran Fc of 2 row\(s\) there, FF of"):
+        compare_ledgers(ran((1, 0)), ran((1, 1)))
     with pytest.raises(DataError, match="no bundle, backend and part in common"):
         compare_ledgers(made((1.0, 1.1), bundle="c"), old)
 
@@ -220,7 +255,7 @@ def test_ledgers_that_cannot_be_compared_are_refused_by_name() -> None:
 
 
 def test_the_command_measures_writes_and_compares(command: Command, class_bundle: Path, place: Path) -> None:
-    asked = ("bench", class_bundle, "--backend", "onnxruntime", "--rounds", 1, "--threads", 1)
+    asked = ("bench", class_bundle, "--backend", "onnxruntime", "--rounds", 1, "--threads", 1, "--no-undivided")
     said = command(*asked, "--json", place / "a.json")
     assert said.code == 0, said.errors
     assert "time saved by the clock" in said.out
@@ -228,6 +263,14 @@ def test_the_command_measures_writes_and_compares(command: Command, class_bundle
     assert again.code == 0, again.errors
     assert "against the earlier run" in again.out
     assert again.out.count("time saved by the clock") == 2
+
+
+def test_a_folder_may_be_named_like_markup() -> None:
+    shown = made((1.0, 1.1), bundle="out[/b]")
+    console = Console(file=io.StringIO(), width=200)
+    for table in (*bench_tables(shown), compare_table(compare_ledgers(shown, shown))):
+        console.print(table)
+    assert console.file.getvalue().count("out[/b]") == 3
 
 
 def test_bad_input_is_one_line(command: Command, class_bundle: Path, place: Path) -> None:

@@ -28,7 +28,7 @@ class Backend:
         target: Whose graphs it runs; None where it runs the source.
         package: What must be installed.
         install: The command that installs it.
-        floor_db: What its output is held to; None takes the target's floor.
+        floor_db: What its output is held to; None takes the floor of the bundle's target.
     """
 
     name: str

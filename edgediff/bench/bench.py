@@ -1,6 +1,7 @@
 """One run: every contender in a process of its own, asked in turns (A B C A B C), right before it is timed."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,18 +13,23 @@ from typing import IO
 
 import msgspec
 
-from edgediff.bench.backends import BACKENDS, NOT_BY_DEFAULT, Backend, Whole, named, write_whole
+from edgediff.bench.backends import BACKENDS, NOT_BY_DEFAULT, Backend, Whole, named
 from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of
 from edgediff.bench.machine import describe_machine, free_memory
 from edgediff.bench.worker import Said, Task
-from edgediff.errors import ConfigError, EdgediffError
-from edgediff_runtime import Bundle, Manifest, open_bundle
-from edgediff_runtime.errors import BundleError
+from edgediff.errors import ConfigError
+from edgediff_runtime import Bundle, Manifest, make_scheduler, open_bundle, parse_clock
 
 Say = Callable[[str], None]
 # Runtimes keep weights a second time, laid out for their kernels.
 WEIGHTS_TIMES = 2.2
+# Tracing a model takes it twice.
+EXPORT_TIMES = 2
 BASE_BYTES = 300 * 2**20
+# Seconds that a process is given to end by itself.
+END_S = 5.0
+# What the libraries that backends multiply with ask for their number of threads.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def run_bench(
@@ -36,6 +42,7 @@ def run_bench(
     guidance_scale: float | None = None,
     rounds: int = 10,
     threads: int | None = None,
+    undivided: bool = True,
     progress: Say = lambda what: None,
 ) -> Ledger:
     """Times bundles in backends.
@@ -49,6 +56,8 @@ def run_bench(
         guidance_scale: Each bundle's own if None; 1 halves the rows.
         rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
         threads: Of each graph; each backend's own choice if None.
+        undivided: Whether to export the undivided UNet and run it too; else the bundles' own graphs at clock 1 are what
+            time is saved against.
         progress: Told what is being done.
 
     Returns:
@@ -57,6 +66,7 @@ def run_bench(
     Raises:
         BundleError: A bundle is damaged.
         ConfigError: There is no bundle, or a number is out of range.
+        RequestError: The clock or the number of steps is none.
         UnsupportedError: A backend is unknown.
     """
     for name, number in (("num_images", num_images), ("rounds", rounds), ("threads", threads)):
@@ -68,10 +78,15 @@ def run_bench(
         backend for backend in BACKENDS if backend.name not in NOT_BY_DEFAULT
     ]  # fmt: skip
     opened = [(str(path), open_bundle(path)) for path in dict.fromkeys(bundles)]
+    for _, bundle in opened:
+        point = bundle.manifest.operating_point
+        count = point.num_inference_steps if steps is None else steps
+        make_scheduler(bundle.manifest.scheduler, count)
+        parse_clock(point.clock if clock is None else clock, count)
     asked = Task(None, steps=steps, clock=clock, num_images=num_images, guidance_scale=guidance_scale, threads=threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgediff-bench-")))
-        runners = list(_runners(opened, chosen, asked, folder, progress))
+        runners = list(_runners(opened, chosen, asked, folder if undivided else None, progress))
         peak = _Runner(Contender("", "peak", "", "measured"), asked)
         for runner in (peak, *runners):
             stack.callback(runner.close)
@@ -97,12 +112,14 @@ class _Runner:
         task: What its process is told.
         needs: Bytes that it will hold, guessed.
         heard: What its process has said.
+        without: Why there is no undivided UNet beside it.
     """
 
     contender: Contender
     task: Task
     needs: int = 0
     heard: list[Said] = field(default_factory=list)
+    without: str = ""
     _process: subprocess.Popen[bytes] | None = None
     _errors: IO[bytes] | None = None
 
@@ -132,6 +149,7 @@ class _Runner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            env=_environment(self.task.threads),
         )
         self._tell(msgspec.json.encode(self.task))
 
@@ -141,14 +159,27 @@ class _Runner:
             self._tell(b'"round"')
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process: it is asked to, then killed."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._wait(self._process)
             self._process = None
         if self._errors is not None:
             self._errors.close()
             self._errors = None
+
+    @staticmethod
+    def _wait(process: subprocess.Popen[bytes]) -> int:
+        try:
+            code = process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+        return code
 
     def _tell(self, line: bytes) -> None:
         process = self._process
@@ -160,7 +191,7 @@ class _Runner:
             process.stdin.write(line + b"\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        if not answer:
+        if not answer.endswith(b"\n"):  # nothing, or the half of an answer
             self._end("died", self._last_words(process))
             return
         said = msgspec.json.decode(answer, type=Said)
@@ -171,7 +202,7 @@ class _Runner:
         self.heard.append(said)
 
     def _last_words(self, process: subprocess.Popen[bytes]) -> str:
-        code = process.wait()
+        code = self._wait(process)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         assert self._errors is not None
         self._errors.seek(0)
@@ -184,15 +215,16 @@ class _Runner:
 
 
 def _runners(
-    opened: Sequence[tuple[str, Bundle]], chosen: Sequence[Backend], asked: Task, folder: Path, say: Say
+    opened: Sequence[tuple[str, Bundle]], chosen: Sequence[Backend], asked: Task, folder: Path | None, say: Say
 ) -> Iterator[_Runner]:
     """A runner for each bundle in each backend, and beside it one for the undivided UNet where that can be had."""
+    runs_onnx = any(backend.is_installed and backend.target == "onnx" for backend in chosen)
     for number, (name, bundle) in enumerate(opened):
         manifest = bundle.manifest
         there = [target.target for target in manifest.targets]
-        whole: Whole | None = None
-        if "onnx" in there and any(backend.is_installed and backend.target == "onnx" for backend in chosen):
-            whole = _whole(bundle, folder / str(number), say)
+        whole, reason = None, ""
+        if folder is not None and runs_onnx and "onnx" in there:
+            whole, reason = _whole(name, manifest, folder / str(number), say)
         for backend in chosen:
             known = Contender(name, backend.name, manifest.source.sha256, "measured")
             if not backend.is_installed:
@@ -202,10 +234,15 @@ def _runners(
                 known = msgspec.structs.replace(known, status="absent", says=says)
             task = msgspec.structs.replace(asked, bundle=name, backend=backend.name)
             needs = _needs(manifest)
-            yield _Runner(known, task, needs)
-            has_whole = backend.target is None or (backend.target == "onnx" and whole is not None)
+            without = reason if backend.target == "onnx" and known.status == "measured" else ""
+            yield _Runner(known, task, needs, without=without)
+            has_whole = folder is not None if backend.target is None else backend.target == "onnx" and whole is not None
             if known.status == "measured" and has_whole:
                 yield _Runner(known, msgspec.structs.replace(task, undivided=True, whole=whole), needs)
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    return {**os.environ, **({} if threads is None else dict.fromkeys(THREADS, str(threads)))}
 
 
 def _needs(manifest: Manifest) -> int:
@@ -213,18 +250,17 @@ def _needs(manifest: Manifest) -> int:
     return BASE_BYTES + int(4 * WEIGHTS_TIMES * parameters)
 
 
-def _whole(bundle: Bundle, folder: Path, say: Say) -> Whole | None:
-    """The undivided UNet in ONNX; None where the source is not at hand: the bundle's own graphs stand in."""
-    from edgediff.verify.reference import REFERENCE, load_reference
-
+def _whole(name: str, manifest: Manifest, folder: Path, say: Say) -> tuple[Whole | None, str]:
+    """The undivided UNet in ONNX, written by a process of its own; None and the reason where it cannot be had."""
     folder.mkdir()
-    say(f"exporting the undivided UNet of {bundle.path}")
-    reference = load_reference(bundle.file(REFERENCE))
+    known = Contender(name, "export", manifest.source.sha256, "measured")
+    runner = _Runner(known, Task(name, export_to=str(folder)), EXPORT_TIMES * _needs(manifest))
+    say(f"exporting the undivided UNet of {name}")
     try:
-        return write_whole(bundle, reference.steps[0].tensors, folder)
-    except (EdgediffError, BundleError) as e:
-        say(f"without the undivided UNet: {e}")
-        return None
+        runner.start(say)
+    finally:
+        runner.close()
+    return runner.heard[0].whole if runner.heard else None, runner.contender.says
 
 
 def _ledger(
@@ -243,11 +279,13 @@ def _ledger(
         beside = whole.get(key)
         parts = _together(runner)
         # Beside a contender that was never asked, the undivided UNet has nothing to be compared with.
-        beside_parts = _together(beside) if beside is not None and known.status in ("measured", "died") else {}
-        if known.status == "measured" and beside is not None and beside.contender.says:
-            known = msgspec.structs.replace(known, says=f"the undivided UNet: {beside.contender.says}")
-        if known.status == "measured":
+        asked = bool(parts.get("loop"))
+        beside_parts = _together(beside) if beside is not None and asked else {}
+        if asked:
             known = _judged(runner, parts, beside_parts, manifests[known.bundle], peak)
+        without = runner.without if beside is None else beside.contender.says
+        if known.status == "measured" and without:
+            known = msgspec.structs.replace(known, says=f"the undivided UNet: {without}")
         contenders.append(known)
         rows += rows_of(*key, parts, known.peak_mib)
         wanted = {name: samples for name, samples in beside_parts.items() if name in ("undivided", "undivided_loop")}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from edgediff.bench.ledger import Ledger, Row
+from edgediff.bench.ledger import Contender, Ledger, Row
 from edgediff.errors import DataError
 
 # What is measured once for each process has no noise that could be known.
@@ -60,12 +60,25 @@ def compare_ledgers(old: Ledger, new: Ledger) -> tuple[Change, ...]:
                 f"the ledgers are of different models: {contender.bundle} was of sha256 {known[:12]}, "
                 f"is of {contender.model_sha256[:12]}"
             )
-    before = {(row.bundle, row.backend, row.part): row for row in old.rows}
+    ran = {(c.bundle, c.backend): c for c in old.contenders if c.mask}
+    for contender in new.contenders:
+        other = ran.get((contender.bundle, contender.backend))
+        if other is not None and contender.mask and (other.mask, other.rows) != (contender.mask, contender.rows):
+            raise DataError(
+                f"the ledgers are of different settings: {contender.bundle} in {contender.backend} ran "
+                f"{_spell(other)} there, {_spell(contender)} here"
+            )
+    before = {(row.bundle, row.backend, row.part): row for row in old.rows if row.median_ms > 0}
     found = [
         Change(before[row.bundle, row.backend, row.part], row)
         for row in new.rows
-        if row.part not in ONCE and (row.bundle, row.backend, row.part) in before
+        if row.part not in ONCE and (row.bundle, row.backend, row.part) in before and row.median_ms > 0
     ]
     if not found:
         raise DataError("the ledgers have no bundle, backend and part in common")
     return tuple(found)
+
+
+def _spell(contender: Contender) -> str:
+    steps = "".join("F" if full else "c" for full in contender.mask)
+    return f"{steps} of {contender.rows} row(s)"

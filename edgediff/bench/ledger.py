@@ -74,7 +74,8 @@ class Contender(Struct, frozen=True):
         status: ``measured``; ``absent`` where the backend is not to be had, ``refused`` where it would not do,
             ``wrong`` where its output was not the reference's, ``died`` where its process ended.
         says: Why it was not measured, or the undivided UNet beside it was not; empty where both were.
-        psnr_db: Of a step's output against the reference, the worst of them; None where it was not asked, or is exact.
+        psnr_db: Of a step's output against the reference, the worst of them; None where it was not asked, or is not
+            finite.
         mask: The steps as they were run, 1 = full.
         rows: UNet rows in a step.
         peak_mib: Most memory that its process held.

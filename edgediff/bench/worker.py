@@ -4,6 +4,7 @@ One JSON object a line: the task comes first, then ``round`` for each turn. A pr
 memory, threads and faults to itself.
 """
 
+import math
 import os
 import sys
 import time
@@ -13,13 +14,13 @@ from typing import IO, Any
 
 import msgspec
 
-from edgediff.bench.backends import Whole, named, opened
+from edgediff.bench.backends import Backend, Whole, named, opened, write_whole
 from edgediff.bench.machine import peak_gflops, peak_memory
 from edgediff.errors import EdgediffError
 from edgediff.verify.feed import run_step
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, Reference, load_reference, reference_request
-from edgediff_runtime import EdgePipeline, open_bundle
+from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.errors import EdgeRuntimeError
 from edgediff_runtime.sessions import Session
 
@@ -37,6 +38,7 @@ class Task(msgspec.Struct, frozen=True):
         num_images: Images at once.
         guidance_scale: The bundle's where None.
         threads: Of each graph.
+        export_to: A directory: the undivided UNet is written there, and nothing is timed.
     """
 
     bundle: str | None
@@ -48,6 +50,7 @@ class Task(msgspec.Struct, frozen=True):
     num_images: int = 1
     guidance_scale: float | None = None
     threads: int | None = None
+    export_to: str | None = None
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -62,6 +65,7 @@ class Said(msgspec.Struct, frozen=True):
         rows: UNet rows in a step.
         parts: Milliseconds by part of this turn.
         gflops: The machine's peak, from the process that measures it.
+        whole: The undivided UNet, from the process that writes it.
     """
 
     says: str = ""
@@ -72,6 +76,7 @@ class Said(msgspec.Struct, frozen=True):
     rows: int = 0
     parts: dict[str, list[float]] = msgspec.field(default_factory=dict)
     gflops: float | None = None
+    whole: Whole | None = None
 
 
 def main() -> None:
@@ -80,15 +85,15 @@ def main() -> None:
         # Whatever libraries print goes to the errors: answers have their own way out.
         os.dup2(2, 1)
         task = msgspec.json.decode(sys.stdin.buffer.readline(), type=Task)
-        _set_threads(task.threads)
         try:
-            turns = _peak() if task.bundle is None else _contend(task)
-            for said in turns:
+            for said in _turns(task):
                 _answer(answers, said)
                 if not sys.stdin.buffer.readline():
                     return
         except (EdgediffError, EdgeRuntimeError) as e:
             _answer(answers, Said(says=str(e)))
+        except Exception as e:  # a backend's own errors share no base class; the others are to go on
+            _answer(answers, Said(says=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
 
 
 def _answer(answers: IO[bytes], said: Said) -> None:
@@ -96,42 +101,41 @@ def _answer(answers: IO[bytes], said: Said) -> None:
     answers.flush()
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is None or "torch" not in sys.modules:
-        return
-    sys.modules["torch"].set_num_threads(threads)
-
-
-def _peak() -> Iterator[Said]:
-    while True:
-        yield Said(gflops=peak_gflops())
-
-
-def _contend(task: Task) -> Iterator[Said]:
-    """Opens, checks, then one generation for each turn."""
-    assert task.bundle is not None
-    backend = named(task.backend)
+def _turns(task: Task) -> Iterator[Said]:
+    if task.bundle is None:
+        while True:
+            yield Said(gflops=peak_gflops())
     bundle = open_bundle(Path(task.bundle))
     reference = load_reference(bundle.file(REFERENCE))
+    if task.export_to is not None:
+        yield Said(whole=write_whole(bundle, reference.steps[0].tensors, Path(task.export_to)))
+        return
+    yield from _contend(task, bundle, reference)
+
+
+def _contend(task: Task, bundle: Bundle, reference: Reference) -> Iterator[Said]:
+    """Opens, runs once, checks; then two generations for each turn."""
+    backend = named(task.backend)
     start = time.perf_counter()
     session = opened(bundle, backend, task.threads, task.undivided, task.whole)
     load_ms = 1e3 * (time.perf_counter() - start)
-    worst = check(session, reference, only_full=task.undivided)
-    targets = bundle.manifest.targets
-    target = targets[0] if backend.target is None else bundle.manifest.target(backend.target)
-    floor = target.floors.composed if backend.floor_db is None else backend.floor_db
-    if worst < floor:
-        yield Said(says=f"a step is {worst:.1f} dB of the reference; expected {floor:g}", wrong=True, psnr_db=worst)
-        return
     pipe = EdgePipeline(bundle.manifest, session, warn=False)
     given = {"num_inference_steps": task.steps, "clock": task.clock, "guidance_scale": task.guidance_scale}
     request = reference_request(bundle.manifest, reference.conditioning) | {"num_images": task.num_images, "seed": 0}
     # The reference's clock is spelt out for its own steps; left out, it is the bundle's.
     del request["clock"]
     request |= {name: value for name, value in given.items() if value is not None}
+    # Some backends compile a graph when it first runs, and for its number of rows: none of that is a turn's time.
     first = _generate(pipe, request | {"clock": 1}, "")
-    parts = {"load": [load_ms], "first_call": first.parts["full"][:1]}
-    yield Said(psnr_db=worst, peak_mib=peak_memory(), parts=parts)
+    if not task.undivided:
+        _generate(pipe, request, "")
+    worst = check(session, reference, only_full=task.undivided)
+    floor = _floor(bundle.manifest, backend)
+    if worst < floor:
+        says = f"a step is {worst:.1f} dB of the reference" if math.isfinite(worst) else "a step is not finite"
+        yield Said(says=f"{says}; expected {floor:g} dB", wrong=True, psnr_db=worst)
+        return
+    yield Said(psnr_db=worst, peak_mib=peak_memory(), parts={"load": [load_ms], "first_call": first.parts["full"][:1]})
     while True:
         always = _generate(pipe, request | {"clock": 1}, "loop_clock1")
         if task.undivided:
@@ -139,10 +143,17 @@ def _contend(task: Task) -> Iterator[Said]:
             said = Said(parts={"undivided": always.parts["full"], "undivided_loop": loop}, rows=always.rows)
         else:
             clocked = _generate(pipe, request, "loop")
-            parts = {name: [*clocked.parts.get(name, []), *always.parts.get(name, [])]
-                     for name in (*clocked.parts, "loop_clock1")}  # fmt: skip
+            names = (*clocked.parts, "loop_clock1")
+            parts = {name: [*clocked.parts.get(name, []), *always.parts.get(name, [])] for name in names}
             said = Said(parts=parts, mask=clocked.mask, rows=clocked.rows)
         yield msgspec.structs.replace(said, peak_mib=peak_memory())
+
+
+def _floor(manifest: Manifest, backend: Backend) -> float:
+    """What a step is held to; torch, which has no graphs, to the strictest of the targets."""
+    if backend.floor_db is not None:
+        return backend.floor_db
+    return max(target.floors.composed for target in manifest.targets if backend.target in (None, target.target))
 
 
 def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:

@@ -33,7 +33,10 @@ def run(
     ),
     backend: Annotated[
         str | None,
-        typer.Option(help="onnxruntime, coreml (on a Mac), or mil-reference: Core ML packages evaluated in torch."),
+        typer.Option(
+            help="onnxruntime, openvino, openvino-bf16, coreml (on a Mac), or mil-reference: Core ML packages "
+            "evaluated in torch."
+        ),
     ] = None,
     compute_units: Annotated[
         str, typer.Option(help="What Core ML may use: all, cpu_only, cpu_and_gpu, cpu_and_ne.")

@@ -31,7 +31,7 @@ class OpenVinoSession:
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
-        """Checks and reads the ONNX graphs of a bundle; they are compiled when the number of rows is known.
+        """Checks the ONNX graphs of a bundle; they are read and compiled when the number of rows is known.
 
         Args:
             bundle: The bundle.
@@ -39,8 +39,8 @@ class OpenVinoSession:
             threads: Threads of each graph; OpenVINO's choice where None.
 
         Raises:
-            RequestError: OpenVINO is not installed, or the precision is unknown.
-            BundleError: A graph is damaged or cannot be read.
+            RequestError: OpenVINO is not installed, or the precision is unknown, or not to be had here.
+            BundleError: A graph is damaged.
         """
         if precision not in PRECISIONS:
             raise RequestError(f"no precision {precision!r}; choices: {', '.join(PRECISIONS)}")
@@ -49,6 +49,9 @@ class OpenVinoSession:
         except ImportError as e:
             raise RequestError("backend 'openvino' needs OpenVINO: pip install openvino") from e
         self._core = ov.Core()
+        # The precision is a hint, which a processor without bf16 would not take, and not say so.
+        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise RequestError("backend 'openvino-bf16' needs a processor with bf16; this one has none")
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "PERFORMANCE_HINT": "LATENCY",
