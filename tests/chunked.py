@@ -10,7 +10,7 @@ class Chunked(TorchSession):
     """A session that takes just so many rows."""
 
     def __init__(self, whole: TorchSession, batch: int) -> None:
-        super().__init__(whole.split, whole.graphs)
+        super().__init__(whole.parts, whole.graphs)
         self.batch = batch
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:

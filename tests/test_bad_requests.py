@@ -39,7 +39,10 @@ from seals import flip_bit, seal_plain
         (["--seed", "-1"], ("seed -1: expected an integer",)),
         (["--seed", str(2**64)], ("seed 18446744073709551616: expected an integer",)),
         (["--scale", "0"], ("--scale is 0",)),
-        (["--backend", "tpu"], ("no backend 'tpu'; choices: onnxruntime, coreml, mil-reference",)),
+        (
+            ["--backend", "tpu"],
+            ("no backend 'tpu'; choices: onnxruntime, openvino, openvino-bf16, coreml, mil-reference",),
+        ),
         (["--level", "1"], ("--level",)),
     ],
 )

@@ -239,7 +239,7 @@ def test_a_graph_that_is_not_listed_is_refused(bundle: Path) -> None:
 
 
 def test_a_target_or_a_backend_that_is_not_there(bundle: Path) -> None:
-    with pytest.raises(RequestError, match=r"no backend 'tpu'; choices: onnxruntime, coreml$"):
+    with pytest.raises(RequestError, match=r"no backend 'tpu'; choices: onnxruntime, openvino, openvino-bf16, coreml$"):
         EdgePipeline.from_pretrained(bundle, backend="tpu")
     with pytest.raises(BundleError, match="no 'coreml' target; it has: onnx"):
         open_session(open_bundle(bundle), "mil-reference")

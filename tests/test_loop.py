@@ -47,8 +47,8 @@ def test_clock_1_is_what_diffusers_samples(class_model: Path, torch_pipe: EdgePi
 
 
 @torch.no_grad()
-def test_cached_steps_take_the_cache_of_the_step_before(torch_pipe: EdgePipeline) -> None:
-    split = torch_pipe.session.split
+def test_cached_steps_take_the_cache_of_the_step_before(torch_pipe: EdgePipeline, class_model: Path) -> None:
+    split = edgediff.split(edgediff.load_model(class_model).unet)
     labels, cache = torch.tensor([0, 1]), None
     for step in torch_pipe.stream(num_images=2, num_inference_steps=5, clock="1,0,0,1,0", guidance_scale=1):
         sample = step.tensors[0]["sample"].clone()
@@ -214,7 +214,7 @@ def test_a_generation_graph_runs_once_before_the_steps(torch_pipe: EdgePipeline)
     graphs = torch_pipe.manifest.target("onnx").graphs
     once = Graph(name="once", file="x", frequency="generation", inputs=(), outputs=())
     request = _request(torch_pipe, (once, *graphs))
-    session = Counting(torch_pipe.session.split, torch_pipe.session.graphs)
+    session = Counting(torch_pipe.session.parts, torch_pipe.session.graphs)
     list(denoise(request, session))
     assert session.calls.count("once") == 1
     assert session.calls[0] == "once"
@@ -229,7 +229,7 @@ def test_output_that_is_not_finite_is_an_error(torch_pipe: EdgePipeline) -> None
 
     request = _request(torch_pipe, torch_pipe.manifest.target("onnx").graphs)
     with pytest.raises(BundleError, match="not finite at step 0"):
-        next(denoise(request, Broken(torch_pipe.session.split, torch_pipe.session.graphs)))
+        next(denoise(request, Broken(torch_pipe.session.parts, torch_pipe.session.graphs)))
 
 
 def _request(pipe: EdgePipeline, graphs: tuple[Graph, ...]) -> Request:
