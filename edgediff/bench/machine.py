@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,9 @@ def peak_gflops() -> float:
     """
     numbers = np.random.default_rng(0).standard_normal((2, PEAK_SIZE, PEAK_SIZE), dtype=np.float32)
     factors: Any = numbers
-    try:
+    if find_spec("torch") is not None:
         import torch
-    except ImportError:
-        pass  # numpy's it is
-    else:
+
         factors = torch.from_numpy(numbers)
     times = []
     for _ in range(PEAK_TIMES + 1):
