@@ -23,6 +23,7 @@ from edgediff import verify_bundle
 from edgediff.verify.backends import open_session
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.bundle import MANIFEST, SUMS, inside
+from edgediff_runtime.sessions import OrtSession
 
 BAD_PATHS = (
     "../x", "/etc/passwd", "a/../../b", "onnx/../x", "..", ".", "", "/", "./x", "onnx//lowres.onnx", "onnx/", "C:\\x",
@@ -236,6 +237,12 @@ def test_a_graph_that_is_not_listed_is_refused(bundle: Path) -> None:
     shutil.copy(bundle / GRAPHS[0], bundle / "onnx" / "other.onnx")
     seal(bundle, replace_graph(manifest, 0, file="onnx/other.onnx"))
     assert_refused(bundle, "onnx/other.onnx is (in the bundle but )?not listed")
+
+
+def test_threads_of_one_graph_do_not_wait_awake_while_the_next_one_runs(bundle: Path) -> None:
+    session = OrtSession(open_bundle(bundle))
+    options = [each.get_session_options() for each in session._sessions.values()]
+    assert [each.get_session_config_entry("session.force_spinning_stop") for each in options] == ["1"] * len(GRAPHS)
 
 
 def test_a_target_or_a_backend_that_is_not_there(bundle: Path) -> None:

@@ -77,6 +77,8 @@ class OrtSession:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Each graph has threads of its own, which wait awake after a run: the next graph would run against them.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
