@@ -1,24 +1,15 @@
 """What every benchmark prints beside its figures: the machine, the versions, medians with their spread."""
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median, quantiles
+
+from edgediff.bench.machine import describe_machine
+from edgediff.tables_bench import machine_line
 
 
 def machine() -> str:
     """Names the processor, the cores and the versions that the figures belong to."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "onnxruntime", "coremltools", "diffusers", "numpy")
-    )
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
+    return machine_line(describe_machine())
 
 
 def spread(samples: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from edgediff.bench.compare import Change
-    from edgediff.bench.ledger import Contender, Ledger, Row
+    from edgediff.bench.ledger import Contender, Ledger, Machine, Row
 
 # The graphs of a step stand between these.
 BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
@@ -32,9 +32,15 @@ def bench_tables(ledger: "Ledger") -> list[Table]:
     return [*tables, *(table for other in ledger.imported for table in bench_tables(other))]
 
 
-def machine_line(ledger: "Ledger") -> str:
-    """The machine and its tools on one line."""
-    machine = ledger.machine
+def machine_line(machine: "Machine") -> str:
+    """The machine and its tools on one line.
+
+    Args:
+        machine: As a ledger names it.
+
+    Returns:
+        Processor, cores, system and versions.
+    """
     tools = ", ".join(f"{tool} {version}" for tool, version in machine.versions.items())
     flags = f" ({' '.join(machine.flags)})" if machine.flags else ""
     return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}, Python {machine.python}; {tools}"
@@ -44,7 +50,7 @@ def _figures(ledger: "Ledger") -> Table:
     peak = "not measured" if ledger.peak_gflops is None else f"{ledger.peak_gflops:,.0f} GFLOP/s"
     table = Table(
         title=f"time saved by the clock, and how near the machine's peak ({peak} in fp32) its steps come",
-        caption=f"{machine_line(ledger)}; *: against its own graphs at clock 1",
+        caption=f"{machine_line(ledger.machine)}; *: against its own graphs at clock 1",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -73,12 +79,11 @@ def _cells(known: "Contender") -> tuple[str, ...]:
         return (known.status,)
     clock = "".join("F" if full else "c" for full in known.mask)
     own = "*" if known.undivided == "own" else ""
-    ratio = known.time_saved / known.flops_saved if known.time_saved is not None and known.flops_saved else None
     return (
         clock,
         "-" if known.time_saved is None else f"{known.time_saved:.1%}{own}",
         "-" if known.flops_saved is None else f"{known.flops_saved:.1%}",
-        "-" if ratio is None else f"{ratio:.2f}",
+        "-" if known.ratio is None else f"{known.ratio:.2f}",
         *(f"{known.share_of_peak[name]:.2f}" if name in known.share_of_peak else "-" for name in ("full", "cached")),
         "-" if known.psnr_db is None else f"{known.psnr_db:.1f}",
         "-" if known.peak_mib is None else f"{known.peak_mib:,.0f}",

@@ -145,7 +145,7 @@ def _torch(manifest: Manifest, compile_parts: bool, undivided: bool) -> Session:
     return session
 
 
-def write_whole(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> Whole:
+def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> Whole:
     """Exports the undivided UNet of a bundle's source to ONNX, as the bundle's graphs were.
 
     Args:

@@ -290,9 +290,9 @@ def _ledger(
         rows += rows_of(*key, parts, known.peak_mib)
         wanted = {name: samples for name, samples in beside_parts.items() if name in ("undivided", "undivided_loop")}
         rows += rows_of(*key, wanted, beside.heard[-1].peak_mib if beside is not None and beside.heard else None)
-        if known.time_saved is not None and known.flops_saved:
+        if known.ratio is not None:
             label = known.backend if len(manifests) == 1 else f"{known.backend} ({known.bundle})"
-            saved[label] = round(known.time_saved / known.flops_saved, 4)
+            saved[label] = round(known.ratio, 4)
     return Ledger(
         machine=describe_machine(),
         settings=settings,

@@ -100,6 +100,11 @@ class Contender(Struct, frozen=True):
     time_saved: float | None = None
     share_of_peak: dict[str, float] = msgspec.field(default_factory=dict)
 
+    @property
+    def ratio(self) -> float | None:
+        """Time saved over FLOPs saved; None where the clock saves no operations, or nothing was measured."""
+        return self.time_saved / self.flops_saved if self.time_saved is not None and self.flops_saved else None
+
 
 class Row(Struct, frozen=True):
     """One part of one contender.

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import msgspec
 
-from edgediff.bench.backends import Backend, Whole, named, opened, write_whole
+from edgediff.bench.backends import Backend, Whole, export_undivided, named, opened
 from edgediff.bench.machine import peak_gflops, peak_memory
 from edgediff.errors import EdgediffError
 from edgediff.verify.feed import run_step
@@ -108,7 +108,7 @@ def _turns(task: Task) -> Iterator[Said]:
     bundle = open_bundle(Path(task.bundle))
     reference = load_reference(bundle.file(REFERENCE))
     if task.export_to is not None:
-        yield Said(whole=write_whole(bundle, reference.steps[0].tensors, Path(task.export_to)))
+        yield Said(whole=export_undivided(bundle, reference.steps[0].tensors, Path(task.export_to)))
         return
     yield from _contend(task, bundle, reference)
 
