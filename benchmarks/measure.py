@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 
 from edgediff.bench.machine import describe_machine
-from edgediff.tables_bench import machine_line
+from edgediff.bench.wording import machine_line
 
 
 def machine() -> str:

@@ -39,19 +39,28 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     point: str = "before_upsample"
 
 
+# The first operator set that has attention, and one that is everywhere.
+FUSED_OPSET, PORTABLE_OPSET = 23, 21
+
+
 class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the ONNX graphs are written.
 
     Attributes:
-        opset: Version of the default operator set, 18 to 23.
+        opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones spell it
+            out. None takes 23, or 21 where the graphs are to be portable.
         dtype: Precision of weights and features.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
+        portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
+            Else graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
+            ``MultiHeadAttention`` where there are many keys, and batch normalization for the scale of the others.
         layout: How the graphs are packed; None takes the recipe's.
     """
 
-    opset: int = 21
+    opset: int | None = None
     dtype: Literal["fp32"] = "fp32"
     simplify: bool = True
+    portable: bool = False
     layout: Layout | None = None
 
 
@@ -249,8 +258,10 @@ def check_config(config: ExportConfig) -> ExportConfig:
         )
     if config.steps < 1:
         raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
-    if not 18 <= config.onnx.opset <= 23:
-        raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to 23")
+    latest = FUSED_OPSET - 1 if config.onnx.portable else FUSED_OPSET
+    if not 18 <= opset_of(config.onnx) <= latest:
+        why = ", since in 23 attention is an operator that is not portable" if config.onnx.portable else ""
+        raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to {latest}{why}")
     if config.coreml.batch is not None and not 1 <= config.coreml.batch <= 2:
         raise ConfigError(f"'coreml.batch' is {config.coreml.batch}; expected 1, 2 or nothing")
     if (
@@ -314,6 +325,23 @@ def block_of(point: str) -> int | None:
     name, _, number = point.partition(":")
     digits = number.isascii() and number.isdigit() and len(number) <= 4
     return int(number) if name == "block" and digits else None
+
+
+def opset_of(onnx: OnnxConfig) -> int:
+    """The operator set of a recipe's ONNX graphs.
+
+    Args:
+        onnx: How they are written.
+
+    Returns:
+        The one that is asked for, or the one that goes with the operators that are wanted.
+
+    >>> opset_of(OnnxConfig()), opset_of(OnnxConfig(portable=True)), opset_of(OnnxConfig(opset=20))
+    (23, 21, 20)
+    """
+    if onnx.opset is not None:
+        return onnx.opset
+    return PORTABLE_OPSET if onnx.portable else FUSED_OPSET
 
 
 def layout_of(config: ExportConfig, target: Target) -> Layout:

@@ -8,17 +8,18 @@ from pathlib import Path
 from edgediff.errors import MissingExtraError, TargetError
 
 
-def check_drawing(what: str) -> None:
+def check_drawing(what: str, extra: str = "train") -> None:
     """Refuses to begin what could not be drawn at its end.
 
     Args:
         what: What would be drawn, for the message.
+        extra: Which extra brings it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(what, "train")
+        raise MissingExtraError(what, extra)
 
 
 def check_folder(folder: Path) -> None:

@@ -7,13 +7,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from edgediff.bench.wording import figure_cells, machine_line, milliseconds, part_names, peak_words
+
 if TYPE_CHECKING:
     from edgediff.bench.compare import Change
-    from edgediff.bench.ledger import Contender, Ledger, Machine, Row
-
-# The graphs of a step stand between these.
-BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
-AFTER = ("scheduler", "other")
+    from edgediff.bench.ledger import Ledger, Row
 
 
 def bench_tables(ledger: "Ledger") -> list[Table]:
@@ -32,24 +30,9 @@ def bench_tables(ledger: "Ledger") -> list[Table]:
     return [*tables, *(table for other in ledger.imported for table in bench_tables(other))]
 
 
-def machine_line(machine: "Machine") -> str:
-    """The machine and its tools on one line.
-
-    Args:
-        machine: As a ledger names it.
-
-    Returns:
-        Processor, cores, system and versions.
-    """
-    tools = ", ".join(f"{tool} {version}" for tool, version in machine.versions.items())
-    flags = f" ({' '.join(machine.flags)})" if machine.flags else ""
-    return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}, Python {machine.python}; {tools}"
-
-
 def _figures(ledger: "Ledger") -> Table:
-    peak = "not measured" if ledger.peak_gflops is None else f"{ledger.peak_gflops:,.0f} GFLOP/s"
     table = Table(
-        title=f"time saved by the clock, and how near the machine's peak ({peak} in fp32) its steps come",
+        title=f"time saved by the clock, and how near the machine's peak ({peak_words(ledger)} in fp32) its steps come",
         caption=f"{machine_line(ledger.machine)}; *: against its own graphs at clock 1",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -68,33 +51,16 @@ def _figures(ledger: "Ledger") -> Table:
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for known in ledger.contenders:
-        table.add_row(Text(known.bundle), known.backend, *_cells(known))
+        cells = figure_cells(known) if known.status == "measured" else (known.status,)
+        table.add_row(Text(known.bundle), known.backend, *cells)
         if known.says:
             table.add_row("", Text(known.says, "yellow" if known.status in ("absent", "measured") else "bold red"))
     return table
 
 
-def _cells(known: "Contender") -> tuple[str, ...]:
-    if known.status != "measured":
-        return (known.status,)
-    clock = "".join("F" if full else "c" for full in known.mask)
-    own = "*" if known.undivided == "own" else ""
-    return (
-        clock,
-        "-" if known.time_saved is None else f"{known.time_saved:.1%}{own}",
-        "-" if known.flops_saved is None else f"{known.flops_saved:.1%}",
-        "-" if known.ratio is None else f"{known.ratio:.2f}",
-        *(f"{known.share_of_peak[name]:.2f}" if name in known.share_of_peak else "-" for name in ("full", "cached")),
-        "-" if known.psnr_db is None else f"{known.psnr_db:.1f}",
-        "-" if known.peak_mib is None else f"{known.peak_mib:,.0f}",
-    )
-
-
 def _parts(ledger: "Ledger", bundle: str) -> Table:
     rows = [row for row in ledger.rows if row.bundle == bundle]
     backends = list(dict.fromkeys(row.backend for row in rows))
-    graphs = [row.part for row in rows if row.part not in (*BEFORE, *AFTER)]
-    there = {row.part for row in rows}
     table = Table(
         title=Text(f"{bundle}: milliseconds, median [10th, 90th percentile]"),
         caption="loop: all steps at the clock; loop_clock1: all of them full; undivided: the UNet before it was cut",
@@ -105,18 +71,13 @@ def _parts(ledger: "Ledger", bundle: str) -> Table:
     for backend in backends:
         table.add_column(backend, justify="right")
     found = {(row.backend, row.part): row for row in rows}
-    for part in (*BEFORE, *dict.fromkeys(graphs), *AFTER):
-        if part in there:
-            table.add_row(part, *(_spell(found.get((backend, part))) for backend in backends))
+    for part in part_names(rows):
+        table.add_row(part, *(_spell(found.get((backend, part))) for backend in backends))
     return table
 
 
 def _spell(row: "Row | None") -> str:
-    if row is None:
-        return "-"
-    if len(row.samples_ms) == 1:
-        return f"{row.median_ms:,.4g}"
-    return f"{row.median_ms:,.4g} [{row.p10_ms:,.4g}, {row.p90_ms:,.4g}]"
+    return " ".join(milliseconds(row)).rstrip()
 
 
 def compare_table(changes: Iterable["Change"]) -> Table:

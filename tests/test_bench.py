@@ -259,10 +259,12 @@ def test_the_command_measures_writes_and_compares(command: Command, class_bundle
     said = command(*asked, "--json", place / "a.json")
     assert said.code == 0, said.errors
     assert "time saved by the clock" in said.out
-    again = command(*asked, "--compare", place / "a.json", "--import", place / "a.json")
+    again = command(*asked, "--compare", place / "a.json", "--import", place / "a.json", "--html", place / "a.html")
     assert again.code == 0, again.errors
     assert "against the earlier run" in again.out
     assert again.out.count("time saved by the clock") == 2
+    pictures = [f"a-{name}.png" for name in ("latency", "saved", "quality")]
+    assert all((place / name).is_file() for name in ("a.html", *pictures))
 
 
 def test_a_folder_may_be_named_like_markup() -> None:
@@ -281,6 +283,7 @@ def test_bad_input_is_one_line(command: Command, class_bundle: Path, place: Path
         (command("bench", class_bundle, "--rounds", 0), ("rounds is 0",)),
         (command("bench", class_bundle, "--json", place / "none" / "a.json"), ("not a folder",)),
         (command("bench", class_bundle, "--json", place), ("is a directory",)),
+        (command("bench", class_bundle, "--html", place), ("is a directory",)),
         (command("bench", class_bundle, "--compare", place / "text"), ("no ledger of edgediff bench",)),
         (command("bench", class_bundle, "--import", place / "nothing"), ("cannot be read",)),
     ):

@@ -186,6 +186,7 @@ def test_a_choice_that_is_not_there_names_those_that_are(
         ("verify: {caching_db: 0}", ["'verify.caching_db' is 0", "dB above 0"]),
         ("onnx: {opset: 17}", ["'onnx.opset' is 17", "18 to 23"]),
         ("onnx: {opset: 24}", ["'onnx.opset' is 24", "18 to 23"]),
+        ("onnx: {opset: 23, portable: true}", ["'onnx.opset' is 23", "18 to 22", "attention"]),
         ("seed: -1", ["'seed' is -1", "0 to 2^63 - 1"]),
         ("seed: 9223372036854775808", ["'seed' is 9223372036854775808", "0 to 2^63 - 1"]),
         ("random_weights: -1", ["'random_weights' is -1", "0 to 2^63 - 1"]),

@@ -53,7 +53,7 @@ def test_graphs_are_what_the_manifest_says(class_bundle: Path) -> None:
             continue
         model = onnx.load(class_bundle / graph.file)
         onnx.checker.check_model(model, full_check=True)
-        assert model.opset_import[0].version == target.opset == 21
+        assert model.opset_import[0].version == target.opset == 23
         assert model.ir_version == target.ir_version
         for said, found in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
             assert [tensor.name for tensor in said] == [value.name for value in found]

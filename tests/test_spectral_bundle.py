@@ -15,6 +15,7 @@ from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from unets import unet2d
 
 import edgediff
+from edgediff.config import OnnxConfig
 from edgediff.models.spectral import spectralize
 from edgediff.placement import COREML, lint_bundle
 from edgediff.placement_ops import mil_ops
@@ -54,7 +55,7 @@ def export(folder: Path, layout: str, adaptor: bool, build: dict[str, Any], **se
     (folder / "student" / "classes.json").write_text(json.dumps(LABELS))
     model = edgediff.load_model(folder / "student")
     config = edgediff.ExportConfig(
-        steps=4, clock=2, layout=layout, targets=("onnx", "coreml"),
+        steps=4, clock=2, layout=layout, targets=("onnx", "coreml"), onnx=OnnxConfig(portable=True),
         adaptor=str(trained(model, folder / "adaptor")) if adaptor else None,
     )  # fmt: skip
     done = edgediff.export_bundle(model, folder / "bundle", config)

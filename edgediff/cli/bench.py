@@ -32,6 +32,9 @@ def bench(
         bool, typer.Option(help="Also run the UNet as it was before it was cut; large ones take minutes to export.")
     ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the ledger, every sample in it.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page that needs nothing beside it, and its pictures as PNGs.")
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(help="An earlier ledger of this machine: says what has changed beyond the noise.")
     ] = None,
@@ -43,11 +46,14 @@ def bench(
     from edgediff.bench.bench import run_bench
     from edgediff.bench.compare import compare_ledgers
     from edgediff.bench.ledger import read_ledger, write_ledger
+    from edgediff.bench.page import check_page, write_page
     from edgediff.outputs import check_file, write_whole
     from edgediff.tables_bench import bench_tables, compare_table
 
     if json_file is not None:
         check_file(json_file)
+    if html is not None:
+        check_page(html)
     before = None if compare is None else read_ledger(compare)
     others = tuple(read_ledger(path) for path in imported or ())
     with progress() as say:
@@ -67,11 +73,14 @@ def bench(
     # Written before anything is compared: a run that took long is not lost to a ledger that does not fit.
     if json_file is not None:
         write_whole(json_file, lambda path: write_ledger(ledger, path))
+    pages = [] if html is None else write_page(ledger, html)
     for table in bench_tables(ledger):
         out.print(table)
     if before is not None:
         out.print(compare_table(compare_ledgers(before, ledger)))
     if json_file is not None:
         out.print(f"ledger: {json_file}", markup=False)
+    if pages:
+        out.print(f"page: {', '.join(map(str, pages))}", markup=False)
     if all(known.status != "measured" for known in ledger.contenders):
         raise VerificationError("no backend could be measured")

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edgediff.config import ExportConfig, Target, layout_of
+from edgediff.config import ExportConfig, Target, layout_of, opset_of
 from edgediff.errors import UnsupportedError
 from edgediff.export.conditioning import Source
 from edgediff.export.layout import coreml_graphs, onnx_graphs
@@ -133,7 +133,7 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
             target = m.Target(
                 target="onnx", layout=layout_of(config, "onnx"), dtype=config.onnx.dtype, batch=None,
                 floors=_floors(config, config.onnx.dtype), graphs=onnx_graphs(parts, divided, config),
-                opset=config.onnx.opset, ir_version=0,
+                opset=opset_of(config.onnx), ir_version=0,
             )  # fmt: skip
         else:
             batch = (2 if guided else 1) if config.coreml.batch is None else config.coreml.batch

@@ -14,9 +14,19 @@ import numpy as np
 import onnx
 import torch
 
-from edgediff.config import OnnxConfig
+from edgediff.config import OnnxConfig, opset_of
 from edgediff.errors import UnsupportedError
-from edgediff.export.passes import GROUP_NORM, SIMPLIFY, STRIP_METADATA, Pass, check, run_passes, weight_bytes
+from edgediff.export.passes import (
+    ATTENTION,
+    GROUP_NORM,
+    PORTABLE_GROUP_NORM,
+    SIMPLIFY,
+    STRIP_METADATA,
+    Pass,
+    check,
+    run_passes,
+    weight_bytes,
+)
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -120,7 +130,7 @@ def write_graph(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path
                     part,
                     args,
                     dynamo=True,
-                    opset_version=config.opset,
+                    opset_version=opset_of(config),
                     input_names=names,
                     output_names=[tensor.name for tensor in graph.outputs],
                     dynamic_shapes=(dynamic,),
@@ -145,7 +155,7 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
         simplify = SIMPLIFY if large else _holding(SIMPLIFY, feeds)
         # Group normalization is held by the graph's verification alone: what the pass writes is nearer to torch than
         # what ONNX Runtime makes of the operator, by more than rounding where means are large.
-        passes = (STRIP_METADATA, GROUP_NORM)
+        passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
         model = run_passes(model, (*passes, simplify) if config.simplify else passes)
         _restore_names(model, graph)
         if large:

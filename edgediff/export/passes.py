@@ -6,11 +6,13 @@ A pass takes and returns a model. One that fails names itself and those that ran
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
+from edgediff.export.attention import fuse_attention
 from edgediff.export.group_norm import expand_group_norm
 
 log = logging.getLogger(__name__)
@@ -168,6 +170,8 @@ def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
 
 STRIP_METADATA = Pass("strip-metadata", strip_metadata)
 GROUP_NORM = Pass("group-norm", expand_group_norm)
+PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))
+ATTENTION = Pass("attention", fuse_attention)
 SIMPLIFY = Pass("onnxsim", simplify)
 
 

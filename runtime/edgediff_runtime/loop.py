@@ -116,6 +116,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     state: Any = None
     chunks: list[_Chunk] = []
     was_guided = False
+    timesteps = [session.put(np.array([t], dtype=np.float32)) for t in scheduler.timesteps]
     for i, t in enumerate(scheduler.timesteps):
         start = perf_counter()
         guided = request.guidance[i] > 1
@@ -129,10 +130,9 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
         rows = np.concatenate([x_in, x_in]) if guided else np.ascontiguousarray(x_in)
-        timestep = session.put(np.array([t], dtype=np.float32))
         for chunk in chunks:
             chunk.tensors["sample"] = session.put(rows if chunk.whole else rows[chunk.rows])
-            chunk.tensors["timestep"] = timestep
+            chunk.tensors["timestep"] = timesteps[i]
             if LOWRES_FEATURE in chunk.tensors:
                 chunk.tensors[CACHE] = chunk.tensors[LOWRES_FEATURE]
         ms: dict[str, float] = {}

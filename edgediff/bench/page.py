@@ -1,0 +1,144 @@
+"""The ledger as one HTML page that needs nothing beside it, and its pictures as files for whoever wants those alone."""
+
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from edgediff.bench.figures import figures
+from edgediff.bench.ledger import Contender, Ledger, Settings
+from edgediff.bench.wording import figure_cells, machine_line, milliseconds, part_names, peak_words
+from edgediff.errors import MissingExtraError
+from edgediff.outputs import check_drawing, check_file, write_whole
+
+WHAT, EXTRA = "the page of a benchmark", "bench"
+CAPTIONS = MappingProxyType(
+    {
+        "latency": "One full and one cached step in each backend, by part.",
+        "saved": "Time against operations: what lies on the line has lost nothing.",
+        "quality": "How right each backend is against how fast: up and to the left is better.",
+    }
+)
+
+
+def check_page(path: Path) -> None:
+    """Refuses to begin what could not be written at its end.
+
+    Args:
+        path: Where the page is to be.
+
+    Raises:
+        MissingExtraError: What draws or writes it is not installed.
+        TargetError: It cannot be written there.
+    """
+    check_drawing(WHAT, EXTRA)
+    try:
+        import jinja2  # noqa: F401  only whether it is there
+    except ImportError as e:
+        raise MissingExtraError(WHAT, EXTRA) from e
+    check_file(path)
+    for name in CAPTIONS:
+        check_file(beside(path, name))
+
+
+def write_page(ledger: Ledger, path: Path) -> list[Path]:
+    """Writes the page, and its pictures of this machine beside it.
+
+    Args:
+        ledger: The run, with what was imported into it.
+        path: The page.
+
+    Returns:
+        The page and the pictures.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("edgediff.bench", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn = [figures(each) for each in (ledger, *ledger.imported)]
+    bundles = list(dict.fromkeys(known.bundle for known in ledger.contenders))
+    sections = [_section(each, made) for each, made in zip((ledger, *ledger.imported), drawn, strict=True)]
+    text = environment.get_template("page.html").render(bundles=bundles, ledgers=sections)
+    write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    written = [path]
+    for name, png in drawn[0].items():
+        picture = beside(path, name)
+        write_whole(picture, lambda scratch, png=png: scratch.write_bytes(png))  # type: ignore[misc]
+        written.append(picture)
+    return written
+
+
+def beside(path: Path, name: str) -> Path:
+    """Where a picture of a page lies.
+
+    >>> beside(Path("out/page.html"), "latency").as_posix()
+    'out/page-latency.png'
+    """
+    return path.with_name(f"{path.stem}-{name}.png")
+
+
+def _section(ledger: Ledger, drawn: Mapping[str, bytes]) -> dict[str, Any]:
+    """What the template shows of one machine."""
+    cards = [_card(known) for known in ledger.contenders if known.ratio is not None]
+    return {
+        "machine": machine_line(ledger.machine),
+        "settings": _settings(ledger.settings),
+        "cards": cards,
+        "any_own": any(card["own"] for card in cards),
+        "peak": f"The peak is a large fp32 matrix product in the same run: {peak_words(ledger)}.",
+        "pictures": [
+            {"says": CAPTIONS[name], "data": b64encode(png).decode("ascii")} for name, png in drawn.items()
+        ],
+        "contenders": [
+            {"bundle": known.bundle, "backend": known.backend, "status": known.status, "says": known.says,
+             "cells": figure_cells(known) if known.status == "measured" else ()}
+            for known in ledger.contenders
+        ],
+        "tables": list(_tables(ledger)),
+    }  # fmt: skip
+
+
+def _card(known: Contender) -> dict[str, str]:
+    _, time_saved, flops_saved, ratio, full, cached, *_ = figure_cells(known)
+    return {
+        "name": f"{known.bundle} in {known.backend}",
+        "ratio": ratio,
+        "own": "*" if known.undivided == "own" else "",
+        "saved": f"{time_saved.rstrip('*')} of the time for {flops_saved} of the operations",
+        "full": full,
+        "cached": cached,
+    }
+
+
+def _settings(settings: Settings) -> str:
+    own = "each bundle's own"
+    steps = own if settings.steps is None else str(settings.steps)
+    clock = own if settings.clock is None else settings.clock
+    guidance = own if settings.guidance_scale is None else f"{settings.guidance_scale:g}"
+    threads = "each backend's choice" if settings.threads is None else str(settings.threads)
+    return (
+        f"Steps: {steps}; clock: {clock}; guidance: {guidance}; images at once: {settings.num_images}; "
+        f"rounds: {settings.rounds}; threads: {threads}"
+    )
+
+
+def _tables(ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Milliseconds by part, a table for each bundle."""
+    for bundle in dict.fromkeys(row.bundle for row in ledger.rows):
+        rows = [row for row in ledger.rows if row.bundle == bundle]
+        backends = list(dict.fromkeys(row.backend for row in rows))
+        found = {(row.backend, row.part): row for row in rows}
+        yield {
+            "bundle": bundle,
+            "backends": backends,
+            "rows": [
+                {"part": part, "cells": [milliseconds(found.get((backend, part))) for backend in backends]}
+                for part in part_names(rows)
+            ],
+        }

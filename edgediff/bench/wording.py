@@ -1,0 +1,71 @@
+"""A ledger's figures as people read them: the same words on the screen and on the page."""
+
+from collections.abc import Iterable
+
+from edgediff.bench.ledger import Contender, Ledger, Machine, Row
+
+# The graphs of a step stand between these.
+BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
+AFTER = ("scheduler", "other")
+
+
+def machine_line(machine: Machine) -> str:
+    """The machine and its tools on one line.
+
+    Args:
+        machine: As a ledger names it.
+
+    Returns:
+        Processor, cores, system and versions.
+    """
+    tools = ", ".join(f"{tool} {version}" for tool, version in machine.versions.items())
+    flags = f" ({' '.join(machine.flags)})" if machine.flags else ""
+    return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}, Python {machine.python}; {tools}"
+
+
+def peak_words(ledger: Ledger) -> str:
+    """The machine's peak, with its unit."""
+    return "not measured" if ledger.peak_gflops is None else f"{ledger.peak_gflops:,.0f} GFLOP/s"
+
+
+def figure_cells(known: Contender) -> tuple[str, ...]:
+    """What leads: for a contender that was measured.
+
+    Args:
+        known: The contender.
+
+    Returns:
+        Clock, time saved, FLOPs saved, their ratio, a full and a cached step's share of the peak, PSNR, MiB.
+    """
+    own = "*" if known.undivided == "own" else ""
+    return (
+        "".join("F" if full else "c" for full in known.mask),
+        "-" if known.time_saved is None else f"{known.time_saved:.1%}{own}",
+        "-" if known.flops_saved is None else f"{known.flops_saved:.1%}",
+        "-" if known.ratio is None else f"{known.ratio:.2f}",
+        *(f"{known.share_of_peak[name]:.2f}" if name in known.share_of_peak else "-" for name in ("full", "cached")),
+        "-" if known.psnr_db is None else f"{known.psnr_db:.1f}",
+        "-" if known.peak_mib is None else f"{known.peak_mib:,.0f}",
+    )
+
+
+def part_names(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The parts of some rows in the order in which they are shown."""
+    there = dict.fromkeys(row.part for row in rows)
+    graphs = [part for part in there if part not in (*BEFORE, *AFTER)]
+    return tuple(part for part in (*BEFORE, *graphs, *AFTER) if part in there)
+
+
+def milliseconds(row: Row | None) -> tuple[str, str]:
+    """A row's median and its spread.
+
+    Args:
+        row: None where a backend has no such part.
+
+    Returns:
+        Both as text; the spread is empty where there is one sample.
+    """
+    if row is None:
+        return "-", ""
+    spread = "" if len(row.samples_ms) == 1 else f"[{row.p10_ms:,.4g}, {row.p90_ms:,.4g}]"
+    return f"{row.median_ms:,.4g}", spread

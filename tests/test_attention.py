@@ -1,0 +1,132 @@
+"""Attention that takes the heads apart itself: where the pass fires, where it does not, and that the numbers hold."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import edgediff
+from edgediff.config import OnnxConfig
+from edgediff.export.attention import CONTRIB, MANY_KEYS, fuse_attention
+
+HEADS, WIDTH = 2, 4
+FEATURES = HEADS * WIDTH
+FIRST = [0, 2, 1, 3]
+
+
+def attending(
+    tokens: int = 6, keys: int = 6, *, opset: int = 23, perm: list[int] = FIRST, mask: bool = False, **said: Any
+) -> ModelProto:
+    """Attention as torch's exporter writes it: heads taken apart before, put together after."""
+    nodes, values, weights = [], [], []
+    for name, source, length in (("q", "x", tokens), ("k", "text", keys), ("v", "text", keys)):
+        rows = np.random.default_rng(len(weights)).standard_normal((FEATURES, FEATURES)).astype(np.float32)
+        weights.append(numpy_helper.from_array(rows, f"{name}_weight"))
+        apart = np.array([-1, length, HEADS, WIDTH], np.int64)
+        weights.append(numpy_helper.from_array(apart, f"{name}_apart_shape"))
+        nodes += [
+            helper.make_node("MatMul", [source, f"{name}_weight"], [name]),
+            helper.make_node("Reshape", [name, f"{name}_apart_shape"], [f"{name}_apart"], allowzero=1),
+            helper.make_node("Transpose", [f"{name}_apart"], [f"{name}_heads"], perm=perm),
+        ]
+        values += [tensor(name, length, FEATURES), tensor(f"{name}_apart", length, HEADS, WIDTH)]
+    given = ["q_heads", "k_heads", "v_heads"]
+    if mask:
+        weights.append(numpy_helper.from_array(np.linspace(-3, 0, keys, dtype=np.float32)[None], "mask"))
+        given.append("mask")
+    weights.append(numpy_helper.from_array(np.array([-1, tokens, FEATURES], np.int64), "rows_shape"))
+    nodes += [
+        helper.make_node("Attention", given, ["attended"], is_causal=0, softcap=0.0, **said),
+        helper.make_node("Transpose", ["attended"], ["rows"], perm=perm),
+        helper.make_node("Reshape", ["rows", "rows_shape"], ["out"], allowzero=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [tensor("x", tokens, FEATURES), tensor("text", keys, FEATURES)],
+        [tensor("out", tokens, FEATURES)],
+        weights,
+        value_info=values,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+
+
+def tensor(name: str, *sizes: int) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *sizes])
+
+
+def run(model: ModelProto) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(7)
+    feeds = {
+        value.name: rng.standard_normal((2, *value.shape[1:])).astype(np.float32) for value in session.get_inputs()
+    }
+    (out,) = session.run(None, feeds)
+    return np.asarray(out)
+
+
+def kinds(model: ModelProto) -> Counter[str]:
+    return Counter(":".join(filter(None, (node.domain, node.op_type))) for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "operator"),
+    [
+        (6, 6, "Attention"),
+        (6, 3, "Attention"),  # over text
+        (4, MANY_KEYS, f"{CONTRIB}:MultiHeadAttention"),
+    ],
+)
+def test_heads_are_the_operators_own_business(tokens: int, keys: int, operator: str) -> None:
+    model = attending(tokens, keys)
+    want = run(model)
+    fused = fuse_attention(model)
+    assert kinds(fused) == {"MatMul": 3, operator: 1}
+    onnx.checker.check_model(fused)
+    said = {each.name: helper.get_attribute_value(each) for each in fused.graph.node[-1].attribute}
+    assert set(said.values()) == {HEADS}
+    np.testing.assert_allclose(run(fused), want, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [{"mask": True}, {"scale": 0.25}, {"softcap": 2.0}, {"is_causal": 1}, {"perm": [0, 2, 3, 1]}],
+    ids=["mask", "scale", "softcap", "causal", "another order"],
+)
+def test_what_is_more_than_plain_attention_stays(otherwise: dict[str, Any]) -> None:
+    said = {"is_causal": otherwise.pop("is_causal")} if "is_causal" in otherwise else {}
+    softcap = {"softcap": otherwise.pop("softcap")} if "softcap" in otherwise else {}
+    model = attending(**otherwise)
+    node = next(node for node in model.graph.node if node.op_type == "Attention")
+    for name, value in {**said, **softcap}.items():
+        kept = [each for each in node.attribute if each.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    assert kinds(fuse_attention(model)) == kinds(model)
+
+
+def test_heads_that_are_not_the_last_dimension_taken_apart_stay() -> None:
+    model = attending()
+    shapes = {each.name: each for each in model.graph.value_info}
+    shapes["q_apart"].CopyFrom(tensor("q_apart", FEATURES, HEADS, 3))  # as if rows were mixed with tokens
+    assert kinds(fuse_attention(model)) == kinds(model)
+    del model.graph.value_info[:]  # nothing is known of any shape
+    assert kinds(fuse_attention(model)) == kinds(model)
+
+
+@pytest.mark.parametrize(("opset", "operators"), [(23, {"Attention"}), (22, {"Softmax"})])
+def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
+    class_model: Path, tmp_path: Path, opset: int, operators: set[str]
+) -> None:
+    config = edgediff.ExportConfig(targets=("onnx",), steps=2, onnx=OnnxConfig(opset=opset))
+    bundle = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config).path
+    lowres = onnx.load(bundle / "onnx" / "lowres.onnx")
+    assert kinds(lowres).keys() & {"Attention", "Softmax"} == operators
+    if opset == 23:
+        node = next(node for node in lowres.graph.node if node.op_type == "Attention")
+        assert "q_num_heads" in {each.name for each in node.attribute}

@@ -1,0 +1,88 @@
+"""ONNX Runtime's session where each thread has its own rows, and where all share a graph."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgediff_runtime import EdgePipeline, open_bundle, ort_session
+from edgediff_runtime.ort_session import OrtSession
+
+# Rows in another grouping go through other kernels: what is left is the order of additions.
+REGROUPED = 1e-4
+
+
+def rows_of(count: int) -> np.ndarray:
+    return np.random.default_rng(count).standard_normal((count, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("threads", "count", "parts"), [(2, 2, [1, 1]), (2, 5, [2, 3]), (3, 7, [2, 2, 3])])
+def test_rows_are_shared_out_where_there_are_some_for_every_thread(
+    class_bundle: Path, threads: int, count: int, parts: list[int]
+) -> None:
+    session, rows = OrtSession(open_bundle(class_bundle), threads), rows_of(count)
+    value = session.put(rows)
+    assert [part.shape()[0] for part in value] == parts
+    assert np.array_equal(session.get(value), rows)
+
+
+@pytest.mark.parametrize(("threads", "count"), [(1, 1), (1, 4), (2, 1), (3, 2)])
+def test_too_few_rows_stay_together(class_bundle: Path, threads: int, count: int) -> None:
+    session, rows = OrtSession(open_bundle(class_bundle), threads), rows_of(count)
+    value = session.put(rows)
+    assert value.shape()[0] == count
+    assert np.array_equal(session.get(value), rows)
+
+
+def test_large_graphs_are_loaded_once(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_session, "APART_BYTES", 1000)
+    session = OrtSession(open_bundle(class_bundle), 2)
+    assert session.put(rows_of(4)).shape()[0] == 4
+    assert set(session._sessions) == {2}
+
+
+def test_a_threads_rows_come_out_as_if_they_were_alone(class_bundle: Path) -> None:
+    bundle = open_bundle(class_bundle)
+    both, alone = OrtSession(bundle, 2), OrtSession(bundle, 1)
+    graph = both.graphs[0]
+    rows, labels, t = rows_of(2), np.array([1, 4], np.int64), np.array([500], np.float32)
+
+    def outputs(session: OrtSession, rows: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+        tensors = {name: session.put(array) for name, array in
+                   (("sample", rows), ("class_labels", labels), ("timestep", t))}  # fmt: skip
+        session.run(graph, tensors)
+        return [session.get(tensors[tensor.name]) for tensor in graph.outputs]
+
+    got = outputs(both, rows, labels)
+    for i in range(2):
+        want = outputs(alone, rows[i : i + 1], labels[i : i + 1])
+        assert all(np.array_equal(a[i : i + 1], b) for a, b in zip(got, want, strict=True))
+
+
+def test_rows_may_join_and_leave_on_the_way(class_bundle: Path) -> None:
+    bundle = open_bundle(class_bundle)
+    latents = []
+    for threads in (1, 2):
+        session = OrtSession(bundle, threads)
+        pipe = EdgePipeline(bundle.manifest, session, warn=False)
+        assert set(session._sessions) == {1}, "a guided bundle has rows for two threads"
+        scales = [2.0, 2.0, 1.0, 1.0, 2.0]
+        steps = list(pipe.stream(num_images=1, num_inference_steps=5, clock=2, guidance_scale=scales, seed=3))
+        assert set(session._sessions) == {1, threads}
+        assert [step.guided for step in steps] == [scale > 1 for scale in scales]
+        latents.append(steps[-1].latents)
+    assert np.abs(latents[0] - latents[1]).max() < REGROUPED * np.abs(latents[0]).max()
+
+
+def test_what_goes_wrong_in_one_thread_is_raised(class_bundle: Path) -> None:
+    session = OrtSession(open_bundle(class_bundle), 2)
+    rows = session.put(rows_of(2))
+    narrow = session.put(np.ascontiguousarray(rows_of(2)[:, :, :8]))
+    tensors = {
+        "sample": (rows[0], narrow[1]),
+        "class_labels": session.put(np.zeros(2, np.int64)),
+        "timestep": session.put(np.zeros(1, np.float32)),
+    }
+    with pytest.raises(Exception, match=r"(?s)sample.*Got: 8 Expected: 16"):
+        session.run(session.graphs[0], tensors)
+    assert "out_sample" not in tensors
