@@ -140,7 +140,9 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
             for models with text, 1.0 (off) for models with neither.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
-            ``pair``, a whole full and a whole cached step over the same weights.
+            ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
+            clock allows: ONNX graphs in a ``pair``, unless all steps are full or the clock decides as it runs; else
+            ``split``.
         onnx: How ONNX graphs are written.
         coreml: How Core ML packages are written.
         verify: What the numbers must hold.
@@ -159,7 +161,7 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     steps: int = 8
     scheduler: SchedulerName = "dpmpp_2m"
     guidance_scale: float | None = None
-    layout: Layout = "split"
+    layout: Layout | None = None
     onnx: OnnxConfig = OnnxConfig()
     coreml: CoreMLConfig = CoreMLConfig()
     verify: VerifyConfig = VerifyConfig()
@@ -352,13 +354,19 @@ def layout_of(config: ExportConfig, target: Target) -> Layout:
         target: One of its targets.
 
     Returns:
-        The target's own layout, or the recipe's.
+        The target's own layout, or the recipe's, or else the default, which needs a clock that `check_config` took.
 
     >>> layout_of(ExportConfig(coreml=CoreMLConfig(layout="pair")), "coreml")
     'pair'
     """
     own = config.onnx.layout if target == "onnx" else config.coreml.layout
-    return config.layout if own is None else own
+    chosen = config.layout if own is None else own
+    if chosen is not None:
+        return chosen
+    if target == "coreml":
+        return "split"
+    clock = parse_clock(config.clock, config.steps)
+    return "split" if isinstance(clock, AutoClock) or all(clock) else "pair"
 
 
 def _positive(x: float) -> bool:

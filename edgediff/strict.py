@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
@@ -172,6 +173,8 @@ def _choices(where: str, settings: type[msgspec.Struct]) -> tuple[str, ...]:
     kind: Any = settings
     for name in where.partition("[")[0].split("."):
         kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+        if NoneType in get_args(kind):  # a choice that may be left out
+            kind = next(each for each in get_args(kind) if each is not NoneType)
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
     return get_args(kind)

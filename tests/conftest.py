@@ -74,7 +74,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def class_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The class model exported for 4 steps at clock 2; tests copy it before they change it."""
     path = tmp_path_factory.mktemp("bundles") / "class"
-    edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4))
+    edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, layout="split"))
     return path
 
 
@@ -82,7 +82,7 @@ def class_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def text_bundle(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The text model exported for 4 steps at clock 2."""
     path = tmp_path_factory.mktemp("bundles") / "text"
-    edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4))
+    edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4, layout="split"))
     return path
 
 

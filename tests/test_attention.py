@@ -123,7 +123,7 @@ def test_heads_that_are_not_the_last_dimension_taken_apart_stay() -> None:
 def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
     class_model: Path, tmp_path: Path, opset: int, operators: set[str]
 ) -> None:
-    config = edgediff.ExportConfig(targets=("onnx",), steps=2, onnx=OnnxConfig(opset=opset))
+    config = edgediff.ExportConfig(layout="split", steps=2, onnx=OnnxConfig(opset=opset))
     bundle = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config).path
     lowres = onnx.load(bundle / "onnx" / "lowres.onnx")
     assert kinds(lowres).keys() & {"Attention", "Softmax"} == operators

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from edgediff import Cut, ExportConfig, load_config
-from edgediff.config import OnnxConfig, VerifyConfig, check_config, config_from, find_recipe
+from edgediff.config import Layout, OnnxConfig, VerifyConfig, check_config, config_from, find_recipe, layout_of
 from edgediff.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs").glob("*.yaml"))
@@ -150,6 +150,7 @@ def test_wrong_types(data: dict[str, Any], words: list[str]) -> None:
     [
         ({"targets": ["onnx", "tflite"]}, "targets[1]", "tflite", "onnx, coreml"),
         ({"layout": "single"}, "layout", "single", "split, pair"),
+        ({"onnx": {"layout": "heap"}}, "onnx.layout", "heap", "split, pair"),
         ({"coreml": {"dtype": "int8"}}, "coreml.dtype", "int8", "fp16, fp32"),
         ({"coreml": {"deployment_target": "iOS15"}}, "coreml.deployment_target", "iOS15", "iOS16, iOS17, iOS18"),
         ({"scheduler": "pndm"}, "scheduler", "pndm", "dpmpp_2m, dpmpp_2m_karras, ddim, euler"),
@@ -297,3 +298,23 @@ def test_plain_values_by_hand_become_the_declared_types() -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(AttributeError, match="immutable"):
         ExportConfig().steps = 4
+
+
+@pytest.mark.parametrize(
+    ("clock", "own", "layouts"),
+    [
+        (2, None, ("pair", "split")),
+        ("1,0,1,0", None, ("pair", "split")),
+        (1, None, ("split", "split")),
+        ("auto:0.1", None, ("split", "split")),
+        (2, "split", ("split", "split")),
+        (2, "pair", ("pair", "pair")),
+    ],
+)
+def test_graphs_go_in_a_pair_where_the_clock_leaves_a_choice(
+    clock: int | str, own: Layout | None, layouts: tuple[Layout, Layout]
+) -> None:
+    config = check_config(ExportConfig(clock=clock, steps=4, layout=own))
+    assert (layout_of(config, "onnx"), layout_of(config, "coreml")) == layouts
+    kept = msgspec.structs.replace(config, onnx=OnnxConfig(layout="split"))
+    assert layout_of(kept, "onnx") == "split"

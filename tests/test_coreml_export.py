@@ -180,7 +180,7 @@ def test_text_and_both_targets_in_one_bundle(text_model: Path, tmp_path: Path, c
     )  # fmt: skip
     assert (said.code, said.errors) == (0, [])
     assert [(t.target, t.layout, t.dtype, t.batch) for t in manifest_of(bundle).targets] == [
-        ("onnx", "split", "fp32", None),
+        ("onnx", "pair", "fp32", None),
         ("coreml", "split", "fp32", 2),
     ]
     data = json.loads(command("verify", bundle, "--json").out)

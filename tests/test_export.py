@@ -85,7 +85,7 @@ def test_the_batch_is_symbolic(class_bundle: Path, rows: int) -> None:
 
 def test_exporting_twice_gives_the_same_bytes(class_bundle: Path, class_model: Path, tmp_path: Path) -> None:
     model = edgediff.load_model(class_model)
-    edgediff.export_bundle(model, tmp_path / "again", edgediff.ExportConfig(steps=4))
+    edgediff.export_bundle(model, tmp_path / "again", edgediff.ExportConfig(steps=4, layout="split"))
     want, got = _files(class_bundle), _files(tmp_path / "again")
     assert want.keys() == got.keys()
     assert [name for name in want if want[name] != got[name]] == []
@@ -99,7 +99,7 @@ def test_what_is_there_and_valid_is_not_exported_again(
     monkeypatch.setattr("edgediff.export.pipeline.write_onnx", lambda *a: pytest.fail("exported again"))
     said: list[str] = []
     model = edgediff.load_model(class_model)
-    done = edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=4), progress=said.append)
+    done = edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=4, layout="split"), progress=said.append)
     assert done.report is None
     assert any("already there" in line for line in said)
     with pytest.raises(TargetError, match="holds another bundle; pass --force"):
@@ -122,7 +122,8 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_module, "EXTERNAL_DATA_BYTES", 10_000)
-    config = edgediff.ExportConfig(steps=2, verify=VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80))
+    floors = VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80)
+    config = edgediff.ExportConfig(steps=2, layout="split", verify=floors)
     edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
     external = {graph.external_data for graph in manifest.targets[0].graphs} - {None}
@@ -165,7 +166,7 @@ def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
     given = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in arrays.items()}
     given |= {f"negative_{n}": rng.standard_normal(arrays[n]).astype(np.float32) for n in list(arrays)[:2]}
     np.savez(tmp_path / "prompt.npz", **given)
-    config = edgediff.ExportConfig(steps=2, conditioning=str(tmp_path / "prompt.npz"))
+    config = edgediff.ExportConfig(steps=2, layout="split", conditioning=str(tmp_path / "prompt.npz"))
     edgediff.export_bundle(model, tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.conditioning.source == "file"
@@ -210,8 +211,9 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
         return write_graph(part, *args)
 
     monkeypatch.setattr("edgediff.export.onnx.write_graph", wrong)
+    config = edgediff.ExportConfig(steps=2, layout="split")
     with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was put in place"):
-        edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
+        edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,7 +237,7 @@ def test_a_unet_that_gives_other_channels_than_it_takes_is_refused(tmp_path: Pat
 def test_another_text_length_is_another_bundle(text_bundle: Path, text_model: Path, tmp_path: Path) -> None:
     shutil.copytree(text_bundle, tmp_path / "bundle")
     shutil.copytree(text_model, tmp_path / "model")
-    config = edgediff.ExportConfig(steps=4)
+    config = edgediff.ExportConfig(steps=4, layout="split")
     # The same model from another path is the same bundle.
     (tmp_path / "model").rename(tmp_path / "tiny-text")
     there = edgediff.export_bundle(edgediff.load_model(tmp_path / "tiny-text"), tmp_path / "bundle", config)

@@ -43,7 +43,7 @@ def test_the_same_bundle_again_is_left_as_it_is(
     shutil.copytree(class_bundle, place / "out")
     for force in ([], ["--force"]):
         with unchanged(place):
-            said = command("export", class_model, "-o", place / "out", "--steps", "4", *force)
+            said = command("export", class_model, "-o", place / "out", "--steps", "4", "--layout", "split", *force)
         assert said.code == 0
         assert "already there and valid: nothing was exported" in said.out.replace("\n", " ")
 
@@ -52,7 +52,7 @@ def test_another_bundle_and_a_damaged_one_need_force(
     command: Command, class_model: Path, class_bundle: Path, place: Path
 ) -> None:
     shutil.copytree(class_bundle, place / "out")
-    export = ("export", class_model, "-o", place / "out")
+    export = ("export", class_model, "-o", place / "out", "--layout", "split")
     with unchanged(place):
         assert_error(command(*export, "--steps", "3"), "holds another bundle; pass --force")
     flip_bit(place / "out" / "onnx" / "lowres.onnx")
