@@ -241,7 +241,7 @@ def test_a_graph_that_is_not_listed_is_refused(bundle: Path) -> None:
 
 def test_threads_of_one_graph_do_not_wait_awake_while_the_next_one_runs(bundle: Path) -> None:
     session = OrtSession(open_bundle(bundle))
-    options = [each.get_session_options() for loaded in session._sessions.values() for each in loaded.values()]
+    options = [each.get_session_options() for each in session._shared.values()]
     assert [each.get_session_config_entry("session.force_spinning_stop") for each in options] == ["1"] * len(GRAPHS)
 
 

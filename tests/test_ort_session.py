@@ -38,7 +38,7 @@ def test_large_graphs_are_loaded_once(class_bundle: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ort_session, "APART_BYTES", 1000)
     session = OrtSession(open_bundle(class_bundle), 2)
     assert session.put(rows_of(4)).shape()[0] == 4
-    assert set(session._sessions) == {2}
+    assert session._apart is None
 
 
 def test_a_threads_rows_come_out_as_if_they_were_alone(class_bundle: Path) -> None:
@@ -65,10 +65,8 @@ def test_rows_may_join_and_leave_on_the_way(class_bundle: Path) -> None:
     for threads in (1, 2):
         session = OrtSession(bundle, threads)
         pipe = EdgePipeline(bundle.manifest, session, warn=False)
-        assert set(session._sessions) == {1}, "a guided bundle has rows for two threads"
         scales = [2.0, 2.0, 1.0, 1.0, 2.0]
         steps = list(pipe.stream(num_images=1, num_inference_steps=5, clock=2, guidance_scale=scales, seed=3))
-        assert set(session._sessions) == {1, threads}
         assert [step.guided for step in steps] == [scale > 1 for scale in scales]
         latents.append(steps[-1].latents)
     assert np.abs(latents[0] - latents[1]).max() < REGROUPED * np.abs(latents[0]).max()

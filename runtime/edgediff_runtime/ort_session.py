@@ -2,17 +2,14 @@
 
 Its threads share each operation of a graph between them and meet after every one, which a small graph spends much of
 its time on. Rows do not look at each other, so where there are rows for every thread each takes its own through the
-whole graph, alone; where there are not, all threads share the graph. The two are loaded each for itself: large graphs,
-which gain little by it, are always shared, and their weights are in memory once.
+whole graph, alone; where there are not, all threads share the graph. Each way is a graph of its own in memory: large
+ones, which gain little, are always shared.
 """
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import PurePosixPath
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,9 +28,9 @@ ORT_TYPES = {
     "int32": "tensor(int32)",
 }
 
-# Graphs of more bytes than this are shared by all threads: with a row for each of two, a cached step of SD v1.5's 3.4 GB
-# takes 0.96 of the time, a full one 0.98.
-APART_BYTES = 2**28
+# Graphs of more bytes than this are shared by all threads. With a row for each of two threads a cached step of SD v1.5,
+# 3.4 GB, takes 0.96 of the time, a full one 0.98: not worth its weights in memory twice.
+APART_BYTES = 2**26
 
 
 class OrtSession:
@@ -66,15 +63,12 @@ class OrtSession:
         self.threads = _cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
-        self._bundle = bundle
-        self._loading = Lock()
-        # By the number of threads of each graph.
-        self._sessions: dict[int, dict[str, Any]] = {}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        self._check_files()
-        self._apart = self.threads > 1 and self._bytes() <= APART_BYTES
-        rows = 2 if bundle.manifest.operating_point.guidance_scale > 1 else 1
-        self._of(1 if self._apart and rows >= self.threads else self.threads)
+        _check_files(bundle, self.graphs)
+        files = {name for graph in self.graphs for name in (graph.file, graph.external_data) if name is not None}
+        small = sum(bundle.manifest.files[name].size for name in files) <= APART_BYTES
+        self._shared = _load(bundle, self.graphs, self.threads)
+        self._apart = _load(bundle, self.graphs, 1) if small and self.threads > 1 else None
 
     def put(self, array: Array) -> Any:
         """Wraps an array without a copy.
@@ -85,7 +79,7 @@ class OrtSession:
         Returns:
             An OrtValue on the array's memory, or one for each thread's rows where there are rows for all.
         """
-        if not (self._apart and len(array) >= self.threads):
+        if self._apart is None or len(array) < self.threads:
             return self._from_numpy(array)
         ends = [len(array) * i // self.threads for i in range(self.threads + 1)]
         return tuple(self._from_numpy(array[start:end]) for start, end in pairwise(ends))
@@ -112,10 +106,11 @@ class OrtSession:
         names = self._outputs[graph.name]
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         if not any(isinstance(value, tuple) for value in feeds.values()):
-            session = self._of(self.threads)[graph.name]
+            session = self._shared[graph.name]
             tensors.update(zip(names, session.run_with_ort_values(names, feeds), strict=True))
             return
-        session = self._of(1)[graph.name]
+        assert self._apart is not None
+        session = self._apart[graph.name]
 
         def run_rows(i: int) -> Any:
             # What has no rows (the timestep) is the same for all.
@@ -126,49 +121,41 @@ class OrtSession:
         made = [run_rows(0), *(other.result() for other in others)]
         tensors.update(zip(names, zip(*made, strict=True), strict=True))
 
-    def _of(self, threads: int) -> dict[str, Any]:
-        """The graphs, each with so many threads; loaded when they are first asked for."""
-        if threads not in self._sessions:
-            with self._loading:
-                if threads not in self._sessions:
-                    self._sessions[threads] = self._load(threads)
-        return self._sessions[threads]
 
-    def _load(self, threads: int) -> dict[str, Any]:
-        import onnxruntime as ort
+def _load(bundle: Bundle, graphs: tuple[Graph, ...], threads: int) -> dict[str, Any]:
+    """Each graph by its name, with so many threads."""
+    import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        # Each graph has threads of its own, which wait awake after a run: the next graph would run against them.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        sessions = {}
-        for graph in self.graphs:
-            if graph.file is not None:
-                with _loading(graph.file):
-                    file = os.fspath(self._bundle.path / graph.file)
-                    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-                _check_tensors(graph, session)
-                sessions[graph.name] = session
-        return sessions
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Each graph has threads of its own, which wait awake after a run: the next graph would run against them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    sessions = {}
+    for graph in graphs:
+        if graph.file is not None:
+            try:
+                file = os.fspath(bundle.path / graph.file)
+                session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            except Exception as e:  # onnxruntime's own errors share no base class
+                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+            _check_tensors(graph, session)
+            sessions[graph.name] = session
+    return sessions
 
-    def _check_files(self) -> None:
-        """Holds every file that is going to be read to its hash."""
-        checked: set[str] = set()
-        for graph in self.graphs:
-            if graph.file is None:
-                continue
-            if graph.file not in checked:
-                # ONNX Runtime reads whatever external data a graph names within its folder: all of it is checked.
-                self._bundle.file(graph.file)
-                checked |= self._bundle.folder(str(PurePosixPath(graph.file).parent))
-            if graph.external_data is not None and graph.external_data not in checked:
-                self._bundle.file(graph.external_data)
 
-    def _bytes(self) -> int:
-        """Of all graphs and their weights."""
-        files = {name for graph in self.graphs for name in (graph.file, graph.external_data) if name is not None}
-        return sum(self._bundle.manifest.files[name].size for name in files)
+def _check_files(bundle: Bundle, graphs: tuple[Graph, ...]) -> None:
+    """Holds every file that is going to be read to its hash."""
+    checked: set[str] = set()
+    for graph in graphs:
+        if graph.file is None:
+            continue
+        if graph.file not in checked:
+            # ONNX Runtime reads whatever external data a graph names within its folder: all of it is checked.
+            bundle.file(graph.file)
+            checked |= bundle.folder(str(PurePosixPath(graph.file).parent))
+        if graph.external_data is not None and graph.external_data not in checked:
+            bundle.file(graph.external_data)
 
 
 def _cores() -> int:
@@ -176,14 +163,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def _loading(file: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as e:  # onnxruntime's own errors share no base class
-        raise BundleError(f"{file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
 
 
 def _check_tensors(graph: Graph, session: Any) -> None:
