@@ -24,6 +24,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/adaptors.py
 	$(BIN)/python benchmarks/planner.py
 	$(BIN)/python benchmarks/students.py
+	$(BIN)/python benchmarks/against.py
+	$(BIN)/python benchmarks/cost.py out
 	$(BIN)/python benchmarks/coreml_images.py
 	$(BIN)/python benchmarks/coreml_size.py
 	$(BIN)/python benchmarks/export_sd15.py

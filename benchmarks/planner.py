@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _export(path: Path, adaptor: str) -> Path:
-    config = edgediff.config.config_from({"adaptor": adaptor, "verify": {"mode": "graphs"}})
+    config = edgediff.config.config_from({"adaptor": adaptor, "layout": "split", "verify": {"mode": "graphs"}})
     edgediff.export_bundle(edgediff.load_model("grocery-32"), path, config)
     return path
 

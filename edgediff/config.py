@@ -141,8 +141,8 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             for models with text, 1.0 (off) for models with neither.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
-            clock allows: ONNX graphs in a ``pair``, unless all steps are full or the clock decides as it runs; else
-            ``split``.
+            clock allows: ONNX graphs in a ``pair``, unless all steps are full, the clock decides as it runs, or they
+            are to be portable (providers for accelerators want weights in the graph's file); else ``split``.
         onnx: How ONNX graphs are written.
         coreml: How Core ML packages are written.
         verify: What the numbers must hold.
@@ -363,7 +363,7 @@ def layout_of(config: ExportConfig, target: Target) -> Layout:
     chosen = config.layout if own is None else own
     if chosen is not None:
         return chosen
-    if target == "coreml":
+    if target == "coreml" or config.onnx.portable:
         return "split"
     clock = parse_clock(config.clock, config.steps)
     return "split" if isinstance(clock, AutoClock) or all(clock) else "pair"

@@ -107,6 +107,11 @@ def _small_attention(op: Op) -> str | None:
     return str(query) if query and math.prod(n for n in query.shape if isinstance(n, int)) <= 2**20 else None
 
 
+def _not_4d_norm(op: Op) -> str | None:
+    x = op.input("0")
+    return str(x) if op.type == "BatchNormalization" and x.shape != ("?",) and len(x.shape) != 4 else None
+
+
 def _not_4d(op: Op) -> str | None:
     rank, value = (3, op.input("x")) if op.type == "linear" else (5, (*op.outputs, Value(""))[0])
     return str(value) if len(value.shape) == rank else None
@@ -189,9 +194,14 @@ RULES = (
          "https://github.com/apple/coremltools/issues/2758"),
     Rule("coreml-ep-op", "coreml-ep", lambda op: None if op.type in COREML else "",
          "documented: not among the operations that the EP takes; runs on the CPU and divides the graph there",
-         "write it in operations of the list: Expand as Tile, say",
+         "export with onnx.portable, or write it in operations of the list: Expand as Tile, say",
          "coreml_supported_mlprogram_ops.md",
          ORT + "blob/main/tools/ci_build/github/apple/coreml_supported_mlprogram_ops.md"),
+    Rule("coreml-ep-batch-norm", "coreml-ep", _not_4d_norm,
+         "documented: the EP takes batch normalization of four dimensions alone; runs on the CPU and divides the graph",
+         "export with onnx.portable, which scales and shifts by Mul and Add",
+         "batch_norm_op_builder.cc",
+         ORT + "blob/main/onnxruntime/core/providers/coreml/builders/impl/batch_norm_op_builder.cc"),
     Rule("coreml-ep-format", "coreml-ep", lambda op: "" if op.type in MLPROGRAM - NEURALNETWORK else None,
          "documented: not in the list of the EP's model format NeuralNetwork, its default, only in MLProgram's",
          "open the session with the provider option ModelFormat=MLProgram",

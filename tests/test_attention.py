@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import edgediff
 from edgediff.config import OnnxConfig
 from edgediff.export.attention import CONTRIB, MANY_KEYS, fuse_attention
+from edgediff_runtime import EdgePipeline
 
 HEADS, WIDTH = 2, 4
 FEATURES = HEADS * WIDTH
@@ -130,3 +131,19 @@ def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
     if opset == 23:
         node = next(node for node in lowres.graph.node if node.op_type == "Attention")
         assert "q_num_heads" in {each.name for each in node.attribute}
+
+
+def test_the_operator_that_goes_block_by_block_goes_through_an_export(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgediff.export.attention.MANY_KEYS", 1)
+    done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
+    assert done.report is not None
+    assert done.report.ok
+    for name in ("full", "cached"):
+        found = kinds(onnx.load(done.path / "onnx" / f"{name}.onnx"))
+        assert f"{CONTRIB}:MultiHeadAttention" in found or name == "cached"
+        assert "Attention" not in found
+    pytest.importorskip("openvino")
+    results = [EdgePipeline.from_pretrained(done.path, backend=name)(seed=1) for name in ("onnxruntime", "openvino")]
+    assert np.abs(results[0].latents - results[1].latents).max() < 1e-3

@@ -318,3 +318,5 @@ def test_graphs_go_in_a_pair_where_the_clock_leaves_a_choice(
     assert (layout_of(config, "onnx"), layout_of(config, "coreml")) == layouts
     kept = msgspec.structs.replace(config, onnx=OnnxConfig(layout="split"))
     assert layout_of(kept, "onnx") == "split"
+    portable = msgspec.structs.replace(config, onnx=OnnxConfig(portable=True))
+    assert layout_of(portable, "onnx") == (own or "split")

@@ -139,7 +139,7 @@ def square(*shape: int, dtype: str = "fp16", change: Any = None) -> Graph:
 
 
 WEIGHT, PADS = np.ones((8, 8), np.float32), np.array([0, 0, 1, 1, 0, 0, 1, 1])
-SIZES = np.array([2, 8, 32, 32])
+SIZES, ONES = np.array([2, 8, 32, 32]), np.ones(8, np.float32)
 gather = mil_graph(lambda mb, x, i: mb.gather(x=x, indices=i, axis=0), ((5, 32), "fp16"), ((2,), "uint16"))
 add32 = mil_graph(lambda mb, x: mb.add(x=x, y=np.int32(1)), ((32,), "int32"))
 
@@ -156,6 +156,10 @@ CASES: dict[str, tuple[Graph, Graph]] = {
     "ane-phone-weights": (square(*X, change=weighing(10**9)), square(*X, change=weighing(10**9 - 1))),
     "ane-large-program": (square(*X, change=weighing(667_000_000)), square(*X, change=weighing(1000))),
     "coreml-ep-op": (onnx_graph("Expand", X, constants=(SIZES,)), onnx_graph("Tile", X, constants=(SIZES // SIZES,))),
+    "coreml-ep-batch-norm": (
+        onnx_graph("BatchNormalization", (2, 8, 16), constants=(ONES, ONES, ONES, ONES)),
+        onnx_graph("BatchNormalization", (2, 8, 4, 4), constants=(ONES, ONES, ONES, ONES)),
+    ),
     "coreml-ep-format": (onnx_graph("Sin", X), onnx_graph("Sqrt", X)),
     "coreml-ep-pad": (
         onnx_graph("Pad", X, constants=(PADS,), mode="reflect"),

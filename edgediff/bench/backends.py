@@ -96,7 +96,7 @@ def opened(
     Args:
         bundle: The bundle.
         backend: Where.
-        threads: Of each graph; the backend's own choice where None.
+        threads: How many may be at work; the backend's own choice where None.
         undivided: Whether to open the undivided UNet in the place of the bundle's graphs.
         whole: That in ONNX; backends that run the source do without.
 

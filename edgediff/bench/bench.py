@@ -55,7 +55,7 @@ def run_bench(
         num_images: Images at once.
         guidance_scale: Each bundle's own if None; 1 halves the rows.
         rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
-        threads: Of each graph; each backend's own choice if None.
+        threads: How many a backend may use; its own choice if None.
         undivided: Whether to export the undivided UNet and run it too; else the bundles' own graphs at clock 1 are what
             time is saved against.
         progress: Told what is being done.

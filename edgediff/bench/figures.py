@@ -30,12 +30,17 @@ def figures(ledger: Ledger) -> dict[str, bytes]:
     Returns:
         PNGs: ``latency``; ``saved`` where the clock saves operations; ``quality``. Nothing where nothing was measured.
     """
-    known = [contender for contender in ledger.contenders if contender.status == "measured"]
-    if not known:
-        return {}
     times: dict[tuple[str, str], dict[str, float]] = {}
     for row in ledger.rows:
         times.setdefault((row.bundle, row.backend), {})[row.part] = row.median_ms
+    known = [
+        contender
+        for contender in ledger.contenders
+        if contender.status == "measured"
+        and {"full", "loop"} <= times.get((contender.bundle, contender.backend), {}).keys()
+    ]
+    if not known:
+        return {}
     many = len({contender.bundle for contender in known}) > 1
     made = {"latency": _png(lambda axes: _latency(axes, known, times, many), 1.6 + 2 * BAR_INCHES * len(known))}
     if any(contender.ratio is not None for contender in known):
@@ -62,13 +67,14 @@ def _png(draw: Callable[[Any], None], height: float) -> bytes:
 
 
 def _name(contender: Contender, many: bool) -> str:
-    return f"{contender.backend}\n{contender.bundle}" if many else contender.backend
+    bundle = contender.bundle.replace("$", r"\$")  # else what lies between two of them is drawn as a formula
+    return f"{contender.backend}\n{bundle}" if many else contender.backend
 
 
 def _latency(axes: Any, known: list[Contender], times: Times, many: bool) -> None:
     """Two bars for each contender, a full and a cached step, divided into their parts."""
     labelled: set[str] = set()
-    longest = max(times[contender.bundle, contender.backend].get("full", 0.0) for contender in known)
+    longest = max(times[contender.bundle, contender.backend]["full"] for contender in known)
     for i, contender in enumerate(known):
         parts = times[contender.bundle, contender.backend]
         for kind, offset in (("full", -0.2), ("cached", 0.2)):

@@ -53,7 +53,7 @@ class Settings(Struct, frozen=True):
         num_images: Images at once.
         guidance_scale: As it was given; None where each bundle's own was taken.
         rounds: Times that every contender was asked, in turns.
-        threads: Of each graph; None where it was left to the backend.
+        threads: How many a backend might use; None where it was left to the backend.
     """
 
     steps: int | None

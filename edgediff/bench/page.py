@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,17 +62,32 @@ def write_page(ledger: Ledger, path: Path) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = [figures(each) for each in (ledger, *ledger.imported)]
+    ledgers = list(_all(ledger))
+    drawn = [figures(each) for each in ledgers]
     bundles = list(dict.fromkeys(known.bundle for known in ledger.contenders))
-    sections = [_section(each, made) for each, made in zip((ledger, *ledger.imported), drawn, strict=True)]
+    sections = [_section(each, made) for each, made in zip(ledgers, drawn, strict=True)]
     text = environment.get_template("page.html").render(bundles=bundles, ledgers=sections)
     write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
     written = [path]
-    for name, png in drawn[0].items():
-        picture = beside(path, name)
-        write_whole(picture, lambda scratch, png=png: scratch.write_bytes(png))  # type: ignore[misc]
-        written.append(picture)
+    for name in CAPTIONS:
+        picture, png = beside(path, name), drawn[0].get(name)
+        if png is None:  # of an earlier run
+            picture.unlink(missing_ok=True)
+        else:
+            write_whole(picture, partial(_write, png))
+            written.append(picture)
     return written
+
+
+def _write(png: bytes, scratch: Path) -> None:
+    scratch.write_bytes(png)
+
+
+def _all(ledger: Ledger) -> Iterator[Ledger]:
+    """A ledger, and what was imported into it, and into that."""
+    yield ledger
+    for other in ledger.imported:
+        yield from _all(other)
 
 
 def beside(path: Path, name: str) -> Path:

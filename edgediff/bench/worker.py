@@ -37,7 +37,7 @@ class Task(msgspec.Struct, frozen=True):
         clock: The bundle's where None.
         num_images: Images at once.
         guidance_scale: The bundle's where None.
-        threads: Of each graph.
+        threads: How many may be at work.
         export_to: A directory: the undivided UNet is written there, and nothing is timed.
     """
 

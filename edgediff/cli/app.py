@@ -37,7 +37,7 @@ ClockOption = Annotated[
     str | None,
     typer.Option(
         help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps; or auto:TOL or auto:TOL:BOUND, which decides "
-        "as it runs."
+        "as it runs, in layout split."
     ),
 ]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]

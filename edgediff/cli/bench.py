@@ -13,7 +13,7 @@ from edgediff.errors import VerificationError
 @app.command(
     epilog="Examples:  edgediff bench bundle   |   edgediff bench bundle --backend onnxruntime --backend openvino "
     "--rounds 20 --json today.json   |   edgediff bench split pair --compare yesterday.json   |   "
-    "edgediff bench bundle --import phone.json"
+    "edgediff bench bundle --import phone.json --html page.html"
 )
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles: directories that export wrote.", metavar="BUNDLE...")],
@@ -27,7 +27,7 @@ def bench(
     rounds: Annotated[
         int, typer.Option(help="Turns of each contender: a generation at the clock and one at clock 1.")
     ] = 10,
-    threads: Annotated[int | None, typer.Option(help="Of each graph; left out, the backend's own choice.")] = None,
+    threads: Annotated[int | None, typer.Option(help="How many a backend may use; left out, its own choice.")] = None,
     undivided: Annotated[
         bool, typer.Option(help="Also run the UNet as it was before it was cut; large ones take minutes to export.")
     ] = True,
@@ -73,14 +73,13 @@ def bench(
     # Written before anything is compared: a run that took long is not lost to a ledger that does not fit.
     if json_file is not None:
         write_whole(json_file, lambda path: write_ledger(ledger, path))
-    pages = [] if html is None else write_page(ledger, html)
     for table in bench_tables(ledger):
         out.print(table)
     if before is not None:
         out.print(compare_table(compare_ledgers(before, ledger)))
     if json_file is not None:
         out.print(f"ledger: {json_file}", markup=False)
-    if pages:
-        out.print(f"page: {', '.join(map(str, pages))}", markup=False)
+    if html is not None:
+        out.print(f"page: {', '.join(map(str, write_page(ledger, html)))}", markup=False)
     if all(known.status != "measured" for known in ledger.contenders):
         raise VerificationError("no backend could be measured")

@@ -48,7 +48,12 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Precision of every target: fp32, or fp16 for Core ML (its default).")
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="split (four graphs) or pair (a full and a cached step).")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="split (four graphs) or pair (a full and a cached step); left out, the faster that the clock allows."
+        ),
+    ] = None,
     deployment_target: Annotated[
         str | None, typer.Option(help="Oldest system for Core ML: iOS16, iOS17 or iOS18.")
     ] = None,

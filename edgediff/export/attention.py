@@ -59,12 +59,14 @@ class _JoinHeads(RewriteRuleClassBase):
     ) -> bool:
         """Whether the reshapes take heads apart and put them together again, and do nothing else."""
         for whole, apart in ((q, "q_apart"), (k, "k_apart"), (v, "v_apart"), (out, "q_apart")):
-            if whole.shape is None or values[apart].shape is None or len(values[apart].shape) != len(_HEADS_FIRST):
+            if whole.shape is None or values[apart].shape is None:
                 return False
-            *_, tokens, features = whole.shape
-            *_, tokens_apart, heads, width = values[apart].shape
+            if (len(whole.shape), len(values[apart].shape)) != (3, len(_HEADS_FIRST)):
+                return False
+            _, tokens, features = whole.shape
+            _, tokens_apart, heads, width = values[apart].shape
             known = all(isinstance(size, int) for size in (tokens, features, heads, width))
-            if not known or len(whole.shape) != 3 or tokens != tokens_apart or features != heads * width:
+            if not known or tokens != tokens_apart or features != heads * width:
                 return False
         # What else the operator can do is at its default, which is the one of its other form and of the other operator.
         said = values["attended"].producer().attributes
@@ -73,6 +75,6 @@ class _JoinHeads(RewriteRuleClassBase):
     def rewrite(self, op: Any, q: Any, k: Any, v: Any, q_apart: Any, k_apart: Any, **values: Any) -> Any:
         """What takes its place."""
         heads, keys = q_apart.shape[2], k.shape[1]
-        if keys >= MANY_KEYS:
+        if keys >= MANY_KEYS and heads == k_apart.shape[2]:
             return op.MultiHeadAttention(q, k, v, num_heads=heads, _domain=CONTRIB, _version=1)
         return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=k_apart.shape[2])

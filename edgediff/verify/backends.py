@@ -21,7 +21,7 @@ def open_session(
         bundle: The bundle.
         backend: One of `BACKENDS`.
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
-        threads: Of each graph on the CPU; the backend's own choice where None.
+        threads: How many may be at work on the CPU; the backend's own choice where None.
 
     Returns:
         The session.

@@ -116,9 +116,11 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     state: Any = None
     chunks: list[_Chunk] = []
     was_guided = False
+    start = perf_counter()
     timesteps = [session.put(np.array([t], dtype=np.float32)) for t in scheduler.timesteps]
     for i, t in enumerate(scheduler.timesteps):
-        start = perf_counter()
+        if i > 0:  # what came before the first step is that step's
+            start = perf_counter()
         guided = request.guidance[i] > 1
         # There is no cache yet, or none of unconditional rows that join: such a step is full.
         forced = i == 0 or (guided and not was_guided)

@@ -1,14 +1,13 @@
 """ONNX Runtime behind the session's interface.
 
 Its threads share each operation of a graph between them and meet after every one, which a small graph spends much of
-its time on. Rows do not look at each other, so where there are rows for every thread each takes its own through the
-whole graph, alone; where there are not, all threads share the graph. Each way is a graph of its own in memory: large
-ones, which gain little, are always shared.
+its time on. Rows do not look at each other, so where there are equally many for every thread each takes its own
+through the whole graph, alone; where there are not, all threads share the graph. Each way is a graph of its own in
+memory: large ones, which gain little, are always shared.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -65,9 +64,9 @@ class OrtSession:
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
         _check_files(bundle, self.graphs)
-        files = {name for graph in self.graphs for name in (graph.file, graph.external_data) if name is not None}
+        files = {name for graph in self.graphs if graph.file for name in (graph.file, graph.external_data) if name}
         small = sum(bundle.manifest.files[name].size for name in files) <= APART_BYTES
-        self._shared = _load(bundle, self.graphs, self.threads)
+        self._shared = _load(bundle, self.graphs, threads)
         self._apart = _load(bundle, self.graphs, 1) if small and self.threads > 1 else None
 
     def put(self, array: Array) -> Any:
@@ -77,12 +76,12 @@ class OrtSession:
             array: C-contiguous, rows first.
 
         Returns:
-            An OrtValue on the array's memory, or one for each thread's rows where there are rows for all.
+            An OrtValue on the array's memory, or one for each thread's rows where all have as many.
         """
-        if self._apart is None or len(array) < self.threads:
+        each, left = divmod(len(array), self.threads)
+        if self._apart is None or left:
             return self._from_numpy(array)
-        ends = [len(array) * i // self.threads for i in range(self.threads + 1)]
-        return tuple(self._from_numpy(array[start:end]) for start, end in pairwise(ends))
+        return tuple(self._from_numpy(array[i * each : (i + 1) * each]) for i in range(self.threads))
 
     def get(self, value: Any) -> Array:
         """Copies a tensor out.
@@ -122,13 +121,14 @@ class OrtSession:
         tensors.update(zip(names, zip(*made, strict=True), strict=True))
 
 
-def _load(bundle: Bundle, graphs: tuple[Graph, ...], threads: int) -> dict[str, Any]:
-    """Each graph by its name, with so many threads."""
+def _load(bundle: Bundle, graphs: tuple[Graph, ...], threads: int | None) -> dict[str, Any]:
+    """Each graph by its name, with so many threads; with ONNX Runtime's own choice where None."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    if threads is not None:
+        options.intra_op_num_threads = threads
     # Each graph has threads of its own, which wait awake after a run: the next graph would run against them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     sessions = {}
