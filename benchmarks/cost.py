@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from measure import machine
 
 import edgediff
@@ -124,7 +124,8 @@ def draw(path: Path, panels: Mapping[str, Figures]) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("milliseconds of the loop")
         axes.legend(fontsize=8, frameon=False)
     figure.suptitle("clock 2, guidance, ONNX Runtime; dotted: in proportion to the first point", fontsize=10)
