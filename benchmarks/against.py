@@ -6,7 +6,7 @@ clock 2. DeepCache is no dependency: ``pip install DeepCache==0.1.1`` brings it,
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -79,12 +79,7 @@ def compare(model: Model, bundle: Path, rounds: int) -> None:
     print(f"{model.name}: {STEPS} steps, milliseconds of the loop (median [p10, p90], {rounds} rounds in turns)")
     for name, taken in samples.items():
         nearness = f"{psnr_db(made['diffusers'], made[name]):.1f} dB of diffusers"
-        print(f"  {name:22} {show(taken):34} {median(taken) / ours:5.2f}x clock 2's   {nearness}")
-
-
-def show(taken: Sequence[float]) -> str:
-    """Spells samples, also where there is one."""
-    return spread(taken) if len(taken) > 1 else f"{taken[0]:.4g}"
+        print(f"  {name:22} {spread(taken):34} {median(taken) / ours:5.2f}x clock 2's   {nearness}")
 
 
 def in_edgediff(pipe: EdgePipeline, request: dict[str, Any]) -> tuple[float, np.ndarray]:

@@ -13,6 +13,8 @@ def machine() -> str:
 
 
 def spread(samples: Sequence[float]) -> str:
-    """Spells samples as their median and, in brackets, their 10th and 90th percentile."""
+    """Spells samples as their median and, in brackets, their 10th and 90th percentile; one sample as it is."""
+    if len(samples) == 1:
+        return f"{samples[0]:.4g}"
     tenths = quantiles(samples, n=10)
     return f"{median(samples):.4g} [{tenths[0]:.4g}, {tenths[-1]:.4g}]"

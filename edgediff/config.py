@@ -53,7 +53,7 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Else graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
-            ``MultiHeadAttention`` where there are many keys, and batch normalization for the scale of the others.
+            ``MultiHeadAttention`` where there are many keys, and one operator for the scale and shift of norms.
         layout: How the graphs are packed; None takes the recipe's.
     """
 

@@ -74,13 +74,9 @@ def write_page(ledger: Ledger, path: Path) -> list[Path]:
         if png is None:  # of an earlier run
             picture.unlink(missing_ok=True)
         else:
-            write_whole(picture, partial(_write, png))
+            write_whole(picture, partial(Path.write_bytes, data=png))
             written.append(picture)
     return written
-
-
-def _write(png: bytes, scratch: Path) -> None:
-    scratch.write_bytes(png)
 
 
 def _all(ledger: Ledger) -> Iterator[Ledger]:
