@@ -11,6 +11,7 @@ from rich.text import Text
 from edgediff.doctor import Examination
 from edgediff.survey import PARTS, Survey
 from edgediff_runtime import Result
+from edgediff_runtime.clock import letters
 
 if TYPE_CHECKING:
     from edgediff.demo import Shown
@@ -154,7 +155,7 @@ def survey_tables(found: Survey) -> list[Table]:
         plain, attention = 2e-9 * cost.macs, 2e-9 * cost.macs_attention
         parts.add_row(part, f"{cost.parameters:,}", f"{plain:,.2f}", f"{attention:,.2f}", f"{plain + attention:,.2f}")
     parts.add_row("cache", f"{found.cache_bytes:,} bytes", "", "", "")
-    mask = "".join("F" if full else "c" for full in found.mask)
+    mask = letters(found.mask)
     schedule = Table(
         box=box.SIMPLE_HEAD,
         title=f"{len(found.mask)} steps, batch {found.batch}, clock {found.clock} ({mask})",

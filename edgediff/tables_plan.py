@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from edgediff.plan.budget import cached_steps
-from edgediff.plan.trajectory import letters, psnr_db, spell
+from edgediff.plan.trajectory import psnr_db, spell
+from edgediff_runtime.clock import letters
 
 if TYPE_CHECKING:
     from edgediff.plan.planner import Plan, Point

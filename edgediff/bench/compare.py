@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from edgediff.bench.ledger import Contender, Ledger, Row
 from edgediff.errors import DataError
+from edgediff_runtime.clock import letters
 
 # What is measured once for each process has no noise that could be known.
 ONCE = ("load", "first_call")
@@ -80,5 +81,4 @@ def compare_ledgers(old: Ledger, new: Ledger) -> tuple[Change, ...]:
 
 
 def _spell(contender: Contender) -> str:
-    steps = "".join("F" if full else "c" for full in contender.mask)
-    return f"{steps} of {contender.rows} row(s)"
+    return f"{letters(contender.mask)} of {contender.rows} row(s)"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from edgediff.bench.ledger import Contender, Ledger, Machine, Row
+from edgediff_runtime.clock import letters
 
 # The graphs of a step stand between these.
 BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
@@ -39,7 +40,7 @@ def figure_cells(known: Contender) -> tuple[str, ...]:
     """
     own = "*" if known.undivided == "own" else ""
     return (
-        "".join("F" if full else "c" for full in known.mask),
+        letters(known.mask),
         "-" if known.time_saved is None else f"{known.time_saved:.1%}{own}",
         "-" if known.flops_saved is None else f"{known.flops_saved:.1%}",
         "-" if known.ratio is None else f"{known.ratio:.2f}",

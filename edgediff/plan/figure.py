@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgediff.outputs import check_drawing
-from edgediff.plan.trajectory import letters, psnr_db
+from edgediff.plan.trajectory import psnr_db
+from edgediff_runtime.clock import letters
 
 if TYPE_CHECKING:
     from edgediff.plan.planner import Plan, Point

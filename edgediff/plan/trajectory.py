@@ -39,21 +39,6 @@ def spell(mask: Iterable[bool]) -> str:
     return ",".join("1" if full else "0" for full in mask)
 
 
-def letters(mask: Iterable[bool]) -> str:
-    """A mask as tables and pictures show it.
-
-    Args:
-        mask: One entry for each step, True = full.
-
-    Returns:
-        Such as ``FcFc``.
-
-    >>> letters((True, False, True))
-    'FcF'
-    """
-    return "".join("F" if full else "c" for full in mask)
-
-
 def psnr_db(error: float) -> float:
     """A mean squared error as PSNR, the peak being 1: an image's range, or the deviation of the reference's latents.
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError
+from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, write_output
 
@@ -57,7 +58,7 @@ def main() -> int:
         print(json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1))
     else:
         total = sum(sum(step.ms.values()) for step in result.ledger)
-        mask = "".join("F" if step.full else "c" for step in result.ledger)
+        mask = letters(result.mask)
         print(f"{args.num_images} images in {total:.0f} ms (steps {mask}; F full, c cached): {args.output}")
     return 0
 

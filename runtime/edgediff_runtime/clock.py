@@ -4,7 +4,7 @@ A step is full when the low-resolution part of the UNet runs in it, cached when 
 first step is always full: there is nothing to reuse before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from edgediff_runtime.auto_clock import AutoClock, is_auto
 from edgediff_runtime.errors import RequestError
@@ -105,3 +105,18 @@ def _parse(text: str) -> int | list[int]:
 
 def _spell(mask: Sequence[int]) -> str:
     return ",".join(str(bit) for bit in mask)
+
+
+def letters(mask: Iterable[int]) -> str:
+    """A mask as tables and pictures show it.
+
+    Args:
+        mask: One entry for each step, 1 or True = full.
+
+    Returns:
+        Such as ``FcFc``.
+
+    >>> letters((True, False, True))
+    'FcF'
+    """
+    return "".join("F" if full else "c" for full in mask)
