@@ -50,6 +50,9 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones spell it
             out. None takes 23, or 21 where the graphs are to be portable.
         dtype: Precision of weights and features.
+        quantize_nbits: 8 has convolutions and matrix products take weights and inputs of eight bits, with ranges
+            measured along whole trajectories; what stands between them stays in `dtype`. None leaves all of it there.
+        calibration_images: How many images those trajectories are of.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Else graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
@@ -59,6 +62,8 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     opset: int | None = None
     dtype: Literal["fp32"] = "fp32"
+    quantize_nbits: Literal[8] | None = None
+    calibration_images: int = 4
     simplify: bool = True
     portable: bool = False
     layout: Layout | None = None
@@ -99,6 +104,20 @@ class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trajectory_db: float = 35.0
 
 
+class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What graphs of eight bits must hold, in dB of PSNR: the ecosystem's usual floor.
+
+    Attributes:
+        graph_db: Floor of each graph against fp32 torch.
+        composed_db: The same for composed steps.
+        trajectory_db: The same for the final latents.
+    """
+
+    graph_db: float = 35.0
+    composed_db: float = 35.0
+    trajectory_db: float = 35.0
+
+
 class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the numbers must hold, in dB of PSNR.
 
@@ -113,6 +132,8 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
             the method, shown and not judged.
         fp16: Floors for targets that compute in fp16.
+        int8: Floors for targets whose weights and products are of eight bits; before it is quantized each graph is held
+            to `graph_db`.
     """
 
     mode: VerifyMode = "full"
@@ -121,6 +142,7 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trajectory_db: float = 70.0
     caching_db: float | None = None
     fp16: HalfFloors = HalfFloors()
+    int8: QuantizedFloors = QuantizedFloors()
 
 
 class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -264,6 +286,10 @@ def check_config(config: ExportConfig) -> ExportConfig:
     if not 18 <= opset_of(config.onnx) <= latest:
         why = ", since in 23 attention is an operator that is not portable" if config.onnx.portable else ""
         raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to {latest}{why}")
+    if config.onnx.quantize_nbits is not None and "onnx" not in config.targets:
+        raise ConfigError(f"'onnx.quantize_nbits' is for ONNX graphs; the targets are: {', '.join(config.targets)}")
+    if config.onnx.calibration_images < 1:
+        raise ConfigError(f"'onnx.calibration_images' is {config.onnx.calibration_images}; expected 1 or more")
     if config.coreml.batch is not None and not 1 <= config.coreml.batch <= 2:
         raise ConfigError(f"'coreml.batch' is {config.coreml.batch}; expected 1, 2 or nothing")
     if (
@@ -277,13 +303,11 @@ def check_config(config: ExportConfig) -> ExportConfig:
         )
     if config.guidance_scale is not None and not _positive(config.guidance_scale):
         raise ConfigError(f"'guidance_scale' is {config.guidance_scale}; expected a finite number above 0")
-    for name in ("graph_db", "composed_db", "trajectory_db", "caching_db"):
-        floor = getattr(config.verify, name)
-        if floor is not None and not _positive(floor):
-            raise ConfigError(f"'verify.{name}' is {floor}; expected a finite number of dB above 0")
-    for name, floor in msgspec.structs.asdict(config.verify.fp16).items():
-        if not _positive(floor):
-            raise ConfigError(f"'verify.fp16.{name}' is {floor}; expected a finite number of dB above 0")
+    for kind, floors in (("", config.verify), ("fp16.", config.verify.fp16), ("int8.", config.verify.int8)):
+        for name in floors.__struct_fields__:
+            floor = getattr(floors, name)
+            if name.endswith("_db") and floor is not None and not _positive(floor):
+                raise ConfigError(f"'verify.{kind}{name}' is {floor}; expected a finite number of dB above 0")
     for name in ("seed", "random_weights"):
         seed = getattr(config, name)
         if seed is not None and not 0 <= seed < 2**63:

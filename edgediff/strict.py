@@ -163,7 +163,7 @@ def _one_line(e: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
     if " - at `$." in message:
         text, _, where = message.partition(" - at `$.")
         choices = _choices(where.rstrip("`"), kind) if text.startswith("Invalid enum value") else ()
-        expected = f"; expected one of: {', '.join(choices)}" if choices else ""
+        expected = f"; expected one of: {', '.join(map(str, choices))}" if choices else ""
         return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}{expected}"
     return message
 

@@ -1,4 +1,4 @@
-"""Cases of ops that move numbers about: shapes, slices, gathers, fills; and quantisation."""
+"""Cases of ops that move numbers about: shapes, slices, gathers, fills; and quantization."""
 
 import numpy as np
 import torch

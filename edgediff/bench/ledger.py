@@ -80,7 +80,8 @@ class Contender(Struct, frozen=True):
         rows: UNet rows in a step.
         peak_mib: Most memory that its process held.
         undivided: What `time_saved` is taken against: ``undivided``, the whole UNet in the same backend; or ``own``,
-            the bundle's own graphs at clock 1, where the source is not at hand or the backend has no other.
+            the bundle's own graphs at clock 1, where the source is not at hand, the backend has no other, or the graphs
+            are of eight bits, which the undivided one is not.
         flops_saved: Share of the operations that the clock saves, attention matmuls included.
         time_saved: Share of the loop's time.
         share_of_peak: GFLOP/s of a full and of a cached step over the machine's peak.

@@ -48,6 +48,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Precision of every target: fp32, or fp16 for Core ML (its default).")
     ] = None,
+    quantize_nbits: Annotated[
+        int | None, typer.Option(help="8: ONNX graphs with weights and products of eight bits.")
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option(
@@ -80,7 +83,7 @@ def export(
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (
         ("cut", "level", level), ("cut", "point", point), ("verify", "mode", verify),
-        ("coreml", "deployment_target", deployment_target),
+        ("coreml", "deployment_target", deployment_target), ("onnx", "quantize_nbits", quantize_nbits),
         *((section, "dtype", dtype) for section in ("onnx", "coreml") if section in recipe["targets"]),
     ):  # fmt: skip
         if value is not None:

@@ -130,9 +130,10 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
     targets = []
     for name in config.targets:
         if name == "onnx":
+            dtype = config.onnx.dtype if config.onnx.quantize_nbits is None else "int8"
             target = m.Target(
-                target="onnx", layout=layout_of(config, "onnx"), dtype=config.onnx.dtype, batch=None,
-                floors=_floors(config, config.onnx.dtype), graphs=onnx_graphs(parts, divided, config),
+                target="onnx", layout=layout_of(config, "onnx"), dtype=dtype, batch=None,
+                floors=_floors(config, dtype), graphs=onnx_graphs(parts, divided, config),
                 opset=opset_of(config.onnx), ir_version=0,
             )  # fmt: skip
         else:
@@ -147,7 +148,11 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
 
 
 def _floors(config: ExportConfig, dtype: str) -> m.Floors:
-    floors, half = config.verify, config.verify.fp16
+    floors, half, int8 = config.verify, config.verify.fp16, config.verify.int8
+    if dtype == "int8":
+        return m.Floors(
+            graph=int8.graph_db, composed=int8.composed_db, trajectory=int8.trajectory_db, caching=floors.caching_db
+        )
     if dtype == "fp16":
         return m.Floors(
             graph=half.graph_db, composed=half.composed_db, trajectory=half.trajectory_db, caching=floors.caching_db,

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -16,17 +16,20 @@ import torch
 
 from edgediff.config import OnnxConfig, opset_of
 from edgediff.errors import UnsupportedError
+from edgediff.export.calibration import Calibration, measure_ranges
 from edgediff.export.passes import (
     ATTENTION,
     GROUP_NORM,
     PORTABLE_GROUP_NORM,
     SIMPLIFY,
+    SIMPLIFY_UNMERGED,
     STRIP_METADATA,
     Pass,
     check,
     run_passes,
     weight_bytes,
 )
+from edgediff.export.quantize import quantizing
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -64,6 +67,7 @@ def write_onnx(
     examples: Mapping[str, Mapping[str, np.ndarray]],
     config: OnnxConfig,
     say: Callable[[str], None],
+    calibration: Calibration | None = None,
 ) -> Target:
     """Writes every ONNX graph of a target.
 
@@ -74,12 +78,14 @@ def write_onnx(
         examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
         config: How to write.
         say: Told what is being done.
+        calibration: What graphs of eight bits are made by; None leaves them in fp32.
 
     Returns:
         The target with what is known now: where weights lie, versions, what onnxsim did.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
+        VerificationError: A graph that is to be quantized is not what torch computed.
     """
     graphs = []
     for graph in target.graphs:
@@ -88,6 +94,9 @@ def write_onnx(
             path = folder / graph.file
             path.parent.mkdir(exist_ok=True)
             done = write_graph(modules[graph.name], graph, examples[graph.name], path, config)
+            if calibration is not None:
+                say(f"measuring ranges and quantizing {graph.name}")
+                done = replace(done, external_data=_quantize(path, graph, calibration))
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
             graph = msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
@@ -152,7 +161,9 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES
     try:
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-        simplify = SIMPLIFY if large else _holding(SIMPLIFY, feeds)
+        simplify = SIMPLIFY if config.quantize_nbits is None else SIMPLIFY_UNMERGED
+        if not large:
+            simplify = _holding(simplify, feeds)
         # Group normalization is held by the graph's verification alone: what the pass writes is nearer to torch than
         # what ONNX Runtime makes of the operator, by more than rounding where means are large.
         passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
@@ -160,22 +171,37 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
         _restore_names(model, graph)
         if large:
             onnx.load_external_data_for_model(model, str(traced.parent))
-        external = path.name + ".data" if large else None
-        if external is None:
-            path.write_bytes(model.SerializeToString(deterministic=True))
-        else:
-            onnx.save_model(
-                model,
-                str(path),
-                save_as_external_data=True,
-                location=external,
-                size_threshold=EXTERNAL_TENSOR_BYTES,
-            )
+        external = _save(model, path)
         check(str(path))
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return Written(external, opset, model.ir_version, _how_simplified(config, large))
+
+
+def _save(model: onnx.ModelProto, path: Path) -> str | None:
+    """Writes a graph; the name of the file beside it, where its weights are too many for one."""
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)
+    if weight_bytes(model) <= EXTERNAL_DATA_BYTES:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return None
+    onnx.save_model(
+        model, str(path), save_as_external_data=True, location=beside.name, size_threshold=EXTERNAL_TENSOR_BYTES
+    )
+    return beside.name
+
+
+def _quantize(path: Path, graph: Graph, calibration: Calibration) -> str | None:
+    """Quantizes a graph's file in place; the name of the file beside it, where it needs one."""
+    try:
+        ranges = measure_ranges(path, graph, calibration)
+        model = run_passes(onnx.load(path), (quantizing(ranges),))
+        external = _save(model, path)
+        check(str(path))
+    except UnsupportedError as e:
+        raise UnsupportedError(f"{graph.name}: {e}") from e
+    return external
 
 
 def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # onnxsim needs small constants (shapes, axes) to fold with; what is larger than this is a weight.
 SKELETON_BYTES = 4096
+GEMM_FUSIONS = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def strip_metadata(model: ModelProto) -> ModelProto:
     return model
 
 
-def simplify(model: ModelProto) -> ModelProto:
+def simplify(model: ModelProto, skipped: tuple[str, ...] = ()) -> ModelProto:
     """Runs onnxsim; a model whose weights lie outside is simplified without them.
 
     Those are the models that would not fit into one protobuf, nor twice into memory.
 
     Args:
         model: The model, weights inside or as references to external data.
+        skipped: Which of onnxsim's optimizers to leave out.
 
     Returns:
         The simplified model.
@@ -81,7 +83,7 @@ def simplify(model: ModelProto) -> ModelProto:
     outside = any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
     weights = _take_weights(model) if outside else {}
     try:
-        simplified: ModelProto = onnxsim.simplify(model)[0]
+        simplified: ModelProto = onnxsim.simplify(model, skipped_optimizers=list(skipped))[0]
     except Exception as e:  # its errors share no base class
         raise UnsupportedError(f"onnxsim failed: {' '.join(str(e).split())[:300]}") from e
     if weights:
@@ -173,6 +175,8 @@ GROUP_NORM = Pass("group-norm", expand_group_norm)
 PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))
 ATTENTION = Pass("attention", fuse_attention)
 SIMPLIFY = Pass("onnxsim", simplify)
+# Matrix products stay apart from their biases: there is no kernel for a Gemm of eight bits with a float result.
+SIMPLIFY_UNMERGED = Pass("onnxsim", partial(simplify, skipped=GEMM_FUSIONS))
 
 
 def check(model: ModelProto | str) -> None:

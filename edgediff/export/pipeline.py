@@ -18,6 +18,7 @@ import torch
 from edgediff.config import ExportConfig, check_config
 from edgediff.coreml import import_coremltools
 from edgediff.errors import ConfigError, TargetError, VerificationError
+from edgediff.export.calibration import Calibration, calibrate
 from edgediff.export.card import bundle_card
 from edgediff.export.conditioning import reference_conditioning
 from edgediff.export.coreml import write_coreml
@@ -121,7 +122,13 @@ def export_bundle(
         say("holding the parts to the undivided UNet")
         _hold_to_undivided(model, divided, reference)
         reference = half_outputs(draft, divided, reference, say)
-        manifest = _write_targets(folder, draft, divided, reference, config, say)
+        calibration = None
+        if "onnx" in config.targets and config.onnx.quantize_nbits is not None:
+            calibration = calibrate(
+                pipe, conditioning, config.onnx.calibration_images, config.verify.graph_db,
+                lambda i, n: say(f"calibrating in torch: step {i} of {n}"),
+            )  # fmt: skip
+        manifest = _write_targets(folder, draft, divided, reference, calibration, config, say)
         (folder / "evidence").mkdir()
         save_reference(reference, folder / REFERENCE)
         (folder / "README.md").write_text(bundle_card(manifest, model), encoding="utf-8")
@@ -131,7 +138,7 @@ def export_bundle(
         source = model if draft.verified == "full" else None
         # What is verified without torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
-        del model, divided, adaptor, pipe, reference
+        del model, divided, adaptor, pipe, reference, calibration
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
@@ -177,7 +184,13 @@ def _warn_of_adaptor(draft: Manifest) -> None:
 
 
 def _write_targets(
-    folder: Path, draft: Manifest, divided: SplitUNet, reference: Reference, config: ExportConfig, say: Progress
+    folder: Path,
+    draft: Manifest,
+    divided: SplitUNet,
+    reference: Reference,
+    calibration: Calibration | None,
+    config: ExportConfig,
+    say: Progress,
 ) -> Manifest:
     """Writes every target's graphs; what only this can tell goes into the manifest."""
     targets = []
@@ -185,7 +198,7 @@ def _write_targets(
         parts = modules(divided, target.layout)
         if target.target == "onnx":
             examples = {graph.name: recorded_inputs(reference, graph) for graph in target.graphs}
-            targets.append(write_onnx(folder, target, parts, examples, config.onnx, say))
+            targets.append(write_onnx(folder, target, parts, examples, config.onnx, say, calibration))
         else:
             targets.append(write_coreml(folder, target, parts, config.coreml, say))
     return msgspec.structs.replace(draft, targets=tuple(targets))

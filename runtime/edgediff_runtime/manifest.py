@@ -98,7 +98,8 @@ class Target(Struct, frozen=True):
     Attributes:
         target: The file format: ONNX, or Core ML's ML Program.
         layout: How the graphs are packed: ``split``, the four parts; or ``pair``, a whole full and a whole cached step.
-        dtype: Precision of weights and features.
+        dtype: Precision of weights and features. In ``int8`` it is that of weights and products: what goes into a graph
+            and what crosses between graphs is float32.
         batch: Rows that each graph takes, or None where the batch is symbolic.
         floors: What verification asks of these graphs.
         graphs: In the order in which a step runs them.
@@ -110,7 +111,7 @@ class Target(Struct, frozen=True):
 
     target: Literal["onnx", "coreml"]
     layout: Literal["split", "pair"]
-    dtype: Literal["fp32", "fp16"]
+    dtype: Literal["fp32", "fp16", "int8"]
     batch: int | None
     floors: Floors
     graphs: tuple[Graph, ...]

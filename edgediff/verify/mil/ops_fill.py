@@ -1,4 +1,4 @@
-"""Ops that make tensors from sizes and numbers, and quantisation of activations."""
+"""Ops that make tensors from sizes and numbers, and quantization of activations."""
 
 from collections.abc import Callable
 

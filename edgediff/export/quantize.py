@@ -1,0 +1,202 @@
+"""Eight-bit weights and products in an exported ONNX graph, as QuantizeLinear and DequantizeLinear around them.
+
+Constraints that shaped this file, all measured (benchmarks/README.md):
+
+- Quantization noise adds up: the squared errors that layers make one at a time sum to what they make together. On
+  the models here most of it comes from the few layers that write to the path of skip connections undamped, the
+  first and the last convolution and the shortcuts that change the number of channels; they are cheap, and stay as
+  they are. Noise within a block passes a normalization before it reaches anything.
+- ONNX Runtime has kernels for a convolution of eight bits only where its result is of eight bits too; for a matrix
+  product it has one with a float result, but none for Gemm. So convolutions are quantized on both sides, matrix
+  products on one, and Gemm, which is what projections of the timestep are, stays.
+- The text comes from outside: calibration has seen one prompt, and its products are few.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgediff.export.passes import Pass
+
+# Lowest and highest value of a tensor.
+Range = tuple[float, float]
+LEVELS = 255
+# Weights are symmetric: their zero stays zero without a zero point in the sum.
+WEIGHT_LEVELS = 127
+
+
+def quantized_nodes(model: ModelProto) -> list[NodeProto]:
+    """Chooses what is quantized: convolutions and matrix products with constant weights, but for the sensitive ones.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        Its nodes, in their order.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    given = {value.name for value in model.graph.input}
+
+    def is_quantized(node: NodeProto) -> bool:
+        if node.domain not in ("", "ai.onnx") or len(node.input) < 2 or node.input[1] not in weights:
+            return False
+        if node.op_type == "Conv":
+            return _is_inner(node, weights[node.input[1]])
+        return node.op_type == "MatMul" and node.input[0] not in given
+
+    return [node for node in model.graph.node if is_quantized(node)]
+
+
+def _is_inner(conv: NodeProto, weight: TensorProto) -> bool:
+    """Whether a convolution's noise passes a normalization: neither the first nor the last, nor a shortcut."""
+    if conv.input[0] == "sample" or conv.output[0] == "out_sample":
+        return False
+    channels_out, channels_in, *kernel = weight.dims
+    groups = next((attribute.i for attribute in conv.attribute if attribute.name == "group"), 1)
+    return groups == 1 and (channels_in == channels_out or max(kernel) > 1)
+
+
+def observed_tensors(model: ModelProto) -> list[str]:
+    """Names the tensors whose ranges quantization needs.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        Each once: inputs of all quantized nodes, outputs of convolutions.
+    """
+    nodes = quantized_nodes(model)
+    outputs = (node.output[0] for node in nodes if node.op_type == "Conv")
+    return list(dict.fromkeys([*(node.input[0] for node in nodes), *outputs]))
+
+
+def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
+    """Quantizes a graph: uint8 values with a zero point for tensors, int8 for weights with a scale for each channel.
+
+    Args:
+        model: The graph, weights inside; changed in place.
+        ranges: Of each of its `observed_tensors`.
+
+    Returns:
+        The graph.
+    """
+    rewritten = _Rewriting(model, ranges)
+    chosen = {node.output[0] for node in quantized_nodes(model)}
+    for node in list(model.graph.node):
+        if node.output[0] in chosen:
+            rewritten.quantize(node)
+        else:
+            rewritten.nodes.append(node)
+    used = {name for node in rewritten.nodes for name in node.input}
+    kept = [tensor for tensor in (*model.graph.initializer, *rewritten.constants) if tensor.name in used]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(rewritten.nodes)
+    model.graph.initializer.extend(kept)
+    return model
+
+
+class _Rewriting:
+    """A graph while it is rewritten: nodes and constants so far, and what of them is there to be shared."""
+
+    def __init__(self, model: ModelProto, ranges: Mapping[str, Range]) -> None:
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.ranges = ranges
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.quantized: dict[str, str] = {}
+
+    def quantize(self, node: NodeProto) -> None:
+        """Adds a node with what is quantized around it."""
+        given, weight, made = node.input[0], node.input[1], node.output[0]
+        if given not in self.quantized:
+            self.quantized[given] = self._round_trip(given, f"{given}.dequantized")
+        if weight not in self.quantized:
+            self.quantized[weight] = self._weight(weight, axis=0 if node.op_type == "Conv" else 1)
+        node.input[0], node.input[1] = self.quantized[given], self.quantized[weight]
+        if node.op_type == "Conv":
+            node.output[0] = f"{made}.exact"
+        self.nodes.append(node)
+        if node.op_type == "Conv":
+            # Whoever takes it takes rounded values already.
+            self.quantized[made] = self._round_trip(made, made, source=node.output[0])
+
+    def _round_trip(self, name: str, result: str, source: str | None = None) -> str:
+        """Adds QuantizeLinear and DequantizeLinear of a tensor."""
+        scale, zero = affine(self.ranges[name])
+        constants = [self._constant(f"{name}.scale", scale), self._constant(f"{name}.zero_point", zero)]
+        rounded = f"{name}.quantized"
+        self.nodes.append(
+            helper.make_node("QuantizeLinear", [name if source is None else source, *constants], [rounded])
+        )
+        self.nodes.append(helper.make_node("DequantizeLinear", [rounded, *constants], [result]))
+        return result
+
+    def _weight(self, name: str, axis: int) -> str:
+        """Adds a weight of eight bits with its DequantizeLinear."""
+        rounded, scale = quantized_weight(numpy_helper.to_array(self.weights[name]), axis)
+        constants = [
+            self._constant(f"{name}.quantized", rounded),
+            self._constant(f"{name}.scale", scale),
+            self._constant(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
+        ]
+        result = f"{name}.dequantized"
+        self.nodes.append(helper.make_node("DequantizeLinear", constants, [result], axis=axis))
+        return result
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+
+def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point by which uint8 covers a range, zero included, which stays exact.
+
+    Args:
+        extent: Lowest and highest value.
+
+    Returns:
+        Scale, float32 [], and zero point, uint8 [].
+
+    >>> scale, zero = affine((-1.0, 1.55))
+    >>> float(scale), int(zero)
+    (0.009999999776482582, 100)
+    """
+    low, high = min(extent[0], 0.0), max(extent[1], 0.0)
+    scale = (high - low) / LEVELS
+    if scale < np.finfo(np.float32).tiny:  # it is always zero
+        scale = 1.0
+    return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)
+
+
+def quantized_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a weight to int8 with a scale for each slice along an axis.
+
+    Args:
+        weight: float32, any shape.
+        axis: That of the output channels.
+
+    Returns:
+        int8 in the shape of `weight`, and scales, float32 [channels].
+
+    >>> rounded, scale = quantized_weight(np.array([[1.27, -0.64], [0.0, 0.0]], np.float32), axis=0)
+    >>> rounded.tolist(), scale.round(4).tolist()
+    ([[127, -64], [0, 0]], [0.01, 1.0])
+    """
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = (np.abs(weight).max(axis=others) / WEIGHT_LEVELS).astype(np.float32)
+    scale[scale < np.finfo(np.float32).tiny] = 1.0
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    return np.rint(weight / scale.reshape(shape)).astype(np.int8), scale
+
+
+def quantizing(ranges: Mapping[str, Range]) -> Pass:
+    """The pass that quantizes with these ranges.
+
+    Args:
+        ranges: Of each of the graph's `observed_tensors`.
+
+    Returns:
+        The pass.
+    """
+    return Pass("quantize", lambda model: quantize(model, ranges))
