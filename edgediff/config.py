@@ -11,15 +11,19 @@ import msgspec
 
 from edgediff.errors import ConfigError
 from edgediff.strict import read_yaml, retyped, spell_clock, strict
+from edgediff.targets import FUSED_OPSET
+from edgediff.targets import CoreMLConfig as CoreMLConfig
+from edgediff.targets import ExecuTorchConfig as ExecuTorchConfig
+from edgediff.targets import Layout as Layout
+from edgediff.targets import OnnxConfig as OnnxConfig
+from edgediff.targets import Target as Target
+from edgediff.targets import opset_of as opset_of
 from edgediff_runtime.auto_clock import AutoClock
 from edgediff_runtime.clock import parse_clock
 from edgediff_runtime.errors import RequestError
 
 POINTS = ("before_upsample", "after_upsample")
 
-Target = Literal["onnx", "coreml"]
-Layout = Literal["split", "pair"]
-DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 VerifyMode = Literal["full", "graphs"]
 SchedulerName = Literal["dpmpp_2m", "dpmpp_2m_karras", "ddim", "euler"]
 
@@ -37,54 +41,6 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     level: int = 1
     point: str = "before_upsample"
-
-
-# The first operator set that has attention, and one that is everywhere.
-FUSED_OPSET, PORTABLE_OPSET = 23, 21
-
-
-class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the ONNX graphs are written.
-
-    Attributes:
-        opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones spell it
-            out. None takes 23, or 21 where the graphs are to be portable.
-        dtype: Precision of weights and features.
-        quantize_nbits: 8 has convolutions and matrix products take weights and inputs of eight bits, with ranges
-            measured along whole trajectories; what stands between them stays in `dtype`. None leaves all of it there.
-        calibration_images: How many images those trajectories are of.
-        simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
-        portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
-            Else graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
-            ``MultiHeadAttention`` where there are many keys, and one operator for the scale and shift of norms.
-        layout: How the graphs are packed; None takes the recipe's.
-    """
-
-    opset: int | None = None
-    dtype: Literal["fp32"] = "fp32"
-    quantize_nbits: Literal[8] | None = None
-    calibration_images: int = 4
-    simplify: bool = True
-    portable: bool = False
-    layout: Layout | None = None
-
-
-class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the Core ML packages (ML Programs) are written.
-
-    Attributes:
-        dtype: Precision of weights, features and arithmetic. The timestep's path through sine and cosine, the sample
-            and the output stay fp32 in either.
-        deployment_target: Oldest system that is to run them. The ``pair`` layout needs iOS18's multifunction packages.
-        batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
-            unconditional and the conditional row of an image), 1 where it is not.
-        layout: How the graphs are packed; None takes the recipe's.
-    """
-
-    dtype: Literal["fp16", "fp32"] = "fp16"
-    deployment_target: DeploymentTarget = "iOS18"
-    batch: int | None = None
-    layout: Layout | None = None
 
 
 class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -163,10 +119,12 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             for models with text, 1.0 (off) for models with neither.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
-            clock allows: ONNX graphs in a ``pair``, unless all steps are full, the clock decides as it runs, or they
-            are to be portable (providers for accelerators want weights in the graph's file); else ``split``.
+            clock allows: ONNX and ExecuTorch in a ``pair``, unless all steps are full, the clock decides as it runs, or
+            ONNX graphs are to be portable (providers for accelerators want weights in the graph's file); else
+            ``split``.
         onnx: How ONNX graphs are written.
         coreml: How Core ML packages are written.
+        executorch: How the ExecuTorch program is written.
         verify: What the numbers must hold.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
             (``encoder_hidden_states``, ``negative_encoder_hidden_states``, ``text_embeds``, ...), or None.
@@ -186,6 +144,7 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     layout: Layout | None = None
     onnx: OnnxConfig = OnnxConfig()
     coreml: CoreMLConfig = CoreMLConfig()
+    executorch: ExecuTorchConfig = ExecuTorchConfig()
     verify: VerifyConfig = VerifyConfig()
     conditioning: str | None = None
     random_weights: int | None = None
@@ -290,8 +249,9 @@ def check_config(config: ExportConfig) -> ExportConfig:
         raise ConfigError(f"'onnx.quantize_nbits' is for ONNX graphs; the targets are: {', '.join(config.targets)}")
     if config.onnx.calibration_images < 1:
         raise ConfigError(f"'onnx.calibration_images' is {config.onnx.calibration_images}; expected 1 or more")
-    if config.coreml.batch is not None and not 1 <= config.coreml.batch <= 2:
-        raise ConfigError(f"'coreml.batch' is {config.coreml.batch}; expected 1, 2 or nothing")
+    for name, batch in (("coreml", config.coreml.batch), ("executorch", config.executorch.batch)):
+        if batch is not None and not 1 <= batch <= 2:
+            raise ConfigError(f"'{name}.batch' is {batch}; expected 1, 2 or nothing")
     if (
         "coreml" in config.targets
         and layout_of(config, "coreml") == "pair"
@@ -353,23 +313,6 @@ def block_of(point: str) -> int | None:
     return int(number) if name == "block" and digits else None
 
 
-def opset_of(onnx: OnnxConfig) -> int:
-    """The operator set of a recipe's ONNX graphs.
-
-    Args:
-        onnx: How they are written.
-
-    Returns:
-        The one that is asked for, or the one that goes with the operators that are wanted.
-
-    >>> opset_of(OnnxConfig()), opset_of(OnnxConfig(portable=True)), opset_of(OnnxConfig(opset=20))
-    (23, 21, 20)
-    """
-    if onnx.opset is not None:
-        return onnx.opset
-    return PORTABLE_OPSET if onnx.portable else FUSED_OPSET
-
-
 def layout_of(config: ExportConfig, target: Target) -> Layout:
     """How a target's graphs are packed.
 
@@ -383,11 +326,12 @@ def layout_of(config: ExportConfig, target: Target) -> Layout:
     >>> layout_of(ExportConfig(coreml=CoreMLConfig(layout="pair")), "coreml")
     'pair'
     """
-    own = config.onnx.layout if target == "onnx" else config.coreml.layout
+    layouts = {"onnx": config.onnx.layout, "coreml": config.coreml.layout, "executorch": config.executorch.layout}
+    own = layouts[target]
     chosen = config.layout if own is None else own
     if chosen is not None:
         return chosen
-    if target == "coreml" or config.onnx.portable:
+    if target == "coreml" or (target == "onnx" and config.onnx.portable):
         return "split"
     clock = parse_clock(config.clock, config.steps)
     return "split" if isinstance(clock, AutoClock) or all(clock) else "pair"

@@ -24,6 +24,7 @@ TESTED = {
     "onnxsim": "0.8.1",
     "coremltools": "9.0",
     "openvino": "2026.4.0",
+    "executorch": "1.5.1",
     "PyWavelets": "1.9.0",
     "pyyaml": "6.0.3",
     "accelerate": "1.15.0",
@@ -161,6 +162,7 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
         "recompute trajectories in torch": needs("torch"),
         "train adaptors": needs(*TRAIN, extra="train"),
         "run ONNX bundles in OpenVINO": needs("openvino", extra="bench"),
+        "export to ExecuTorch and run it": needs("torch", "executorch", extra="executorch"),
         "plan clocks": needs("matplotlib", extra="train"),
     }
 

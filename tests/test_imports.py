@@ -19,11 +19,12 @@ SOURCES = sorted([*(ROOT / "edgediff").rglob("*.py"), *RUNTIME.rglob("*.py")])
 # and those before it. Export runs the verification, so verify stands before it and knows nothing of it.
 STAGES = (
     ("edgediff.errors",),
-    ("edgediff.strict",),
+    ("edgediff.strict", "edgediff.targets"),
     (
         "edgediff.config",
         "edgediff.arrays",
         "edgediff.coreml",
+        "edgediff.executorch",
         "edgediff.doctor",
         "edgediff.outputs",
         "edgediff.survey",

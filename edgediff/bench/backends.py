@@ -49,6 +49,7 @@ BACKENDS = (
     Backend("onnxruntime", "onnx", "onnxruntime", "pip install edgediff"),
     Backend("openvino", "onnx", "openvino", 'pip install "edgediff[bench]"'),
     Backend("openvino-bf16", "onnx", "openvino", 'pip install "edgediff[bench]"', BF16_DB),
+    Backend("executorch", "executorch", "executorch", 'pip install "edgediff[executorch]"'),
     Backend("coreml", "coreml", "coremltools", 'pip install "edgediff[export]", on macOS'),
     Backend("mil-reference", "coreml", "coremltools", 'pip install "edgediff[export]"'),
 )

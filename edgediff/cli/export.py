@@ -34,7 +34,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is to be.")] = Path("bundle"),
     config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="What to write: onnx, coreml; may be given more than once.")
+        list[str] | None, typer.Option(help="What to write: onnx, coreml, executorch; may be given more than once.")
     ] = None,
     level: LevelOption = None,
     point: PointOption = None,
@@ -46,7 +46,7 @@ def export(
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
     guidance_scale: GuidanceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Precision of every target: fp32, or fp16 for Core ML (its default).")
+        str | None, typer.Option(help="Precision of ONNX and Core ML: fp32, or fp16 for Core ML (its default).")
     ] = None,
     quantize_nbits: Annotated[
         int | None, typer.Option(help="8: ONNX graphs with weights and products of eight bits.")

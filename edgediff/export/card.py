@@ -6,7 +6,7 @@ from edgediff.models.load import Model
 from edgediff.survey import adaptor_in_words
 from edgediff_runtime import Manifest
 
-FORMATS = {"onnx": "ONNX", "coreml": "Core ML"}
+FORMATS = {"onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch"}
 PATENT_NOTE = (
     "The methods in this bundle (reuse of low-resolution features across denoising steps) may be covered by patents. "
     "No licence to any patent is given with it."
@@ -69,6 +69,8 @@ def _how_to_run(manifest: Manifest) -> list[str]:
             f"Core ML packages for {targets['coreml'].deployment_target} and later: `edgediff run . -o out.png` with "
             "`--backend coreml` on a Mac, with `--backend mil-reference` elsewhere."
         )
+    if "executorch" in targets:
+        lines.append("The ExecuTorch program: `edgediff run . -o out.png --backend executorch`.")
     return lines
 
 

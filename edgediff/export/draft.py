@@ -9,7 +9,7 @@ import torch
 from edgediff.config import ExportConfig, Target, layout_of, opset_of
 from edgediff.errors import UnsupportedError
 from edgediff.export.conditioning import Source
-from edgediff.export.layout import coreml_graphs, onnx_graphs
+from edgediff.export.layout import coreml_graphs, executorch_graphs, onnx_graphs
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
@@ -26,6 +26,7 @@ TOOLS = ("edgediff", "torch", "diffusers", "numpy")
 TOOLS_OF_TARGET: dict[Target, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxsim", "onnxruntime"),
     "coreml": ("coremltools",),
+    "executorch": ("executorch",),
 }
 
 
@@ -127,6 +128,7 @@ def draft_manifest(
 
 def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: bool) -> tuple[m.Target, ...]:
     parts = graph_list(divided, model)
+    usual = 2 if guided else 1  # the rows of one image
     targets = []
     for name in config.targets:
         if name == "onnx":
@@ -136,12 +138,18 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
                 floors=_floors(config, dtype), graphs=onnx_graphs(parts, divided, config),
                 opset=opset_of(config.onnx), ir_version=0,
             )  # fmt: skip
-        else:
-            batch = (2 if guided else 1) if config.coreml.batch is None else config.coreml.batch
+        elif name == "coreml":
+            batch = usual if config.coreml.batch is None else config.coreml.batch
             target = m.Target(
                 target="coreml", layout=layout_of(config, "coreml"), dtype=config.coreml.dtype, batch=batch,
                 floors=_floors(config, config.coreml.dtype), graphs=coreml_graphs(parts, divided, config, batch),
                 deployment_target=config.coreml.deployment_target, specification_version=0,
+            )  # fmt: skip
+        else:
+            batch = usual if config.executorch.batch is None else config.executorch.batch
+            target = m.Target(
+                target="executorch", layout=layout_of(config, "executorch"), dtype="fp32", batch=batch,
+                floors=_floors(config, "fp32"), graphs=executorch_graphs(parts, divided, config, batch),
             )  # fmt: skip
         targets.append(target)
     return tuple(targets)

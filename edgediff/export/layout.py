@@ -22,6 +22,7 @@ OUTSIDE = (
 )  # fmt: skip
 ONNX_WEIGHTS = "onnx/weights.bin"
 COREML_PAIR = "coreml/unet.mlpackage"
+EXECUTORCH_PROGRAM = "executorch/unet.pte"
 
 
 def modules(divided: SplitUNet, layout: Layout) -> dict[str, Part]:
@@ -98,14 +99,47 @@ def coreml_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportCo
     return tuple(graphs)
 
 
+def executorch_graphs(
+    parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConfig, batch: int
+) -> tuple[Graph, ...]:
+    """The graphs of the ExecuTorch target: methods of one program, fixed throughout, in fp32.
+
+    Args:
+        parts: The four parts as graphs.
+        divided: The divided UNet.
+        config: The recipe.
+        batch: Rows of each graph.
+
+    Returns:
+        The graphs in the order of a step.
+    """
+
+    def fixed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(msgspec.structs.replace(tensor, shape=_rows(tensor, batch)) for tensor in tensors)
+
+    return tuple(
+        msgspec.structs.replace(
+            graph,
+            file=None if graph.file is None else EXECUTORCH_PROGRAM,
+            function=None if graph.file is None else graph.name,
+            inputs=fixed(graph.inputs),
+            outputs=fixed(graph.outputs),
+        )
+        for graph in _pack(parts, divided, layout_of(config, "executorch"))
+    )
+
+
+def _rows(tensor: Tensor, batch: int) -> tuple[int | Literal["batch"], ...]:
+    return tuple(batch if size == "batch" else size for size in tensor.shape)
+
+
 def _fixed(tensor: Tensor, dtype: str, batch: int) -> Tensor:
     element: Literal["float32", "float16", "int64", "int32"] = tensor.dtype
     if element == "int64":
         element = "int32"
     elif dtype == "fp16" and tensor.name not in OUTSIDE:
         element = "float16"
-    shape = tuple(batch if size == "batch" else size for size in tensor.shape)
-    return Tensor(name=tensor.name, dtype=element, shape=shape)
+    return Tensor(name=tensor.name, dtype=element, shape=_rows(tensor, batch))
 
 
 def _pack(parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout) -> tuple[Graph, ...]:

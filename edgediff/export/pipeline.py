@@ -18,11 +18,13 @@ import torch
 from edgediff.config import ExportConfig, check_config
 from edgediff.coreml import import_coremltools
 from edgediff.errors import ConfigError, TargetError, VerificationError
+from edgediff.executorch import import_executorch
 from edgediff.export.calibration import Calibration, calibrate
 from edgediff.export.card import bundle_card
 from edgediff.export.conditioning import reference_conditioning
 from edgediff.export.coreml import write_coreml
 from edgediff.export.draft import draft_manifest, essence, operating_point, with_mask
+from edgediff.export.executorch import write_executorch
 from edgediff.export.half import half_outputs
 from edgediff.export.layout import modules
 from edgediff.export.onnx import write_onnx
@@ -103,6 +105,8 @@ def export_bundle(
     model.check_schedule()
     if "coreml" in config.targets:
         import_coremltools("exporting to Core ML")
+    if "executorch" in config.targets:
+        import_executorch("executorch.exir", "exporting to ExecuTorch")
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = split(model.unet, config.cut, adaptor.part)
@@ -196,11 +200,13 @@ def _write_targets(
     targets = []
     for target in draft.targets:
         parts = modules(divided, target.layout)
+        examples = {graph.name: recorded_inputs(reference, graph) for graph in target.graphs}
         if target.target == "onnx":
-            examples = {graph.name: recorded_inputs(reference, graph) for graph in target.graphs}
             targets.append(write_onnx(folder, target, parts, examples, config.onnx, say, calibration))
-        else:
+        elif target.target == "coreml":
             targets.append(write_coreml(folder, target, parts, config.coreml, say))
+        else:
+            targets.append(write_executorch(folder, target, parts, examples, say))
     return msgspec.structs.replace(draft, targets=tuple(targets))
 
 

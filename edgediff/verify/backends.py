@@ -1,4 +1,4 @@
-"""Every backend that a bundle can be opened in: the runtime's own, and the evaluator of ML Programs."""
+"""Every backend that a bundle can be opened in: the runtime's own, and those that need torch."""
 
 import sys
 
@@ -7,9 +7,10 @@ from edgediff_runtime import Bundle, RequestError
 from edgediff_runtime import sessions as runtime
 
 MIL_REFERENCE = "mil-reference"
-BACKENDS = (*runtime.BACKENDS, MIL_REFERENCE)
+EXECUTORCH = "executorch"
+BACKENDS = (*runtime.BACKENDS, EXECUTORCH, MIL_REFERENCE)
 # What verification asks of each target, in this order; one of them must have measured.
-BACKENDS_OF_TARGET = {"onnx": ("onnxruntime",), "coreml": (MIL_REFERENCE, "coreml")}
+BACKENDS_OF_TARGET = {"onnx": ("onnxruntime",), "coreml": (MIL_REFERENCE, "coreml"), EXECUTORCH: (EXECUTORCH,)}
 
 
 def open_session(
@@ -29,19 +30,28 @@ def open_session(
     Raises:
         BundleError: The backend cannot load the bundle.
         RequestError: The backend is unknown, or not to be had on this machine.
-        MissingExtraError: torch or coremltools is not installed, and the evaluator needs both.
+        MissingExtraError: What the evaluator or ExecuTorch needs is not installed.
     """
     if backend not in BACKENDS:
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
-    if backend != MIL_REFERENCE:
+    if backend in runtime.BACKENDS:
         return runtime.open_session(bundle, backend, compute_units, threads)
     runtime.refuse_compute_units(backend, compute_units)
     try:
+        if backend == EXECUTORCH:
+            from edgediff.verify.executorch import ExecuTorchSession
+
+            return ExecuTorchSession(bundle, threads)
         from edgediff.verify.mil.session import MilSession
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] == "edgediff":
             raise
-        raise MissingExtraError("evaluating Core ML packages", "export") from e
+        what, extra = (
+            ("running an ExecuTorch program", EXECUTORCH)
+            if backend == EXECUTORCH
+            else ("evaluating Core ML packages", "export")
+        )
+        raise MissingExtraError(what, extra) from e
     return MilSession(bundle)
 
 
@@ -52,13 +62,17 @@ def usual_backend(bundle: Bundle) -> str:
         bundle: The bundle.
 
     Returns:
-        ``onnxruntime`` where there are ONNX graphs, else ``coreml`` on a Mac.
+        ``onnxruntime`` where there are ONNX graphs, else ``executorch`` where there is such a program, else ``coreml``
+        on a Mac.
 
     Raises:
         RequestError: There are Core ML packages alone, and this is no Mac.
     """
-    if any(target.target == "onnx" for target in bundle.manifest.targets):
+    there = {target.target for target in bundle.manifest.targets}
+    if "onnx" in there:
         return "onnxruntime"
+    if EXECUTORCH in there:
+        return EXECUTORCH
     if sys.platform == "darwin":
         return "coreml"
     raise RequestError(

@@ -96,20 +96,20 @@ class Target(Struct, frozen=True):
     """The graphs for one kind of backend.
 
     Attributes:
-        target: The file format: ONNX, or Core ML's ML Program.
+        target: The file format: ONNX, Core ML's ML Program, or an ExecuTorch program.
         layout: How the graphs are packed: ``split``, the four parts; or ``pair``, a whole full and a whole cached step.
         dtype: Precision of weights and features. In ``int8`` it is that of weights and products: what goes into a graph
             and what crosses between graphs is float32.
         batch: Rows that each graph takes, or None where the batch is symbolic.
         floors: What verification asks of these graphs.
         graphs: In the order in which a step runs them.
-        opset: ONNX operator set; None for Core ML.
-        ir_version: ONNX file version; None for Core ML.
-        deployment_target: Oldest system that runs the graphs, such as ``iOS18``; None for ONNX.
-        specification_version: Of Core ML's model format; None for ONNX.
+        opset: ONNX operator set; None for others.
+        ir_version: ONNX file version; None for others.
+        deployment_target: Oldest system that runs Core ML's graphs, such as ``iOS18``; None for others.
+        specification_version: Of Core ML's model format; None for others.
     """
 
-    target: Literal["onnx", "coreml"]
+    target: Literal["onnx", "coreml", "executorch"]
     layout: Literal["split", "pair"]
     dtype: Literal["fp32", "fp16", "int8"]
     batch: int | None
@@ -300,7 +300,7 @@ class Manifest(Struct, frozen=True):
         """Finds the graphs of a target.
 
         Args:
-            name: ``onnx`` or ``coreml``.
+            name: ``onnx``, ``coreml`` or ``executorch``.
 
         Returns:
             The target.

@@ -117,7 +117,8 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _hold(target.specification_version in (version, 0), "specification_version", target.specification_version,
               f"{version}, that of {target.deployment_target}")  # fmt: skip
     half = target.dtype == "fp16"
-    _hold(target.dtype != "int8" or target.target == "onnx", "dtype", target.dtype, "fp16 or fp32 for Core ML")
+    _hold(not half or target.target == "coreml", "dtype", target.dtype, "fp16 for Core ML alone")
+    _hold(target.dtype != "int8" or target.target == "onnx", "dtype", target.dtype, "int8 for ONNX alone")
     _hold((target.floors.program is not None) == half, "floors.program", target.floors.program, "dB for fp16 alone")
     for graph in target.graphs:
         if graph.name == "adaptor":

@@ -1,0 +1,58 @@
+"""ExecuTorch, imported where it is needed and kept quiet: it is no part of any usual extra.
+
+Its import tries what of torchao was built for other machines, and its runtime asks files of Linux on ARM about the
+processor; both say so on standard error, the second from C++. What goes wrong is raised all the same.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from edgediff.errors import MissingExtraError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps log lines, warnings and what C++ writes to standard error off the screen while the block runs."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        logging.disable(before)
+
+
+def import_executorch(module: str, what: str) -> Any:
+    """Imports a module of ExecuTorch.
+
+    Args:
+        module: Its full name.
+        what: What needs it, for the message.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingExtraError: ExecuTorch is not installed.
+    """
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] != "executorch":
+            raise
+        raise MissingExtraError(what, "executorch") from e
