@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 import sys
 import time
@@ -47,11 +48,15 @@ GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guid
 # Typer carries click within itself since 0.26 and takes the installed one before: the base of what it raises is asked.
 UsageFault: Any = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
+# What comes with ExecuTorch is imported by diffusers in every command, and tells what it was not built for.
+OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 SHARES_EVERY_S = 10
 
 
 def main() -> None:
     """Runs the command line; what the user can put right is one line on standard error."""
+    for name in OF_TORCHAO:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings_told(_say_warning):
             code = app(standalone_mode=False)

@@ -1,0 +1,134 @@
+"""The ExecuTorch target: a program with a method for each graph, proved and run like any other."""
+
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Command, assert_error
+from conftest import LABELS, SMALL, save_model
+from safetensors.numpy import load_file
+from seals import assert_refused, flip_bit, manifest_of, replace_graph, seal
+from unets import unet2d
+
+import edgediff
+from edgediff.executorch import import_executorch, quiet
+from edgediff.models.graphs import graph_list
+from edgediff.models.session import TorchSession
+from edgediff.verify.backends import open_session, usual_backend
+from edgediff.verify.psnr import psnr_db
+from edgediff_runtime import BundleError, EdgePipeline, open_bundle
+
+PROGRAM = "executorch/unet.pte"
+
+
+@pytest.fixture(scope="module")
+def program_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class model without attention: each operation more is another that lowering goes over in every pass."""
+    geometry = SMALL | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    folder = save_model(unet2d(**geometry, num_class_embeds=5, add_attention=False), tmp_path_factory.mktemp("m") / "m")
+    (folder / "classes.json").write_text(json.dumps(LABELS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program_bundle(program_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That as an ExecuTorch program, 4 steps at clock 2."""
+    path = tmp_path_factory.mktemp("executorch") / "bundle"
+    config = edgediff.ExportConfig(steps=4, targets=("executorch",))
+    done = edgediff.export_bundle(edgediff.load_model(program_model), path, config)
+    assert done.report is not None
+    measured = {(row.check, row.part, row.backend) for row in done.report.rows if row.status == "measured"}
+    assert {("graph", "full", "executorch"), ("graph", "cached", "executorch")} <= measured
+    assert ("trajectory", "latents", "executorch") in measured
+    return path
+
+
+def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: Path, program_model: Path) -> None:
+    target = manifest_of(program_bundle).target("executorch")
+    assert [(g.file, g.function) for g in target.graphs] == [(PROGRAM, "full"), (PROGRAM, "cached")]
+    assert (target.layout, target.batch, target.dtype, target.opset) == ("pair", 2, "fp32", None)
+    assert sorted(file.name for file in (program_bundle / PROGRAM).parent.iterdir()) == ["unet.pte"]
+    program = (program_bundle / PROGRAM).read_bytes()
+    weights = load_file(program_model / "unet/diffusion_pytorch_model.safetensors")
+    # Both methods have the first convolution; XNNPACK's weights have their channels last.
+    assert program.count(weights["conv_in.weight"].transpose(0, 2, 3, 1).tobytes()) == 1
+    assert program.count(weights["conv_in.bias"].tobytes()) == 1
+
+
+def test_images_are_those_of_torch(program_bundle: Path, program_model: Path) -> None:
+    bundle = open_bundle(program_bundle)
+    assert usual_backend(bundle) == "executorch"
+    # Three images of two rows each, and at the end guidance off: groups of two rows with one row repeated.
+    request: dict[str, Any] = {"num_images": 3, "guidance_scale": [2.0, 2.0, 1.0, 1.0], "seed": 3}
+    got = EdgePipeline(bundle.manifest, open_session(bundle, "executorch"))(**request)
+    model = edgediff.load_model(program_model)
+    divided = edgediff.split(model.unet)
+    want = EdgePipeline(bundle.manifest, TorchSession(divided.parts, graph_list(divided, model)))(**request)
+    assert got.mask == want.mask
+    assert psnr_db(want.latents, got.latents) > 90
+    again = EdgePipeline(bundle.manifest, open_session(bundle, "executorch", threads=1))(**request)
+    assert psnr_db(want.latents, again.latents) > 90
+
+
+def test_it_verifies_and_runs_on_the_command_line(program_bundle: Path, command: Command, tmp_path: Path) -> None:
+    assert command("verify", program_bundle).code == 0
+    said = command("run", program_bundle, "-o", tmp_path / "out.png", "--num-images", 2)
+    assert said.code == 0, said.errors
+    assert (tmp_path / "out.png").is_file()
+    # Its own words on standard error stay its own.
+    assert not any("cpuinfo" in line for line in said.errors)
+
+
+def test_what_is_damaged_or_of_another_shape_is_refused(program_bundle: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(program_bundle, tmp_path / "damaged")
+    flip_bit(damaged / PROGRAM)
+    assert_refused(damaged, PROGRAM, run=False)
+    manifest = manifest_of(program_bundle)
+    other = shutil.copytree(program_bundle, tmp_path / "other")
+    inputs = manifest.target("executorch").graphs[1].inputs
+    seal(other, replace_graph(manifest, 1, inputs=(inputs[1], inputs[0], *inputs[2:])))
+    with pytest.raises(BundleError, match=r"cached has the inputs .*; the manifest says"):
+        open_session(open_bundle(other), "executorch")
+    seal(other, replace_graph(manifest, 1, function="no_such"))
+    with pytest.raises(BundleError, match=r"unet\.pte cannot be loaded: 'no_such'"):
+        open_session(open_bundle(other), "executorch")
+
+
+def test_backends_of_other_targets_say_what_the_bundle_has(
+    program_bundle: Path, class_bundle: Path, command: Command, tmp_path: Path
+) -> None:
+    for bundle, backend, has in ((program_bundle, "onnxruntime", "executorch"), (class_bundle, "executorch", "onnx")):
+        assert_error(command("run", bundle, "-o", tmp_path / "out.png", "--backend", backend), "has no", has)
+
+
+def test_without_executorch_the_command_that_installs_it_is_named(
+    class_model: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, package: str | None = None) -> Any:
+        if name.partition(".")[0] == "executorch":
+            raise ModuleNotFoundError("No module named 'executorch'", name="executorch")
+        return real(name, package)
+
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", missing)
+    said = command("export", class_model, "-o", place / "bundle", "--target", "executorch")
+    assert_error(said, 'pip install "edgediff[executorch]"')
+    assert not (place / "bundle").exists()
+
+
+def test_quiet_hides_the_noise_and_nothing_that_is_raised(capfd: pytest.CaptureFixture[str]) -> None:
+    @quiet()
+    def fail() -> None:
+        os.write(2, b"noise")
+        raise ValueError("seen")
+
+    with pytest.raises(ValueError, match="seen"):
+        fail()
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+    with pytest.raises(ModuleNotFoundError):
+        import_executorch("edgediff.no_such_module", "a test")
