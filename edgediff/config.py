@@ -247,6 +247,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
         raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to {latest}{why}")
     if config.onnx.quantize_nbits is not None and "onnx" not in config.targets:
         raise ConfigError(f"'onnx.quantize_nbits' is for ONNX graphs; the targets are: {', '.join(config.targets)}")
+    if config.onnx.quantize_attention and (config.onnx.quantize_nbits is None or opset_of(config.onnx) < FUSED_OPSET):
+        raise ConfigError(f"'onnx.quantize_attention' needs 'onnx.quantize_nbits' and 'onnx.opset' {FUSED_OPSET}")
     if config.onnx.calibration_images < 1:
         raise ConfigError(f"'onnx.calibration_images' is {config.onnx.calibration_images}; expected 1 or more")
     for name, batch in (("coreml", config.coreml.batch), ("executorch", config.executorch.batch)):

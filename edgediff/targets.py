@@ -20,6 +20,8 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: Precision of weights and features.
         quantize_nbits: 8 has convolutions and matrix products take weights and inputs of eight bits, with ranges
             measured along whole trajectories; what stands between them stays in `dtype`. None leaves all of it there.
+        quantize_attention: Of eight bits are also the products of attention over many keys, which is spelt out then:
+            OpenVINO has kernels for them, ONNX Runtime computes its own operator faster.
         calibration_images: How many images those trajectories are of.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
@@ -31,6 +33,7 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     opset: int | None = None
     dtype: Literal["fp32"] = "fp32"
     quantize_nbits: Literal[8] | None = None
+    quantize_attention: bool = False
     calibration_images: int = 4
     simplify: bool = True
     portable: bool = False

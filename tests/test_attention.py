@@ -90,6 +90,7 @@ def test_heads_are_the_operators_own_business(tokens: int, keys: int, operator: 
     assert kinds(fused) == {"MatMul": 3, operator: 1}
     onnx.checker.check_model(fused)
     said = {each.name: helper.get_attribute_value(each) for each in fused.graph.node[-1].attribute}
+    assert said.pop("scale", 0.5) == 0.5  # of heads that are 4 wide
     assert set(said.values()) == {HEADS}
     np.testing.assert_allclose(run(fused), want, atol=1e-6 * np.abs(want).max())
 

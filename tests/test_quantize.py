@@ -11,10 +11,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from seals import manifest_of
 
 import edgediff
-from edgediff.config import OnnxConfig
+from edgediff.config import OnnxConfig, config_from
 from edgediff.errors import ConfigError, VerificationError
+from edgediff.export.attention import spell_out_attention
 from edgediff.export.calibration import Calibration, measure_ranges
-from edgediff.export.quantize import affine, observed_tensors, quantize, quantized_nodes, quantized_weight
+from edgediff.export.quantize import affine, attended, observed_tensors, quantize, quantized_nodes, quantized_weight
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
 from edgediff_runtime import EdgePipeline
@@ -121,6 +122,43 @@ def test_the_numbers_hold_and_what_stays_is_exact() -> None:
         assert 35 < psnr_db(want[name], got[name]) < 80, name
 
 
+def attending() -> ModelProto:
+    """One attention of 2 heads of 4 features over 5 keys, by 3 queries, and its keys taken a second time."""
+    attention = helper.make_node(
+        "MultiHeadAttention", ["q", "k", "v"], ["a"], "attention", domain="com.microsoft", num_heads=2, scale=0.6
+    )
+    graph = helper.make_graph(
+        [attention, helper.make_node("Identity", ["k"], ["kept"])],
+        "g",
+        [helper.make_tensor_value_info(name, FLOAT, ["batch", n, 8]) for name, n in (("q", 3), ("k", 5), ("v", 5))],
+        [helper.make_tensor_value_info(name, FLOAT, ["batch", n, 8]) for name, n in (("a", 3), ("kept", 5))],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def test_attention_is_spelt_out_and_its_products_quantized() -> None:
+    rng = np.random.default_rng(2)
+    feeds = {name: rng.standard_normal((2, n, 8)).astype(np.float32) for name, n in (("q", 3), ("k", 5), ("v", 5))}
+    want = run(attending(), feeds, ["a", "kept"])
+    spelt_out = spell_out_attention(attending())
+    kinds = ["Reshape", "Transpose"] * 3 + ["MatMul", "Mul", "Softmax", "MatMul", "Transpose", "Reshape", "Identity"]
+    assert [node.op_type for node in spelt_out.graph.node] == kinds
+    assert psnr_db(want["a"], run(spelt_out, feeds, ["a"])["a"]) > 110
+    assert attended(spelt_out) == {"a": ("a.q", "a.k", "a.v", "a.weights")}
+    assert observed_tensors(spelt_out) == ["a.q", "a.k", "a.v", "a.weights"]
+    done = quantize(spelt_out, {"a.q": (-3.0, 3.0), "a.k": (-3.0, 3.0), "a.v": (-3.0, 3.0), "a.weights": (0.0, 1.0)})
+    got = run(done, feeds, ["a", "kept"])
+    assert 30 < psnr_db(want["a"], got["a"]) < 70
+    assert np.array_equal(got["kept"], want["kept"])
+    zeros = {t.name: numpy_helper.to_array(t) for t in done.graph.initializer if t.name.endswith("zero_point")}
+    # OpenVINO's kernel takes signed queries, keys and values, and unsigned weights.
+    assert {name: (array.dtype.name, int(array)) for name, array in zeros.items()} == {
+        "a.q.zero_point": ("int8", 0), "a.k.zero_point": ("int8", 0), "a.v.zero_point": ("int8", 0),
+        "a.weights.zero_point": ("uint8", 0),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (0.0, 1e-42)])
 def test_a_range_is_covered_to_half_a_step(low: float, high: float) -> None:
     scale, zero = affine((low, high))
@@ -217,3 +255,9 @@ def test_other_widths_and_targets_are_refused(
 def test_no_images_to_calibrate_with() -> None:
     with pytest.raises(ConfigError, match=r"onnx\.calibration_images.* is 0"):
         edgediff.config.check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
+
+
+@pytest.mark.parametrize("lacks", [{}, {"quantize_nbits": 8, "opset": 22}])
+def test_attention_alone_is_not_quantized(lacks: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"onnx\.quantize_attention' needs"):
+        config_from({"onnx": {"quantize_attention": True, **lacks}})

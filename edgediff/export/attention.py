@@ -10,7 +10,8 @@ import logging
 from collections import Counter
 from typing import Any
 
-from onnx import ModelProto
+import numpy as np
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnxscript import ir
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
 
@@ -20,6 +21,8 @@ CONTRIB = "com.microsoft"
 # From so many keys on the operator that goes block by block is the faster one; for fewer it is the slower one.
 MANY_KEYS = 1024
 _HEADS_FIRST = (0, 2, 1, 3)
+# What the softmax of an attention that is spelt out is called, after its result.
+ATTENTION_WEIGHTS = ".weights"
 
 
 def fuse_attention(model: ModelProto) -> ModelProto:
@@ -38,6 +41,51 @@ def fuse_attention(model: ModelProto) -> ModelProto:
     kinds = Counter(node.op_type for node in changed.graph.node if "num_heads" in str(node.attribute))
     log.info("attention: heads joined in %s", dict(kinds))
     return changed
+
+
+def spell_out_attention(model: ModelProto) -> ModelProto:
+    """Writes attention over many keys as two products and a softmax, which can be quantized.
+
+    Args:
+        model: With ``MultiHeadAttention`` as `fuse_attention` leaves it; changed in place.
+
+    Returns:
+        The model. Fewer keys' attention stays one operator.
+    """
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "MultiHeadAttention" and node.domain == CONTRIB:
+            said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            nodes += _spelled_out(node, said["num_heads"], said["scale"], model)
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _spelled_out(node: NodeProto, heads: int, scale: float, model: ModelProto) -> list[NodeProto]:
+    out = node.output[0]
+    constants = {
+        "apart": np.array([0, 0, heads, -1]), "together": np.array([0, 0, -1]), "scale": np.array(scale, np.float32),
+    }  # fmt: skip
+    model.graph.initializer.extend(numpy_helper.from_array(value, f"{out}.{name}") for name, value in constants.items())
+    nodes = []
+
+    def add(op: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    taken = {}
+    # Keys are turned on their side as well.
+    for what, given, order in zip(("q", "k", "v"), node.input, (_HEADS_FIRST, (0, 2, 3, 1), _HEADS_FIRST), strict=True):
+        apart = add("Reshape", [given, f"{out}.apart"], f"{out}.{what}.apart")
+        taken[what] = add("Transpose", [apart], f"{out}.{what}", perm=list(order))
+    scores = add("Mul", [add("MatMul", [taken["q"], taken["k"]], f"{out}.products"), f"{out}.scale"], f"{out}.scores")
+    weights = add("Softmax", [scores], f"{out}{ATTENTION_WEIGHTS}", axis=-1)
+    mixed = add("MatMul", [weights, taken["v"]], f"{out}.mixed")
+    add("Reshape", [add("Transpose", [mixed], f"{out}.rows", perm=list(_HEADS_FIRST)), f"{out}.together"], out)
+    return nodes
 
 
 class _JoinHeads(RewriteRuleClassBase):
@@ -74,7 +122,7 @@ class _JoinHeads(RewriteRuleClassBase):
 
     def rewrite(self, op: Any, q: Any, k: Any, v: Any, q_apart: Any, k_apart: Any, **values: Any) -> Any:
         """What takes its place."""
-        heads, keys = q_apart.shape[2], k.shape[1]
+        heads, width, keys = q_apart.shape[2], q_apart.shape[3], k.shape[1]
         if keys >= MANY_KEYS and heads == k_apart.shape[2]:
-            return op.MultiHeadAttention(q, k, v, num_heads=heads, _domain=CONTRIB, _version=1)
+            return op.MultiHeadAttention(q, k, v, num_heads=heads, scale=width**-0.5, _domain=CONTRIB, _version=1)
         return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=k_apart.shape[2])

@@ -23,6 +23,7 @@ from edgediff.export.passes import (
     PORTABLE_GROUP_NORM,
     SIMPLIFY,
     SIMPLIFY_UNMERGED,
+    SPELL_OUT_ATTENTION,
     STRIP_METADATA,
     Pass,
     check,
@@ -96,7 +97,7 @@ def write_onnx(
             done = write_graph(modules[graph.name], graph, examples[graph.name], path, config)
             if calibration is not None:
                 say(f"measuring ranges and quantizing {graph.name}")
-                done = replace(done, external_data=_quantize(path, graph, calibration))
+                done = replace(done, external_data=_quantize(path, graph, calibration, config))
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
             graph = msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
@@ -192,9 +193,11 @@ def _save(model: onnx.ModelProto, path: Path) -> str | None:
     return beside.name
 
 
-def _quantize(path: Path, graph: Graph, calibration: Calibration) -> str | None:
+def _quantize(path: Path, graph: Graph, calibration: Calibration, config: OnnxConfig) -> str | None:
     """Quantizes a graph's file in place; the name of the file beside it, where it needs one."""
     try:
+        if config.quantize_attention:
+            _save(run_passes(onnx.load(path), (SPELL_OUT_ATTENTION,)), path)
         ranges = measure_ranges(path, graph, calibration)
         model = run_passes(onnx.load(path), (quantizing(ranges),))
         external = _save(model, path)

@@ -12,7 +12,7 @@ import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
-from edgediff.export.attention import fuse_attention
+from edgediff.export.attention import fuse_attention, spell_out_attention
 from edgediff.export.group_norm import expand_group_norm
 
 log = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ STRIP_METADATA = Pass("strip-metadata", strip_metadata)
 GROUP_NORM = Pass("group-norm", expand_group_norm)
 PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))
 ATTENTION = Pass("attention", fuse_attention)
+SPELL_OUT_ATTENTION = Pass("attention-spelt-out", spell_out_attention)
 SIMPLIFY = Pass("onnxsim", simplify)
 # Matrix products stay apart from their biases: there is no kernel for a Gemm of eight bits with a float result.
 SIMPLIFY_UNMERGED = Pass("onnxsim", partial(simplify, skipped=GEMM_FUSIONS))

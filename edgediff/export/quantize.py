@@ -9,6 +9,8 @@ Constraints that shaped this file, all measured (benchmarks/README.md):
 - ONNX Runtime has kernels for a convolution of eight bits only where its result is of eight bits too; for a matrix
   product it has one with a float result, but none for Gemm. So convolutions are quantized on both sides, matrix
   products on one, and Gemm, which is what projections of the timestep are, stays.
+- OpenVINO has kernels for both products of an attention in eight bits, if queries, keys and values are signed; ONNX
+  Runtime has none, and computes its own operator faster in fp32.
 - The text comes from outside: calibration has seen one prompt, and its products are few.
 """
 
@@ -17,6 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from edgediff.export.attention import ATTENTION_WEIGHTS
 from edgediff.export.passes import Pass
 
 # Lowest and highest value of a tensor.
@@ -64,11 +67,27 @@ def observed_tensors(model: ModelProto) -> list[str]:
         model: The graph.
 
     Returns:
-        Each once: inputs of all quantized nodes, outputs of convolutions.
+        Each once: inputs of all quantized nodes, outputs of convolutions, and what attentions that are spelt out take
+        and weigh by.
     """
     nodes = quantized_nodes(model)
     outputs = (node.output[0] for node in nodes if node.op_type == "Conv")
-    return list(dict.fromkeys([*(node.input[0] for node in nodes), *outputs]))
+    attentions = (name for names in attended(model).values() for name in names)
+    return list(dict.fromkeys([*(node.input[0] for node in nodes), *outputs, *attentions]))
+
+
+def attended(model: ModelProto) -> dict[str, tuple[str, str, str, str]]:
+    """Finds the attentions that are spelt out.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        By the name of the result: query, key and value with their heads apart, and the weights that the softmax gives.
+    """
+    weights = (node.output[0] for node in model.graph.node if node.op_type == "Softmax")
+    results = [name.removesuffix(ATTENTION_WEIGHTS) for name in weights if name.endswith(ATTENTION_WEIGHTS)]
+    return {out: (f"{out}.q", f"{out}.k", f"{out}.v", f"{out}{ATTENTION_WEIGHTS}") for out in results}
 
 
 def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
@@ -83,9 +102,13 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
     """
     rewritten = _Rewriting(model, ranges)
     chosen = {node.output[0] for node in quantized_nodes(model)}
+    signed = {name for names in attended(model).values() for name in names[:3]}
+    weights = {names[3] for names in attended(model).values()}
     for node in list(model.graph.node):
         if node.output[0] in chosen:
             rewritten.quantize(node)
+        elif node.output[0] in signed | weights:
+            rewritten.round_output(node, is_signed=node.output[0] in signed)
         else:
             rewritten.nodes.append(node)
     used = {name for node in rewritten.nodes for name in node.input}
@@ -121,9 +144,19 @@ class _Rewriting:
             # Whoever takes it takes rounded values already.
             self.quantized[made] = self._round_trip(made, made, source=node.output[0])
 
-    def _round_trip(self, name: str, result: str, source: str | None = None) -> str:
+    def round_output(self, node: NodeProto, is_signed: bool) -> None:
+        """Adds a node whose result is rounded."""
+        made = node.output[0]
+        node.output[0] = f"{made}.exact"
+        self.nodes.append(node)
+        self._round_trip(made, made, source=node.output[0], is_signed=is_signed)
+
+    def _round_trip(self, name: str, result: str, source: str | None = None, is_signed: bool = False) -> str:
         """Adds QuantizeLinear and DequantizeLinear of a tensor."""
         scale, zero = affine(self.ranges[name])
+        if is_signed:
+            _, (scale,) = quantized_weight(np.array([self.ranges[name]], np.float32), axis=0)
+            scale, zero = np.array(scale), np.array(0, np.int8)
         constants = [self._constant(f"{name}.scale", scale), self._constant(f"{name}.zero_point", zero)]
         rounded = f"{name}.quantized"
         self.nodes.append(
