@@ -1,8 +1,8 @@
 """What would a user take instead? One image with guidance, the same weights and seed, in one run and in turns.
 
 diffusers alone, diffusers with DeepCache at the matching branch, a bundle of ours in ONNX Runtime at clock 1 and at
-clock 2, and one of eight bits in ONNX Runtime and in OpenVINO. DeepCache is no dependency: ``pip install
-DeepCache==0.1.1`` brings it, without it its row is left out.
+clock 2, and in eight bits in ONNX Runtime and, attention over many keys too, in OpenVINO. DeepCache is no dependency:
+``pip install DeepCache==0.1.1`` brings it, without it its row is left out.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -48,10 +49,10 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if given.keep is None else given.keep
-        bundles = [Path(folder) / name for name in ("fp32", "int8")]
-        for bundle, onnx in zip(
-            bundles, (OnnxConfig(), OnnxConfig(quantize_nbits=8, calibration_images=1)), strict=True
-        ):
+        bundles = [Path(folder) / name for name in ("fp32", "int8", "int8-attention")]
+        quantized = OnnxConfig(quantize_nbits=8, calibration_images=1)
+        written = (OnnxConfig(), quantized, msgspec.structs.replace(quantized, quantize_attention=True))
+        for bundle, onnx in zip(bundles, written, strict=True):
             config = edgediff.ExportConfig(
                 adaptor="identity", random_weights=given.random_weights, verify=VerifyConfig(mode="graphs"), onnx=onnx
             )
@@ -63,13 +64,14 @@ def main() -> None:
 
 
 @torch.no_grad()
-def compare(model: Model, bundle: Path, quantized: Path, rounds: int) -> None:
+def compare(model: Model, bundle: Path, for_ort: Path, for_openvino: Path, rounds: int) -> None:
     """Runs every way once, checks it, then times them in turns."""
     opened = open_bundle(bundle)
     request = reference_request(opened.manifest, load_reference(opened.file(REFERENCE)).conditioning)
     request |= {"num_images": 1, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
     pipe = EdgePipeline.from_pretrained(bundle)
-    pipes = {name: EdgePipeline.from_pretrained(quantized, backend=name) for name in ("onnxruntime", "openvino")}
+    quantized = {"onnxruntime": for_ort, "openvino": for_openvino}
+    pipes = {name: EdgePipeline.from_pretrained(path, backend=name) for name, path in quantized.items()}
     ways: dict[str, Way] = {
         "diffusers": lambda: in_diffusers(model, request),
         **({"diffusers + DeepCache": with_deepcache(model, request)} if find_spec("DeepCache") is not None else {}),

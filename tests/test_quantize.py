@@ -15,6 +15,7 @@ from edgediff.config import OnnxConfig, config_from
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.attention import spell_out_attention
 from edgediff.export.calibration import Calibration, measure_ranges
+from edgediff.export.gates import separate_gates
 from edgediff.export.quantize import affine, attended, observed_tensors, quantize, quantized_nodes, quantized_weight
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
@@ -128,10 +129,15 @@ def attending() -> ModelProto:
         "MultiHeadAttention", ["q", "k", "v"], ["a"], "attention", domain="com.microsoft", num_heads=2, scale=0.6
     )
     graph = helper.make_graph(
-        [attention, helper.make_node("Identity", ["k"], ["kept"])],
+        [
+            attention,
+            helper.make_node("MatMul", ["a", "to_out"], ["out"]),
+            helper.make_node("Identity", ["k"], ["kept"]),
+        ],
         "g",
         [helper.make_tensor_value_info(name, FLOAT, ["batch", n, 8]) for name, n in (("q", 3), ("k", 5), ("v", 5))],
-        [helper.make_tensor_value_info(name, FLOAT, ["batch", n, 8]) for name, n in (("a", 3), ("kept", 5))],
+        [helper.make_tensor_value_info(name, FLOAT, ["batch", n, 8]) for name, n in (("out", 3), ("kept", 5))],
+        [numpy_helper.from_array(np.random.default_rng(3).standard_normal((8, 8)).astype(np.float32), "to_out")],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -140,23 +146,58 @@ def attending() -> ModelProto:
 def test_attention_is_spelt_out_and_its_products_quantized() -> None:
     rng = np.random.default_rng(2)
     feeds = {name: rng.standard_normal((2, n, 8)).astype(np.float32) for name, n in (("q", 3), ("k", 5), ("v", 5))}
-    want = run(attending(), feeds, ["a", "kept"])
+    want = run(attending(), feeds, ["out", "kept"])
     spelt_out = spell_out_attention(attending())
-    kinds = ["Reshape", "Transpose"] * 3 + ["MatMul", "Mul", "Softmax", "MatMul", "Transpose", "Reshape", "Identity"]
-    assert [node.op_type for node in spelt_out.graph.node] == kinds
-    assert psnr_db(want["a"], run(spelt_out, feeds, ["a"])["a"]) > 110
+    kinds = ["Reshape", "Transpose"] * 3 + ["MatMul", "Mul", "Softmax", "MatMul", "Transpose", "Reshape"]
+    assert [node.op_type for node in spelt_out.graph.node] == [*kinds, "MatMul", "Identity"]
+    assert psnr_db(want["out"], run(spelt_out, feeds, ["out"])["out"]) > 110
     assert attended(spelt_out) == {"a": ("a.q", "a.k", "a.v", "a.weights")}
-    assert observed_tensors(spelt_out) == ["a.q", "a.k", "a.v", "a.weights"]
-    done = quantize(spelt_out, {"a.q": (-3.0, 3.0), "a.k": (-3.0, 3.0), "a.v": (-3.0, 3.0), "a.weights": (0.0, 1.0)})
-    got = run(done, feeds, ["a", "kept"])
-    assert 30 < psnr_db(want["a"], got["a"]) < 70
+    done = quantize(spelt_out, extents(spelt_out, feeds))
+    onnx.checker.check_model(done)
+    got = run(done, feeds, ["out", "kept"])
+    assert 30 < psnr_db(want["out"], got["out"]) < 70
     assert np.array_equal(got["kept"], want["kept"])
     zeros = {t.name: numpy_helper.to_array(t) for t in done.graph.initializer if t.name.endswith("zero_point")}
+    zeros_of_a = ("uint8", int(zeros["a.zero_point"]))
     # OpenVINO's kernel takes signed queries, keys and values, and unsigned weights.
-    assert {name: (array.dtype.name, int(array)) for name, array in zeros.items()} == {
+    assert {name: (array.dtype.name, int(array.max())) for name, array in zeros.items()} == {
         "a.q.zero_point": ("int8", 0), "a.k.zero_point": ("int8", 0), "a.v.zero_point": ("int8", 0),
-        "a.weights.zero_point": ("uint8", 0),
+        "a.weights.zero_point": ("uint8", 0), "to_out.zero_point": ("int8", 0), "a.zero_point": zeros_of_a,
     }  # fmt: skip
+
+
+def gated(sizes: tuple[int, ...] | None, axis: int = 2) -> ModelProto:
+    """A product of 6 features whose halves are taken apart."""
+    rng = np.random.default_rng(4)
+    initializers = {"weight": rng.standard_normal((4, 6)), "bias": rng.standard_normal(6)}
+    tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in initializers.items()]
+    if sizes is not None:
+        tensors.append(numpy_helper.from_array(np.array(sizes), "sizes"))
+    cut = {"num_outputs": 2} if sizes is None else {}
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["sum"]),
+        helper.make_node("Split", ["sum", *([] if sizes is None else ["sizes"])], ["a", "b"], axis=axis, **cut),
+    ]
+    ends = [helper.make_tensor_value_info(name, FLOAT, ["batch", None, None]) for name in ("a", "b")]
+    given = [helper.make_tensor_value_info("x", FLOAT, ["batch", 2, 4])]
+    graph = helper.make_graph(nodes, "g", given, ends, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis", "is_halved"),
+    [(None, 2, True), ((3, 3), -1, True), ((2, 4), 2, False), (None, 1, False), ((1, 1), 1, False)],
+)
+def test_gates_are_products_of_their_own(sizes: tuple[int, ...] | None, axis: int, is_halved: bool) -> None:
+    x = {"x": np.random.default_rng(5).standard_normal((2, 2, 4)).astype(np.float32)}
+    want = run(gated(sizes, axis), x, ["a", "b"])
+    done = separate_gates(gated(sizes, axis))
+    kinds = [node.op_type for node in done.graph.node]
+    assert kinds == (["MatMul", "Add"] * 2 if is_halved else ["MatMul", "Add", "Split"])
+    assert ("weight" in {tensor.name for tensor in done.graph.initializer}) is not is_halved
+    got = run(done, x, ["a", "b"])
+    assert all(np.allclose(got[name], want[name], rtol=1e-6, atol=1e-6) for name in want)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (0.0, 1e-42)])

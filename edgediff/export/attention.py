@@ -69,7 +69,9 @@ def _spelled_out(node: NodeProto, heads: int, scale: float, model: ModelProto) -
     constants = {
         "apart": np.array([0, 0, heads, -1]), "together": np.array([0, 0, -1]), "scale": np.array(scale, np.float32),
     }  # fmt: skip
-    model.graph.initializer.extend(numpy_helper.from_array(value, f"{out}.{name}") for name, value in constants.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, f"{out}.attention.{name}") for name, value in constants.items()
+    )
     nodes = []
 
     def add(op: str, inputs: list[str], name: str, **attributes: Any) -> str:
@@ -79,12 +81,16 @@ def _spelled_out(node: NodeProto, heads: int, scale: float, model: ModelProto) -
     taken = {}
     # Keys are turned on their side as well.
     for what, given, order in zip(("q", "k", "v"), node.input, (_HEADS_FIRST, (0, 2, 3, 1), _HEADS_FIRST), strict=True):
-        apart = add("Reshape", [given, f"{out}.apart"], f"{out}.{what}.apart")
+        apart = add("Reshape", [given, f"{out}.attention.apart"], f"{out}.{what}.apart")
         taken[what] = add("Transpose", [apart], f"{out}.{what}", perm=list(order))
-    scores = add("Mul", [add("MatMul", [taken["q"], taken["k"]], f"{out}.products"), f"{out}.scale"], f"{out}.scores")
+    scores = add(
+        "Mul", [add("MatMul", [taken["q"], taken["k"]], f"{out}.products"), f"{out}.attention.scale"], f"{out}.scores"
+    )
     weights = add("Softmax", [scores], f"{out}{ATTENTION_WEIGHTS}", axis=-1)
     mixed = add("MatMul", [weights, taken["v"]], f"{out}.mixed")
-    add("Reshape", [add("Transpose", [mixed], f"{out}.rows", perm=list(_HEADS_FIRST)), f"{out}.together"], out)
+    add(
+        "Reshape", [add("Transpose", [mixed], f"{out}.rows", perm=list(_HEADS_FIRST)), f"{out}.attention.together"], out
+    )
     return nodes
 
 

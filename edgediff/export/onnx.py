@@ -21,6 +21,7 @@ from edgediff.export.passes import (
     ATTENTION,
     GROUP_NORM,
     PORTABLE_GROUP_NORM,
+    SEPARATE_GATES,
     SIMPLIFY,
     SIMPLIFY_UNMERGED,
     SPELL_OUT_ATTENTION,
@@ -196,8 +197,8 @@ def _save(model: onnx.ModelProto, path: Path) -> str | None:
 def _quantize(path: Path, graph: Graph, calibration: Calibration, config: OnnxConfig) -> str | None:
     """Quantizes a graph's file in place; the name of the file beside it, where it needs one."""
     try:
-        if config.quantize_attention:
-            _save(run_passes(onnx.load(path), (SPELL_OUT_ATTENTION,)), path)
+        passes = (SEPARATE_GATES, SPELL_OUT_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
+        _save(run_passes(onnx.load(path), passes), path)
         ranges = measure_ranges(path, graph, calibration)
         model = run_passes(onnx.load(path), (quantizing(ranges),))
         external = _save(model, path)

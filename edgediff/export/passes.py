@@ -13,13 +13,14 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
 from edgediff.export.attention import fuse_attention, spell_out_attention
+from edgediff.export.gates import separate_gates
 from edgediff.export.group_norm import expand_group_norm
 
 log = logging.getLogger(__name__)
 
 # onnxsim needs small constants (shapes, axes) to fold with; what is larger than this is a weight.
 SKELETON_BYTES = 4096
-GEMM_FUSIONS = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
+MERGES = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv")
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,12 @@ STRIP_METADATA = Pass("strip-metadata", strip_metadata)
 GROUP_NORM = Pass("group-norm", expand_group_norm)
 PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))
 ATTENTION = Pass("attention", fuse_attention)
+SEPARATE_GATES = Pass("gates", separate_gates)
 SPELL_OUT_ATTENTION = Pass("attention-spelt-out", spell_out_attention)
 SIMPLIFY = Pass("onnxsim", simplify)
-# Matrix products stay apart from their biases: there is no kernel for a Gemm of eight bits with a float result.
-SIMPLIFY_UNMERGED = Pass("onnxsim", partial(simplify, skipped=GEMM_FUSIONS))
+# Matrix products stay apart from their biases, there being no kernel for a Gemm of eight bits with a float result; and
+# from one another, as what cuts their result in three again is dearer than three products of eight bits.
+SIMPLIFY_UNMERGED = Pass("onnxsim", partial(simplify, skipped=MERGES))
 
 
 def check(model: ModelProto | str) -> None:
