@@ -32,6 +32,7 @@ TESTED = {
 }
 ONNX = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
 COREML = ("torch", "diffusers", "coremltools", "pyyaml")
+EXECUTORCH = ("torch", "diffusers", "executorch", "pyyaml")
 TRAIN = ("torch", "diffusers", "pyyaml", "accelerate", "matplotlib")
 EXPORT = tuple(dict.fromkeys((*ONNX, *COREML)))
 
@@ -162,7 +163,7 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
         "recompute trajectories in torch": needs("torch"),
         "train adaptors": needs(*TRAIN, extra="train"),
         "run ONNX bundles in OpenVINO": needs("openvino", extra="bench"),
-        "export to ExecuTorch and run it": needs("torch", "executorch", extra="executorch"),
+        "export to ExecuTorch and run it": needs(*EXECUTORCH, extra="executorch"),
         "plan clocks": needs("matplotlib", extra="train"),
     }
 

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,21 +18,18 @@ from edgediff.errors import MissingExtraError
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps log lines, warnings and what C++ writes to standard error off the screen while the block runs."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    os.dup2(nowhere, 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-        logging.disable(before)
+    with contextlib.ExitStack() as undone:
+        nowhere = undone.enter_context(open(os.devnull, "w"))
+        with contextlib.suppress(OSError):  # a process may have closed its standard error
+            kept = os.dup(2)
+            undone.callback(os.close, kept)
+            undone.callback(os.dup2, kept, 2)
+            os.dup2(nowhere.fileno(), 2)
+        undone.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)
+        undone.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
 
 def import_executorch(module: str, what: str) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from edgediff_runtime import AutoClock, RequestError, clock_mask, open_bundle, parse_clock
-from edgediff_runtime.manifest import Adaptor, Cost, Manifest, OperatingPoint
+from edgediff_runtime.manifest import Adaptor, Cost, Manifest, OperatingPoint, Target
 
 PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
@@ -134,9 +134,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}",
         "adaptor": adaptor_in_words(manifest.adaptor),
-        "targets": "; ".join(
-            f"{t.target} {t.dtype}, {t.layout}, {t.deployment_target or f'opset {t.opset}'}" for t in manifest.targets
-        ),
+        "targets": "; ".join(f"{t.target} {t.dtype}, {t.layout}{_version(t)}" for t in manifest.targets),
         "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
         "verified by its export": manifest.verified,
     }
@@ -178,3 +176,10 @@ def check_batch(batch: int) -> int:
     if batch < 1:
         raise RequestError(f"batch is {batch}; expected a whole number above 0")
     return batch
+
+
+def _version(target: Target) -> str:
+    """What a target's graphs ask of what runs them, where they say."""
+    if target.deployment_target is not None:
+        return f", {target.deployment_target}"
+    return "" if target.opset is None else f", opset {target.opset}"

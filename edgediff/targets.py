@@ -17,7 +17,7 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones spell it
             out. None takes 23, or 21 where the graphs are to be portable.
-        dtype: Precision of weights and features.
+        dtype: Precision of weights and features, of what is not quantized.
         quantize_nbits: 8 has convolutions and matrix products take weights and inputs of eight bits, with ranges
             measured along whole trajectories; what stands between them stays in `dtype`. None leaves all of it there.
         quantize_attention: Of eight bits are also the products of attention over many keys, which is spelt out then:

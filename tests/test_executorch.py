@@ -79,8 +79,12 @@ def test_it_verifies_and_runs_on_the_command_line(program_bundle: Path, command:
     said = command("run", program_bundle, "-o", tmp_path / "out.png", "--num-images", 2)
     assert said.code == 0, said.errors
     assert (tmp_path / "out.png").is_file()
-    # Its own words on standard error stay its own.
-    assert not any("cpuinfo" in line for line in said.errors)
+    assert said.errors == []
+    said = command("inspect", program_bundle)
+    assert said.code == 0, said.errors
+    assert "executorch fp32, pair" in said.out
+    assert "opset" not in said.out
+    assert "no placement" not in said.out
 
 
 def test_what_is_damaged_or_of_another_shape_is_refused(program_bundle: Path, tmp_path: Path) -> None:
@@ -103,6 +107,12 @@ def test_backends_of_other_targets_say_what_the_bundle_has(
 ) -> None:
     for bundle, backend, has in ((program_bundle, "onnxruntime", "executorch"), (class_bundle, "executorch", "onnx")):
         assert_error(command("run", bundle, "-o", tmp_path / "out.png", "--backend", backend), "has no", has)
+
+
+def test_a_dtype_that_no_target_has_is_refused(class_model: Path, place: Path, command: Command) -> None:
+    said = command("export", class_model, "-o", place / "bundle", "--target", "executorch", "--dtype", "fp16")
+    assert_error(said, "--dtype is for ONNX and Core ML", "executorch")
+    assert not (place / "bundle").exists()
 
 
 def test_without_executorch_the_command_that_installs_it_is_named(

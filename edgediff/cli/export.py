@@ -88,6 +88,8 @@ def export(
     ):  # fmt: skip
         if value is not None:
             recipe[section][key] = value
+    if dtype is not None and not {"onnx", "coreml"} & set(recipe["targets"]):
+        raise ConfigError(f"--dtype is for ONNX and Core ML; the targets are: {', '.join(recipe['targets'])}")
     checked = config_from(recipe)
     if checked.model is None:
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")

@@ -22,7 +22,7 @@ from edgediff.verify.reference import Recorded, reference_request, step_inputs
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.manifest import Graph
 
-# Rows that go through a graph at once: an image with its condition and without.
+# Rows that go through a graph at once: what a large attention's memory allows.
 ROWS = 2
 
 
@@ -49,7 +49,7 @@ def calibrate(
     """Runs the trajectories: at the bundle's clock, and at clock 1, as users will who compare.
 
     Random weights do not denoise: SD v1.5's geometry makes samples fourteen times as large in eight steps, and ranges
-    with them, as no trained model does. Of such a model only the first full and the first cached step are run.
+    with them, as no trained model does. Of such a model only a full and a cached step are run, the first two.
 
     Args:
         pipe: A pipeline over torch.
@@ -69,8 +69,13 @@ def calibrate(
         "seed": (point.seed + 1) % 2**63,
     }
     is_random = pipe.manifest.source.random_weights is not None
-    clocks = [request["clock"]] if is_random else dict.fromkeys((request["clock"], (1,) * point.num_inference_steps))
-    total = len(clocks) * point.num_inference_steps
+    always = (1,) * point.num_inference_steps
+    clocks = dict.fromkeys((request["clock"], always))
+    last = point.num_inference_steps - 1
+    if is_random:
+        last = min(last, 0 if clocks == {always: None} else 1)
+        clocks = dict.fromkeys([(1, *(0 for _ in always[1:]))])
+    total = len(clocks) * (last + 1)
     steps: list[Recorded] = []
     for clock in clocks:
         for step in pipe.stream(**{**request, "clock": clock}):
@@ -79,7 +84,7 @@ def calibrate(
             }
             steps.append(Recorded(step.index, step.full, tensors))
             progress(len(steps), total)
-            if is_random and not step.full:
+            if step.index == last:
                 break
     return Calibration(tuple(steps), floor_db)
 

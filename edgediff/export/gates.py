@@ -20,6 +20,7 @@ def separate_gates(model: ModelProto) -> ModelProto:
     """
     made = {name: node for node in model.graph.node for name in node.output}
     taken = Counter(name for node in model.graph.node for name in node.input)
+    taken.update(value.name for value in model.graph.output)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     replaced: dict[str, list[NodeProto]] = {}
     for split in model.graph.node:

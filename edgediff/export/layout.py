@@ -47,7 +47,7 @@ def modules(divided: SplitUNet, layout: Layout) -> dict[str, Part]:
 
 
 def onnx_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConfig) -> tuple[Graph, ...]:
-    """The graphs of the ONNX target: symbolic batch, in fp32.
+    """The graphs of the ONNX target: symbolic batch, tensors in fp32.
 
     Args:
         parts: The four parts as graphs.

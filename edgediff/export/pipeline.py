@@ -201,6 +201,12 @@ def _write_targets(
     for target in draft.targets:
         parts = modules(divided, target.layout)
         examples = {graph.name: recorded_inputs(reference, graph) for graph in target.graphs}
+        for graph in target.graphs:
+            if graph.file is not None and not examples[graph.name] and target.target != "coreml":
+                raise ConfigError(
+                    f"{graph.name} cannot be exported to {target.target}: no step of clock "
+                    f"{draft.operating_point.clock} runs it; expected a clock with a cached step, or adaptor identity"
+                )
         if target.target == "onnx":
             targets.append(write_onnx(folder, target, parts, examples, config.onnx, say, calibration))
         elif target.target == "coreml":

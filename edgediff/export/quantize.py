@@ -27,6 +27,7 @@ Range = tuple[float, float]
 LEVELS = 255
 # Weights are symmetric: their zero stays zero without a zero point in the sum.
 WEIGHT_LEVELS = 127
+SCALING = ("Add", "Sub", "Mul", "Div", "Cast")
 
 
 def quantized_nodes(model: ModelProto) -> list[NodeProto]:
@@ -40,21 +41,33 @@ def quantized_nodes(model: ModelProto) -> list[NodeProto]:
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     given = {value.name for value in model.graph.input}
+    ends = _ends(model)
 
     def is_quantized(node: NodeProto) -> bool:
         if node.domain not in ("", "ai.onnx") or len(node.input) < 2 or node.input[1] not in weights:
             return False
+        weight = weights[node.input[1]]
         if node.op_type == "Conv":
-            return _is_inner(node, weights[node.input[1]])
-        return node.op_type == "MatMul" and node.input[0] not in given
+            return not ends & {node.input[0], node.output[0]} and _is_inner(node, weight)
+        return node.op_type == "MatMul" and node.input[0] not in given and len(weight.dims) == 2
 
     return [node for node in model.graph.node if is_quantized(node)]
 
 
+def _ends(model: ModelProto) -> set[str]:
+    """The sample and the output, also before and after what scales or centers them."""
+    ends = {"sample", "out_sample"}
+    for node in model.graph.node:
+        if node.op_type in SCALING and ends & set(node.input):
+            ends.update(node.output)
+    for node in reversed(model.graph.node):
+        if node.op_type in SCALING and ends & set(node.output):
+            ends.update(node.input)
+    return ends
+
+
 def _is_inner(conv: NodeProto, weight: TensorProto) -> bool:
-    """Whether a convolution's noise passes a normalization: neither the first nor the last, nor a shortcut."""
-    if conv.input[0] == "sample" or conv.output[0] == "out_sample":
-        return False
+    """Whether a convolution's noise passes a normalization: it is no shortcut."""
     channels_out, channels_in, *kernel = weight.dims
     groups = next((attribute.i for attribute in conv.attribute if attribute.name == "group"), 1)
     return groups == 1 and (channels_in == channels_out or max(kernel) > 1)
@@ -153,10 +166,7 @@ class _Rewriting:
 
     def _round_trip(self, name: str, result: str, source: str | None = None, is_signed: bool = False) -> str:
         """Adds QuantizeLinear and DequantizeLinear of a tensor."""
-        scale, zero = affine(self.ranges[name])
-        if is_signed:
-            _, (scale,) = quantized_weight(np.array([self.ranges[name]], np.float32), axis=0)
-            scale, zero = np.array(scale), np.array(0, np.int8)
+        scale, zero = (symmetric if is_signed else affine)(self.ranges[name])
         constants = [self._constant(f"{name}.scale", scale), self._constant(f"{name}.zero_point", zero)]
         rounded = f"{name}.quantized"
         self.nodes.append(
@@ -200,6 +210,25 @@ def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
     if scale < np.finfo(np.float32).tiny:  # it is always zero
         scale = 1.0
     return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)
+
+
+def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point by which int8 covers a range and its mirror image.
+
+    Args:
+        extent: Lowest and highest value.
+
+    Returns:
+        Scale, float32 [], and zero point, int8 [].
+
+    >>> scale, zero = symmetric((-1.27, 0.5))
+    >>> float(scale.round(4)), int(zero)
+    (0.01, 0)
+    """
+    scale = max(map(abs, extent)) / WEIGHT_LEVELS
+    if scale < np.finfo(np.float32).tiny:  # it is always zero
+        scale = 1.0
+    return np.array(scale, np.float32), np.array(0, np.int8)
 
 
 def quantized_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:

@@ -62,8 +62,8 @@ def usual_backend(bundle: Bundle) -> str:
         bundle: The bundle.
 
     Returns:
-        ``onnxruntime`` where there are ONNX graphs, else ``executorch`` where there is such a program, else ``coreml``
-        on a Mac.
+        ``onnxruntime`` where there are ONNX graphs, else ``coreml`` where there are Core ML packages and this is a Mac,
+        else ``executorch`` where there is such a program.
 
     Raises:
         RequestError: There are Core ML packages alone, and this is no Mac.
@@ -71,10 +71,10 @@ def usual_backend(bundle: Bundle) -> str:
     there = {target.target for target in bundle.manifest.targets}
     if "onnx" in there:
         return "onnxruntime"
+    if "coreml" in there and sys.platform == "darwin":
+        return "coreml"
     if EXECUTORCH in there:
         return EXECUTORCH
-    if sys.platform == "darwin":
-        return "coreml"
     raise RequestError(
         f"the bundle has Core ML packages alone, which run on a Mac; --backend {MIL_REFERENCE} evaluates them here"
     )

@@ -64,8 +64,14 @@ class ExecuTorchSession(TorchTensors):
         Args:
             graph: One of `graphs`.
             tensors: By name; the outputs are added.
+
+        Raises:
+            BundleError: The program failed.
         """
-        made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
+        try:
+            made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
+        except RuntimeError as e:
+            raise BundleError(f"{graph.file}: {graph.function} failed: {' '.join(str(e).split())[:400]}") from e
         tensors.update((tensor.name, value) for tensor, value in zip(graph.outputs, made, strict=True))
 
 

@@ -289,11 +289,13 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
 
 def _write(bundle: Bundle, report: ParityReport) -> None:
     """Replaces evidence/parity.json in one step; a bundle on read-only media is verified all the same."""
+    runs_program = any(row.backend == "executorch" and row.status == "measured" for row in report.rows)
+    tools = (*TOOLS, "executorch") if runs_program else TOOLS
     evidence = {
         **report.to_dict(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
-        "versions": {tool: version(tool) for tool in TOOLS},
+        "versions": {tool: version(tool) for tool in tools},
     }
     path = bundle.path / PARITY
     scratch = bundle.path / PARITY_SCRATCH
