@@ -10,9 +10,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/edgediff demo -o out/demo
 
-# Files in their order: sorted by their number of tests, a file of one long test would come last and alone.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
