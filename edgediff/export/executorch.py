@@ -26,7 +26,7 @@ def write_executorch(
     modules: Mapping[str, Part],
     examples: Mapping[str, Mapping[str, np.ndarray]],
     say: Callable[[str], None],
-) -> Target:
+) -> None:
     """Writes the program of a target.
 
     Args:
@@ -35,9 +35,6 @@ def write_executorch(
         modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, any number of rows.
         say: Told what is being done.
-
-    Returns:
-        The target, as it was.
 
     Raises:
         UnsupportedError: The exporter failed.
@@ -63,7 +60,6 @@ def write_executorch(
         raise
     except Exception as e:  # the exporter's errors share no base class
         raise UnsupportedError(f"{path.name}: ExecuTorch's exporter failed: {' '.join(str(e).split())[:400]}") from e
-    return target
 
 
 def _trace(

@@ -212,7 +212,8 @@ def _write_targets(
         elif target.target == "coreml":
             targets.append(write_coreml(folder, target, parts, config.coreml, say))
         else:
-            targets.append(write_executorch(folder, target, parts, examples, say))
+            write_executorch(folder, target, parts, examples, say)
+            targets.append(target)
     return msgspec.structs.replace(draft, targets=tuple(targets))
 
 

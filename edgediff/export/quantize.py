@@ -115,13 +115,13 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
     """
     rewritten = _Rewriting(model, ranges)
     chosen = {node.output[0] for node in quantized_nodes(model)}
-    signed = {name for names in attended(model).values() for name in names[:3]}
-    weights = {names[3] for names in attended(model).values()}
+    attentions = attended(model).values()
+    is_signed = {name: name != weights for *taken, weights in attentions for name in (*taken, weights)}
     for node in list(model.graph.node):
         if node.output[0] in chosen:
             rewritten.quantize(node)
-        elif node.output[0] in signed | weights:
-            rewritten.round_output(node, is_signed=node.output[0] in signed)
+        elif node.output[0] in is_signed:
+            rewritten.round_output(node, is_signed[node.output[0]])
         else:
             rewritten.nodes.append(node)
     used = {name for node in rewritten.nodes for name in node.input}
@@ -144,25 +144,23 @@ class _Rewriting:
 
     def quantize(self, node: NodeProto) -> None:
         """Adds a node with what is quantized around it."""
-        given, weight, made = node.input[0], node.input[1], node.output[0]
+        given, weight = node.input[:2]
         if given not in self.quantized:
             self.quantized[given] = self._round_trip(given, f"{given}.dequantized")
         if weight not in self.quantized:
             self.quantized[weight] = self._weight(weight, axis=0 if node.op_type == "Conv" else 1)
         node.input[0], node.input[1] = self.quantized[given], self.quantized[weight]
         if node.op_type == "Conv":
-            node.output[0] = f"{made}.exact"
-        self.nodes.append(node)
-        if node.op_type == "Conv":
-            # Whoever takes it takes rounded values already.
-            self.quantized[made] = self._round_trip(made, made, source=node.output[0])
+            self.round_output(node)
+        else:
+            self.nodes.append(node)
 
-    def round_output(self, node: NodeProto, is_signed: bool) -> None:
-        """Adds a node whose result is rounded."""
+    def round_output(self, node: NodeProto, is_signed: bool = False) -> None:
+        """Adds a node whose result is rounded: whoever takes it takes rounded values already."""
         made = node.output[0]
         node.output[0] = f"{made}.exact"
         self.nodes.append(node)
-        self._round_trip(made, made, source=node.output[0], is_signed=is_signed)
+        self.quantized[made] = self._round_trip(made, made, source=node.output[0], is_signed=is_signed)
 
     def _round_trip(self, name: str, result: str, source: str | None = None, is_signed: bool = False) -> str:
         """Adds QuantizeLinear and DequantizeLinear of a tensor."""
@@ -206,9 +204,7 @@ def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
     (0.009999999776482582, 100)
     """
     low, high = min(extent[0], 0.0), max(extent[1], 0.0)
-    scale = (high - low) / LEVELS
-    if scale < np.finfo(np.float32).tiny:  # it is always zero
-        scale = 1.0
+    scale = _usable((high - low) / LEVELS)
     return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)
 
 
@@ -225,10 +221,12 @@ def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
     >>> float(scale.round(4)), int(zero)
     (0.01, 0)
     """
-    scale = max(map(abs, extent)) / WEIGHT_LEVELS
-    if scale < np.finfo(np.float32).tiny:  # it is always zero
-        scale = 1.0
-    return np.array(scale, np.float32), np.array(0, np.int8)
+    return np.array(_usable(max(map(abs, extent)) / WEIGHT_LEVELS), np.float32), np.array(0, np.int8)
+
+
+def _usable(scale: float) -> float:
+    """The scale, or 1 where the tensor is always zero."""
+    return 1.0 if scale < np.finfo(np.float32).tiny else scale
 
 
 def quantized_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
