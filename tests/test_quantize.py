@@ -1,6 +1,8 @@
 """Graphs of eight bits: what is quantized, what stays, and what the numbers hold."""
 
+import doctest
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -11,6 +13,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from seals import manifest_of
 
 import edgediff
+import edgediff.export.quantize as quantize_module
+from edgediff import targets
 from edgediff.config import OnnxConfig, config_from
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.attention import spell_out_attention
@@ -318,6 +322,13 @@ def test_other_widths_and_targets_are_refused(
 def test_no_images_to_calibrate_with() -> None:
     with pytest.raises(ConfigError, match=r"onnx\.calibration_images.* is 0"):
         edgediff.config.check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
+
+
+@pytest.mark.parametrize("module", [quantize_module, targets])
+def test_doctests(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert failed == 0
+    assert tried > 0
 
 
 @pytest.mark.parametrize("lacks", [{}, {"quantize_nbits": 8, "opset": 22}])

@@ -218,7 +218,7 @@ def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
         Scale, float32 [], and zero point, int8 [].
 
     >>> scale, zero = symmetric((-1.27, 0.5))
-    >>> float(scale.round(4)), int(zero)
+    >>> round(float(scale), 4), int(zero)
     (0.01, 0)
     """
     return np.array(_usable(max(map(abs, extent)) / WEIGHT_LEVELS), np.float32), np.array(0, np.int8)
@@ -240,7 +240,7 @@ def quantized_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndar
         int8 in the shape of `weight`, and scales, float32 [channels].
 
     >>> rounded, scale = quantized_weight(np.array([[1.27, -0.64], [0.0, 0.0]], np.float32), axis=0)
-    >>> rounded.tolist(), scale.round(4).tolist()
+    >>> rounded.tolist(), [round(float(each), 4) for each in scale]
     ([[127, -64], [0, 0]], [0.01, 1.0])
     """
     others = tuple(i for i in range(weight.ndim) if i != axis)
