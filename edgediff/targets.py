@@ -26,7 +26,8 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Else graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
-            ``MultiHeadAttention`` where there are many keys, and one operator for the scale and shift of norms.
+            ``MultiHeadAttention`` where there are many keys, one operator for the scale and shift of norms, and, where
+            nothing is quantized, convolutions with fewer multiplications and feed-forwards in slices.
         layout: How the graphs are packed; None takes the recipe's.
     """
 

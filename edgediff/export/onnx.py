@@ -19,6 +19,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.calibration import Calibration, measure_ranges
 from edgediff.export.passes import (
     ATTENTION,
+    FASTER,
     GROUP_NORM,
     PORTABLE_GROUP_NORM,
     SEPARATE_GATES,
@@ -167,9 +168,10 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
         if not large:
             simplify = _holding(simplify, feeds)
         # Group normalization is held by the graph's verification alone: what the pass writes is nearer to torch than
-        # what ONNX Runtime makes of the operator, by more than rounding where means are large.
+        # what ONNX Runtime makes of the operator, by more than rounding where means are large. So are the last ones.
         passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
-        model = run_passes(model, (*passes, simplify) if config.simplify else passes)
+        last = () if config.portable or config.quantize_nbits is not None else FASTER
+        model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
         if large:
             onnx.load_external_data_for_model(model, str(traced.parent))

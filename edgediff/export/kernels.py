@@ -1,0 +1,88 @@
+"""Convolutions of 3 x 3 whose kernels a pass writes anew.
+
+New kernels are sums of the old one's weights. The graph says which sums, and whoever loads it computes them once and
+for all: files keep the weights that the model has, which graphs with and without the pass share.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from edgediff.export.rewriting import Rewriting
+
+_PLAIN = {"group": 1, "strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of 3 x 3, stride 1, with a pixel of zeros around.
+
+    Attributes:
+        node: The node.
+        outputs: Channels that it makes.
+        inputs: Channels that it takes.
+    """
+
+    node: NodeProto
+    outputs: int
+    inputs: int
+
+    @property
+    def bias(self) -> list[str]:
+        """Name of its bias, in a list; an empty one where it has none."""
+        return list(self.node.input[2:3])
+
+
+def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
+    """Reads a node.
+
+    Args:
+        node: Of any kind.
+        rewriting: Its graph.
+
+    Returns:
+        The convolution that it is; None where it is another, or its kernel is no weight.
+    """
+    if node.op_type != "Conv":
+        return None
+    sizes = rewriting.weights.get(node.input[1], [])
+    said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    # What is left out is at its default: no zeros around, and a kernel of the weight's size.
+    said = {"pads": [0, 0, 0, 0], "kernel_shape": sizes[2:]} | said
+    if len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):
+        return None
+    return Convolution(node, sizes[0], sizes[1])
+
+
+def kernels(
+    of: Convolution, name: str, sums: np.ndarray, shape: tuple[int, int], rewriting: Rewriting
+) -> tuple[list[str], list[NodeProto]]:
+    """New kernels from a convolution's own.
+
+    Args:
+        of: The convolution.
+        name: What the sums are called.
+        sums: [K, H * W, 9]: weights of the K new kernels, as sums of the old one's.
+        shape: H and W, the size of each.
+        rewriting: The graph.
+
+    Returns:
+        The names of the K new kernels, [O, C, H, W] each, and the nodes that compute them.
+    """
+    matrix = rewriting.constant(f"{name}.sums", sums.reshape(-1, 9).T.astype(np.float32))
+    rows = rewriting.constant(f"{name}.rows", np.array([-1, 9]))
+    sizes = rewriting.constant(f"{name}.{of.outputs}x{of.inputs}", np.array([of.outputs, of.inputs, *shape]))
+    parts = rewriting.constant(f"{name}.parts", np.full(len(sums), prod(shape)))
+    # Two convolutions may share a weight: what they make of it are tensors of their own.
+    stem = f"{of.node.output[0]}.{name}"
+    flat = [f"{stem}.{k}.flat" for k in range(len(sums))]
+    made = [f"{stem}.{k}" for k in range(len(sums))]
+    nodes = [
+        helper.make_node("Reshape", [of.node.input[1], rows], [f"{stem}.rows"], f"{stem}.rows"),
+        helper.make_node("MatMul", [f"{stem}.rows", matrix], [f"{stem}.sums"], f"{stem}.sums"),
+        helper.make_node("Split", [f"{stem}.sums", parts], flat, f"{stem}.flat", axis=1),
+    ]
+    nodes += (helper.make_node("Reshape", [a, sizes], [kernel], kernel) for a, kernel in zip(flat, made, strict=True))
+    return made, nodes

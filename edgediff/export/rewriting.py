@@ -1,0 +1,66 @@
+"""A graph whose nodes are being replaced by others that compute the same."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import ModelProto, NodeProto, numpy_helper
+
+
+class Rewriting:
+    """What a pass needs to know of a graph, and what it adds.
+
+    Attributes:
+        model: The model; changed in place. Weights may lie outside.
+        weights: Sizes of each initialiser by its name.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        """Reads the graph.
+
+        Args:
+            model: The model.
+        """
+        graph = model.graph
+        self.model = model
+        self.weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        self._shapes = {
+            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.value_info, *graph.output)
+        }
+
+    def shape(self, name: str) -> list[int]:
+        """Sizes of a tensor that is computed: 0 for each that is symbolic, an empty list where nothing is known."""
+        return self._shapes.get(name, [])
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """Adds an initialiser, once.
+
+        Args:
+            name: Its name.
+            values: What it holds, the same for the same name.
+
+        Returns:
+            The name.
+        """
+        if name not in self.weights:
+            self.weights[name] = list(values.shape)
+            self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    def finish(self, nodes: Sequence[NodeProto]) -> ModelProto:
+        """Sets the graph's nodes, and leaves out the initialisers that none of them takes.
+
+        Args:
+            nodes: All of them, in order.
+
+        Returns:
+            The model.
+        """
+        graph = self.model.graph
+        used = {name for node in nodes for name in node.input}
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        nodes = list(nodes)
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(kept)
+        return self.model
