@@ -8,6 +8,7 @@ clock 2, and in eight bits in ONNX Runtime and, attention over many keys too, in
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -44,15 +45,19 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="grocery-32")
     parser.add_argument("--random-weights", type=int, help="seed, for a geometry without weights")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--fp32", action="store_true", help="leave eight bits out")
     parser.add_argument("--keep", type=Path, help="where the bundles are to stay; what is there already is taken")
     given = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if given.keep is None else given.keep
-        bundles = [Path(folder) / name for name in ("fp32", "int8", "int8-attention")]
         quantized = OnnxConfig(quantize_nbits=8, calibration_images=1)
-        written = (OnnxConfig(), quantized, msgspec.structs.replace(quantized, quantize_attention=True))
-        for bundle, onnx in zip(bundles, written, strict=True):
+        written = {"fp32": OnnxConfig()}
+        if not given.fp32:
+            written["int8"] = quantized
+            written["int8-attention"] = msgspec.structs.replace(quantized, quantize_attention=True)
+        bundles = [Path(folder) / name for name in written]
+        for bundle, onnx in zip(bundles, written.values(), strict=True):
             config = edgediff.ExportConfig(
                 adaptor="identity", random_weights=given.random_weights, verify=VerifyConfig(mode="graphs"), onnx=onnx
             )
@@ -60,30 +65,32 @@ def main() -> None:
         model = edgediff.load_model(given.model)
         if given.random_weights is not None:
             model = random_weights(model, given.random_weights)
-        compare(model, *bundles, given.rounds)
+        compare(model, given.rounds, *bundles)
 
 
 @torch.no_grad()
-def compare(model: Model, bundle: Path, for_ort: Path, for_openvino: Path, rounds: int) -> None:
-    """Runs every way once, checks it, then times them in turns."""
+def compare(model: Model, rounds: int, bundle: Path, *quantized: Path) -> None:
+    """Runs every way once, checks it, then times them in turns; of eight bits are a bundle for each of two backends."""
     opened = open_bundle(bundle)
     request = reference_request(opened.manifest, load_reference(opened.file(REFERENCE)).conditioning)
     request |= {"num_images": 1, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
     pipe = EdgePipeline.from_pretrained(bundle)
-    quantized = {"onnxruntime": for_ort, "openvino": for_openvino}
-    pipes = {name: EdgePipeline.from_pretrained(path, backend=name) for name, path in quantized.items()}
+    backends = ("onnxruntime", "openvino")[: len(quantized)]
+    pipes = {
+        f"int8, {name}": EdgePipeline.from_pretrained(path, backend=name)
+        for name, path in zip(backends, quantized, strict=True)
+    }
     ways: dict[str, Way] = {
         "diffusers": lambda: in_diffusers(model, request),
         **({"diffusers + DeepCache": with_deepcache(model, request)} if find_spec("DeepCache") is not None else {}),
         "edgediff, clock 1": lambda: in_edgediff(pipe, request | {"clock": 1}),
         "edgediff, clock 2": lambda: in_edgediff(pipe, request | {"clock": 2}),
-        "int8, onnxruntime": lambda: in_edgediff(pipes["onnxruntime"], request | {"clock": 2}),
-        "int8, openvino": lambda: in_edgediff(pipes["openvino"], request | {"clock": 2}),
+        **{name: partial(in_edgediff, each, request | {"clock": 2}) for name, each in pipes.items()},
     }
     made = {name: way()[1] for name, way in ways.items()}
     same = psnr_db(made["diffusers"], made["edgediff, clock 1"])
     assert same > SAME_DB, f"clock 1 is {same:.1f} dB of diffusers' loop"
-    for name in ("int8, onnxruntime", "int8, openvino"):
+    for name in pipes:
         near = psnr_db(made["edgediff, clock 2"], made[name])
         print(f"{name}: {near:.1f} dB of fp32 at clock 2")
         # Random weights do not denoise: samples grow out of every range that was measured.

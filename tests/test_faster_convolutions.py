@@ -15,6 +15,7 @@ import edgediff
 from edgediff.config import OnnxConfig
 from edgediff.export.upsampling import merge_upsampling
 from edgediff.export.winograd import CHANNELS, ROWS, TILE, filter_rows, sums_of_rows
+from edgediff_runtime import EdgePipeline
 
 NEAREST = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
 PLAIN = {"pads": [1, 1, 1, 1]}
@@ -197,3 +198,7 @@ def test_both_go_through_an_export_and_neither_into_portable_graphs(
         assert any(".products" in name for name in names) is not portable
     assert found[False]["DepthToSpace"] == found[True]["Resize"] > 0
     assert found[True]["DepthToSpace"] == found[False]["Resize"] == 0
+    pytest.importorskip("openvino")
+    bundle = tmp_path / "False"
+    results = [EdgePipeline.from_pretrained(bundle, backend=name)(seed=1) for name in ("onnxruntime", "openvino")]
+    assert np.abs(results[0].latents - results[1].latents).max() < 1e-3

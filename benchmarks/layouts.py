@@ -1,0 +1,194 @@
+"""How are graphs to be packed for ONNX Runtime? Four parts, a pair of whole steps, or one graph that branches.
+
+``single`` is made here from a pair, to be measured: one file, one session, an ``If`` between the nodes of a full and of
+a cached step, with the weights outside of both branches or, for ONNX Runtime to see them where it lays out constants
+for its kernels, in each branch of its own. All of them run the recorded steps of the bundle and are held to them; each
+in a process of its own, in turns.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from measure import machine, spread
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+import edgediff
+from edgediff.bench.machine import peak_memory
+from edgediff.config import VerifyConfig
+from edgediff.verify.psnr import psnr_db
+from edgediff.verify.reference import REFERENCE, load_reference
+from edgediff_runtime import open_bundle
+
+SAME_DB = 90.0
+STEPS = 8
+BRANCHES = ("full", "cached")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process's figures: seconds, milliseconds of each full and cached step, MiB."""
+
+    load_s: float
+    full_ms: list[float]
+    cached_ms: list[float]
+    peak_mib: float
+
+
+def main() -> None:
+    """Exports both layouts, makes the third, and measures all in turns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="grocery-32-student")
+    parser.add_argument("--random-weights", type=int, help="seed, for a geometry without weights")
+    parser.add_argument("--rounds", type=int, default=10)
+    given = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {name: Path(scratch) / name for name in ("split", "pair")}
+        for name, folder in folders.items():
+            config = edgediff.ExportConfig(
+                adaptor="identity", layout=name, random_weights=given.random_weights, verify=VerifyConfig(mode="graphs")
+            )
+            edgediff.export_bundle(edgediff.load_model(given.model), folder, config)
+        pair = folders["pair"]
+        weights = pair / "onnx" / "weights.bin"
+        for name, inside in (("single", False), ("single, weights in each branch", True)):
+            path = pair / "onnx" / f"{name.partition(',')[0]}-{inside}.onnx"
+            path.write_bytes(branching(pair, inside).SerializeToString(deterministic=True))
+            folders[name] = path
+        sizes = {name: size(folder, weights) for name, folder in folders.items()}
+        found: dict[str, list[Measured]] = {name: [] for name in folders}
+        for _ in range(given.rounds):
+            for name, folder in folders.items():
+                with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                    found[name].append(process.submit(measure, folder, pair).result())
+    for name, runs in found.items():
+        full, cached = ([ms for run in runs for ms in getattr(run, kind)] for kind in ("full_ms", "cached_ms"))
+        print(
+            f"{name}: full {spread(full)} ms, cached {spread(cached)} ms, "
+            f"load {median(run.load_s for run in runs):.3f} s, peak {median(run.peak_mib for run in runs):.0f} MiB, "
+            f"files {sizes[name] / 1e6:.2f} MB"
+        )
+
+
+def size(path: Path, weights: Path) -> int:
+    """Bytes of a layout's files."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in (path / "onnx").iterdir() if "single" not in file.name)
+    return path.stat().st_size + weights.stat().st_size
+
+
+def branching(pair: Path, inside: bool) -> ModelProto:
+    """One graph of a pair's two: which branch runs is an input."""
+    models = {name: onnx.load(pair / "onnx" / f"{name}.onnx", load_external_data=False) for name in BRANCHES}
+    results = list(models["full"].graph.output)
+    shared: dict[str, TensorProto] = {}
+    graphs = {}
+    for name, model in models.items():
+        # A weight's place in the file tells what it is; the others are small.
+        renamed = {tensor.name: f"{name}.{tensor.name}" for tensor in model.graph.initializer}
+        for tensor in model.graph.initializer:
+            if not inside and tensor.data_location == TensorProto.EXTERNAL:
+                renamed[tensor.name] = ".".join(entry.value for entry in tensor.external_data) + str(list(tensor.dims))
+            tensor.name = renamed[tensor.name]
+            shared[tensor.name] = tensor
+        outer = {value.name for value in model.graph.input}
+        wanted = [value.name for value in model.graph.output]
+        for node in model.graph.node:
+            node.name = f"{name}.{node.name}"
+            outside = renamed | {each: each for each in (*outer, "")}
+            node.input[:] = [outside.get(each, f"{name}.{each}") for each in node.input]
+            node.output[:] = [f"{name}.{each}" for each in node.output]
+        if "lowres_feature" not in wanted:  # the identity adaptor's: the cache itself
+            model.graph.node.append(helper.make_node("Identity", ["cache"], [f"{name}.lowres_feature"]))
+        outputs = [called(f"{name}.{value.name}", value) for value in results]
+        own = [tensor for key, tensor in shared.items() if inside and key.startswith(f"{name}.")]
+        graphs[name] = helper.make_graph(list(model.graph.node), name, [], outputs, own)
+    chosen = helper.make_node(
+        "If", ["is_full"], [value.name for value in results], then_branch=graphs["full"], else_branch=graphs["cached"]
+    )
+    inputs = {value.name: value for name in BRANCHES for value in models[name].graph.input}
+    graph = helper.make_graph(
+        [chosen], "single", [helper.make_tensor_value_info("is_full", TensorProto.BOOL, []), *inputs.values()], results,
+        [] if inside else list(shared.values()),
+    )  # fmt: skip
+    first = models["full"]
+    sets = {entry.domain: entry for model in models.values() for entry in model.opset_import}
+    return helper.make_model(graph, opset_imports=list(sets.values()), ir_version=first.ir_version)
+
+
+def called(name: str, value: ValueInfoProto) -> ValueInfoProto:
+    """The same tensor under another name."""
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
+
+
+def measure(path: Path, pair: Path) -> Measured:
+    """Opens a layout, holds it to the recorded steps, and times both kinds of step."""
+    reference = load_reference(open_bundle(pair).file(REFERENCE))
+    start = perf_counter()
+    run = opened(path)
+    load = perf_counter() - start
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(STEPS + 1):
+        for step in reference.steps[:2]:
+            start = perf_counter()
+            made = run(step.tensors, step.full)
+            if turn:
+                taken[step.full].append(1e3 * (perf_counter() - start))
+            assert psnr_db(step.tensors["out_sample"], made) > SAME_DB
+    return Measured(load, taken[True], taken[False], peak_memory() or 0.0)
+
+
+def opened(path: Path) -> Callable[[dict[str, Any], bool], np.ndarray]:
+    """A way to run a step: of a bundle's graphs, or of one that branches. All threads share a graph."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if path.is_file():
+        single = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in single.get_inputs()]
+
+        def branch(tensors: dict[str, Any], full: bool) -> np.ndarray:
+            # Both branches' inputs must be there: a full step has a cache that nobody looks at.
+            given = {**tensors, "is_full": np.array(full)}
+            given.setdefault("cache", tensors["lowres_feature"])
+            return single.run(["out_sample"], {name: given[name] for name in names})[0]
+
+        return branch
+    graphs = open_bundle(path).manifest.target("onnx").graphs
+    sessions = {
+        graph.name: ort.InferenceSession(path / graph.file, options, providers=["CPUExecutionProvider"])
+        for graph in graphs
+        if graph.file is not None
+    }
+
+    def run(tensors: dict[str, Any], full: bool) -> np.ndarray:
+        at_hand = {name: tensors[name] for name in tensors if name not in ("out_sample", "lowres_feature")}
+        for graph in graphs:
+            if graph.frequency in ("step", "full_step" if full else "cached_step"):
+                if graph.file is None:
+                    at_hand["lowres_feature"] = at_hand["cache"]
+                    continue
+                given = {tensor.name: at_hand[tensor.name] for tensor in graph.inputs}
+                outputs = [tensor.name for tensor in graph.outputs]
+                at_hand.update(zip(outputs, sessions[graph.name].run(outputs, given), strict=True))
+        return at_hand["out_sample"]
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
