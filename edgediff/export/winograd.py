@@ -38,7 +38,7 @@ TILE, PRODUCTS = _RESULT.shape
 # The product whose result each of the four rows takes once: a bias goes there.
 _BIASED = 1
 # With fewer channels the sums cost what the products save. With fewer rows there are many weights for each pixel: new
-# kernels take memory and time to load (maps of 16 rows of Stable Diffusion v1.5, 1.6 GB and 15 s), and win little.
+# kernels take memory and time to load (maps of 16 rows of Stable Diffusion v1.5, 1.6 GiB and 15 s), and win little.
 CHANNELS, ROWS = 128, 32
 
 
