@@ -88,13 +88,19 @@ def test_a_ledger_is_read_as_it_was_written(ledger: Ledger, tmp_path: Path) -> N
 
 
 def test_openvino_gives_the_same_and_its_bf16_nearly(class_bundle: Path) -> None:
-    pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino")
     found = run_bench([class_bundle], ["openvino", "openvino-bf16"], rounds=1, threads=1, undivided=False)
     exact, half = found.contenders
-    assert (exact.status, half.status) == ("measured", "measured"), (exact.says, half.says)
+    assert exact.status == "measured", exact.says
     assert exact.psnr_db is not None
-    assert half.psnr_db is not None
     assert exact.psnr_db > 90
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert (half.status, half.says) == (
+            "refused", "backend 'openvino-bf16' needs a processor with bf16; this one has none",
+        )  # fmt: skip
+        return
+    assert half.status == "measured", half.says
+    assert half.psnr_db is not None
     assert half.psnr_db > 35
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,10 @@ CASES: dict[str, Case] = {
         _text(8, tokens=1),
     ),
 }
+
+
+def assert_same_unet(one: nn.Module, other: nn.Module) -> None:
+    """Two UNets have the same weights, bit for bit."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

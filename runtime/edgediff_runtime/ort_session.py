@@ -131,6 +131,8 @@ def _load(bundle: Bundle, graphs: tuple[Graph, ...], threads: int | None) -> dic
         options.intra_op_num_threads = threads
     # Each graph has threads of its own, which wait awake after a run: the next graph would run against them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without VNNI, x64 kernels of eight bits add pairs of products in 16 bits, which overflow for weights with a sign.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     sessions = {}
     for graph in graphs:
         if graph.file is not None:
