@@ -26,6 +26,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/students.py
 	$(BIN)/python benchmarks/against.py
 	$(BIN)/python benchmarks/cost.py out
+	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/coreml_images.py
 	$(BIN)/python benchmarks/coreml_size.py
 	$(BIN)/python benchmarks/export_sd15.py
