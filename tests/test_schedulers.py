@@ -107,11 +107,13 @@ def test_the_golden_files_are_what_make_would_write(tmp_path):
 def assert_close(given, expected, where, size=1.0):
     if isinstance(expected, dict):
         assert given.keys() == expected.keys(), where
-        # Steps make differences of numbers as large as x_t, which processors round each in its own way; the next step
-        # begins with what came out.
-        size = max([size, *(np.abs(step.get("x_t", 0.0)).max() for step in expected.get("steps", []))])
+        # A step's result is a difference of numbers as large as its x_t, which processors round in their own ways; the
+        # next step begins with it, and models look at what they are given.
+        own = np.abs(expected.get("x_t", 0.0)).max()
+        sizes = {"steps": max([size, *(np.abs(step.get("x_t", 0.0)).max() for step in expected.get("steps", []))])}
+        sizes |= {"x_t": size, "scaled_input": size, "x_prev": size, "model_output": max(1.0, own)}
         for key in expected.keys() - {"diffusers"}:
-            assert_close(given[key], expected[key], f"{where}: {key}", size)
+            assert_close(given[key], expected[key], f"{where}: {key}", sizes.get(key, 1.0))
     elif isinstance(expected, list) and expected and isinstance(expected[0], float):
         within = TOLERANCE * max(size, np.abs(expected).max())
         np.testing.assert_allclose(given, expected, rtol=0, atol=within, err_msg=str(where))
