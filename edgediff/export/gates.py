@@ -8,6 +8,8 @@ from collections import Counter
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from edgediff.export.rewriting import Rewriting
+
 
 def separate_gates(model: ModelProto) -> ModelProto:
     """Makes every MatMul, Add and Split into two halves a MatMul and an Add for each half.
@@ -41,12 +43,7 @@ def separate_gates(model: ModelProto) -> ModelProto:
         replaced[add.output[0]] = []
         replaced[split.output[0]] = _apart(products[0].input[0], weight, biases[0], split, model)
     nodes = [each for node in model.graph.node for each in replaced.get(node.output[0], [node])]
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(kept)
-    return model
+    return Rewriting(model).finish(nodes)
 
 
 def _is_halved(split: NodeProto, sizes: TensorProto | None, weight: TensorProto, bias: TensorProto) -> bool:

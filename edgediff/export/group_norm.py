@@ -9,9 +9,10 @@ import logging
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 
 from edgediff.errors import UnsupportedError
+from edgediff.export.rewriting import Rewriting
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +39,20 @@ def expand_group_norm(model: ModelProto, portable: bool = False) -> ModelProto:
     expansion = _Expansion(model, portable)
     nodes = [made for node in graph.node for made in (expansion.of(node) if node.op_type == _KIND else (node,))]
     log.info("group-norm: %d expanded", count)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(expansion.constants.values())
-    return model
+    return expansion.rewriting.finish(nodes)
 
 
 class _Expansion:
     """What the expansions of one graph share.
 
     Attributes:
-        constants: New initialisers by name.
+        rewriting: The graph.
         portable: As of `expand_group_norm`.
     """
 
     def __init__(self, model: ModelProto, portable: bool) -> None:
         self.portable = portable
-        graph = model.graph
-        self.constants: dict[str, TensorProto] = {}
-        self._shapes = {
-            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            for value in (*graph.input, *graph.value_info, *graph.output)
-        }
+        self.rewriting = Rewriting(model)
 
     def of(self, node: NodeProto) -> tuple[NodeProto, ...]:
         """The nodes that take a node's place."""
@@ -67,8 +60,8 @@ class _Expansion:
         out = node.output[0]
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         groups = settings["num_groups"]
-        _, *shape = self._shapes.get(x, [0, 0])
-        if not all(shape):
+        shape = self.rewriting.shape(x)[1:]
+        if not shape or not all(shape):
             raise UnsupportedError(f"{node.name} normalizes {x} of unknown shape; expected fixed height and width")
         # A 0 keeps the batch, whatever it is.
         as_groups = self._constant(f"groups_{groups}", np.array([0, groups, -1], np.int64))
@@ -104,6 +97,4 @@ class _Expansion:
         return self._constant(f"{'ones' if value else 'zeros'}_{size}", np.full(size, value, np.float32))
 
     def _constant(self, name: str, values: np.ndarray) -> str:
-        name = f"group_norm.{name}"
-        self.constants.setdefault(name, numpy_helper.from_array(values, name))
-        return name
+        return self.rewriting.constant(f"group_norm.{name}", values)
