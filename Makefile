@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CONTENDERS := $(VENV)/.contenders
+OPTIMUM := .venv-optimum
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
@@ -18,15 +20,19 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/adaptors.py
 	$(BIN)/python benchmarks/planner.py
 	$(BIN)/python benchmarks/students.py
 	$(BIN)/python benchmarks/against.py
+	$(BIN)/python benchmarks/against.py sd15 --random-weights 0 --rounds 3 --optimum $(OPTIMUM)/bin/python
 	$(BIN)/python benchmarks/cost.py out
 	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/edgediff export grocery-32 -o out/bench/grocery-32
+	$(BIN)/python benchmarks/settings.py out/bench/grocery-32
+	$(BIN)/python benchmarks/floor.py out/bench/grocery-32
 	$(BIN)/python benchmarks/coreml_images.py
 	$(BIN)/python benchmarks/coreml_size.py
 	$(BIN)/python benchmarks/export_sd15.py
@@ -37,5 +43,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[train,bench,executorch,dev]"
 	touch $@
 
+# What benchmarks/against.py measures beside edgediff; one of them wants an environment of its own.
+$(CONTENDERS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[contenders]"
+	touch $@
+
+$(OPTIMUM)/.ready: benchmarks/optimum-requirements.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM) out .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,14 @@
 """What would a user take instead? One image with guidance, the same weights and seed, in one run and in turns.
 
 diffusers alone, diffusers with DeepCache at the matching branch, a bundle of ours in ONNX Runtime at clock 1 and at
-clock 2, and in eight bits in ONNX Runtime and, attention over many keys too, in OpenVINO. DeepCache is no dependency:
-``pip install DeepCache==0.1.1`` brings it, without it its row is left out.
+clock 2, and in eight bits in ONNX Runtime and, attention over many keys too, in OpenVINO; of a text-conditioned model
+optimum-onnx's pipeline too, in an environment of its own. ``make bench`` brings all of them.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from measure import machine, spread
+from optimum_onnx import OptimumOnnx
 
 import edgediff
 from edgediff.config import OnnxConfig, VerifyConfig
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--random-weights", type=int, help="seed, for a geometry without weights")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--fp32", action="store_true", help="leave eight bits out")
+    parser.add_argument("--optimum", type=Path, help="an interpreter with optimum-requirements.txt")
     parser.add_argument("--keep", type=Path, help="where the bundles are to stay; what is there already is taken")
     given = parser.parse_args()
     print(machine())
@@ -65,15 +68,24 @@ def main() -> None:
         model = edgediff.load_model(given.model)
         if given.random_weights is not None:
             model = random_weights(model, given.random_weights)
-        compare(model, given.rounds, *bundles)
+        opened = open_bundle(bundles[0])
+        request = reference_request(opened.manifest, load_reference(opened.file(REFERENCE)).conditioning)
+        request |= {"num_images": 1, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
+        others: dict[str, Way] = {"diffusers": lambda: in_diffusers(model, request)}
+        if find_spec("DeepCache") is not None:
+            others["diffusers + DeepCache"] = with_deepcache(model, request)
+        with ExitStack() as stack:
+            if given.optimum is not None:
+                if model.conditioning.kind != "text":
+                    parser.error(f"optimum-onnx has a pipeline for text-conditioned models; {given.model} is none")
+                optimum = OptimumOnnx(given.optimum, model, request, Path(scratch) / "optimum")
+                others["optimum-onnx"] = stack.enter_context(closing(optimum))
+            compare(others, request, given.rounds, *bundles)
 
 
 @torch.no_grad()
-def compare(model: Model, rounds: int, bundle: Path, *quantized: Path) -> None:
+def compare(others: dict[str, Way], request: dict[str, Any], rounds: int, bundle: Path, *quantized: Path) -> None:
     """Runs every way once, checks it, then times them in turns; of eight bits are a bundle for each of two backends."""
-    opened = open_bundle(bundle)
-    request = reference_request(opened.manifest, load_reference(opened.file(REFERENCE)).conditioning)
-    request |= {"num_images": 1, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
     pipe = EdgePipeline.from_pretrained(bundle)
     backends = ("onnxruntime", "openvino")[: len(quantized)]
     pipes = {
@@ -81,26 +93,26 @@ def compare(model: Model, rounds: int, bundle: Path, *quantized: Path) -> None:
         for name, path in zip(backends, quantized, strict=True)
     }
     ways: dict[str, Way] = {
-        "diffusers": lambda: in_diffusers(model, request),
-        **({"diffusers + DeepCache": with_deepcache(model, request)} if find_spec("DeepCache") is not None else {}),
+        **others,
         "edgediff, clock 1": lambda: in_edgediff(pipe, request | {"clock": 1}),
         "edgediff, clock 2": lambda: in_edgediff(pipe, request | {"clock": 2}),
         **{name: partial(in_edgediff, each, request | {"clock": 2}) for name, each in pipes.items()},
     }
     made = {name: way()[1] for name, way in ways.items()}
-    same = psnr_db(made["diffusers"], made["edgediff, clock 1"])
-    assert same > SAME_DB, f"clock 1 is {same:.1f} dB of diffusers' loop"
+    for name in {"edgediff, clock 1", "optimum-onnx"} & made.keys():
+        same = psnr_db(made["diffusers"], made[name])
+        assert same > SAME_DB, f"{name} is {same:.1f} dB of diffusers' loop"
     for name in pipes:
         near = psnr_db(made["edgediff, clock 2"], made[name])
         print(f"{name}: {near:.1f} dB of fp32 at clock 2")
         # Random weights do not denoise: samples grow out of every range that was measured.
-        assert near > QUANTIZED_DB or opened.manifest.source.random_weights is not None
+        assert near > QUANTIZED_DB or open_bundle(bundle).manifest.source.random_weights is not None
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             samples[name].append(way()[0])
     ours = median(samples["edgediff, clock 2"])
-    print(f"{model.name}: {STEPS} steps, milliseconds of the loop (median [p10, p90], {rounds} rounds in turns)")
+    print(f"{STEPS} steps, milliseconds of the loop (median [p10, p90], {rounds} rounds in turns)")
     for name, taken in samples.items():
         nearness = f"{psnr_db(made['diffusers'], made[name]):.1f} dB of diffusers"
         print(f"  {name:22} {spread(taken):34} {median(taken) / ours:5.2f}x clock 2's   {nearness}")

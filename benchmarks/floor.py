@@ -21,6 +21,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgediff.verify.reference import REFERENCE, load_reference
 from edgediff_runtime import open_bundle
+from edgediff_runtime.manifest import SessionSettings
+from edgediff_runtime.ort_options import session_options
 
 BAR = 1.05
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Expand", "Shape", "Gather",
@@ -174,10 +176,7 @@ def inputs_of(model: ModelProto) -> dict[str, np.ndarray]:
 
 def session(model: Path | bytes) -> ort.InferenceSession:
     """As the runtime opens a graph that all threads share."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, session_options(SessionSettings()), providers=["CPUExecutionProvider"])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -26,13 +26,18 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 import edgediff
 from edgediff.bench.machine import peak_memory
 from edgediff.config import VerifyConfig
+from edgediff.verify.feed import run_step
 from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, load_reference
-from edgediff_runtime import open_bundle
+from edgediff.verify.reference import REFERENCE, Recorded, load_reference
+from edgediff_runtime import Bundle, open_bundle
+from edgediff_runtime.manifest import SessionSettings
+from edgediff_runtime.ort_options import session_options
+from edgediff_runtime.ort_session import OrtSession
 
 SAME_DB = 90.0
 STEPS = 8
 BRANCHES = ("full", "cached")
+SHARED = SessionSettings(rows_apart=False)
 
 
 @dataclass(frozen=True)
@@ -145,49 +150,31 @@ def measure(path: Path, pair: Path) -> Measured:
     for turn in range(STEPS + 1):
         for step in reference.steps[:2]:
             start = perf_counter()
-            made = run(step.tensors, step.full)
+            made = run(step)
             if turn:
                 taken[step.full].append(1e3 * (perf_counter() - start))
             assert psnr_db(step.tensors["out_sample"], made) > SAME_DB
     return Measured(load, taken[True], taken[False], peak_memory() or 0.0)
 
 
-def opened(path: Path) -> Callable[[dict[str, Any], bool], np.ndarray]:
+def opened(path: Path) -> Callable[[Recorded], np.ndarray]:
     """A way to run a step: of a bundle's graphs, or of one that branches. All threads share a graph."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     if path.is_file():
-        single = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        single = ort.InferenceSession(path, session_options(SHARED), providers=["CPUExecutionProvider"])
         names = [value.name for value in single.get_inputs()]
 
-        def branch(tensors: dict[str, Any], full: bool) -> np.ndarray:
+        def branch(step: Recorded) -> np.ndarray:
             # Both branches' inputs must be there: a full step has a cache that nobody looks at.
-            given = {**tensors, "is_full": np.array(full)}
-            given.setdefault("cache", tensors["lowres_feature"])
+            given = {**step.tensors, "is_full": np.array(step.full)}
+            given.setdefault("cache", step.tensors["lowres_feature"])
             return single.run(["out_sample"], {name: given[name] for name in names})[0]
 
         return branch
-    graphs = open_bundle(path).manifest.target("onnx").graphs
-    sessions = {
-        graph.name: ort.InferenceSession(path / graph.file, options, providers=["CPUExecutionProvider"])
-        for graph in graphs
-        if graph.file is not None
-    }
-
-    def run(tensors: dict[str, Any], full: bool) -> np.ndarray:
-        at_hand = {name: tensors[name] for name in tensors if name not in ("out_sample", "lowres_feature")}
-        for graph in graphs:
-            if graph.frequency in ("step", "full_step" if full else "cached_step"):
-                if graph.file is None:
-                    at_hand["lowres_feature"] = at_hand["cache"]
-                    continue
-                given = {tensor.name: at_hand[tensor.name] for tensor in graph.inputs}
-                outputs = [tensor.name for tensor in graph.outputs]
-                at_hand.update(zip(outputs, sessions[graph.name].run(outputs, given), strict=True))
-        return at_hand["out_sample"]
-
-    return run
+    bundle = open_bundle(path)
+    targets = (msgspec.structs.replace(bundle.manifest.target("onnx"), session=SHARED),)
+    session = OrtSession(Bundle(path, msgspec.structs.replace(bundle.manifest, targets=targets)))
+    wanted = ("out_sample",)
+    return lambda step: run_step(session, step, session.graphs, wanted)["out_sample"]
 
 
 if __name__ == "__main__":

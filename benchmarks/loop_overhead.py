@@ -12,10 +12,10 @@ from measure import machine, spread
 
 import edgediff
 from edgediff_runtime import EdgePipeline
+from edgediff_runtime.loop import OUTSIDE
 
 GENERATIONS = 40
 BAR = 0.03
-OUTSIDE = ("scheduler", "other")
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         for step in result.ledger:
             if not step.full:
                 whole.append(sum(step.ms.values()))
-                outside.append(sum(step.ms[part] for part in OUTSIDE))
+                outside.append(sum(step.ms.get(part, 0.0) for part in OUTSIDE))
     shares = [part / step for part, step in zip(outside, whole, strict=True)]
     print(f"cached step, ms (median [p10, p90], {len(whole)} steps): {spread(whole)}")
     print(f"outside of the graphs, ms: {spread(outside)}")

@@ -12,6 +12,7 @@ from edgediff.doctor import Examination
 from edgediff.survey import PARTS, Survey
 from edgediff_runtime import Result
 from edgediff_runtime.clock import letters
+from edgediff_runtime.loop import OUTSIDE
 
 if TYPE_CHECKING:
     from edgediff.demo import Shown
@@ -109,7 +110,7 @@ def ledger_table(result: Result) -> Table:
         The table, with the sum in its footer.
     """
     spent = {name for step in result.ledger for name, ms in step.ms.items() if ms > 0}
-    names = [name for name in (*PARTS, "scheduler", "other") if name in spent]
+    names = [name for name in (*PARTS, *OUTSIDE) if name in spent]
     table = Table(title="ledger, ms", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("step", "sum")
     table.add_column("t", justify="right")

@@ -36,7 +36,7 @@ def ledger(class_bundle: Path) -> Ledger:
 
 def test_every_part_of_every_backend_is_in_the_ledger(ledger: Ledger) -> None:
     graphs = {"highres_in", "lowres", "highres_out"}
-    steps = {"full", "cached", "scheduler", "other", "loop", "loop_clock1", "undivided", "undivided_loop"}
+    steps = {"full", "cached", "guidance", "scheduler", "other", "loop", "loop_clock1", "undivided", "undivided_loop"}
     for backend in ("onnxruntime", "torch"):
         found = {row.part: row for row in ledger.rows if row.backend == backend}
         assert set(found) == graphs | steps | {"load", "first_call"}
@@ -53,7 +53,7 @@ def test_every_part_of_every_backend_is_in_the_ledger(ledger: Ledger) -> None:
 def test_a_step_is_the_sum_of_its_parts(ledger: Ledger) -> None:
     for backend in ("onnxruntime", "torch"):
         found = {row.part: sum(row.samples_ms) for row in ledger.rows if row.backend == backend}
-        parts = sum(found[part] for part in ("highres_in", "lowres", "highres_out", "scheduler", "other"))
+        parts = sum(found[part] for part in ("highres_in", "lowres", "highres_out", "guidance", "scheduler", "other"))
         assert parts == pytest.approx(found["full"] + found["cached"], rel=1e-3)
         assert found["full"] + found["cached"] == pytest.approx(found["loop"] + found["loop_clock1"], rel=1e-3)
 

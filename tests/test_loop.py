@@ -96,9 +96,11 @@ def test_guidance_switched_on_makes_that_step_full(torch_pipe: EdgePipeline) -> 
 
 def test_the_ledger_names_what_ran(ort_pipe: EdgePipeline) -> None:
     full, cached = ort_pipe(num_inference_steps=2, clock=2).ledger
-    assert set(full.ms) == {"highres_in", "lowres", "highres_out", "scheduler", "other"}
-    assert set(cached.ms) == {"highres_in", "adaptor", "highres_out", "scheduler", "other"}
+    assert set(full.ms) == {"highres_in", "lowres", "highres_out", "guidance", "scheduler", "other"}
+    assert set(cached.ms) == {"highres_in", "adaptor", "highres_out", "guidance", "scheduler", "other"}
     assert all(ms >= 0 for step in (full, cached) for ms in step.ms.values())
+    (alone,) = ort_pipe(num_inference_steps=1, guidance_scale=1.0).ledger
+    assert set(alone.ms) == {"highres_in", "lowres", "highres_out", "scheduler", "other"}
 
 
 def test_same_seed_same_bits_other_seed_other_images(ort_pipe: EdgePipeline) -> None:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from edgediff_runtime import EdgePipeline, open_bundle, ort_session
+from edgediff_runtime import Bundle, EdgePipeline, open_bundle
+from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_session import OrtSession
 
 # Rows in another grouping go through other kernels: what is left is the order of additions.
@@ -34,11 +36,21 @@ def test_rows_that_do_not_come_out_even_stay_together(class_bundle: Path, thread
     assert np.array_equal(session.get(value), rows)
 
 
-def test_large_graphs_are_loaded_once(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_session, "APART_BYTES", 1000)
-    session = OrtSession(open_bundle(class_bundle), 2)
-    assert session.put(rows_of(4)).shape()[0] == 4
-    assert session._apart is None
+def test_settings_are_the_manifests(class_bundle: Path) -> None:
+    bundle = open_bundle(class_bundle)
+    target = bundle.manifest.target("onnx")
+    assert target.session == SessionSettings(rows_apart=True)
+    other = SessionSettings(memory_arena=False, memory_pattern=False, stop_spinning=False, exact_int8=False)
+    for settings, on in ((other, False), (SessionSettings(), True), (None, True)):
+        targets = (msgspec.structs.replace(target, session=settings),)
+        session = OrtSession(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=targets)), 2)
+        assert session._apart is None
+        assert session.put(rows_of(4)).shape()[0] == 4
+        for each in session._shared.values():
+            options = each.get_session_options()
+            assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (on, on)
+            for entry in ("session.force_spinning_stop", "session.x64quantprecision"):
+                assert options.get_session_config_entry(entry) == str(int(on))
 
 
 def test_a_threads_rows_come_out_as_if_they_were_alone(class_bundle: Path) -> None:

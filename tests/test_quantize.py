@@ -24,6 +24,8 @@ from edgediff.export.quantize import affine, attended, observed_tensors, quantiz
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
 from edgediff_runtime import EdgePipeline
+from edgediff_runtime.manifest import SessionSettings
+from edgediff_runtime.ort_options import session_options
 
 INT8 = OnnxConfig(quantize_nbits=8, calibration_images=2)
 FLOAT = TensorProto.FLOAT
@@ -73,10 +75,7 @@ def block() -> ModelProto:
 
 
 def run(model: ModelProto, feeds: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # As the runtime does it: where there is no VNNI, weights with a sign overflow.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options = session_options(SessionSettings())
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return dict(zip(names, session.run(names, feeds), strict=True))
 

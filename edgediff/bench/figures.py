@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from edgediff.bench.ledger import Contender, Ledger
+from edgediff_runtime.loop import OUTSIDE
 
 INK, SOFT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
 # By part of a step; a backend or a layout that runs a whole step as one graph has one colour for it.
@@ -119,9 +120,9 @@ def divided(parts: Mapping[str, float], kind: str) -> dict[str, float]:
     middle = "lowres" if kind == "full" else "adaptor"
     graphs = {part: parts[part] for part in ("highres_in", middle, "highres_out") if part in parts}
     if not graphs:
-        outside = sum(parts.get(part, 0.0) for part in ("scheduler", "other"))
+        outside = sum(parts.get(part, 0.0) for part in OUTSIDE)
         return {"step": parts[kind] - outside, "other": outside}
-    # Medians do not add up to the median of their sum: what is left is the hand-off, the scheduler and that.
+    # Medians do not add up to the median of their sum: what is left is the hand-off, guidance, the scheduler and that.
     return graphs | {"other": max(parts[kind] - sum(graphs.values()), 0.0)}
 
 

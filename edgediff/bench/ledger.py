@@ -113,7 +113,7 @@ class Row(Struct, frozen=True):
     Attributes:
         bundle: As of its contender.
         backend: As of its contender.
-        part: A graph; ``full`` or ``cached``, a whole step; ``scheduler``, ``other`` (hand-off and guidance); ``loop``
+        part: A graph; ``full`` or ``cached``, a whole step; ``guidance``, ``scheduler``, ``other`` (hand-off); ``loop``
             and ``loop_clock1``, all steps; ``undivided`` and ``undivided_loop``; ``load`` and ``first_call``.
         median_ms: Milliseconds.
         p10_ms: The 10th percentile.

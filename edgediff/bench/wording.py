@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from edgediff.bench.ledger import Contender, Ledger, Machine, Row
 from edgediff_runtime.clock import letters
+from edgediff_runtime.loop import OUTSIDE
 
 # The graphs of a step stand between these.
 BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
-AFTER = ("scheduler", "other")
 
 
 def machine_line(machine: Machine) -> str:
@@ -53,8 +53,8 @@ def figure_cells(known: Contender) -> tuple[str, ...]:
 def part_names(rows: Iterable[Row]) -> tuple[str, ...]:
     """The parts of some rows in the order in which they are shown."""
     there = dict.fromkeys(row.part for row in rows)
-    graphs = [part for part in there if part not in (*BEFORE, *AFTER)]
-    return tuple(part for part in (*BEFORE, *graphs, *AFTER) if part in there)
+    graphs = [part for part in there if part not in (*BEFORE, *OUTSIDE)]
+    return tuple(part for part in (*BEFORE, *graphs, *OUTSIDE) if part in there)
 
 
 def milliseconds(row: Row | None) -> tuple[str, str]:

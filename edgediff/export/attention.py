@@ -11,9 +11,11 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 from onnxscript import ir
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
+
+from edgediff.export.rewriting import Rewriting, attributes_of
 
 log = logging.getLogger(__name__)
 
@@ -52,26 +54,22 @@ def spell_out_attention(model: ModelProto) -> ModelProto:
     Returns:
         The model. Fewer keys' attention stays one operator.
     """
+    rewriting = Rewriting(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "MultiHeadAttention" and node.domain == CONTRIB:
-            said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-            nodes += _spelled_out(node, said["num_heads"], said["scale"], model)
+            said = attributes_of(node)
+            nodes += _spelled_out(node, said["num_heads"], said["scale"], rewriting)
         else:
             nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
+    return rewriting.finish(nodes)
 
 
-def _spelled_out(node: NodeProto, heads: int, scale: float, model: ModelProto) -> list[NodeProto]:
+def _spelled_out(node: NodeProto, heads: int, scale: float, rewriting: Rewriting) -> list[NodeProto]:
     out = node.output[0]
-    constants = {
-        "apart": np.array([0, 0, heads, -1]), "together": np.array([0, 0, -1]), "scale": np.array(scale, np.float32),
-    }  # fmt: skip
-    model.graph.initializer.extend(
-        numpy_helper.from_array(value, f"{out}.attention.{name}") for name, value in constants.items()
-    )
+    heads_apart = rewriting.constant(f"{out}.attention.apart", np.array([0, 0, heads, -1]))
+    together = rewriting.constant(f"{out}.attention.together", np.array([0, 0, -1]))
+    scaling = rewriting.constant(f"{out}.attention.scale", np.array(scale, np.float32))
     nodes = []
 
     def add(op: str, inputs: list[str], name: str, **attributes: Any) -> str:
@@ -81,16 +79,12 @@ def _spelled_out(node: NodeProto, heads: int, scale: float, model: ModelProto) -
     taken = {}
     # Keys are turned on their side as well.
     for what, given, order in zip(("q", "k", "v"), node.input, (_HEADS_FIRST, (0, 2, 3, 1), _HEADS_FIRST), strict=True):
-        apart = add("Reshape", [given, f"{out}.attention.apart"], f"{out}.{what}.apart")
+        apart = add("Reshape", [given, heads_apart], f"{out}.{what}.apart")
         taken[what] = add("Transpose", [apart], f"{out}.{what}", perm=list(order))
-    scores = add(
-        "Mul", [add("MatMul", [taken["q"], taken["k"]], f"{out}.products"), f"{out}.attention.scale"], f"{out}.scores"
-    )
+    scores = add("Mul", [add("MatMul", [taken["q"], taken["k"]], f"{out}.products"), scaling], f"{out}.scores")
     weights = add("Softmax", [scores], f"{out}{ATTENTION_WEIGHTS}", axis=-1)
     mixed = add("MatMul", [weights, taken["v"]], f"{out}.mixed")
-    add(
-        "Reshape", [add("Transpose", [mixed], f"{out}.rows", perm=list(_HEADS_FIRST)), f"{out}.attention.together"], out
-    )
+    add("Reshape", [add("Transpose", [mixed], f"{out}.rows", perm=list(_HEADS_FIRST)), together], out)
     return nodes
 
 

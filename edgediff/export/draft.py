@@ -199,6 +199,7 @@ def essence(manifest: Manifest) -> Manifest:
         msgspec.structs.replace(
             target,
             ir_version=None,
+            session=None,
             specification_version=None,
             graphs=tuple(msgspec.structs.replace(g, external_data=None, simplified="") for g in target.graphs),
         )

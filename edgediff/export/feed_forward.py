@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from edgediff.export.rewriting import Rewriting
+from edgediff.export.rewriting import Rewriting, attributes_of
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class _Search:
     def around(self, split: NodeProto) -> _FeedForward | None:
         """The feed-forward that cuts its first product's result in two here; None where it is none, or holds little."""
         _, tokens, features = shape if len(shape := self._shape(split.input[0])) == 3 else (0, 0, 0)
-        said = {attribute.name: helper.get_attribute_value(attribute) for attribute in split.attribute}
+        said = attributes_of(split)
         slices = _slices(tokens, 4 * tokens * features)
         before = self._before(split.input[0])
         if slices == 1 or said.get("axis", 0) not in (-1, 2) or before is None:

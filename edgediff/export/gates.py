@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgediff.export.rewriting import Rewriting
+from edgediff.export.rewriting import Rewriting, attributes_of
 
 
 def separate_gates(model: ModelProto) -> ModelProto:
@@ -24,6 +24,7 @@ def separate_gates(model: ModelProto) -> ModelProto:
     taken = Counter(name for node in model.graph.node for name in node.input)
     taken.update(value.name for value in model.graph.output)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    rewriting = Rewriting(model)
     replaced: dict[str, list[NodeProto]] = {}
     for split in model.graph.node:
         add = made.get(split.input[0]) if split.op_type == "Split" and len(split.output) == 2 else None
@@ -41,30 +42,31 @@ def separate_gates(model: ModelProto) -> ModelProto:
             continue
         replaced[products[0].output[0]] = []
         replaced[add.output[0]] = []
-        replaced[split.output[0]] = _apart(products[0].input[0], weight, biases[0], split, model)
+        replaced[split.output[0]] = _apart(products[0].input[0], weight, biases[0], split, rewriting)
     nodes = [each for node in model.graph.node for each in replaced.get(node.output[0], [node])]
-    return Rewriting(model).finish(nodes)
+    return rewriting.finish(nodes)
 
 
 def _is_halved(split: NodeProto, sizes: TensorProto | None, weight: TensorProto, bias: TensorProto) -> bool:
     """Whether the result is cut in the middle of its features."""
-    said = {attribute.name: helper.get_attribute_value(attribute) for attribute in split.attribute}
+    said = attributes_of(split)
     features = weight.dims[1]
     if sizes is not None and numpy_helper.to_array(sizes).tolist() != [features // 2] * 2:
         return False
     return said.get("axis", 0) in (-1, 2) and list(bias.dims) == [features] and features % 2 == 0
 
 
-def _apart(given: str, weight: TensorProto, bias: TensorProto, split: NodeProto, model: ModelProto) -> list[NodeProto]:
+def _apart(
+    given: str, weight: TensorProto, bias: TensorProto, split: NodeProto, rewriting: Rewriting
+) -> list[NodeProto]:
     nodes = []
     halves = zip(
         np.split(numpy_helper.to_array(weight), 2, axis=1), np.split(numpy_helper.to_array(bias), 2), split.output,
         strict=True,
     )  # fmt: skip
     for half_weight, half_bias, out in halves:
-        names = f"{out}.weight", f"{out}.bias"
-        for name, value in zip(names, (half_weight, half_bias), strict=True):
-            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        nodes.append(helper.make_node("MatMul", [given, names[0]], [f"{out}.product"], f"{out}.product"))
-        nodes.append(helper.make_node("Add", [f"{out}.product", names[1]], [out], out))
+        kernel = rewriting.constant(f"{out}.weight", half_weight)
+        shift = rewriting.constant(f"{out}.bias", half_bias)
+        nodes.append(helper.make_node("MatMul", [given, kernel], [f"{out}.product"], f"{out}.product"))
+        nodes.append(helper.make_node("Add", [f"{out}.product", shift], [out], out))
     return nodes

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from edgediff.errors import UnsupportedError
-from edgediff.export.rewriting import Rewriting
+from edgediff.export.rewriting import Rewriting, attributes_of
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class _Expansion:
         """The nodes that take a node's place."""
         x, scale, bias = node.input
         out = node.output[0]
-        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        settings = attributes_of(node)
         groups = settings["num_groups"]
         shape = self.rewriting.shape(x)[1:]
         if not shape or not all(shape):

@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto, helper
 
-from edgediff.export.rewriting import Rewriting
+from edgediff.export.rewriting import Rewriting, attributes_of
 
 _PLAIN = {"group": 1, "strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
 
@@ -48,7 +48,7 @@ def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
     if node.op_type != "Conv":
         return None
     sizes = rewriting.weights.get(node.input[1], [])
-    said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    said = attributes_of(node)
     # What is left out is at its default: no zeros around, and a kernel of the weight's size.
     said = {"pads": [0, 0, 0, 0], "kernel_shape": sizes[2:]} | said
     if len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):

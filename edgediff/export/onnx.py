@@ -36,12 +36,15 @@ from edgediff.export.quantize import quantizing
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
-from edgediff_runtime.manifest import Graph, Target
+from edgediff_runtime.manifest import Graph, SessionSettings, Target
 
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
+# Of graphs of more bytes than this all threads share every operation. With a row for each of two threads a cached step
+# of SD v1.5, 3.4 GB, takes 0.96 of the time, a full one 0.98: not worth its weights in memory twice.
+APART_BYTES = 2**26
 # Simplifying moves constants, not arithmetic: what is left is rounding.
 HELD_DB = 100.0
 
@@ -110,7 +113,29 @@ def write_onnx(
         pool_weights(paths, folder / str(graphs[0].external_data))
         for path in paths:
             check(str(path))
-    return msgspec.structs.replace(target, opset=done.opset, ir_version=done.ir_version, graphs=tuple(graphs))
+    files = {folder / name for graph in graphs if graph.file for name in (graph.file, graph.external_data) if name}
+    return msgspec.structs.replace(
+        target,
+        opset=done.opset,
+        ir_version=done.ir_version,
+        session=recommended_session(sum(file.stat().st_size for file in files)),
+        graphs=tuple(graphs),
+    )
+
+
+def recommended_session(size: int) -> SessionSettings:
+    """What was measured to be best for graphs of a size (benchmarks/README.md).
+
+    Args:
+        size: Of all files of a target, bytes.
+
+    Returns:
+        ONNX Runtime's settings.
+
+    >>> recommended_session(3_000_000).rows_apart, recommended_session(3_000_000_000).rows_apart
+    (True, False)
+    """
+    return SessionSettings(rows_apart=size <= APART_BYTES)
 
 
 def write_graph(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig) -> Written:

@@ -21,6 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgediff.export.attention import ATTENTION_WEIGHTS
 from edgediff.export.passes import Pass
+from edgediff.export.rewriting import Rewriting
 
 # Lowest and highest value of a tensor.
 Range = tuple[float, float]
@@ -113,7 +114,7 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
     Returns:
         The graph.
     """
-    rewritten = _Rewriting(model, ranges)
+    rewritten = _Quantizing(model, ranges)
     chosen = {node.output[0] for node in quantized_nodes(model)}
     attentions = attended(model).values()
     is_signed = {name: name != weights for *taken, weights in attentions for name in (*taken, weights)}
@@ -124,22 +125,17 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
             rewritten.round_output(node, is_signed[node.output[0]])
         else:
             rewritten.nodes.append(node)
-    used = {name for node in rewritten.nodes for name in node.input}
-    kept = [tensor for tensor in (*model.graph.initializer, *rewritten.constants) if tensor.name in used]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(rewritten.nodes)
-    model.graph.initializer.extend(kept)
-    return model
+    return rewritten.finish(rewritten.nodes)
 
 
-class _Rewriting:
-    """A graph while it is rewritten: nodes and constants so far, and what of them is there to be shared."""
+class _Quantizing(Rewriting):
+    """A graph while it is quantized: nodes so far, and what of them is there to be shared."""
 
     def __init__(self, model: ModelProto, ranges: Mapping[str, Range]) -> None:
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        super().__init__(model)
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self.ranges = ranges
         self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
         self.quantized: dict[str, str] = {}
 
     def quantize(self, node: NodeProto) -> None:
@@ -165,7 +161,7 @@ class _Rewriting:
     def _round_trip(self, name: str, result: str, source: str | None = None, is_signed: bool = False) -> str:
         """Adds QuantizeLinear and DequantizeLinear of a tensor."""
         scale, zero = (symmetric if is_signed else affine)(self.ranges[name])
-        constants = [self._constant(f"{name}.scale", scale), self._constant(f"{name}.zero_point", zero)]
+        constants = [self.constant(f"{name}.scale", scale), self.constant(f"{name}.zero_point", zero)]
         rounded = f"{name}.quantized"
         self.nodes.append(
             helper.make_node("QuantizeLinear", [name if source is None else source, *constants], [rounded])
@@ -175,19 +171,15 @@ class _Rewriting:
 
     def _weight(self, name: str, axis: int) -> str:
         """Adds a weight of eight bits with its DequantizeLinear."""
-        rounded, scale = quantized_weight(numpy_helper.to_array(self.weights[name]), axis)
+        rounded, scale = quantized_weight(numpy_helper.to_array(self.tensors[name]), axis)
         constants = [
-            self._constant(f"{name}.quantized", rounded),
-            self._constant(f"{name}.scale", scale),
-            self._constant(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
+            self.constant(f"{name}.quantized", rounded),
+            self.constant(f"{name}.scale", scale),
+            self.constant(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
         ]
         result = f"{name}.dequantized"
         self.nodes.append(helper.make_node("DequantizeLinear", constants, [result], axis=axis))
         return result
-
-    def _constant(self, name: str, value: np.ndarray) -> str:
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
 
 
 def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,10 @@
 """A graph whose nodes are being replaced by others that compute the same."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 
 class Rewriting:
@@ -44,7 +45,7 @@ class Rewriting:
         """
         if name not in self.weights:
             self.weights[name] = list(values.shape)
-            self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+            self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
         return name
 
     def finish(self, nodes: Sequence[NodeProto]) -> ModelProto:
@@ -64,3 +65,12 @@ class Rewriting:
         graph.node.extend(nodes)
         graph.initializer.extend(kept)
         return self.model
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    """A node's attributes by name: those that it says, defaults left out.
+
+    >>> attributes_of(helper.make_node("Split", ["x"], ["y", "z"], axis=1))
+    {'axis': 1}
+    """
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

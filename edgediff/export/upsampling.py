@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgediff.export.kernels import Convolution, convolution, kernels
-from edgediff.export.rewriting import Rewriting
+from edgediff.export.rewriting import Rewriting, attributes_of
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def merge_upsampling(model: ModelProto) -> ModelProto:
 def _is_doubling(node: NodeProto, small: dict[str, TensorProto]) -> bool:
     if node.op_type != "Resize" or len(node.input) < 3 or node.input[2] not in small:
         return False
-    said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    said = attributes_of(node)
     nearest = said.get("mode", b"nearest") == b"nearest" and said.get("nearest_mode") == b"floor"
     plain = said.get("coordinate_transformation_mode") == b"asymmetric" and "axes" not in said
     return nearest and plain and numpy_helper.to_array(small[node.input[2]]).tolist() == _TWICE

@@ -23,8 +23,10 @@ from edgediff_runtime.sessions import Array, Session
 
 # A normalization squares what it is given: above this float32 overflows, and what comes out may be finite and wrong.
 OVERFLOW = 1e18
+# What a step spends outside of its graphs; "other" is hand-off and clock.
+OUTSIDE = ("guidance", "scheduler", "other")
 
-__all__ = ["CACHE", "LOWRES_FEATURE", "Request", "Step", "denoise", "initial_latents"]
+__all__ = ["CACHE", "LOWRES_FEATURE", "OUTSIDE", "Request", "Step", "denoise", "initial_latents"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Step:
         full: Whether the low-resolution part ran.
         guided: Whether unconditional rows ran too.
         latents: Latents after the step, [N, C, H, W], read-only; a new array for each step.
-        ms: Milliseconds in each graph, in the ``scheduler`` and in everything ``other`` (hand-off, clock).
+        ms: Milliseconds in each graph, in ``guidance`` where there is any, in the ``scheduler`` and in everything
+            ``other`` (hand-off, clock).
         tensors: The table of tensors of each chunk of rows, in the backend's form; the next step changes it. Empty in
             a finished generation's ledger, which would keep them all in memory.
         moved: How far ``highres_feature`` had moved since the last full step, where an auto clock compared it; not
@@ -146,9 +149,11 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         out = _gather(session, chunks, "out_sample", len(rows))
         model_output = out
         if guided:
+            before = perf_counter()
             u, c = out[:num_images], out[num_images:]
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
                 model_output = u + np.float32(request.guidance[i]) * (c - u)
+            ms["guidance"] = 1e3 * (perf_counter() - before)
         before = perf_counter()
         fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
         with np.errstate(over="ignore", invalid="ignore"):

@@ -92,6 +92,27 @@ class Floors(Struct, frozen=True):
     program: float | None = None
 
 
+class SessionSettings(Struct, frozen=True):
+    """How ONNX Runtime is set where these graphs are fastest and take the least memory, as it was measured.
+
+    Attributes:
+        rows_apart: Where there are equally many rows for every thread, each takes its own through a graph of its own,
+            alone, instead of sharing every operation with the others. The graphs are in memory twice then.
+        memory_arena: Memory of tensors that are done with is kept for those to come.
+        memory_pattern: Memory is laid out by the shapes of earlier runs.
+        stop_spinning: Threads stop waiting awake when a run ends. Each graph has threads of its own: the next graph
+            would run against them.
+        exact_int8: On x64 without VNNI, kernels of eight bits that do not add pairs of products in 16 bits, which
+            overflow for weights with a sign.
+    """
+
+    rows_apart: bool = False
+    memory_arena: bool = True
+    memory_pattern: bool = True
+    stop_spinning: bool = True
+    exact_int8: bool = True
+
+
 class Target(Struct, frozen=True):
     """The graphs for one kind of backend.
 
@@ -105,6 +126,7 @@ class Target(Struct, frozen=True):
         graphs: In the order in which a step runs them.
         opset: ONNX operator set; None for others.
         ir_version: ONNX file version; None for others.
+        session: How ONNX Runtime is best set; None for others.
         deployment_target: Oldest system that runs Core ML's graphs, such as ``iOS18``; None for others.
         specification_version: Of Core ML's model format; None for others.
     """
@@ -117,6 +139,7 @@ class Target(Struct, frozen=True):
     graphs: tuple[Graph, ...]
     opset: int | None = None
     ir_version: int | None = None
+    session: SessionSettings | None = None
     deployment_target: str | None = None
     specification_version: int | None = None
 

@@ -3,7 +3,7 @@
 Its threads share each operation of a graph between them and meet after every one, which a small graph spends much of
 its time on. Rows do not look at each other, so where there are equally many for every thread each takes its own
 through the whole graph, alone; where there are not, all threads share the graph. Each way is a graph of its own in
-memory: large ones, which gain little, are always shared.
+memory: the manifest says whether that is worth it.
 """
 
 import os
@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import Graph, SessionSettings
+from edgediff_runtime.ort_options import session_options
 
 Array = npt.NDArray[Any]
 
@@ -26,10 +27,6 @@ ORT_TYPES = {
     "int64": "tensor(int64)",
     "int32": "tensor(int32)",
 }
-
-# Graphs of more bytes than this are shared by all threads. With a row for each of two threads a cached step of SD v1.5,
-# 3.4 GB, takes 0.96 of the time, a full one 0.98: not worth its weights in memory twice.
-APART_BYTES = 2**26
 
 
 class OrtSession:
@@ -58,16 +55,17 @@ class OrtSession:
         """
         import onnxruntime as ort
 
-        self.graphs = bundle.manifest.target("onnx").graphs
+        target = bundle.manifest.target("onnx")
+        settings = SessionSettings() if target.session is None else target.session
+        self.graphs = target.graphs
         self.threads = _cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
         _check_files(bundle, self.graphs)
-        files = {name for graph in self.graphs if graph.file for name in (graph.file, graph.external_data) if name}
-        small = sum(bundle.manifest.files[name].size for name in files) <= APART_BYTES
-        self._shared = _load(bundle, self.graphs, threads)
-        self._apart = _load(bundle, self.graphs, 1) if small and self.threads > 1 else None
+        self._shared = _load(bundle, self.graphs, session_options(settings, threads))
+        apart = settings.rows_apart and self.threads > 1
+        self._apart = _load(bundle, self.graphs, session_options(settings, 1)) if apart else None
 
     def put(self, array: Array) -> Any:
         """Wraps an array without a copy.
@@ -121,18 +119,10 @@ class OrtSession:
         tensors.update(zip(names, zip(*made, strict=True), strict=True))
 
 
-def _load(bundle: Bundle, graphs: tuple[Graph, ...], threads: int | None) -> dict[str, Any]:
-    """Each graph by its name, with so many threads; with ONNX Runtime's own choice where None."""
+def _load(bundle: Bundle, graphs: tuple[Graph, ...], options: Any) -> dict[str, Any]:
+    """Each graph by its name."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    # Each graph has threads of its own, which wait awake after a run: the next graph would run against them.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI, x64 kernels of eight bits add pairs of products in 16 bits, which overflow for weights with a sign.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     sessions = {}
     for graph in graphs:
         if graph.file is not None:
