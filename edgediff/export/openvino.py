@@ -6,7 +6,7 @@ Constraints that shaped this file:
 - ``convert_model`` tells OpenVINO's makers that it was used; reading a graph and writing it does not.
 - Names that OpenVINO makes up count what the process has made so far: two exports would differ.
 - In eight bits, its kernels for processors without VNNI overflow unless weights have half the levels: a step of a small
-  model comes to 31.5 dB of fp32 with 127 of them and to 43.3 with 63, on a processor without such errors to 43.5.
+  model comes to 31.5 dB of fp32 with 127 of them and to 43.3 with 63 (127 in float arithmetic: 43.5).
 - A model in IR reads the weights of its own file alone: two of them cannot share what they have in common.
 """
 
