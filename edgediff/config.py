@@ -13,15 +13,19 @@ from edgediff.errors import ConfigError
 from edgediff.strict import read_yaml, retyped, spell_clock, strict
 from edgediff.targets import FUSED_OPSET
 from edgediff.targets import CoreMLConfig as CoreMLConfig
+from edgediff.targets import EightBits as EightBits
 from edgediff.targets import ExecuTorchConfig as ExecuTorchConfig
 from edgediff.targets import Layout as Layout
 from edgediff.targets import OnnxConfig as OnnxConfig
+from edgediff.targets import OpenVinoConfig as OpenVinoConfig
 from edgediff.targets import Target as Target
 from edgediff.targets import opset_of as opset_of
 from edgediff_runtime.auto_clock import AutoClock
 from edgediff_runtime.clock import parse_clock
 from edgediff_runtime.errors import RequestError
 
+# Targets whose weights and products may be of eight bits, and what their files are.
+QUANTIZABLE: dict[Target, str] = {"onnx": "ONNX graphs", "openvino": "OpenVINO's models"}
 POINTS = ("before_upsample", "after_upsample")
 
 VerifyMode = Literal["full", "graphs"]
@@ -119,12 +123,13 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             for models with text, 1.0 (off) for models with neither.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
-            clock allows: ONNX and ExecuTorch in a ``pair``, unless all steps are full, the clock decides as it runs, or
+            clock allows: all but Core ML in a ``pair``, unless all steps are full, the clock decides as it runs, or
             ONNX graphs are to be portable (providers for accelerators want weights in the graph's file); else
             ``split``.
         onnx: How ONNX graphs are written.
         coreml: How Core ML packages are written.
         executorch: How the ExecuTorch program is written.
+        openvino: How OpenVINO's models are written.
         verify: What the numbers must hold.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
             (``encoder_hidden_states``, ``negative_encoder_hidden_states``, ``text_embeds``, ...), or None.
@@ -145,6 +150,7 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     onnx: OnnxConfig = OnnxConfig()
     coreml: CoreMLConfig = CoreMLConfig()
     executorch: ExecuTorchConfig = ExecuTorchConfig()
+    openvino: OpenVinoConfig = OpenVinoConfig()
     verify: VerifyConfig = VerifyConfig()
     conditioning: str | None = None
     random_weights: int | None = None
@@ -245,12 +251,10 @@ def check_config(config: ExportConfig) -> ExportConfig:
     if not 18 <= opset_of(config.onnx) <= latest:
         why = ", since in 23 attention is an operator that is not portable" if config.onnx.portable else ""
         raise ConfigError(f"'onnx.opset' is {config.onnx.opset}; expected 18 to {latest}{why}")
-    if config.onnx.quantize_nbits is not None and "onnx" not in config.targets:
-        raise ConfigError(f"'onnx.quantize_nbits' is for ONNX graphs; the targets are: {', '.join(config.targets)}")
-    if config.onnx.quantize_attention and (config.onnx.quantize_nbits is None or opset_of(config.onnx) < FUSED_OPSET):
-        raise ConfigError(f"'onnx.quantize_attention' needs 'onnx.quantize_nbits' and 'onnx.opset' {FUSED_OPSET}")
-    if config.onnx.calibration_images < 1:
-        raise ConfigError(f"'onnx.calibration_images' is {config.onnx.calibration_images}; expected 1 or more")
+    for target in QUANTIZABLE:
+        _check_eight_bits(config, target)
+    if config.onnx.quantize_attention and opset_of(config.onnx) < FUSED_OPSET:
+        raise ConfigError(f"'onnx.quantize_attention' needs 'onnx.opset' {FUSED_OPSET}")
     for name, batch in (("coreml", config.coreml.batch), ("executorch", config.executorch.batch)):
         if batch is not None and not 1 <= batch <= 2:
             raise ConfigError(f"'{name}.batch' is {batch}; expected 1, 2 or nothing")
@@ -298,6 +302,19 @@ def check_config(config: ExportConfig) -> ExportConfig:
     return config
 
 
+def _check_eight_bits(config: ExportConfig, target: Target) -> None:
+    """Holds what says how one of `QUANTIZABLE` is quantized."""
+    said: EightBits = getattr(config, target)
+    if said.quantize_nbits is not None and target not in config.targets:
+        raise ConfigError(
+            f"'{target}.quantize_nbits' is for {QUANTIZABLE[target]}; the targets are: {', '.join(config.targets)}"
+        )
+    if said.quantize_attention and said.quantize_nbits is None:
+        raise ConfigError(f"'{target}.quantize_attention' needs '{target}.quantize_nbits'")
+    if said.calibration_images < 1:
+        raise ConfigError(f"'{target}.calibration_images' is {said.calibration_images}; expected 1 or more")
+
+
 def block_of(point: str) -> int | None:
     """The N of a cut point ``block:N``.
 
@@ -328,8 +345,7 @@ def layout_of(config: ExportConfig, target: Target) -> Layout:
     >>> layout_of(ExportConfig(coreml=CoreMLConfig(layout="pair")), "coreml")
     'pair'
     """
-    layouts = {"onnx": config.onnx.layout, "coreml": config.coreml.layout, "executorch": config.executorch.layout}
-    own = layouts[target]
+    own: Layout | None = getattr(config, target).layout
     chosen = config.layout if own is None else own
     if chosen is not None:
         return chosen

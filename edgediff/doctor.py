@@ -33,6 +33,7 @@ TESTED = {
 ONNX = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
 COREML = ("torch", "diffusers", "coremltools", "pyyaml")
 EXECUTORCH = ("torch", "diffusers", "executorch", "pyyaml")
+OPENVINO = (*ONNX, "openvino")
 TRAIN = ("torch", "diffusers", "pyyaml", "accelerate", "matplotlib")
 EXPORT = tuple(dict.fromkeys((*ONNX, *COREML)))
 
@@ -162,7 +163,8 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
         "run Core ML packages on Apple's runtime": needs("coremltools") if mac else "no: it needs macOS",
         "recompute trajectories in torch": needs("torch"),
         "train adaptors": needs(*TRAIN, extra="train"),
-        "run ONNX bundles in OpenVINO": needs("openvino", extra="bench"),
+        "export to OpenVINO": needs(*OPENVINO, extra="openvino"),
+        "run ONNX and OpenVINO bundles in OpenVINO": needs("openvino", extra="openvino"),
         "export to ExecuTorch and run it": needs(*EXECUTORCH, extra="executorch"),
         "plan clocks": needs("matplotlib", extra="train"),
     }

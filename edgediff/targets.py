@@ -4,25 +4,36 @@ from typing import Literal
 
 import msgspec
 
-Target = Literal["onnx", "coreml", "executorch"]
+Target = Literal["onnx", "coreml", "executorch", "openvino"]
 Layout = Literal["split", "pair"]
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 # The first operator set that has attention, and one that is everywhere.
 FUSED_OPSET, PORTABLE_OPSET = 23, 21
 
 
-class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EightBits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a target of eight bits is quantized by.
+
+    Attributes:
+        quantize_nbits: 8 has convolutions and matrix products take weights and inputs of eight bits, with ranges
+            measured along whole trajectories; what stands between them stays in fp32. None leaves all of it there.
+        quantize_attention: Of eight bits are also the products of attention over many keys, which is spelt out then:
+            OpenVINO has kernels for them, ONNX Runtime computes its own operator faster.
+        calibration_images: How many images those trajectories are of.
+    """
+
+    quantize_nbits: Literal[8] | None = None
+    quantize_attention: bool = False
+    calibration_images: int = 4
+
+
+class OnnxConfig(EightBits, frozen=True):
     """How the ONNX graphs are written.
 
     Attributes:
         opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones spell it
             out. None takes 23, or 21 where the graphs are to be portable.
         dtype: Precision of weights and features, of what is not quantized.
-        quantize_nbits: 8 has convolutions and matrix products take weights and inputs of eight bits, with ranges
-            measured along whole trajectories; what stands between them stays in `dtype`. None leaves all of it there.
-        quantize_attention: Of eight bits are also the products of attention over many keys, which is spelt out then:
-            OpenVINO has kernels for them, ONNX Runtime computes its own operator faster.
-        calibration_images: How many images those trajectories are of.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Else graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
@@ -33,9 +44,6 @@ class OnnxConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     opset: int | None = None
     dtype: Literal["fp32"] = "fp32"
-    quantize_nbits: Literal[8] | None = None
-    quantize_attention: bool = False
-    calibration_images: int = 4
     simplify: bool = True
     portable: bool = False
     layout: Layout | None = None
@@ -69,6 +77,17 @@ class ExecuTorchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     batch: int | None = None
+    layout: Layout | None = None
+
+
+class OpenVinoConfig(EightBits, frozen=True):
+    """How OpenVINO's models (IR) are written: what ONNX's default graphs say, in fp32 or eight bits.
+
+    Attributes:
+        layout: How the graphs are packed; None takes the recipe's. In a ``pair`` each has its own weights on disk: a
+            model in IR knows only those of its own file.
+    """
+
     layout: Layout | None = None
 
 

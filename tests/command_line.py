@@ -20,7 +20,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PROGRESS = (
     "loading ", "opening ", "step ", "dividing ", "drawing ", "reference trajectory", "exporting ", "verifying: ",
     "hashing ", "holding ", "onnxruntime: ", "mil-reference: ", "coreml: ", "trajectory of the source",
-    "reference with weights", "joining ", "storing ",
+    "reference with weights", "joining ", "storing ", "openvino: ", "writing ", "calibrating ", "measuring ",
 )  # fmt: skip
 
 

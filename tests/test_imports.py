@@ -25,6 +25,7 @@ STAGES = (
         "edgediff.arrays",
         "edgediff.coreml",
         "edgediff.executorch",
+        "edgediff.openvino",
         "edgediff.doctor",
         "edgediff.outputs",
         "edgediff.survey",

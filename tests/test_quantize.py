@@ -310,7 +310,7 @@ def test_a_graph_that_is_wrong_before_it_is_quantized(class_bundle: Path) -> Non
     ("args", "parts"),
     [
         (("--quantize-nbits", 4), ("onnx.quantize_nbits",)),
-        (("--quantize-nbits", 8, "--target", "coreml"), ("onnx.quantize_nbits", "coreml")),
+        (("--quantize-nbits", 8, "--target", "coreml"), ("--quantize-nbits", "coreml")),
     ],
 )
 def test_other_widths_and_targets_are_refused(

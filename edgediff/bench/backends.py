@@ -25,14 +25,14 @@ class Backend:
 
     Attributes:
         name: As everywhere.
-        target: Whose graphs it runs; None where it runs the source.
+        targets: Whose graphs it runs, the first of them that a bundle has; none where it runs the source.
         package: What must be installed.
         install: The command that installs it.
         floor_db: What its output is held to; None takes the floor of the bundle's target.
     """
 
     name: str
-    target: str | None
+    targets: tuple[str, ...]
     package: str
     install: str
     floor_db: float | None = None
@@ -42,16 +42,28 @@ class Backend:
         """Whether its package is there; not whether it works here."""
         return find_spec(self.package) is not None
 
+    def target(self, manifest: Manifest) -> str | None:
+        """Which of a bundle's targets it runs.
+
+        Args:
+            manifest: The bundle's.
+
+        Returns:
+            The target's name; None where it runs none of them.
+        """
+        there = {target.target for target in manifest.targets}
+        return next((name for name in self.targets if name in there), None)
+
 
 BACKENDS = (
-    Backend("torch", None, "torch", 'pip install "edgediff[export]"'),
-    Backend("torch-compile", None, "torch", 'pip install "edgediff[export]"'),
-    Backend("onnxruntime", "onnx", "onnxruntime", "pip install edgediff"),
-    Backend("openvino", "onnx", "openvino", 'pip install "edgediff[bench]"'),
-    Backend("openvino-bf16", "onnx", "openvino", 'pip install "edgediff[bench]"', BF16_DB),
-    Backend("executorch", "executorch", "executorch", 'pip install "edgediff[executorch]"'),
-    Backend("coreml", "coreml", "coremltools", 'pip install "edgediff[export]", on macOS'),
-    Backend("mil-reference", "coreml", "coremltools", 'pip install "edgediff[export]"'),
+    Backend("torch", (), "torch", 'pip install "edgediff[export]"'),
+    Backend("torch-compile", (), "torch", 'pip install "edgediff[export]"'),
+    Backend("onnxruntime", ("onnx",), "onnxruntime", "pip install edgediff"),
+    Backend("openvino", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"'),
+    Backend("openvino-bf16", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"', BF16_DB),
+    Backend("executorch", ("executorch",), "executorch", 'pip install "edgediff[executorch]"'),
+    Backend("coreml", ("coreml",), "coremltools", 'pip install "edgediff[export]", on macOS'),
+    Backend("mil-reference", ("coreml",), "coremltools", 'pip install "edgediff[export]"'),
 )
 # Evaluated in torch, to be right and not to be fast: timed where it is asked for by name.
 NOT_BY_DEFAULT = ("mil-reference",)
@@ -109,16 +121,16 @@ def opened(
         RequestError: The backend is not to be had on this machine.
         UnsupportedError: The source is not at hand.
     """
-    if backend.target is None:
+    if not backend.targets:
         return _torch(bundle.manifest, compile_parts=backend.name == "torch-compile", undivided=undivided)
     if whole is not None:
-        bundle = Bundle(Path(whole.folder), _with_whole(bundle.manifest, backend.target, whole))
+        bundle = Bundle(Path(whole.folder), _with_whole(bundle.manifest, whole))
     return open_session(bundle, backend.name, threads=threads)
 
 
-def _with_whole(manifest: Manifest, name: str, whole: Whole) -> Manifest:
+def _with_whole(manifest: Manifest, whole: Whole) -> Manifest:
     """A manifest of the undivided UNet alone."""
-    target: Target = msgspec.structs.replace(manifest.target(name), graphs=(whole.graph,))
+    target: Target = msgspec.structs.replace(manifest.target("onnx"), graphs=(whole.graph,))
     return msgspec.structs.replace(manifest, targets=(target,), files=whole.files)
 
 

@@ -218,27 +218,28 @@ def _runners(
     opened: Sequence[tuple[str, Bundle]], chosen: Sequence[Backend], asked: Task, folder: Path | None, say: Say
 ) -> Iterator[_Runner]:
     """A runner for each bundle in each backend, and beside it one for the undivided UNet where that can be had."""
-    runs_onnx = any(backend.is_installed and backend.target == "onnx" for backend in chosen)
     for number, (name, bundle) in enumerate(opened):
         manifest = bundle.manifest
         there = [target.target for target in manifest.targets]
         whole, reason = None, ""
         # The undivided UNet is in fp32: beside it, graphs of eight bits would have saved what the clock did not.
         alike = [target for target in manifest.targets if target.target == "onnx" and target.dtype == "fp32"]
+        runs_onnx = any(backend.is_installed and backend.target(manifest) == "onnx" for backend in chosen)
         if folder is not None and runs_onnx and alike:
             whole, reason = _whole(name, manifest, folder / str(number), say)
         for backend in chosen:
             known = Contender(name, backend.name, manifest.source.sha256, "measured")
+            target = backend.target(manifest)
             if not backend.is_installed:
                 known = msgspec.structs.replace(known, status="absent", says=f"not installed: {backend.install}")
-            elif backend.target is not None and backend.target not in there:
-                says = f"runs {backend.target} graphs, the bundle has {', '.join(there)}"
+            elif backend.targets and target is None:
+                says = f"runs {' or '.join(backend.targets)} graphs, the bundle has {', '.join(there)}"
                 known = msgspec.structs.replace(known, status="absent", says=says)
             task = msgspec.structs.replace(asked, bundle=name, backend=backend.name)
             needs = _needs(manifest)
-            without = reason if backend.target == "onnx" and known.status == "measured" else ""
+            without = reason if target == "onnx" and known.status == "measured" else ""
             yield _Runner(known, task, needs, without=without)
-            has_whole = folder is not None if backend.target is None else backend.target == "onnx" and whole is not None
+            has_whole = folder is not None if not backend.targets else target == "onnx" and whole is not None
             if known.status == "measured" and has_whole:
                 yield _Runner(known, msgspec.structs.replace(task, undivided=True, whole=whole), needs)
 

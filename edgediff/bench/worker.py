@@ -153,7 +153,8 @@ def _floor(manifest: Manifest, backend: Backend) -> float:
     """What a step is held to; torch, which has no graphs, to the strictest of the targets."""
     if backend.floor_db is not None:
         return backend.floor_db
-    return max(target.floors.composed for target in manifest.targets if backend.target in (None, target.target))
+    name = backend.target(manifest)
+    return max(target.floors.composed for target in manifest.targets if name in (None, target.target))
 
 
 def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:

@@ -34,7 +34,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is to be.")] = Path("bundle"),
     config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="What to write: onnx, coreml, executorch; may be given more than once.")
+        list[str] | None,
+        typer.Option(help="What to write: onnx, coreml, executorch, openvino; may be given more than once."),
     ] = None,
     level: LevelOption = None,
     point: PointOption = None,
@@ -49,7 +50,7 @@ def export(
         str | None, typer.Option(help="Precision of ONNX and Core ML: fp32, or fp16 for Core ML (its default).")
     ] = None,
     quantize_nbits: Annotated[
-        int | None, typer.Option(help="8: ONNX graphs with weights and products of eight bits.")
+        int | None, typer.Option(help="8: ONNX graphs and OpenVINO's models with weights and products of eight bits.")
     ] = None,
     layout: Annotated[
         str | None,
@@ -72,7 +73,7 @@ def export(
     """Export a model as a verified bundle."""
     import msgspec
 
-    from edgediff.config import ExportConfig, config_from, load_config
+    from edgediff.config import QUANTIZABLE, ExportConfig, config_from, load_config
 
     recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
     given = {
@@ -83,13 +84,16 @@ def export(
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (
         ("cut", "level", level), ("cut", "point", point), ("verify", "mode", verify),
-        ("coreml", "deployment_target", deployment_target), ("onnx", "quantize_nbits", quantize_nbits),
+        ("coreml", "deployment_target", deployment_target),
+        *((section, "quantize_nbits", quantize_nbits) for section in QUANTIZABLE if section in recipe["targets"]),
         *((section, "dtype", dtype) for section in ("onnx", "coreml") if section in recipe["targets"]),
     ):  # fmt: skip
         if value is not None:
             recipe[section][key] = value
     if dtype is not None and not {"onnx", "coreml"} & set(recipe["targets"]):
         raise ConfigError(f"--dtype is for ONNX and Core ML; the targets are: {', '.join(recipe['targets'])}")
+    if quantize_nbits is not None and not QUANTIZABLE.keys() & set(recipe["targets"]):
+        raise ConfigError(f"--quantize-nbits is for ONNX and OpenVINO; the targets are: {', '.join(recipe['targets'])}")
     checked = config_from(recipe)
     if checked.model is None:
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")

@@ -41,6 +41,7 @@ class Calibration:
 
 def calibrate(
     pipe: EdgePipeline,
+    target: str,
     conditioning: dict[str, np.ndarray],
     images: int,
     floor_db: float,
@@ -53,6 +54,7 @@ def calibrate(
 
     Args:
         pipe: A pipeline over torch.
+        target: Whose graphs are to be quantized.
         conditioning: Embeddings by name, as the reference has them; empty for classes.
         images: How many images each trajectory is of.
         floor_db: PSNR that each graph must hold before it is quantized.
@@ -62,7 +64,7 @@ def calibrate(
         The calibration.
     """
     point = pipe.manifest.operating_point
-    graphs = pipe.manifest.target("onnx").graphs
+    graphs = pipe.manifest.target(target).graphs
     wanted = {tensor.name for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
     request = reference_request(pipe.manifest, conditioning) | {
         "num_images": images,

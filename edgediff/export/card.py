@@ -6,7 +6,7 @@ from edgediff.models.load import Model
 from edgediff.survey import adaptor_in_words
 from edgediff_runtime import Manifest
 
-FORMATS = {"onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch"}
+FORMATS = {"onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
 PATENT_NOTE = (
     "The methods in this bundle (reuse of low-resolution features across denoising steps) may be covered by patents. "
     "No licence to any patent is given with it."
@@ -71,6 +71,8 @@ def _how_to_run(manifest: Manifest) -> list[str]:
         )
     if "executorch" in targets:
         lines.append("The ExecuTorch program: `edgediff run . -o out.png --backend executorch`.")
+    if "openvino" in targets:
+        lines.append("OpenVINO's models: `edgediff run . -o out.png --backend openvino`.")
     return lines
 
 

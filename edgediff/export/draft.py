@@ -9,7 +9,7 @@ import torch
 from edgediff.config import ExportConfig, Target, layout_of, opset_of
 from edgediff.errors import UnsupportedError
 from edgediff.export.conditioning import Source
-from edgediff.export.layout import coreml_graphs, executorch_graphs, onnx_graphs
+from edgediff.export.layout import coreml_graphs, executorch_graphs, onnx_graphs, openvino_graphs
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
@@ -27,6 +27,7 @@ TOOLS_OF_TARGET: dict[Target, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxsim", "onnxruntime"),
     "coreml": ("coremltools",),
     "executorch": ("executorch",),
+    "openvino": ("onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino"),
 }
 
 
@@ -86,7 +87,7 @@ def draft_manifest(
     # As the manifest's JSON gives it back, so that the two can be compared.
     recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
-    tools = [*TOOLS, *(tool for target in config.targets for tool in TOOLS_OF_TARGET[target])]
+    tools = dict.fromkeys((*TOOLS, *(tool for target in config.targets for tool in TOOLS_OF_TARGET[target])))
     return Manifest(
         format_version=FORMAT_VERSION,
         generator=f"edgediff {version('edgediff')}",
@@ -144,6 +145,12 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
                 target="coreml", layout=layout_of(config, "coreml"), dtype=config.coreml.dtype, batch=batch,
                 floors=_floors(config, config.coreml.dtype), graphs=coreml_graphs(parts, divided, config, batch),
                 deployment_target=config.coreml.deployment_target, specification_version=0,
+            )  # fmt: skip
+        elif name == "openvino":
+            dtype = "fp32" if config.openvino.quantize_nbits is None else "int8"
+            target = m.Target(
+                target="openvino", layout=layout_of(config, "openvino"), dtype=dtype, batch=None,
+                floors=_floors(config, dtype), graphs=openvino_graphs(parts, divided, config),
             )  # fmt: skip
         else:
             batch = usual if config.executorch.batch is None else config.executorch.batch

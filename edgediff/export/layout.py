@@ -22,6 +22,7 @@ OUTSIDE = (
 )  # fmt: skip
 ONNX_WEIGHTS = "onnx/weights.bin"
 COREML_PAIR = "coreml/unet.mlpackage"
+OPENVINO_FOLDER = "openvino"
 EXECUTORCH_PROGRAM = "executorch/unet.pte"
 
 
@@ -64,6 +65,28 @@ def onnx_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConf
         graph if graph.file is None
         else msgspec.structs.replace(graph, file=f"onnx/{graph.name}.onnx", external_data=weights)
         for graph in graphs
+    )  # fmt: skip
+
+
+def openvino_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConfig) -> tuple[Graph, ...]:
+    """The graphs of the OpenVINO target: symbolic batch, tensors in fp32, each with weights of its own.
+
+    Args:
+        parts: The four parts as graphs.
+        divided: The divided UNet.
+        config: The recipe.
+
+    Returns:
+        The graphs in the order of a step.
+    """
+    return tuple(
+        graph if graph.file is None
+        else msgspec.structs.replace(
+            graph,
+            file=f"{OPENVINO_FOLDER}/{graph.name}.xml",
+            external_data=f"{OPENVINO_FOLDER}/{graph.name}.bin",
+        )
+        for graph in _pack(parts, divided, layout_of(config, "openvino"))
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from edgediff.export.passes import (
     run_passes,
     weight_bytes,
 )
-from edgediff.export.quantize import quantizing
+from edgediff.export.quantize import WEIGHT_LEVELS, quantizing
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -74,6 +74,7 @@ def write_onnx(
     config: OnnxConfig,
     say: Callable[[str], None],
     calibration: Calibration | None = None,
+    weight_levels: int = WEIGHT_LEVELS,
 ) -> Target:
     """Writes every ONNX graph of a target.
 
@@ -85,6 +86,7 @@ def write_onnx(
         config: How to write.
         say: Told what is being done.
         calibration: What graphs of eight bits are made by; None leaves them in fp32.
+        weight_levels: Largest magnitude of their weights.
 
     Returns:
         The target with what is known now: where weights lie, versions, what onnxsim did.
@@ -102,7 +104,7 @@ def write_onnx(
             done = write_graph(modules[graph.name], graph, examples[graph.name], path, config)
             if calibration is not None:
                 say(f"measuring ranges and quantizing {graph.name}")
-                done = replace(done, external_data=_quantize(path, graph, calibration, config))
+                done = replace(done, external_data=_quantize(path, graph, calibration, config, weight_levels))
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
             graph = msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
@@ -221,13 +223,13 @@ def _save(model: onnx.ModelProto, path: Path) -> str | None:
     return beside.name
 
 
-def _quantize(path: Path, graph: Graph, calibration: Calibration, config: OnnxConfig) -> str | None:
+def _quantize(path: Path, graph: Graph, calibration: Calibration, config: OnnxConfig, weight_levels: int) -> str | None:
     """Quantizes a graph's file in place; the name of the file beside it, where it needs one."""
     try:
         passes = (SEPARATE_GATES, SPELL_OUT_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
         _save(run_passes(onnx.load(path), passes), path)
         ranges = measure_ranges(path, graph, calibration)
-        model = run_passes(onnx.load(path), (quantizing(ranges),))
+        model = run_passes(onnx.load(path), (quantizing(ranges, weight_levels),))
         external = _save(model, path)
         check(str(path))
     except UnsupportedError as e:

@@ -8,14 +8,14 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
-from edgediff.config import ExportConfig, check_config
+from edgediff.config import QUANTIZABLE, EightBits, ExportConfig, Target, check_config
 from edgediff.coreml import import_coremltools
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.executorch import import_executorch
@@ -28,6 +28,7 @@ from edgediff.export.executorch import write_executorch
 from edgediff.export.half import half_outputs
 from edgediff.export.layout import modules
 from edgediff.export.onnx import write_onnx
+from edgediff.export.openvino import write_openvino
 from edgediff.export.place import check_place, clear_stale, staged
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
@@ -35,6 +36,7 @@ from edgediff.models.load import Model, random_weights
 from edgediff.models.session import TorchSession
 from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided
+from edgediff.openvino import import_openvino
 from edgediff.verify.files import check_files
 from edgediff.verify.parity import verify_bundle
 from edgediff.verify.psnr import psnr_db
@@ -107,6 +109,8 @@ def export_bundle(
         import_coremltools("exporting to Core ML")
     if "executorch" in config.targets:
         import_executorch("executorch.exir", "exporting to ExecuTorch")
+    if "openvino" in config.targets:
+        import_openvino("exporting to OpenVINO")
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = split(model.unet, config.cut, adaptor.part)
@@ -126,13 +130,15 @@ def export_bundle(
         say("holding the parts to the undivided UNet")
         _hold_to_undivided(model, divided, reference)
         reference = half_outputs(draft, divided, reference, say)
-        calibration = None
-        if "onnx" in config.targets and config.onnx.quantize_nbits is not None:
-            calibration = calibrate(
-                pipe, conditioning, config.onnx.calibration_images, config.verify.graph_db,
-                lambda i, n: say(f"calibrating in torch: step {i} of {n}"),
-            )  # fmt: skip
-        manifest = _write_targets(folder, draft, divided, reference, calibration, config, say)
+        calibrations = {}
+        for target in QUANTIZABLE:
+            said: EightBits = getattr(config, target)
+            if target in config.targets and said.quantize_nbits is not None:
+                calibrations[target] = calibrate(
+                    pipe, target, conditioning, said.calibration_images, config.verify.graph_db,
+                    lambda i, n: say(f"calibrating in torch: step {i} of {n}"),
+                )  # fmt: skip
+        manifest = _write_targets(folder, draft, divided, reference, calibrations, config, say)
         (folder / "evidence").mkdir()
         save_reference(reference, folder / REFERENCE)
         (folder / "README.md").write_text(bundle_card(manifest, model), encoding="utf-8")
@@ -142,7 +148,7 @@ def export_bundle(
         source = model if draft.verified == "full" else None
         # What is verified without torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
-        del model, divided, adaptor, pipe, reference, calibration
+        del model, divided, adaptor, pipe, reference, calibrations
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
@@ -192,7 +198,7 @@ def _write_targets(
     draft: Manifest,
     divided: SplitUNet,
     reference: Reference,
-    calibration: Calibration | None,
+    calibrations: Mapping[Target, Calibration],
     config: ExportConfig,
     say: Progress,
 ) -> Manifest:
@@ -208,9 +214,12 @@ def _write_targets(
                     f"{draft.operating_point.clock} runs it; expected a clock with a cached step, or adaptor identity"
                 )
         if target.target == "onnx":
-            targets.append(write_onnx(folder, target, parts, examples, config.onnx, say, calibration))
+            targets.append(write_onnx(folder, target, parts, examples, config.onnx, say, calibrations.get("onnx")))
         elif target.target == "coreml":
             targets.append(write_coreml(folder, target, parts, config.coreml, say))
+        elif target.target == "openvino":
+            calibration = calibrations.get("openvino")
+            targets.append(write_openvino(folder, target, parts, examples, config.openvino, say, calibration))
         else:
             write_executorch(folder, target, parts, examples, say)
             targets.append(target)

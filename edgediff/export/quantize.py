@@ -11,6 +11,8 @@ Constraints that shaped this file, all measured (benchmarks/README.md):
   products on one, and Gemm, which is what projections of the timestep are, stays.
 - OpenVINO has kernels for both products of an attention in eight bits, if queries, keys and values are signed; ONNX
   Runtime has none, and computes its own operator faster in fp32.
+- x86 processors without VNNI add pairs of products in 16 bits. ONNX Runtime can be told to use slower kernels that do
+  not overflow, OpenVINO cannot: weights of half as many levels are what fits there.
 - The text comes from outside: calibration has seen one prompt, and its products are few.
 """
 
@@ -28,6 +30,8 @@ Range = tuple[float, float]
 LEVELS = 255
 # Weights are symmetric: their zero stays zero without a zero point in the sum.
 WEIGHT_LEVELS = 127
+# Two products of an input and such a weight are less than 2^15.
+HALVED_WEIGHT_LEVELS = 63
 SCALING = ("Add", "Sub", "Mul", "Div", "Cast")
 
 
@@ -104,17 +108,18 @@ def attended(model: ModelProto) -> dict[str, tuple[str, str, str, str]]:
     return {out: (f"{out}.q", f"{out}.k", f"{out}.v", f"{out}{ATTENTION_WEIGHTS}") for out in results}
 
 
-def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
+def quantize(model: ModelProto, ranges: Mapping[str, Range], weight_levels: int = WEIGHT_LEVELS) -> ModelProto:
     """Quantizes a graph: uint8 values with a zero point for tensors, int8 for weights with a scale for each channel.
 
     Args:
         model: The graph, weights inside; changed in place.
         ranges: Of each of its `observed_tensors`.
+        weight_levels: Largest magnitude of a weight, 127 or less.
 
     Returns:
         The graph.
     """
-    rewritten = _Quantizing(model, ranges)
+    rewritten = _Quantizing(model, ranges, weight_levels)
     chosen = {node.output[0] for node in quantized_nodes(model)}
     attentions = attended(model).values()
     is_signed = {name: name != weights for *taken, weights in attentions for name in (*taken, weights)}
@@ -131,10 +136,11 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range]) -> ModelProto:
 class _Quantizing(Rewriting):
     """A graph while it is quantized: nodes so far, and what of them is there to be shared."""
 
-    def __init__(self, model: ModelProto, ranges: Mapping[str, Range]) -> None:
+    def __init__(self, model: ModelProto, ranges: Mapping[str, Range], weight_levels: int) -> None:
         super().__init__(model)
         self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self.ranges = ranges
+        self.weight_levels = weight_levels
         self.nodes: list[NodeProto] = []
         self.quantized: dict[str, str] = {}
 
@@ -171,7 +177,7 @@ class _Quantizing(Rewriting):
 
     def _weight(self, name: str, axis: int) -> str:
         """Adds a weight of eight bits with its DequantizeLinear."""
-        rounded, scale = quantized_weight(numpy_helper.to_array(self.tensors[name]), axis)
+        rounded, scale = quantized_weight(numpy_helper.to_array(self.tensors[name]), axis, self.weight_levels)
         constants = [
             self.constant(f"{name}.quantized", rounded),
             self.constant(f"{name}.scale", scale),
@@ -221,12 +227,13 @@ def _usable(scale: float) -> float:
     return 1.0 if scale < np.finfo(np.float32).tiny else scale
 
 
-def quantized_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS) -> tuple[np.ndarray, np.ndarray]:
     """Rounds a weight to int8 with a scale for each slice along an axis.
 
     Args:
         weight: float32, any shape.
         axis: That of the output channels.
+        levels: Largest magnitude of what comes out.
 
     Returns:
         int8 in the shape of `weight`, and scales, float32 [channels].
@@ -236,19 +243,20 @@ def quantized_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndar
     ([[127, -64], [0, 0]], [0.01, 1.0])
     """
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = (np.abs(weight).max(axis=others) / WEIGHT_LEVELS).astype(np.float32)
+    scale = (np.abs(weight).max(axis=others) / levels).astype(np.float32)
     scale[scale < np.finfo(np.float32).tiny] = 1.0
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     return np.rint(weight / scale.reshape(shape)).astype(np.int8), scale
 
 
-def quantizing(ranges: Mapping[str, Range]) -> Pass:
+def quantizing(ranges: Mapping[str, Range], weight_levels: int = WEIGHT_LEVELS) -> Pass:
     """The pass that quantizes with these ranges.
 
     Args:
         ranges: Of each of the graph's `observed_tensors`.
+        weight_levels: Largest magnitude of a weight.
 
     Returns:
         The pass.
     """
-    return Pass("quantize", lambda model: quantize(model, ranges))
+    return Pass("quantize", lambda model: quantize(model, ranges, weight_levels))

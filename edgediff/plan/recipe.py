@@ -45,7 +45,7 @@ def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) ->
     if all(mask):
         # There is no cached step by which the cached graph of a pair could be verified, and none that would run.
         data["layout"] = "split"
-        for target in ("onnx", "coreml", "executorch"):
+        for target in ("onnx", "coreml", "executorch", "openvino"):
             data[target] = {**data.get(target, {}), "layout": None}
     try:
         return check_config(config_from(data))

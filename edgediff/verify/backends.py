@@ -8,9 +8,15 @@ from edgediff_runtime import sessions as runtime
 
 MIL_REFERENCE = "mil-reference"
 EXECUTORCH = "executorch"
+OPENVINO = "openvino"
 BACKENDS = (*runtime.BACKENDS, EXECUTORCH, MIL_REFERENCE)
 # What verification asks of each target, in this order; one of them must have measured.
-BACKENDS_OF_TARGET = {"onnx": ("onnxruntime",), "coreml": (MIL_REFERENCE, "coreml"), EXECUTORCH: (EXECUTORCH,)}
+BACKENDS_OF_TARGET = {
+    "onnx": ("onnxruntime",),
+    "coreml": (MIL_REFERENCE, "coreml"),
+    EXECUTORCH: (EXECUTORCH,),
+    OPENVINO: (OPENVINO,),
+}
 
 
 def open_session(
@@ -63,7 +69,7 @@ def usual_backend(bundle: Bundle) -> str:
 
     Returns:
         ``onnxruntime`` where there are ONNX graphs, else ``coreml`` where there are Core ML packages and this is a Mac,
-        else ``executorch`` where there is such a program.
+        else ``openvino`` where there are OpenVINO's models, else ``executorch`` where there is such a program.
 
     Raises:
         RequestError: There are Core ML packages alone, and this is no Mac.
@@ -73,8 +79,9 @@ def usual_backend(bundle: Bundle) -> str:
         return "onnxruntime"
     if "coreml" in there and sys.platform == "darwin":
         return "coreml"
-    if EXECUTORCH in there:
-        return EXECUTORCH
+    for name in (OPENVINO, EXECUTORCH):
+        if name in there:
+            return name
     raise RequestError(
         f"the bundle has Core ML packages alone, which run on a Mac; --backend {MIL_REFERENCE} evaluates them here"
     )

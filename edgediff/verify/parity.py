@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from edgediff.errors import MissingExtraError
-from edgediff.verify.backends import BACKENDS_OF_TARGET, MIL_REFERENCE, open_session
+from edgediff.verify.backends import BACKENDS_OF_TARGET, EXECUTORCH, MIL_REFERENCE, OPENVINO, open_session
 from edgediff.verify.feed import groups, run_rows, run_step
 from edgediff.verify.files import PARITY_SCRATCH, check_files
 from edgediff.verify.psnr import psnr_db
@@ -289,8 +289,8 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
 
 def _write(bundle: Bundle, report: ParityReport) -> None:
     """Replaces evidence/parity.json in one step; a bundle on read-only media is verified all the same."""
-    runs_program = any(row.backend == "executorch" and row.status == "measured" for row in report.rows)
-    tools = (*TOOLS, "executorch") if runs_program else TOOLS
+    ran = {row.backend for row in report.rows if row.status == "measured"}
+    tools = (*TOOLS, *(name for name in (EXECUTORCH, OPENVINO) if name in ran))
     evidence = {
         **report.to_dict(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -22,7 +22,7 @@ class Row(msgspec.Struct, frozen=True):
         ok: Whether it does; None where it is not judged or was not measured.
         status: ``measured`` or ``not_run``.
         note: Why it was not run, or what it was compared with.
-        target: What the backend ran: ``onnx``, ``coreml`` or ``executorch``.
+        target: What the backend ran: ``onnx``, ``coreml``, ``executorch`` or ``openvino``.
     """
 
     check: Check

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import Manifest
+from edgediff_runtime.manifest import Graph, Manifest
 from edgediff_runtime.manifest_json import parse_manifest
 
 MANIFEST = "manifest.json"
@@ -72,6 +72,27 @@ class Bundle:
         for file in sorted(checked):
             self.file(file)
         return checked
+
+    def hold(self, graphs: tuple[Graph, ...]) -> None:
+        """Checks every file that a backend may read where it is given these graphs.
+
+        It reads whatever weights a graph names within its folder: all of that is checked.
+
+        Args:
+            graphs: Of one target.
+
+        Raises:
+            BundleError: As in `file`.
+        """
+        checked: set[str] = set()
+        for graph in graphs:
+            if graph.file is None:
+                continue
+            if graph.file not in checked:
+                self.file(graph.file)
+                checked |= self.folder(str(PurePosixPath(graph.file).parent))
+            if graph.external_data is not None and graph.external_data not in checked:
+                self.file(graph.external_data)
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -117,7 +117,7 @@ class Target(Struct, frozen=True):
     """The graphs for one kind of backend.
 
     Attributes:
-        target: The file format: ONNX, Core ML's ML Program, or an ExecuTorch program.
+        target: The file format: ONNX, Core ML's ML Program, an ExecuTorch program, or OpenVINO's IR.
         layout: How the graphs are packed: ``split``, the four parts; or ``pair``, a whole full and a whole cached step.
         dtype: Precision of weights and features. In ``int8`` it is that of weights and products: what goes into a graph
             and what crosses between graphs is float32.
@@ -131,7 +131,7 @@ class Target(Struct, frozen=True):
         specification_version: Of Core ML's model format; None for others.
     """
 
-    target: Literal["onnx", "coreml", "executorch"]
+    target: Literal["onnx", "coreml", "executorch", "openvino"]
     layout: Literal["split", "pair"]
     dtype: Literal["fp32", "fp16", "int8"]
     batch: int | None
@@ -319,20 +319,21 @@ class Manifest(Struct, frozen=True):
     versions: dict[str, str]
     files: dict[str, File]
 
-    def target(self, name: str) -> Target:
+    def target(self, *names: str) -> Target:
         """Finds the graphs of a target.
 
         Args:
-            name: ``onnx``, ``coreml`` or ``executorch``.
+            names: ``onnx``, ``coreml``, ``executorch`` or ``openvino``; of several, the first that is there is taken.
 
         Returns:
             The target.
 
         Raises:
-            BundleError: The bundle has none of that name.
+            BundleError: The bundle has none of these names.
         """
-        for target in self.targets:
-            if target.target == name:
-                return target
+        for name in names:
+            for target in self.targets:
+                if target.target == name:
+                    return target
         there = ", ".join(target.target for target in self.targets)
-        raise BundleError(f"the bundle has no {name!r} target; it has: {there}")
+        raise BundleError(f"the bundle has no {' or '.join(map(repr, names))} target; it has: {there}")

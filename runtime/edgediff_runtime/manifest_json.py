@@ -118,7 +118,8 @@ def _check_target(target: Target, manifest: Manifest) -> None:
               f"{version}, that of {target.deployment_target}")  # fmt: skip
     half = target.dtype == "fp16"
     _hold(not half or target.target == "coreml", "dtype", target.dtype, "fp16 for Core ML alone")
-    _hold(target.dtype != "int8" or target.target == "onnx", "dtype", target.dtype, "int8 for ONNX alone")
+    _hold(target.dtype != "int8" or target.target in ("onnx", "openvino"), "dtype", target.dtype,
+          "int8 for ONNX and OpenVINO alone")  # fmt: skip
     _hold((target.floors.program is not None) == half, "floors.program", target.floors.program, "dB for fp16 alone")
     for graph in target.graphs:
         if graph.name == "adaptor":

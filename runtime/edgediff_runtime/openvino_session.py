@@ -1,8 +1,7 @@
-"""OpenVINO behind the loop's `Session`: the bundle's ONNX graphs on its CPU plugin."""
+"""OpenVINO behind the loop's `Session`: the bundle's own models for it, or its ONNX graphs, on its CPU plugin."""
 
 import os
 import threading
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,24 @@ from edgediff_runtime.manifest import Graph
 Array = npt.NDArray[Any]
 # OpenVINO's names of what it computes in; the graphs' own inputs and outputs stay as they are.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+TYPES = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32"}
 
 
 class OpenVinoSession:
-    """Runs a bundle's ONNX graphs in OpenVINO.
+    """Runs a bundle in OpenVINO: its models in IR where it has them, else its ONNX graphs.
 
     Its CPU plugin is slower on symbolic shapes: a graph is compiled anew for each number of rows that it meets. Tensors
     are numpy arrays. One object may serve several threads.
 
     Attributes:
-        graphs: The bundle's ONNX graphs.
+        graphs: The graphs of that target.
         batch: None: any number of rows.
     """
 
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
-        """Checks the ONNX graphs of a bundle; they are read and compiled when the number of rows is known.
+        """Checks and reads the graphs of a bundle; they are compiled when the number of rows is known.
 
         Args:
             bundle: The bundle.
@@ -40,7 +40,8 @@ class OpenVinoSession:
 
         Raises:
             RequestError: OpenVINO is not installed, or the precision is unknown, or not to be had here.
-            BundleError: A graph is damaged.
+            BundleError: There are no such graphs, or one is damaged, cannot be read, or has other inputs or outputs
+                than the manifest says.
         """
         if precision not in PRECISIONS:
             raise RequestError(f"no precision {precision!r}; choices: {', '.join(PRECISIONS)}")
@@ -58,16 +59,12 @@ class OpenVinoSession:
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
-        self.graphs = bundle.manifest.target("onnx").graphs
-        self._files: dict[str, str] = {}
+        self.graphs = bundle.manifest.target("openvino", "onnx").graphs
+        bundle.hold(self.graphs)
+        self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
         self._compiled: dict[tuple[str, int], Any] = {}
         self._compiling = threading.Lock()
         self._requests = threading.local()
-        for graph in self.graphs:
-            if graph.file is not None:
-                bundle.file(graph.file)
-                bundle.folder(str(PurePosixPath(graph.file).parent))
-                self._files[graph.name] = os.fspath(bundle.path / graph.file)
 
     def put(self, array: Array) -> Array:
         """Takes an array as it is."""
@@ -98,12 +95,21 @@ class OpenVinoSession:
         # What came out is the request's own memory, which the next run writes over.
         tensors.update((tensor.name, np.array(made[tensor.name])) for tensor in graph.outputs)
 
+    def _read(self, bundle: Bundle, graph: Graph) -> Any:
+        """A graph as OpenVINO reads it, held to the manifest."""
+        try:
+            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)))
+        except RuntimeError as e:
+            raise BundleError(f"{graph.file} cannot be read by OpenVINO: {' '.join(str(e).split())[:400]}") from e
+        _check_tensors(graph, model)
+        return model
+
     def _compile(self, graph: Graph, rows: int) -> Any:
         with self._compiling:
             found = self._compiled.get((graph.name, rows))
             if found is None:
                 try:
-                    model = self._core.read_model(self._files[graph.name])
+                    model = self._models[graph.name].clone()
                     model.reshape(
                         {
                             tensor.name: [rows if size == "batch" else size for size in tensor.shape]
@@ -116,3 +122,29 @@ class OpenVinoSession:
                     raise BundleError(f"{graph.file} cannot be compiled by OpenVINO: {said}") from e
                 self._compiled[graph.name, rows] = found
             return found
+
+
+def _check_tensors(graph: Graph, model: Any) -> None:
+    for kind, said, found in (("inputs", graph.inputs, model.inputs), ("outputs", graph.outputs, model.outputs)):
+        names = [port.get_names() for port in found]
+        if len(names) != len(said) or any(tensor.name not in known for tensor, known in zip(said, names, strict=True)):
+            raise BundleError(
+                f"{graph.file} has the {kind} {', '.join('/'.join(sorted(known)) for known in names)}; "
+                f"the manifest says {', '.join(tensor.name for tensor in said)}"
+            )
+        for tensor, port in zip(said, found, strict=True):
+            there = port.get_partial_shape()
+            # A size of the graph's that is no number is symbolic, or was not inferred.
+            fits = there.rank.is_dynamic or (
+                len(there) == len(tensor.shape)
+                and all(
+                    other.is_dynamic or other.get_length() == size
+                    for size, other in zip(tensor.shape, there, strict=True)
+                )
+            )
+            element = port.get_element_type().get_type_name()
+            if not fits or element != TYPES[tensor.dtype]:
+                raise BundleError(
+                    f"{graph.file} has {tensor.name} as {element} {there}; "
+                    f"the manifest says {tensor.dtype} {list(tensor.shape)}"
+                )

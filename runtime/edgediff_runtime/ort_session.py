@@ -8,7 +8,6 @@ memory: the manifest says whether that is worth it.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ class OrtSession:
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        _check_files(bundle, self.graphs)
+        bundle.hold(self.graphs)
         self._shared = _load(bundle, self.graphs, session_options(settings, threads))
         apart = settings.rows_apart and self.threads > 1
         self._apart = _load(bundle, self.graphs, session_options(settings, 1)) if apart else None
@@ -134,20 +133,6 @@ def _load(bundle: Bundle, graphs: tuple[Graph, ...], options: Any) -> dict[str, 
             _check_tensors(graph, session)
             sessions[graph.name] = session
     return sessions
-
-
-def _check_files(bundle: Bundle, graphs: tuple[Graph, ...]) -> None:
-    """Holds every file that is going to be read to its hash."""
-    checked: set[str] = set()
-    for graph in graphs:
-        if graph.file is None:
-            continue
-        if graph.file not in checked:
-            # ONNX Runtime reads whatever external data a graph names within its folder: all of it is checked.
-            bundle.file(graph.file)
-            checked |= bundle.folder(str(PurePosixPath(graph.file).parent))
-        if graph.external_data is not None and graph.external_data not in checked:
-            bundle.file(graph.external_data)
 
 
 def _cores() -> int:

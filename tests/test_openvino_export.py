@@ -1,0 +1,308 @@
+"""The OpenVINO target: models in IR, proved and run like any other, and read by nothing that was not checked."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from command_line import Command, assert_error
+from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, seal
+
+import edgediff
+from edgediff.bench.bench import run_bench
+from edgediff.config import (
+    ExportConfig,
+    OnnxConfig,
+    OpenVinoConfig,
+    VerifyConfig,
+    config_from,
+    find_recipe,
+    load_config,
+)
+from edgediff.errors import ConfigError
+from edgediff.models.graphs import graph_list
+from edgediff.models.session import TorchSession
+from edgediff.openvino import import_openvino
+from edgediff.verify.backends import open_session, usual_backend
+from edgediff.verify.psnr import psnr_db
+from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
+from edgediff_runtime.__main__ import main
+from edgediff_runtime.openvino_session import OpenVinoSession
+
+pytest.importorskip("openvino")
+
+FILES = ("cached.bin", "cached.xml", "full.bin", "full.xml")
+
+
+@pytest.fixture(scope="module")
+def ir_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The class model for OpenVINO alone, 4 steps at clock 2."""
+    path = tmp_path_factory.mktemp("openvino") / "bundle"
+    done = edgediff.export_bundle(edgediff.load_model(class_model), path, ExportConfig(steps=4, targets=("openvino",)))
+    assert done.report is not None
+    measured = {(row.check, row.part, row.backend, row.ok) for row in done.report.rows if row.status == "measured"}
+    assert {
+        *(("graph", name, "openvino", True) for name in ("full", "cached")),
+        *(("composed", name, "openvino", True) for name in ("full", "cached")),
+        ("trajectory", "latents", "openvino", True),
+    } <= measured
+    assert min(row.psnr_db for row in done.report.rows if row.floor_db is not None and row.psnr_db is not None) > 100
+    return path
+
+
+@pytest.fixture
+def changed(ir_bundle: Path, tmp_path: Path) -> Path:
+    """That, copied for a test to change."""
+    return shutil.copytree(ir_bundle, tmp_path / "changed")
+
+
+def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
+    target = manifest_of(ir_bundle).target("openvino")
+    assert [(g.file, g.external_data) for g in target.graphs] == [
+        (f"openvino/{name}.xml", f"openvino/{name}.bin") for name in ("full", "cached")
+    ]
+    assert (target.layout, target.batch, target.dtype, target.opset, target.ir_version) == (
+        "pair", None, "fp32", None, None,
+    )  # fmt: skip
+    assert sorted(file.name for file in (ir_bundle / "openvino").iterdir()) == list(FILES)
+    assert not list(ir_bundle.glob(".*"))
+    core = import_openvino("a test").Core()
+    for graph in target.graphs:
+        model = core.read_model(ir_bundle / str(graph.file))
+        assert [port.get_names() for port in model.inputs] == [{tensor.name} for tensor in graph.inputs]
+        assert [port.get_names() for port in model.outputs] == [{tensor.name} for tensor in graph.outputs]
+        assert model.input("sample").get_partial_shape()[0].is_dynamic
+
+
+def test_images_are_those_of_torch(ir_bundle: Path, class_model: Path) -> None:
+    bundle = open_bundle(ir_bundle)
+    assert usual_backend(bundle) == "openvino"
+    # Three images of two rows each, and at the end guidance off: the models meet six rows, then three.
+    request: dict[str, Any] = {"num_images": 3, "guidance_scale": [2.0, 2.0, 1.0, 1.0], "seed": 3}
+    got = EdgePipeline.from_pretrained(ir_bundle, backend="openvino")(**request)
+    model = edgediff.load_model(class_model)
+    divided = edgediff.split(model.unet)
+    want = EdgePipeline(bundle.manifest, TorchSession(divided.parts, graph_list(divided, model)))(**request)
+    assert got.mask == want.mask
+    assert psnr_db(want.latents, got.latents) > 100
+    assert np.abs(got.images.astype(int) - want.images).max() <= 1
+    again = EdgePipeline(bundle.manifest, open_session(bundle, "openvino", threads=1))(**request)
+    assert psnr_db(want.latents, again.latents) > 100
+
+
+def test_files_are_the_same_again_and_stand_beside_onnx_graphs(
+    ir_bundle: Path, class_model: Path, tmp_path: Path
+) -> None:
+    config = ExportConfig(steps=4, targets=("onnx", "openvino"), verify=VerifyConfig(mode="graphs"))
+    done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "both", config)
+    assert done.report is not None
+    assert {(row.target, row.backend) for row in done.report.rows if row.status == "measured"} == {
+        ("onnx", "onnxruntime"), ("openvino", "openvino"),
+    }  # fmt: skip
+    for name in FILES:
+        assert (done.path / "openvino" / name).read_bytes() == (ir_bundle / "openvino" / name).read_bytes(), name
+    bundle = open_bundle(done.path)
+    assert usual_backend(bundle) == "onnxruntime"
+    # OpenVINO runs what was made for it, and the ONNX graphs where there is nothing else: the same numbers.
+    session = OpenVinoSession(bundle)
+    assert session.graphs == bundle.manifest.target("openvino").graphs
+    alone = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=bundle.manifest.targets[:1]))
+    other = OpenVinoSession(alone)
+    assert other.graphs == bundle.manifest.target("onnx").graphs
+    made = [EdgePipeline(bundle.manifest, each)(seed=1, num_images=1).latents for each in (session, other)]
+    assert psnr_db(made[1], made[0]) > 120
+
+
+def test_eight_bits_in_four_graphs_are_smaller(
+    ir_bundle: Path, class_model: Path, place: Path, command: Command
+) -> None:
+    said = command(
+        "export", class_model, "-o", place / "int8", "--target", "openvino", "--steps", 4, "--quantize-nbits", 8,
+        "--layout", "split",
+    )  # fmt: skip
+    assert said.code == 0, said
+    target = manifest_of(place / "int8").target("openvino")
+    assert (target.dtype, target.layout, target.floors.graph) == ("int8", "split", 35.0)
+    assert [graph.name for graph in target.graphs if graph.file] == ["highres_in", "lowres", "highres_out"]
+    assert b'element_type="i8"' in (place / "int8/openvino/lowres.xml").read_bytes()
+    whole = (ir_bundle / "openvino/full.bin").stat().st_size
+    assert sum(file.stat().st_size for file in (place / "int8/openvino").glob("*.bin")) < 0.5 * whole
+
+
+def test_it_verifies_and_runs_on_the_command_line(
+    ir_bundle: Path,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("verify", ir_bundle).code == 0
+    for more in ((), ("--backend", "openvino")):
+        said = command("run", ir_bundle, "-o", tmp_path / "out.png", "--num-images", 2, *more)
+        assert (said.code, said.errors) == (0, []), said.errors
+    said = command("inspect", ir_bundle)
+    assert said.code == 0, said.errors
+    assert "openvino fp32, pair" in said.out
+    arguments = ["edgediff_runtime", str(ir_bundle), "-o", str(tmp_path / "light.png"), "--num-images", "2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--backend", "openvino"])
+    assert main() == 0
+    assert (tmp_path / "light.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+    monkeypatch.setattr(sys, "argv", arguments)
+    capsys.readouterr()
+    assert main() == 2
+    assert capsys.readouterr().err == "error: the bundle has no 'onnx' target; it has: openvino\n"
+
+
+def test_bench_times_it_against_itself_and_names_what_cannot_run_it(ir_bundle: Path) -> None:
+    found = run_bench([ir_bundle], ["onnxruntime", "openvino"], rounds=1, threads=1)
+    other, mine = found.contenders
+    assert (other.status, other.says) == ("absent", "runs onnx graphs, the bundle has openvino")
+    assert (mine.status, mine.undivided) == ("measured", "own"), mine.says
+    assert mine.psnr_db is not None
+    assert mine.psnr_db > 90
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_damaged_is_not_read(changed: Path, command: Command, tmp_path: Path, name: str) -> None:
+    flip_bit(changed / "openvino" / name)
+    assert_refused(changed, name, run=False)
+    for args in (("verify", changed), ("run", changed, "-o", tmp_path / "out.png")):
+        assert_error(command(*args), f"openvino/{name} does not have the hash", "damaged")
+
+
+def test_what_lies_beside_a_model_unlisted_is_not_read(changed: Path) -> None:
+    (changed / "openvino" / "full.onnx").write_bytes(b"more")
+    with pytest.raises(BundleError, match=r"openvino/full\.onnx is not listed"):
+        OpenVinoSession(open_bundle(changed))
+
+
+@pytest.mark.parametrize("data", [b"", b"<?xml version='1.0'?><net", b"not a model"])
+def test_what_is_no_model_is_one_line(changed: Path, data: bytes) -> None:
+    (changed / "openvino" / "full.xml").write_bytes(data)
+    reseal(changed)
+    with pytest.raises(BundleError, match=r"openvino/full\.xml cannot be read by OpenVINO: ") as caught:
+        OpenVinoSession(open_bundle(changed))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_cut_off_are_one_line(changed: Path) -> None:
+    weights = changed / "openvino" / "full.bin"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    reseal(changed)
+    with pytest.raises(BundleError, match=r"openvino/full\.xml cannot be read by OpenVINO: ") as caught:
+        OpenVinoSession(open_bundle(changed))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_other_tensors_than_the_manifests_is_refused(changed: Path) -> None:
+    manifest = manifest_of(changed)
+    full = manifest.target("openvino").graphs[0]
+    feature = full.outputs[1]
+    half = msgspec.structs.replace(feature, shape=(*feature.shape[:-1], 4))
+    for change, says in (
+        (
+            {"inputs": (full.inputs[1], full.inputs[0], *full.inputs[2:])},
+            "has the inputs sample, timestep, class_labels",
+        ),
+        ({"outputs": (*full.outputs[:1], half)}, r"has lowres_feature as f32 \[\?,16,8,8\]; .* float32 \['batch', 16"),
+        (
+            {"inputs": (*full.inputs[:2], msgspec.structs.replace(full.inputs[2], dtype="int32"))},
+            "has class_labels as i64",
+        ),
+    ):
+        seal(changed, replace_graph(manifest, 0, **change))
+        with pytest.raises(BundleError, match=rf"openvino/full\.xml {says}"):
+            OpenVinoSession(open_bundle(changed))
+
+
+def test_other_targets_and_backends_are_named(ir_bundle: Path, command: Command, tmp_path: Path) -> None:
+    said = command("run", ir_bundle, "-o", tmp_path / "out.png", "--backend", "onnxruntime")
+    assert_error(said, "has no 'onnx' target", "it has: openvino")
+    manifest = manifest_of(ir_bundle)
+    other = msgspec.structs.replace(manifest.targets[0], target="executorch")
+    with pytest.raises(BundleError, match="has no 'openvino' or 'onnx' target; it has: executorch"):
+        OpenVinoSession(Bundle(ir_bundle, msgspec.structs.replace(manifest, targets=(other,))))
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (("--quantize-nbits", 4), ("openvino.quantize_nbits",)),
+        (("--dtype", "fp16"), ("--dtype is for ONNX and Core ML", "openvino")),
+        (("--clock", 1, "--layout", "pair"), ("layout pair with clock 1",)),
+    ],
+)
+def test_settings_that_it_has_not_are_refused(
+    command: Command, class_model: Path, place: Path, args: tuple[object, ...], parts: tuple[str, ...]
+) -> None:
+    assert_error(command("export", class_model, "-o", place / "b", "--target", "openvino", *args), *parts)
+    assert not (place / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ({"quantize_nbits": 8, "calibration_images": 0}, r"openvino\.calibration_images' is 0"),
+        ({"quantize_attention": True}, r"openvino\.quantize_attention' needs 'openvino\.quantize_nbits'"),
+        ({"dtype": "fp16"}, r"unknown key 'openvino\.dtype'"),
+        ({"layout": "four"}, r"openvino\.layout"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused(said: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        config_from({"targets": ["openvino"], "openvino": said})
+
+
+def test_eight_bits_are_for_a_target_that_is_asked_for() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'openvino\.quantize_nbits' is for OpenVINO's models; the targets are: onnx"
+    ):
+        config_from({"targets": ["onnx"], "openvino": {"quantize_nbits": 8}})
+    both = config_from({"targets": ["onnx", "openvino"], "openvino": {"quantize_nbits": 8}})
+    assert (both.onnx, both.openvino) == (OnnxConfig(), OpenVinoConfig(quantize_nbits=8))
+
+
+def test_recipes_name_the_target() -> None:
+    for name in ("grocery-32-openvino", "sd15-openvino-int8"):
+        assert load_config(find_recipe(name)).targets == ("openvino",)
+
+
+# Without OpenVINO
+
+
+def test_without_openvino_the_command_that_installs_it_is_named(
+    ir_bundle: Path, class_model: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, package: str | None = None) -> Any:
+        if name.partition(".")[0] == "openvino":
+            raise ModuleNotFoundError("No module named 'openvino'", name="openvino")
+        return real(name, package)
+
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    said = command("export", class_model, "-o", place / "bundle", "--target", "openvino")
+    assert_error(said, 'pip install "edgediff[openvino]"')
+    assert not (place / "bundle").exists()
+    with pytest.raises(RequestError, match="needs OpenVINO: pip install openvino"):
+        open_session(open_bundle(ir_bundle), "openvino")
+    report = edgediff.verify_bundle(ir_bundle, record=False)
+    assert not report.ok
+    assert {row.status for row in report.rows} == {"not_run"}
+    assert all("pip install openvino" in row.note for row in report.rows)
+
+
+def test_what_openvino_itself_lacks_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match="numpy"):
+        import_openvino("a test")
