@@ -23,6 +23,18 @@ from edgediff.train.unet_settings import StudentTraining, TeacherTraining
 torch.set_num_threads(1)
 
 
+# Files of long tests, the longest first: one that is left for the end keeps one worker busy and the others waiting.
+LONG = (
+    "readme", "export_killed", "export", "coreml_export", "bench", "train_unet", "spectral_bundle", "export_place",
+    "train_adaptor", "adaptors", "executorch", "cli", "plan_bundle",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_collection_finish() -> None:
     # What is imported by now stays: half a million objects and more, which the collector went through again for each
     # few that an export makes.
