@@ -1,4 +1,6 @@
+import gc
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 from command_line import Command, Said, exit_code
 from photographs import folder_of_images
 from tiny_photographs import make_photographs, write_classifier, write_photographs
+from traces import remembering
 from trainings import UNET, UPDATES
 from unets import unet2d, unet2d_condition
 
@@ -18,6 +21,27 @@ from edgediff.train.unet_settings import StudentTraining, TeacherTraining
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.
 torch.set_num_threads(1)
+
+
+# Files of long tests, the longest first: one that is left for the end keeps one worker busy and the others waiting.
+LONG = (
+    "readme", "export_killed", "export", "coreml_export", "bench", "train_unet", "spectral_bundle", "export_place",
+    "train_adaptor", "adaptors", "executorch", "cli", "plan_bundle",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: half a million objects and more, which the collector went through again for each
+    # few that an export makes.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
 
 # Two levels of one layer: exporting is what takes time in these tests, and it grows with the number of layers.
 SMALL = {
@@ -71,18 +95,36 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def class_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the graphs that were traced in this run, one for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def traced_once(traces: Path) -> Iterator[None]:
+    """What this run has traced is not traced again in a test that is not about tracing."""
+    with remembering(traces):
+        yield
+
+
+@pytest.fixture(scope="session")
+def class_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The class model exported for 4 steps at clock 2; tests copy it before they change it."""
     path = tmp_path_factory.mktemp("bundles") / "class"
-    edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, layout="split"))
+    with remembering(traces):
+        edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, layout="split"))
     return path
 
 
 @pytest.fixture(scope="session")
-def text_bundle(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_bundle(text_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The text model exported for 4 steps at clock 2."""
     path = tmp_path_factory.mktemp("bundles") / "text"
-    edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4, layout="split"))
+    with remembering(traces):
+        edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4, layout="split"))
     return path
 
 

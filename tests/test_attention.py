@@ -114,6 +114,7 @@ def test_heads_that_are_not_the_last_dimension_taken_apart_stay() -> None:
     assert kinds(fuse_attention(model)) == kinds(model)
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(("opset", "operators"), [(23, {"Attention"}), (22, {"Softmax"})])
 def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
     class_model: Path, tmp_path: Path, opset: int, operators: set[str]
@@ -127,6 +128,7 @@ def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
         assert "q_num_heads" in {each.name for each in node.attribute}
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_operator_that_goes_block_by_block_goes_through_an_export(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from command_line import Command, assert_error
 from safetensors.numpy import load_file
 from seals import REFERENCE, manifest_of, seal
+from traces import remembering
 
 import edgediff
 from edgediff.config import CoreMLConfig, OnnxConfig, VerifyConfig, check_config
@@ -22,9 +23,10 @@ MASK = (1, 0, 0, 1, 0, 0, 1)
 
 
 @pytest.fixture(scope="module")
-def auto_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def auto_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundles") / "auto"
-    done = edgediff.export_bundle(edgediff.load_model(class_model), path, CONFIG)
+    with remembering(traces):
+        done = edgediff.export_bundle(edgediff.load_model(class_model), path, CONFIG)
     assert done.report is not None
     assert done.report.ok
     return path
@@ -75,6 +77,7 @@ def test_other_steps_than_the_bundle_s_simply_work(auto_bundle: Path) -> None:
     assert pipe(clock=3).mask == (1, 0, 0, 1, 0, 0, 1)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_an_auto_clock_that_never_caches_is_a_clock_without_cached_steps(class_model: Path, tmp_path: Path) -> None:
     config = edgediff.ExportConfig(steps=2, clock="auto:0.00001", onnx=OnnxConfig(simplify=False))
     done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)

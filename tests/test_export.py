@@ -199,6 +199,7 @@ def _plain(config: dict) -> dict:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_graph_that_computes_something_else_is_not_put_in_place(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +267,7 @@ def test_strip_metadata_removes_and_nothing_else() -> None:
     assert [n.op_type for n in stripped.graph.node] == ["Relu"]
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_simplifier_is_held_to_the_numbers(
     monkeypatch: pytest.MonkeyPatch, class_model: Path, tmp_path: Path
 ) -> None:

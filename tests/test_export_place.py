@@ -48,6 +48,7 @@ def test_the_same_bundle_again_is_left_as_it_is(
         assert "already there and valid: nothing was exported" in said.out.replace("\n", " ")
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_another_bundle_and_a_damaged_one_need_force(
     command: Command, class_model: Path, class_bundle: Path, place: Path
 ) -> None:

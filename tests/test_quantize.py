@@ -11,6 +11,7 @@ import pytest
 from command_line import Command, assert_error
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from seals import manifest_of
+from traces import remembering
 
 import edgediff
 import edgediff.export.quantize as quantize_module
@@ -244,10 +245,11 @@ def test_weights_are_rounded_by_channel() -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The class model in eight bits, 4 steps at clock 2, as a pair."""
     path = tmp_path_factory.mktemp("quantized") / "bundle"
-    done = edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, onnx=INT8))
+    with remembering(traces):
+        done = edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, onnx=INT8))
     assert done.report is not None
     assert {row.floor_db for row in done.report.rows} == {35.0, None}
     return path

@@ -1,5 +1,6 @@
 """UNets of every build that the cut handles, tiny and seeded; each entry makes a UNet and the inputs of one step."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -137,3 +138,13 @@ def assert_same_unet(one: nn.Module, other: nn.Module) -> None:
     mine, theirs = one.state_dict(), other.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def as_built(unet: nn.Module) -> nn.Module:
+    """A copy of a loaded UNet that rounds as the UNet did that was saved: same weights, same bits, on every processor.
+
+    Loaded weights lie in the file's memory, behind its header, and MKL rounds a product otherwise where an operand does
+    not begin at a multiple of 16 bytes; a copy begins at one of 64, as built weights do. And torch multiplies a
+    transposed feature by another kernel where the weight takes no gradient, as loaded ones do not.
+    """
+    return copy.deepcopy(unet).requires_grad_(True)

@@ -1,0 +1,86 @@
+"""Traced graphs, kept for the tests of one run: a module that is traced again gives the graph of the first time.
+
+Tracing is most of an export, and many tests export one model by recipes that differ in what comes after: steps, clocks,
+passes, quantization, verification. Whoever asks for it by the fixture `traced_once` gets a graph of torch.onnx.export
+that a test of this run made of an equal module; all else of the export runs as ever. Tests of tracing do not ask.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from edgediff.export import onnx as onnx_module
+
+# What a module has of torch's own; `named_modules`, parameters and buffers have the same, by name.
+STRUCTURE = {"_modules", "_parameters", "_buffers"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A kept graph, in place of the exporter's own program."""
+
+    path: Path
+
+    def save(self, path: Path, external_data: bool) -> None:
+        assert not external_data
+        path.write_bytes(self.path.read_bytes())
+
+
+def fingerprint(module: nn.Module, args: tuple[torch.Tensor, ...], **settings: Any) -> str:
+    """A hash of all that a module's graph follows from: its parts, their settings and weights, the inputs' shapes."""
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        own = {key: value for key, value in vars(part).items() if key not in STRUCTURE}
+        digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__} {_described(own)}\n".encode())
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
+    # Values of the inputs do not matter: nothing but their shapes is traced.
+    digest.update(f"{[(list(arg.shape), arg.dtype) for arg in args]} {_described(settings)}".encode())
+    return digest.hexdigest()
+
+
+def _described(value: Any) -> str:
+    """What a value is, in words that are the same in every process; of what cannot be said so, where it lies."""
+    if isinstance(value, dict):
+        return str(sorted((_described(key), _described(item)) for key, item in value.items()))
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}{[_described(item) for item in value]}"
+    if isinstance(value, set | frozenset):
+        return str(sorted(_described(item) for item in value))
+    if isinstance(value, FunctionType) or not hasattr(value, "__dict__") or isinstance(value, type):
+        return repr(value)
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__
+    return f"{type(value).__module__}.{type(value).__qualname__}{_described(vars(value))}"
+
+
+@contextmanager
+def remembering(folder: Path) -> Iterator[None]:
+    """Within the block, what was traced before, in any process that has the folder, is not traced again."""
+    export: Callable[..., Any] = torch.onnx.export
+
+    def once(part: nn.Module, args: tuple[torch.Tensor, ...], **settings: Any) -> Any:
+        size = sum(p.numel() * p.element_size() for p in part.parameters())
+        if size > onnx_module.EXTERNAL_DATA_BYTES:  # weights that are to lie outside of the graph
+            return export(part, args, **settings)
+        kept = folder / f"{fingerprint(part, args, **settings)}.onnx"
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                export(part, args, **settings).save(Path(scratch) / "traced.onnx", external_data=False)
+                os.replace(Path(scratch) / "traced.onnx", kept)
+        return Trace(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", once)
+        yield
