@@ -176,6 +176,8 @@ def test_control_c_in_a_real_export(class_model: Path, place: Path) -> None:
     with subprocess.Popen(
         [SCRIPT, "export", class_model, "-o", place / "out", "--steps", "3"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Where the tests run in a shell's background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:  # fmt: skip
         assert running.stderr is not None
         lines = []
