@@ -1,8 +1,9 @@
 """What every benchmark prints beside its figures: the machine, the versions, medians with their spread."""
 
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import median
 
+from edgediff.bench import ledger
 from edgediff.bench.machine import describe_machine
 from edgediff.bench.wording import machine_line
 
@@ -16,5 +17,5 @@ def spread(samples: Sequence[float]) -> str:
     """Spells samples as their median and, in brackets, their 10th and 90th percentile; one sample as it is."""
     if len(samples) == 1:
         return f"{samples[0]:.4g}"
-    tenths = quantiles(samples, n=10)
-    return f"{median(samples):.4g} [{tenths[0]:.4g}, {tenths[-1]:.4g}]"
+    low, high = ledger.spread(tuple(samples))
+    return f"{median(samples):.4g} [{low:.4g}, {high:.4g}]"
