@@ -8,46 +8,30 @@ in a process of its own, in turns.
 
 import argparse
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
-from measure import machine, spread
+from measure import machine
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from steps import Measured, Run, in_turns, measured, times
 
 import edgediff
-from edgediff.bench.machine import peak_memory
 from edgediff.config import VerifyConfig
 from edgediff.verify.feed import run_step
-from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, Recorded, load_reference
 from edgediff_runtime import Bundle, open_bundle
 from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options
 from edgediff_runtime.ort_session import OrtSession
 
-SAME_DB = 90.0
 STEPS = 8
 BRANCHES = ("full", "cached")
 SHARED = SessionSettings(rows_apart=False)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One process's figures: seconds, milliseconds of each full and cached step, MiB."""
-
-    load_s: float
-    full_ms: list[float]
-    cached_ms: list[float]
-    peak_mib: float
 
 
 def main() -> None:
@@ -72,18 +56,10 @@ def main() -> None:
             path.write_bytes(branching(pair, inside).SerializeToString(deterministic=True))
             folders[name] = path
         sizes = {name: size(folder, weights) for name, folder in folders.items()}
-        found: dict[str, list[Measured]] = {name: [] for name in folders}
-        for _ in range(given.rounds):
-            for name, folder in folders.items():
-                with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                    found[name].append(process.submit(measure, folder, pair).result())
+        found = in_turns(folders, given.rounds, partial(measure, folders, pair))
     for name, runs in found.items():
-        full, cached = ([ms for run in runs for ms in getattr(run, kind)] for kind in ("full_ms", "cached_ms"))
-        print(
-            f"{name}: full {spread(full)} ms, cached {spread(cached)} ms, "
-            f"load {median(run.load_s for run in runs):.3f} s, peak {median(run.peak_mib for run in runs):.0f} MiB, "
-            f"files {sizes[name] / 1e6:.2f} MB"
-        )
+        peak = median(run.peak_mib for run in runs)
+        print(f"{name}: {times(runs)}, peak {peak:.0f} MiB, files {sizes[name] / 1e6:.2f} MB")
 
 
 def size(path: Path, weights: Path) -> int:
@@ -140,24 +116,13 @@ def called(name: str, value: ValueInfoProto) -> ValueInfoProto:
     return copy
 
 
-def measure(path: Path, pair: Path) -> Measured:
-    """Opens a layout, holds it to the recorded steps, and times both kinds of step."""
+def measure(folders: dict[str, Path], pair: Path, name: str) -> Measured:
+    """A layout, on the steps that the pair has recorded."""
     reference = load_reference(open_bundle(pair).file(REFERENCE))
-    start = perf_counter()
-    run = opened(path)
-    load = perf_counter() - start
-    taken: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(STEPS + 1):
-        for step in reference.steps[:2]:
-            start = perf_counter()
-            made = run(step)
-            if turn:
-                taken[step.full].append(1e3 * (perf_counter() - start))
-            assert psnr_db(step.tensors["out_sample"], made) > SAME_DB
-    return Measured(load, taken[True], taken[False], peak_memory() or 0.0)
+    return measured(lambda: opened(folders[name]), reference, STEPS)
 
 
-def opened(path: Path) -> Callable[[Recorded], np.ndarray]:
+def opened(path: Path) -> Run:
     """A way to run a step: of a bundle's graphs, or of one that branches. All threads share a graph."""
     if path.is_file():
         single = ort.InferenceSession(path, session_options(SHARED), providers=["CPUExecutionProvider"])

@@ -6,25 +6,20 @@ does not know are here too, to show that nothing is lost.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import msgspec
-from measure import machine, spread
+from measure import machine
+from steps import Measured, Run, in_turns, measured, times
 
-from edgediff.bench.machine import peak_memory
 from edgediff.verify.feed import run_step
-from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import REFERENCE, load_reference
 from edgediff_runtime import Bundle, open_bundle, ort_session
 from edgediff_runtime.ort_options import session_options
 
-SAME_DB = 90.0
 # What is changed of the recommended settings, and entries of ONNX Runtime's own.
 VARIANTS: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
     "recommended": ({}, {}),
@@ -38,17 +33,6 @@ VARIANTS: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One process's figures: seconds, milliseconds of each full and cached step, MiB."""
-
-    load_s: float
-    full_ms: list[float]
-    cached_ms: list[float]
-    loaded_mib: float
-    peak_mib: float
-
-
 def main() -> None:
     """Measures every variant in turns."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,41 +42,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     given = parser.parse_args()
     print(machine())
-    found: dict[str, list[Measured]] = {name: [] for name in given.only}
-    for _ in range(given.rounds):
-        for name in given.only:
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                found[name].append(process.submit(measure, given.bundle, name, given.steps).result())
+    found = in_turns(given.only, given.rounds, partial(measure, given.bundle, given.steps))
     for name, runs in found.items():
-        full, cached = ([ms for run in runs for ms in getattr(run, kind)] for kind in ("full_ms", "cached_ms"))
-        print(
-            f"{name}: full {spread(full)} ms, cached {spread(cached)} ms, "
-            f"load {median(run.load_s for run in runs):.3f} s, memory {median(run.loaded_mib for run in runs):.0f} MiB "
-            f"loaded, {median(run.peak_mib for run in runs):.0f} MiB at most"
+        loaded, peak = (
+            median(getattr(run, kind) - run.before_mib for run in runs) for kind in ("loaded_mib", "peak_mib")
         )
+        print(f"{name}: {times(runs)}, memory {loaded:.0f} MiB loaded, {peak:.0f} MiB at most")
 
 
-def measure(path: Path, name: str, count: int) -> Measured:
-    """Opens the bundle so, holds it to the recorded steps, and times both kinds of step."""
+def measure(path: Path, count: int, name: str) -> Measured:
+    """The bundle with a variant's settings."""
     bundle = open_bundle(path)
-    reference = load_reference(bundle.file(REFERENCE))
-    before = peak_memory() or 0.0
-    start = perf_counter()
-    session = opened(bundle, *VARIANTS[name])
-    load = perf_counter() - start
-    loaded = peak_memory() or 0.0
-    taken: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(count + 1):
-        for step in reference.steps[:2]:
-            start = perf_counter()
-            made = run_step(session, step, session.graphs, ("out_sample",))["out_sample"]
-            if turn:  # the first run finds nothing in memory
-                taken[step.full].append(1e3 * (perf_counter() - start))
-            assert psnr_db(step.tensors["out_sample"], made) > SAME_DB
-    return Measured(load, taken[True], taken[False], loaded - before, (peak_memory() or 0.0) - before)
+    return measured(lambda: opened(bundle, *VARIANTS[name]), load_reference(bundle.file(REFERENCE)), count)
 
 
-def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str]) -> ort_session.OrtSession:
+def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str]) -> Run:
     """The bundle in ONNX Runtime with other settings than it recommends."""
 
     def options(*args: Any) -> Any:
@@ -107,7 +71,9 @@ def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str]) ->
     if "rows_apart" in changes:
         changes = {"rows_apart": not target.session.rows_apart}
     target = msgspec.structs.replace(target, session=msgspec.structs.replace(target.session, **changes))
-    return ort_session.OrtSession(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=(target,))))
+    bundle = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=(target,)))
+    session = ort_session.OrtSession(bundle)
+    return lambda step: run_step(session, step, session.graphs, ("out_sample",))["out_sample"]
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ processor; both say so on standard error, the second from C++. What goes wrong i
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from edgediff.errors import MissingExtraError
+from edgediff.extras import import_extra
 
 
 @contextlib.contextmanager
@@ -45,10 +44,5 @@ def import_executorch(module: str, what: str) -> Any:
     Raises:
         MissingExtraError: ExecuTorch is not installed.
     """
-    try:
-        with quiet():
-            return importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        if e.name is None or e.name.partition(".")[0] != "executorch":
-            raise
-        raise MissingExtraError(what, "executorch") from e
+    with quiet():
+        return import_extra(module, what, "executorch")

@@ -1,6 +1,5 @@
 """The ExecuTorch target: a program with a method for each graph, proved and run like any other."""
 
-import importlib
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absent import hide
 from command_line import Command, assert_error
 from conftest import LABELS, SMALL, save_model
 from safetensors.numpy import load_file
@@ -118,13 +118,7 @@ def test_a_dtype_that_no_target_has_is_refused(class_model: Path, place: Path, c
 def test_without_executorch_the_command_that_installs_it_is_named(
     class_model: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(name: str, package: str | None = None) -> Any:
-        if name.partition(".")[0] == "executorch":
-            raise ModuleNotFoundError("No module named 'executorch'", name="executorch")
-        return real(name, package)
-
-    real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", missing)
+    hide(monkeypatch, "executorch")
     said = command("export", class_model, "-o", place / "bundle", "--target", "executorch")
     assert_error(said, 'pip install "edgediff[executorch]"')
     assert not (place / "bundle").exists()

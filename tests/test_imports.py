@@ -25,7 +25,7 @@ STAGES = (
         "edgediff.arrays",
         "edgediff.coreml",
         "edgediff.executorch",
-        "edgediff.openvino",
+        "edgediff.extras",
         "edgediff.doctor",
         "edgediff.outputs",
         "edgediff.survey",

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from absent import hide
 from command_line import Command, assert_error
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, seal
 
@@ -24,9 +25,9 @@ from edgediff.config import (
     load_config,
 )
 from edgediff.errors import ConfigError
+from edgediff.extras import import_extra
 from edgediff.models.graphs import graph_list
 from edgediff.models.session import TorchSession
-from edgediff.openvino import import_openvino
 from edgediff.verify.backends import open_session, usual_backend
 from edgediff.verify.psnr import psnr_db
 from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
@@ -70,7 +71,7 @@ def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
     )  # fmt: skip
     assert sorted(file.name for file in (ir_bundle / "openvino").iterdir()) == list(FILES)
     assert not list(ir_bundle.glob(".*"))
-    core = import_openvino("a test").Core()
+    core = import_extra("openvino", "a test", "openvino").Core()
     for graph in target.graphs:
         model = core.read_model(ir_bundle / str(graph.file))
         assert [port.get_names() for port in model.inputs] == [{tensor.name} for tensor in graph.inputs]
@@ -280,13 +281,7 @@ def test_recipes_name_the_target() -> None:
 def test_without_openvino_the_command_that_installs_it_is_named(
     ir_bundle: Path, class_model: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(name: str, package: str | None = None) -> Any:
-        if name.partition(".")[0] == "openvino":
-            raise ModuleNotFoundError("No module named 'openvino'", name="openvino")
-        return real(name, package)
-
-    real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", missing)
+    hide(monkeypatch, "openvino")
     monkeypatch.setitem(sys.modules, "openvino", None)
     said = command("export", class_model, "-o", place / "bundle", "--target", "openvino")
     assert_error(said, 'pip install "edgediff[openvino]"')
@@ -305,4 +300,4 @@ def test_what_openvino_itself_lacks_is_not_hidden(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="numpy"):
-        import_openvino("a test")
+        import_extra("openvino", "a test", "openvino")

@@ -22,7 +22,6 @@ OUTSIDE = (
 )  # fmt: skip
 ONNX_WEIGHTS = "onnx/weights.bin"
 COREML_PAIR = "coreml/unet.mlpackage"
-OPENVINO_FOLDER = "openvino"
 EXECUTORCH_PROGRAM = "executorch/unet.pte"
 
 
@@ -59,13 +58,7 @@ def onnx_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConf
         The graphs in the order of a step.
     """
     layout = layout_of(config, "onnx")
-    graphs = _pack(parts, divided, layout)
-    weights = ONNX_WEIGHTS if layout == "pair" else None
-    return tuple(
-        graph if graph.file is None
-        else msgspec.structs.replace(graph, file=f"onnx/{graph.name}.onnx", external_data=weights)
-        for graph in graphs
-    )  # fmt: skip
+    return _in_files(_pack(parts, divided, layout), "onnx/{}.onnx", ONNX_WEIGHTS if layout == "pair" else None)
 
 
 def openvino_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: ExportConfig) -> tuple[Graph, ...]:
@@ -79,14 +72,17 @@ def openvino_graphs(parts: tuple[Graph, ...], divided: SplitUNet, config: Export
     Returns:
         The graphs in the order of a step.
     """
+    return _in_files(_pack(parts, divided, layout_of(config, "openvino")), "openvino/{}.xml", "openvino/{}.bin")
+
+
+def _in_files(graphs: tuple[Graph, ...], file: str, weights: str | None) -> tuple[Graph, ...]:
+    """Gives each graph that is written its file and its weights' file; the graph's name stands in the place of {}."""
     return tuple(
         graph if graph.file is None
         else msgspec.structs.replace(
-            graph,
-            file=f"{OPENVINO_FOLDER}/{graph.name}.xml",
-            external_data=f"{OPENVINO_FOLDER}/{graph.name}.bin",
+            graph, file=file.format(graph.name), external_data=None if weights is None else weights.format(graph.name)
         )
-        for graph in _pack(parts, divided, layout_of(config, "openvino"))
+        for graph in graphs
     )  # fmt: skip
 
 

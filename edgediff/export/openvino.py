@@ -23,9 +23,21 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.calibration import Calibration
 from edgediff.export.onnx import write_onnx
 from edgediff.export.quantize import HALVED_WEIGHT_LEVELS
+from edgediff.extras import import_extra
 from edgediff.models.part import Part
-from edgediff.openvino import import_openvino
 from edgediff_runtime.manifest import Graph, Target
+
+
+def import_openvino() -> Any:
+    """Imports OpenVINO.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    return import_extra("openvino", "exporting to OpenVINO", "openvino")
 
 
 def write_openvino(
@@ -56,7 +68,7 @@ def write_openvino(
         VerificationError: A graph that is to be quantized is not what torch computed.
         MissingExtraError: OpenVINO is not installed.
     """
-    openvino = import_openvino("exporting to OpenVINO")
+    openvino = import_openvino()
     settings = OnnxConfig(quantize_nbits=config.quantize_nbits, quantize_attention=config.quantize_attention)
     graphs = []
     for graph in target.graphs:

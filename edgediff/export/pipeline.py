@@ -28,7 +28,7 @@ from edgediff.export.executorch import write_executorch
 from edgediff.export.half import half_outputs
 from edgediff.export.layout import modules
 from edgediff.export.onnx import write_onnx
-from edgediff.export.openvino import write_openvino
+from edgediff.export.openvino import import_openvino, write_openvino
 from edgediff.export.place import check_place, clear_stale, staged
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
@@ -36,7 +36,6 @@ from edgediff.models.load import Model, random_weights
 from edgediff.models.session import TorchSession
 from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided
-from edgediff.openvino import import_openvino
 from edgediff.verify.files import check_files
 from edgediff.verify.parity import verify_bundle
 from edgediff.verify.psnr import psnr_db
@@ -110,7 +109,7 @@ def export_bundle(
     if "executorch" in config.targets:
         import_executorch("executorch.exir", "exporting to ExecuTorch")
     if "openvino" in config.targets:
-        import_openvino("exporting to OpenVINO")
+        import_openvino()
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = split(model.unet, config.cut, adaptor.part)
