@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from absent import hide
 from command_line import Command, assert_error
 from conftest import LABELS, SMALL, save_model
@@ -16,6 +18,7 @@ from unets import unet2d
 
 import edgediff
 from edgediff.executorch import import_executorch, quiet
+from edgediff.export.executorch import group_norm
 from edgediff.models.graphs import graph_list
 from edgediff.models.session import TorchSession
 from edgediff.verify.backends import open_session, usual_backend
@@ -57,6 +60,25 @@ def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: P
     # Both methods have the first convolution; XNNPACK's weights have their channels last.
     assert program.count(weights["conv_in.weight"].transpose(0, 2, 3, 1).tobytes()) == 1
     assert program.count(weights["conv_in.bias"].tobytes()) == 1
+    # What XNNPACK does not have is named in it.
+    assert b"aten::upsample_nearest2d" in program
+    assert b"group_norm" not in program
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 12, 7), (3, 12, 1, 1)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_in_operations_of_xnnpack(shape: tuple[int, ...], affine: bool) -> None:
+    rng = np.random.default_rng(0)
+    # Channels whose means lie far from zero and from each other: where a difference of squares loses its digits.
+    means = 100 * rng.standard_normal((1, 12, *(1,) * (len(shape) - 2)))
+    x = torch.from_numpy((means + rng.standard_normal(shape)).astype(np.float32))
+    scale = torch.from_numpy(rng.standard_normal((2, 12)).astype(np.float32)) if affine else (None, None)
+    for num_groups in (1, 4, 12):
+        exact = [None if each is None else each.double() for each in scale]
+        want = torch.nn.functional.group_norm(x.double(), num_groups, *exact, eps=1e-6)
+        got = group_norm(x, num_groups, *scale, eps=1e-6)
+        # Some 250 are rounded to 1.5e-5, a few times over.
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
 
 
 def test_images_are_those_of_torch(program_bundle: Path, program_model: Path) -> None:

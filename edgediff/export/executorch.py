@@ -5,6 +5,8 @@ Constraints that shaped this file:
 - Methods of one file share its weights: the partitioner names what it takes by content, and equal weights are written
   once.
 - Shapes are fixed: XNNPACK plans its memory when a method is loaded.
+- XNNPACK has no group normalization: one that is left whole is computed outside of it, and ends a piece of the graph
+  that XNNPACK computes in one go.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,6 +64,51 @@ def write_executorch(
         raise UnsupportedError(f"{path.name}: ExecuTorch's exporter failed: {' '.join(str(e).split())[:400]}") from e
 
 
+def group_norm(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    """Group normalization in operations that XNNPACK has, as ``aten.group_norm`` is called.
+
+    Mean and variance are each channel's own first, which XNNPACK pools in the layout of the convolutions around; those
+    of a group follow from a number for each of its channels: its variance is the mean of theirs and of the squares by
+    which their means lie apart.
+
+    Args:
+        x: [B, C, ...].
+        num_groups: Divides C.
+        weight: [C], or None.
+        bias: [C], or None.
+        eps: Added to the variance.
+        cudnn_enabled: Of no effect.
+
+    Returns:
+        The normalized tensor, of x's shape.
+
+    >>> x = torch.randn(2, 8, 3, 5)
+    >>> torch.allclose(group_norm(x, 4), torch.nn.functional.group_norm(x, 4), atol=1e-5)
+    True
+    """
+    rows, channels = x.shape[:2]
+    of_channels, of_groups = (rows, channels, 1, 1), (rows, num_groups, channels // num_groups, 1)
+    weight = torch.ones(channels) if weight is None else weight
+    bias = torch.zeros(channels) if bias is None else bias
+    pixels = x if x.dim() == 4 else x.reshape(rows, channels, -1, 1)
+    mean = pixels.mean((2, 3), keepdim=True)
+    centred = pixels - mean
+    variance = (centred * centred).mean((2, 3), keepdim=True).reshape(of_groups)
+    mean = mean.reshape(of_groups)
+    apart = mean - mean.mean((2, 3), keepdim=True)
+    variance = (variance + apart * apart).mean((2, 3), keepdim=True)
+    scale = torch.rsqrt(variance + eps) * weight.reshape(1, *of_groups[1:])
+    shift = apart * scale + bias.reshape(1, *of_groups[1:])
+    return (centred * scale.reshape(of_channels) + shift.reshape(of_channels)).reshape(x.shape)
+
+
 def _trace(
     module: Part, graph: Graph, inputs: Mapping[str, np.ndarray], batch: int | None
 ) -> torch.export.ExportedProgram:
@@ -69,6 +116,10 @@ def _trace(
     first = next(groups(inputs, batch))
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
+            program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
+            spelt_out: torch.export.ExportedProgram = program.run_decompositions(
+                {torch.ops.aten.group_norm.default: group_norm}
+            )
+            return spelt_out
     except Exception as e:  # torch.export's errors share no base class
         raise UnsupportedError(f"{graph.name}: torch.export failed: {' '.join(str(e).split())[:400]}") from e
