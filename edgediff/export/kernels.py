@@ -1,11 +1,11 @@
 """Convolutions of 3 x 3 whose kernels a pass writes anew.
 
 New kernels are sums of the old one's weights. The graph says which sums, and whoever loads it computes them once and
-for all: files keep the weights that the model has, which graphs with and without the pass share.
+for all: files keep the weights that the model has, which graphs with and without the pass share. What is copied then is
+what takes time, so that a kernel is one product with the weights where it can be, and nothing is cut.
 """
 
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -43,7 +43,7 @@ def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
         rewriting: Its graph.
 
     Returns:
-        The convolution that it is; None where it is another, or its kernel is no weight.
+        The convolution that it is; None where it is another, or its kernel is no weight or another node's too.
     """
     if node.op_type != "Conv":
         return None
@@ -51,7 +51,8 @@ def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
     said = attributes_of(node)
     # What is left out is at its default: no zeros around, and a kernel of the weight's size.
     said = {"pads": [0, 0, 0, 0], "kernel_shape": sizes[2:]} | said
-    if len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):
+    shared = rewriting.taken[node.input[1]] > 1
+    if shared or len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):
         return None
     return Convolution(node, sizes[0], sizes[1])
 
@@ -71,18 +72,14 @@ def kernels(
     Returns:
         The names of the K new kernels, [O, C, H, W] each, and the nodes that compute them.
     """
-    matrix = rewriting.constant(f"{name}.sums", sums.reshape(-1, 9).T.astype(np.float32))
-    rows = rewriting.constant(f"{name}.rows", np.array([-1, 9]))
-    sizes = rewriting.constant(f"{name}.{of.outputs}x{of.inputs}", np.array([of.outputs, of.inputs, *shape]))
-    parts = rewriting.constant(f"{name}.parts", np.full(len(sums), prod(shape)))
-    # Two convolutions may share a weight: what they make of it are tensors of their own.
-    stem = f"{of.node.output[0]}.{name}"
-    flat = [f"{stem}.{k}.flat" for k in range(len(sums))]
-    made = [f"{stem}.{k}" for k in range(len(sums))]
-    nodes = [
-        helper.make_node("Reshape", [of.node.input[1], rows], [f"{stem}.rows"], f"{stem}.rows"),
-        helper.make_node("MatMul", [f"{stem}.rows", matrix], [f"{stem}.sums"], f"{stem}.sums"),
-        helper.make_node("Split", [f"{stem}.sums", parts], flat, f"{stem}.flat", axis=1),
-    ]
-    nodes += (helper.make_node("Reshape", [a, sizes], [kernel], kernel) for a, kernel in zip(flat, made, strict=True))
+    weights = rewriting.reshape(of.node.input[1], [of.outputs, of.inputs, 1, 9])
+    made = [f"{of.node.output[0]}.{name}.{k}" for k in range(len(sums))]
+    flat = made if shape[0] == 1 else [f"{kernel}.flat" for kernel in made]
+    nodes = []
+    for k, (row, kernel) in enumerate(zip(flat, made, strict=True)):
+        matrix = rewriting.constant(f"{name}.sums.{k}", sums[k].T.astype(np.float32))
+        nodes.append(helper.make_node("MatMul", [weights, matrix], [row], row))
+        if row != kernel:
+            sizes = rewriting.constant(f"{name}.{of.outputs}x{of.inputs}", np.array([of.outputs, of.inputs, *shape]))
+            nodes.append(helper.make_node("Reshape", [row, sizes], [kernel], kernel))
     return made, nodes

@@ -1,5 +1,6 @@
 """A graph whose nodes are being replaced by others that compute the same."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ class Rewriting:
     Attributes:
         model: The model; changed in place. Weights may lie outside.
         weights: Sizes of each initialiser by its name.
+        taken: How often nodes take each tensor, or the graph gives it.
     """
 
     def __init__(self, model: ModelProto) -> None:
@@ -24,6 +26,8 @@ class Rewriting:
         graph = model.graph
         self.model = model
         self.weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        self.taken = Counter(name for node in graph.node for name in node.input)
+        self.taken.update(value.name for value in graph.output)
         self._shapes = {
             value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in (*graph.input, *graph.value_info, *graph.output)
@@ -46,6 +50,21 @@ class Rewriting:
         if name not in self.weights:
             self.weights[name] = list(values.shape)
             self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
+        return name
+
+    def reshape(self, name: str, sizes: Sequence[int]) -> str:
+        """Gives an initialiser other sizes; its bytes stay where they are.
+
+        Args:
+            name: Its name; no node is left that takes it as it was.
+            sizes: As many numbers as it has.
+
+        Returns:
+            The name.
+        """
+        tensor = next(tensor for tensor in self.model.graph.initializer if tensor.name == name)
+        tensor.dims[:] = sizes
+        self.weights[name] = list(sizes)
         return name
 
     def finish(self, nodes: Sequence[NodeProto]) -> ModelProto:

@@ -6,7 +6,6 @@ depends on whether row and column of the result are even or odd: four kernels of
 """
 
 import logging
-from collections import Counter
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -32,10 +31,9 @@ def merge_upsampling(model: ModelProto) -> ModelProto:
     """
     graph = model.graph
     rewriting = Rewriting(model)
-    taken = Counter(name for node in graph.node for name in node.input)
-    taken.update(value.name for value in graph.output)
     small = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location != TensorProto.EXTERNAL}
-    doubled = {node.output[0]: node for node in graph.node if _is_doubling(node, small) and taken[node.output[0]] == 1}
+    alone = [node for node in graph.node if rewriting.taken[node.output[0]] == 1]
+    doubled = {node.output[0]: node for node in alone if _is_doubling(node, small)}
     nodes: list[NodeProto] = []
     merged = set()
     for node in graph.node:
