@@ -3,6 +3,7 @@ import math
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from edgediff.verify import source
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.rows import ParityReport, Row
 from edgediff_runtime import open_bundle
+from edgediff_runtime.manifest import Source
 
 
 def test_psnr_is_the_formula() -> None:
@@ -96,6 +98,19 @@ def test_a_source_that_has_changed_is_said(class_bundle: Path, monkeypatch: pyte
     latents, note = source.torch_latents(manifest, {}, None)
     assert latents is None
     assert note.endswith("the source has changed")
+
+
+def test_a_built_in_source_is_not_looked_for_in_the_working_directory(
+    class_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = edgediff.load_model("grocery-32")
+    built_in = Source(name=model.name, path=None, sha256=model.sha256)
+    manifest = msgspec.structs.replace(open_bundle(class_bundle).manifest, source=built_in)
+    (tmp_path / model.name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    found, why = source.open_source(manifest)
+    assert found is not None, why
+    assert found[0].sha256 == model.sha256
 
 
 def _row(check: str, ok: bool | None, status: str = "measured", target: str = "onnx") -> Row:

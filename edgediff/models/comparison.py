@@ -11,7 +11,7 @@ from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
 from edgediff.models.families import efficient
 from edgediff.models.graphs import adaptor_shape
-from edgediff.models.load import Model, load_model
+from edgediff.models.load import Model, load_built_in
 from edgediff.models.macs import Tally, tally
 from edgediff.survey import Survey
 from edgediff_runtime import clock_mask
@@ -150,7 +150,7 @@ def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
 
 def _clockwork() -> tuple[ComparisonRow, ...]:
     """8 steps of SD v1.5, Efficient and Distilled, whole and with the paper's cut, clock and learned adaptor."""
-    whole = load_model("sd15")
+    whole = load_built_in("sd15")
     slim = replace(whole, unet=efficient(whole.unet))
     cut = Cut()
     small = _count(slim, cut)
@@ -178,7 +178,7 @@ def _spectral() -> tuple[SpectralRow, ...]:
     for task, (teacher, held) in SPECTRAL.items():
         counted: dict[str, Cost] = {}
         for (role, (suffix, source)), (parameters, macs) in zip(ROLES.items(), held, strict=True):
-            model = load_model(teacher + suffix)
+            model = load_built_in(teacher + suffix)
             divided = split(model.unet, Cut())
             counted[role] = tally(divided, model.sample_shape, model.conditioning.tensors).parts["full"]
             rows.append(

@@ -108,13 +108,26 @@ def load_model(source: str | Path) -> Model:
     if not path.is_dir():
         if path.exists():
             raise ModelError(f"{source} is a file; expected a diffusers directory or one of: {', '.join(ZOO)}")
-        card_path = built_in(str(source))
-        if card_path is None:
-            raise ModelError(
-                f"no model at {source}: no such directory, and no built-in name (choices: {', '.join(ZOO)})"
-            )
-        return _load(card_path, name=str(source), weights_required=False)
+        return load_built_in(str(source))
     return _load(path, name=path.resolve().name, weights_required=True)
+
+
+def load_built_in(name: str) -> Model:
+    """Loads a model of the zoo, whatever lies in the working directory under its name.
+
+    Args:
+        name: One of the zoo's.
+
+    Returns:
+        The model; of a geometry without weights, with parameters on the meta device.
+
+    Raises:
+        ModelError: There is none of this name.
+    """
+    folder = built_in(name)
+    if folder is None:
+        raise ModelError(f"no model at {name}: no such directory, and no built-in name (choices: {', '.join(ZOO)})")
+    return _load(folder, name=name, weights_required=False)
 
 
 def random_weights(model: Model, seed: int) -> Model:

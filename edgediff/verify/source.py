@@ -61,7 +61,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
     """
     try:
         from edgediff.models.clockwork import split
-        from edgediff.models.load import Model, load_model, random_weights
+        from edgediff.models.load import Model, load_built_in, load_model, random_weights
         from edgediff.models.trained import choose_adaptor
     except ImportError as e:
         if model is not None:
@@ -72,7 +72,8 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         loaded = model
     else:
         try:
-            loaded = load_model(source.path or source.name if model is None else str(model))
+            named = source.path if model is None else str(model)
+            loaded = load_built_in(source.name) if named is None else load_model(named)
         except (EdgediffError, OSError):
             if model is not None:
                 raise

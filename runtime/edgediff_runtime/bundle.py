@@ -86,13 +86,11 @@ class Bundle:
         """
         checked: set[str] = set()
         for graph in graphs:
-            if graph.file is None:
-                continue
-            if graph.file not in checked:
-                self.file(graph.file)
-                checked |= self.folder(str(PurePosixPath(graph.file).parent))
-            if graph.external_data is not None and graph.external_data not in checked:
-                self.file(graph.external_data)
+            for name in filter(None, (graph.file, graph.external_data)):
+                if name not in checked:
+                    checked |= self.folder(str(PurePosixPath(name).parent))
+                if name not in checked:
+                    self.file(name)  # says what is wrong with it
 
 
 def open_bundle(path: str | Path) -> Bundle:
