@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import snapshot
 from conftest import SMALL, save_model
+from traces import remembering
 from unets import unet2d
 
 import edgediff
@@ -24,10 +25,12 @@ KILLS = 20
 TARGETS = (("onnx",), ("coreml",))
 
 
-def _export(model: Path, out: Path, targets: tuple[str, ...], steps: int, temporary: Path) -> None:
+def _export(model: Path, out: Path, targets: tuple[str, ...], steps: int, temporary: Path, traces: Path) -> None:
     tempfile.tempdir = os.fspath(temporary)
     config = edgediff.ExportConfig(targets=targets, steps=steps, verify=VerifyConfig(mode="graphs"))
-    edgediff.export_bundle(edgediff.load_model(model), out, config, force=True)
+    # Tracing writes nothing: an export that does not trace again is mostly moments at which there is something to lose.
+    with remembering(traces):
+        edgediff.export_bundle(edgediff.load_model(model), out, config, force=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +62,11 @@ def smallest_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twenty_exports_killed_at_random_moments(
-    start: Callable[..., multiprocessing.process.BaseProcess], smallest_model: Path, place: Path
+    start: Callable[..., multiprocessing.process.BaseProcess], smallest_model: Path, place: Path, traces: Path
 ) -> None:
     temporary = place / "tmp"
     temporary.mkdir()
+    beside = (temporary, traces)
     outs = {targets: place / targets[0] for targets in TARGETS}
     # How long an export takes, by the quickest so far: it must not end before it is killed.
     whole = dict.fromkeys(outs, 60.0)
@@ -75,7 +79,7 @@ def test_twenty_exports_killed_at_random_moments(
                 shutil.rmtree(out, ignore_errors=True)
         before = {out: snapshot(out) if out.exists() else None for out in outs.values()}
         began = time.monotonic()
-        running = {targets: start(smallest_model, out, targets, steps, temporary) for targets, out in outs.items()}
+        running = {targets: start(smallest_model, out, targets, steps, *beside) for targets, out in outs.items()}
         # The first two end by themselves, and say how long that is.
         ends = {targets: moments.uniform(0, whole[targets]) if attempt else 120.0 for targets in running}
         for targets in sorted(running, key=lambda targets: ends[targets]):
@@ -96,7 +100,7 @@ def test_twenty_exports_killed_at_random_moments(
                 assert old is None or list(place.glob(f".{out.name}.edgediff-*.old"))
         attempt += 1
         assert attempt < 3 * KILLS
-    running = [start(smallest_model, out, targets, 2, temporary) for targets, out in outs.items()]
+    running = [start(smallest_model, out, targets, 2, *beside) for targets, out in outs.items()]
     for process in running:
         process.join()
         assert process.exitcode == 0

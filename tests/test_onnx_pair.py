@@ -12,7 +12,7 @@ from seals import assert_refused, flip_bit, manifest_of
 
 import edgediff
 from edgediff.export.weights import POOLED_BYTES, pool_weights
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import BundleError, EdgePipeline, open_bundle
 
 WEIGHTS = "onnx/weights.bin"
 
@@ -87,3 +87,30 @@ def test_pooled_weights_are_the_same_numbers(tmp_path: Path) -> None:
             assert np.array_equal(numpy_helper.to_array(got), numpy_helper.to_array(before))
     # 1000 + 500 + 300 float32 and 500 int64, each from a multiple of 64 on.
     assert (tmp_path / "weights.bin").stat().st_size == 4032 + 2048 + 1216 + 4000
+
+
+def test_graphs_are_held_before_they_are_loaded_and_weights_at_the_latest_then(
+    pair_bundle: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(pair_bundle, tmp_path / "copy")
+    bundle = open_bundle(copy)
+    graphs = bundle.manifest.target("onnx").graphs
+    entered = []
+    flip_bit(copy / WEIGHTS)
+    with pytest.raises(BundleError, match=f"{WEIGHTS} does not have the hash"), bundle.hold(graphs):
+        entered.append("weights")
+    # What a reader makes of damaged weights is not what is wrong.
+    with pytest.raises(BundleError, match=f"{WEIGHTS} does not have the hash"), bundle.hold(graphs):
+        raise BundleError("cannot be loaded")
+    (copy / WEIGHTS).write_bytes(b"short")
+    with pytest.raises(BundleError, match=f"{WEIGHTS} has 5 bytes"), bundle.hold(graphs):
+        entered.append("short weights")
+    shutil.copy(pair_bundle / WEIGHTS, copy / WEIGHTS)
+    (copy / "onnx/more.bin").write_bytes(b"1")
+    with pytest.raises(BundleError, match=r"more\.bin is not listed"), bundle.hold(graphs):
+        entered.append("what is not listed")
+    (copy / "onnx/more.bin").unlink()
+    flip_bit(copy / "onnx/full.onnx")
+    with pytest.raises(BundleError, match=r"full\.onnx does not have the hash"), bundle.hold(graphs):
+        entered.append("a graph")
+    assert entered == ["weights"]

@@ -6,6 +6,9 @@ seen. A runtime checks these two and each file that it opens; nothing is followe
 """
 
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -43,15 +46,8 @@ class Bundle:
             BundleError: The path leaves the bundle, the file is not listed, missing, a symlink, or other than the
                 manifest says.
         """
-        path = inside(self.path, name)
-        entry = self.manifest.files.get(name)
-        if entry is None:
-            raise BundleError(f"{name} is not listed in {MANIFEST}")
-        if not path.is_file():
-            raise BundleError(f"{name} is missing from the bundle {self.path}")
-        if path.stat().st_size != entry.size:
-            raise BundleError(f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {entry.size}: it is damaged")
-        if sha256_of(path) != entry.sha256:
+        path = self._listed(name)
+        if sha256_of(path) != self.manifest.files[name].sha256:
             raise BundleError(f"{name} does not have the hash that {MANIFEST} says: it is damaged")
         return path
 
@@ -67,30 +63,56 @@ class Bundle:
         Raises:
             BundleError: As in `file`.
         """
-        found = sorted(inside(self.path, name).rglob("*"))
-        checked = {file.relative_to(self.path).as_posix() for file in found if file.is_symlink() or not file.is_dir()}
-        for file in sorted(checked):
+        found = self._files_in(name)
+        for file in sorted(found):
             self.file(file)
-        return checked
+        return found
 
-    def hold(self, graphs: tuple[Graph, ...]) -> None:
-        """Checks every file that a backend may read where it is given these graphs.
+    @contextmanager
+    def hold(self, graphs: tuple[Graph, ...]) -> Iterator[None]:
+        """Checks every file that a backend may read where it is given these graphs, before and while it loads them.
 
-        It reads whatever weights a graph names within its folder: all of that is checked.
+        It reads whatever weights a graph names within its folder: all of that is checked. Weights that lie beside the
+        graphs are numbers, which no reader follows; hashing gigabytes of them takes seconds, in which they are loaded.
 
         Args:
-            graphs: Of one target.
+            graphs: Of one target; the block loads them.
 
         Raises:
-            BundleError: As in `file`.
+            BundleError: As in `file`; when the block is left, where it is the weights' hash.
         """
-        checked: set[str] = set()
-        for graph in graphs:
-            for name in filter(None, (graph.file, graph.external_data)):
-                if name not in checked:
-                    checked |= self.folder(str(PurePosixPath(name).parent))
-                if name not in checked:
-                    self.file(name)  # says what is wrong with it
+        files = {graph.file for graph in graphs if graph.file is not None}
+        weights = {graph.external_data for graph in graphs if graph.external_data is not None} - files
+        folders = {str(PurePosixPath(name).parent) for name in files | weights}
+        for name in sorted(files.union(weights, *map(self._files_in, folders))):
+            if name in weights:
+                self._listed(name)
+            else:
+                self.file(name)
+        with ThreadPoolExecutor(1, "hashes") as beside:
+            hashed = [beside.submit(self.file, name) for name in weights]
+            try:
+                yield
+            finally:  # where loading failed too, this is why
+                for each in hashed:
+                    each.result()
+
+    def _listed(self, name: str) -> Path:
+        """Finds a file and holds all but its bytes to the manifest."""
+        path = inside(self.path, name)
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{name} is not listed in {MANIFEST}")
+        if not path.is_file():
+            raise BundleError(f"{name} is missing from the bundle {self.path}")
+        if path.stat().st_size != entry.size:
+            raise BundleError(f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {entry.size}: it is damaged")
+        return path
+
+    def _files_in(self, name: str) -> set[str]:
+        """Paths in the bundle of all files in a folder, links and what is no plain file among them."""
+        found = inside(self.path, name).rglob("*")
+        return {file.relative_to(self.path).as_posix() for file in found if file.is_symlink() or not file.is_dir()}
 
 
 def open_bundle(path: str | Path) -> Bundle:

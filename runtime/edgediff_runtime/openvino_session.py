@@ -60,8 +60,8 @@ class OpenVinoSession:
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         self.graphs = bundle.manifest.target("openvino", "onnx").graphs
-        bundle.hold(self.graphs)
-        self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
+        with bundle.hold(self.graphs):
+            self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
         self._compiled: dict[tuple[str, int], Any] = {}
         self._compiling = threading.Lock()
         self._requests = threading.local()

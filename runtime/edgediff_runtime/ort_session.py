@@ -61,10 +61,10 @@ class OrtSession:
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        bundle.hold(self.graphs)
-        self._shared = _load(bundle, self.graphs, session_options(settings, threads))
         apart = settings.rows_apart and self.threads > 1
-        self._apart = _load(bundle, self.graphs, session_options(settings, 1)) if apart else None
+        with bundle.hold(self.graphs):
+            self._shared = _load(bundle, self.graphs, session_options(settings, threads))
+            self._apart = _load(bundle, self.graphs, session_options(settings, 1)) if apart else None
 
     def put(self, array: Array) -> Any:
         """Wraps an array without a copy.
