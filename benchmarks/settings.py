@@ -17,9 +17,13 @@ from steps import Measured, Run, in_turns, measured, times
 
 from edgediff.verify.feed import run_step
 from edgediff.verify.reference import REFERENCE, load_reference
-from edgediff_runtime import Bundle, open_bundle, ort_session
+from edgediff_runtime import Bundle, open_bundle, ort_bound_session, ort_session
+from edgediff_runtime.ort_bound_session import OrtBoundSession
 from edgediff_runtime.ort_options import session_options
 
+# Inputs and outputs bound to memory, which only a session whose threads share a graph does: "rows apart, or not" is
+# what it is to be compared with, where rows apart are recommended.
+BOUND = "rows together, tensors bound"
 # What is changed of the recommended settings, and entries of ONNX Runtime's own.
 VARIANTS: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
     "recommended": ({}, {}),
@@ -30,6 +34,7 @@ VARIANTS: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
     "threads wait awake": ({"stop_spinning": False}, {}),
     "denormals are zero": ({}, {"session.set_denormal_as_zero": "1"}),
     "weights not laid out": ({}, {"session.disable_prepacking": "1"}),
+    BOUND: ({}, {}),
 }
 
 
@@ -53,10 +58,11 @@ def main() -> None:
 def measure(path: Path, count: int, name: str) -> Measured:
     """The bundle with a variant's settings."""
     bundle = open_bundle(path)
-    return measured(lambda: opened(bundle, *VARIANTS[name]), load_reference(bundle.file(REFERENCE)), count)
+    reference = load_reference(bundle.file(REFERENCE))
+    return measured(lambda: opened(bundle, *VARIANTS[name], bound=name == BOUND), reference, count)
 
 
-def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str]) -> Run:
+def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str], bound: bool) -> Run:
     """The bundle in ONNX Runtime with other settings than it recommends."""
 
     def options(*args: Any) -> Any:
@@ -65,14 +71,14 @@ def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str]) ->
             made.add_session_config_entry(entry, value)
         return made
 
-    ort_session.session_options = options
+    ort_session.session_options = ort_bound_session.session_options = options
     target = bundle.manifest.target("onnx")
     assert target.session is not None
     if "rows_apart" in changes:
         changes = {"rows_apart": not target.session.rows_apart}
     target = msgspec.structs.replace(target, session=msgspec.structs.replace(target.session, **changes))
     bundle = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=(target,)))
-    session = ort_session.OrtSession(bundle)
+    session = OrtBoundSession(bundle, "cpu") if bound else ort_session.OrtSession(bundle)
     return lambda step: run_step(session, step, session.graphs, ("out_sample",))["out_sample"]
 
 

@@ -5,10 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnxruntime as ort
 import pytest
 from command_line import Command, assert_error
 from rich.console import Console
@@ -24,6 +26,7 @@ from edgediff.errors import ConfigError, DataError, UnsupportedError
 from edgediff.survey import survey_bundle
 from edgediff.tables_bench import bench_tables, compare_table
 from edgediff_runtime import RequestError, open_bundle
+from edgediff_runtime.ort_bound_session import CUDA
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,22 @@ def test_a_backend_that_is_not_installed_is_listed_with_its_command(
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     (known,) = run_bench([class_bundle], ["openvino"], rounds=1, undivided=False).contenders
     assert (known.status, known.says) == ("absent", 'not installed: pip install "edgediff[bench]"')
+
+
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this ONNX Runtime has CUDA")
+def test_an_onnxruntime_without_cuda_is_listed_with_the_command(class_bundle: Path) -> None:
+    (known,) = run_bench([class_bundle], ["onnxruntime-cuda"], rounds=1, undivided=False).contenders
+    assert (known.status, known.says) == ("absent", "not installed: pip install onnxruntime-gpu")
+
+
+def test_what_does_not_compute_on_the_cpu_is_not_divided_by_its_peak(
+    class_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = [replace(known, on_cpu=False) for known in backends.BACKENDS if known.name == "onnxruntime"]
+    monkeypatch.setattr(backends, "BACKENDS", away)
+    found = run_bench([class_bundle], ["onnxruntime"], rounds=1, undivided=False)
+    assert found.peak_gflops is not None
+    assert [(known.status, known.share_of_peak) for known in found.contenders] == [("measured", {})]
 
 
 def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, tmp_path: Path) -> None:

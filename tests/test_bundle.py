@@ -246,7 +246,10 @@ def test_threads_of_one_graph_do_not_wait_awake_while_the_next_one_runs(bundle: 
 
 
 def test_a_target_or_a_backend_that_is_not_there(bundle: Path) -> None:
-    with pytest.raises(RequestError, match=r"no backend 'tpu'; choices: onnxruntime, openvino, openvino-bf16, coreml$"):
+    with pytest.raises(
+        RequestError,
+        match=r"no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, coreml$",
+    ):
         EdgePipeline.from_pretrained(bundle, backend="tpu")
     with pytest.raises(BundleError, match="no 'coreml' target; it has: onnx"):
         open_session(open_bundle(bundle), "mil-reference")

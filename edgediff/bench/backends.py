@@ -13,6 +13,7 @@ from edgediff.verify.backends import open_session
 from edgediff.verify.source import open_source
 from edgediff_runtime import Bundle, Manifest
 from edgediff_runtime.manifest import File, Graph, Target
+from edgediff_runtime.ort_bound_session import CUDA
 from edgediff_runtime.sessions import Session
 
 # A result in bf16 is held to less than the bundle's own floor, which is for fp32.
@@ -29,6 +30,8 @@ class Backend:
         package: What must be installed.
         install: The command that installs it.
         floor_db: What its output is held to; None takes the floor of the bundle's target.
+        provider: Which of ONNX Runtime's execution providers must be there too.
+        on_cpu: Whether it computes on the CPU, whose peak is measured.
     """
 
     name: str
@@ -36,11 +39,19 @@ class Backend:
     package: str
     install: str
     floor_db: float | None = None
+    provider: str | None = None
+    on_cpu: bool = True
 
     @property
     def is_installed(self) -> bool:
         """Whether its package is there; not whether it works here."""
-        return find_spec(self.package) is not None
+        if find_spec(self.package) is None:
+            return False
+        if self.provider is None:
+            return True
+        import onnxruntime as ort
+
+        return self.provider in ort.get_available_providers()
 
     def target(self, manifest: Manifest) -> str | None:
         """Which of a bundle's targets it runs.
@@ -59,10 +70,11 @@ BACKENDS = (
     Backend("torch", (), "torch", 'pip install "edgediff[export]"'),
     Backend("torch-compile", (), "torch", 'pip install "edgediff[export]"'),
     Backend("onnxruntime", ("onnx",), "onnxruntime", "pip install edgediff"),
+    Backend("onnxruntime-cuda", ("onnx",), "onnxruntime", "pip install onnxruntime-gpu", provider=CUDA, on_cpu=False),
     Backend("openvino", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"'),
     Backend("openvino-bf16", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"', BF16_DB),
     Backend("executorch", ("executorch",), "executorch", 'pip install "edgediff[executorch]"'),
-    Backend("coreml", ("coreml",), "coremltools", 'pip install "edgediff[export]", on macOS'),
+    Backend("coreml", ("coreml",), "coremltools", 'pip install "edgediff[export]", on macOS', on_cpu=False),
     Backend("mil-reference", ("coreml",), "coremltools", 'pip install "edgediff[export]"'),
 )
 # Evaluated in torch, to be right and not to be fast: timed where it is asked for by name.

@@ -340,6 +340,6 @@ def _judged(
         share_of_peak={
             name: round(gflop[name] / (1e-3 * median(parts[name])) / peak, 4)
             for name in ("full", "cached")
-            if peak is not None and parts.get(name)
+            if peak is not None and parts.get(name) and named(runner.contender.backend).on_cpu
         },
     )

@@ -34,8 +34,8 @@ def run(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="onnxruntime, openvino, openvino-bf16, executorch, coreml (on a Mac), or mil-reference: Core ML "
-            "packages evaluated in torch."
+            help="onnxruntime, onnxruntime-cuda (on an NVIDIA GPU), openvino, openvino-bf16, executorch, coreml (on a "
+            "Mac), or mil-reference: Core ML packages evaluated in torch."
         ),
     ] = None,
     compute_units: Annotated[

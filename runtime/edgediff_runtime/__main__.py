@@ -26,7 +26,10 @@ def main() -> int:
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps, or auto:TOL")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    backends = "onnxruntime (default), openvino, openvino-bf16 (of ONNX graphs too), or coreml on a Mac"
+    backends = (
+        "onnxruntime (default), onnxruntime-cuda on an NVIDIA GPU, openvino, openvino-bf16 (of ONNX graphs too), "
+        "or coreml on a Mac"
+    )
     parser.add_argument("--backend", default="onnxruntime", help=backends)
     parser.add_argument("--json", action="store_true", help="print the ledger as JSON")
     args = parser.parse_args()

@@ -63,8 +63,8 @@ class OrtSession:
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
         apart = settings.rows_apart and self.threads > 1
         with bundle.hold(self.graphs):
-            self._shared = _load(bundle, self.graphs, session_options(settings, threads))
-            self._apart = _load(bundle, self.graphs, session_options(settings, 1)) if apart else None
+            self._shared = load_graphs(bundle, self.graphs, session_options(settings, threads))
+            self._apart = load_graphs(bundle, self.graphs, session_options(settings, 1)) if apart else None
 
     def put(self, array: Array) -> Any:
         """Wraps an array without a copy.
@@ -118,8 +118,23 @@ class OrtSession:
         tensors.update(zip(names, zip(*made, strict=True), strict=True))
 
 
-def _load(bundle: Bundle, graphs: tuple[Graph, ...], options: Any) -> dict[str, Any]:
-    """Each graph by its name."""
+def load_graphs(
+    bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = ("CPUExecutionProvider",)
+) -> dict[str, Any]:
+    """Loads graphs and holds them to the manifest.
+
+    Args:
+        bundle: The bundle.
+        graphs: Of it.
+        options: ONNX Runtime's.
+        providers: Its execution providers, the one that is wanted first.
+
+    Returns:
+        A session of ONNX Runtime for each graph that has a file, by the graph's name.
+
+    Raises:
+        BundleError: One cannot be loaded, or has other inputs or outputs than the manifest says.
+    """
     import onnxruntime as ort
 
     sessions = {}
@@ -127,7 +142,7 @@ def _load(bundle: Bundle, graphs: tuple[Graph, ...], options: Any) -> dict[str, 
         if graph.file is not None:
             try:
                 file = os.fspath(bundle.path / graph.file)
-                session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(file, options, providers=list(providers))
             except Exception as e:  # onnxruntime's own errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
             _check_tensors(graph, session)

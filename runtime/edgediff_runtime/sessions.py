@@ -13,6 +13,7 @@ from edgediff_runtime.coreml_session import CoreMLSession
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.openvino_session import OpenVinoSession
+from edgediff_runtime.ort_bound_session import OrtBoundSession
 from edgediff_runtime.ort_session import OrtSession
 
 Array = npt.NDArray[Any]
@@ -42,7 +43,7 @@ class Session(Protocol):
         ...
 
 
-BACKENDS = ("onnxruntime", "openvino", "openvino-bf16", "coreml")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "openvino-bf16", "coreml")
 
 
 def open_session(
@@ -68,6 +69,8 @@ def open_session(
     refuse_compute_units(backend, compute_units)
     if backend == "onnxruntime":
         return OrtSession(bundle, threads)
+    if backend == "onnxruntime-cuda":
+        return OrtBoundSession(bundle, "cuda", threads)
     if backend in ("openvino", "openvino-bf16"):
         return OpenVinoSession(bundle, "fp32" if backend == "openvino" else "bf16", threads)
     raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")

@@ -1,0 +1,98 @@
+"""ONNX Runtime with every tensor bound to one device's memory: the way on a GPU.
+
+A tensor that ONNX Runtime is handed on the CPU crosses to the GPU and back in every run. Here the cache and the skip
+connections stay where they were made, and only the sample, what it is conditioned on and the result cross.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgediff_runtime.bundle import Bundle
+from edgediff_runtime.errors import RequestError
+from edgediff_runtime.manifest import Graph, SessionSettings
+from edgediff_runtime.ort_options import session_options
+from edgediff_runtime.ort_session import load_graphs
+
+Array = npt.NDArray[Any]
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+# Of each device: ONNX Runtime's providers, the one that is wanted first. TF32 would round an fp32 graph's products to
+# ten bits.
+PROVIDERS: dict[str, tuple[Any, ...]] = {"cpu": (CPU,), "cuda": ((CUDA, {"use_tf32": "0"}), CPU)}
+
+
+class OrtBoundSession:
+    """ONNX Runtime on tensors that stay in a device's memory.
+
+    One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
+    OrtValue on the device.
+
+    Attributes:
+        graphs: The bundle's ONNX graphs.
+        batch: None: they have a symbolic batch.
+        device: Where tensors are.
+    """
+
+    batch: int | None = None
+
+    def __init__(self, bundle: Bundle, device: str = "cuda", threads: int | None = None) -> None:
+        """Checks and loads the ONNX graphs of a bundle.
+
+        Args:
+            bundle: The bundle.
+            device: One of `PROVIDERS`; an NVIDIA GPU is the first that there is.
+            threads: How many may be at work on the CPU; ONNX Runtime's choice where None.
+
+        Raises:
+            RequestError: The device is unknown or not to be had on this machine.
+            BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
+        """
+        import onnxruntime as ort
+
+        if device not in PROVIDERS:
+            raise RequestError(f"no device {device!r}; choices: {', '.join(PROVIDERS)}")
+        missing = RequestError(
+            "backend 'onnxruntime-cuda' needs an NVIDIA GPU with CUDA, and ONNX Runtime for it: "
+            "pip install onnxruntime-gpu"
+        )
+        if device == "cuda" and CUDA not in ort.get_available_providers():
+            raise missing
+        target = bundle.manifest.target("onnx")
+        settings = SessionSettings() if target.session is None else target.session
+        self.graphs = target.graphs
+        self.device = device
+        self._from_numpy = ort.OrtValue.ortvalue_from_numpy
+        with bundle.hold(self.graphs):
+            options = session_options(settings, threads)
+            self._sessions = load_graphs(bundle, self.graphs, options, PROVIDERS[device])
+        # Where a provider's libraries cannot be loaded ONNX Runtime goes on without it, and says so in its log alone.
+        if device == "cuda" and any(CUDA not in session.get_providers() for session in self._sessions.values()):
+            raise missing
+
+    def put(self, array: Array) -> Any:
+        """Copies an array to the device; on the CPU it is wrapped as it is."""
+        return self._from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def get(self, value: Any) -> Array:
+        """Copies a tensor from the device."""
+        array: Array = value.numpy()
+        return array
+
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        """Runs a graph; inputs and outputs stay on the device.
+
+        Args:
+            graph: One of the bundle's.
+            tensors: By name; the outputs are added.
+        """
+        session = self._sessions[graph.name]
+        binding = session.io_binding()
+        for tensor in graph.inputs:
+            binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+        for tensor in graph.outputs:
+            binding.bind_output(tensor.name, self.device, 0)
+        session.run_with_iobinding(binding)
+        tensors.update(zip((tensor.name for tensor in graph.outputs), binding.get_outputs(), strict=True))
