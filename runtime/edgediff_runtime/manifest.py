@@ -102,8 +102,8 @@ class SessionSettings(Struct, frozen=True):
         memory_pattern: Memory is laid out by the shapes of earlier runs.
         stop_spinning: Threads stop waiting awake when a run ends. Each graph has threads of its own: the next graph
             would run against them.
-        exact_int8: On x64 without VNNI, kernels of eight bits that do not add pairs of products in 16 bits, which
-            overflow for weights with a sign.
+        exact_int8: Where kernels of eight bits add pairs of products in 16 bits, as on x64 without VNNI, slower ones
+            that do not overflow. Elsewhere a runtime leaves them out.
     """
 
     rows_apart: bool = False

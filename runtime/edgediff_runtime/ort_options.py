@@ -3,6 +3,7 @@
 from typing import Any
 
 from edgediff_runtime.manifest import SessionSettings
+from edgediff_runtime.ort_overflow import bytes_overflow
 
 
 def session_options(settings: SessionSettings, threads: int | None = None) -> Any:
@@ -25,7 +26,7 @@ def session_options(settings: SessionSettings, threads: int | None = None) -> An
     options.enable_mem_pattern = settings.memory_pattern
     entries = {
         "session.force_spinning_stop": settings.stop_spinning,
-        "session.x64quantprecision": settings.exact_int8,
+        "session.x64quantprecision": settings.exact_int8 and bytes_overflow(),
     }
     for entry, is_on in entries.items():
         options.add_session_config_entry(entry, str(int(is_on)))
