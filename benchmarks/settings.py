@@ -1,8 +1,8 @@
 """How is ONNX Runtime to be set? Each setting for itself against what bundles recommend, in turns.
 
 All run the recorded steps of a bundle (both rows of a guided image) and are held to them, each in a process of its
-own, so that memory is its own. What a bundle recommends is in its manifest (`SessionSettings`); two settings that it
-does not know are here too, to show that nothing is lost.
+own, so that memory is its own. What a bundle recommends is in its manifest (`SessionSettings`); what it does not know
+is here too, to show that nothing is lost.
 """
 
 import argparse

@@ -107,6 +107,8 @@ def examine() -> Examination:
         What was found.
     """
     installed = {name: _installed(name) for name in TESTED}
+    # Built for a GPU it has another name, and takes this one's place.
+    installed["onnxruntime"] = installed["onnxruntime"] or _installed("onnxruntime-gpu")
     return Examination(
         machine={
             "system": platform.platform(),

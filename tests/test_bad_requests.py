@@ -41,7 +41,7 @@ from seals import flip_bit, seal_plain
         (["--scale", "0"], ("--scale is 0",)),
         (
             ["--backend", "tpu"],
-            ("no backend 'tpu'; choices: onnxruntime, openvino", "coreml, executorch, mil-reference"),
+            ("no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino", "coreml, executorch, mil-reference"),
         ),
         (["--level", "1"], ("--level",)),
     ],

@@ -128,7 +128,10 @@ def test_a_backend_that_is_not_installed_is_listed_with_its_command(
 @pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this ONNX Runtime has CUDA")
 def test_an_onnxruntime_without_cuda_is_listed_with_the_command(class_bundle: Path) -> None:
     (known,) = run_bench([class_bundle], ["onnxruntime-cuda"], rounds=1, undivided=False).contenders
-    assert (known.status, known.says) == ("absent", "not installed: pip install onnxruntime-gpu")
+    assert (known.status, known.says) == (
+        "absent",
+        "not installed: pip uninstall onnxruntime && pip install onnxruntime-gpu",
+    )
 
 
 def test_what_does_not_compute_on_the_cpu_is_not_divided_by_its_peak(

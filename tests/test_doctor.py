@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from edgediff import doctor
 from edgediff.doctor import EXPORT, KNOWN_BAD, TESTED, _abilities, _numbers, examine, find_known_bad
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -93,3 +94,12 @@ def test_what_is_missing_is_named() -> None:
     assert abilities["recompute trajectories in torch"] == 'no: pip install "edgediff[export]" (torch missing)'
     assert abilities["run and verify ONNX bundles"] == "yes"
     assert _abilities(dict.fromkeys(TESTED))["run and verify ONNX bundles"] == "no: onnxruntime is not installed"
+
+
+def test_an_onnxruntime_built_for_a_gpu_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(doctor, "_installed", there.get)
+    assert examine().abilities["run and verify ONNX bundles"] == "yes"
+    assert examine().versions["onnxruntime"]["installed"] == "1.31.1"
+    there.clear()
+    assert examine().abilities["run and verify ONNX bundles"] == "no: onnxruntime is not installed"

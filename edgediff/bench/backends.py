@@ -66,11 +66,13 @@ class Backend:
         return next((name for name in self.targets if name in there), None)
 
 
+# Both have a package of the same name: one takes the other's place.
+INSTALL_CUDA = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
 BACKENDS = (
     Backend("torch", (), "torch", 'pip install "edgediff[export]"'),
     Backend("torch-compile", (), "torch", 'pip install "edgediff[export]"'),
     Backend("onnxruntime", ("onnx",), "onnxruntime", "pip install edgediff"),
-    Backend("onnxruntime-cuda", ("onnx",), "onnxruntime", "pip install onnxruntime-gpu", provider=CUDA, on_cpu=False),
+    Backend("onnxruntime-cuda", ("onnx",), "onnxruntime", INSTALL_CUDA, provider=CUDA, on_cpu=False),
     Backend("openvino", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"'),
     Backend("openvino-bf16", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"', BF16_DB),
     Backend("executorch", ("executorch",), "executorch", 'pip install "edgediff[executorch]"'),

@@ -78,7 +78,7 @@ class Contender(Struct, frozen=True):
             finite.
         mask: The steps as they were run, 1 = full.
         rows: UNet rows in a step.
-        peak_mib: Most memory that its process held.
+        peak_mib: Most memory that its process held, a GPU's not counted.
         undivided: What `time_saved` is taken against: ``undivided``, the whole UNet in the same backend; or ``own``,
             the bundle's own graphs at clock 1, where the source is not at hand, the backend has no other, or the graphs
             are of eight bits, which the undivided one is not.

@@ -13,7 +13,17 @@ import numpy as np
 
 from edgediff.bench.ledger import Machine
 
-TOOLS = ("edgediff", "numpy", "onnxruntime", "torch", "diffusers", "openvino", "executorch", "coremltools")
+TOOLS = (
+    "edgediff",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "diffusers",
+    "openvino",
+    "executorch",
+    "coremltools",
+)
 # What decides how fast a CPU computes networks.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "bf16", "i8mm")
 PEAK_SIZE = 2048

@@ -4,6 +4,8 @@ A tensor that ONNX Runtime is handed on the CPU crosses to the GPU and back in e
 connections stay where they were made, and only the sample, what it is conditioned on and the result cross.
 """
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ class OrtBoundSession:
     """ONNX Runtime on tensors that stay in a device's memory.
 
     One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
-    OrtValue on the device.
+    OrtValue on the device. All rows go through a graph together, whatever the manifest says of rows apart.
 
     Attributes:
         graphs: The bundle's ONNX graphs.
@@ -54,23 +56,23 @@ class OrtBoundSession:
 
         if device not in PROVIDERS:
             raise RequestError(f"no device {device!r}; choices: {', '.join(PROVIDERS)}")
-        missing = RequestError(
-            "backend 'onnxruntime-cuda' needs an NVIDIA GPU with CUDA, and ONNX Runtime for it: "
-            "pip install onnxruntime-gpu"
-        )
-        if device == "cuda" and CUDA not in ort.get_available_providers():
-            raise missing
+        said = _find_cuda() if device == "cuda" else ""
         target = bundle.manifest.target("onnx")
         settings = SessionSettings() if target.session is None else target.session
         self.graphs = target.graphs
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
+        self._sessions: dict[str, Any] = {}
         with bundle.hold(self.graphs):
-            options = session_options(settings, threads)
-            self._sessions = load_graphs(bundle, self.graphs, options, PROVIDERS[device])
-        # Where a provider's libraries cannot be loaded ONNX Runtime goes on without it, and says so in its log alone.
-        if device == "cuda" and any(CUDA not in session.get_providers() for session in self._sessions.values()):
-            raise missing
+            for graph in self.graphs:
+                options = session_options(settings, threads)
+                self._sessions |= load_graphs(bundle, (graph,), options, PROVIDERS[device])
+                # Where a provider's libraries cannot be loaded ONNX Runtime goes on without it, and says so in its log.
+                if device == "cuda" and any(CUDA not in each.get_providers() for each in self._sessions.values()):
+                    raise RequestError(
+                        "backend 'onnxruntime-cuda' needs an NVIDIA GPU, and the libraries of CUDA and cuDNN that "
+                        f"onnxruntime-gpu names; ONNX Runtime could not start there{f': {said}' if said else ''}"
+                    )
 
     def put(self, array: Array) -> Any:
         """Copies an array to the device; on the CPU it is wrapped as it is."""
@@ -87,6 +89,9 @@ class OrtBoundSession:
         Args:
             graph: One of the bundle's.
             tensors: By name; the outputs are added.
+
+        Raises:
+            RequestError: The device cannot run it, for want of memory or of a kernel.
         """
         session = self._sessions[graph.name]
         binding = session.io_binding()
@@ -94,5 +99,26 @@ class OrtBoundSession:
             binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
         for tensor in graph.outputs:
             binding.bind_output(tensor.name, self.device, 0)
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as e:  # onnxruntime's own errors share no base class
+            raise RequestError(f"{graph.name} cannot run on {self.device}: {' '.join(str(e).split())[:400]}") from e
         tensors.update(zip((tensor.name for tensor in graph.outputs), binding.get_outputs(), strict=True))
+
+
+def _find_cuda() -> str:
+    """Loads the libraries of CUDA and cuDNN where pip has put them; what ONNX Runtime says of that.
+
+    Raises:
+        RequestError: This ONNX Runtime was built without CUDA.
+    """
+    import onnxruntime as ort
+
+    if CUDA not in ort.get_available_providers():
+        raise RequestError(
+            "backend 'onnxruntime-cuda' needs an NVIDIA GPU, and ONNX Runtime built for CUDA in the place of this one: "
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    with redirect_stdout(io.StringIO()) as said:
+        ort.preload_dlls()
+    return " ".join(said.getvalue().split())[:300]

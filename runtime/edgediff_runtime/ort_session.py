@@ -142,7 +142,8 @@ def load_graphs(
         if graph.file is not None:
             try:
                 file = os.fspath(bundle.path / graph.file)
-                session = ort.InferenceSession(file, options, providers=list(providers))
+                # Its own fallback, to the CPU, would be printed, and take the user's choice for another.
+                session = ort.InferenceSession(file, options, providers=list(providers), enable_fallback=0)
             except Exception as e:  # onnxruntime's own errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
             _check_tensors(graph, session)

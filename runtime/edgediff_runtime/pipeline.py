@@ -108,7 +108,7 @@ class EdgePipeline:
 
         Args:
             path: The bundle's directory.
-            backend: What runs the graphs: ``onnxruntime``, or ``coreml`` on macOS.
+            backend: What runs the graphs, one of `edgediff_runtime.sessions.BACKENDS`.
             compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
 
         Returns:
