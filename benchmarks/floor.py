@@ -19,6 +19,7 @@ import onnxruntime as ort
 from measure import machine, spread
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from edgediff.bench.wording import number
 from edgediff.verify.reference import REFERENCE, load_reference
 from edgediff_runtime import open_bundle
 from edgediff_runtime.manifest import SessionSettings
@@ -70,7 +71,7 @@ def report(name: str, steps_ms: list[float], alone: dict[str, tuple[float, int]]
         print(f"  {kind:24} {count:4.0f} x, {ms:9.2f} ms")
     floor = sum(ms for _, ms in kinds.values())
     ratio = median(steps_ms) / floor
-    print(f"{name}: {spread(steps_ms)} ms, its operations alone {floor:.4g} ms: {ratio:.3f} "
+    print(f"{name}: {spread(steps_ms)} ms, its operations alone {number(floor)} ms: {ratio:.3f} "
           f"(bar: {BAR}) {'ok' if ratio <= BAR else 'MISSED'}")  # fmt: skip
 
 

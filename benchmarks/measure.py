@@ -5,7 +5,7 @@ from statistics import median
 
 from edgediff.bench import ledger
 from edgediff.bench.machine import describe_machine
-from edgediff.bench.wording import machine_line
+from edgediff.bench.wording import machine_line, number
 
 
 def machine() -> str:
@@ -16,6 +16,6 @@ def machine() -> str:
 def spread(samples: Sequence[float]) -> str:
     """Spells samples as their median and, in brackets, their 10th and 90th percentile; one sample as it is."""
     if len(samples) == 1:
-        return f"{samples[0]:.4g}"
+        return number(samples[0])
     low, high = ledger.spread(tuple(samples))
-    return f"{median(samples):.4g} [{low:.4g}, {high:.4g}]"
+    return f"{number(median(samples))} [{number(low)}, {number(high)}]"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def bench_tables(ledger: "Ledger") -> list[Table]:
-    """The two figures that matter for each contender, then milliseconds by part.
+    """The two figures that matter for each contender, what is missing and why, then milliseconds by part.
 
     Args:
         ledger: The run.
@@ -25,6 +25,7 @@ def bench_tables(ledger: "Ledger") -> list[Table]:
     """
     tables = [
         _figures(ledger),
+        *([_missing(ledger)] if any(known.says for known in ledger.contenders) else []),
         *(_parts(ledger, bundle) for bundle in dict.fromkeys(row.bundle for row in ledger.rows)),
     ]
     return [*tables, *(table for other in ledger.imported for table in bench_tables(other))]
@@ -53,8 +54,17 @@ def _figures(ledger: "Ledger") -> Table:
     for known in ledger.contenders:
         cells = figure_cells(known) if known.status == "measured" else (known.status,)
         table.add_row(Text(known.bundle), known.backend, *cells)
+    return table
+
+
+def _missing(ledger: "Ledger") -> Table:
+    table = Table(title="not measured, or not against the undivided UNet", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("bundle", "backend", "why"):
+        table.add_column(name, overflow="fold")
+    for known in ledger.contenders:
         if known.says:
-            table.add_row("", Text(known.says, "yellow" if known.status in ("absent", "measured") else "bold red"))
+            style = "yellow" if known.status in ("absent", "measured") else "bold red"
+            table.add_row(Text(known.bundle), known.backend, Text(known.says, style))
     return table
 
 

@@ -117,6 +117,15 @@ def test_a_backend_that_has_no_graphs_here_says_so(ledger: Ledger) -> None:
     assert not [row for row in ledger.rows if row.backend == "coreml"]
 
 
+def test_a_reason_is_shown_on_one_line(ledger: Ledger) -> None:
+    screen = Console(file=io.StringIO(), width=100)
+    for table in bench_tables(ledger):
+        screen.print(table)
+    assert isinstance(screen.file, io.StringIO)
+    (line,) = [line for line in screen.file.getvalue().splitlines() if "runs coreml graphs" in line]
+    assert line.rstrip().endswith("coreml   runs coreml graphs, the bundle has onnx")
+
+
 def test_a_backend_that_is_not_installed_is_listed_with_its_command(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from edgediff.bench.ledger import Contender, Ledger
+from edgediff.bench.wording import number
 from edgediff_runtime.loop import OUTSIDE
 
 INK, SOFT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
@@ -88,7 +89,7 @@ def _latency(axes: Any, known: list[Contender], times: Times, many: bool) -> Non
                 axes.barh(i + offset, ms, 0.36, left, color=PARTS[part], label=label, edgecolor="white", linewidth=0.6)
                 left += ms
             axes.annotate(
-                f"{kind} {left:,.3g} ms", (left, i + offset), (4, 0), textcoords="offset points", va="center",
+                f"{kind} {number(left, 3)} ms", (left, i + offset), (4, 0), textcoords="offset points", va="center",
                 fontsize=8, color=INK,
             )  # fmt: skip
     axes.set_yticks(range(len(known)), [_name(contender, many) for contender in known], fontsize=8)

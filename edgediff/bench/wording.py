@@ -68,5 +68,14 @@ def milliseconds(row: Row | None) -> tuple[str, str]:
     """
     if row is None:
         return "-", ""
-    spread = "" if len(row.samples_ms) == 1 else f"[{row.p10_ms:,.4g}, {row.p90_ms:,.4g}]"
-    return f"{row.median_ms:,.4g}", spread
+    spread = "" if len(row.samples_ms) == 1 else f"[{number(row.p10_ms)}, {number(row.p90_ms)}]"
+    return number(row.median_ms), spread
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with as many digits as say something, and never an exponent where it is large.
+
+    >>> number(3.14159), number(0.0813), number(41467.8), number(123.4, 3)
+    ('3.142', '0.0813', '41,468', '123')
+    """
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
