@@ -11,7 +11,7 @@ from command_line import Command, assert_error
 from edgediff.verify.psnr import psnr_db
 from edgediff_runtime import EdgePipeline, RequestError, open_bundle, ort_bound_session
 from edgediff_runtime.ort_bound_session import CUDA, OrtBoundSession
-from edgediff_runtime.ort_session import OrtSession
+from edgediff_runtime.ort_session import CPU, OrtSession
 
 REQUEST = {"num_images": 2, "num_inference_steps": 4, "seed": 3}
 HAS_CUDA = CUDA in ort.get_available_providers()
@@ -102,9 +102,9 @@ def test_a_provider_that_onnxruntime_left_out_is_not_taken_for_a_gpu(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # What happens where CUDA's libraries are missing: the provider is known, and the session is on the CPU.
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, ort_bound_session.CPU])
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load\nlibcudart"))
-    monkeypatch.setitem(ort_bound_session.PROVIDERS, "cuda", (ort_bound_session.CPU,))
+    monkeypatch.setitem(ort_bound_session.PROVIDERS, "cuda", (CPU,))
     with pytest.raises(
         RequestError, match=r"libraries of CUDA and cuDNN.* could not start there: Failed to load libcudart$"
     ):

@@ -15,11 +15,10 @@ from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import Graph, SessionSettings
 from edgediff_runtime.ort_options import session_options
-from edgediff_runtime.ort_session import load_graphs
+from edgediff_runtime.ort_session import CPU, load_graphs
 
 Array = npt.NDArray[Any]
 
-CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # Of each device: ONNX Runtime's providers, the one that is wanted first. TF32 would round an fp32 graph's products to
 # ten bits.
@@ -63,16 +62,17 @@ class OrtBoundSession:
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
+        options = session_options(settings, threads)
         with bundle.hold(self.graphs):
             for graph in self.graphs:
-                options = session_options(settings, threads)
-                self._sessions |= load_graphs(bundle, (graph,), options, PROVIDERS[device])
+                loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])
                 # Where a provider's libraries cannot be loaded ONNX Runtime goes on without it, and says so in its log.
-                if device == "cuda" and any(CUDA not in each.get_providers() for each in self._sessions.values()):
+                if device == "cuda" and any(CUDA not in each.get_providers() for each in loaded.values()):
                     raise RequestError(
                         "backend 'onnxruntime-cuda' needs an NVIDIA GPU, and the libraries of CUDA and cuDNN that "
                         f"onnxruntime-gpu names; ONNX Runtime could not start there{f': {said}' if said else ''}"
                     )
+                self._sessions |= loaded
 
     def put(self, array: Array) -> Any:
         """Copies an array to the device; on the CPU it is wrapped as it is."""

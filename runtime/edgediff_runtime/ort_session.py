@@ -20,6 +20,8 @@ from edgediff_runtime.ort_options import session_options
 
 Array = npt.NDArray[Any]
 
+# ONNX Runtime's execution provider.
+CPU = "CPUExecutionProvider"
 ORT_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -119,7 +121,7 @@ class OrtSession:
 
 
 def load_graphs(
-    bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = ("CPUExecutionProvider",)
+    bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = (CPU,)
 ) -> dict[str, Any]:
     """Loads graphs and holds them to the manifest.
 
