@@ -1,7 +1,8 @@
 """How does the cost grow with steps, with images at once and with resolution? grocery-32 and its student, clock 2.
 
 The bar: linear in steps and in images within 5 %. Resolutions are the same UNet exported for another size of sample,
-where attention's share grows. Writes cost.png into the folder that it is given.
+where attention's share grows. Writes cost.png into the folder that it is given. With ``--bundle`` it is that bundle's
+cost, whatever its size, at the one resolution that it has, on the screen alone.
 """
 
 import argparse
@@ -19,12 +20,14 @@ from measure import machine
 
 import edgediff
 from edgediff.config import VerifyConfig
+from edgediff.verify.reference import REFERENCE, load_reference, reference_request
 from edgediff_runtime import EdgePipeline
 
 MODELS = ("grocery-32", "grocery-32-student")
 STEPS, IMAGES, SIZES = (4, 8, 16, 32), (1, 2, 4, 8), (16, 32, 48, 64)
 BAR = 0.05
 ROUNDS = 15
+LARGE_STEPS, LARGE_IMAGES, LARGE_ROUNDS = (2, 4, 8), (1, 2, 4), 3
 COLOURS = {"grocery-32": "#1f5fa8", "grocery-32-student": "#c2571a"}
 
 Figures = Mapping[str, Mapping[int, float]]
@@ -34,9 +37,14 @@ def main() -> None:
     """Exports, times everything in turns, judges and draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("out"), help="where cost.png is to be")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--bundle", type=Path, help="time this one, which may be large, in the built-in models' place")
+    given = parser.parse_args()
     print(machine())
+    if given.bundle is not None:
+        large(given.bundle)
+        return
+    folder = given.folder
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         pipes = {(name, size): opened(name, size, Path(scratch)) for name in MODELS for size in SIZES}
         native = {name: pipes[name, 32] for name in MODELS}
@@ -51,6 +59,17 @@ def main() -> None:
             print(f"{name}, {size}x{size}: {ms:.1f} ms, {1e3 * gflops[name, size] / ms:.0f} GFLOP/s")
     draw(folder / "cost.png", {"denoising steps": steps, "images at once": images, "height and width": sizes})
     print(f"picture: {folder / 'cost.png'}")
+
+
+def large(path: Path) -> None:
+    """Times a bundle whose steps take seconds: few of them, and few rounds."""
+    pipe = EdgePipeline.from_pretrained(path)
+    given = reference_request(pipe.manifest, load_reference(path / REFERENCE).conditioning)
+    embeds = {name: value for name, value in given.items() if name.endswith("embeds")}
+    steps = {(path.name, n): loop(pipe, steps=n, **embeds) for n in LARGE_STEPS}
+    images = {(path.name, n): loop(pipe, steps=LARGE_STEPS[0], images=n, **embeds) for n in LARGE_IMAGES}
+    judge("steps", timed(steps, LARGE_ROUNDS))
+    judge(f"images at once, {LARGE_STEPS[0]} steps", timed(images, LARGE_ROUNDS))
 
 
 def opened(name: str, size: int, scratch: Path) -> EdgePipeline:
@@ -70,24 +89,24 @@ def gflop(pipe: EdgePipeline) -> float:
     return 2 * 4 * half  # two rows, and four steps of each kind
 
 
-def loop(pipe: EdgePipeline, steps: int = 8, images: int = 1) -> Callable[[], float]:
+def loop(pipe: EdgePipeline, steps: int = 8, images: int = 1, **embeds: Any) -> Callable[[], float]:
     """One generation: milliseconds of its steps."""
 
     def run() -> float:
         asked: dict[str, Any] = {"num_inference_steps": steps, "num_images": images, "clock": 2, "seed": 0}
-        result = pipe(**asked)
+        result = pipe(**asked, **embeds)
         assert np.isfinite(result.latents).all()
         return sum(sum(step.ms.values()) for step in result.ledger)
 
     return run
 
 
-def timed(ways: Mapping[tuple[str, int], Callable[[], float]]) -> dict[str, dict[int, float]]:
+def timed(ways: Mapping[tuple[str, int], Callable[[], float]], rounds: int = ROUNDS) -> dict[str, dict[int, float]]:
     """Medians of every way, in turns, by model and number."""
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in ways}
     for way in ways.values():
         way()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for key, way in ways.items():
             samples[key].append(way())
     found: dict[str, dict[int, float]] = {}

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 from measure import machine, spread
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from edgediff.bench.wording import number
 from edgediff.verify.reference import REFERENCE, load_reference
@@ -27,7 +28,7 @@ from edgediff_runtime.ort_options import session_options
 
 BAR = 1.05
 MOVES = ("Reshape", "Transpose", "Split", "Concat", "Slice", "Unsqueeze", "Squeeze", "Expand", "Shape", "Gather",
-         "Cast", "Identity", "DepthToSpace", "Resize")  # fmt: skip
+         "Cast", "Identity", "DepthToSpace", "Resize", "Tile")  # fmt: skip
 # Constants of more numbers than this are weights: their values do not matter to the time, and need not be read.
 VALUES = 64
 
@@ -102,6 +103,7 @@ def with_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> ModelProto:
         kind = value.type.tensor_type.elem_type
         value.CopyFrom(helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
     del model.graph.value_info[:]
+    count(model, shapes)
     while True:  # shapes behind ONNX Runtime's own operators, which make what they are asked, are told one by one
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         known = {value.name: value for value in (*model.graph.value_info, *model.graph.input)}
@@ -112,6 +114,23 @@ def with_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> ModelProto:
         value = model.graph.value_info.add()
         value.CopyFrom(known[untold.input[0]])
         value.name = untold.output[0]
+
+
+def count(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Makes constants of what the graph computes of its inputs' sizes, how often rows are repeated among it."""
+    graph = model.graph
+    known = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in graph.initializer
+        if tensor.data_type == TensorProto.INT64
+    }
+    for node in list(graph.node):
+        taken = shapes if node.op_type == "Shape" else known
+        if node.op_type in ("Shape", "Div", "Concat") and all(name in taken for name in node.input):
+            given = {name: known.get(name, np.empty(shapes.get(name, 0), np.float32)) for name in node.input}
+            known[node.output[0]] = ReferenceEvaluator(node).run(None, given)[0]
+            graph.initializer.append(numpy_helper.from_array(known[node.output[0]], node.output[0]))
+            graph.node.remove(node)
 
 
 def fused(model: ModelProto) -> Iterator[list[NodeProto]]:

@@ -190,6 +190,7 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
         from edgediff.config import OnnxConfig
         from edgediff.export.onnx import write_graph
         from edgediff.export.pipeline import list_files
+        from edgediff.export.shared_rows import with_shared_rows
         from edgediff.models.graphs import graph_list
         from edgediff.models.undivided import NAME, Undivided, undivided_graph
     except ModuleNotFoundError as e:
@@ -203,10 +204,11 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     graph = undivided_graph(graph_list(divided, model), divided.inputs, file)
     settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
     given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+    share = any(graph.shares_rows for graph in bundle.manifest.target("onnx").graphs)
     try:
-        done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings)
+        done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings, share)
     except EdgediffError as e:
         raise UnsupportedError(f"the undivided UNet cannot be exported: {e}") from e
     beside = None if done.external_data is None else f"onnx/{done.external_data}"
-    graph = msgspec.structs.replace(graph, external_data=beside)
+    graph = msgspec.structs.replace(with_shared_rows(graph) if done.shares_rows else graph, external_data=beside)
     return Whole(str(folder), graph, list_files(folder))

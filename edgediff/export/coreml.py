@@ -103,7 +103,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
 def _example(tensor: Tensor) -> torch.Tensor:
     # Shapes and dtypes are all that torch.export looks at; classes are indices, and 0 is one.
     dtype = torch.int64 if tensor.dtype == "int32" else torch.float32
-    return torch.zeros([size for size in tensor.shape if size != "batch"], dtype=dtype)
+    return torch.zeros([size for size in tensor.shape if isinstance(size, int)], dtype=dtype)
 
 
 def _tensor_type(ct: Any, tensor: Tensor) -> Any:

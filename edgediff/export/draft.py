@@ -10,6 +10,7 @@ from edgediff.config import ExportConfig, Target, layout_of, opset_of
 from edgediff.errors import UnsupportedError
 from edgediff.export.conditioning import Source
 from edgediff.export.layout import coreml_graphs, executorch_graphs, onnx_graphs, openvino_graphs
+from edgediff.export.shared_rows import with_shared_rows
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
@@ -208,7 +209,9 @@ def essence(manifest: Manifest) -> Manifest:
             ir_version=None,
             session=None,
             specification_version=None,
-            graphs=tuple(msgspec.structs.replace(g, external_data=None, simplified="") for g in target.graphs),
+            graphs=tuple(
+                msgspec.structs.replace(with_shared_rows(g), external_data=None, simplified="") for g in target.graphs
+            ),
         )
         for target in manifest.targets
     )

@@ -148,8 +148,8 @@ def executorch_graphs(
     )
 
 
-def _rows(tensor: Tensor, batch: int) -> tuple[int | Literal["batch"], ...]:
-    return tuple(batch if size == "batch" else size for size in tensor.shape)
+def _rows(tensor: Tensor, batch: int) -> tuple[int, ...]:
+    return tuple(batch if isinstance(size, str) else size for size in tensor.shape)
 
 
 def _fixed(tensor: Tensor, dtype: str, batch: int) -> Tensor:

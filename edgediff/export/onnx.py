@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from edgediff.export.passes import (
     GROUP_NORM,
     PORTABLE_GROUP_NORM,
     SEPARATE_GATES,
+    SHARED_ROWS,
     SIMPLIFY,
     SIMPLIFY_UNMERGED,
     SPELL_OUT_ATTENTION,
@@ -33,6 +34,7 @@ from edgediff.export.passes import (
     weight_bytes,
 )
 from edgediff.export.quantize import WEIGHT_LEVELS, quantizing
+from edgediff.export.shared_rows import has_shared_rows, with_shared_rows
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -54,12 +56,14 @@ class Written:
     """What became of one graph.
 
     Attributes:
+        shares_rows: Whether the graph takes a sample once for each image.
         external_data: File name of the weights that lie outside of the graph's file, or None.
         opset: Operator set.
         ir_version: ONNX file version.
         simplified: Whether onnxsim's result was taken, or why it was left out.
     """
 
+    shares_rows: bool
     external_data: str | None
     opset: int
     ir_version: int
@@ -95,19 +99,22 @@ def write_onnx(
         UnsupportedError: The exporter, a pass or onnx.checker failed.
         VerificationError: A graph that is to be quantized is not what torch computed.
     """
+    session = recommended_session(_weights(modules.values(), config))
     graphs = []
     for graph in target.graphs:
         if graph.file is not None:
             say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
             path.parent.mkdir(exist_ok=True)
-            done = write_graph(modules[graph.name], graph, examples[graph.name], path, config)
+            share = not session.rows_apart
+            done = write_graph(modules[graph.name], graph, examples[graph.name], path, config, share)
             if calibration is not None:
                 say(f"measuring ranges and quantizing {graph.name}")
-                done = replace(done, external_data=_quantize(path, graph, calibration, config, weight_levels))
+                done = _quantize(done, path, graph, calibration, config, weight_levels, share)
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
-            graph = msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
+            inputs = with_shared_rows(graph).inputs if done.shares_rows else graph.inputs
+            graph = msgspec.structs.replace(graph, inputs=inputs, external_data=external, simplified=done.simplified)
         graphs.append(graph)
     if target.layout == "pair":
         say("storing shared weights once")
@@ -115,12 +122,11 @@ def write_onnx(
         pool_weights(paths, folder / str(graphs[0].external_data))
         for path in paths:
             check(str(path))
-    files = {folder / name for graph in graphs if graph.file for name in (graph.file, graph.external_data) if name}
     return msgspec.structs.replace(
         target,
         opset=done.opset,
         ir_version=done.ir_version,
-        session=recommended_session(sum(file.stat().st_size for file in files)),
+        session=session,
         graphs=tuple(graphs),
     )
 
@@ -129,7 +135,7 @@ def recommended_session(size: int) -> SessionSettings:
     """What was measured to be best for graphs of a size (benchmarks/README.md).
 
     Args:
-        size: Of all files of a target, bytes.
+        size: Of all weights of a target, bytes.
 
     Returns:
         ONNX Runtime's settings.
@@ -140,7 +146,9 @@ def recommended_session(size: int) -> SessionSettings:
     return SessionSettings(rows_apart=size <= APART_BYTES)
 
 
-def write_graph(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig) -> Written:
+def write_graph(
+    part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig, share: bool = False
+) -> Written:
     """Exports a module to an ONNX file.
 
     Args:
@@ -148,7 +156,8 @@ def write_graph(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path
         graph: Its entry in the manifest.
         inputs: Real inputs by name, for tracing and for the check of the simplified graph.
         path: The file; external data lies beside it.
-        config: How to write.
+        config: How to write; of eight bits, what is written is in fp32 and ready to be quantized.
+        share: Whether rows of one image may share what they have in common.
 
     Returns:
         What was written.
@@ -182,10 +191,12 @@ def write_graph(part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path
         except Exception as e:  # the exporter's errors share no base class
             raise UnsupportedError(f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}") from e
         del program
-        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config)
+        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share)
 
 
-def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig) -> Written:
+def _finish(
+    traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig, share: bool
+) -> Written:
     """Passes, checks, and the file in its final form."""
     model = onnx.load(traced, load_external_data=False)
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES
@@ -197,7 +208,7 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
         # Group normalization is held by the graph's verification alone: what the pass writes is nearer to torch than
         # what ONNX Runtime makes of the operator, by more than rounding where means are large. So are the last ones.
         passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
-        last = () if config.portable or config.quantize_nbits is not None else FASTER
+        last = () if config.portable or config.quantize_nbits is not None else _last(FASTER, share)
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
         if large:
@@ -207,7 +218,11 @@ def _finish(traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.T
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return Written(external, opset, model.ir_version, _how_simplified(config, large))
+    return Written(has_shared_rows(model), external, opset, model.ir_version, _how_simplified(config, large))
+
+
+def _last(passes: tuple[Pass, ...], share: bool) -> tuple[Pass, ...]:
+    return (*passes, SHARED_ROWS) if share else passes
 
 
 def _save(model: onnx.ModelProto, path: Path) -> str | None:
@@ -223,18 +238,26 @@ def _save(model: onnx.ModelProto, path: Path) -> str | None:
     return beside.name
 
 
-def _quantize(path: Path, graph: Graph, calibration: Calibration, config: OnnxConfig, weight_levels: int) -> str | None:
-    """Quantizes a graph's file in place; the name of the file beside it, where it needs one."""
+def _quantize(
+    done: Written,
+    path: Path,
+    graph: Graph,
+    calibration: Calibration,
+    config: OnnxConfig,
+    weight_levels: int,
+    share: bool,
+) -> Written:
+    """Quantizes a graph's file in place."""
     try:
         passes = (SEPARATE_GATES, SPELL_OUT_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
         _save(run_passes(onnx.load(path), passes), path)
         ranges = measure_ranges(path, graph, calibration)
-        model = run_passes(onnx.load(path), (quantizing(ranges, weight_levels),))
+        model = run_passes(onnx.load(path), _last((quantizing(ranges, weight_levels),), share and not config.portable))
         external = _save(model, path)
         check(str(path))
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
-    return external
+    return replace(done, shares_rows=has_shared_rows(model), external_data=external)
 
 
 def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
@@ -296,6 +319,12 @@ def _at_least_two(tensor: torch.Tensor, graph: Graph, name: str) -> torch.Tensor
 
 def _parameter_bytes(part: Part) -> int:
     return sum(p.numel() * p.element_size() for p in part.parameters())
+
+
+def _weights(parts: Iterable[Part], config: OnnxConfig) -> int:
+    """Bytes of the weights of parts that may have some in common, as they are to be stored."""
+    count = sum(p.numel() for p in {p for part in parts for p in part.parameters()})
+    return count * (4 if config.quantize_nbits is None else config.quantize_nbits // 8)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def write_openvino(
                 )
                 say(f"writing {graph.name} for OpenVINO")
                 _write(openvino, Path(scratch) / str(alone.file), path, graph)
-            graph = msgspec.structs.replace(graph, simplified=done.graphs[0].simplified)
+            graph = msgspec.structs.replace(graph, inputs=done.graphs[0].inputs, simplified=done.graphs[0].simplified)
         graphs.append(graph)
     return msgspec.structs.replace(target, graphs=tuple(graphs))
 

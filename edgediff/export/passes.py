@@ -16,6 +16,7 @@ from edgediff.export.attention import fuse_attention, spell_out_attention
 from edgediff.export.feed_forward import slice_feed_forwards
 from edgediff.export.gates import separate_gates
 from edgediff.export.group_norm import expand_group_norm
+from edgediff.export.shared_rows import share_rows
 from edgediff.export.upsampling import merge_upsampling
 from edgediff.export.winograd import filter_rows
 
@@ -191,6 +192,9 @@ FASTER = (
     Pass("upsampling", merge_upsampling),
     Pass("winograd", filter_rows),
 )
+
+# Last of all: what other passes look for is whole until then.
+SHARED_ROWS = Pass("shared-rows", share_rows)
 
 
 def check(model: ModelProto | str) -> None:

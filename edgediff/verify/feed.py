@@ -1,11 +1,12 @@
 """Recorded rows through a session, divided as graphs of a fixed batch want them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from edgediff.verify.reference import Recorded, step_inputs
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import SAMPLE, TIMESTEP, Graph
 from edgediff_runtime.sessions import Session
 
 
@@ -26,7 +27,10 @@ def run_rows(
     graphs, wanted = tuple(graphs), tuple(wanted)
     made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     rows = count_rows(given)
+    shared = session.batch is None and any(graph.shares_rows for graph in graphs)
     for group in groups(given, rows if session.batch is None else session.batch):
+        if shared and is_guided(group[SAMPLE]):
+            group[SAMPLE] = group[SAMPLE][: rows // 2]  # as the loop hands it over
         tensors = {name: session.put(array) for name, array in group.items()}
         for graph in graphs:
             session.run(graph, tensors)
@@ -53,6 +57,39 @@ def run_step(session: Session, step: Recorded, graphs: Iterable[Graph], wanted: 
     return run_rows(session, running, {name: value for name, value in inputs.items() if name not in inside}, wanted)
 
 
+def is_guided(sample: np.ndarray) -> bool:
+    """Whether each image's sample is there twice, as guidance lays rows out.
+
+    Args:
+        sample: [rows, ...].
+
+    Returns:
+        Whether the second half is the first one again.
+
+    >>> is_guided(np.array([1, 2, 1, 2])), is_guided(np.array([1, 1, 2, 2])), is_guided(np.array([1]))
+    (True, False, False)
+    """
+    half, left = divmod(len(sample), 2)
+    return not left and np.array_equal(sample[:half], sample[half:])
+
+
+def guided(step: Recorded) -> Recorded:
+    """Every row twice, as guidance would lay out a step that was recorded without.
+
+    Args:
+        step: The recorded step.
+
+    Returns:
+        The step; itself where its rows are laid out so.
+    """
+    if is_guided(step.tensors[SAMPLE]):
+        return step
+    tensors = {
+        name: array if name == TIMESTEP else np.concatenate([array, array]) for name, array in step.tensors.items()
+    }
+    return replace(step, tensors=tensors)
+
+
 def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np.ndarray]]:
     """Divides rows; the last group is filled up with its last row, as the loop does.
 
@@ -70,7 +107,7 @@ def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np
     order = np.minimum(np.arange(rows + -rows % batch), rows - 1)
     for chosen in order.reshape(-1, batch):
         yield {
-            name: array if name == "timestep" else np.ascontiguousarray(array[chosen]) for name, array in given.items()
+            name: array if name == TIMESTEP else np.ascontiguousarray(array[chosen]) for name, array in given.items()
         }
 
 
@@ -83,4 +120,4 @@ def count_rows(given: Mapping[str, np.ndarray]) -> int:
     Returns:
         How many.
     """
-    return next(len(array) for name, array in given.items() if name != "timestep")
+    return next(len(array) for name, array in given.items() if name != TIMESTEP)

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 
 from edgediff.errors import MissingExtraError
 from edgediff.verify.backends import BACKENDS_OF_TARGET, EXECUTORCH, MIL_REFERENCE, OPENVINO, open_session
-from edgediff.verify.feed import groups, run_rows, run_step
+from edgediff.verify.feed import groups, guided, run_rows, run_step
 from edgediff.verify.files import PARITY_SCRATCH, check_files
 from edgediff.verify.psnr import psnr_db
 from edgediff.verify.reference import (
@@ -148,6 +148,9 @@ def _for_device(target: Target) -> Target:
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.floors
+    if any(graph.shares_rows for graph in target.graphs):
+        # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
+        reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
     recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.graphs}

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgediff_runtime.auto_clock import AutoClock, AutoDecisions, can_decide, divide
 from edgediff_runtime.errors import NotFiniteError, RequestError
-from edgediff_runtime.manifest import CACHE, HIGHRES_FEATURE, LOWRES_FEATURE, Graph
+from edgediff_runtime.manifest import CACHE, HIGHRES_FEATURE, LOWRES_FEATURE, SAMPLE, TIMESTEP, Graph
 from edgediff_runtime.noise import noise
 from edgediff_runtime.schedulers import Scheduler
 from edgediff_runtime.sessions import Array, Session
@@ -106,6 +106,8 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     head, rest = divide(request.graphs)
     always = [graph for graph in head if graph.frequency == "step"]
     clocked = {full: [graph for graph in rest if graph.runs(full)] for full in (True, False)}
+    # Rows of one image begin with the same sample: graphs that can repeat it themselves are handed it once.
+    shared = all(graph.shares_rows for graph in request.graphs if any(t.name == SAMPLE for t in graph.inputs))
     mask: tuple[bool, ...] = ()
     auto: AutoDecisions | None = None
     if isinstance(request.clock, AutoClock):
@@ -134,19 +136,20 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
                 auto.keep_rows(num_images)
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
-        rows = np.concatenate([x_in, x_in]) if guided else np.ascontiguousarray(x_in)
+        num_rows = 2 * num_images if guided else num_images
+        rows = np.concatenate([x_in, x_in]) if guided and not shared else np.ascontiguousarray(x_in)
         for chunk in chunks:
-            chunk.tensors["sample"] = session.put(rows if chunk.whole else rows[chunk.rows])
-            chunk.tensors["timestep"] = timesteps[i]
+            chunk.tensors[SAMPLE] = session.put(rows if chunk.whole else rows[chunk.rows])
+            chunk.tensors[TIMESTEP] = timesteps[i]
             if LOWRES_FEATURE in chunk.tensors:
                 chunk.tensors[CACHE] = chunk.tensors[LOWRES_FEATURE]
         ms: dict[str, float] = {}
         moved = None
         _run(session, always, chunks, ms)
         if auto is not None:
-            full, moved = auto.decide(_gather(session, chunks, HIGHRES_FEATURE, len(rows)), forced)
+            full, moved = auto.decide(_gather(session, chunks, HIGHRES_FEATURE, num_rows), forced)
         _run(session, clocked[full], chunks, ms)
-        out = _gather(session, chunks, "out_sample", len(rows))
+        out = _gather(session, chunks, "out_sample", num_rows)
         model_output = out
         if guided:
             before = perf_counter()

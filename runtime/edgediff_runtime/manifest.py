@@ -17,6 +17,10 @@ Frequency = Literal["step", "full_step", "cached_step", "generation"]
 HIGHRES_FEATURE = "highres_feature"
 LOWRES_FEATURE = "lowres_feature"
 CACHE = "cache"
+# What a step is handed; and how many rows a sample has that is handed over once for each image.
+SAMPLE = "sample"
+TIMESTEP = "timestep"
+IMAGES = "images"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,12 +33,13 @@ class Tensor(Struct, frozen=True):
     Attributes:
         name: Name in the graph and in the table of tensors.
         dtype: numpy's name of the element type.
-        shape: Sizes; ``"batch"`` stands for the number of rows.
+        shape: Sizes; ``"batch"`` stands for the number of rows, ``"images"``, of a sample alone, for the number of
+            images or that of rows, whichever is given.
     """
 
     name: str
     dtype: Literal["float32", "float16", "int64", "int32"]
-    shape: tuple[int | Literal["batch"], ...]
+    shape: tuple[int | Literal["batch", "images"], ...]
 
 
 class Graph(Struct, frozen=True):
@@ -71,6 +76,11 @@ class Graph(Struct, frozen=True):
             False also for graphs that run once in a generation.
         """
         return self.frequency in ("step", "full_step" if full else "cached_step")
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether it takes a sample once for each image, and repeats what it makes of it for all rows."""
+        return any(tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,) for tensor in self.inputs)
 
 
 class Floors(Struct, frozen=True):

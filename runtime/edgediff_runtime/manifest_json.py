@@ -9,7 +9,10 @@ from edgediff_runtime.clock import parse_clock
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import (
     CACHE,
+    IMAGES,
     LOWRES_FEATURE,
+    SAMPLE,
+    TIMESTEP,
     Adaptor,
     Graph,
     Manifest,
@@ -134,14 +137,19 @@ def _check_target(target: Target, manifest: Manifest) -> None:
     for full in (True, False):
         _check_wiring(target.graphs, manifest.conditioning.kind, full)
     rows: int | str = "batch" if target.batch is None else target.batch
-    image = (rows, sample.channels, sample.height, sample.width)
+    image = (sample.channels, sample.height, sample.width)
+    # Where each thread has its own rows, one might have a row's sample and another its condition.
+    apart = target.session is not None and target.session.rows_apart
     for tensor in tensors:
-        if tensor.name == "timestep":
+        if tensor.name == TIMESTEP:
             _hold(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
             continue
-        _hold(tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")
-        _hold(tensor.name not in ("sample", "out_sample") or tensor.shape == image, f"shape of {tensor.name}",
-              tensor.shape, f"{image}")  # fmt: skip
+        shares = tensor.name == SAMPLE and target.batch is None and not apart
+        firsts = (rows, IMAGES) if shares else (rows,)
+        _hold(tensor.shape[:1] in [(first,) for first in firsts], f"shape of {tensor.name}", tensor.shape,
+              f"{' or '.join(map(str, firsts))} first")  # fmt: skip
+        _hold(tensor.name not in (SAMPLE, "out_sample") or tensor.shape[1:] == image, f"shape of {tensor.name}",
+              tensor.shape, f"{(rows, *image)}")  # fmt: skip
 
 
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
@@ -155,7 +163,9 @@ def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:
         _hold(graph.file is not None or names <= stays, f"file of {graph.name}", graph.file,
               "a file: what it makes does not come in")  # fmt: skip
         for tensor in (*graph.inputs, *graph.outputs):
-            _hold(all(n == "batch" or n > 0 for n in tensor.shape), f"shape of {tensor.name}", tensor.shape, "sizes")
+            # What the first size may be is the target's to say.
+            sizes = [n for i, n in enumerate(tensor.shape) if i or isinstance(n, int)]
+            _hold(all(isinstance(n, int) and n > 0 for n in sizes), f"shape of {tensor.name}", tensor.shape, "sizes")
         if graph.frequency == "generation":
             # It runs before the first step, when there is no sample yet.
             missing = [tensor.name for tensor in graph.inputs if tensor.name not in early]

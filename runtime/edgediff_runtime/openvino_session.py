@@ -14,6 +14,8 @@ from edgediff_runtime.manifest import Graph
 Array = npt.NDArray[Any]
 # OpenVINO's names of what it computes in; the graphs' own inputs and outputs stay as they are.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+# A graph and the rows of each of its inputs, for which it is compiled.
+_Key = tuple[str, tuple[int, ...]]
 TYPES = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32"}
 
 
@@ -62,7 +64,7 @@ class OpenVinoSession:
         self.graphs = bundle.manifest.target("openvino", "onnx").graphs
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
-        self._compiled: dict[tuple[str, int], Any] = {}
+        self._compiled: dict[_Key, Any] = {}
         self._compiling = threading.Lock()
         self._requests = threading.local()
 
@@ -85,9 +87,9 @@ class OpenVinoSession:
             BundleError: OpenVINO cannot compile the graph.
         """
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
-        rows = next((len(feeds[tensor.name]) for tensor in graph.inputs if tensor.shape[:1] == ("batch",)), 1)
+        rows = tuple(len(feeds[tensor.name]) for tensor in graph.inputs)
         # A request holds the tensors of one run: each thread has its own.
-        known: dict[tuple[str, int], Any] = self._requests.__dict__.setdefault("known", {})
+        known: dict[_Key, Any] = self._requests.__dict__.setdefault("known", {})
         request = known.get((graph.name, rows))
         if request is None:
             request = known[graph.name, rows] = self._compile(graph, rows).create_infer_request()
@@ -104,18 +106,17 @@ class OpenVinoSession:
         _check_tensors(graph, model)
         return model
 
-    def _compile(self, graph: Graph, rows: int) -> Any:
+    def _compile(self, graph: Graph, rows: tuple[int, ...]) -> Any:
         with self._compiling:
             found = self._compiled.get((graph.name, rows))
             if found is None:
                 try:
                     model = self._models[graph.name].clone()
-                    model.reshape(
-                        {
-                            tensor.name: [rows if size == "batch" else size for size in tensor.shape]
-                            for tensor in graph.inputs
-                        }
-                    )
+                    shapes = {
+                        tensor.name: [count, *tensor.shape[1:]]
+                        for tensor, count in zip(graph.inputs, rows, strict=True)
+                    }
+                    model.reshape(shapes)
                     found = self._core.compile_model(model, "CPU", self._settings)
                 except RuntimeError as e:
                     said = " ".join(str(e).split())[:400]

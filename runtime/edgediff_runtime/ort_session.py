@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import Graph, SessionSettings
+from edgediff_runtime.manifest import IMAGES, Graph, SessionSettings
 from edgediff_runtime.ort_options import session_options
 
 Array = npt.NDArray[Any]
@@ -171,9 +171,10 @@ def _check_tensors(graph: Graph, session: Any) -> None:
                 f"the manifest says {', '.join(t.name for t in said)}"
             )
         for tensor, other in zip(said, found, strict=True):
-            # A size of the graph's that is no number is symbolic, or was not inferred.
+            # A size of the graph's that is no number is symbolic, or was not inferred. One symbol means something: rows
+            # that such a graph shares, no other can.
             fits = len(other.shape) == len(tensor.shape) and all(
-                size == there or not isinstance(there, int)
+                size == there or (not isinstance(there, int) and IMAGES not in (size, there))
                 for size, there in zip(tensor.shape, other.shape, strict=True)
             )
             if not fits or other.type != ORT_TYPES[tensor.dtype]:
