@@ -33,6 +33,12 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/edgediff export grocery-32 -o out/bench/grocery-32
 	$(BIN)/python benchmarks/settings.py out/bench/grocery-32
 	$(BIN)/python benchmarks/floor.py out/bench/grocery-32
+	$(BIN)/edgediff export sd15 --random-weights 0 --adaptor identity --verify graphs -o out/bench/sd15
+	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 3
+	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 3 --guidance-scale 1
+	$(BIN)/python benchmarks/floor.py out/bench/sd15
+	$(BIN)/python benchmarks/floor.py out/bench/sd15 --guided
+	$(BIN)/python benchmarks/cost.py --bundle out/bench/sd15
 	$(BIN)/python benchmarks/coreml_images.py
 	$(BIN)/python benchmarks/coreml_size.py
 	$(BIN)/python benchmarks/export_sd15.py

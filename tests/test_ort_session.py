@@ -40,7 +40,7 @@ def test_settings_are_the_manifests(class_bundle: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ort_options, "bytes_overflow", lambda: True)
     bundle = open_bundle(class_bundle)
     target = bundle.manifest.target("onnx")
-    assert target.session == SessionSettings(rows_apart=True)
+    assert target.session == SessionSettings(rows_apart=True, exact_int8=False)
     other = SessionSettings(memory_arena=False, memory_pattern=False, stop_spinning=False, exact_int8=False)
     for settings, on in ((other, False), (SessionSettings(), True), (None, True)):
         targets = (msgspec.structs.replace(target, session=settings),)

@@ -252,6 +252,9 @@ def quantized_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.T
         done = edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, onnx=INT8))
     assert done.report is not None
     assert {row.floor_db for row in done.report.rows} == {35.0, None}
+    session = manifest_of(path).target("onnx").session
+    assert session is not None
+    assert session.exact_int8
     return path
 
 

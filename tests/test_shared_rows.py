@@ -5,24 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from seals import assert_refused, manifest_of, replace_graph, reseal, seal, seal_plain
+from unets import CASES, Case, unet2d_condition
 
 import edgediff
-from edgediff import verify_bundle
-from edgediff.bench.backends import export_undivided
-from edgediff.config import ExportConfig, OnnxConfig, QuantizedFloors, VerifyConfig
+from edgediff.config import OnnxConfig
+from edgediff.export.onnx import write_graph
 from edgediff.export.shared_rows import has_shared_rows, share_rows
 from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, load_reference, reference_request
-from edgediff_runtime import EdgePipeline, open_bundle
-from edgediff_runtime.manifest import Tensor
-from edgediff_runtime.ort_session import OrtSession
+from edgediff_runtime.manifest import Graph, Tensor
 
 SIZE, CHANNELS, TOKENS, WIDTH = 4, 3, 2, 5
 # Tensors that are made of the sample and the time alone, whose sizes the graph tells.
@@ -188,149 +184,42 @@ def test_it_leaves_alone_what_it_cannot_share(change: Any, without: tuple[str, .
     assert share_rows(model).SerializeToString(deterministic=True) == before
 
 
-def test_without_a_condition_there_is_nothing_to_share() -> None:
+def test_where_nothing_else_has_rows_there_is_nothing_to_share() -> None:
     model = denoising()
-    model.graph.input[2].name = "other"
-    for each in model.graph.node:
-        each.input[:] = ["other" if name == "encoder_hidden_states" else name for name in each.input]
+    text = numpy_helper.from_array(drawn(1, 1)[1], model.graph.input.pop().name)
+    model.graph.initializer.append(text)
     before = model.SerializeToString(deterministic=True)
     assert share_rows(model).SerializeToString(deterministic=True) == before
 
 
-@pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every graph counts as too large for its rows to go apart."""
-    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
+FAMILIES = {name: CASES[name] for name in ("2d-class", "sdxl-like", "text-and-class", "unclip-like")} | {
+    "time-joined-to-class": Case(
+        lambda: unet2d_condition(num_class_embeds=7, class_embeddings_concat=True), CASES["text-and-class"].cond
+    )
+}
 
 
-def export(model: Path, folder: Path, **said: Any) -> Path:
-    done = edgediff.export_bundle(edgediff.load_model(model), folder, ExportConfig(steps=4, **said))
-    assert done.report is not None
-    return folder
-
-
-def asked(bundle: Path) -> dict[str, Any]:
-    """What the reference was made from."""
-    return reference_request(manifest_of(bundle), load_reference(bundle / REFERENCE).conditioning)
-
-
-def shares(bundle: Path, target: str = "onnx") -> dict[str, bool]:
-    graphs = manifest_of(bundle).target(target).graphs
-    return {graph.name: graph.shares_rows for graph in graphs if any(t.name == "sample" for t in graph.inputs)}
-
-
-@pytest.mark.usefixtures("large", "traced_once")
-@pytest.mark.parametrize("layout", ["pair", "split"])
-def test_a_bundle_that_shares_rows_makes_the_same_images(
-    layout: Any, text_model: Path, text_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout=layout)
-    assert set(shares(bundle).values()) == {True}
-    assert set(shares(text_bundle).values()) == {False}
-    handed = []
-    put = OrtSession.put
-    monkeypatch.setattr(OrtSession, "put", lambda self, array: handed.append(len(array)) or put(self, array))
-    for images in (1, 3):
-        request = asked(bundle) | {"num_images": images, "seed": 5, "guidance_scale": [3.0, 1.0, 3.0, 3.0]}
-        one, other = (EdgePipeline.from_pretrained(path)(**request) for path in (bundle, text_bundle))
-        assert one.mask == other.mask
-        # Convolutions of one row and of two are added up in another order.
-        np.testing.assert_allclose(one.latents, other.latents, atol=1e-4)
-    handed.clear()
-    EdgePipeline.from_pretrained(bundle)(**request | {"guidance_scale": 3.0})
-    # Four times and a step's sample each, of three rows where the text has six.
-    assert Counter(handed) == {1: 4, 3: 4, 6: 1}
-
-
-@pytest.mark.usefixtures("large", "traced_once")
-def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, tmp_path: Path) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout="pair", verify=VerifyConfig(mode="graphs"))
-    assert len(load_reference(bundle / REFERENCE).steps[0].tensors["sample"]) == 1
-    for name in ("full", "cached"):
-        file = bundle / "onnx" / f"{name}.onnx"
-        model = onnx.load(file, load_external_data=False)
-        tile = next(each for each in model.graph.node if each.op_type == "Tile")
-        # The second copy is wrong; a row alone has none.
-        at = list(model.graph.node).index(tile)
-        model.graph.node.insert(at, helper.make_node("Neg", [tile.input[0]], ["wrong"]))
-        model.graph.node[at + 1].CopyFrom(
-            helper.make_node("Concat", [tile.input[0], "wrong"], list(tile.output), axis=0)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_shares_what_it_can(name: str, tmp_path: Path) -> None:
+    case = FAMILIES[name]
+    part = edgediff.split(case.build()).highres_in
+    given = {"sample": torch.randn(2, part.conv_in.in_channels, 16, 16), "timestep": torch.tensor([7.0])}
+    given |= case.cond(4)
+    given |= given.pop("added_cond_kwargs", {})
+    rows = given | {"sample": torch.cat([given["sample"], given["sample"]])}
+    entry = Graph("highres_in", "highres_in.onnx", "step", *(
+        tuple(
+            Tensor(name, "int64" if name == "class_labels" else "float32", (1,) if name == "timestep" else ("batch",))
+            for name in names
         )
-        file.write_bytes(model.SerializeToString())
-    reseal(bundle)
-    report = verify_bundle(bundle)
-    assert not report.ok
-    assert {row.part for row in report.rows if row.ok is False} == {"full", "cached"}
-
-
-@pytest.mark.usefixtures("large", "traced_once")
-def test_openvino_is_handed_a_sample_once(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
-    bundle = export(text_model, tmp_path / "bundle", layout="pair", targets=("onnx", "openvino"))
-    assert set(shares(bundle, "openvino").values()) == {True}
-    request = asked(bundle) | {"num_images": 2, "seed": 1, "guidance_scale": [3.0, 3.0, 1.0, 1.0]}
-    wanted = EdgePipeline.from_pretrained(text_bundle)(**request).latents
-    alone = msgspec.structs.replace(manifest_of(bundle), targets=(manifest_of(bundle).target("onnx"),))
-    for _ in range(2):  # OpenVINO's own models, then the ONNX graphs
-        made = EdgePipeline.from_pretrained(bundle, backend="openvino")(**request).latents
-        np.testing.assert_allclose(made, wanted, atol=1e-3)
-        seal(bundle, alone)
-
-
-@pytest.mark.usefixtures("traced_once")
-def test_graphs_of_eight_bits_share_rows(text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Random weights lose more than trained ones.
-    loose = VerifyConfig(int8=QuantizedFloors(graph_db=20, composed_db=20, trajectory_db=20))
-    said: dict[str, Any] = {"layout": "pair", "onnx": OnnxConfig(quantize_nbits=8), "verify": loose}
-    small = export(text_model, tmp_path / "small", **said)
-    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
-    bundle = export(text_model, tmp_path / "bundle", **said)
-    assert set(shares(bundle).values()) == {True}
-    assert set(shares(small).values()) == {False}
-    assert "QuantizeLinear" in kinds(onnx.load(bundle / "onnx" / "cached.onnx", load_external_data=False))
-    one, other = (EdgePipeline.from_pretrained(path)(**asked(path)).latents for path in (bundle, small))
-    assert psnr_db(one, other) > 60
-
-
-@pytest.mark.usefixtures("traced_once")
-def test_a_portable_graph_and_a_small_one_take_every_row(
-    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = export(text_model, tmp_path / "small", layout="pair")
-    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
-    portable = export(text_model, tmp_path / "portable", layout="pair", onnx=OnnxConfig(portable=True))
-    assert set(shares(small).values()) == set(shares(portable).values()) == {False}
-    session = manifest_of(small).target("onnx").session
-    assert session is not None
-    assert session.rows_apart
-
-
-@pytest.mark.usefixtures("large", "traced_once")
-def test_the_undivided_unet_beside_it_shares_rows_too(text_model: Path, tmp_path: Path) -> None:
-    path = export(text_model, tmp_path / "bundle", layout="pair")
-    bundle = open_bundle(path)
-    (tmp_path / "whole").mkdir()
-    first = load_reference(path / REFERENCE).steps[0].tensors
-    whole = export_undivided(bundle, first, tmp_path / "whole")
-    assert whole.graph.shares_rows
-
-
-@pytest.mark.usefixtures("large", "traced_once")
-def test_manifests_that_say_otherwise_are_refused(text_model: Path, tmp_path: Path) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout="pair")
-    kept = manifest_of(bundle)
-    for change, words in (
-        (lambda m: m["targets"][0]["session"].update(rows_apart=True), r"shape of sample is .*; expected batch first"),
-        (lambda m: m["targets"][0]["graphs"][0]["inputs"][2]["shape"].__setitem__(0, "images"), "expected batch first"),
-        (lambda m: m["targets"][0]["graphs"][0]["inputs"][0]["shape"].__setitem__(1, "images"), "expected sizes"),
-        (lambda m: m["targets"][0]["graphs"][0]["inputs"][0]["shape"].__setitem__(0, "rows"), "rows"),
-    ):  # fmt: skip
-        seal_plain(bundle, change)
-        assert_refused(bundle, words)
-        seal(bundle, kept)
-
-    def every_row(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (msgspec.structs.replace(tensors[0], shape=("batch", *tensors[0].shape[1:])), *tensors[1:])
-
-    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].graphs[0].inputs)))
-    assert_refused(bundle, r"onnx/full.onnx has sample as .*images.*; the manifest says .*batch")
+        for names in (part.inputs, part.outputs)
+    ))  # fmt: skip
+    as_arrays = {name: rows[name].numpy() for name in part.inputs}
+    done = write_graph(part, entry, as_arrays, tmp_path / "highres_in.onnx", OnnxConfig(), share=True)
+    assert done.shares_rows
+    session = ort.InferenceSession(tmp_path / "highres_in.onnx", providers=["CPUExecutionProvider"])
+    few = session.run(None, as_arrays | {"sample": given["sample"].numpy()})
+    with torch.no_grad():
+        wanted = part(*(rows[name] for name in part.inputs))
+    for made, torchs in zip(few, wanted, strict=True):
+        assert psnr_db(torchs.numpy(), made) > 100

@@ -12,7 +12,7 @@ from edgediff.errors import EdgediffError, UnsupportedError
 from edgediff.verify.backends import open_session
 from edgediff.verify.source import open_source
 from edgediff_runtime import Bundle, Manifest
-from edgediff_runtime.manifest import File, Graph, Target
+from edgediff_runtime.manifest import File, Graph, Target, share_rows
 from edgediff_runtime.ort_bound_session import CUDA
 from edgediff_runtime.sessions import Session
 
@@ -204,7 +204,7 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     graph = undivided_graph(graph_list(divided, model), divided.inputs, file)
     settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
     given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
-    share = any(graph.shares_rows for graph in bundle.manifest.target("onnx").graphs)
+    share = share_rows(bundle.manifest.target("onnx").graphs)
     try:
         done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings, share)
     except EdgediffError as e:

@@ -34,7 +34,7 @@ from edgediff.export.passes import (
     weight_bytes,
 )
 from edgediff.export.quantize import WEIGHT_LEVELS, quantizing
-from edgediff.export.shared_rows import has_shared_rows, with_shared_rows
+from edgediff.export.shared_rows import can_share_rows, has_shared_rows, with_shared_rows
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -99,22 +99,22 @@ def write_onnx(
         UnsupportedError: The exporter, a pass or onnx.checker failed.
         VerificationError: A graph that is to be quantized is not what torch computed.
     """
-    session = recommended_session(_weights(modules.values(), config))
+    session = recommended_session(_weights(modules.values(), config), config.quantize_nbits is not None)
+    share = can_share_rows(target.graphs) and not session.rows_apart and not config.portable
     graphs = []
     for graph in target.graphs:
         if graph.file is not None:
             say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
             path.parent.mkdir(exist_ok=True)
-            share = not session.rows_apart
             done = write_graph(modules[graph.name], graph, examples[graph.name], path, config, share)
             if calibration is not None:
                 say(f"measuring ranges and quantizing {graph.name}")
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
-            inputs = with_shared_rows(graph).inputs if done.shares_rows else graph.inputs
-            graph = msgspec.structs.replace(graph, inputs=inputs, external_data=external, simplified=done.simplified)
+            written = with_shared_rows(graph) if done.shares_rows else graph
+            graph = msgspec.structs.replace(written, external_data=external, simplified=done.simplified)
         graphs.append(graph)
     if target.layout == "pair":
         say("storing shared weights once")
@@ -131,11 +131,12 @@ def write_onnx(
     )
 
 
-def recommended_session(size: int) -> SessionSettings:
+def recommended_session(size: int, eight_bits: bool = False) -> SessionSettings:
     """What was measured to be best for graphs of a size (benchmarks/README.md).
 
     Args:
         size: Of all weights of a target, bytes.
+        eight_bits: Whether there are kernels of eight bits, which are exact or not.
 
     Returns:
         ONNX Runtime's settings.
@@ -143,7 +144,7 @@ def recommended_session(size: int) -> SessionSettings:
     >>> recommended_session(3_000_000).rows_apart, recommended_session(3_000_000_000).rows_apart
     (True, False)
     """
-    return SessionSettings(rows_apart=size <= APART_BYTES)
+    return SessionSettings(rows_apart=size <= APART_BYTES, exact_int8=eight_bits)
 
 
 def write_graph(
@@ -252,7 +253,7 @@ def _quantize(
         passes = (SEPARATE_GATES, SPELL_OUT_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
         _save(run_passes(onnx.load(path), passes), path)
         ranges = measure_ranges(path, graph, calibration)
-        model = run_passes(onnx.load(path), _last((quantizing(ranges, weight_levels),), share and not config.portable))
+        model = run_passes(onnx.load(path), _last((quantizing(ranges, weight_levels),), share))
         external = _save(model, path)
         check(str(path))
     except UnsupportedError as e:
@@ -322,7 +323,7 @@ def _parameter_bytes(part: Part) -> int:
 
 
 def _weights(parts: Iterable[Part], config: OnnxConfig) -> int:
-    """Bytes of the weights of parts that may have some in common, as they are to be stored."""
+    """Bytes of the weights of parts that may have some in common; of eight bits, as if none stayed in fp32."""
     count = sum(p.numel() for p in {p for part in parts for p in part.parameters()})
     return count * (4 if config.quantize_nbits is None else config.quantize_nbits // 8)
 

@@ -7,7 +7,7 @@ of it by the time when the rows part is repeated for all of them. Given a sample
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import numpy as np
@@ -15,7 +15,6 @@ from onnx import ModelProto, NodeProto, helper
 
 from edgediff.export.rewriting import Rewriting
 from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP, Graph
-from edgediff_runtime.manifest_json import CONDITIONING_INPUTS
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +33,17 @@ def share_rows(model: ModelProto) -> ModelProto:
         model: Changed in place; weights may lie outside.
 
     Returns:
-        The model. It is as it was where there is no condition, where rows part at once, or where the graph counts rows
-        in more places than it has to.
+        The model. It is as it was where nothing else has rows to be counted by, where rows part at once, or where the
+        graph counts them in more places than it has to.
     """
     given = {value.name for value in model.graph.input}
-    conditions = [name for name in CONDITIONING_INPUTS["text"] if name in given]
-    if SAMPLE not in given or not conditions:
+    others = sorted(given - {SAMPLE, TIMESTEP})
+    if SAMPLE not in given or not others:
         return model
-    sharing = _Sharing(model, conditions[0])
+    sharing = _Sharing(model, others[0])
     nodes = sharing.nodes()
     if nodes is None:
+        log.info("shared rows: none, as rows part too early, or are counted")
         return model
     log.info("shared rows: %d nodes once for each image, repeated at %s", sharing.shared, ", ".join(sharing.repeated))
     # Of what has fewer rows than it had, and of what is gone, sizes are no longer true.
@@ -54,6 +54,19 @@ def share_rows(model: ModelProto) -> ModelProto:
     sample = next(value for value in model.graph.input if value.name == SAMPLE)
     sample.type.tensor_type.shape.dim[0].dim_param = IMAGES
     return sharing.finish(nodes)
+
+
+def can_share_rows(graphs: Iterable[Graph]) -> bool:
+    """Whether every graph that takes a sample takes something else, too, whose rows it can count.
+
+    Args:
+        graphs: Of one target.
+
+    Returns:
+        False of a step that is conditioned on nothing.
+    """
+    named = [{tensor.name for tensor in graph.inputs} for graph in graphs if graph.takes_sample]
+    return all(names - {SAMPLE, TIMESTEP} for names in named)
 
 
 def has_shared_rows(model: ModelProto) -> bool:
@@ -87,7 +100,7 @@ def with_shared_rows(graph: Graph) -> Graph:
 
 
 class _Sharing(Rewriting):
-    """A graph whose tensors have a row for each row of the condition, for each image, or, made of the time, one.
+    """A graph whose tensors have all rows, as `counted` has, a row for each image, or, made of the time, one.
 
     Attributes:
         of_images: Tensors with a row for each image.
@@ -96,13 +109,13 @@ class _Sharing(Rewriting):
         repeated: Tensors whose rows are repeated.
     """
 
-    def __init__(self, model: ModelProto, condition: str) -> None:
+    def __init__(self, model: ModelProto, counted: str) -> None:
         super().__init__(model)
         self.of_images = {SAMPLE}
         self.of_time = {TIMESTEP}
         self.shared = 0
         self.repeated: list[str] = []
-        self._condition = condition
+        self._counted = counted
         self._of_rows = {value.name for value in model.graph.input} - self.of_images - self.of_time
         self._nodes: list[NodeProto] = []
         self._repeats: dict[str, tuple[str, int]] = {}
@@ -161,7 +174,7 @@ class _Sharing(Rewriting):
             if name in few:
                 node.input[i] = f"{name}{times.removeprefix(_SHARED)}"
                 if node.input[i] not in self.repeated:
-                    self._add_tile(name, times, node.input[i], like=name)
+                    self._add_tile(name, times, node.input[i], len(self.shape(name)))
 
     def _repeat_result(self, name: str, times: str) -> None:
         """Repeats the rows of one of the graph's results, under its name."""
@@ -169,10 +182,9 @@ class _Sharing(Rewriting):
         for node in self._nodes:
             node.input[:] = [few if each == name else each for each in node.input]
             node.output[:] = [few if each == name else each for each in node.output]
-        self._add_tile(few, times, name, like=name)
+        self._add_tile(few, times, name, len(self.shape(name)))
 
-    def _add_tile(self, name: str, times: str, result: str, like: str) -> None:
-        rank = len(self.shape(like))
+    def _add_tile(self, name: str, times: str, result: str, rank: int) -> None:
         repeats = f"{times}.{rank}"
         self._repeats[repeats] = (times, rank)
         self.repeated.append(result)
@@ -180,7 +192,7 @@ class _Sharing(Rewriting):
 
     def _counts(self) -> Iterator[NodeProto]:
         """The nodes that count rows, images and rows of each image, once for tensors of each rank."""
-        yield helper.make_node("Shape", [self._condition], [_ROWS], _ROWS, start=0, end=1)
+        yield helper.make_node("Shape", [self._counted], [_ROWS], _ROWS, start=0, end=1)
         yield helper.make_node("Shape", [SAMPLE], [_IMAGES], _IMAGES, start=0, end=1)
         yield helper.make_node("Div", [_ROWS, _IMAGES], [_COPIES], _COPIES)
         for repeats, (times, rank) in self._repeats.items():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgediff.verify.reference import Recorded, step_inputs
-from edgediff_runtime.manifest import SAMPLE, TIMESTEP, Graph
+from edgediff_runtime.manifest import SAMPLE, TIMESTEP, Graph, share_rows
 from edgediff_runtime.sessions import Session
 
 
@@ -27,7 +27,7 @@ def run_rows(
     graphs, wanted = tuple(graphs), tuple(wanted)
     made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     rows = count_rows(given)
-    shared = session.batch is None and any(graph.shares_rows for graph in graphs)
+    shared = share_rows(graphs)
     for group in groups(given, rows if session.batch is None else session.batch):
         if shared and is_guided(group[SAMPLE]):
             group[SAMPLE] = group[SAMPLE][: rows // 2]  # as the loop hands it over

@@ -42,7 +42,7 @@ from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import Target
+from edgediff_runtime.manifest import Target, share_rows
 from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _for_device(target: Target) -> Target:
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.floors
-    if any(graph.shares_rows for graph in target.graphs):
+    if share_rows(target.graphs):
         # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")

@@ -16,7 +16,15 @@ import numpy as np
 
 from edgediff_runtime.auto_clock import AutoClock, AutoDecisions, can_decide, divide
 from edgediff_runtime.errors import NotFiniteError, RequestError
-from edgediff_runtime.manifest import CACHE, HIGHRES_FEATURE, LOWRES_FEATURE, SAMPLE, TIMESTEP, Graph
+from edgediff_runtime.manifest import (
+    CACHE,
+    HIGHRES_FEATURE,
+    LOWRES_FEATURE,
+    SAMPLE,
+    TIMESTEP,
+    Graph,
+    share_rows,
+)
 from edgediff_runtime.noise import noise
 from edgediff_runtime.schedulers import Scheduler
 from edgediff_runtime.sessions import Array, Session
@@ -107,7 +115,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     always = [graph for graph in head if graph.frequency == "step"]
     clocked = {full: [graph for graph in rest if graph.runs(full)] for full in (True, False)}
     # Rows of one image begin with the same sample: graphs that can repeat it themselves are handed it once.
-    shared = all(graph.shares_rows for graph in request.graphs if any(t.name == SAMPLE for t in graph.inputs))
+    shared = share_rows(request.graphs)
     mask: tuple[bool, ...] = ()
     auto: AutoDecisions | None = None
     if isinstance(request.clock, AutoClock):

@@ -5,6 +5,7 @@ taking inputs from and putting outputs into a table of tensors by name. The JSON
 generated from these structs.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -78,6 +79,11 @@ class Graph(Struct, frozen=True):
         return self.frequency in ("step", "full_step" if full else "cached_step")
 
     @property
+    def takes_sample(self) -> bool:
+        """Whether it is handed the sample."""
+        return any(tensor.name == SAMPLE for tensor in self.inputs)
+
+    @property
     def shares_rows(self) -> bool:
         """Whether it takes a sample once for each image, and repeats what it makes of it for all rows."""
         return any(tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,) for tensor in self.inputs)
@@ -113,7 +119,7 @@ class SessionSettings(Struct, frozen=True):
         stop_spinning: Threads stop waiting awake when a run ends. Each graph has threads of its own: the next graph
             would run against them.
         exact_int8: Where kernels of eight bits add pairs of products in 16 bits, as on x64 without VNNI, slower ones
-            that do not overflow. Elsewhere a runtime leaves them out.
+            that do not overflow. Elsewhere a runtime leaves them out, and graphs of fp32 have no use for them.
     """
 
     rows_apart: bool = False
@@ -152,6 +158,11 @@ class Target(Struct, frozen=True):
     session: SessionSettings | None = None
     deployment_target: str | None = None
     specification_version: int | None = None
+
+    @property
+    def settings(self) -> SessionSettings:
+        """How ONNX Runtime is to be set: as the target says, or by the defaults."""
+        return SessionSettings() if self.session is None else self.session
 
 
 class Source(Struct, frozen=True):
@@ -286,6 +297,19 @@ class File(Struct, frozen=True):
 
     size: int
     sha256: str
+
+
+def share_rows(graphs: Iterable[Graph]) -> bool:
+    """Whether graphs are to be handed a sample once for each image: all that take one can repeat it.
+
+    Args:
+        graphs: Those of a step, or of a target.
+
+    Returns:
+        False where none takes a sample.
+    """
+    taking = [graph.shares_rows for graph in graphs if graph.takes_sample]
+    return bool(taking) and all(taking)
 
 
 class Manifest(Struct, frozen=True):

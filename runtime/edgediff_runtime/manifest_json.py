@@ -138,18 +138,22 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _check_wiring(target.graphs, manifest.conditioning.kind, full)
     rows: int | str = "batch" if target.batch is None else target.batch
     image = (sample.channels, sample.height, sample.width)
-    # Where each thread has its own rows, one might have a row's sample and another its condition.
-    apart = target.session is not None and target.session.rows_apart
     for tensor in tensors:
         if tensor.name == TIMESTEP:
             _hold(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
             continue
-        shares = tensor.name == SAMPLE and target.batch is None and not apart
-        firsts = (rows, IMAGES) if shares else (rows,)
-        _hold(tensor.shape[:1] in [(first,) for first in firsts], f"shape of {tensor.name}", tensor.shape,
-              f"{' or '.join(map(str, firsts))} first")  # fmt: skip
+        shares = tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,)
+        _hold(shares or tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")
         _hold(tensor.name not in (SAMPLE, "out_sample") or tensor.shape[1:] == image, f"shape of {tensor.name}",
               tensor.shape, f"{(rows, *image)}")  # fmt: skip
+    for graph in target.graphs:
+        # Where each thread has its own rows, one might have a row's sample and another its condition.
+        can = target.target in ("onnx", "openvino") and target.batch is None and not target.settings.rows_apart
+        counted = any(tensor.name not in (SAMPLE, TIMESTEP) for tensor in graph.inputs)
+        made = any(tensor.name == SAMPLE for tensor in graph.outputs)
+        _hold(not graph.shares_rows or (can and counted and not made), f"shape of {SAMPLE} in {graph.name}", IMAGES,
+              f"{rows}: rows are shared by graphs of ONNX and OpenVINO alone, of a symbolic batch, that take something "
+              "else with all rows and are not run with rows_apart")  # fmt: skip
 
 
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:

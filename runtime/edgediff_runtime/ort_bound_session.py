@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.manifest import Graph, SessionSettings
+from edgediff_runtime.manifest import Graph
 from edgediff_runtime.ort_options import session_options
 from edgediff_runtime.ort_session import CPU, load_graphs
 
@@ -57,12 +57,11 @@ class OrtBoundSession:
             raise RequestError(f"no device {device!r}; choices: {', '.join(PROVIDERS)}")
         said = _find_cuda() if device == "cuda" else ""
         target = bundle.manifest.target("onnx")
-        settings = SessionSettings() if target.session is None else target.session
         self.graphs = target.graphs
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
-        options = session_options(settings, threads)
+        options = session_options(target.settings, threads)
         with bundle.hold(self.graphs):
             for graph in self.graphs:
                 loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])

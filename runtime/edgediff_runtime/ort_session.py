@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import IMAGES, Graph, SessionSettings
+from edgediff_runtime.manifest import IMAGES, Graph
 from edgediff_runtime.ort_options import session_options
 
 Array = npt.NDArray[Any]
@@ -57,16 +57,15 @@ class OrtSession:
         import onnxruntime as ort
 
         target = bundle.manifest.target("onnx")
-        settings = SessionSettings() if target.session is None else target.session
         self.graphs = target.graphs
         self.threads = _cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        apart = settings.rows_apart and self.threads > 1
+        apart = target.settings.rows_apart and self.threads > 1
         with bundle.hold(self.graphs):
-            self._shared = load_graphs(bundle, self.graphs, session_options(settings, threads))
-            self._apart = load_graphs(bundle, self.graphs, session_options(settings, 1)) if apart else None
+            self._shared = load_graphs(bundle, self.graphs, session_options(target.settings, threads))
+            self._apart = load_graphs(bundle, self.graphs, session_options(target.settings, 1)) if apart else None
 
     def put(self, array: Array) -> Any:
         """Wraps an array without a copy.

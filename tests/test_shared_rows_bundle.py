@@ -1,0 +1,212 @@
+"""Bundles whose graphs take a sample once for each image: the loop, verification, backends, and what is refused."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from conftest import SMALL_TEXT, save_model
+from onnx import helper
+from seals import assert_refused, manifest_of, replace_graph, reseal, seal, seal_plain
+from unets import unet2d_condition
+
+import edgediff
+from edgediff import verify_bundle
+from edgediff.bench.backends import export_undivided
+from edgediff.config import ExportConfig, OnnxConfig, QuantizedFloors, VerifyConfig
+from edgediff.verify.psnr import psnr_db
+from edgediff.verify.reference import REFERENCE, load_reference, reference_request
+from edgediff_runtime import EdgePipeline, open_bundle
+from edgediff_runtime.manifest import Tensor
+from edgediff_runtime.ort_bound_session import OrtBoundSession
+from edgediff_runtime.ort_session import OrtSession
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph counts as too large for its rows to go apart."""
+    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
+
+
+def export(model: Path, folder: Path, **said: Any) -> Path:
+    done = edgediff.export_bundle(edgediff.load_model(model), folder, ExportConfig(steps=4, **said))
+    assert done.report is not None
+    return folder
+
+
+def asked(bundle: Path) -> dict[str, Any]:
+    """What the reference was made from."""
+    return reference_request(manifest_of(bundle), load_reference(bundle / REFERENCE).conditioning)
+
+
+def shares(bundle: Path, target: str = "onnx") -> dict[str, bool]:
+    graphs = manifest_of(bundle).target(target).graphs
+    return {graph.name: graph.shares_rows for graph in graphs if any(t.name == "sample" for t in graph.inputs)}
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+@pytest.mark.parametrize("layout", ["pair", "split"])
+def test_a_bundle_that_shares_rows_makes_the_same_images(
+    layout: Any, text_model: Path, text_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = export(text_model, tmp_path / "bundle", layout=layout)
+    assert set(shares(bundle).values()) == {True}
+    assert set(shares(text_bundle).values()) == {False}
+    handed = []
+    put = OrtSession.put
+    monkeypatch.setattr(OrtSession, "put", lambda self, array: handed.append(len(array)) or put(self, array))
+    for images in (1, 3):
+        request = asked(bundle) | {"num_images": images, "seed": 5, "guidance_scale": [3.0, 1.0, 3.0, 3.0]}
+        one, other = (EdgePipeline.from_pretrained(path)(**request) for path in (bundle, text_bundle))
+        assert one.mask == other.mask
+        # Convolutions of one row and of two are added up in another order.
+        np.testing.assert_allclose(one.latents, other.latents, atol=1e-4)
+    handed.clear()
+    EdgePipeline.from_pretrained(bundle)(**request | {"guidance_scale": 3.0})
+    # Four times and a step's sample each, of three rows where the text has six.
+    assert Counter(handed) == {1: 4, 3: 4, 6: 1}
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, tmp_path: Path) -> None:
+    bundle = export(text_model, tmp_path / "bundle", layout="pair", verify=VerifyConfig(mode="graphs"))
+    assert len(load_reference(bundle / REFERENCE).steps[0].tensors["sample"]) == 1
+    for name in ("full", "cached"):
+        file = bundle / "onnx" / f"{name}.onnx"
+        model = onnx.load(file, load_external_data=False)
+        tile = next(each for each in model.graph.node if each.op_type == "Tile")
+        # The second copy is wrong; a row alone has none.
+        at = list(model.graph.node).index(tile)
+        model.graph.node.insert(at, helper.make_node("Neg", [tile.input[0]], ["wrong"]))
+        model.graph.node[at + 1].CopyFrom(
+            helper.make_node("Concat", [tile.input[0], "wrong"], list(tile.output), axis=0)
+        )
+        file.write_bytes(model.SerializeToString())
+    reseal(bundle)
+    report = verify_bundle(bundle)
+    assert not report.ok
+    assert {row.part for row in report.rows if row.ok is False} == {"full", "cached"}
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_openvino_is_handed_a_sample_once(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = export(text_model, tmp_path / "bundle", layout="pair", targets=("onnx", "openvino"))
+    assert set(shares(bundle, "openvino").values()) == {True}
+    request = asked(bundle) | {"num_images": 2, "seed": 1, "guidance_scale": [3.0, 3.0, 1.0, 1.0]}
+    wanted = EdgePipeline.from_pretrained(text_bundle)(**request).latents
+    alone = msgspec.structs.replace(manifest_of(bundle), targets=(manifest_of(bundle).target("onnx"),))
+    for _ in range(2):  # OpenVINO's own models, then the ONNX graphs
+        made = EdgePipeline.from_pretrained(bundle, backend="openvino")(**request).latents
+        np.testing.assert_allclose(made, wanted, atol=1e-3)
+        seal(bundle, alone)
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_graphs_of_eight_bits_share_rows(text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Random weights lose more than trained ones.
+    loose = VerifyConfig(int8=QuantizedFloors(graph_db=20, composed_db=20, trajectory_db=20))
+    said: dict[str, Any] = {"layout": "pair", "onnx": OnnxConfig(quantize_nbits=8), "verify": loose}
+    small = export(text_model, tmp_path / "small", **said)
+    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
+    bundle = export(text_model, tmp_path / "bundle", **said)
+    assert set(shares(bundle).values()) == {True}
+    assert set(shares(small).values()) == {False}
+    cached = onnx.load(bundle / "onnx" / "cached.onnx", load_external_data=False)
+    assert any(node.op_type == "QuantizeLinear" for node in cached.graph.node)
+    one, other = (EdgePipeline.from_pretrained(path)(**asked(path)).latents for path in (bundle, small))
+    assert psnr_db(one, other) > 60
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_a_portable_graph_and_a_small_one_take_every_row(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
+    portable = export(text_model, tmp_path / "portable", layout="pair", onnx=OnnxConfig(portable=True))
+    assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}
+    assert manifest_of(text_bundle).target("onnx").settings.rows_apart
+    assert not manifest_of(portable).target("onnx").settings.rows_apart
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_the_undivided_unet_beside_it_shares_rows_too(text_model: Path, tmp_path: Path) -> None:
+    path = export(text_model, tmp_path / "bundle", layout="pair")
+    bundle = open_bundle(path)
+    (tmp_path / "whole").mkdir()
+    first = load_reference(path / REFERENCE).steps[0].tensors
+    whole = export_undivided(bundle, first, tmp_path / "whole")
+    assert whole.graph.shares_rows
+
+
+WITHOUT_ATTENTION_FIRST = SMALL_TEXT | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.mark.usefixtures("large")
+def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(unet2d_condition(**WITHOUT_ATTENTION_FIRST), tmp_path / "model")
+    (model / "text_encoder").mkdir()
+    (model / "text_encoder" / "config.json").write_text('{"max_position_embeddings": 7}')
+    bundle = export(model, tmp_path / "bundle", layout="pair")
+    cached = next(graph for graph in manifest_of(bundle).target("onnx").graphs if graph.name == "cached")
+    assert "encoder_hidden_states" not in {tensor.name for tensor in cached.inputs}
+    assert shares(bundle) == {"full": True, "cached": True}
+    handed = []
+    put = OrtSession.put
+    monkeypatch.setattr(OrtSession, "put", lambda self, array: handed.append(len(array)) or put(self, array))
+    request = asked(bundle) | {"num_images": 2}
+    wanted = EdgePipeline.from_pretrained(bundle)(**request).latents
+    # Beside the four times, samples of two images and a text of four rows.
+    assert Counter(handed) == {1: 4, 2: 4, 4: 1}
+    # A graph of the step that asks for every row has all of them handed every row.
+    monkeypatch.setattr("edgediff_runtime.loop.share_rows", lambda graphs: False)
+    np.testing.assert_allclose(EdgePipeline.from_pretrained(bundle)(**request).latents, wanted, atol=1e-4)
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_an_auto_clock_looks_at_every_row(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
+    bundle = export(text_model, tmp_path / "bundle", layout="split")
+    request = asked(bundle) | {"num_images": 2, "clock": "auto:0.2:2"}
+    one, other = (EdgePipeline.from_pretrained(path)(**request) for path in (bundle, text_bundle))
+    assert one.mask == other.mask
+    moved = [(mine.moved, other.moved) for mine, other in zip(one.ledger, other.ledger, strict=True)]
+    assert moved[0] == (None, None)
+    assert [mine for mine, _ in moved[1:]] == pytest.approx([theirs for _, theirs in moved[1:]], rel=1e-3)
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_tensors_that_stay_on_a_device_share_rows_too(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
+    bundle = export(text_model, tmp_path / "bundle", layout="pair")
+    request = asked(bundle) | {"num_images": 3}
+    bound = EdgePipeline(manifest_of(bundle), OrtBoundSession(open_bundle(bundle), "cpu"))(**request).latents
+    np.testing.assert_allclose(bound, EdgePipeline.from_pretrained(text_bundle)(**request).latents, atol=1e-4)
+
+
+@pytest.mark.usefixtures("large", "traced_once")
+def test_manifests_that_say_otherwise_are_refused(text_model: Path, tmp_path: Path) -> None:
+    bundle = export(text_model, tmp_path / "bundle", layout="pair")
+    kept = manifest_of(bundle)
+    shared = "sample in full is 'images'; expected batch: rows are shared by"
+
+    def refused(change: Callable[[dict[str, Any], list[dict[str, Any]]], Any], words: str) -> None:
+        seal_plain(bundle, lambda m: change(m["targets"][0], m["targets"][0]["graphs"][0]["inputs"]))
+        assert_refused(bundle, words)
+        seal(bundle, kept)
+
+    refused(lambda target, _: target["session"].update(rows_apart=True), shared)
+    refused(lambda _, inputs: inputs.__delitem__(2), shared)
+    refused(lambda _, inputs: inputs[2]["shape"].__setitem__(0, "images"), "expected batch first")
+    refused(lambda _, inputs: inputs[0]["shape"].__setitem__(1, "images"), "expected sizes")
+    refused(lambda _, inputs: inputs[0]["shape"].__setitem__(0, "rows"), "Invalid enum value 'rows'")
+
+    def every_row(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (msgspec.structs.replace(tensors[0], shape=("batch", *tensors[0].shape[1:])), *tensors[1:])
+
+    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].graphs[0].inputs)))
+    assert_refused(bundle, r"onnx/full.onnx has sample as .*images.*; the manifest says .*batch")
