@@ -21,10 +21,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgediff.bench.wording import number
-from edgediff.verify.feed import guided, is_guided
+from edgediff.verify.feed import guided, handed_over
 from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
 from edgediff_runtime import open_bundle
-from edgediff_runtime.manifest import SAMPLE, SessionSettings
+from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options
 
 BAR = 1.05
@@ -47,9 +47,7 @@ def main() -> None:
     graph = next(graph for graph in bundle.manifest.target("onnx").graphs if graph.name == given.graph)
     steps = load_reference(bundle.file(REFERENCE)).steps
     step = next(step for step in steps if all(tensor.name in step.tensors for tensor in graph.inputs))
-    feeds = step_inputs(guided(step) if given.guided else step, graph)
-    if graph.shares_rows and is_guided(feeds[SAMPLE]):
-        feeds[SAMPLE] = np.split(feeds[SAMPLE], 2)[0]
+    feeds = handed_over((graph,), step_inputs(guided(step) if given.guided else step, graph))
     path = given.bundle / str(graph.file)
     alone = operations(path, {name: array.shape for name, array in feeds.items()})
     whole = session(path)
@@ -126,7 +124,7 @@ def count(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> None:
     known = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in graph.initializer
-        if tensor.data_type == TensorProto.INT64
+        if tensor.data_type == TensorProto.INT64 and tensor.data_location != TensorProto.EXTERNAL
     }
     for node in list(graph.node):
         taken = shapes if node.op_type == "Shape" else known

@@ -34,7 +34,7 @@ from edgediff.export.passes import (
     weight_bytes,
 )
 from edgediff.export.quantize import WEIGHT_LEVELS, quantizing
-from edgediff.export.shared_rows import can_share_rows, has_shared_rows, with_shared_rows
+from edgediff.export.shared_rows import has_shared_rows, with_shared_rows
 from edgediff.export.weights import pool_weights
 from edgediff.models.part import Part
 from edgediff.verify.psnr import psnr_db
@@ -100,7 +100,8 @@ def write_onnx(
         VerificationError: A graph that is to be quantized is not what torch computed.
     """
     session = recommended_session(_weights(modules.values(), config), config.quantize_nbits is not None)
-    share = can_share_rows(target.graphs) and not session.rows_apart and not config.portable
+    counted = all(graph.can_count_rows for graph in target.graphs if graph.takes_sample)
+    share = counted and not session.rows_apart and not config.portable
     graphs = []
     for graph in target.graphs:
         if graph.file is not None:

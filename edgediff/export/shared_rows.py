@@ -7,7 +7,7 @@ of it by the time when the rows part is repeated for all of them. Given a sample
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -54,19 +54,6 @@ def share_rows(model: ModelProto) -> ModelProto:
     sample = next(value for value in model.graph.input if value.name == SAMPLE)
     sample.type.tensor_type.shape.dim[0].dim_param = IMAGES
     return sharing.finish(nodes)
-
-
-def can_share_rows(graphs: Iterable[Graph]) -> bool:
-    """Whether every graph that takes a sample takes something else, too, whose rows it can count.
-
-    Args:
-        graphs: Of one target.
-
-    Returns:
-        False of a step that is conditioned on nothing.
-    """
-    named = [{tensor.name for tensor in graph.inputs} for graph in graphs if graph.takes_sample]
-    return all(names - {SAMPLE, TIMESTEP} for names in named)
 
 
 def has_shared_rows(model: ModelProto) -> bool:

@@ -27,11 +27,8 @@ def run_rows(
     graphs, wanted = tuple(graphs), tuple(wanted)
     made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     rows = count_rows(given)
-    shared = share_rows(graphs)
     for group in groups(given, rows if session.batch is None else session.batch):
-        if shared and is_guided(group[SAMPLE]):
-            group[SAMPLE] = group[SAMPLE][: rows // 2]  # as the loop hands it over
-        tensors = {name: session.put(array) for name, array in group.items()}
+        tensors = {name: session.put(array) for name, array in handed_over(graphs, group).items()}
         for graph in graphs:
             session.run(graph, tensors)
         for name in wanted:
@@ -55,6 +52,21 @@ def run_step(session: Session, step: Recorded, graphs: Iterable[Graph], wanted: 
     inside = {tensor.name for graph in running for tensor in graph.outputs}
     inputs = {name: value for graph in running for name, value in step_inputs(step, graph).items()}
     return run_rows(session, running, {name: value for name, value in inputs.items() if name not in inside}, wanted)
+
+
+def handed_over(graphs: Iterable[Graph], given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the loop would hand to graphs of all these rows: a sample that rows of an image share, once.
+
+    Args:
+        graphs: Those that run.
+        given: Inputs by name, [rows, ...].
+
+    Returns:
+        The inputs.
+    """
+    if not (share_rows(graphs) and is_guided(given[SAMPLE])):
+        return dict(given)
+    return {**given, SAMPLE: given[SAMPLE][: len(given[SAMPLE]) // 2]}
 
 
 def is_guided(sample: np.ndarray) -> bool:

@@ -84,6 +84,11 @@ class Graph(Struct, frozen=True):
         return any(tensor.name == SAMPLE for tensor in self.inputs)
 
     @property
+    def can_count_rows(self) -> bool:
+        """Whether it is handed something that has all rows, whatever its sample has."""
+        return any(tensor.name not in (SAMPLE, TIMESTEP) for tensor in self.inputs)
+
+    @property
     def shares_rows(self) -> bool:
         """Whether it takes a sample once for each image, and repeats what it makes of it for all rows."""
         return any(tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,) for tensor in self.inputs)

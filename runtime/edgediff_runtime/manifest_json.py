@@ -149,9 +149,8 @@ def _check_target(target: Target, manifest: Manifest) -> None:
     for graph in target.graphs:
         # Where each thread has its own rows, one might have a row's sample and another its condition.
         can = target.target in ("onnx", "openvino") and target.batch is None and not target.settings.rows_apart
-        counted = any(tensor.name not in (SAMPLE, TIMESTEP) for tensor in graph.inputs)
-        made = any(tensor.name == SAMPLE for tensor in graph.outputs)
-        _hold(not graph.shares_rows or (can and counted and not made), f"shape of {SAMPLE} in {graph.name}", IMAGES,
+        can = can and graph.can_count_rows and all(tensor.name != SAMPLE for tensor in graph.outputs)
+        _hold(can or not graph.shares_rows, f"shape of {SAMPLE} in {graph.name}", IMAGES,
               f"{rows}: rows are shared by graphs of ONNX and OpenVINO alone, of a symbolic batch, that take something "
               "else with all rows and are not run with rows_apart")  # fmt: skip
 
