@@ -32,6 +32,15 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
 
 
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every tensor that a session is handed, as it is handed them."""
+    rows: list[int] = []
+    put = OrtSession.put
+    monkeypatch.setattr(OrtSession, "put", lambda self, array: rows.append(len(array)) or put(self, array))
+    return rows
+
+
 def export(model: Path, folder: Path, **said: Any) -> Path:
     done = edgediff.export_bundle(edgediff.load_model(model), folder, ExportConfig(steps=4, **said))
     assert done.report is not None
@@ -51,14 +60,11 @@ def shares(bundle: Path, target: str = "onnx") -> dict[str, bool]:
 @pytest.mark.usefixtures("large", "traced_once")
 @pytest.mark.parametrize("layout", ["pair", "split"])
 def test_a_bundle_that_shares_rows_makes_the_same_images(
-    layout: Any, text_model: Path, text_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: Any, text_model: Path, text_bundle: Path, tmp_path: Path, handed: list[int]
 ) -> None:
     bundle = export(text_model, tmp_path / "bundle", layout=layout)
     assert set(shares(bundle).values()) == {True}
     assert set(shares(text_bundle).values()) == {False}
-    handed = []
-    put = OrtSession.put
-    monkeypatch.setattr(OrtSession, "put", lambda self, array: handed.append(len(array)) or put(self, array))
     for images in (1, 3):
         request = asked(bundle) | {"num_images": images, "seed": 5, "guidance_scale": [3.0, 1.0, 3.0, 3.0]}
         one, other = (EdgePipeline.from_pretrained(path)(**request) for path in (bundle, text_bundle))
@@ -148,7 +154,7 @@ WITHOUT_ATTENTION_FIRST = SMALL_TEXT | {
 
 @pytest.mark.usefixtures("large")
 def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handed: list[int]
 ) -> None:
     model = save_model(unet2d_condition(**WITHOUT_ATTENTION_FIRST), tmp_path / "model")
     (model / "text_encoder").mkdir()
@@ -157,10 +163,8 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
     cached = next(graph for graph in manifest_of(bundle).target("onnx").graphs if graph.name == "cached")
     assert "encoder_hidden_states" not in {tensor.name for tensor in cached.inputs}
     assert shares(bundle) == {"full": True, "cached": True}
-    handed = []
-    put = OrtSession.put
-    monkeypatch.setattr(OrtSession, "put", lambda self, array: handed.append(len(array)) or put(self, array))
     request = asked(bundle) | {"num_images": 2}
+    handed.clear()
     wanted = EdgePipeline.from_pretrained(bundle)(**request).latents
     # Beside the four times, samples of two images and a text of four rows.
     assert Counter(handed) == {1: 4, 2: 4, 4: 1}
