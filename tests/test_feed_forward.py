@@ -1,10 +1,13 @@
 """Feed-forwards in slices of tokens: where the pass fires, where it does not, and that the numbers hold."""
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
 import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -90,14 +93,40 @@ def test_slices_make_the_same_numbers(as_gemm: bool, axis: int) -> None:
     sliced = slice_feed_forwards(model)
     onnx.checker.check_model(sliced, full_check=True)
     found = kinds(sliced)
-    assert (found["Gelu"], found["Gemm"] + found["MatMul"], found["Concat"], found["LayerNormalization"]) == (
-        4,
-        8,
-        1,
-        1,
-    )
+    assert (found["Gelu"], found["Gemm"] + found["MatMul"], found["Concat"]) == (4, 12, 1)
+    assert found["LayerNormalization"] == 1
+    # The tokens are cut, and each half of the weight and of the bias is; nothing that is computed is.
+    assert [node.input[0] for node in sliced.graph.node if node.op_type == "Split"] == ["w", "b", "n"]
     # Rows of a product do not look at each other; libraries may add in another order for fewer of them.
     np.testing.assert_allclose(run(sliced), want, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_files_keep_the_weights_and_the_loader_cuts_them(tmp_path: Path) -> None:
+    before = {tensor.name: tensor.SerializeToString() for tensor in feeding().graph.initializer}
+    sliced = slice_feed_forwards(feeding())
+    kept = {tensor.name: tensor.SerializeToString() for tensor in sliced.graph.initializer}
+    assert {name: kept[name] for name in "wbvc"} == {name: before[name] for name in "wbvc"}
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    ort.InferenceSession(sliced.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert kinds(onnx.load(tmp_path / "loaded.onnx"))["Split"] == 1
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_a_weight_of_two_feed_forwards_is_cut_once() -> None:
+    model = feeding()
+    second = feeding()
+    onnx.compose.add_prefix(second, "second.", rename_initializers=False, inplace=True)
+    for node in second.graph.node:
+        node.input[:] = ["y" if name == "second.x" else name for name in node.input]
+    model.graph.node.extend(second.graph.node)
+    model.graph.value_info.extend(second.graph.value_info)
+    model.graph.output[0].name = "second.y"
+    model.graph.value_info.append(tensor("y", FEATURES))
+    sliced = slice_feed_forwards(model)
+    onnx.checker.check_model(sliced, full_check=True)
+    assert [node.input[0] for node in sliced.graph.node if node.op_type == "Split"] == ["w", "b", "n", "second.n"]
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -108,6 +137,38 @@ def test_slices_make_the_same_numbers(as_gemm: bool, axis: int) -> None:
 )
 def test_what_is_no_gated_feed_forward_of_its_own_stays(otherwise: dict[str, Any]) -> None:
     model = feeding(**otherwise)
+    before = model.SerializeToString(deterministic=True)
+    assert slice_feed_forwards(model).SerializeToString(deterministic=True) == before
+
+
+def _first_product(model: ModelProto) -> Any:
+    return next(node for node in model.graph.node if node.op_type == "Gemm")
+
+
+def _turn(model: ModelProto) -> None:
+    _first_product(model).attribute.append(helper.make_attribute("transB", 1))
+
+
+def _add_what_is_computed(model: ModelProto) -> None:
+    _first_product(model).input[2] = "x"
+
+
+def _add_one_number(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "number"))
+    _first_product(model).input[2] = "number"
+
+
+def _cut_in_thirds(model: ModelProto) -> None:
+    for value in model.graph.value_info:
+        if value.name in ("value", "gate"):
+            value.type.tensor_type.shape.dim[2].dim_value = 2 * INSIDE // 3
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("change", [_turn, _add_what_is_computed, _add_one_number, _cut_in_thirds])
+def test_a_product_that_has_no_halves_stays(change: Callable[[ModelProto], None]) -> None:
+    model = feeding()
+    change(model)
     before = model.SerializeToString(deterministic=True)
     assert slice_feed_forwards(model).SerializeToString(deterministic=True) == before
 

@@ -3,22 +3,25 @@
 Between its two products a feed-forward holds eight times what it is given: 42 MB for an image at the highest resolution
 of Stable Diffusion v1.5, written to memory and read again four times. Tokens do not look at each other there, so a
 slice of them goes through all of it before the next one does, and what is in between stays in the processor's cache.
+Its value and its gate are products of their own, so that no result is cut: the graph cuts the weight instead, which
+whoever loads it does once and for all. Files keep the weights that the model has.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
+from edgediff.export.gates import PRODUCTS, Halves, halved, is_halvable
 from edgediff.export.rewriting import Rewriting, attributes_of
 
 log = logging.getLogger(__name__)
 
-# What a slice may hold between the products, of one row of the batch: two rows of it lie in most processors' caches.
-SLICE_BYTES = 6 * 2**20
-_PRODUCTS = ("Gemm", "MatMul")
-_LINEAR = (*_PRODUCTS, "Reshape", "Add")
+# What a slice may hold between the products, of one row of the batch. Smaller slices are slower: so are small products.
+SLICE_BYTES = 12 * 2**20
+_LINEAR = (*PRODUCTS, "Reshape", "Add")
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,25 @@ class _FeedForward:
     """One feed-forward.
 
     Attributes:
-        nodes: All of it, in order; the first takes [B, T, C], the last makes it.
+        flat: Reshapes what it is given, [B, T, C]; may be nothing.
+        linear: Makes value and gate side by side, [B, T, 2 H].
+        split: Takes them apart.
+        after: From there to what it makes, [B, T, C].
         tokens: T.
         slices: How many slices it is to be computed in.
     """
 
-    nodes: tuple[NodeProto, ...]
+    flat: tuple[NodeProto, ...]
+    linear: tuple[NodeProto, ...]
+    split: NodeProto
+    after: tuple[NodeProto, ...]
     tokens: int
     slices: int
+
+    @property
+    def nodes(self) -> tuple[NodeProto, ...]:
+        """All of it, in order."""
+        return (*self.flat, *self.linear, self.split, *self.after)
 
 
 def slice_feed_forwards(model: ModelProto) -> ModelProto:
@@ -53,13 +67,20 @@ def slice_feed_forwards(model: ModelProto) -> ModelProto:
     log.info("feed-forward: %d in slices", len(found))
     ends = {each.nodes[-1].output[0]: each for each in found}
     inside = {node.output[0] for each in found for node in each.nodes}
+    cuts: dict[str, NodeProto] = {}
+
+    def halves(weight: str) -> Sequence[str]:
+        made = [f"{weight}.half.{half}" for half in range(2)]
+        cuts[weight] = helper.make_node("Split", [weight], made, f"{weight}.halves", axis=-1, num_outputs=2)
+        return made
+
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         if node.output[0] in ends:
-            nodes += _sliced(ends[node.output[0]], rewriting)
+            nodes += _sliced(ends[node.output[0]], rewriting, halves)
         elif node.output[0] not in inside:
             nodes.append(node)
-    return rewriting.finish(nodes)
+    return rewriting.finish([*cuts.values(), *nodes])
 
 
 class _Search:
@@ -67,6 +88,7 @@ class _Search:
 
     def __init__(self, rewriting: Rewriting) -> None:
         graph = rewriting.model.graph
+        self._rewriting = rewriting
         self._shape = rewriting.shape
         self._made = {name: node for node in graph.node for name in node.output}
         self._taken: dict[str, list[NodeProto]] = {}
@@ -83,6 +105,11 @@ class _Search:
         before = self._before(split.input[0])
         if slices == 1 or said.get("axis", 0) not in (-1, 2) or before is None:
             return None
+        start = next(i for i, node in enumerate(before) if node.op_type in PRODUCTS)
+        flat, linear = before[:start], before[start:]
+        is_halved = all(self._shape(name)[1:] == [tokens, features // 2] for name in split.output)
+        if not is_halved or not is_halvable(linear, self._rewriting):
+            return None
         halves = [node for name in split.output for node in self._taken.get(name, [])]
         if sorted(node.op_type for node in halves) != ["Gelu", "Mul"]:
             return None
@@ -90,12 +117,11 @@ class _Search:
         after = self._after(product)
         if after is None or gelu.output[0] not in product.input:
             return None
-        nodes = (*before, split, gelu, product, *after)
+        found = _FeedForward(tuple(flat), tuple(linear), split, (gelu, product, *after), tokens, slices)
         # Whatever is in between must be nobody else's.
-        within = [name for node in nodes for name in node.input]
-        if any(len(self._taken.get(name, [])) != within.count(name) for node in nodes[:-1] for name in node.output):
-            return None
-        return _FeedForward(nodes, tokens, slices)
+        within = [name for node in found.nodes for name in node.input]
+        inner = [name for node in found.nodes[:-1] for name in node.output]
+        return None if any(len(self._taken.get(name, [])) != within.count(name) for name in inner) else found
 
     def _before(self, name: str) -> list[NodeProto] | None:
         """The nodes that lead to a tensor, from one of rank 3 through a product."""
@@ -113,7 +139,7 @@ class _Search:
         nodes: list[NodeProto] = []
         while not (_has_product(nodes) and len(self._shape(node.output[0])) == 3):
             users = self._taken.get(node.output[0], [])
-            if len(users) != 1 or users[0].op_type not in (*_PRODUCTS, "Reshape"):
+            if len(users) != 1 or users[0].op_type not in (*PRODUCTS, "Reshape"):
                 return None
             node = users[0]
             nodes.append(node)
@@ -121,7 +147,7 @@ class _Search:
 
 
 def _has_product(nodes: list[NodeProto]) -> bool:
-    return any(node.op_type in _PRODUCTS for node in nodes)
+    return any(node.op_type in PRODUCTS for node in nodes)
 
 
 def _slices(tokens: int, size: int) -> int:
@@ -132,17 +158,18 @@ def _slices(tokens: int, size: int) -> int:
     return slices
 
 
-def _sliced(of: _FeedForward, rewriting: Rewriting) -> list[NodeProto]:
+def _sliced(of: _FeedForward, rewriting: Rewriting, halves: Halves) -> list[NodeProto]:
     """The nodes that take a feed-forward's place."""
+    one = [*of.flat, *halved(of.linear, of.split, rewriting, halves), *of.after]
     each = of.tokens // of.slices
     given, made = of.nodes[0].input[0], of.nodes[-1].output[0]
-    own = {given, *(name for node in of.nodes for name in node.output)}
+    own = {given, *(name for node in one for name in node.output)}
     parts = rewriting.constant(f"slices.{each}x{of.slices}", np.full(of.slices, each))
     pieces = [f"{made}.{given}.{i}" for i in range(of.slices)]
     nodes = [helper.make_node("Split", [given, parts], pieces, f"{made}.{given}", axis=1)]
     for i, piece in enumerate(pieces):
         mine = {name: f"{name}.slice.{i}" for name in own} | {given: piece}
-        for node in of.nodes:
+        for node in one:
             copy = NodeProto()
             copy.CopyFrom(node)
             copy.input[:] = [mine.get(name, name) for name in node.input]
