@@ -38,6 +38,8 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 3 --guidance-scale 1
 	$(BIN)/python benchmarks/floor.py out/bench/sd15
 	$(BIN)/python benchmarks/floor.py out/bench/sd15 --guided
+	$(BIN)/python benchmarks/cores.py out/bench/sd15
+	$(BIN)/python benchmarks/cores.py out/bench/sd15 --guided
 	$(BIN)/python benchmarks/cost.py --bundle out/bench/sd15
 	$(BIN)/python benchmarks/coreml_images.py
 	$(BIN)/python benchmarks/coreml_size.py

@@ -16,6 +16,7 @@ from time import perf_counter
 import numpy as np
 import onnx
 import onnxruntime as ort
+from cores import APART_NS, WORDS, two_cores
 from measure import machine, spread
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--graph", default="cached")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--guided", action="store_true", help="two rows for each image that was recorded with one")
+    parser.add_argument("--apart-ns", type=float, default=APART_NS, help="see cores.py")
     given = parser.parse_args()
     print(machine())
     bundle = open_bundle(given.bundle)
@@ -52,15 +54,24 @@ def main() -> None:
     alone = operations(path, {name: array.shape for name, array in feeds.items()})
     whole = session(path)
     ways = {key: (session(model.SerializeToString()), inputs_of(model)) for key, (model, _) in alone.items()}
-    taken: dict[str, list[float]] = {key: [] for key in ways}
-    steps_ms: list[float] = []
-    for _ in range(given.rounds):
-        for key, (runner, inputs) in [("", (whole, feeds)), *ways.items()]:
-            runner.run(None, inputs)  # what is timed finds the memory as it left it itself
-            start = perf_counter()
-            runner.run(None, inputs)
-            (taken[key] if key else steps_ms).append(1e3 * (perf_counter() - start))
-    report(graph.name, steps_ms, {key: (median(ms), alone[key][1]) for key, ms in taken.items()})
+    taken: dict[bool, dict[str, list[float]]] = {kind: {key: [] for key in ["", *ways]} for kind in WORDS}
+    with two_cores(given.apart_ns) as cores:
+        for _ in range(given.rounds):
+            for key, (runner, inputs) in [("", (whole, feeds)), *ways.items()]:
+                before = cores.share()
+                runner.run(None, inputs)  # what is timed finds the memory as it left it itself
+                start = perf_counter()
+                runner.run(None, inputs)
+                ms = 1e3 * (perf_counter() - start)
+                if cores.share() == before:
+                    taken[before][key].append(ms)
+    for kind, times in taken.items():
+        print(f"{WORDS[kind]}:")
+        if missed := sum(not ms for ms in times.values()):
+            print(f"  {missed} of {len(times)} were never timed so")
+        else:
+            steps_ms = times.pop("")
+            report(graph.name, steps_ms, {key: (median(ms), alone[key][1]) for key, ms in times.items()})
 
 
 def report(name: str, steps_ms: list[float], alone: dict[str, tuple[float, int]]) -> None:
