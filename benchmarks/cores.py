@@ -90,14 +90,15 @@ def two_cores(apart_ns: float = APART_NS) -> Iterator[Cores]:
     try:
         yield Cores(cell, ours, apart_ns)
     finally:
-        ours.send(0)
+        process.kill()
         process.join()
 
 
 def _answer(shared: "Array[c_longlong]", asked: Connection) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     cell = memoryview(shared).cast("B").cast("q")
-    while turns := asked.recv():
+    while True:
+        turns = asked.recv()
         asked.send("ready")
         for turn in range(1, turns + 1):
             while cell[0] != turn:
