@@ -24,6 +24,8 @@ from measure import machine, spread
 from edgediff.verify.feed import guided, handed_over
 from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
 from edgediff_runtime import open_bundle
+from edgediff_runtime.bundle import Bundle
+from edgediff_runtime.manifest import Graph
 from edgediff_runtime.ort_options import session_options
 
 TURNS = 2000
@@ -106,16 +108,21 @@ def _answer(shared: "Array[c_longlong]", asked: Connection) -> None:
             cell[0] = -turn
 
 
+def recorded(bundle: Bundle, graph: Graph, two_rows: bool) -> dict[str, np.ndarray]:
+    """What a graph was recorded with, or the same with two rows for each image."""
+    steps = load_reference(bundle.file(REFERENCE)).steps
+    step = next(step for step in steps if all(tensor.name in step.tensors for tensor in graph.inputs))
+    return handed_over((graph,), step_inputs(guided(step) if two_rows else step, graph))
+
+
 def opened(path: Path, two_rows: bool) -> Iterator[tuple[str, ort.InferenceSession, dict[str, np.ndarray]]]:
     """A bundle's full and cached graph, and what each was recorded with."""
     bundle = open_bundle(path)
     target = bundle.manifest.target("onnx")
-    steps = load_reference(bundle.file(REFERENCE)).steps
     for graph in target.graphs:
-        step = next(step for step in steps if all(tensor.name in step.tensors for tensor in graph.inputs))
-        feeds = handed_over((graph,), step_inputs(guided(step) if two_rows else step, graph))
         options = session_options(target.settings)
-        yield graph.name, ort.InferenceSession(path / str(graph.file), options, ["CPUExecutionProvider"]), feeds
+        session = ort.InferenceSession(path / str(graph.file), options, ["CPUExecutionProvider"])
+        yield graph.name, session, recorded(bundle, graph, two_rows)
 
 
 def main() -> None:

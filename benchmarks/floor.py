@@ -16,14 +16,12 @@ from time import perf_counter
 import numpy as np
 import onnx
 import onnxruntime as ort
-from cores import APART_NS, WORDS, two_cores
+from cores import APART_NS, WORDS, recorded, two_cores
 from measure import machine, spread
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgediff.bench.wording import number
-from edgediff.verify.feed import guided, handed_over
-from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
 from edgediff_runtime import open_bundle
 from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options
@@ -47,9 +45,7 @@ def main() -> None:
     print(machine())
     bundle = open_bundle(given.bundle)
     graph = next(graph for graph in bundle.manifest.target("onnx").graphs if graph.name == given.graph)
-    steps = load_reference(bundle.file(REFERENCE)).steps
-    step = next(step for step in steps if all(tensor.name in step.tensors for tensor in graph.inputs))
-    feeds = handed_over((graph,), step_inputs(guided(step) if given.guided else step, graph))
+    feeds = recorded(bundle, graph, given.guided)
     path = given.bundle / str(graph.file)
     alone = operations(path, {name: array.shape for name, array in feeds.items()})
     whole = session(path)

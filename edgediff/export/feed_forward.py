@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from edgediff.export.gates import PRODUCTS, Halves, halved, is_halvable
-from edgediff.export.rewriting import Rewriting, attributes_of
+from edgediff.export.rewriting import Rewriting, attributes_of, renamed
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +170,7 @@ def _sliced(of: _FeedForward, rewriting: Rewriting, halves: Halves) -> list[Node
     for i, piece in enumerate(pieces):
         mine = {name: f"{name}.slice.{i}" for name in own} | {given: piece}
         for node in one:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            copy.input[:] = [mine.get(name, name) for name in node.input]
-            copy.output[:] = [mine[name] for name in node.output]
-            copy.name = copy.output[0]
+            copy = renamed(node, mine)
             shape = rewriting.shape(node.output[0])
             if node.op_type == "Reshape" and len(shape) == 3:
                 copy.input[1] = rewriting.constant(f"slice.{each}x{shape[2]}", np.array([-1, each, shape[2]]))

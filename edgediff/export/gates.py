@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from edgediff.export.rewriting import Rewriting, attributes_of
+from edgediff.export.rewriting import Rewriting, attributes_of, renamed
 
 PRODUCTS = ("Gemm", "MatMul")
 # An initialiser's name in; the names of the halves of its last axis out.
@@ -92,20 +92,14 @@ def halved(linear: Sequence[NodeProto], split: NodeProto, rewriting: Rewriting, 
     Returns:
         The nodes that make what the split makes.
     """
+    sizes = [node.input[1] for node in linear if node.op_type == "Reshape"]
+    constants = [name for node in linear for name in node.input if name in rewriting.weights and name not in sizes]
+    pairs = {name: halves(name) for name in constants}
     nodes = []
     for half, out in enumerate(split.output):
-        mine = {name: f"{out}.{name}" for node in linear for name in node.output} | {split.input[0]: out}
-        for node in linear:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            copy.output[:] = [mine[name] for name in node.output]
-            copy.name = copy.output[0]
-            for i, name in enumerate(node.input):
-                if name in mine:
-                    copy.input[i] = mine[name]
-                elif node.op_type == "Reshape":
-                    copy.input[i] = rewriting.constant(f"{out}.sizes", np.array([-1, *rewriting.shape(out)[1:]]))
-                elif name in rewriting.weights:
-                    copy.input[i] = halves(name)[half]
-            nodes.append(copy)
+        names = {name: f"{out}.{name}" for node in linear for name in node.output} | {split.input[0]: out}
+        names |= {name: pair[half] for name, pair in pairs.items()}
+        for name in sizes:
+            names[name] = rewriting.constant(f"{out}.sizes", np.array([-1, *rewriting.shape(out)[1:]]))
+        nodes += [renamed(node, names) for node in linear]
     return nodes

@@ -1,7 +1,7 @@
 """A graph whose nodes are being replaced by others that compute the same."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,24 @@ class Rewriting:
         graph.node.extend(nodes)
         graph.initializer.extend(kept)
         return self.model
+
+
+def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """A copy of a node between other tensors, called by what it makes.
+
+    Args:
+        node: The node.
+        names: New names by the old ones, of all that it makes and of what it takes that is not to stay.
+
+    Returns:
+        The copy.
+    """
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [names.get(name, name) for name in node.input]
+    copy.output[:] = [names[name] for name in node.output]
+    copy.name = copy.output[0]
+    return copy
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
