@@ -38,22 +38,23 @@ def _figures(ledger: "Ledger") -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("bundle", "backend"):
-        table.add_column(name, overflow="fold")
+    table.add_column("bundle\nbackend", overflow="fold")
     for name in (
         "clock",
         "time\nsaved",
         "FLOPs\nsaved",
         "ratio",
-        "full,\nof peak",
-        "cached,\nof peak",
+        "of peak:\nfull,\ncached",
         "PSNR\ndB",
         "MiB",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for known in ledger.contenders:
-        cells = figure_cells(known) if known.status == "measured" else (known.status,)
-        table.add_row(Text(known.bundle), known.backend, *cells)
+        cells: tuple[str, ...] = (known.status,)
+        if known.status == "measured":
+            *before, full, cached, psnr, mib = figure_cells(known)
+            cells = (*before, f"{full}\n{cached}", psnr, mib)
+        table.add_row(Text(f"{known.bundle}\n{known.backend}"), *cells)
     return table
 
 

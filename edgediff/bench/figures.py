@@ -130,7 +130,8 @@ def divided(parts: Mapping[str, float], kind: str) -> dict[str, float]:
 def _saved(axes: Any, known: list[Contender], many: bool) -> None:
     """What share of the time goes where a share of the operations went: on the line, all of it."""
     shown = [contender for contender in known if contender.ratio is not None]
-    most = 100 * max(max(contender.flops_saved or 0.0, contender.time_saved or 0.0) for contender in shown) * 1.15
+    ends = [end for contender in shown for end in (contender.time_saved_spread or (contender.time_saved or 0.0,))]
+    most = 100 * max(*ends, *(contender.flops_saved or 0.0 for contender in shown)) * 1.15
     axes.plot([0, most], [0, most], color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate("dashed: every operation saved is time saved", (1, 0), (-6, 6), xycoords="axes fraction",
                   textcoords="offset points", ha="right", va="bottom", fontsize=8, color=SOFT)  # fmt: skip
@@ -140,8 +141,11 @@ def _saved(axes: Any, known: list[Contender], many: bool) -> None:
         label = f"{_name(contender, many).replace(chr(10), ', ')}: {contender.ratio:.2f}"
         axes.plot(100 * contender.flops_saved, 100 * contender.time_saved, mark, color=colour, markersize=7,
                   linestyle="none", label=label)  # fmt: skip
+        if contender.time_saved_spread is not None:
+            axes.vlines(100 * contender.flops_saved, *(100 * end for end in contender.time_saved_spread), color=colour,
+                        linewidth=1)  # fmt: skip
     axes.set_xlim(0, most)
-    axes.set_ylim(min(0, *(100 * (contender.time_saved or 0) * 1.15 for contender in shown)), most)
+    axes.set_ylim(min(0, *(100 * end * 1.15 for end in ends)), most)
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_xlabel("operations that the clock saves, %")
     axes.set_ylabel("time that it saves, %")

@@ -83,7 +83,8 @@ class Contender(Struct, frozen=True):
             the bundle's own graphs at clock 1, where the source is not at hand, the backend has no other, or the graphs
             are of eight bits, which the undivided one is not.
         flops_saved: Share of the operations that the clock saves, attention matmuls included.
-        time_saved: Share of the loop's time.
+        time_saved: Share of the loop's time: the median of the rounds', each against the same round's.
+        time_saved_spread: The 10th and the 90th percentile of them; None of one round.
         share_of_peak: GFLOP/s of a full and of a cached step over the machine's peak.
     """
 
@@ -99,12 +100,21 @@ class Contender(Struct, frozen=True):
     undivided: Literal["undivided", "own"] = "own"
     flops_saved: float | None = None
     time_saved: float | None = None
+    time_saved_spread: tuple[float, float] | None = None
     share_of_peak: dict[str, float] = msgspec.field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
         """Time saved over FLOPs saved; None where the clock saves no operations, or nothing was measured."""
         return self.time_saved / self.flops_saved if self.time_saved is not None and self.flops_saved else None
+
+    @property
+    def ratio_spread(self) -> tuple[float, float] | None:
+        """The 10th and the 90th percentile of the rounds' ratios; None where there is no ratio, or one round."""
+        if self.time_saved_spread is None or not self.flops_saved:
+            return None
+        low, high = self.time_saved_spread
+        return low / self.flops_saved, high / self.flops_saved
 
 
 class Row(Struct, frozen=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgediff.bench.figures import figures
 from edgediff.bench.ledger import Contender, Ledger, Settings
-from edgediff.bench.wording import figure_cells, machine_line, milliseconds, part_names, peak_words
+from edgediff.bench.wording import figure_cells, machine_line, milliseconds, part_names, peak_words, ratio_words
 from edgediff.errors import MissingExtraError
 from edgediff.outputs import check_drawing, check_file, write_whole
 
@@ -17,7 +17,7 @@ WHAT, EXTRA = "the page of a benchmark", "bench"
 CAPTIONS = MappingProxyType(
     {
         "latency": "One full and one cached step in each backend, by part.",
-        "saved": "Time against operations: what lies on the line has lost nothing.",
+        "saved": "Time against operations: what lies on the line has lost nothing; lines: 10th to 90th percentile.",
         "quality": "How right each backend is against how fast: up and to the left is better.",
     }
 )
@@ -117,10 +117,12 @@ def _section(ledger: Ledger, drawn: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _card(known: Contender) -> dict[str, str]:
-    _, time_saved, flops_saved, ratio, full, cached, *_ = figure_cells(known)
+    _, time_saved, flops_saved, _, full, cached, *_ = figure_cells(known)
+    ratio, spread = ratio_words(known)
     return {
         "name": f"{known.bundle} in {known.backend}",
         "ratio": ratio,
+        "spread": spread,
         "own": "*" if known.undivided == "own" else "",
         "saved": f"{time_saved.rstrip('*')} of the time for {flops_saved} of the operations",
         "full": full,

@@ -36,18 +36,32 @@ def figure_cells(known: Contender) -> tuple[str, ...]:
         known: The contender.
 
     Returns:
-        Clock, time saved, FLOPs saved, their ratio, a full and a cached step's share of the peak, PSNR, MiB.
+        Clock, time saved, FLOPs saved, their ratio and on a second line its spread, a full and a cached step's share of
+        the peak, PSNR, MiB.
     """
     own = "*" if known.undivided == "own" else ""
     return (
         letters(known.mask),
         "-" if known.time_saved is None else f"{known.time_saved:.1%}{own}",
         "-" if known.flops_saved is None else f"{known.flops_saved:.1%}",
-        "-" if known.ratio is None else f"{known.ratio:.2f}",
+        "\n".join(ratio_words(known)).rstrip(),
         *(f"{known.share_of_peak[name]:.2f}" if name in known.share_of_peak else "-" for name in ("full", "cached")),
         "-" if known.psnr_db is None else f"{known.psnr_db:.1f}",
         "-" if known.peak_mib is None else f"{known.peak_mib:,.0f}",
     )
+
+
+def ratio_words(known: Contender) -> tuple[str, str]:
+    """Time saved over FLOPs saved, and its spread over the rounds.
+
+    Args:
+        known: The contender.
+
+    Returns:
+        Both as text; the spread is empty where there is none.
+    """
+    spread = "" if known.ratio_spread is None else "[{:.2f}, {:.2f}]".format(*known.ratio_spread)
+    return "-" if known.ratio is None else f"{known.ratio:.2f}", spread
 
 
 def part_names(rows: Iterable[Row]) -> tuple[str, ...]:
