@@ -34,8 +34,8 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/python benchmarks/settings.py out/bench/grocery-32
 	$(BIN)/python benchmarks/floor.py out/bench/grocery-32
 	$(BIN)/edgediff export sd15 --random-weights 0 --adaptor identity --verify graphs -o out/bench/sd15
-	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 3
-	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 3 --guidance-scale 1
+	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6
+	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6 --guidance-scale 1
 	$(BIN)/python benchmarks/floor.py out/bench/sd15
 	$(BIN)/python benchmarks/floor.py out/bench/sd15 --guided
 	$(BIN)/python benchmarks/cores.py out/bench/sd15

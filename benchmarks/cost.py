@@ -27,7 +27,7 @@ MODELS = ("grocery-32", "grocery-32-student")
 STEPS, IMAGES, SIZES = (4, 8, 16, 32), (1, 2, 4, 8), (16, 32, 48, 64)
 BAR = 0.05
 ROUNDS = 15
-LARGE_STEPS, LARGE_IMAGES, LARGE_ROUNDS = (2, 4, 8), (1, 2, 4), 3
+LARGE_STEPS, LARGE_IMAGES, LARGE_ROUNDS = (2, 4, 8), (1, 2, 4), 5
 COLOURS = {"grocery-32": "#1f5fa8", "grocery-32-student": "#c2571a"}
 
 Figures = Mapping[str, Mapping[int, float]]
