@@ -327,7 +327,8 @@ def _judged(
     macs = {name: found.macs + found.macs_attention for name, found in cost.items()}
     flops_saved = 1 - sum(macs["full" if full else "cached"] for full in last.mask) / (len(last.mask) * macs["full"])
     always = beside.get("undivided_loop") or parts["loop_clock1"]
-    # Each round against itself: what a machine does in the course of a run would not be the clock's doing.
+    # Each round against itself: what a machine does in the course of a run would not be the clock's doing. A process
+    # that died has fewer rounds.
     saved = tuple(round(1 - loop / whole, 4) for loop, whole in zip(parts["loop"], always, strict=False))
     gflop = {name: 2e-9 * last.rows * count for name, count in macs.items()}
     return msgspec.structs.replace(
