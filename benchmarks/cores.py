@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter, perf_counter_ns
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from measure import machine, spread
 
 from edgediff.verify.feed import guided, handed_over
@@ -27,6 +27,7 @@ from edgediff_runtime import open_bundle
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.ort_options import session_options
+from edgediff_runtime.ort_session import load_graphs
 
 TURNS = 2000
 # Python's own loop takes 150 to 250 ns of a round trip.
@@ -115,14 +116,13 @@ def recorded(bundle: Bundle, graph: Graph, two_rows: bool) -> dict[str, np.ndarr
     return handed_over((graph,), step_inputs(guided(step) if two_rows else step, graph))
 
 
-def opened(path: Path, two_rows: bool) -> Iterator[tuple[str, ort.InferenceSession, dict[str, np.ndarray]]]:
+def opened(path: Path, two_rows: bool) -> Iterator[tuple[str, Any, dict[str, np.ndarray]]]:
     """A bundle's full and cached graph, and what each was recorded with."""
     bundle = open_bundle(path)
     target = bundle.manifest.target("onnx")
+    sessions = load_graphs(bundle, target.graphs, session_options(target.settings))
     for graph in target.graphs:
-        options = session_options(target.settings)
-        session = ort.InferenceSession(path / str(graph.file), options, ["CPUExecutionProvider"])
-        yield graph.name, session, recorded(bundle, graph, two_rows)
+        yield graph.name, sessions[graph.name], recorded(bundle, graph, two_rows)
 
 
 def main() -> None:
