@@ -14,7 +14,7 @@ import numpy as np
 from measure import machine
 
 import edgediff
-from edgediff.config import VerifyConfig
+from edgediff.config.floors import VerifyConfig
 from edgediff.evaluate.distance import evaluate_distance
 from edgediff_runtime import EdgePipeline
 

@@ -25,10 +25,11 @@ from measure import machine, spread
 from optimum_onnx import OptimumOnnx
 
 import edgediff
-from edgediff.config import OnnxConfig, VerifyConfig
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
+from edgediff.config.floors import VerifyConfig
 from edgediff.models.load import Model, random_weights
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, load_reference, reference_request
+from edgediff.targets.configs import OnnxConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.loop import initial_latents
 

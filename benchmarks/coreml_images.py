@@ -13,9 +13,9 @@ import torch
 from measure import machine, spread
 
 import edgediff
-from edgediff.config import CoreMLConfig
-from edgediff.verify.backends import open_session
-from edgediff.verify.psnr import psnr_db
+from edgediff.bundle.psnr import psnr_db
+from edgediff.targets.backends import open_session
+from edgediff.targets.configs import CoreMLConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 
 IMAGES = 4

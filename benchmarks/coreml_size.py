@@ -9,7 +9,8 @@ from pathlib import Path
 from measure import machine
 
 import edgediff
-from edgediff.config import CoreMLConfig, VerifyConfig
+from edgediff.config.floors import VerifyConfig
+from edgediff.targets.configs import CoreMLConfig
 
 BAR = 1.10
 

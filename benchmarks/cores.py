@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from measure import machine, spread
 
-from edgediff.verify.feed import guided, handed_over
-from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
+from edgediff.bundle.feed import guided, handed_over
+from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff_runtime import open_bundle
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.manifest import Graph

@@ -19,8 +19,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from measure import machine
 
 import edgediff
-from edgediff.config import VerifyConfig
-from edgediff.verify.reference import REFERENCE, load_reference, reference_request
+from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
+from edgediff.config.floors import VerifyConfig
 from edgediff_runtime import EdgePipeline
 
 MODELS = ("grocery-32", "grocery-32-student")

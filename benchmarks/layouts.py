@@ -22,9 +22,9 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from steps import Measured, Run, in_turns, measured, times
 
 import edgediff
-from edgediff.config import VerifyConfig
-from edgediff.verify.feed import run_step
-from edgediff.verify.reference import REFERENCE, Recorded, load_reference
+from edgediff.bundle.feed import run_step
+from edgediff.bundle.reference import REFERENCE, Recorded, load_reference
+from edgediff.config.floors import VerifyConfig
 from edgediff_runtime import Bundle, open_bundle
 from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options

@@ -14,12 +14,13 @@ import numpy as np
 from measure import machine
 
 import edgediff
+from edgediff.export.export_config import config_from
 from edgediff.plan.budget import cached_steps, count_cost, uniform_masks
 from edgediff.plan.estimate import Estimate
 from edgediff.plan.planner import Plan, choose
 from edgediff.plan.tolerance import AutoClocks, best_auto
 from edgediff.plan.trajectory import Mask, Trajectories, letters, psnr_db
-from edgediff.verify.backends import open_session
+from edgediff.targets.backends import open_session
 from edgediff_runtime import open_bundle
 from edgediff_runtime.auto_clock import AutoClock
 
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _export(path: Path, adaptor: str) -> Path:
-    config = edgediff.config.config_from({"adaptor": adaptor, "layout": "split", "verify": {"mode": "graphs"}})
+    config = config_from({"adaptor": adaptor, "layout": "split", "verify": {"mode": "graphs"}})
     edgediff.export_bundle(edgediff.load_model("grocery-32"), path, config)
     return path
 

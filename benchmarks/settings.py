@@ -15,8 +15,8 @@ import msgspec
 from measure import machine
 from steps import Measured, Run, in_turns, measured, times
 
-from edgediff.verify.feed import run_step
-from edgediff.verify.reference import REFERENCE, load_reference
+from edgediff.bundle.feed import run_step
+from edgediff.bundle.reference import REFERENCE, load_reference
 from edgediff_runtime import Bundle, open_bundle, ort_bound_session, ort_session
 from edgediff_runtime.manifest import share_rows
 from edgediff_runtime.ort_bound_session import OrtBoundSession

@@ -11,8 +11,8 @@ import numpy as np
 from measure import spread
 
 from edgediff.bench.machine import peak_memory
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import Recorded, Reference
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import Recorded, Reference
 
 SAME_DB = 90.0
 

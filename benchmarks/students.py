@@ -17,7 +17,8 @@ import numpy as np
 from measure import machine, spread
 
 import edgediff
-from edgediff.config import Cut, VerifyConfig
+from edgediff.config.choices import Cut
+from edgediff.config.floors import VerifyConfig
 from edgediff.evaluate.distance import evaluate_distance
 from edgediff.models.macs import tally
 from edgediff_runtime import EdgePipeline

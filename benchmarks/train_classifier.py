@@ -12,9 +12,9 @@ from time import monotonic
 import torch
 from measure import machine
 
-from edgediff.evaluate.features import load_classifier, save_classifier
-from edgediff.train.classifier import ClassifierRecipe, accuracy_of, train_classifier
-from edgediff.train.data import divide, read_images
+from edgediff.data.image_folder import divide, read_images
+from edgediff.models.classifier import accuracy_of, load_classifier, save_classifier
+from edgediff.train.train_classifier import ClassifierRecipe, train_classifier
 
 HELD_OUT = 0.1
 

@@ -13,14 +13,14 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Cut": "edgediff.config",
+    "Cut": "edgediff.config.choices",
     "EdgediffError": "edgediff.errors",
-    "ExportConfig": "edgediff.config",
+    "ExportConfig": "edgediff.export.export_config",
     "Model": "edgediff.models.load",
-    "ParityReport": "edgediff.verify.rows",
+    "ParityReport": "edgediff.bundle.rows",
     "SplitUNet": "edgediff.models.clockwork",
-    "export_bundle": "edgediff.export.pipeline",
-    "load_config": "edgediff.config",
+    "export_bundle": "edgediff.export.export_bundle",
+    "load_config": "edgediff.export.export_config",
     "load_model": "edgediff.models.load",
     "split": "edgediff.models.clockwork",
     "verify_bundle": "edgediff.verify.parity",

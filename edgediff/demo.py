@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from edgediff.config import find_recipe, load_config
+from edgediff.bundle.rows import ParityReport
+from edgediff.config.recipes import find_recipe
 from edgediff.errors import ConfigError
-from edgediff.export.pipeline import export_bundle
+from edgediff.export.export_bundle import export_bundle
+from edgediff.export.export_config import load_config
+from edgediff.inspect.survey import survey_bundle
 from edgediff.models.load import load_model
-from edgediff.survey import survey_bundle
 from edgediff.verify.parity import verify_bundle
-from edgediff.verify.rows import ParityReport
 from edgediff_runtime import EdgePipeline, Result
 from edgediff_runtime.image import grid, write_png
 

@@ -7,7 +7,7 @@ the choices.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgediff.verify.rows import ParityReport
+    from edgediff.bundle.rows import ParityReport
 
 
 class EdgediffError(Exception):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from edgediff.models.session import TorchSession
+from edgediff.models.torch_session import TorchSession
 from edgediff_runtime.manifest import Graph
 
 

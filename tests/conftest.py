@@ -15,8 +15,8 @@ from trainings import UNET, UPDATES
 from unets import unet2d, unet2d_condition
 
 import edgediff
+from edgediff.data.image_folder import ImageSet
 from edgediff.train import unet_loop
-from edgediff.train.data import ImageSet
 from edgediff.train.unet_settings import StudentTraining, TeacherTraining
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgediff.coreml import import_coremltools, quiet
+from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 
 OPSETS = ("iOS16", "iOS17", "iOS18")
 FLOATS = ("float32", "float16")

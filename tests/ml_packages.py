@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediff.coreml import import_coremltools
+from edgediff.mil.coremltools_quiet import import_coremltools
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"

@@ -11,8 +11,8 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
-from edgediff.config import OnnxConfig
-from edgediff.export.attention import CONTRIB, MANY_KEYS, fuse_attention
+from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx.attention import CONTRIB, MANY_KEYS, fuse_attention
 from edgediff_runtime import EdgePipeline
 
 HEADS, WIDTH = 2, 4
@@ -132,7 +132,7 @@ def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
 def test_the_operator_that_goes_block_by_block_goes_through_an_export(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgediff.export.attention.MANY_KEYS", 1)
+    monkeypatch.setattr("edgediff.targets.onnx.attention.MANY_KEYS", 1)
     done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
     assert done.report is not None
     assert done.report.ok

@@ -12,9 +12,11 @@ from seals import REFERENCE, manifest_of, seal
 from traces import remembering
 
 import edgediff
-from edgediff.config import CoreMLConfig, OnnxConfig, VerifyConfig, check_config
+from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError
-from edgediff.survey import survey_bundle
+from edgediff.export.export_config import check_config
+from edgediff.inspect.survey import survey_bundle
+from edgediff.targets.configs import CoreMLConfig, OnnxConfig
 from edgediff_runtime import AutoClock, EdgePipeline, EdgeRuntimeError, Manifest
 from edgediff_runtime.manifest_json import check_manifest
 

@@ -11,7 +11,7 @@ from chunked import Chunked
 import edgediff
 from edgediff.export.draft import draft_manifest
 from edgediff.models.graphs import graph_list
-from edgediff.models.session import TorchSession
+from edgediff.models.torch_session import TorchSession
 from edgediff_runtime import AutoClock, EdgePipeline, RequestError, make_scheduler, noise, parse_clock
 from edgediff_runtime.auto_clock import AutoDecisions
 from edgediff_runtime.loop import Request, denoise

@@ -18,13 +18,13 @@ from safetensors.numpy import load_file, save_file
 from seals import REFERENCE, reseal
 
 from edgediff.bench import backends, bench
-from edgediff.bench.bench import _Runner, run_bench
 from edgediff.bench.compare import compare_ledgers
 from edgediff.bench.ledger import Contender, Ledger, Machine, Settings, read_ledger, rows_of, write_ledger
+from edgediff.bench.run_bench import _Runner, run_bench
 from edgediff.bench.worker import Task
+from edgediff.cli.render.bench_tables import bench_tables, compare_table
 from edgediff.errors import ConfigError, DataError, UnsupportedError
-from edgediff.survey import survey_bundle
-from edgediff.tables_bench import bench_tables, compare_table
+from edgediff.inspect.survey import survey_bundle
 from edgediff_runtime import RequestError, open_bundle
 from edgediff_runtime.ort_bound_session import CUDA
 

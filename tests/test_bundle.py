@@ -20,7 +20,7 @@ from seals import (
 )
 
 from edgediff import verify_bundle
-from edgediff.verify.backends import open_session
+from edgediff.targets.backends import open_session
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.bundle import MANIFEST, SUMS, inside
 from edgediff_runtime.ort_session import OrtSession

@@ -11,7 +11,8 @@ from PIL import Image
 
 import edgediff
 from edgediff import demo
-from edgediff.config import find_recipe, load_config
+from edgediff.config.recipes import find_recipe
+from edgediff.export.export_config import load_config
 
 BLOCK = """
 import sys

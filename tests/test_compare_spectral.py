@@ -7,11 +7,11 @@ import torch
 from command_line import Command
 from rich.console import Console
 
-from edgediff.models.comparison import ROLES, SPECTRAL, SpectralRow, compare
+from edgediff.cli.render.tables import spectral_table
+from edgediff.inspect.comparison import ROLES, SPECTRAL, SpectralRow, compare
 from edgediff.models.load import load_model
 from edgediff.models.slim import plain_config, slim
 from edgediff.models.spectral import spectralize
-from edgediff.tables import spectral_table
 from edgediff.zoo import FOLDER
 
 TASKS = {"FFHQ/CelebA-HQ/Bedroom": "ldm-ffhq", "Church": "ldm-church", "ImageNet": "ldm-imagenet"}
@@ -130,7 +130,7 @@ def test_rows_as_data(rows: tuple[SpectralRow, ...]) -> None:
 
 def test_inspect_compares(command: Command, rows: tuple[SpectralRow, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("edgediff.models.comparison.compare", lambda name: (asked.append(name), rows)[1])
+    monkeypatch.setattr("edgediff.inspect.comparison.compare", lambda name: (asked.append(name), rows)[1])
     printed = json.loads(command("inspect", "--compare", "spectral", "--json").out)
     assert printed == {"rows": [row.to_dict() for row in rows]}
     said = command("inspect", "--compare", "spectral")

@@ -6,8 +6,11 @@ import pytest
 import yaml
 
 from edgediff import Cut, ExportConfig, load_config
-from edgediff.config import Layout, OnnxConfig, VerifyConfig, check_config, config_from, find_recipe, layout_of
+from edgediff.config.floors import VerifyConfig
+from edgediff.config.recipes import find_recipe
 from edgediff.errors import ConfigError
+from edgediff.export.export_config import check_config, config_from, layout_of
+from edgediff.targets.configs import Layout, OnnxConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs").glob("*.yaml"))
 

@@ -16,16 +16,16 @@ from seals import manifest_of, replace_graph, reseal, seal
 from unets import CASES, Case, unet2d, unet2d_condition
 
 import edgediff
-from edgediff.config import CoreMLConfig
+from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
-from edgediff.export.coreml import write_coreml
-from edgediff.export.half import with_half_weights
-from edgediff.export.layout import coreml_graphs, modules
+from edgediff.export.half_reference import with_half_weights
+from edgediff.mil import open_program
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
-from edgediff.verify.backends import open_session
-from edgediff.verify.mil import open_program
-from edgediff.verify.psnr import psnr_db
+from edgediff.targets.backends import open_session
+from edgediff.targets.configs import CoreMLConfig
+from edgediff.targets.coreml.write_coreml import write_coreml
+from edgediff.targets.layout import coreml_graphs, modules
 from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
 
@@ -132,7 +132,7 @@ def test_one_package_of_two_functions_stores_shared_weights_once(
     divided = edgediff.split(model.unet)
     for layout in ("split", "pair"):
         config = edgediff.ExportConfig(targets=("coreml",), layout=layout)
-        graphs = coreml_graphs(graph_list(divided, model), divided, config, batch=2)
+        graphs = coreml_graphs(graph_list(divided, model), divided, layout, 2, config.coreml.dtype)
         (tmp_path / layout).mkdir()
         target = _target(graphs, config.coreml)
         write_coreml(tmp_path / layout, target, modules(divided, layout), config.coreml, lambda what: None)

@@ -15,7 +15,8 @@ from unets import unet2d
 
 import edgediff
 from edgediff import verify_bundle
-from edgediff.config import CoreMLConfig, VerifyConfig
+from edgediff.config.floors import VerifyConfig
+from edgediff.targets.configs import CoreMLConfig
 
 Plant = Callable[[Opened], None]
 

@@ -13,13 +13,13 @@ from ml_packages import Opened, change_package
 from seals import flip_bit, reseal, seal_plain
 
 from edgediff import verify_bundle
-from edgediff.coreml import import_coremltools
+from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import MissingExtraError
+from edgediff.mil import evaluate
+from edgediff.mil.coremltools_quiet import import_coremltools
+from edgediff.mil.package import read_package
+from edgediff.targets.backends import open_session
 from edgediff.verify import parity
-from edgediff.verify.backends import open_session
-from edgediff.verify.mil import evaluate
-from edgediff.verify.mil.package import read_package
-from edgediff.verify.psnr import psnr_db
 from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgediff.data import image_folder as data
+from edgediff.data.image_folder import ImageSet, Reason, Skipped, divide, read_image, read_images, shuffled
 from edgediff.errors import DataError
-from edgediff.train import data
-from edgediff.train.data import ImageSet, Reason, Skipped, divide, read_image, read_images, shuffled
 
 RNG = np.random.default_rng(0)
 

@@ -18,7 +18,7 @@ MODULES = sorted(
 
 
 def test_there_are_examples() -> None:
-    assert {"edgediff.models.wavelet", "edgediff.export.quantize", "edgediff_runtime.clock"} <= set(MODULES)
+    assert {"edgediff.models.wavelet", "edgediff.targets.onnx.quantize", "edgediff_runtime.clock"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -12,20 +12,20 @@ from command_line import Command, assert_error
 from seals import manifest_of, seal
 from tiny_photographs import LABELS, SIZE, as_bytes
 
+from edgediff.data.image_folder import ImageSet
 from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate.comparable import check_manifest, class_indices
 from edgediff.evaluate.distance import evaluate_distance
-from edgediff.evaluate.features import (
+from edgediff.evaluate.report import Reference
+from edgediff.evaluate.row import Row
+from edgediff.evaluate.sampler import BundleSampler
+from edgediff.evaluate.traits import Examiner
+from edgediff.models.classifier import (
     Classifier,
     ClassifierShape,
     load_classifier,
     save_classifier,
 )
-from edgediff.evaluate.report import Reference
-from edgediff.evaluate.row import Row
-from edgediff.evaluate.sampler import BundleSampler
-from edgediff.evaluate.traits import Examiner
-from edgediff.train.data import ImageSet
 from edgediff_runtime import EdgePipeline, RequestError
 
 RNG = np.random.default_rng(0)

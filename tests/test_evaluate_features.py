@@ -10,17 +10,18 @@ import torch
 from tiny_photographs import LABELS, RECIPE, SIZE
 
 from edgediff import load_model
+from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError, DataError, ModelError
-from edgediff.evaluate.features import (
+from edgediff.models.classifier import (
     Classifier,
     ClassifierShape,
+    accuracy_of,
     as_input,
     built_in_classifier,
     features_of,
     load_classifier,
 )
-from edgediff.train.classifier import ClassifierRecipe, accuracy_of, augment, train_classifier
-from edgediff.train.data import ImageSet
+from edgediff.train.train_classifier import ClassifierRecipe, augment, train_classifier
 from edgediff.zoo import FOLDER
 
 RNG = np.random.default_rng(0)

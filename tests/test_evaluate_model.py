@@ -18,6 +18,7 @@ from tiny_photographs import SIZE, make_photographs, write_classifier, write_pho
 from unets import unet2d
 
 from edgediff import load_model
+from edgediff.data.image_folder import read_images, shuffled
 from edgediff.errors import ConfigError
 from edgediff.evaluate.distance import evaluate_distance
 from edgediff.evaluate.processes import Processes
@@ -25,7 +26,6 @@ from edgediff.evaluate.report import Evaluation
 from edgediff.evaluate.row import Row
 from edgediff.evaluate.sampler import BundleSampler, Sampler
 from edgediff.models.spectral import spectralize
-from edgediff.train.data import read_images, shuffled
 
 ASKED: dict[str, Any] = {"num_images": 11, "steps": 2, "batch": 4, "seed": 3}
 

@@ -17,12 +17,12 @@ from seals import assert_refused, flip_bit, manifest_of, replace_graph, seal
 from unets import unet2d
 
 import edgediff
-from edgediff.executorch import import_executorch, quiet
-from edgediff.export.executorch import group_norm
+from edgediff.bundle.psnr import psnr_db
 from edgediff.models.graphs import graph_list
-from edgediff.models.session import TorchSession
-from edgediff.verify.backends import open_session, usual_backend
-from edgediff.verify.psnr import psnr_db
+from edgediff.models.torch_session import TorchSession
+from edgediff.targets.backends import open_session, usual_backend
+from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
+from edgediff.targets.executorch.write_executorch import group_norm
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
 
 PROGRAM = "executorch/unet.pte"

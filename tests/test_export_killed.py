@@ -16,8 +16,8 @@ from traces import remembering
 from unets import unet2d
 
 import edgediff
-from edgediff.config import VerifyConfig
-from edgediff.verify.files import check_files
+from edgediff.bundle.files import check_files
+from edgediff.config.floors import VerifyConfig
 from edgediff_runtime import open_bundle
 
 KILLS = 20
@@ -37,7 +37,7 @@ def _export(model: Path, out: Path, targets: tuple[str, ...], steps: int, tempor
 def start() -> Iterator[Callable[..., multiprocessing.process.BaseProcess]]:
     """Starts exports from a process that has imported everything and computed nothing: its forks are quick and safe."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["edgediff.export.pipeline", "coremltools", __name__])
+    context.set_forkserver_preload(["edgediff.export.export_bundle", "coremltools", __name__])
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
 

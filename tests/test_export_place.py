@@ -12,9 +12,9 @@ import torch
 from command_line import FULL, SCRIPT, Command, Said, assert_error, snapshot, unchanged
 from seals import flip_bit
 
-import edgediff.export.pipeline as pipeline
-from edgediff.verify.reference import Reference, save_reference
-from edgediff.verify.rows import ParityReport, Row
+import edgediff.export.export_bundle as pipeline
+from edgediff.bundle.reference import Reference, save_reference
+from edgediff.bundle.rows import ParityReport, Row
 
 # Where the bundle goes.
 

@@ -14,14 +14,14 @@ from unets import CASES, as_built, assert_same_unet, unet2d, unet2d_condition
 
 import edgediff.models
 from edgediff import Cut, split
+from edgediff.cli.render.tables import comparison_table
 from edgediff.errors import ConfigError, UnsupportedError
+from edgediff.inspect.comparison import CLOCKWORK, ComparisonRow, compare
+from edgediff.inspect.survey import Survey
 from edgediff.models import efficient
-from edgediff.models.comparison import CLOCKWORK, ComparisonRow, compare
 from edgediff.models.load import Model, load_model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
-from edgediff.survey import Survey
-from edgediff.tables import comparison_table
 from edgediff.zoo import FOLDER, ZOO
 from edgediff_runtime import clock_mask
 from edgediff_runtime.manifest import Cost
@@ -282,7 +282,7 @@ def test_rows_as_data(rows: tuple[ComparisonRow, ...]) -> None:
 
 
 def test_inspect_compares(command: Command, rows: tuple[ComparisonRow, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgediff.models.comparison.compare", lambda name: rows)
+    monkeypatch.setattr("edgediff.inspect.comparison.compare", lambda name: rows)
     assert json.loads(command("inspect", "--compare", "clockwork", "--json").out) == {
         "rows": [row.to_dict() for row in rows]
     }

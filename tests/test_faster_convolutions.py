@@ -12,9 +12,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 import edgediff
-from edgediff.config import OnnxConfig
-from edgediff.export.upsampling import merge_upsampling
-from edgediff.export.winograd import CHANNELS, ROWS, TILE, filter_rows, sums_of_rows
+from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx.upsampling import merge_upsampling
+from edgediff.targets.onnx.winograd import CHANNELS, ROWS, TILE, filter_rows, sums_of_rows
 from edgediff_runtime import EdgePipeline
 
 NEAREST = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
@@ -194,8 +194,8 @@ def test_weights_outside_are_neither_opened_nor_stored_again(tmp_path: Path) -> 
 def test_both_go_through_an_export_and_neither_into_portable_graphs(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgediff.export.winograd.CHANNELS", 8)
-    monkeypatch.setattr("edgediff.export.winograd.ROWS", 4)
+    monkeypatch.setattr("edgediff.targets.onnx.winograd.CHANNELS", 8)
+    monkeypatch.setattr("edgediff.targets.onnx.winograd.ROWS", 4)
     found = {}
     for portable in (False, True):
         config = edgediff.ExportConfig(steps=2, layout="split", onnx=OnnxConfig(portable=portable))

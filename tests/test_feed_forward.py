@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
-from edgediff.export.feed_forward import slice_feed_forwards
+from edgediff.targets.onnx.feed_forward import slice_feed_forwards
 from edgediff_runtime import EdgePipeline
 
 TOKENS, FEATURES, INSIDE = 12, 4, 16
@@ -83,7 +83,7 @@ def kinds(model: ModelProto) -> Counter[str]:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of what the feed-forward holds; twelve tokens are cut in four, there being no third of a power of two."""
-    monkeypatch.setattr("edgediff.export.feed_forward.SLICE_BYTES", 4 * TOKENS * 2 * INSIDE // 3)
+    monkeypatch.setattr("edgediff.targets.onnx.feed_forward.SLICE_BYTES", 4 * TOKENS * 2 * INSIDE // 3)
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -183,7 +183,7 @@ def test_what_holds_little_stays() -> None:
 
 @pytest.mark.usefixtures("traced_once")
 def test_they_go_through_an_export(text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgediff.export.feed_forward.SLICE_BYTES", 1024)
+    monkeypatch.setattr("edgediff.targets.onnx.feed_forward.SLICE_BYTES", 1024)
     config = edgediff.ExportConfig(steps=2, layout="pair")
     done = edgediff.export_bundle(edgediff.load_model(text_model), tmp_path / "bundle", config)
     assert done.report is not None

@@ -8,7 +8,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from edgediff.errors import UnsupportedError
-from edgediff.export.group_norm import expand_group_norm
+from edgediff.targets.onnx.group_norm import expand_group_norm
 
 CHANNELS, GROUPS = 6, 3
 FLOAT = TensorProto.FLOAT

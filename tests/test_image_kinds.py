@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgediff.data.image_folder import read_image, read_images
 from edgediff.errors import DataError
-from edgediff.train.data import read_image, read_images
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 import edgediff
 from edgediff.models.graphs import graph_list
-from edgediff.models.session import TorchSession
+from edgediff.models.torch_session import TorchSession
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.loop import Request, denoise
 from edgediff_runtime.manifest import Graph

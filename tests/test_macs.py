@@ -14,13 +14,13 @@ from unets import CASES, unet2d
 
 from edgediff import Cut, split
 from edgediff.cli import app
-from edgediff.config import load_config
 from edgediff.errors import UnsupportedError
+from edgediff.export.export_config import load_config
+from edgediff.inspect.model_survey import survey_model
+from edgediff.inspect.survey import PARTS, Survey
 from edgediff.models.conditioning import TensorSpec
 from edgediff.models.load import load_model
 from edgediff.models.macs import Tally, tally
-from edgediff.models.survey import survey_model
-from edgediff.survey import PARTS, Survey
 from edgediff_runtime import RequestError
 
 COUNTED = ("2d-class", "2d-attention-everywhere-resnet-resampling", "sd15-like", "sdxl-like", "unclip-like")

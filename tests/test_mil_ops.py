@@ -12,8 +12,8 @@ from mil_cases_spatial import SPATIAL
 from mil_programs import OPSETS, Case, build, floats, misses
 from test_mil_weights import COMPRESSIONS
 
-from edgediff.verify.mil import evaluate, open_program
-from edgediff.verify.mil.ops import OPS
+from edgediff.mil import evaluate, open_program
+from edgediff.mil.ops import OPS
 
 CASES = [*NUMBERS, *SPATIAL, *LAYOUT]
 

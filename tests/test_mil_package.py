@@ -12,9 +12,9 @@ from mil_programs import Case, build, floats
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgediff.coreml import import_coremltools
 from edgediff.errors import ProgramError
-from edgediff.verify.mil import evaluate, open_program
+from edgediff.mil import evaluate, open_program
+from edgediff.mil.coremltools_quiet import import_coremltools
 
 MODEL = Path("Data", "com.apple.CoreML", "model.mlmodel")
 WEIGHTS = Path("Data", "com.apple.CoreML", "weights", "weight.bin")

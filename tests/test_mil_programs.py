@@ -11,14 +11,14 @@ from conftest import SMALL_CLASS, SMALL_TEXT
 from mil_programs import Case, build, floats, save
 from unets import unet2d, unet2d_condition
 
-from edgediff.coreml import import_coremltools, quiet
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.rows import Finding
 from edgediff.errors import ProgramError
+from edgediff.mil import evaluate, open_program
+from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 from edgediff.models.clockwork import split
 from edgediff.models.part import Part
-from edgediff.verify.mil import evaluate, open_program
-from edgediff.verify.mil.findings import findings
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.rows import Finding
+from edgediff.targets.coreml.headroom import findings
 
 TEXT = {"encoder_hidden_states": torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))}
 # What is built, its conditioning, and the precision and opset that it is converted to: each takes seconds. Fourier

@@ -10,12 +10,12 @@ import pytest
 import torch
 from mil_programs import floats, save
 
-from edgediff.coreml import import_coremltools, quiet
 from edgediff.errors import ProgramError
-from edgediff.verify.mil import evaluate, open_program
-from edgediff.verify.mil.dtypes import DTYPES
-from edgediff.verify.mil.ops_constexpr import constexpr_lut_to_dense, constexpr_lut_to_sparse
-from edgediff.verify.mil.weights import WeightFile
+from edgediff.mil import evaluate, open_program
+from edgediff.mil.coremltools_quiet import import_coremltools, quiet
+from edgediff.mil.dtypes import DTYPES
+from edgediff.mil.ops_constexpr import constexpr_lut_to_dense, constexpr_lut_to_sparse
+from edgediff.mil.weight_file import WeightFile
 
 LUT, SPARSE_LUT = "constexpr_lut_to_dense", "constexpr_lut_to_sparse"
 AFFINE, SPARSE = "constexpr_affine_dequantize", "constexpr_sparse_to_dense"

@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 from seals import assert_refused, flip_bit, manifest_of
 
 import edgediff
-from edgediff.export.weights import POOLED_BYTES, pool_weights
+from edgediff.targets.onnx.pool_weights import POOLED_BYTES, pool_weights
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
 
 WEIGHTS = "onnx/weights.bin"
@@ -22,7 +22,7 @@ def pair_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The class model as a full and a cached step; weights above a few bytes count as large on the way."""
     path = tmp_path_factory.mktemp("pair") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgediff.export.onnx.EXTERNAL_DATA_BYTES", 2**10)
+        patch.setattr("edgediff.targets.onnx.write_onnx.EXTERNAL_DATA_BYTES", 2**10)
         done = edgediff.export_bundle(
             edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, layout="pair")
         )

@@ -14,22 +14,17 @@ from command_line import Command, assert_error
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, seal
 
 import edgediff
-from edgediff.bench.bench import run_bench
-from edgediff.config import (
-    ExportConfig,
-    OnnxConfig,
-    OpenVinoConfig,
-    VerifyConfig,
-    config_from,
-    find_recipe,
-    load_config,
-)
+from edgediff.bench.run_bench import run_bench
+from edgediff.bundle.psnr import psnr_db
+from edgediff.config.floors import VerifyConfig
+from edgediff.config.recipes import find_recipe
 from edgediff.errors import ConfigError
+from edgediff.export.export_config import ExportConfig, config_from, load_config
 from edgediff.extras import import_extra
 from edgediff.models.graphs import graph_list
-from edgediff.models.session import TorchSession
-from edgediff.verify.backends import open_session, usual_backend
-from edgediff.verify.psnr import psnr_db
+from edgediff.models.torch_session import TorchSession
+from edgediff.targets.backends import open_session, usual_backend
+from edgediff.targets.configs import OnnxConfig, OpenVinoConfig
 from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.__main__ import main
 from edgediff_runtime.openvino_session import OpenVinoSession

@@ -16,9 +16,9 @@ from traces import remembering
 
 import edgediff
 from edgediff.export.draft import draft_manifest
-from edgediff.export.pipeline import _warn_of_adaptor
+from edgediff.export.export_bundle import _warn_of_adaptor
 from edgediff.models.graphs import graph_list
-from edgediff.models.session import TorchSession
+from edgediff.models.torch_session import TorchSession
 from edgediff_runtime import EdgePipeline, Manifest, OperatingPointWarning
 from edgediff_runtime.errors import BundleError, warnings_told
 from edgediff_runtime.manifest import Adaptor, TrainedFor

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from command_line import Command, assert_error
 
-from edgediff.verify.psnr import psnr_db
+from edgediff.bundle.psnr import psnr_db
 from edgediff_runtime import EdgePipeline, RequestError, open_bundle, ort_bound_session
 from edgediff_runtime.ort_bound_session import CUDA, OrtBoundSession
 from edgediff_runtime.ort_session import CPU, OrtSession

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import TargetError
-from edgediff.export.place import check_place, clear_stale, staged
 
 
 def _bundle(folder: Path, text: str = "old") -> Path:
@@ -220,7 +220,7 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("edgediff.export.place.fcntl.flock", unsupported)
+    monkeypatch.setattr("edgediff.bundle.staging.fcntl.flock", unsupported)
     target = _bundle(tmp_path / "out")
     _bundle(tmp_path / ".out.edgediff-7")
     _export(target)

@@ -15,10 +15,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from edgediff import placement
-from edgediff.coreml import import_coremltools, quiet
+from edgediff.cli.render.tables import placement_table
 from edgediff.errors import MissingExtraError, ProgramError
-from edgediff.placement import (  # fmt: skip
+from edgediff.inspect import placement
+from edgediff.inspect.placement import (  # fmt: skip
     GRAPH,
     MLPROGRAM,
     NEURALNETWORK,
@@ -29,7 +29,7 @@ from edgediff.placement import (  # fmt: skip
     lint_mlprogram,
     lint_onnx,
 )
-from edgediff.tables import placement_table
+from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 from edgediff_runtime import open_bundle
 
 X = (2, 8, 32, 32)
@@ -325,6 +325,6 @@ def test_missing_packages_are_named(
 
 
 def test_the_table_is_read_without_any_toolchain() -> None:
-    program = "import sys, edgediff.placement; print({'torch', 'onnx', 'coremltools'} & set(sys.modules))"
+    program = "import sys, edgediff.inspect.placement; print({'torch', 'onnx', 'coremltools'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "set()", done.stderr

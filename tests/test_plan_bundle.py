@@ -12,17 +12,17 @@ from command_line import Command, Said
 
 import edgediff
 from edgediff import outputs
-from edgediff.arrays import prompt_arguments
-from edgediff.config import config_from
+from edgediff.data.arrays import prompt_arguments
 from edgediff.errors import ConfigError, MissingExtraError, TargetError
+from edgediff.export.export_config import config_from
 from edgediff.plan import files
 from edgediff.plan.budget import cached_steps, count_cost, time_cost
 from edgediff.plan.caveats import caveats
+from edgediff.plan.plan_recipe import plan_recipe, render_recipe
 from edgediff.plan.planner import Plan, make_plan
-from edgediff.plan.recipe import plan_recipe, render_recipe
 from edgediff.plan.tolerance import AutoClocks, longest_run
 from edgediff.plan.trajectory import Trajectories, psnr_db, spell
-from edgediff.verify.backends import open_session
+from edgediff.targets.backends import open_session
 from edgediff_runtime import EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import TrainedFor

@@ -14,16 +14,24 @@ from seals import manifest_of
 from traces import remembering
 
 import edgediff
-import edgediff.export.quantize as quantize_module
-from edgediff import targets
-from edgediff.config import OnnxConfig, config_from
+import edgediff.targets.onnx.quantize as quantize_module
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
-from edgediff.export.attention import spell_out_attention
-from edgediff.export.calibration import Calibration, measure_ranges
-from edgediff.export.gates import separate_gates
-from edgediff.export.quantize import affine, attended, observed_tensors, quantize, quantized_nodes, quantized_weight
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, load_reference, step_inputs
+from edgediff.export.export_config import check_config, config_from
+from edgediff.targets import configs
+from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx.attention import spell_out_attention
+from edgediff.targets.onnx.calibration import Calibration, measure_ranges
+from edgediff.targets.onnx.quantize import (
+    affine,
+    attended,
+    observed_tensors,
+    quantize,
+    quantized_nodes,
+    quantized_weight,
+)
+from edgediff.targets.onnx.separate_gates import separate_gates
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options
@@ -327,10 +335,10 @@ def test_other_widths_and_targets_are_refused(
 
 def test_no_images_to_calibrate_with() -> None:
     with pytest.raises(ConfigError, match=r"onnx\.calibration_images.* is 0"):
-        edgediff.config.check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
+        check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
 
 
-@pytest.mark.parametrize("module", [quantize_module, targets])
+@pytest.mark.parametrize("module", [quantize_module, configs])
 def test_doctests(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module)
     assert failed == 0

@@ -14,10 +14,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from unets import CASES, Case, unet2d_condition
 
 import edgediff
-from edgediff.config import OnnxConfig
-from edgediff.export.onnx import write_graph
-from edgediff.export.shared_rows import has_shared_rows, share_rows
-from edgediff.verify.psnr import psnr_db
+from edgediff.bundle.psnr import psnr_db
+from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx.shared_rows import has_shared_rows, share_rows
+from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime.manifest import Graph, Tensor
 
 SIZE, CHANNELS, TOKENS, WIDTH = 4, 3, 2, 5

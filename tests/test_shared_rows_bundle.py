@@ -16,10 +16,12 @@ from unets import unet2d_condition
 
 import edgediff
 from edgediff import verify_bundle
-from edgediff.bench.backends import export_undivided
-from edgediff.config import ExportConfig, OnnxConfig, QuantizedFloors, VerifyConfig
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, load_reference, reference_request
+from edgediff.bench.contenders import export_undivided
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
+from edgediff.config.floors import QuantizedFloors, VerifyConfig
+from edgediff.export.export_config import ExportConfig
+from edgediff.targets.configs import OnnxConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.manifest import Tensor
 from edgediff_runtime.ort_bound_session import OrtBoundSession
@@ -29,7 +31,7 @@ from edgediff_runtime.ort_session import OrtSession
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph counts as too large for its rows to go apart."""
-    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.APART_BYTES", 0)
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, tmp_path: Path, monke
     loose = VerifyConfig(int8=QuantizedFloors(graph_db=20, composed_db=20, trajectory_db=20))
     said: dict[str, Any] = {"layout": "pair", "onnx": OnnxConfig(quantize_nbits=8), "verify": loose}
     small = export(text_model, tmp_path / "small", **said)
-    monkeypatch.setattr("edgediff.export.onnx.APART_BYTES", 0)
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.APART_BYTES", 0)
     bundle = export(text_model, tmp_path / "bundle", **said)
     assert set(shares(bundle).values()) == {True}
     assert set(shares(small).values()) == {False}

@@ -15,7 +15,7 @@ from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate import response as responses
 from edgediff.evaluate import spectrum
 from edgediff.evaluate.denoiser import Denoiser
-from edgediff.evaluate.gates import GateRecorder
+from edgediff.evaluate.gate_recorder import GateRecorder
 from edgediff.evaluate.response import Response, measure_response, wiener_gain
 from edgediff.evaluate.spectra import bands, top_octaves
 from edgediff.models.spectral import BandGate, spectralize

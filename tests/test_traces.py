@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from traces import fingerprint, remembering
 
-from edgediff.export import onnx as onnx_module
+from edgediff.targets.onnx import write_onnx as onnx_module
 
 ROWS = (torch.zeros(2, 3),)
 

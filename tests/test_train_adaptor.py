@@ -23,7 +23,7 @@ from edgediff.models.load import Model, load_model
 from edgediff.models.trained import WEIGHTS, load_adaptor
 from edgediff.train import adaptor as training_loop
 from edgediff.train.adaptor import Training, train_adaptor
-from edgediff.train.place import CHECKPOINTS
+from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.rollout import TARGET, Rollouts
 from edgediff.train.settings import AdaptorTraining, load_training, training_from
 from edgediff_runtime.loop import denoise

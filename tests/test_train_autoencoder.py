@@ -15,13 +15,13 @@ from command_line import unchanged
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from edgediff.data.batches import Batches
+from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, ModelError, TargetError, TrainingError
 from edgediff.train import autoencoder
 from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
-from edgediff.train.data import ImageSet, divide
-from edgediff.train.images import Batches
+from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.latents import decode, encode, load_autoencoder, reconstruction_psnr
-from edgediff.train.place import CHECKPOINTS
 from edgediff_runtime.bundle import sha256_of
 
 SIZE = 16

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from trainings import UNET, UPDATES, changed
 
 from edgediff import Cut, ExportConfig, export_bundle, load_model, split
-from edgediff.config import VerifyConfig
+from edgediff.config.floors import VerifyConfig
+from edgediff.data.batches import Batches, as_channels_first
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
 from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2DModel
 from edgediff.train import draws, unet_loop
-from edgediff.train.images import Batches, as_channels_first
 from edgediff.train.latents import load_autoencoder
 from edgediff.train.samples import STEPS, draw_samples, make_sampler
 from edgediff.train.space import LatentSpace

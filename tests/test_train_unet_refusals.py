@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from trainings import UNET, changed, goes_on, refused, same
 from unets import unet2d, unet2d_condition
 
+from edgediff.data.batches import Batches
 from edgediff.errors import ConfigError, DataError, EdgediffError, ModelError, TargetError, TrainingError
 from edgediff.models.spectral import SpectralUNet2DModel
-from edgediff.train.images import Batches
-from edgediff.train.place import CHECKPOINTS
+from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.student import train_student
 from edgediff.train.teacher import train_teacher
 from edgediff.train.unet_settings import StudentTraining, TeacherTraining, training_from

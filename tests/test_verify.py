@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import edgediff
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.rows import ParityReport, Row
 from edgediff.errors import ModelError
 from edgediff.verify import source
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.rows import ParityReport, Row
 from edgediff_runtime import open_bundle
 from edgediff_runtime.manifest import Source
 

@@ -10,16 +10,16 @@ import pytest
 import pywt
 import torch
 
-from edgediff.config import OnnxConfig
-from edgediff.coreml import import_coremltools, quiet
 from edgediff.errors import ConfigError, MissingExtraError
-from edgediff.export.onnx import write_graph
+from edgediff.inspect.placement_ops import mil_ops
+from edgediff.mil import evaluate
+from edgediff.mil.coremltools_quiet import import_coremltools, quiet
+from edgediff.mil.package import read_package
 from edgediff.models import wavelet as module
 from edgediff.models.part import Part
 from edgediff.models.wavelet import HAAR, ORTHOGONAL, dwt2, idwt2
-from edgediff.placement_ops import mil_ops
-from edgediff.verify.mil import evaluate
-from edgediff.verify.mil.package import read_package
+from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime.manifest import Graph, Tensor
 
 SIZES = ((8, 6), (2, 2), (7, 5), (1, 3), (20, 33))

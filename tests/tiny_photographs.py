@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from edgediff.evaluate.features import save_classifier
-from edgediff.train.classifier import ClassifierRecipe, train_classifier
-from edgediff.train.data import ImageSet
+from edgediff.data.image_folder import ImageSet
+from edgediff.models.classifier import save_classifier
+from edgediff.train.train_classifier import ClassifierRecipe, train_classifier
 
 SIZE = 16
 LABELS = ("Apple", "Banana", "Kiwi", "Orange")

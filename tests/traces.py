@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgediff.export import onnx as onnx_module
+from edgediff.targets.onnx import write_onnx as onnx_module
 
 # What a module has of torch's own; `named_modules`, parameters and buffers have the same, by name.
 STRUCTURE = {"_modules", "_parameters", "_buffers"}

@@ -14,12 +14,12 @@ from typing import IO, Any
 
 import msgspec
 
-from edgediff.bench.backends import Backend, Whole, export_undivided, named, opened
+from edgediff.bench.contenders import Backend, Whole, export_undivided, named, opened
 from edgediff.bench.machine import peak_gflops, peak_memory
+from edgediff.bundle.feed import run_step
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, Reference, load_reference, reference_request
 from edgediff.errors import EdgediffError
-from edgediff.verify.feed import run_step
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import REFERENCE, Reference, load_reference, reference_request
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.errors import EdgeRuntimeError
 from edgediff_runtime.sessions import Session

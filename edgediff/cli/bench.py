@@ -43,12 +43,12 @@ def bench(
     ] = None,
 ) -> None:
     """Time bundles in every backend there is, in one run and in turns; each is held to the reference first."""
-    from edgediff.bench.bench import run_bench
     from edgediff.bench.compare import compare_ledgers
     from edgediff.bench.ledger import read_ledger, write_ledger
     from edgediff.bench.page import check_page, write_page
+    from edgediff.bench.run_bench import run_bench
+    from edgediff.cli.render.bench_tables import bench_tables, compare_table
     from edgediff.outputs import check_file, write_whole
-    from edgediff.tables_bench import bench_tables, compare_table
 
     if json_file is not None:
         check_file(json_file)

@@ -18,7 +18,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json(found.to_dict())
     else:
-        from edgediff.tables import doctor_tables
+        from edgediff.cli.render.tables import doctor_tables
 
         for table in doctor_tables(found):
             out.print(table)
@@ -36,9 +36,9 @@ def demo(
     ),
 ) -> None:
     """Do the main job on a built-in model: export, verify, generate at clock 1 and clock 2, compare."""
-    toolchain("edgediff.export.pipeline", "demo")
+    toolchain("edgediff.export.export_bundle", "demo")
+    from edgediff.cli.render.tables import demo_tables
     from edgediff.demo import run_demo
-    from edgediff.tables import demo_tables
 
     with progress() as say:
         shown = run_demo(output, say, model)

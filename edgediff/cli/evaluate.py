@@ -100,7 +100,7 @@ def distance(
     if as_json:
         print_json(done.to_dict())
         return
-    from edgediff.tables_evaluate import distance_tables
+    from edgediff.cli.render.evaluate_tables import distance_tables
 
     for table in distance_tables(done):
         out.print(table)
@@ -154,7 +154,7 @@ def spectrum(
     if as_json:
         print_json(found.report.to_dict() | {"files": {name: str(path) for name, path in written.items()}})
         return
-    from edgediff.tables_evaluate import spectrum_tables
+    from edgediff.cli.render.evaluate_tables import spectrum_tables
 
     for table in spectrum_tables(found.report):
         out.print(table)

@@ -22,7 +22,7 @@ from edgediff.cli.app import (
 from edgediff.errors import ConfigError, VerificationError
 
 if TYPE_CHECKING:
-    from edgediff.verify.rows import ParityReport
+    from edgediff.bundle.rows import ParityReport
 
 
 @app.command(
@@ -73,7 +73,7 @@ def export(
     """Export a model as a verified bundle."""
     import msgspec
 
-    from edgediff.config import QUANTIZABLE, ExportConfig, config_from, load_config
+    from edgediff.export.export_config import QUANTIZABLE, ExportConfig, config_from, load_config
 
     recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
     given = {
@@ -97,7 +97,7 @@ def export(
     checked = config_from(recipe)
     if checked.model is None:
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
-    pipeline = toolchain("edgediff.export.pipeline", "export")
+    pipeline = toolchain("edgediff.export.export_bundle", "export")
     load = toolchain("edgediff.models.load", "export")
     try:
         with progress() as say:
@@ -140,7 +140,7 @@ def _show_report(report: "ParityReport", as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict())
     else:
-        from edgediff.tables import report_tables
+        from edgediff.cli.render.tables import report_tables
 
         for table in report_tables(report):
             out.print(table)

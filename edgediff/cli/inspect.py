@@ -21,7 +21,7 @@ from edgediff.errors import ConfigError, EdgediffError
 from edgediff_runtime.errors import EdgeRuntimeError
 
 if TYPE_CHECKING:
-    from edgediff.placement import Note
+    from edgediff.inspect.placement import Note
 
 
 @app.command(
@@ -50,7 +50,7 @@ def inspect(
     Of a bundle also what is known to fall off the Neural Engine or ONNX Runtime's mobile accelerators, with a source
     for each line.
     """
-    from edgediff.survey import survey_bundle
+    from edgediff.inspect.survey import survey_bundle
 
     if compare is not None:
         options = {"--level": level, "--point": point, "--clock": clock, "--steps": steps, "--batch": batch,
@@ -69,12 +69,12 @@ def inspect(
         notes = _placement(Path(model))
     else:
         notes = None
-        survey = toolchain("edgediff.models.survey", "inspect MODEL")
+        survey = toolchain("edgediff.inspect.model_survey", "inspect MODEL")
         found = survey.survey_model(model, level, point, clock, steps, batch, adaptor)
     if as_json:
         print_json(found.to_dict() | ({} if notes is None else {"placement": [note.to_dict() for note in notes]}))
     else:
-        from edgediff.tables import placement_table, survey_tables
+        from edgediff.cli.render.tables import placement_table, survey_tables
 
         for table in survey_tables(found):
             out.print(table)
@@ -84,18 +84,18 @@ def inspect(
 
 def _compare(name: str, as_json: bool) -> None:
     """Prints a paper's table beside our counts."""
-    rows = toolchain("edgediff.models.comparison", "inspect --compare").compare(name)
+    rows = toolchain("edgediff.inspect.comparison", "inspect --compare").compare(name)
     if as_json:
         print_json({"rows": [row.to_dict() for row in rows]})
     else:
-        from edgediff.tables import comparison_table, spectral_table
+        from edgediff.cli.render.tables import comparison_table, spectral_table
 
         out.print(comparison_table(rows) if name == "clockwork" else spectral_table(rows))
 
 
 def _placement(bundle: Path) -> "tuple[Note, ...] | None":
     """What is known to fall off accelerators; None on the light install, which cannot read graphs."""
-    from edgediff.placement import lint_bundle
+    from edgediff.inspect.placement import lint_bundle
 
     try:
         return lint_bundle(bundle)

@@ -41,8 +41,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the clock: the full and cached steps that move the images least, for a budget."""
-    from edgediff.arrays import load_arrays, prompt_arguments
-    from edgediff.plan.files import check_place, write_plan
+    from edgediff.data.arrays import load_arrays, prompt_arguments
+    from edgediff.plan.plan_files import check_place, write_plan
     from edgediff.plan.planner import make_plan
 
     check_place(output, bundle)
@@ -64,7 +64,7 @@ def plan(
     if as_json:
         print_json(found.to_dict() | {"files": {name: str(path) for name, path in files.items()}})
         return
-    from edgediff.tables_plan import plan_tables
+    from edgediff.cli.render.plan_tables import plan_tables
 
     for table in plan_tables(found):
         out.print(table)

@@ -55,7 +55,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
-    from edgediff.verify.backends import open_session, usual_backend
+    from edgediff.targets.backends import open_session, usual_backend
     from edgediff_runtime import EdgePipeline, open_bundle
     from edgediff_runtime.image import check_output, write_output
     from edgediff_runtime.pipeline import Result
@@ -63,7 +63,7 @@ def run(
     request: dict[str, Any] = {"label": label, "prompt": prompt, "num_images": num_images, "seed": seed}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
     if conditioning is not None:
-        from edgediff.arrays import load_arrays, prompt_arguments
+        from edgediff.data.arrays import load_arrays, prompt_arguments
 
         request |= prompt_arguments(load_arrays(conditioning))
     with progress() as say:
@@ -78,7 +78,7 @@ def run(
         ledger = [step.to_dict() for step in result.ledger]
         print_json({"images": [str(output)], "mask": result.mask, "ledger": ledger})
     else:
-        from edgediff.tables import ledger_table
+        from edgediff.cli.render.tables import ledger_table
 
         out.print(ledger_table(result))
         out.print(f"{num_images} images: {output}", markup=False)

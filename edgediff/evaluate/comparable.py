@@ -1,11 +1,7 @@
 """What can be compared with a folder of photographs at all, and by which classes."""
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgediff.errors import ConfigError, DataError, UnsupportedError
+from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.load import Model
-from edgediff.train.data import ImageSet
 from edgediff_runtime.manifest import Manifest
 
 
@@ -63,27 +59,3 @@ def check_manifest(manifest: Manifest) -> int:
     if manifest.scheduler.eta > 0:
         raise UnsupportedError("the bundle's sampler draws fresh noise in every step (eta above 0); expected eta 0")
     return sample.height
-
-
-def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) -> NDArray[np.int64] | None:
-    """The class that a sampler has for each real image.
-
-    Args:
-        labels: The sampler's classes; None where there is no condition.
-        real: The images; their classes bear the sampler's names.
-        whose: What has the classes, for the message: ``bundle`` or ``model``.
-
-    Returns:
-        int64 [N]; None where there is no condition.
-
-    Raises:
-        DataError: A class of the folder is none of the sampler's, or the folder has none.
-    """
-    if labels is None:
-        return None
-    if not real.names:
-        raise DataError(f"the folder has no classes, which the {whose} has; expected a subfolder for each")
-    strange = [name for name in real.names if name not in labels]
-    if strange:
-        raise DataError(f"the folder's class {strange[0]!r} is none of the {whose}'s; choices: {', '.join(labels)}")
-    return np.array([labels.index(name) for name in real.names], dtype=np.int64)[real.labels]

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from edgediff.errors import UnsupportedError
 from edgediff.evaluate.comparable import check_model
 from edgediff.models.load import Model
+from edgediff.models.sampling import PREDICTIONS
 from edgediff.models.whole import predict
-from edgediff.train.noising import PREDICTIONS
 from edgediff_runtime.errors import NotFiniteError
 
 

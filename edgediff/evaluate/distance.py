@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff.data.classes import class_indices
 from edgediff.errors import ConfigError, UnsupportedError
-from edgediff.evaluate.comparable import class_indices
 from edgediff.evaluate.distances import MIN_IMAGES
-from edgediff.evaluate.features import Classifier, built_in_classifier, load_classifier
 from edgediff.evaluate.neighbours import SUSPICIOUS, Nearest, closeness
 from edgediff.evaluate.photographs import Photographs
 from edgediff.evaluate.processes import Processes
@@ -18,7 +17,7 @@ from edgediff.evaluate.row import Row
 from edgediff.evaluate.sampler import Sampler, open_sampler
 from edgediff.evaluate.suspects import Group, check_picture, draw_suspects, most_suspicious
 from edgediff.evaluate.traits import Examiner, Traits
-from edgediff.train.classifier import accuracy_of
+from edgediff.models.classifier import Classifier, accuracy_of, built_in_classifier, load_classifier
 
 NUM_IMAGES = 1000
 BATCH = 50

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff.data.image_folder import shuffled
 from edgediff.errors import DataError
-from edgediff.train.data import shuffled
 
 GROUPS = 10
 # Two groups of two: below that there is no spread.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from edgediff.data.image_folder import ImageSet, read_images, shuffled
 from edgediff.errors import DataError
 from edgediff.evaluate.distances import MIN_IMAGES
-from edgediff.train.data import ImageSet, read_images, shuffled
 
 
 @dataclass(frozen=True, eq=False)

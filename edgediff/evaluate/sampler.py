@@ -11,7 +11,7 @@ from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.whole import WholeSession
-from edgediff.verify.backends import BACKENDS, open_session, usual_backend
+from edgediff.targets.backends import BACKENDS, open_session, usual_backend
 from edgediff_runtime import EdgePipeline, clock_mask, make_scheduler, noise, open_bundle
 from edgediff_runtime.bundle import MANIFEST
 from edgediff_runtime.manifest import Manifest

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff.data.classes import class_indices
+from edgediff.data.image_folder import ImageSet, read_images, shuffled
 from edgediff.errors import ConfigError, DataError
-from edgediff.evaluate.comparable import class_indices
 from edgediff.evaluate.denoiser import Denoiser
 from edgediff.evaluate.distances import MIN_IMAGES
-from edgediff.evaluate.gates import GateRecorder
+from edgediff.evaluate.gate_recorder import GateRecorder
 from edgediff.evaluate.processes import Processes
 from edgediff.evaluate.response import Response, measure_response
 from edgediff.evaluate.row import Row
@@ -21,7 +22,6 @@ from edgediff.evaluate.spectra import band_gap, radial_spectrum, spectrum_error,
 from edgediff.evaluate.spectrum_report import Denoising, GateCurves, Rows, Spectra, SpectrumReport
 from edgediff.models.load import Model, load_model
 from edgediff.models.spectral import BANDS
-from edgediff.train.data import ImageSet, read_images, shuffled
 from edgediff_runtime.bundle import MANIFEST
 
 NUM_IMAGES = 256

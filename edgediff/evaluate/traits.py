@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.evaluate.distances import Features
-from edgediff.evaluate.features import Classifier, features_of
 from edgediff.evaluate.neighbours import Nearest, nearest_neighbours
 from edgediff.evaluate.spectra import radial_spectrum
+from edgediff.models.classifier import Classifier, features_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,17 +6,18 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edgediff.config import ExportConfig, Target, layout_of, opset_of
 from edgediff.errors import UnsupportedError
-from edgediff.export.conditioning import Source
-from edgediff.export.layout import coreml_graphs, executorch_graphs, onnx_graphs, openvino_graphs
-from edgediff.export.shared_rows import with_shared_rows
+from edgediff.export.export_config import ExportConfig, layout_of
+from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
+from edgediff.targets.configs import Target, opset_of
+from edgediff.targets.layout import coreml_graphs, executorch_graphs, onnx_graphs, openvino_graphs
+from edgediff.targets.onnx.shared_rows import with_shared_rows
 from edgediff_runtime import AutoClock, Manifest, parse_clock
 from edgediff_runtime import manifest as m
 from edgediff_runtime.auto_clock import is_auto
@@ -137,27 +138,27 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
             dtype = config.onnx.dtype if config.onnx.quantize_nbits is None else "int8"
             target = m.Target(
                 target="onnx", layout=layout_of(config, "onnx"), dtype=dtype, batch=None,
-                floors=_floors(config, dtype), graphs=onnx_graphs(parts, divided, config),
+                floors=_floors(config, dtype), graphs=onnx_graphs(parts, divided, layout_of(config, "onnx")),
                 opset=opset_of(config.onnx), ir_version=0,
             )  # fmt: skip
         elif name == "coreml":
             batch = usual if config.coreml.batch is None else config.coreml.batch
             target = m.Target(
                 target="coreml", layout=layout_of(config, "coreml"), dtype=config.coreml.dtype, batch=batch,
-                floors=_floors(config, config.coreml.dtype), graphs=coreml_graphs(parts, divided, config, batch),
+                floors=_floors(config, config.coreml.dtype), graphs=coreml_graphs(parts, divided, layout_of(config, "coreml"), batch, config.coreml.dtype),  # noqa: E501
                 deployment_target=config.coreml.deployment_target, specification_version=0,
             )  # fmt: skip
         elif name == "openvino":
             dtype = "fp32" if config.openvino.quantize_nbits is None else "int8"
             target = m.Target(
                 target="openvino", layout=layout_of(config, "openvino"), dtype=dtype, batch=None,
-                floors=_floors(config, dtype), graphs=openvino_graphs(parts, divided, config),
+                floors=_floors(config, dtype), graphs=openvino_graphs(parts, divided, layout_of(config, "openvino")),
             )  # fmt: skip
         else:
             batch = usual if config.executorch.batch is None else config.executorch.batch
             target = m.Target(
                 target="executorch", layout=layout_of(config, "executorch"), dtype="fp32", batch=batch,
-                floors=_floors(config, "fp32"), graphs=executorch_graphs(parts, divided, config, batch),
+                floors=_floors(config, "fp32"), graphs=executorch_graphs(parts, divided, layout_of(config, "executorch"), batch),  # noqa: E501
             )  # fmt: skip
         targets.append(target)
     return tuple(targets)

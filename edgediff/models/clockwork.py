@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from edgediff.config import POINTS, Cut, block_of
+from edgediff.config.choices import POINTS, Cut, block_of
 from edgediff.errors import UnsupportedError
 from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.embedding import StepEmbedding

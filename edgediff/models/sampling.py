@@ -28,6 +28,8 @@ SCHEDULERS: dict[str, Any] = {
     "euler": EulerDiscreteScheduler,
 }
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
 # Read only together with a setting that is itself refused.
 _WITHOUT_EFFECT = {
     "dynamic_thresholding_ratio",

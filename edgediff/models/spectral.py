@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
-from edgediff.config import Cut
+from edgediff.config.choices import Cut
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.clockwork import split
 from edgediff.models.layers import flatten

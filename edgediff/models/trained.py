@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from edgediff.config import Cut
+from edgediff.config.choices import Cut
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.models.adaptors import ADAPTORS, AdaptorShape, IdentityAdaptor, Kind, LearnedAdaptor
 from edgediff.models.clockwork import split

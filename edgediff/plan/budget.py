@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 
 from edgediff.errors import ConfigError
+from edgediff.inspect.survey import survey_bundle
 from edgediff.plan.trajectory import Mask, Trajectories, spell
-from edgediff.survey import survey_bundle
 from edgediff_runtime import EdgePipeline, OperatingPointWarning
 
 UNITS = ("flops", "latency")

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from edgediff.arrays import prompt_arguments
+from edgediff.bundle.reference import REFERENCE, load_reference
+from edgediff.data.arrays import prompt_arguments
 from edgediff.errors import ConfigError
 from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cost, time_cost, uniform_masks
 from edgediff.plan.caveats import caveats
 from edgediff.plan.estimate import ROWS, Estimate, probes
-from edgediff.plan.recipe import plan_recipe
+from edgediff.plan.plan_recipe import plan_recipe
 from edgediff.plan.search import best_masks
 from edgediff.plan.tolerance import AutoRun, best_auto, longest_run, refusal
 from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db, spell
-from edgediff.verify.backends import open_session, usual_backend
-from edgediff.verify.reference import REFERENCE, load_reference
+from edgediff.targets.backends import open_session, usual_backend
 from edgediff_runtime import Bundle, Manifest, open_bundle
 from edgediff_runtime.auto_clock import DEFAULT_BOUND
 
@@ -203,8 +203,8 @@ def make_plan(
         guidance_scale: None takes the bundle's.
         seed: Of the first planning image; image i has seed + i.
         backend: None takes the one that `edgediff run` would.
-        conditioning: For a model of text, embeddings as `edgediff.arrays.prompt_arguments` gives them, with one row for
-            all images or rows that they take one after the other; None takes those of the bundle's evidence.
+        conditioning: For a model of text, embeddings as `prompt_arguments` gives them, with one row for all images or
+            rows that they take one after the other; None takes those of the bundle's evidence.
         progress: Told what is being done.
 
     Returns:

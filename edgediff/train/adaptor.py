@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
+from edgediff.data.draws import generator
 from edgediff.errors import ConfigError, TrainingError
 from edgediff.models.adaptors import LearnedAdaptor
 from edgediff.models.clockwork import SplitUNet, split
@@ -21,12 +22,11 @@ from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
 from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
 from edgediff.outputs import check_drawing
-from edgediff.train.card import adaptor_card
+from edgediff.train.adaptor_card import adaptor_card
 from edgediff.train.checkpoint import Checkpoints
+from edgediff.train.claim import STORE, Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.curve import draw_losses
-from edgediff.train.draws import generator
 from edgediff.train.gain import Gain, measure_gain
-from edgediff.train.place import STORE, Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.progress import Progress, Say, recent, silent
 from edgediff.train.rollout import TARGET, Rollouts, Samples
 from edgediff.train.settings import AdaptorTraining, check_training

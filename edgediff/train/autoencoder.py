@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
 
+from edgediff.config.strict import check_ranges, retyped
+from edgediff.data.batches import Batches, as_channels_first
+from edgediff.data.draws import generator
+from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, TargetError, TrainingError
 from edgediff.models.load import WEIGHTS, one_line
-from edgediff.strict import check_ranges, retyped
 from edgediff.train.checkpoint import Checkpoints
-from edgediff.train.data import ImageSet, divide
-from edgediff.train.draws import generator
-from edgediff.train.images import Batches, as_channels_first
+from edgediff.train.claim import Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr
-from edgediff.train.place import Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.progress import Progress, recent, silent
 
 WEIGHTS_FILE = f"{WEIGHTS}.safetensors"

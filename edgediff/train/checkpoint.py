@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from edgediff.errors import TargetError
 from edgediff.models.load import one_line
-from edgediff.train.place import CHECKPOINTS
+from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.progress import Progress
 
 PARTIAL = ".partial"

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff.data.batches import Batches, as_channels_first
+from edgediff.data.classes import class_indices
+from edgediff.data.image_folder import ImageSet, divide, read_images
 from edgediff.errors import ConfigError, DataError
-from edgediff.evaluate.comparable import class_indices
 from edgediff.models.load import Model
-from edgediff.train.data import ImageSet, divide, read_images
-from edgediff.train.images import Batches, as_channels_first
 from edgediff.train.space import LatentSpace
 from edgediff.train.unet_settings import UNetTraining
 

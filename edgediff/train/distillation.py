@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgediff.errors import ConfigError
-from edgediff.train.spectrum import frequency_term, frequency_weights, spatial_term
+from edgediff.train.spectrum_terms import frequency_term, frequency_weights, spatial_term
 from edgediff.train.unet_settings import POINTS
 
 OUT = POINTS[-1]

@@ -9,7 +9,7 @@ import torch
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
-from edgediff.models.session import TorchSession
+from edgediff.models.torch_session import TorchSession
 from edgediff.train.rollout import Rollouts
 from edgediff_runtime.loop import denoise, initial_latents
 

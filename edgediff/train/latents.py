@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
-from edgediff.evaluate.features import as_input
+from edgediff.models.classifier import as_input
 from edgediff.models.load import one_line, read_json
 
 CONFIG = "config.json"

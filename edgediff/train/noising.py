@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from edgediff.errors import UnsupportedError
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+from edgediff.models.sampling import PREDICTIONS
 
 
 class Noising:

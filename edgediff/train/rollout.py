@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgediff.arrays import load_arrays
+from edgediff.data.arrays import load_arrays
 from edgediff.errors import ConfigError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.session import TorchSession
+from edgediff.models.torch_session import TorchSession
 from edgediff.train.settings import AdaptorTraining
 from edgediff_runtime import clock_mask
 from edgediff_runtime.loop import Request, denoise, initial_latents

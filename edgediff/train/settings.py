@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from edgediff.config import Cut, SchedulerName
+from edgediff.config.choices import Cut, SchedulerName
+from edgediff.config.strict import check_ranges, read_yaml, retyped, spell_clock, strict
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import Kind
-from edgediff.strict import check_ranges, read_yaml, retyped, spell_clock, strict
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.pipeline import MAX_IMAGES

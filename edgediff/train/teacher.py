@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
+from edgediff.config.strict import strict
+from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError
 from edgediff.models.card import Card
 from edgediff.models.clockwork import check_size
@@ -16,9 +18,7 @@ from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
 from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
 from edgediff.models.whole import predict
-from edgediff.strict import strict
 from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
-from edgediff.train.data import ImageSet
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.progress import Say

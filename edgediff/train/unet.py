@@ -16,17 +16,17 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from edgediff.config import Cut
+from edgediff.config.choices import Cut
+from edgediff.data.batches import hash_of
+from edgediff.data.image_folder import ImageSet
 from edgediff.errors import TargetError
 from edgediff.models.clockwork import split
 from edgediff.models.load import Model, one_line
 from edgediff.outputs import check_drawing
-from edgediff.train.data import ImageSet
+from edgediff.train.claim import Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation
-from edgediff.train.images import hash_of
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
-from edgediff.train.place import Claim, check_place, claim_place, clear_place, is_finished
 from edgediff.train.progress import Say, recent, silent
 from edgediff.train.samples import as_pixels, make_sampler
 from edgediff.train.space import LatentSpace

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import msgspec
 from accelerate import Accelerator
 
-from edgediff.config import Cut
+from edgediff.config.choices import Cut
+from edgediff.data.batches import hash_of
+from edgediff.data.image_folder import ImageSet
 from edgediff.models.clockwork import split
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
-from edgediff.train.card import TOOLS
-from edgediff.train.data import ImageSet
-from edgediff.train.images import hash_of
+from edgediff.train.adaptor_card import TOOLS
 from edgediff.train.learner import DDPM
 from edgediff.train.progress import recent
 from edgediff.train.unet_settings import StudentTraining, UNetTraining

@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
 
+from edgediff.data.batches import Batches
+from edgediff.data.draws import generator, mixed
 from edgediff.errors import TargetError, TrainingError
 from edgediff.models.load import Model, one_line
 from edgediff.train.checkpoint import Checkpoints
 from edgediff.train.curve import draw_losses
-from edgediff.train.draws import generator, mixed
-from edgediff.train.images import Batches
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Teacher
 from edgediff.train.noising import Noising
 from edgediff.train.progress import Progress, Say, recent

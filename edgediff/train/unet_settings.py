@@ -5,10 +5,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from edgediff.config import find_recipe
+from edgediff.config.recipes import find_recipe
+from edgediff.config.strict import check_ranges, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.models.wavelet import check_wavelet
-from edgediff.strict import check_ranges, read_yaml, retyped, strict
 
 POSITIVE = ("updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip")
 # More is a slip of the pen, and would be found out only after hours or out of memory.

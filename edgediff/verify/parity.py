@@ -22,12 +22,10 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from edgediff.errors import MissingExtraError
-from edgediff.verify.backends import BACKENDS_OF_TARGET, EXECUTORCH, MIL_REFERENCE, OPENVINO, open_session
-from edgediff.verify.feed import groups, guided, run_rows, run_step
-from edgediff.verify.files import PARITY_SCRATCH, check_files
-from edgediff.verify.psnr import psnr_db
-from edgediff.verify.reference import (
+from edgediff.bundle.feed import groups, guided, run_rows, run_step
+from edgediff.bundle.files import PARITY_SCRATCH, check_files
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import (
     REFERENCE,
     Reference,
     check_reference,
@@ -35,7 +33,9 @@ from edgediff.verify.reference import (
     reference_request,
     step_inputs,
 )
-from edgediff.verify.rows import Check, Finding, ParityReport, Row, judged, not_run
+from edgediff.bundle.rows import Check, Finding, ParityReport, Row, judged, not_run
+from edgediff.errors import MissingExtraError
+from edgediff.targets.backends import BACKENDS_OF_TARGET, EXECUTORCH, MIL_REFERENCE, OPENVINO, open_session
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
 from edgediff_runtime.auto_clock import is_auto
@@ -214,7 +214,7 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
 
 def _findings(target: Target, reference: Reference, session: Any, say: Progress) -> list[Finding]:
     """What comes near the end of fp16's range, on the first recorded step in which each graph runs."""
-    from edgediff.verify.mil.findings import findings
+    from edgediff.targets.coreml.headroom import findings
 
     say(f"{MIL_REFERENCE}: headroom")
     found = []

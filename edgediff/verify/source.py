@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgediff.config import Cut
+from edgediff.config.choices import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
 
@@ -38,7 +38,7 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
     if found is None:
         return None, f"{FROM_EVIDENCE}: {reason}"
     from edgediff.models.graphs import graph_list
-    from edgediff.models.session import TorchSession
+    from edgediff.models.torch_session import TorchSession
 
     loaded, divided = found
     session = TorchSession(divided.parts, graph_list(divided, loaded))

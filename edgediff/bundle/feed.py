@@ -1,0 +1,135 @@
+"""Recorded rows through a session, divided as graphs of a fixed batch want them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from edgediff.bundle.reference import Recorded, step_inputs
+from edgediff_runtime.manifest import SAMPLE, TIMESTEP, Graph, share_rows
+from edgediff_runtime.sessions import Session
+
+
+def run_rows(
+    session: Session, graphs: Iterable[Graph], given: Mapping[str, np.ndarray], wanted: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Runs graphs one after the other on any number of rows.
+
+    Args:
+        session: What runs them.
+        graphs: In the order in which they run; each has a file.
+        given: Inputs by name in the dtypes that the graphs declare, [rows, ...]; ``timestep`` [1] has none.
+        wanted: Names of the tensors to give back.
+
+    Returns:
+        The wanted tensors, [rows, ...].
+    """
+    graphs, wanted = tuple(graphs), tuple(wanted)
+    made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    rows = count_rows(given)
+    for group in groups(given, rows if session.batch is None else session.batch):
+        tensors = {name: session.put(array) for name, array in handed_over(graphs, group).items()}
+        for graph in graphs:
+            session.run(graph, tensors)
+        for name in wanted:
+            made[name].append(session.get(tensors[name]))
+    return {name: np.concatenate(arrays)[:rows] for name, arrays in made.items()}
+
+
+def run_step(session: Session, step: Recorded, graphs: Iterable[Graph], wanted: Iterable[str]) -> dict[str, np.ndarray]:
+    """Runs a whole recorded step on what it took from outside: what one graph makes, the next one is given.
+
+    Args:
+        session: What runs the graphs.
+        step: The recorded step.
+        graphs: The session's; those that have no file, or do not run in such a step, are left out.
+        wanted: Names of the tensors to give back.
+
+    Returns:
+        The wanted tensors, [rows, ...].
+    """
+    running = [graph for graph in graphs if graph.file is not None and graph.runs(step.full)]
+    inside = {tensor.name for graph in running for tensor in graph.outputs}
+    inputs = {name: value for graph in running for name, value in step_inputs(step, graph).items()}
+    return run_rows(session, running, {name: value for name, value in inputs.items() if name not in inside}, wanted)
+
+
+def handed_over(graphs: Iterable[Graph], given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the loop would hand to graphs of all these rows: a sample that rows of an image share, once.
+
+    Args:
+        graphs: Those that run.
+        given: Inputs by name, [rows, ...].
+
+    Returns:
+        The inputs.
+    """
+    if not (share_rows(graphs) and is_guided(given[SAMPLE])):
+        return dict(given)
+    return {**given, SAMPLE: given[SAMPLE][: len(given[SAMPLE]) // 2]}
+
+
+def is_guided(sample: np.ndarray) -> bool:
+    """Whether each image's sample is there twice, as guidance lays rows out.
+
+    Args:
+        sample: [rows, ...].
+
+    Returns:
+        Whether the second half is the first one again.
+
+    >>> is_guided(np.array([1, 2, 1, 2])), is_guided(np.array([1, 1, 2, 2])), is_guided(np.array([1]))
+    (True, False, False)
+    """
+    half, left = divmod(len(sample), 2)
+    return not left and np.array_equal(sample[:half], sample[half:])
+
+
+def guided(step: Recorded) -> Recorded:
+    """Every row twice, as guidance would lay out a step that was recorded without.
+
+    Args:
+        step: The recorded step.
+
+    Returns:
+        The step; itself where its rows are laid out so.
+    """
+    if is_guided(step.tensors[SAMPLE]):
+        return step
+    tensors = {
+        name: array if name == TIMESTEP else np.concatenate([array, array]) for name, array in step.tensors.items()
+    }
+    return replace(step, tensors=tensors)
+
+
+def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np.ndarray]]:
+    """Divides rows; the last group is filled up with its last row, as the loop does.
+
+    Args:
+        given: Arrays by name, [rows, ...]; ``timestep`` [1] has none.
+        batch: Rows of each group.
+
+    Yields:
+        Arrays by name, [batch, ...].
+
+    >>> [group["x"].tolist() for group in groups({"x": np.arange(3)}, 2)]
+    [[0, 1], [2, 2]]
+    """
+    rows = count_rows(given)
+    order = np.minimum(np.arange(rows + -rows % batch), rows - 1)
+    for chosen in order.reshape(-1, batch):
+        yield {
+            name: array if name == TIMESTEP else np.ascontiguousarray(array[chosen]) for name, array in given.items()
+        }
+
+
+def count_rows(given: Mapping[str, np.ndarray]) -> int:
+    """Counts the rows of tensors.
+
+    Args:
+        given: Arrays by name, [rows, ...]; ``timestep`` [1] has none.
+
+    Returns:
+        How many.
+    """
+    return next(len(array) for name, array in given.items() if name != TIMESTEP)

@@ -1,0 +1,272 @@
+"""The reference that travels with a bundle: what torch computed along a real trajectory.
+
+``evidence/reference.safetensors`` holds every tensor that crosses between graphs at the first full, the first cached
+and the last step, the conditioning, and the final latents. With it a bundle is verified where there is no torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from edgediff.data.arrays import prompt_arguments
+from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.loop import CACHE
+from edgediff_runtime.manifest import Graph
+
+REFERENCE = "evidence/reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One step of the reference trajectory.
+
+    Attributes:
+        index: Number of the step.
+        full: Whether the low-resolution part ran.
+        tensors: Every tensor of the step by name, as the step left it, [rows, ...]; of a cached one also the ``cache``
+            that it began with.
+    """
+
+    index: int
+    full: bool
+    tensors: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What torch computed.
+
+    Attributes:
+        steps: The recorded steps.
+        latents: Final latents [N, C, H, W]; None where only the first steps were run.
+        conditioning: Embeddings that the trajectory was conditioned on, by name; empty for classes.
+        half: For each recorded step and graph of an fp16 target, its outputs in fp32 arithmetic on weights and inputs
+            rounded to fp16.
+    """
+
+    steps: tuple[Recorded, ...]
+    latents: np.ndarray | None
+    conditioning: dict[str, np.ndarray]
+    half: dict[tuple[int, str], dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The generation that the reference is taken along: the bundle's operating point.
+
+    Args:
+        manifest: The bundle's manifest, or its draft.
+        conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
+
+    Returns:
+        Arguments for `EdgePipeline.stream`. The clock is spelt out, also an auto clock, as torch ran it: backends are
+        compared along the same steps. A draft's auto clock is left to decide.
+    """
+    point = manifest.operating_point
+    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask or point.clock}
+    if manifest.conditioning.kind == "text":
+        request |= prompt_arguments(conditioning)
+    return request
+
+
+def record(
+    pipe: EdgePipeline,
+    conditioning: dict[str, np.ndarray],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Reference, tuple[int, ...]]:
+    """Runs the reference trajectory and keeps what verification needs.
+
+    To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
+    time and memory.
+
+    Args:
+        pipe: A pipeline over torch.
+        conditioning: Embeddings by name.
+        progress: Told the number of steps done and to do.
+
+    Returns:
+        The reference, and the steps as they were run, 1 = full.
+    """
+    point = pipe.manifest.operating_point
+    whole = pipe.manifest.verified == "full"
+    last = point.num_inference_steps - 1 if whole else _first_cached(point.mask)
+    steps: list[Recorded] = []
+    mask: list[int] = []
+    latents = None
+    request = reference_request(pipe.manifest, conditioning)
+    if not whole:
+        request["guidance_scale"] = 1.0
+    for step in pipe.stream(**request):
+        # Of a clock that decides as it runs, this is where the first cached step turns out to be it.
+        if step.index in (0, last) or (not step.full and 0 not in mask):
+            tensors = {
+                name: np.array(pipe.session.get(value))
+                for name, value in step.tensors[0].items()
+                if name != CACHE or not step.full
+            }
+            steps.append(Recorded(step.index, step.full, tensors))
+        mask.append(int(step.full))
+        latents = step.latents
+        if progress is not None:
+            progress(step.index + 1, last + 1)
+        if step.index == last:
+            break
+    return Reference(tuple(steps), latents if whole else None, conditioning), tuple(mask)
+
+
+def _first_cached(mask: tuple[int, ...]) -> int:
+    return mask.index(0) if 0 in mask else 0
+
+
+def _wanted(manifest: Manifest) -> set[int]:
+    """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
+    mask = manifest.operating_point.mask
+    return {0, _first_cached(mask), len(mask) - 1 if manifest.verified == "full" else 0}
+
+
+def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
+    """Real inputs of a graph, in the dtypes that it declares.
+
+    Args:
+        step: A recorded step in which the graph runs.
+        graph: The graph.
+
+    Returns:
+        Arrays by name, [rows, ...].
+    """
+    return {tensor.name: step.tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+
+
+def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
+    """Real inputs of a graph as they were recorded, from the first step in which it runs.
+
+    Args:
+        reference: What torch computed.
+        graph: The graph.
+
+    Returns:
+        Arrays by name; empty where the clock never runs it, as an adaptor without a file.
+    """
+    for step in reference.steps:
+        if graph.runs(step.full):
+            return step_inputs(step, graph)
+    return {}
+
+
+def check_reference(reference: Reference, manifest: Manifest) -> None:
+    """Holds a reference to the manifest: its steps, and each tensor's dtype and shape.
+
+    Args:
+        reference: What was read.
+        manifest: The bundle's manifest.
+
+    Raises:
+        BundleError: Something that verification needs is missing or of another kind.
+    """
+    mask = manifest.operating_point.mask
+    expected = [(index, bool(mask[index])) for index in sorted(_wanted(manifest))]
+    found = [(step.index, step.full) for step in reference.steps]
+    if found != expected:
+        raise BundleError(f"{REFERENCE} holds the steps {_spell(found)}; the manifest asks for {_spell(expected)}")
+    sample = manifest.sample
+    images = (manifest.operating_point.num_images, sample.channels, sample.height, sample.width)
+    if manifest.verified == "full":
+        if reference.latents is None:
+            raise BundleError(f"{REFERENCE} has no latents")
+        _check_array("latents", reference.latents, "float32", images)
+    for step in reference.steps:
+        rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
+        for target in manifest.targets:
+            for graph in target.graphs:
+                if graph.runs(step.full):
+                    _check_graph(step, graph, rows, reference.half, half_wanted=target.floors.program is not None)
+
+
+def _check_graph(
+    step: Recorded, graph: Graph, rows: int, half: dict[tuple[int, str], dict[str, np.ndarray]], half_wanted: bool
+) -> None:
+    """Holds the tensors that one graph takes and gives."""
+    there = {tensor.name: (tensor, step.tensors) for tensor in (*graph.inputs, *graph.outputs)}
+    rounded = half.get((step.index, graph.name), {})
+    halves = {tensor.name: (tensor, rounded) for tensor in graph.outputs} if half_wanted and graph.file else {}
+    for what, wanted in (("", there), (f"{graph.name} with weights of fp16: ", halves)):
+        for name, (tensor, tensors) in wanted.items():
+            if name not in tensors:
+                raise BundleError(f"{REFERENCE} has no {what}{name} for step {step.index}, which needs it")
+            # What was recorded is torch's, in fp32; a target casts it to its own.
+            dtype = "int64" if "int" in tensor.dtype else "float32"
+            shape = tensor.shape if name == "timestep" else (rows, *tensor.shape[1:])
+            _check_array(f"{what}{name} of step {step.index}", tensors[name], dtype, shape)
+
+
+def _check_array(what: str, array: np.ndarray, dtype: str, shape: tuple[int | str, ...]) -> None:
+    if array.dtype.name != dtype or array.shape != shape or 0 in shape:
+        raise BundleError(
+            f"{REFERENCE}: {what} is {array.dtype.name} {list(array.shape)}; expected {dtype} {list(shape)}"
+        )
+    if not np.isfinite(array).all():
+        raise BundleError(f"{REFERENCE}: {what} holds NaN or infinity")
+
+
+def _spell(steps: list[tuple[int, bool]]) -> str:
+    return ", ".join(f"{index} ({'full' if full else 'cached'})" for index, full in steps) or "none"
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Writes a reference.
+
+    Args:
+        reference: What torch computed.
+        path: The file.
+    """
+    flat = {f"conditioning/{name}": value for name, value in reference.conditioning.items()}
+    if reference.latents is not None:
+        flat["latents"] = reference.latents
+    for step in reference.steps:
+        where = f"steps/{step.index}/{'full' if step.full else 'cached'}"
+        flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
+    for (index, graph), tensors in reference.half.items():
+        flat.update({f"half/{index}/{graph}/{name}": value for name, value in tensors.items()})
+    # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
+    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}))
+
+
+def load_reference(path: Path) -> Reference:
+    """Reads a reference.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What torch computed.
+
+    Raises:
+        BundleError: The file is no such reference.
+    """
+    try:
+        flat = load_file(path)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
+    conditioning: dict[str, np.ndarray] = {}
+    half: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    found: dict[tuple[int, bool], dict[str, np.ndarray]] = {}
+    latents = None
+    for key, value in flat.items():
+        match key.split("/"):
+            case ["latents"]:
+                latents = value
+            case ["conditioning", name]:
+                conditioning[name] = value
+            case ["steps", index, ("full" | "cached") as kind, name] if index.isdigit():
+                found.setdefault((int(index), kind == "full"), {})[name] = value
+            case ["half", index, graph, name] if index.isdigit():
+                half.setdefault((int(index), graph), {})[name] = value
+            case _:
+                raise BundleError(f"{REFERENCE} holds {key!r}, which is nothing that a reference holds")
+    steps = [Recorded(index, full, tensors) for (index, full), tensors in sorted(found.items())]
+    return Reference(tuple(steps), latents, conditioning, half)

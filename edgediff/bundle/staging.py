@@ -1,0 +1,180 @@
+"""A directory that is whole or not there: written beside its place under another name, then renamed.
+
+A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away first.
+What belongs to a process that still lives is known by a lock, which ends with the process, however it ends: process
+numbers are used again.
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from edgediff.bundle.files import unlisted
+from edgediff.errors import TargetError
+from edgediff_runtime.bundle import MANIFEST, SUMS
+from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest_json import parse_manifest
+
+
+def check_place(target: Path, force: bool) -> None:
+    """Refuses to write where something is that must not be lost.
+
+    Args:
+        target: Where the bundle is to be.
+        force: Whether an existing bundle may be replaced.
+
+    Raises:
+        TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder, or
+            a bundle with other files in it, which is never replaced; or its parent cannot be written.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise TargetError(f"{target} exists and is no directory; choose another output")
+    if target.is_dir() and any(target.iterdir()):
+        if not _looks_like_a_bundle(target):
+            raise TargetError(f"{target} is a folder with other things in it, never replaced; choose another output")
+        strays = _strays(target)
+        if strays:
+            raise TargetError(f"{target} holds {strays[0]}, which is not the bundle's; choose another output")
+        if not force:
+            raise TargetError(f"{target} holds another bundle; pass --force to replace it, or choose another output")
+    for parent in target.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise TargetError(f"cannot write {target}: {parent} is not a folder that can be written")
+            return
+
+
+def _looks_like_a_bundle(folder: Path) -> bool:
+    """Whether export wrote it, damaged or not: a web page's folder has a manifest.json too."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and ((folder / SUMS).is_file() or b'"format_version"' in manifest.read_bytes())
+
+
+def _strays(bundle: Path) -> list[str]:
+    """Files in a bundle that are not its own; of one whose manifest cannot be read nothing is known."""
+    try:
+        manifest = parse_manifest((bundle / MANIFEST).read_bytes())
+    except BundleError:
+        return []
+    return unlisted(bundle, manifest)
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Gives a temporary sibling to write into and puts it in place when the block ends well.
+
+    Args:
+        target: Where the directory is to be. What is there already is replaced: `check_place` comes first.
+
+    Yields:
+        The temporary sibling, an empty directory.
+
+    Raises:
+        TargetError: The disk is full, or the place cannot be written. What was there is as it was.
+    """
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f"{_prefix(target)}{os.getpid()}")
+        existed = target.exists()
+        scratch.mkdir()
+    except OSError as e:
+        raise TargetError(f"cannot write beside {target}: {e.strerror or e}") from e
+    lock = None
+    try:
+        lock = _lock(scratch)
+        yield scratch
+        if target.exists() and not existed:
+            raise TargetError(f"{target} has come into being while the bundle was made; nothing was replaced")
+        _swap(scratch, target)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TargetError(f"the disk is full: {target} was not written, what was there is as it was") from e
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _unlock(lock)
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    old = scratch.with_name(scratch.name + ".old")
+    try:
+        lock = _lock(target)
+    except BlockingIOError as e:
+        raise TargetError(f"another export is just putting a bundle at {target}") from e
+    try:
+        os.rename(target, old)
+        try:
+            os.rename(scratch, target)
+        except BaseException:  # an interrupt too
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _unlock(lock)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.edgediff-"
+
+
+def clear_stale(target: Path) -> None:
+    """Removes what killed exports to the same place left; a bundle that one had moved aside is put back.
+
+    Comes before anybody looks at what is there.
+
+    Args:
+        target: Where the bundle is to be.
+    """
+    target = target.absolute()
+    for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):
+        if not left.name.removeprefix(_prefix(target)).removesuffix(".old").isdigit():
+            continue
+        try:
+            lock = _lock(left)
+        except OSError:  # another export is at work there, or another user was
+            continue
+        try:
+            if left.name.endswith(".old") and not target.exists():
+                os.rename(left, target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a folder until the descriptor is closed or the process ends.
+
+    Raises BlockingIOError where it is locked. None where the file system has no locks: exports to one place at one time
+    are then the user's own affair.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What the commands show, as rich tables; nothing here prints."""

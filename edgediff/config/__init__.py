@@ -1,0 +1,1 @@
+"""Recipes: frozen structs read from strict YAML, and what several of them choose from."""

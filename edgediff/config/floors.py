@@ -1,0 +1,63 @@
+"""What verification asks of a bundle, part of the recipe: PSNR in dB by dtype."""
+
+import msgspec
+
+from edgediff.config.choices import VerifyMode
+
+
+class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What graphs that compute in fp16 must hold, in dB of PSNR.
+
+    Attributes:
+        program_db: Floor of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is
+            the right program. Rounding hides a wrong constant, this does not.
+        graph_db: Floor of each graph, every result rounded to fp16, against fp32 torch: whether fp16 is enough.
+        composed_db: The same for composed steps.
+        trajectory_db: The same for the final latents.
+    """
+
+    program_db: float = 100.0
+    graph_db: float = 45.0
+    composed_db: float = 45.0
+    trajectory_db: float = 35.0
+
+
+class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What graphs of eight bits must hold, in dB of PSNR: the ecosystem's usual floor.
+
+    Attributes:
+        graph_db: Floor of each graph against fp32 torch.
+        composed_db: The same for composed steps.
+        trajectory_db: The same for the final latents.
+    """
+
+    graph_db: float = 35.0
+    composed_db: float = 35.0
+    trajectory_db: float = 35.0
+
+
+class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the numbers must hold, in dB of PSNR.
+
+    Floors for fp32 against fp32, where only the order of additions differs: the ecosystem's usual 35 dB would let a
+    weight that is five percent off pass.
+
+    Attributes:
+        mode: ``full`` runs whole trajectories; ``graphs`` stops after the composed steps.
+        graph_db: Floor of each graph against the same module in torch.
+        composed_db: Floor of a step composed from the graphs against torch (a full one: the undivided UNet).
+        trajectory_db: Floor of the final latents against torch with the same clock: the conversion error.
+        caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
+            the method, shown and not judged.
+        fp16: Floors for targets that compute in fp16.
+        int8: Floors for targets whose weights and products are of eight bits; before it is quantized each graph is held
+            to `graph_db`.
+    """
+
+    mode: VerifyMode = "full"
+    graph_db: float = 100.0
+    composed_db: float = 90.0
+    trajectory_db: float = 70.0
+    caching_db: float | None = None
+    fp16: HalfFloors = HalfFloors()
+    int8: QuantizedFloors = QuantizedFloors()

@@ -1,0 +1,1 @@
+"""Image folders, arrays and batches, under training and evaluation."""

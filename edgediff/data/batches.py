@@ -1,0 +1,104 @@
+"""Images as a training draws them: batches that follow from the seed, the update and the process alone."""
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgediff.data.draws import generator
+from edgediff.data.image_folder import ImageSet
+
+
+class Batches:
+    """Images (or latents) and classes, drawn without replacement within each pass.
+
+    Attributes:
+        count: How many there are.
+        x_0: float32 or uint8 [N, C, H, W].
+        labels: int64 [N], the model's class of each; None where it has none.
+    """
+
+    def __init__(
+        self, x_0: torch.Tensor, mirrored: torch.Tensor | None, labels: NDArray[np.int64] | None, seed: int
+    ) -> None:
+        """Takes the data.
+
+        Args:
+            x_0: uint8 images or float32 latents, [N, C, H, W].
+            mirrored: The same of the mirrored images, where they are learnt from too and mirroring `x_0` itself would
+                not give them.
+            labels: int64 [N], or None.
+            seed: Of the order.
+        """
+        self.x_0 = x_0
+        self.mirrored = mirrored
+        self.labels = None if labels is None else torch.from_numpy(labels)
+        self.count = len(x_0)
+        self._seed = seed
+        self._passes: dict[int, torch.Tensor] = {}
+
+    def take(self, first: int, size: int, flips: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Takes the images at some places of the endless row of shuffled passes.
+
+        Args:
+            first: The first place.
+            size: How many.
+            flips: bool [size], which to mirror; None for none.
+
+        Returns:
+            float32 [size, C, H, W] in [-1, 1] for images, and int64 [size] or None.
+        """
+        places = range(first, first + size)
+        chosen = torch.stack([self._order(place // self.count)[place % self.count] for place in places])
+        x_0 = scaled(self.x_0[chosen])
+        if flips is not None:
+            other = x_0.flip(3) if self.mirrored is None else scaled(self.mirrored[chosen])
+            x_0 = torch.where(flips.reshape(-1, 1, 1, 1), other, x_0)
+        return x_0, None if self.labels is None else self.labels[chosen]
+
+    def _order(self, number: int) -> torch.Tensor:
+        """The order of a pass; the last two are kept."""
+        if number not in self._passes:
+            self._passes = {k: v for k, v in self._passes.items() if k == number - 1}
+            self._passes[number] = torch.randperm(self.count, generator=generator(self._seed, number))
+        return self._passes[number]
+
+
+def scaled(x: torch.Tensor) -> torch.Tensor:
+    """Puts uint8 images into [-1, 1]; what is float already stays.
+
+    Args:
+        x: [N, C, H, W].
+
+    Returns:
+        float32 [N, C, H, W].
+    """
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
+def as_channels_first(images: NDArray[np.uint8]) -> torch.Tensor:
+    """Images as torch has them.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+
+    Returns:
+        uint8 [N, 3, H, W].
+    """
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def hash_of(data: ImageSet) -> str:
+    """What tells one set of images from another.
+
+    Args:
+        data: The images.
+
+    Returns:
+        sha256 over images, classes and names.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(data.images).data)
+    digest.update(data.labels.tobytes())
+    digest.update("\0".join(data.names).encode())
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""The conditioning of the reference trajectory: labels, a file of embeddings, or seeded normal ones."""
+
+from typing import Literal
+
+import numpy as np
+
+from edgediff.data.arrays import load_arrays
+from edgediff.errors import ConfigError
+from edgediff.models.conditioning import Conditioning
+from edgediff_runtime import noise
+
+Source = Literal["none", "labels", "file", "synthetic"]
+# Pixels of SDXL's time ids: original size, crop, target size.
+TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
+
+
+def reference_conditioning(known: Conditioning, path: str | None, seed: int) -> tuple[dict[str, np.ndarray], Source]:
+    """Finds the embeddings that the reference trajectory is conditioned on.
+
+    Args:
+        known: What the UNet is conditioned on.
+        path: A ``.safetensors`` or ``.npz`` file, or None.
+        seed: Seed of synthetic embeddings.
+
+    Returns:
+        Arrays by name, unconditional ones as ``negative_*``; and where they came from: ``none``, ``labels``, ``file``
+        or ``synthetic``.
+
+    Raises:
+        ConfigError: The file cannot be read, lacks a tensor, or the model takes no embeddings.
+    """
+    if path is not None:
+        if known.kind != "text":
+            raise ConfigError(f"conditioning {path} was given, but the model is not conditioned on text")
+        arrays = load_arrays(path)
+        missing = [name for name in known.tensors if name not in arrays]
+        if missing:
+            raise ConfigError(f"conditioning {path} lacks {', '.join(missing)}; it has {', '.join(arrays)}")
+        return arrays, "file"
+    if known.kind == "class":
+        return {}, "labels"
+    if known.kind == "none":
+        return {}, "none"
+    arrays = {}
+    for draw, (name, spec) in enumerate(known.tensors.items()):
+        if name == "time_ids":
+            ids = np.resize(np.array(TIME_IDS, dtype=np.float32), spec.shape)
+            arrays[name] = arrays[f"negative_{name}"] = ids[None]
+        elif name == "class_labels" and spec.shape == ():
+            arrays[name] = arrays[f"negative_{name}"] = np.zeros(1, dtype=str(spec.dtype).removeprefix("torch."))
+        else:
+            arrays[name] = noise(seed, spec.shape, image=0, draw=2 * draw)[None]
+            arrays[f"negative_{name}"] = noise(seed, spec.shape, image=0, draw=2 * draw + 1)[None]
+    return arrays, "synthetic"

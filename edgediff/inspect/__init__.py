@@ -1,0 +1,1 @@
+"""Counts, comparisons with the papers' tables, and the placement lint."""

@@ -1,0 +1,204 @@
+"""Both papers' tables of operations, counted anew on the same geometries and shown beside what they are held to."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from edgediff.config.choices import Cut
+from edgediff.errors import ConfigError
+from edgediff.inspect.survey import Survey
+from edgediff.models.adaptors import make_adaptor
+from edgediff.models.clockwork import split
+from edgediff.models.families import efficient
+from edgediff.models.graphs import adaptor_shape
+from edgediff.models.load import Model, load_built_in
+from edgediff.models.macs import Tally, tally
+from edgediff_runtime import clock_mask
+from edgediff_runtime.manifest import Cost
+
+COMPARISONS = ("clockwork", "spectral")
+STEPS = 8
+CLOCK = 2
+ADAPTOR = "resnet"
+# Rows of a step, TFLOPs whole and with Clockwork, and the share saved, all as printed. Distilled has the guidance
+# distilled in, and so one row a step; what little its UNet has more to take the scale in is not stated and not counted.
+CLOCKWORK = {
+    "SD v1.5": (2, 10.8, 7.3, 0.32),
+    "Efficient": (2, 9.5, 5.9, 0.38),
+    "Distilled": (1, 4.7, 2.9, 0.38),
+}
+# Spectral Diffusion's roles: what a teacher's name in the zoo goes on with, and where the figures come from that a row
+# is held to. The paper prints its students' sizes; those of teachers and plain small UNets we have from no print, but
+# from a count on CompVis' own configurations.
+ROLES = {"teacher": ("", "counted"), "plain": ("-lite", "counted"), "student": ("-spectral", "published")}
+# Teacher, then parameters and multiply-adds without attention matmuls of each role.
+SPECTRAL = {
+    "FFHQ/CelebA-HQ/Bedroom": ("ldm-ffhq", ((274.06e6, 96.02e9), (22.41e6, 7.85e9), (21.1e6, 6.7e9))),
+    "Church": ("ldm-church", ((294.97e6, 18.64e9), (32.83e6, 2.07e9), (33.8e6, 2.1e9))),
+    "ImageNet": ("ldm-imagenet", ((400.92e6, 99.77e9), (47.03e6, 11.10e9), (45.4e6, 9.9e9))),
+}
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One line of Clockwork Diffusion's table.
+
+    Attributes:
+        survey: Our counts, and the schedule of this line.
+        clockwork: Whether the clock leaves anything out.
+        paper_tflops: What the paper prints, of the whole batch and all steps.
+        paper_saved: What the paper prints as saved against the line without Clockwork; None in that line itself.
+    """
+
+    survey: Survey
+    clockwork: bool
+    paper_tflops: float
+    paper_saved: float | None
+
+    def tflops(self, attention: bool) -> float:
+        """Our count for the whole batch and all steps; with or without attention matmuls."""
+        return self.survey.tflops(self.survey.mask, attention)
+
+    def saved(self, attention: bool) -> float | None:
+        """Share of our count that the clock saves; None without one."""
+        return self.survey.saved(attention) if self.clockwork else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as plain data; nothing is rounded but what the paper rounded."""
+        full, cached = self.survey.cost["full"], self.survey.cost["cached"]
+        return {
+            "model": self.survey.name,
+            "clockwork": self.clockwork,
+            "mask": [int(step) for step in self.survey.mask],
+            "batch": self.survey.batch,
+            "tflops": self.tflops(attention=False),
+            "tflops_with_attention": self.tflops(attention=True),
+            "source": "counted",
+            "paper_tflops": self.paper_tflops,
+            "paper_source": "published",
+            "saved": self.saved(attention=False),
+            "saved_with_attention": self.saved(attention=True),
+            "paper_saved": self.paper_saved,
+            "parameters": full.parameters,
+            "macs_without_attention": {"full": full.macs, "cached": cached.macs},
+            "macs_attention": {"full": full.macs_attention, "cached": cached.macs_attention},
+        }
+
+
+@dataclass(frozen=True)
+class SpectralRow:
+    """One line of Spectral Diffusion's table.
+
+    Attributes:
+        task: What the UNets are trained on.
+        role: ``teacher``, ``plain`` (a small UNet of its structure) or ``student``.
+        model: Name in the zoo.
+        cost: Our counts for one sample.
+        published_parameters: The figure that ours is held to.
+        published_macs: The same of multiply-adds, attention matmuls left out.
+        source: Where those two come from: ``published``, or ``counted`` on the configurations of CompVis.
+        teacher_macs: Multiply-adds of the task's teacher, attention matmuls left out.
+    """
+
+    task: str
+    role: str
+    model: str
+    cost: Cost
+    published_parameters: int
+    published_macs: int
+    source: str
+    teacher_macs: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times this UNet's multiply-adds are the teacher's, attention matmuls left out."""
+        return self.teacher_macs / self.cost.macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as plain data, in whole parameters and multiply-adds."""
+        return {
+            "task": self.task,
+            "role": self.role,
+            "model": self.model,
+            "parameters": self.cost.parameters,
+            "macs": self.cost.macs,
+            "macs_attention": self.cost.macs_attention,
+            "published_parameters": self.published_parameters,
+            "published_macs": self.published_macs,
+            "source": self.source,
+            "ratio": self.ratio,
+        }
+
+
+def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
+    """Counts a paper's table anew.
+
+    Args:
+        name: One of `COMPARISONS`.
+
+    Returns:
+        Its lines.
+
+    Raises:
+        ConfigError: There is no such comparison.
+    """
+    if name not in COMPARISONS:
+        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
+    return _clockwork() if name == "clockwork" else _spectral()
+
+
+def _clockwork() -> tuple[ComparisonRow, ...]:
+    """8 steps of SD v1.5, Efficient and Distilled, whole and with the paper's cut, clock and learned adaptor."""
+    whole = load_built_in("sd15")
+    slim = replace(whole, unet=efficient(whole.unet))
+    cut = Cut()
+    small = _count(slim, cut)
+    counts = {"SD v1.5": _count(whole, cut), "Efficient": small, "Distilled": small}
+    rows = []
+    for model, (batch, tflops, tflops_clockwork, saved) in CLOCKWORK.items():
+        survey = Survey(
+            name=model,
+            cut=f"level {cut.level}, {cut.point}",
+            cost=counts[model].parts,
+            cache_bytes=4 * counts[model].cache_elements,
+            clock="1",
+            mask=clock_mask(1, STEPS),
+            batch=batch,
+        )
+        clocked = replace(survey, clock=str(CLOCK), mask=clock_mask(CLOCK, STEPS))
+        rows.append(ComparisonRow(survey, False, tflops, None))
+        rows.append(ComparisonRow(clocked, True, tflops_clockwork, saved))
+    return tuple(rows)
+
+
+def _spectral() -> tuple[SpectralRow, ...]:
+    """Teacher, plain small UNet and student of every task."""
+    rows = []
+    for task, (teacher, held) in SPECTRAL.items():
+        counted: dict[str, Cost] = {}
+        for (role, (suffix, source)), (parameters, macs) in zip(ROLES.items(), held, strict=True):
+            model = load_built_in(teacher + suffix)
+            divided = split(model.unet, Cut())
+            counted[role] = tally(divided, model.sample_shape, model.conditioning.tensors).parts["full"]
+            rows.append(
+                SpectralRow(
+                    task=task,
+                    role=role,
+                    model=model.name,
+                    cost=counted[role],
+                    published_parameters=round(parameters),
+                    published_macs=round(macs),
+                    source=source,
+                    teacher_macs=counted["teacher"].macs,
+                )
+            )
+    return tuple(rows)
+
+
+def _count(model: Model, cut: Cut) -> Tally:
+    """Counts a model's parts at a cut, the learned adaptor among them."""
+    shape = adaptor_shape(split(model.unet, cut), model)
+    with torch.device("meta"):
+        adaptor = make_adaptor(ADAPTOR, shape)
+    return tally(split(model.unet, cut, adaptor), model.sample_shape, model.conditioning.tensors)

@@ -1,0 +1,61 @@
+"""The survey of a model that is not yet a bundle."""
+
+import torch
+
+from edgediff.config.choices import Cut
+from edgediff.inspect.survey import Survey, check_batch
+from edgediff.models.adaptors import make_adaptor
+from edgediff.models.clockwork import split
+from edgediff.models.graphs import adaptor_shape
+from edgediff.models.load import load_model
+from edgediff.models.macs import tally
+from edgediff_runtime import clock_mask
+
+
+def survey_model(
+    source: str,
+    level: int | None,
+    point: str | None,
+    clock: str | None,
+    steps: int | None,
+    batch: int | None,
+    adaptor: str | None = None,
+) -> Survey:
+    """Counts a model's parts at a cut; weights are not needed.
+
+    Args:
+        source: A diffusers directory or a built-in name.
+        level: High-resolution levels; None takes 1.
+        point: Where lowres ends; None takes the paper's.
+        clock: Period or mask; None takes 2.
+        steps: Denoising steps; None takes 8.
+        batch: UNet rows in a step; None takes 2 where the model is conditioned.
+        adaptor: Kind of adaptor to count; None takes the identity.
+
+    Returns:
+        The survey.
+
+    Raises:
+        ModelError: The model cannot be read.
+        UnsupportedError: It cannot be cut there.
+        RequestError: Clock, steps or batch are out of range.
+    """
+    model = load_model(source)
+    default = Cut()
+    cut = Cut(default.level if level is None else level, default.point if point is None else point)
+    divided = split(model.unet, cut)
+    with torch.device("meta"):
+        part = make_adaptor("identity" if adaptor is None else adaptor, adaptor_shape(divided, model))
+    counts = tally(split(model.unet, cut, part), model.sample_shape, model.conditioning.tensors)
+    clock = "2" if clock is None else clock
+    known = model.conditioning
+    guided = known.kind == "text" or known.null_label is not None
+    return Survey(
+        name=model.name,
+        cut=f"level {cut.level}, {cut.point}",
+        cost=counts.parts,
+        cache_bytes=4 * counts.cache_elements,
+        clock=clock,
+        mask=clock_mask(clock, 8 if steps is None else steps),
+        batch=check_batch((2 if guided else 1) if batch is None else batch),
+    )

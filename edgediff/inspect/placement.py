@@ -1,0 +1,330 @@
+"""Placement: what in a bundle's graphs is known to fall off the accelerator that it was exported for.
+
+Each rule is one line of a table, with the thread or document that says so. Which processor runs an operation is decided
+on the device, by code that changes with chip and system: a note is a reason to measure (Xcode's performance report,
+ONNX Runtime's verbose log), never the measurement. Files are read without their weights.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from edgediff.errors import EdgediffError, MissingExtraError, ProgramError
+from edgediff.inspect.placement_ops import Op, Value, mil_ops, onnx_ops
+from edgediff_runtime import EdgeRuntimeError, open_bundle
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+GRAPH = _names("input output weights")  # what the graph has, besides operations
+# The next three as onnxruntime carries them (onnxruntime/tools/mobile_helpers), which a test holds them to.
+NEURALNETWORK = _names(
+    "Add ArgMax AveragePool BatchNormalization Cast Clip Concat Conv DepthToSpace Div Flatten Gather Gemm "
+    "GlobalAveragePool GlobalMaxPool LRN LeakyRelu MatMul MaxPool Mul PRelu Pad Pow Reciprocal ReduceSum Relu Reshape "
+    "Resize Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose"
+)
+MLPROGRAM = _names(
+    "Add And ArgMax AveragePool Cast Ceil Clip Concat Conv ConvTranspose Cos DepthToSpace Div Elu Erf Exp GatherND "
+    "Gelu Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization HardSigmoid Identity "
+    "InstanceNormalization LayerNormalization LeakyRelu MatMul Max MaxPool Mul PRelu Pow Reciprocal ReduceMax "
+    "ReduceMean ReduceSum Relu Reshape Resize Round Shape Sigmoid Sin Slice Softmax Softplus Split Sqrt Squeeze Sub "
+    "Tanh Tile Transpose Unsqueeze Where com.microsoft:FusedConv com.microsoft:QuickGelu"
+)
+# Without GroupNormalization: what ONNX Runtime expands it into computes its shapes, and Shape is not here either.
+NNAPI = GRAPH | _names(
+    "Abs Add AveragePool BatchNormalization Cast Clip Concat Conv DepthToSpace DequantizeLinear Div Elu Exp Flatten "
+    "Floor Gather Gemm GlobalAveragePool GlobalMaxPool Identity LRN LeakyRelu Log MatMul Max MaxPool Min Mul Neg "
+    "PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear ReduceMean Relu Reshape Resize Sigmoid Sin Slice Softmax "
+    "Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze com.microsoft:QLinearAdd com.microsoft:QLinearAveragePool "
+    "com.microsoft:QLinearSigmoid"
+)
+# The list for ML Programs lags behind what the EP registers (op_builder_factory.cc): the other list's too, and these.
+COREML = GRAPH | MLPROGRAM | NEURALNETWORK | _names("Range ReduceMin ReduceProd")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table.
+
+    Attributes:
+        id: Its name.
+        where: What an operation falls off: ``ane`` is looked for in ML Programs, the others in ONNX graphs.
+        hits: What is wrong with an operation ("" where its type says all); None where nothing is.
+        says: What happens, and whether the source documents it or somebody observed it.
+        rewrite: What to do about it.
+        title: Of the thread or document.
+        source: Its URL.
+    """
+
+    id: str
+    where: Literal["ane", "coreml-ep", "nnapi-ep", "xnnpack-ep"]
+    hits: Callable[[Op], str | None]
+    says: str
+    rewrite: str
+    title: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a rule found in a graph.
+
+    Attributes:
+        rule: The rule.
+        target: ``onnx`` or ``coreml``.
+        graph: Name of the graph; of its file or function, where there is no bundle around it.
+        ops: Types of the operations that are hit, and how many of each.
+        names: Of the first three.
+        details: Shapes and dtypes of the first three that differ.
+    """
+
+    rule: Rule
+    target: str
+    graph: str
+    ops: dict[str, int]
+    names: tuple[str, ...]
+    details: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The note as plain data."""
+        words = {name: getattr(self.rule, name) for name in ("where", "says", "rewrite", "title", "source")}
+        found = {name: getattr(self, name) for name in ("target", "graph", "ops", "names", "details")}
+        return {"rule": self.rule.id, **words, **found}
+
+
+def _typed(op: Op, dtype: str) -> str | None:
+    values = (*op.outputs, *(value for value in op.inputs.values() if not value.constant))
+    return next((str(value) for value in values if value.dtype == dtype and op.type not in GRAPH), None)
+
+
+def _small_attention(op: Op) -> str | None:
+    query = op.inputs.get("query")  # no other operation has one
+    return str(query) if query and math.prod(n for n in query.shape if isinstance(n, int)) <= 2**20 else None
+
+
+def _not_4d_norm(op: Op) -> str | None:
+    x = op.input("0")
+    return str(x) if op.type == "BatchNormalization" and x.shape != ("?",) and len(x.shape) != 4 else None
+
+
+def _not_4d(op: Op) -> str | None:
+    rank, value = (3, op.input("x")) if op.type == "linear" else (5, (*op.outputs, Value(""))[0])
+    return str(value) if len(value.shape) == rank else None
+
+
+def _padded(op: Op) -> str | None:
+    if op.type not in ("input", "output") or len(op.outputs[0].shape) < 3:
+        return None  # what has fewer axes than a feature pads to nothing that counts
+    value, last = op.outputs[0], op.outputs[0].shape[-1]
+    line = last * (2 if value.dtype == "float16" else 4) if isinstance(last, int) else 0
+    return f"{value}: {line} bytes become {-(-line // 64) * 64}" if line % 64 else None
+
+
+def _weights(op: Op, least: int) -> str | None:
+    return f"{op.bytes / 1e6:,.1f} MB" if op.bytes >= least else None
+
+
+def _symbolic_input(op: Op) -> str | None:
+    return str(op.outputs[0]) if op.type == "input" and any(isinstance(n, str) for n in op.outputs[0].shape) else None
+
+
+def _symbolic_rows(op: Op) -> str | None:
+    return str(op.input("0")) if op.type == "Gemm" and isinstance((*op.input("0").shape, 0)[0], str) else None
+
+
+ORT = "https://github.com/microsoft/onnxruntime/"
+APPLE = (
+    "Deploying Transformers on the Apple Neural Engine",
+    "https://machinelearning.apple.com/research/neural-engine-transformers",
+)
+# fmt: off
+RULES = (
+    Rule("ane-flexible-shape", "ane", lambda op: str(op.outputs[0]) if "flexible" in op.attributes else None,
+         "answered in Apple's forum: with a range of shapes, only the default shape runs on the ANE",
+         "fix the shape: one package, or one function, for each resolution",
+         "Dynamic coreml model inference is significantly slower than static model",
+         "https://developer.apple.com/forums/thread/724930"),
+    Rule("ane-float32", "ane", lambda op: None if op.type == "cast" else _typed(op, "float32"),
+         "documented: a program typed float16 is eligible for the ANE, float32 executes on GPU and CPU",
+         "convert to float16; what needs fp32, as the sine and cosine of the timestep do, costs a change of processor",
+         "Typed Execution Workflow Example (Core ML Tools guide)",
+         "https://apple.github.io/coremltools/docs-guides/source/typed-execution-example.html"),
+    Rule("ane-int32", "ane", lambda op: _typed(op, "int32"),
+         "observed, by programs handed to the ANE without Core ML: int32 is rejected, as tensor and as input",
+         "look class embeddings up before the program and hand them in as float16",
+         "Capabilities (ANEForge)", "https://aneforge.readthedocs.io/en/latest/capabilities/"),
+    Rule("ane-gather", "ane", lambda op: "" if op.type in ("gather", "gather_along_axis", "gather_nd") else None,
+         "observed in a compute plan: gather has the CPU as its one supported device, amid operations on the ANE",
+         "look class embeddings up before the program and hand them in as float16",
+         "TextDecoder.mlcomputeplan.json (distil-whisper-small-cantonese-coreml)",
+         "https://huggingface.co/hyperkit/distil-whisper-small-cantonese-coreml/blob/main/"
+         "TextDecoder.mlcomputeplan.json"),
+    Rule("ane-sin-cos", "ane", lambda op: "" if op.type in ("sin", "cos") else None,
+         "observed: the ANE has sine and cosine from M3 on (its A15 family); M1 and M2 (A13, A14) reject them",
+         "compute the timestep's embedding before the program; it is the same for every row",
+         "ANE op catalog: every native MIL op x device (ANEForge)",
+         "https://aneforge.readthedocs.io/en/latest/op-catalog/"),
+    Rule("ane-small-attention", "ane", _small_attention,
+         "observed in compute plans of single ops: fused attention stays on the CPU up to 2^20 elements in the query",
+         "ask MLComputePlan on the device; a deployment target below iOS18 writes matmul, softmax, matmul instead",
+         "Disaggregated flash attention with the Neural Engine as the device",
+         "https://github.com/vx-lang/Vx/issues/437"),
+    Rule("ane-4d", "ane", _not_4d,
+         "documented: 4D, channels first, suits the ANE best, reshapes and transposes around it are likely to copy; "
+         "linear layers on 3D are to be convolutions. What 5D (coremltools' group norm) costs is not said",
+         "swap linear layers for 1 x 1 convolutions on (B, C, 1, S); normalise groups as (B, G, C/G, H*W)",
+         *APPLE),
+    Rule("ane-padding", "ane", _padded,
+         "documented: the last axis of an ANE buffer is aligned to 64 bytes, a shorter one is padded in memory",
+         "hand features over as (B, C, 1, H*W), or with a last axis of 32 float16 or a multiple of it",
+         *APPLE),
+    Rule("ane-phone-weights", "ane", lambda op: _weights(op, 1_000_000_000),
+         "documented for Stable Diffusion: chunks below 1 GB of weights are required for the ANE on iOS and iPadOS",
+         "compress the weights, or divide lowres into several programs",
+         "Core ML Stable Diffusion: --chunk-unet", "https://github.com/apple/ml-stable-diffusion/blob/main/README.md"),
+    Rule("ane-large-program", "ane", lambda op: _weights(op, 667_000_000),
+         "observed with 667 MB of weights: the ANE's compiler failed, loading hid it, predict killed the process",
+         "predict once with CPU_AND_NE in a process of its own; compress the weights, or divide the program",
+         "predict() with CPU_AND_NE silently SIGKILLs the process on a large fully-ANE-eligible mlprogram",
+         "https://github.com/apple/coremltools/issues/2758"),
+    Rule("coreml-ep-op", "coreml-ep", lambda op: None if op.type in COREML else "",
+         "documented: not among the operations that the EP takes; runs on the CPU and divides the graph there",
+         "export with onnx.portable, or write it in operations of the list: Expand as Tile, say",
+         "coreml_supported_mlprogram_ops.md",
+         ORT + "blob/main/tools/ci_build/github/apple/coreml_supported_mlprogram_ops.md"),
+    Rule("coreml-ep-batch-norm", "coreml-ep", _not_4d_norm,
+         "documented: the EP takes batch normalization of four dimensions alone; runs on the CPU and divides the graph",
+         "export with onnx.portable, which scales and shifts by Mul and Add",
+         "batch_norm_op_builder.cc",
+         ORT + "blob/main/onnxruntime/core/providers/coreml/builders/impl/batch_norm_op_builder.cc"),
+    Rule("coreml-ep-format", "coreml-ep", lambda op: "" if op.type in MLPROGRAM - NEURALNETWORK else None,
+         "documented: not in the list of the EP's model format NeuralNetwork, its default, only in MLProgram's",
+         "open the session with the provider option ModelFormat=MLProgram",
+         "coreml_supported_neuralnetwork_ops.md",
+         ORT + "blob/main/tools/ci_build/github/apple/coreml_supported_neuralnetwork_ops.md"),
+    Rule("coreml-ep-pad", "coreml-ep", lambda op: "" if op.attributes.get("mode") == "reflect" else None,
+         "observed with 1.24: reflecting pads fall to the CPU, one more partition and round trip for each",
+         "onnxruntime 1.26 or newer, with ModelFormat=MLProgram; for older ones, write it as Slice and Concat",
+         "CoreML EP: Pad(mode=reflect) falls back to CPU, causing 14 partition round-trips on Apple Silicon",
+         ORT + "issues/28022"),
+    Rule("coreml-ep-external-data", "coreml-ep", lambda op: _weights(op, 1),
+         "observed with 1.24: a model whose weights lie in a file of their own fails to load, or crashes",
+         "keep the weights in the .onnx file where it stays below 2 GB",
+         "CoreML EP: SIGBUS crash when loading model with external data file via CreateSession",
+         ORT + "issues/28005"),
+    Rule("nnapi-ep-dynamic", "nnapi-ep", _symbolic_input,
+         "documented: NNAPI takes no symbolic sizes; what depends on them runs on the CPU",
+         "python -m onnxruntime.tools.make_dynamic_shape_fixed --dim_param batch --dim_value 2",
+         "Making dynamic input shapes fixed",
+         "https://www.onnxruntime.ai/docs/tutorials/mobile/helpers/make-dynamic-shape-fixed.html"),
+    Rule("nnapi-ep-op", "nnapi-ep", lambda op: None if op.type in NNAPI else "",
+         "documented: not among the operations that the EP takes; runs on the CPU and divides the graph there",
+         "fix the batch; write group norm as Reshape, ReduceMean, Sub, Mul with constant shapes, Expand as a Mul",
+         "nnapi_supported_ops.md", ORT + "blob/main/tools/ci_build/github/android/nnapi_supported_ops.md"),
+    Rule("xnnpack-ep-gemm-rows", "xnnpack-ep", _symbolic_rows,
+         "observed, fixed in July 2026 (#31189): with a symbolic number of rows only the first row is computed",
+         "fix the batch, or take an onnxruntime that has the fix",
+         "[XNNPACK EP] Gemm treats a dynamic M dimension as 1 and uses the wrong output shape at runtime",
+         ORT + "issues/31153"),
+)
+# fmt: on
+
+
+def lint_onnx(path: str | Path) -> tuple[Note, ...]:
+    """Looks for what falls off the execution providers of ONNX Runtime Mobile.
+
+    Args:
+        path: The .onnx file; weights outside of it are not read.
+
+    Returns:
+        One note for each rule that found something, in the order of the table.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ModuleNotFoundError as e:
+        raise MissingExtraError("reading an ONNX graph", "export") from e
+    model = onnx.load(path, load_external_data=False)
+    # Exported graphs carry the shapes of everything; inferring them copies the model.
+    model = model if model.graph.value_info else onnx.shape_inference.infer_shapes(model)
+    return _notes(list(onnx_ops(model.graph)), "onnx", Path(path).stem)
+
+
+def lint_mlprogram(path: str | Path, function: str | None = None) -> tuple[Note, ...]:
+    """Looks for what falls off the Apple Neural Engine.
+
+    Args:
+        path: The .mlpackage.
+        function: Which function of it; None takes the default one.
+
+    Returns:
+        One note for each rule that found something, in the order of the table.
+
+    Raises:
+        ProgramError: It is no ML Program, or has no such function.
+        MissingExtraError: coremltools is not installed.
+    """
+    try:
+        from edgediff.mil.package import read_package
+    except ModuleNotFoundError as e:
+        raise MissingExtraError("reading an ML Program", "export") from e
+    package = read_package(path)
+    name = package.default if function is None else function
+    if name not in package.functions:
+        raise ProgramError(f"{path} has no function {name!r}; it has: {', '.join(package.functions)}")
+    size = sum(file.stat().st_size for file in package.folder.glob("weights/*"))
+    ops = [Op("weights", "weights", bytes=size), *mil_ops(package.spec, name)]
+    return _notes(ops, "coreml", Path(path).stem if function is None else function)
+
+
+def lint_bundle(path: str | Path) -> tuple[Note, ...]:
+    """Looks at every graph of every target of a bundle.
+
+    Args:
+        path: The bundle.
+
+    Returns:
+        The notes, by target and graph as the manifest has them, then in the order of the table.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        ProgramError: A package of it is no ML Program.
+        MissingExtraError: onnx or coremltools is not installed.
+    """
+    bundle = open_bundle(path)
+    notes: list[Note] = []
+    for kind, graph in ((target.target, graph) for target in bundle.manifest.targets for graph in target.graphs):
+        if graph.file is None or kind in ("executorch", "openvino"):  # no accelerator to be kept from
+            continue
+        try:
+            if kind == "onnx":
+                found = lint_onnx(bundle.file(graph.file))
+            else:
+                bundle.folder(graph.file)
+                found = lint_mlprogram(bundle.path / graph.file, graph.function)
+        except (EdgediffError, EdgeRuntimeError):
+            raise
+        except Exception as e:  # what a damaged protobuf raises on the way shares no base class
+            raise ProgramError(
+                f"{graph.file} cannot be read: {type(e).__name__} {' '.join(str(e).split())[:200]}"
+            ) from e
+        notes += [replace(note, graph=graph.name) for note in found]
+    return tuple(notes)
+
+
+def _notes(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
+    notes = []
+    for rule in RULES:
+        hit = [(op, words) for op in ops if (words := rule.hits(op)) is not None]
+        if hit and (rule.where == "ane") == (target == "coreml"):
+            counts = sorted(Counter(op.type for op, _ in hit).items(), key=lambda item: (-item[1], item[0]))
+            details = tuple(dict.fromkeys(words for _, words in hit if words))
+            notes.append(Note(rule, target, graph, dict(counts), tuple(op.name for op, _ in hit[:3]), details[:3]))
+    return tuple(notes)

@@ -1,0 +1,249 @@
+"""A small convolutional classifier, whose features say what an image shows.
+
+Networks trained on ImageNet want images of 224 or 299 pixels and licences of their own; small images of one kind are
+told apart better by a network trained on that kind. Its figures compare with one another, not with published ones.
+
+The features are normalised by their mean and variance over the training images, so that distances have a unit: one
+standard deviation of a feature.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgediff.data.batches import as_channels_first, scaled
+from edgediff.data.image_folder import ImageSet
+from edgediff.errors import DataError, ModelError
+from edgediff.zoo import FOLDER
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+# Of a built-in model's folder.
+BESIDE_THE_MODEL = "classifier"
+_BATCH = 250
+
+Count = Annotated[int, Meta(ge=1, le=4096)]
+
+
+class ClassifierShape(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="_class_name", tag="Classifier"
+):
+    """What a classifier looks at, and how wide it is; its config.json.
+
+    Attributes:
+        size: Height and width of its images, in pixels.
+        widths: Channels of each level; every level but the first halves the map. The last is the number of features.
+        labels: Names of the classes.
+    """
+
+    size: Count
+    widths: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=8)]
+    labels: Annotated[tuple[str, ...], Meta(min_length=1)]
+
+
+class Classifier(nn.Module):
+    """Levels of two convolutions, the mean over the map, a normalisation, and one linear layer on top.
+
+    Attributes:
+        shape: What it looks at, and how wide it is.
+    """
+
+    def __init__(self, shape: ClassifierShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.stem = _convolution(3, shape.widths[0])
+        before = (shape.widths[0], *shape.widths)
+        self.levels = nn.ModuleList(
+            _Level(channels, width, halves=i > 0)
+            for i, (channels, width) in enumerate(zip(before, shape.widths, strict=False))
+        )
+        self.norm = nn.BatchNorm1d(shape.widths[-1], affine=False)
+        self.head = nn.Linear(shape.widths[-1], len(shape.labels))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the last layer decides by.
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float32 [B, F], F the last width; mean 0 and variance 1 over the training images.
+        """
+        x = self.stem(images)
+        for level in self.levels:
+            x = level(x)
+        normed: torch.Tensor = self.norm(x.mean(dim=(2, 3)))
+        return normed
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores of the classes.
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float32 [B, K], before the softmax.
+        """
+        scores: torch.Tensor = self.head(self.features(images))
+        return scores
+
+
+class _Level(nn.Module):
+    """A halving of the map where asked for, a convolution to the new width, and one with a residual."""
+
+    def __init__(self, channels: int, width: int, halves: bool) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2) if halves else nn.Identity()
+        self.widen = _convolution(channels, width) if halves else nn.Identity()
+        self.residual = _convolution(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.widen(x))
+        residual: torch.Tensor = self.residual(x)
+        return x + residual
+
+
+def _convolution(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+
+def as_input(images: NDArray[np.uint8]) -> torch.Tensor:
+    """Puts images in the form that a classifier takes.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+
+    Returns:
+        float32 [N, 3, H, W] in [-1, 1].
+    """
+    return scaled(as_channels_first(images))
+
+
+@torch.no_grad()
+def features_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The features of images.
+
+    Args:
+        classifier: In evaluation mode; where it is, they are computed.
+        images: uint8 [N, H, W, 3].
+
+    Returns:
+        float64 [N, F].
+    """
+    device = classifier.head.weight.device
+    chunks = (as_input(images[i : i + _BATCH]).to(device) for i in range(0, len(images), _BATCH))
+    return torch.cat([classifier.features(chunk) for chunk in chunks]).cpu().double().numpy()
+
+
+@torch.no_grad()
+def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
+    """Share of images whose class has the highest score.
+
+    Args:
+        classifier: In evaluation mode.
+        data: Images of its size; its classes, by name.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        DataError: A class is none of the classifier's.
+    """
+    known = classifier.shape.labels
+    strange = [name for name in data.names if name not in known]
+    if strange:
+        raise DataError(f"class {strange[0]!r} is none of the classifier's; choices: {', '.join(known)}")
+    wanted = torch.tensor([known.index(name) for name in data.names])[torch.from_numpy(data.labels)]
+    chunks = torch.split(as_input(data.images), _BATCH)
+    return float((torch.cat([classifier(chunk).argmax(1) for chunk in chunks]) == wanted).float().mean())
+
+
+def save_classifier(classifier: Classifier, folder: str | Path) -> None:
+    """Writes config.json and, in fp16, model.safetensors.
+
+    Args:
+        classifier: What to write.
+        folder: Where to; made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in classifier.state_dict().items()
+    }
+    save_file(state, folder / WEIGHTS)
+    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(classifier.shape), indent=1) + b"\n")
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """Reads what `save_classifier` wrote.
+
+    Args:
+        folder: Where from.
+
+    Returns:
+        The classifier in evaluation mode, float32.
+
+    Raises:
+        ModelError: Something is missing, damaged, or does not fit together.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"no classifier at {folder}: {name} is missing")
+    shape = _read_shape(folder)
+    try:
+        state = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(folder / WEIGHTS).items()
+        }
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ModelError(f"{folder / WEIGHTS} cannot be read as weights: {' '.join(str(e).split())}") from e
+    with torch.device("meta"):
+        classifier = Classifier(shape)
+    try:
+        classifier.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise ModelError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(e).split())[:300]}") from e
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+        raise ModelError(f"{folder / WEIGHTS} holds NaN or infinity")
+    return classifier.eval().requires_grad_(False)
+
+
+def built_in_classifier(labels: tuple[str, ...] | None, size: int) -> Path:
+    """Finds the built-in classifier of some classes, whoever makes the images.
+
+    Args:
+        labels: Names of the classes, in any order; None where there are none.
+        size: Height and width of the images, in pixels.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ModelError: There is none.
+    """
+    homes = sorted(path.parent for path in FOLDER.glob(f"*/{BESIDE_THE_MODEL}/{CONFIG}"))
+    for home in homes:
+        shape = _read_shape(home)
+        if shape.size == size and set(shape.labels) == set(labels or ()):
+            return home
+    raise ModelError(
+        f"no features: no built-in classifier knows these {len(labels or ())} classes at {size}x{size}; "
+        "name the folder of one (--features)"
+    )
+
+
+def _read_shape(folder: Path) -> ClassifierShape:
+    try:
+        return msgspec.json.decode((folder / CONFIG).read_bytes(), type=ClassifierShape)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise ModelError(f"{folder / CONFIG} does not describe a classifier: {e}") from e

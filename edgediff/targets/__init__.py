@@ -1,0 +1,1 @@
+"""Target formats, a folder each: how graphs are written, read back and run."""

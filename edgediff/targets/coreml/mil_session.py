@@ -1,0 +1,90 @@
+"""The evaluator behind the loop's `Session`: images from Core ML packages on any machine, at about torch's speed."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from edgediff.errors import ProgramError
+from edgediff.mil.function import Function
+from edgediff.mil.program import open_program
+from edgediff.models.tensors import TorchTensors
+from edgediff_runtime import Bundle, BundleError
+from edgediff_runtime.coreml_session import hold_tensors
+from edgediff_runtime.manifest import Graph
+
+
+class MilSession(TorchTensors):
+    """Evaluates a bundle's Core ML packages in torch on the CPU.
+
+    Attributes:
+        graphs: The bundle's Core ML graphs.
+        batch: Rows that each graph takes: they are fixed throughout.
+        functions: The evaluated function of each graph by the graph's name.
+        rounded: Whether results are rounded to the program's precision, as a device does.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Checks and reads the packages of a bundle.
+
+        Args:
+            bundle: The bundle.
+
+        Raises:
+            BundleError: A package is damaged, cannot be read or evaluated, or has other inputs or outputs than the
+                manifest says.
+        """
+        target = bundle.manifest.target("coreml")
+        self.graphs = target.graphs
+        self.batch = target.batch
+        self.rounded = True
+        self.functions: dict[str, Function] = {}
+        programs: dict[str, Any] = {}
+        for graph in self.graphs:
+            if graph.file is None:
+                continue
+            if graph.file not in programs:
+                bundle.folder(graph.file)
+            try:
+                if graph.file not in programs:
+                    programs[graph.file] = open_program(bundle.path / graph.file)
+                self.functions[graph.name] = programs[graph.file].function(graph.function)
+            except ProgramError as e:
+                raise BundleError(f"{graph.file}: {e}") from e
+            version = programs[graph.file].specification_version
+            if version != target.specification_version:
+                said = target.specification_version
+                raise BundleError(f"{graph.file} has specification version {version}; the manifest says {said}")
+            function = self.functions[graph.name]
+            inputs, outputs = (
+                {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+                for specs in (function.inputs, function.outputs)
+            )
+            hold_tensors(graph, inputs, outputs)
+
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """While the block runs, results keep fp32's precision: what the program says, without what fp16 makes of it."""
+        before, self.rounded = self.rounded, False
+        try:
+            yield
+        finally:
+            self.rounded = before
+
+    @torch.no_grad()
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        """Evaluates a graph.
+
+        Args:
+            graph: One of `graphs`.
+            tensors: By name; the outputs are added.
+
+        Raises:
+            BundleError: An operation cannot be evaluated on these tensors.
+        """
+        feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
+        try:
+            tensors.update(self.functions[graph.name].run(feeds, rounded=self.rounded))
+        except ProgramError as e:
+            raise BundleError(f"{graph.file}: {e}") from e

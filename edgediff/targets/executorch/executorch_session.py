@@ -1,0 +1,87 @@
+"""ExecuTorch behind the loop's `Session`: a bundle's program on its own runtime, through its Python bindings."""
+
+import os
+from typing import Any
+
+import torch
+
+from edgediff.models.tensors import TorchTensors
+from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
+from edgediff_runtime import Bundle, BundleError
+from edgediff_runtime.manifest import Graph
+
+# ExecuTorch's numbers of scalar types.
+DTYPES = {4: "int64", 6: "float32"}
+
+
+class ExecuTorchSession(TorchTensors):
+    """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory.
+
+    Attributes:
+        graphs: The bundle's ExecuTorch graphs.
+        batch: Rows that each graph takes: they are fixed throughout.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Checks and loads the program of a bundle.
+
+        Args:
+            bundle: The bundle.
+            threads: How many may be at work, of this whole process; ExecuTorch's choice where None.
+
+        Raises:
+            BundleError: The program is damaged, cannot be loaded, or has other inputs or outputs than the manifest
+                says.
+            MissingExtraError: ExecuTorch is not installed.
+        """
+        target = bundle.manifest.target("executorch")
+        self.graphs = target.graphs
+        self.batch = target.batch
+        lib = import_executorch("executorch.extension.pybindings.portable_lib", "running an ExecuTorch program")
+        runtime = import_executorch("executorch.runtime", "running an ExecuTorch program").Runtime.get()
+        if threads is not None:
+            lib._unsafe_reset_threadpool(threads)
+        self._methods: dict[str, Any] = {}
+        programs: dict[str, Any] = {}
+        for graph in self.graphs:
+            if graph.file is None:
+                continue
+            path = os.fspath(bundle.file(graph.file))
+            try:
+                with quiet():
+                    if graph.file not in programs:
+                        programs[graph.file] = runtime.load_program(path)
+                    method = programs[graph.file].load_method(graph.function)
+            except (RuntimeError, KeyError) as e:
+                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+            self._methods[graph.name] = method
+            _hold(graph, method.metadata)
+
+    @torch.no_grad()
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        """Runs a graph.
+
+        Args:
+            graph: One of `graphs`.
+            tensors: By name; the outputs are added.
+
+        Raises:
+            BundleError: The program failed.
+        """
+        try:
+            made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
+        except RuntimeError as e:
+            raise BundleError(f"{graph.file}: {graph.function} failed: {' '.join(str(e).split())[:400]}") from e
+        tensors.update((tensor.name, value) for tensor, value in zip(graph.outputs, made, strict=True))
+
+
+def _hold(graph: Graph, metadata: Any) -> None:
+    """Holds a method's inputs and outputs, which have an order and no names, to the manifest."""
+    for kind, said, count, meta in (
+        ("inputs", graph.inputs, metadata.num_inputs(), metadata.input_tensor_meta),
+        ("outputs", graph.outputs, metadata.num_outputs(), metadata.output_tensor_meta),
+    ):
+        found = [(DTYPES.get(meta(i).dtype(), "another type"), tuple(meta(i).sizes())) for i in range(count)]
+        want = [(tensor.dtype, tensor.shape) for tensor in said]
+        if found != want:
+            raise BundleError(f"{graph.file}: {graph.function} has the {kind} {found}; the manifest says {want}")

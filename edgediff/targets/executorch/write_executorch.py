@@ -1,0 +1,125 @@
+"""An ExecuTorch program: one file with a method for each graph, computed by XNNPACK.
+
+Constraints that shaped this file:
+
+- Methods of one file share its weights: the partitioner names what it takes by content, and equal weights are written
+  once.
+- Shapes are fixed: XNNPACK plans its memory when a method is loaded.
+- XNNPACK has no group normalization: one that is left whole is computed outside of it, and ends a piece of the graph
+  that XNNPACK computes in one go.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgediff.bundle.feed import groups
+from edgediff.errors import UnsupportedError
+from edgediff.models.part import Part
+from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
+from edgediff_runtime.manifest import Graph, Target
+
+
+def write_executorch(
+    folder: Path,
+    target: Target,
+    modules: Mapping[str, Part],
+    examples: Mapping[str, Mapping[str, np.ndarray]],
+    say: Callable[[str], None],
+) -> None:
+    """Writes the program of a target.
+
+    Args:
+        folder: The bundle that is being written.
+        target: What the manifest's draft says of the target.
+        modules: The modules by the names of their graphs.
+        examples: Real inputs of each graph by name, any number of rows.
+        say: Told what is being done.
+
+    Raises:
+        UnsupportedError: The exporter failed.
+        MissingExtraError: ExecuTorch is not installed.
+    """
+    exir = import_executorch("executorch.exir", "exporting to ExecuTorch")
+    xnnpack = import_executorch("executorch.backends.xnnpack.partition.xnnpack_partitioner", "exporting to ExecuTorch")
+    written = [graph for graph in target.graphs if graph.file is not None]
+    programs = {}
+    for graph in written:
+        say(f"tracing {graph.name} for ExecuTorch")
+        programs[graph.function] = _trace(modules[graph.name], graph, examples[graph.name], target.batch)
+    say("handing graphs to XNNPACK")
+    path = folder / str(written[0].file)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with quiet():
+            lowered = exir.to_edge_transform_and_lower(programs, partitioner=[xnnpack.XnnpackPartitioner()])
+            program = lowered.to_executorch()
+        with path.open("wb") as file:
+            program.write_to_file(file)
+    except OSError:  # a full disk is no fault of the model
+        raise
+    except Exception as e:  # the exporter's errors share no base class
+        raise UnsupportedError(f"{path.name}: ExecuTorch's exporter failed: {' '.join(str(e).split())[:400]}") from e
+
+
+def group_norm(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    """Group normalization in operations that XNNPACK has, as ``aten.group_norm`` is called.
+
+    Mean and variance are each channel's own first, which XNNPACK pools in the layout of the convolutions around; those
+    of a group follow from a number for each of its channels: its variance is the mean of theirs and of the squares by
+    which their means lie apart.
+
+    Args:
+        x: [B, C, ...].
+        num_groups: Divides C.
+        weight: [C], or None.
+        bias: [C], or None.
+        eps: Added to the variance.
+        cudnn_enabled: Of no effect.
+
+    Returns:
+        The normalized tensor, of x's shape.
+
+    >>> x = torch.randn(2, 8, 3, 5)
+    >>> torch.allclose(group_norm(x, 4), torch.nn.functional.group_norm(x, 4), atol=1e-5)
+    True
+    """
+    rows, channels = x.shape[:2]
+    of_channels, of_groups = (rows, channels, 1, 1), (rows, num_groups, channels // num_groups, 1)
+    weight = torch.ones(channels) if weight is None else weight
+    bias = torch.zeros(channels) if bias is None else bias
+    pixels = x if x.dim() == 4 else x.reshape(rows, channels, -1, 1)
+    mean = pixels.mean((2, 3), keepdim=True)
+    centred = pixels - mean
+    variance = (centred * centred).mean((2, 3), keepdim=True).reshape(of_groups)
+    mean = mean.reshape(of_groups)
+    apart = mean - mean.mean((2, 3), keepdim=True)
+    variance = (variance + apart * apart).mean((2, 3), keepdim=True)
+    scale = torch.rsqrt(variance + eps) * weight.reshape(1, *of_groups[1:])
+    shift = apart * scale + bias.reshape(1, *of_groups[1:])
+    return (centred * scale.reshape(of_channels) + shift.reshape(of_channels)).reshape(x.shape)
+
+
+def _trace(
+    module: Part, graph: Graph, inputs: Mapping[str, np.ndarray], batch: int | None
+) -> torch.export.ExportedProgram:
+    assert batch is not None  # of this target, graphs are fixed
+    first = next(groups(inputs, batch))
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
+            spelt_out: torch.export.ExportedProgram = program.run_decompositions(
+                {torch.ops.aten.group_norm.default: group_norm}
+            )
+            return spelt_out
+    except Exception as e:  # torch.export's errors share no base class
+        raise UnsupportedError(f"{graph.name}: torch.export failed: {' '.join(str(e).split())[:400]}") from e

@@ -1,0 +1,1 @@
+"""ONNX: torch's dynamo exporter, passes over its graphs, int8."""

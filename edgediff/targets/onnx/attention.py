@@ -1,0 +1,128 @@
+"""Attention as one operator on rows of features, without the heads taken apart in the graph.
+
+From operator set 23 on the exporter writes attention as one operator, which it hands the heads as a dimension of their
+own: each query, key and value is reshaped and transposed before, and the result after. The operator takes them apart
+itself if it is told their number. ONNX Runtime computes its own ``MultiHeadAttention`` block by block, without ever
+holding all scores: for many keys that is the faster one, and the one that needs little memory.
+"""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, helper
+from onnxscript import ir
+from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
+
+from edgediff.targets.onnx.rewriting import Rewriting, attributes_of
+
+log = logging.getLogger(__name__)
+
+CONTRIB = "com.microsoft"
+# From so many keys on the operator that goes block by block is the faster one; for fewer it is the slower one.
+MANY_KEYS = 1024
+_HEADS_FIRST = (0, 2, 1, 3)
+# What the softmax of an attention that is spelt out is called, after its result.
+ATTENTION_WEIGHTS = ".weights"
+
+
+def fuse_attention(model: ModelProto) -> ModelProto:
+    """Lets every attention operator take the heads apart itself.
+
+    Args:
+        model: Of operator set 23 or later; in earlier ones there is no such operator, and nothing is done.
+
+    Returns:
+        The changed model.
+    """
+    if not any(node.op_type == "Attention" for node in model.graph.node):
+        return model
+    rule = _JoinHeads.rule()  # type: ignore[no-untyped-call]
+    changed: ModelProto = ir.to_proto(rewrite(ir.from_proto(model), RewriteRuleSet([rule])))
+    kinds = Counter(node.op_type for node in changed.graph.node if "num_heads" in str(node.attribute))
+    log.info("attention: heads joined in %s", dict(kinds))
+    return changed
+
+
+def spell_out_attention(model: ModelProto) -> ModelProto:
+    """Writes attention over many keys as two products and a softmax, which can be quantized.
+
+    Args:
+        model: With ``MultiHeadAttention`` as `fuse_attention` leaves it; changed in place.
+
+    Returns:
+        The model. Fewer keys' attention stays one operator.
+    """
+    rewriting = Rewriting(model)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "MultiHeadAttention" and node.domain == CONTRIB:
+            said = attributes_of(node)
+            nodes += _spelled_out(node, said["num_heads"], said["scale"], rewriting)
+        else:
+            nodes.append(node)
+    return rewriting.finish(nodes)
+
+
+def _spelled_out(node: NodeProto, heads: int, scale: float, rewriting: Rewriting) -> list[NodeProto]:
+    out = node.output[0]
+    heads_apart = rewriting.constant(f"{out}.attention.apart", np.array([0, 0, heads, -1]))
+    together = rewriting.constant(f"{out}.attention.together", np.array([0, 0, -1]))
+    scaling = rewriting.constant(f"{out}.attention.scale", np.array(scale, np.float32))
+    nodes = []
+
+    def add(op: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    taken = {}
+    # Keys are turned on their side as well.
+    for what, given, order in zip(("q", "k", "v"), node.input, (_HEADS_FIRST, (0, 2, 3, 1), _HEADS_FIRST), strict=True):
+        apart = add("Reshape", [given, heads_apart], f"{out}.{what}.apart")
+        taken[what] = add("Transpose", [apart], f"{out}.{what}", perm=list(order))
+    scores = add("Mul", [add("MatMul", [taken["q"], taken["k"]], f"{out}.products"), scaling], f"{out}.scores")
+    weights = add("Softmax", [scores], f"{out}{ATTENTION_WEIGHTS}", axis=-1)
+    mixed = add("MatMul", [weights, taken["v"]], f"{out}.mixed")
+    add("Reshape", [add("Transpose", [mixed], f"{out}.rows", perm=list(_HEADS_FIRST)), together], out)
+    return nodes
+
+
+class _JoinHeads(RewriteRuleClassBase):
+    """Reshape and Transpose of queries, keys and values, Attention, Transpose and Reshape: one operator."""
+
+    def pattern(self, op: Any, q: Any, k: Any, v: Any, q_heads: Any, k_heads: Any, v_heads: Any, rows: Any) -> Any:
+        """What is looked for."""
+        attended = op.Attention(
+            op.Transpose(op.Reshape(q, q_heads, _outputs=["q_apart"]), perm=list(_HEADS_FIRST)),
+            op.Transpose(op.Reshape(k, k_heads, _outputs=["k_apart"]), perm=list(_HEADS_FIRST)),
+            op.Transpose(op.Reshape(v, v_heads, _outputs=["v_apart"]), perm=list(_HEADS_FIRST)),
+            _outputs=["attended"],
+        )
+        return op.Reshape(op.Transpose(attended, perm=list(_HEADS_FIRST)), rows, _outputs=["out"])
+
+    # The matcher hands values over by the names of the parameters, which no base class could know.
+    def check(  # type: ignore[override]
+        self, context: Any, q: Any, k: Any, v: Any, out: Any, **values: Any
+    ) -> bool:
+        """Whether the reshapes take heads apart and put them together again, and do nothing else."""
+        for whole, apart in ((q, "q_apart"), (k, "k_apart"), (v, "v_apart"), (out, "q_apart")):
+            if whole.shape is None or values[apart].shape is None:
+                return False
+            if (len(whole.shape), len(values[apart].shape)) != (3, len(_HEADS_FIRST)):
+                return False
+            _, tokens, features = whole.shape
+            _, tokens_apart, heads, width = values[apart].shape
+            known = all(isinstance(size, int) for size in (tokens, features, heads, width))
+            if not known or tokens != tokens_apart or features != heads * width:
+                return False
+        # What else the operator can do is at its default, which is the one of its other form and of the other operator.
+        said = values["attended"].producer().attributes
+        return not any(said.get_float(name, 0.0) for name in ("scale", "softcap")) and not said.get_int("is_causal", 0)
+
+    def rewrite(self, op: Any, q: Any, k: Any, v: Any, q_apart: Any, k_apart: Any, **values: Any) -> Any:
+        """What takes its place."""
+        heads, width, keys = q_apart.shape[2], q_apart.shape[3], k.shape[1]
+        if keys >= MANY_KEYS and heads == k_apart.shape[2]:
+            return op.MultiHeadAttention(q, k, v, num_heads=heads, scale=width**-0.5, _domain=CONTRIB, _version=1)
+        return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=k_apart.shape[2])

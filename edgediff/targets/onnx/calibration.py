@@ -1,0 +1,157 @@
+"""Calibration: which values a graph's tensors take along whole trajectories.
+
+The loop itself makes the trajectories, with torch behind it: steps with much and with little noise, full and cached
+ones, rows with and without the condition. They begin from other noise than the reference that verification uses.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from edgediff.bundle.feed import groups
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import Recorded, reference_request, step_inputs
+from edgediff.errors import VerificationError
+from edgediff.targets.onnx.quantize import Range, observed_tensors
+from edgediff_runtime import EdgePipeline
+from edgediff_runtime.manifest import Graph
+
+# Rows that go through a graph at once: what a large attention's memory allows.
+ROWS = 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What torch computed along the trajectories.
+
+    Attributes:
+        steps: Every step, with the tensors that the target's graphs take and give.
+        floor_db: PSNR that each graph must hold to torch on them before it is quantized.
+    """
+
+    steps: tuple[Recorded, ...]
+    floor_db: float
+
+
+def calibrate(
+    pipe: EdgePipeline,
+    target: str,
+    conditioning: dict[str, np.ndarray],
+    images: int,
+    floor_db: float,
+    progress: Callable[[int, int], None],
+) -> Calibration:
+    """Runs the trajectories: at the bundle's clock, and at clock 1, as users will who compare.
+
+    Random weights do not denoise: SD v1.5's geometry makes samples fourteen times as large in eight steps, and ranges
+    with them, as no trained model does. Of such a model only a full and a cached step are run, the first two.
+
+    Args:
+        pipe: A pipeline over torch.
+        target: Whose graphs are to be quantized.
+        conditioning: Embeddings by name, as the reference has them; empty for classes.
+        images: How many images each trajectory is of.
+        floor_db: PSNR that each graph must hold before it is quantized.
+        progress: Told the number of steps done and to do.
+
+    Returns:
+        The calibration.
+    """
+    point = pipe.manifest.operating_point
+    graphs = pipe.manifest.target(target).graphs
+    wanted = {tensor.name for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
+    request = reference_request(pipe.manifest, conditioning) | {
+        "num_images": images,
+        "seed": (point.seed + 1) % 2**63,
+    }
+    is_random = pipe.manifest.source.random_weights is not None
+    always = (1,) * point.num_inference_steps
+    clocks = dict.fromkeys((request["clock"], always))
+    last = point.num_inference_steps - 1
+    if is_random:
+        last = min(last, 0 if clocks == {always: None} else 1)
+        clocks = dict.fromkeys([(1, *(0 for _ in always[1:]))])
+    total = len(clocks) * (last + 1)
+    steps: list[Recorded] = []
+    for clock in clocks:
+        for step in pipe.stream(**{**request, "clock": clock}):
+            tensors = {
+                name: np.array(pipe.session.get(value)) for name, value in step.tensors[0].items() if name in wanted
+            }
+            steps.append(Recorded(step.index, step.full, tensors))
+            progress(len(steps), total)
+            if step.index == last:
+                break
+    return Calibration(tuple(steps), floor_db)
+
+
+def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[str, Range]:
+    """Runs an exported graph over the calibration and looks at the tensors that quantization needs.
+
+    Args:
+        path: The graph's file, in fp32.
+        graph: Its entry in the manifest.
+        calibration: What torch computed.
+
+    Returns:
+        Lowest and highest value of each tensor.
+
+    Raises:
+        VerificationError: The graph itself is not what torch computed.
+    """
+    model = onnx.load(path, load_external_data=False)
+    names = observed_tensors(model)
+    watched = path.with_name(f".watched-{path.name}")
+    try:
+        watched.write_bytes(_watching(model, names).SerializeToString())
+        session = _session(watched)
+    finally:
+        watched.unlink(missing_ok=True)
+    outputs = [tensor.name for tensor in graph.outputs]
+    lows, highs = [f"{name}.lowest" for name in names], [f"{name}.highest" for name in names]
+    found: list[np.ndarray] = []
+    for step in calibration.steps:
+        if graph.runs(step.full):
+            wanted = groups({name: step.tensors[name] for name in outputs}, ROWS)
+            for given, want in zip(groups(step_inputs(step, graph), ROWS), wanted, strict=True):
+                made = session.run([*outputs, *lows, *highs], given)
+                _hold(graph, dict(zip(outputs, made, strict=False)), want, calibration.floor_db)
+                found.append(np.array(made[len(outputs) :]).reshape(2, -1))
+    ends = np.array(found)
+    return {
+        name: (float(low), float(high))
+        for name, low, high in zip(names, ends[:, 0].min(axis=0), ends[:, 1].max(axis=0), strict=True)
+    }
+
+
+def _watching(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """Adds each tensor's lowest and highest value to a graph's outputs."""
+    for name in names:
+        for op, end in (("ReduceMin", "lowest"), ("ReduceMax", "highest")):
+            model.graph.node.append(helper.make_node(op, [name], [f"{name}.{end}"], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(f"{name}.{end}", TensorProto.FLOAT, []))
+    return model
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+def _hold(graph: Graph, made: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], floor_db: float) -> None:
+    for name, value in want.items():
+        number = psnr_db(value, made[name])
+        if not number >= floor_db:
+            raise VerificationError(
+                f"{graph.name}: before it is quantized, {name} is {number:.1f} dB of torch's; asked for {floor_db} dB"
+            )

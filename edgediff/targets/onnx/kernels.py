@@ -1,0 +1,85 @@
+"""Convolutions of 3 x 3 whose kernels a pass writes anew.
+
+New kernels are sums of the old one's weights. The graph says which sums, and whoever loads it computes them once and
+for all: files keep the weights that the model has, which graphs with and without the pass share. What is copied then is
+what takes time, so that a kernel is one product with the weights where it can be, and nothing is cut.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from edgediff.targets.onnx.rewriting import Rewriting, attributes_of
+
+_PLAIN = {"group": 1, "strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of 3 x 3, stride 1, with a pixel of zeros around.
+
+    Attributes:
+        node: The node.
+        outputs: Channels that it makes.
+        inputs: Channels that it takes.
+    """
+
+    node: NodeProto
+    outputs: int
+    inputs: int
+
+    @property
+    def bias(self) -> list[str]:
+        """Name of its bias, in a list; an empty one where it has none."""
+        return list(self.node.input[2:3])
+
+
+def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
+    """Reads a node.
+
+    Args:
+        node: Of any kind.
+        rewriting: Its graph.
+
+    Returns:
+        The convolution that it is; None where it is another, or its kernel is no weight or another node's too.
+    """
+    if node.op_type != "Conv":
+        return None
+    sizes = rewriting.weights.get(node.input[1], [])
+    said = attributes_of(node)
+    # What is left out is at its default: no zeros around, and a kernel of the weight's size.
+    said = {"pads": [0, 0, 0, 0], "kernel_shape": sizes[2:]} | said
+    shared = rewriting.taken[node.input[1]] > 1
+    if shared or len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):
+        return None
+    return Convolution(node, sizes[0], sizes[1])
+
+
+def kernels(
+    of: Convolution, name: str, sums: np.ndarray, shape: tuple[int, int], rewriting: Rewriting
+) -> tuple[list[str], list[NodeProto]]:
+    """New kernels from a convolution's own.
+
+    Args:
+        of: The convolution.
+        name: What the sums are called.
+        sums: [K, H * W, 9]: weights of the K new kernels, as sums of the old one's.
+        shape: H and W, the size of each.
+        rewriting: The graph.
+
+    Returns:
+        The names of the K new kernels, [O, C, H, W] each, and the nodes that compute them.
+    """
+    weights = rewriting.reshape(of.node.input[1], [of.outputs, of.inputs, 1, 9])
+    made = [f"{of.node.output[0]}.{name}.{k}" for k in range(len(sums))]
+    flat = made if shape[0] == 1 else [f"{kernel}.flat" for kernel in made]
+    nodes = []
+    for k, (row, kernel) in enumerate(zip(flat, made, strict=True)):
+        matrix = rewriting.constant(f"{name}.sums.{k}", sums[k].T.astype(np.float32))
+        nodes.append(helper.make_node("MatMul", [weights, matrix], [row], row))
+        if row != kernel:
+            sizes = rewriting.constant(f"{name}.{of.outputs}x{of.inputs}", np.array([of.outputs, of.inputs, *shape]))
+            nodes.append(helper.make_node("Reshape", [row, sizes], [kernel], kernel))
+    return made, nodes

@@ -1,0 +1,262 @@
+"""Eight-bit weights and products in an exported ONNX graph, as QuantizeLinear and DequantizeLinear around them.
+
+Constraints that shaped this file, all measured (benchmarks/README.md):
+
+- Quantization noise adds up: the squared errors that layers make one at a time sum to what they make together. On
+  the models here most of it comes from the few layers that write to the path of skip connections undamped, the
+  first and the last convolution and the shortcuts that change the number of channels; they are cheap, and stay as
+  they are. Noise within a block passes a normalization before it reaches anything.
+- ONNX Runtime has kernels for a convolution of eight bits only where its result is of eight bits too; for a matrix
+  product it has one with a float result, but none for Gemm. So convolutions are quantized on both sides, matrix
+  products on one, and Gemm, which is what projections of the timestep are, stays.
+- OpenVINO has kernels for both products of an attention in eight bits, if queries, keys and values are signed; ONNX
+  Runtime has none, and computes its own operator faster in fp32.
+- x86 processors without VNNI add pairs of products in 16 bits. ONNX Runtime can be told to use slower kernels that do
+  not overflow, OpenVINO cannot: weights of half as many levels are what fits there.
+- The text comes from outside: calibration has seen one prompt, and its products are few.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgediff.targets.onnx.attention import ATTENTION_WEIGHTS
+from edgediff.targets.onnx.passes import Pass
+from edgediff.targets.onnx.rewriting import Rewriting
+
+# Lowest and highest value of a tensor.
+Range = tuple[float, float]
+LEVELS = 255
+# Weights are symmetric: their zero stays zero without a zero point in the sum.
+WEIGHT_LEVELS = 127
+# Two products of an input and such a weight are less than 2^15.
+HALVED_WEIGHT_LEVELS = 63
+SCALING = ("Add", "Sub", "Mul", "Div", "Cast")
+
+
+def quantized_nodes(model: ModelProto) -> list[NodeProto]:
+    """Chooses what is quantized: convolutions and matrix products with constant weights, but for the sensitive ones.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        Its nodes, in their order.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    given = {value.name for value in model.graph.input}
+    ends = _ends(model)
+
+    def is_quantized(node: NodeProto) -> bool:
+        if node.domain not in ("", "ai.onnx") or len(node.input) < 2 or node.input[1] not in weights:
+            return False
+        weight = weights[node.input[1]]
+        if node.op_type == "Conv":
+            return not ends & {node.input[0], node.output[0]} and _is_inner(node, weight)
+        return node.op_type == "MatMul" and node.input[0] not in given and len(weight.dims) == 2
+
+    return [node for node in model.graph.node if is_quantized(node)]
+
+
+def _ends(model: ModelProto) -> set[str]:
+    """The sample and the output, also before and after what scales or centers them."""
+    ends = {"sample", "out_sample"}
+    for node in model.graph.node:
+        if node.op_type in SCALING and ends & set(node.input):
+            ends.update(node.output)
+    for node in reversed(model.graph.node):
+        if node.op_type in SCALING and ends & set(node.output):
+            ends.update(node.input)
+    return ends
+
+
+def _is_inner(conv: NodeProto, weight: TensorProto) -> bool:
+    """Whether a convolution's noise passes a normalization: it is no shortcut."""
+    channels_out, channels_in, *kernel = weight.dims
+    groups = next((attribute.i for attribute in conv.attribute if attribute.name == "group"), 1)
+    return groups == 1 and (channels_in == channels_out or max(kernel) > 1)
+
+
+def observed_tensors(model: ModelProto) -> list[str]:
+    """Names the tensors whose ranges quantization needs.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        Each once: inputs of all quantized nodes, outputs of convolutions, and what attentions that are spelt out take
+        and weigh by.
+    """
+    nodes = quantized_nodes(model)
+    outputs = (node.output[0] for node in nodes if node.op_type == "Conv")
+    attentions = (name for names in attended(model).values() for name in names)
+    return list(dict.fromkeys([*(node.input[0] for node in nodes), *outputs, *attentions]))
+
+
+def attended(model: ModelProto) -> dict[str, tuple[str, str, str, str]]:
+    """Finds the attentions that are spelt out.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        By the name of the result: query, key and value with their heads apart, and the weights that the softmax gives.
+    """
+    weights = (node.output[0] for node in model.graph.node if node.op_type == "Softmax")
+    results = [name.removesuffix(ATTENTION_WEIGHTS) for name in weights if name.endswith(ATTENTION_WEIGHTS)]
+    return {out: (f"{out}.q", f"{out}.k", f"{out}.v", f"{out}{ATTENTION_WEIGHTS}") for out in results}
+
+
+def quantize(model: ModelProto, ranges: Mapping[str, Range], weight_levels: int = WEIGHT_LEVELS) -> ModelProto:
+    """Quantizes a graph: uint8 values with a zero point for tensors, int8 for weights with a scale for each channel.
+
+    Args:
+        model: The graph, weights inside; changed in place.
+        ranges: Of each of its `observed_tensors`.
+        weight_levels: Largest magnitude of a weight, 127 or less.
+
+    Returns:
+        The graph.
+    """
+    rewritten = _Quantizing(model, ranges, weight_levels)
+    chosen = {node.output[0] for node in quantized_nodes(model)}
+    attentions = attended(model).values()
+    is_signed = {name: name != weights for *taken, weights in attentions for name in (*taken, weights)}
+    for node in list(model.graph.node):
+        if node.output[0] in chosen:
+            rewritten.quantize(node)
+        elif node.output[0] in is_signed:
+            rewritten.round_output(node, is_signed[node.output[0]])
+        else:
+            rewritten.nodes.append(node)
+    return rewritten.finish(rewritten.nodes)
+
+
+class _Quantizing(Rewriting):
+    """A graph while it is quantized: nodes so far, and what of them is there to be shared."""
+
+    def __init__(self, model: ModelProto, ranges: Mapping[str, Range], weight_levels: int) -> None:
+        super().__init__(model)
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.ranges = ranges
+        self.weight_levels = weight_levels
+        self.nodes: list[NodeProto] = []
+        self.quantized: dict[str, str] = {}
+
+    def quantize(self, node: NodeProto) -> None:
+        """Adds a node with what is quantized around it."""
+        given, weight = node.input[:2]
+        if given not in self.quantized:
+            self.quantized[given] = self._round_trip(given, f"{given}.dequantized")
+        if weight not in self.quantized:
+            self.quantized[weight] = self._weight(weight, axis=0 if node.op_type == "Conv" else 1)
+        node.input[0], node.input[1] = self.quantized[given], self.quantized[weight]
+        if node.op_type == "Conv":
+            self.round_output(node)
+        else:
+            self.nodes.append(node)
+
+    def round_output(self, node: NodeProto, is_signed: bool = False) -> None:
+        """Adds a node whose result is rounded: whoever takes it takes rounded values already."""
+        made = node.output[0]
+        node.output[0] = f"{made}.exact"
+        self.nodes.append(node)
+        self.quantized[made] = self._round_trip(made, made, source=node.output[0], is_signed=is_signed)
+
+    def _round_trip(self, name: str, result: str, source: str | None = None, is_signed: bool = False) -> str:
+        """Adds QuantizeLinear and DequantizeLinear of a tensor."""
+        scale, zero = (symmetric if is_signed else affine)(self.ranges[name])
+        constants = [self.constant(f"{name}.scale", scale), self.constant(f"{name}.zero_point", zero)]
+        rounded = f"{name}.quantized"
+        self.nodes.append(
+            helper.make_node("QuantizeLinear", [name if source is None else source, *constants], [rounded])
+        )
+        self.nodes.append(helper.make_node("DequantizeLinear", [rounded, *constants], [result]))
+        return result
+
+    def _weight(self, name: str, axis: int) -> str:
+        """Adds a weight of eight bits with its DequantizeLinear."""
+        rounded, scale = quantized_weight(numpy_helper.to_array(self.tensors[name]), axis, self.weight_levels)
+        constants = [
+            self.constant(f"{name}.quantized", rounded),
+            self.constant(f"{name}.scale", scale),
+            self.constant(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
+        ]
+        result = f"{name}.dequantized"
+        self.nodes.append(helper.make_node("DequantizeLinear", constants, [result], axis=axis))
+        return result
+
+
+def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point by which uint8 covers a range, zero included, which stays exact.
+
+    Args:
+        extent: Lowest and highest value.
+
+    Returns:
+        Scale, float32 [], and zero point, uint8 [].
+
+    >>> scale, zero = affine((-1.0, 1.55))
+    >>> float(scale), int(zero)
+    (0.009999999776482582, 100)
+    """
+    low, high = min(extent[0], 0.0), max(extent[1], 0.0)
+    scale = _usable((high - low) / LEVELS)
+    return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)
+
+
+def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point by which int8 covers a range and its mirror image.
+
+    Args:
+        extent: Lowest and highest value.
+
+    Returns:
+        Scale, float32 [], and zero point, int8 [].
+
+    >>> scale, zero = symmetric((-1.27, 0.5))
+    >>> round(float(scale), 4), int(zero)
+    (0.01, 0)
+    """
+    return np.array(_usable(max(map(abs, extent)) / WEIGHT_LEVELS), np.float32), np.array(0, np.int8)
+
+
+def _usable(scale: float) -> float:
+    """The scale, or 1 where the tensor is always zero."""
+    return 1.0 if scale < np.finfo(np.float32).tiny else scale
+
+
+def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a weight to int8 with a scale for each slice along an axis.
+
+    Args:
+        weight: float32, any shape.
+        axis: That of the output channels.
+        levels: Largest magnitude of what comes out.
+
+    Returns:
+        int8 in the shape of `weight`, and scales, float32 [channels].
+
+    >>> rounded, scale = quantized_weight(np.array([[1.27, -0.64], [0.0, 0.0]], np.float32), axis=0)
+    >>> rounded.tolist(), [round(float(each), 4) for each in scale]
+    ([[127, -64], [0, 0]], [0.01, 1.0])
+    """
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = (np.abs(weight).max(axis=others) / levels).astype(np.float32)
+    scale[scale < np.finfo(np.float32).tiny] = 1.0
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    return np.rint(weight / scale.reshape(shape)).astype(np.int8), scale
+
+
+def quantizing(ranges: Mapping[str, Range], weight_levels: int = WEIGHT_LEVELS) -> Pass:
+    """The pass that quantizes with these ranges.
+
+    Args:
+        ranges: Of each of the graph's `observed_tensors`.
+        weight_levels: Largest magnitude of a weight.
+
+    Returns:
+        The pass.
+    """
+    return Pass("quantize", lambda model: quantize(model, ranges, weight_levels))

@@ -1,0 +1,343 @@
+"""ONNX graphs through torch's dynamo exporter: one file per part, symbolic batch, fixed height and width."""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+
+from edgediff.bundle.psnr import psnr_db
+from edgediff.errors import UnsupportedError
+from edgediff.models.part import Part
+from edgediff.targets.configs import OnnxConfig, opset_of
+from edgediff.targets.onnx.calibration import Calibration, measure_ranges
+from edgediff.targets.onnx.passes import (
+    ATTENTION,
+    FASTER,
+    GROUP_NORM,
+    PORTABLE_GROUP_NORM,
+    SEPARATE_GATES,
+    SHARED_ROWS,
+    SIMPLIFY,
+    SIMPLIFY_UNMERGED,
+    SPELL_OUT_ATTENTION,
+    STRIP_METADATA,
+    Pass,
+    check,
+    run_passes,
+    weight_bytes,
+)
+from edgediff.targets.onnx.pool_weights import pool_weights
+from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
+from edgediff.targets.onnx.shared_rows import has_shared_rows, with_shared_rows
+from edgediff_runtime.manifest import Graph, SessionSettings, Target
+
+# A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
+# that map weights into memory want them outside of it.
+EXTERNAL_DATA_BYTES = 2**30
+EXTERNAL_TENSOR_BYTES = 1024
+# Of graphs of more bytes than this all threads share every operation. With a row for each of two threads a cached step
+# of SD v1.5, 3.4 GB, takes 0.96 of the time, a full one 0.98: not worth its weights in memory twice.
+APART_BYTES = 2**26
+# Simplifying moves constants, not arithmetic: what is left is rounding.
+HELD_DB = 100.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one graph.
+
+    Attributes:
+        shares_rows: Whether the graph takes a sample once for each image.
+        external_data: File name of the weights that lie outside of the graph's file, or None.
+        opset: Operator set.
+        ir_version: ONNX file version.
+        simplified: Whether onnxsim's result was taken, or why it was left out.
+    """
+
+    shares_rows: bool
+    external_data: str | None
+    opset: int
+    ir_version: int
+    simplified: str
+
+
+def write_onnx(
+    folder: Path,
+    target: Target,
+    modules: Mapping[str, Part],
+    examples: Mapping[str, Mapping[str, np.ndarray]],
+    config: OnnxConfig,
+    say: Callable[[str], None],
+    calibration: Calibration | None = None,
+    weight_levels: int = WEIGHT_LEVELS,
+) -> Target:
+    """Writes every ONNX graph of a target.
+
+    Args:
+        folder: The bundle that is being written.
+        target: What the manifest's draft says of the target.
+        modules: The modules by the names of their graphs.
+        examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
+        config: How to write.
+        say: Told what is being done.
+        calibration: What graphs of eight bits are made by; None leaves them in fp32.
+        weight_levels: Largest magnitude of their weights.
+
+    Returns:
+        The target with what is known now: where weights lie, versions, what onnxsim did.
+
+    Raises:
+        UnsupportedError: The exporter, a pass or onnx.checker failed.
+        VerificationError: A graph that is to be quantized is not what torch computed.
+    """
+    session = recommended_session(_weights(modules.values(), config), config.quantize_nbits is not None)
+    counted = all(graph.can_count_rows for graph in target.graphs if graph.takes_sample)
+    share = counted and not session.rows_apart and not config.portable
+    graphs = []
+    for graph in target.graphs:
+        if graph.file is not None:
+            say(f"exporting {graph.name} to ONNX")
+            path = folder / graph.file
+            path.parent.mkdir(exist_ok=True)
+            done = write_graph(modules[graph.name], graph, examples[graph.name], path, config, share)
+            if calibration is not None:
+                say(f"measuring ranges and quantizing {graph.name}")
+                done = _quantize(done, path, graph, calibration, config, weight_levels, share)
+            beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
+            external = beside if graph.external_data is None else graph.external_data
+            written = with_shared_rows(graph) if done.shares_rows else graph
+            graph = msgspec.structs.replace(written, external_data=external, simplified=done.simplified)
+        graphs.append(graph)
+    if target.layout == "pair":
+        say("storing shared weights once")
+        paths = [folder / graph.file for graph in graphs if graph.file is not None]
+        pool_weights(paths, folder / str(graphs[0].external_data))
+        for path in paths:
+            check(str(path))
+    return msgspec.structs.replace(
+        target,
+        opset=done.opset,
+        ir_version=done.ir_version,
+        session=session,
+        graphs=tuple(graphs),
+    )
+
+
+def recommended_session(size: int, eight_bits: bool = False) -> SessionSettings:
+    """What was measured to be best for graphs of a size (benchmarks/README.md).
+
+    Args:
+        size: Of all weights of a target, bytes.
+        eight_bits: Whether there are kernels of eight bits, which are exact or not.
+
+    Returns:
+        ONNX Runtime's settings.
+
+    >>> recommended_session(3_000_000).rows_apart, recommended_session(3_000_000_000).rows_apart
+    (True, False)
+    """
+    return SessionSettings(rows_apart=size <= APART_BYTES, exact_int8=eight_bits)
+
+
+def write_graph(
+    part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig, share: bool = False
+) -> Written:
+    """Exports a module to an ONNX file.
+
+    Args:
+        part: The module.
+        graph: Its entry in the manifest.
+        inputs: Real inputs by name, for tracing and for the check of the simplified graph.
+        path: The file; external data lies beside it.
+        config: How to write; of eight bits, what is written is in fp32 and ready to be quantized.
+        share: Whether rows of one image may share what they have in common.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UnsupportedError: The exporter, a pass or onnx.checker failed.
+    """
+    names = [tensor.name for tensor in graph.inputs]
+    args = tuple(_at_least_two(torch.from_numpy(inputs[name]), graph, name) for name in names)
+    # A name lets the exporter find the range itself: diffusers' upsamplers look at the batch (copies from 64 rows on),
+    # which a fixed range would contradict, and every contradiction costs another attempt of export.
+    dynamic = tuple({0: "batch"} if tensor.shape[:1] == ("batch",) else None for tensor in graph.inputs)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
+        traced = Path(scratch) / "traced.onnx"
+        try:
+            with _quiet():
+                program = torch.onnx.export(
+                    part,
+                    args,
+                    dynamo=True,
+                    opset_version=opset_of(config),
+                    input_names=names,
+                    output_names=[tensor.name for tensor in graph.outputs],
+                    dynamic_shapes=(dynamic,),
+                    verbose=False,
+                )
+                assert program is not None  # None is what the old exporter returns
+                program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
+        except OSError:  # a full disk is no fault of the model
+            raise
+        except Exception as e:  # the exporter's errors share no base class
+            raise UnsupportedError(f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}") from e
+        del program
+        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share)
+
+
+def _finish(
+    traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig, share: bool
+) -> Written:
+    """Passes, checks, and the file in its final form."""
+    model = onnx.load(traced, load_external_data=False)
+    large = weight_bytes(model) > EXTERNAL_DATA_BYTES
+    try:
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+        simplify = SIMPLIFY if config.quantize_nbits is None else SIMPLIFY_UNMERGED
+        if not large:
+            simplify = _holding(simplify, feeds)
+        # Group normalization is held by the graph's verification alone: what the pass writes is nearer to torch than
+        # what ONNX Runtime makes of the operator, by more than rounding where means are large. So are the last ones.
+        passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
+        last = () if config.portable or config.quantize_nbits is not None else _last(FASTER, share)
+        model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
+        _restore_names(model, graph)
+        if large:
+            onnx.load_external_data_for_model(model, str(traced.parent))
+        external = _save(model, path)
+        check(str(path))
+    except UnsupportedError as e:
+        raise UnsupportedError(f"{graph.name}: {e}") from e
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return Written(has_shared_rows(model), external, opset, model.ir_version, _how_simplified(config, large))
+
+
+def _last(passes: tuple[Pass, ...], share: bool) -> tuple[Pass, ...]:
+    return (*passes, SHARED_ROWS) if share else passes
+
+
+def _save(model: onnx.ModelProto, path: Path) -> str | None:
+    """Writes a graph; the name of the file beside it, where its weights are too many for one."""
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)
+    if weight_bytes(model) <= EXTERNAL_DATA_BYTES:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return None
+    onnx.save_model(
+        model, str(path), save_as_external_data=True, location=beside.name, size_threshold=EXTERNAL_TENSOR_BYTES
+    )
+    return beside.name
+
+
+def _quantize(
+    done: Written,
+    path: Path,
+    graph: Graph,
+    calibration: Calibration,
+    config: OnnxConfig,
+    weight_levels: int,
+    share: bool,
+) -> Written:
+    """Quantizes a graph's file in place."""
+    try:
+        passes = (SEPARATE_GATES, SPELL_OUT_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
+        _save(run_passes(onnx.load(path), passes), path)
+        ranges = measure_ranges(path, graph, calibration)
+        model = run_passes(onnx.load(path), _last((quantizing(ranges, weight_levels),), share))
+        external = _save(model, path)
+        check(str(path))
+    except UnsupportedError as e:
+        raise UnsupportedError(f"{graph.name}: {e}") from e
+    return replace(done, shares_rows=has_shared_rows(model), external_data=external)
+
+
+def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
+    """A pass whose result is held to what the model was before, on real inputs."""
+    # One row is enough, and half the memory of two where attention is large.
+    feeds = {name: array[:1] for name, array in feeds.items()}
+
+    def held(before: onnx.ModelProto) -> onnx.ModelProto:
+        want = _run(before.SerializeToString(), feeds)
+        after = step.apply(before)
+        got = _run(after.SerializeToString(), feeds)
+        for name in want:
+            number = psnr_db(want[name], got[name])
+            if number < HELD_DB:
+                raise UnsupportedError(f"changed {name} to {number:.1f} dB of what it was")
+        return after
+
+    return Pass(step.name, held)
+
+
+def _how_simplified(config: OnnxConfig, large: bool) -> str:
+    if not config.simplify:
+        return "no: switched off in the recipe"
+    if large:
+        return "yes, without its weights; held by the graph's own verification"
+    return "yes"
+
+
+def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
+    """Holds the graph's inputs and outputs to the manifest, order included."""
+    for values, said in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
+        names = [tensor.name for tensor in said]
+        if sorted(value.name for value in values) != sorted(names):
+            raise UnsupportedError(
+                f"the exported graph has {', '.join(value.name for value in values)}, not {', '.join(names)}"
+            )
+        ordered = sorted(values, key=lambda value: names.index(value.name))
+        del values[:]
+        values.extend(ordered)
+
+
+def _at_least_two(tensor: torch.Tensor, graph: Graph, name: str) -> torch.Tensor:
+    """Two rows or more: the exporter takes a batch of one for a constant."""
+    spec = next(entry for entry in graph.inputs if entry.name == name)
+    if spec.shape[:1] != ("batch",) or len(tensor) > 1:
+        return tensor
+    return torch.cat([tensor, tensor])
+
+
+def _parameter_bytes(part: Part) -> int:
+    return sum(p.numel() * p.element_size() for p in part.parameters())
+
+
+def _weights(parts: Iterable[Part], config: OnnxConfig) -> int:
+    """Bytes of the weights of parts that may have some in common; of eight bits, as if none stayed in fp32."""
+    count = sum(p.numel() for p in {p for part in parts for p in part.parameters()})
+    return count * (4 if config.quantize_nbits is None else config.quantize_nbits // 8)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's chatter (missing torchvision, progress marks) off the screen; its errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,156 @@
+"""Training of the classifier whose features tell image sets apart."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+from torch.nn import functional as F
+
+from edgediff.data.image_folder import ImageSet
+from edgediff.errors import ConfigError, DataError
+from edgediff.models.classifier import Classifier, ClassifierShape, as_input
+
+_WARM_UP = 100
+_SHIFT = 3
+_LIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """How a classifier is trained.
+
+    Attributes:
+        widths: Channels of each level; every level but the first halves the map. The last is the number of features.
+        epochs: Passes over the images at most.
+        minutes: Wall-clock time at most; None sets no bound. The learning rate falls to 0 with whichever comes first,
+            so a run that time ends is annealed too, but no longer repeatable to the bit.
+        batch: Images of a step.
+        learning_rate: The highest, after a short warm-up.
+        weight_decay: AdamW's.
+        label_smoothing: Share of the target that goes to all classes alike; keeps features from growing without end.
+        seed: Of the weights, the order and the augmentation.
+    """
+
+    widths: tuple[int, ...] = (24, 48, 96, 128)
+    epochs: int = 30
+    minutes: float | None = None
+    batch: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Attributes:
+        classifier: In evaluation mode.
+        epochs: Passes over the images; the last may be incomplete where time ended it.
+        steps: Steps of the optimiser.
+        loss: Mean over the last epoch's steps.
+    """
+
+    classifier: Classifier
+    epochs: int
+    steps: int
+    loss: float
+
+
+def train_classifier(
+    data: ImageSet, recipe: ClassifierRecipe | None = None, progress: Callable[[str], None] = lambda what: None
+) -> Trained:
+    """Trains a classifier: cross-entropy, AdamW, cosine decay; images flipped, shifted and lit a little differently.
+
+    The same images, recipe, versions and number of threads give the same weights.
+
+    Args:
+        data: The images, square.
+        recipe: How; the default one where None.
+        progress: Told what is being done, once for each epoch.
+
+    Returns:
+        The classifier and how long it took.
+
+    Raises:
+        ConfigError: A number of the recipe is out of range.
+        DataError: There are fewer images than a step takes, or fewer than two classes.
+    """
+    recipe = _checked(ClassifierRecipe() if recipe is None else recipe)
+    if len(data.names) < 2 or len(data) < recipe.batch:
+        raise DataError(
+            f"{len(data)} images of {len(data.names)} classes; expected two classes and {recipe.batch} images or more"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        classifier = Classifier(ClassifierShape(data.images.shape[1], recipe.widths, data.names))
+    rng = torch.Generator().manual_seed(recipe.seed)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=recipe.weight_decay)
+    images, labels = as_input(data.images), torch.from_numpy(data.labels)
+    per_epoch = len(data) // recipe.batch
+    total = recipe.epochs * per_epoch
+    start = monotonic()
+    losses: list[float] = []
+    classifier.train()
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(data), generator=rng)
+        spent = 0.0 if recipe.minutes is None else (monotonic() - start) / (60 * recipe.minutes)
+        if spent >= 1:
+            break
+        rate = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * max(step / total, spent)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / _WARM_UP, 1)
+        rows = order[recipe.batch * (step % per_epoch) :][: recipe.batch]
+        scores = classifier(augment(images[rows], rng))
+        loss = F.cross_entropy(scores, labels[rows], label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) % per_epoch == 0:
+            recent = sum(losses[-per_epoch:]) / per_epoch
+            progress(f"epoch {len(losses) // per_epoch} of {recipe.epochs}: loss {recent:.3f}")
+    recent_losses = losses[-per_epoch:]
+    return Trained(
+        classifier=classifier.eval().requires_grad_(False),
+        epochs=math.ceil(len(losses) / per_epoch),
+        steps=len(losses),
+        loss=sum(recent_losses) / len(recent_losses),
+    )
+
+
+def augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Light changes that leave an image's class as it is.
+
+    Args:
+        images: float32 [B, 3, H, W] in [-1, 1], H and W above 3.
+        rng: Where chance comes from.
+
+    Returns:
+        float32 [B, 3, H, W]: half of them mirrored, all shifted by up to 3 pixels (one shift for the batch), contrast
+        and brightness changed by up to a tenth.
+    """
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, 1, 1, 1, generator=rng) < 0.5
+    images = torch.where(mirrored, images.flip(3), images)
+    down, right = torch.randint(0, 2 * _SHIFT + 1, (2,), generator=rng).tolist()
+    padded = F.pad(images, (_SHIFT,) * 4, mode="reflect")
+    images = padded[:, :, down : down + height, right : right + width]
+    contrast, brightness = _LIGHT * (2 * torch.rand(2, count, 1, 1, 1, generator=rng) - 1)
+    lit: torch.Tensor = images * (1 + contrast) + brightness
+    return lit
+
+
+def _checked(recipe: ClassifierRecipe) -> ClassifierRecipe:
+    for name in ("epochs", "batch", "learning_rate"):
+        if getattr(recipe, name) <= 0:
+            raise ConfigError(f"{name} is {getattr(recipe, name)}; expected a number above 0")
+    if recipe.minutes is not None and recipe.minutes <= 0:
+        raise ConfigError(f"minutes is {recipe.minutes}; expected a number above 0")
+    if recipe.batch < 2:  # batch normalisation has no variance of one image
+        raise ConfigError("batch is 1; expected 2 or more")
+    return recipe
