@@ -16,7 +16,8 @@ from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.export.export_config import check_config
 from edgediff.inspect.survey import survey_bundle
-from edgediff.targets.configs import CoreMLConfig, OnnxConfig
+from edgediff.targets.coreml import CoreMLConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import AutoClock, EdgePipeline, EdgeRuntimeError, Manifest
 from edgediff_runtime.manifest_json import check_manifest
 

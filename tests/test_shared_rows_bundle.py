@@ -21,7 +21,7 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
 from edgediff.config.floors import QuantizedFloors, VerifyConfig
 from edgediff.export.export_config import ExportConfig
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.manifest import Tensor
 from edgediff_runtime.ort_bound_session import OrtBoundSession

@@ -78,7 +78,7 @@ def record(
     pipe: EdgePipeline,
     conditioning: dict[str, np.ndarray],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Reference, tuple[int, ...]]:
+) -> Reference:
     """Runs the reference trajectory and keeps what verification needs.
 
     To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
@@ -90,33 +90,30 @@ def record(
         progress: Told the number of steps done and to do.
 
     Returns:
-        The reference, and the steps as they were run, 1 = full.
+        The reference.
     """
-    point = pipe.manifest.operating_point
     whole = pipe.manifest.verified == "full"
-    last = point.num_inference_steps - 1 if whole else _first_cached(point.mask)
+    wanted = _wanted(pipe.manifest)
+    last = max(wanted)
     steps: list[Recorded] = []
-    mask: list[int] = []
     latents = None
     request = reference_request(pipe.manifest, conditioning)
     if not whole:
         request["guidance_scale"] = 1.0
     for step in pipe.stream(**request):
-        # Of a clock that decides as it runs, this is where the first cached step turns out to be it.
-        if step.index in (0, last) or (not step.full and 0 not in mask):
+        if step.index in wanted:
             tensors = {
                 name: np.array(pipe.session.get(value))
                 for name, value in step.tensors[0].items()
                 if name != CACHE or not step.full
             }
             steps.append(Recorded(step.index, step.full, tensors))
-        mask.append(int(step.full))
         latents = step.latents
         if progress is not None:
             progress(step.index + 1, last + 1)
         if step.index == last:
             break
-    return Reference(tuple(steps), latents if whole else None, conditioning), tuple(mask)
+    return Reference(tuple(steps), latents if whole else None, conditioning)
 
 
 def _first_cached(mask: tuple[int, ...]) -> int:

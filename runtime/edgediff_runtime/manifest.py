@@ -93,6 +93,14 @@ class Graph(Struct, frozen=True):
         """Whether it takes a sample once for each image, and repeats what it makes of it for all rows."""
         return any(tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,) for tensor in self.inputs)
 
+    def with_shared_rows(self) -> "Graph":
+        """The entry of the same graph where it takes a sample once for each image."""
+        inputs = tuple(
+            msgspec.structs.replace(tensor, shape=(IMAGES, *tensor.shape[1:])) if tensor.name == SAMPLE else tensor
+            for tensor in self.inputs
+        )
+        return msgspec.structs.replace(self, inputs=inputs)
+
 
 class Floors(Struct, frozen=True):
     """PSNR in dB that verification asks for; None is not judged.
