@@ -18,9 +18,8 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.targets.configs import Target, opset_of
 from edgediff.targets.layout import coreml_graphs, executorch_graphs, onnx_graphs, openvino_graphs
 from edgediff.targets.onnx.shared_rows import with_shared_rows
-from edgediff_runtime import AutoClock, Manifest, parse_clock
+from edgediff_runtime import Manifest, clock_mask
 from edgediff_runtime import manifest as m
-from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest_json import FORMAT_VERSION
 
@@ -41,14 +40,13 @@ def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
         config: The recipe.
 
     Returns:
-        Steps, sampler, clock and guidance; without a mask where the clock decides as it runs.
+        Steps, sampler, clock and guidance.
     """
-    clock = parse_clock(config.clock, config.steps)
     return m.TrainedFor(
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
         clock=config.clock,
-        mask=() if isinstance(clock, AutoClock) else tuple(map(int, clock)),
+        mask=tuple(map(int, clock_mask(config.clock, config.steps))),
         guidance_scale=usual_guidance(model.conditioning) if config.guidance_scale is None else config.guidance_scale,
     )
 
@@ -180,21 +178,6 @@ def _floors(config: ExportConfig, dtype: str) -> m.Floors:
     )
 
 
-def with_mask(draft: Manifest, mask: tuple[int, ...]) -> Manifest:
-    """Fills in what only the reference trajectory can tell: the steps that an auto clock chose.
-
-    Args:
-        draft: The manifest.
-        mask: The steps as torch ran them, 1 = full.
-
-    Returns:
-        The manifest; as it was where the clock is a period or a mask.
-    """
-    if not is_auto(draft.operating_point.clock):
-        return draft
-    return msgspec.structs.replace(draft, operating_point=msgspec.structs.replace(draft.operating_point, mask=mask))
-
-
 def essence(manifest: Manifest) -> Manifest:
     """Leaves what two exports must share to be the same.
 
@@ -218,5 +201,4 @@ def essence(manifest: Manifest) -> Manifest:
     )
     source = msgspec.structs.replace(manifest.source, path=None)
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
-    manifest = with_mask(manifest, ())
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

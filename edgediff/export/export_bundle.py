@@ -22,7 +22,7 @@ from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
-from edgediff.export.draft import draft_manifest, essence, operating_point, with_mask
+from edgediff.export.draft import draft_manifest, essence, operating_point
 from edgediff.export.export_config import QUANTIZABLE, ExportConfig, check_config
 from edgediff.export.half_reference import half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
@@ -42,7 +42,7 @@ from edgediff.targets.onnx.calibration import Calibration, calibrate
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino.write_openvino import import_openvino, write_openvino
 from edgediff.verify.parity import verify_bundle
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, open_bundle, parse_clock
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
 from edgediff_runtime.manifest_json import render_manifest
@@ -123,10 +123,7 @@ def export_bundle(
     _warn_of_adaptor(draft)
     with staged(path) as folder:
         pipe = EdgePipeline(draft, TorchSession(divided.parts, graph_list(divided, model)), warn=False)
-        reference, mask = record(
-            pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
-        )
-        draft = with_mask(draft, mask)
+        reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
         say("holding the parts to the undivided UNet")
         _hold_to_undivided(model, divided, reference)
         reference = half_outputs(draft, divided, reference, say)
@@ -187,8 +184,8 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
 def _warn_of_adaptor(draft: Manifest) -> None:
     """Warns where the bundle's operating point is not what its adaptor was trained for; it is exported all the same."""
     point = draft.operating_point
-    clock = parse_clock(point.clock, point.num_inference_steps)
-    differs = departure(draft, clock, (point.guidance_scale,) * point.num_inference_steps, point.clock)
+    mask = clock_mask(point.clock, point.num_inference_steps)
+    differs = departure(draft, mask, (point.guidance_scale,) * point.num_inference_steps, point.clock)
     if differs is not None:
         warnings.warn(differs, OperatingPointWarning, stacklevel=3)
 

@@ -25,8 +25,7 @@ from edgediff.targets.configs import (
     Target,
     opset_of,
 )
-from edgediff_runtime.auto_clock import AutoClock
-from edgediff_runtime.clock import parse_clock
+from edgediff_runtime.clock import clock_mask, format_mask
 from edgediff_runtime.errors import RequestError
 
 # Targets whose weights and products may be of eight bits, and what their files are.
@@ -43,17 +42,15 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         adaptor: What stands in for the low-resolution part on cached steps: ``identity``, a built-in one by its name
             or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
             operating point, and the identity where there is none.
-        clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps; or ``auto:TOL`` or
-            ``auto:TOL:BOUND``, which decides as it runs.
+        clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps.
         steps: Denoising steps of the operating point.
         scheduler: Sampler of the operating point.
         guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
             for models with text, 1.0 (off) for models with neither.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
-            clock allows: all but Core ML in a ``pair``, unless all steps are full, the clock decides as it runs, or
-            ONNX graphs are to be portable (providers for accelerators want weights in the graph's file); else
-            ``split``.
+            clock allows: all but Core ML in a ``pair``, unless all steps are full or ONNX graphs are to be portable
+            (providers for accelerators want weights in the graph's file); else ``split``.
         onnx: How ONNX graphs are written.
         coreml: How Core ML packages are written.
         executorch: How the ExecuTorch program is written.
@@ -131,10 +128,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
     Raises:
         ConfigError: With the field, its value and what was expected.
     """
-    if isinstance(config.clock, AutoClock):
-        config = msgspec.structs.replace(config, clock=str(config.clock))
-    elif isinstance(config.clock, list | tuple):
-        config = msgspec.structs.replace(config, clock=",".join(str(bit) for bit in config.clock))
+    if isinstance(config.clock, list | tuple):
+        config = msgspec.structs.replace(config, clock=format_mask(config.clock))
     config = retyped(config)
     if not config.targets:
         raise ConfigError(f"'targets' is empty; expected at least one of: {', '.join(get_args(Target))}")
@@ -183,22 +178,10 @@ def check_config(config: ExportConfig) -> ExportConfig:
         if seed is not None and not 0 <= seed < 2**63:
             raise ConfigError(f"'{name}' is {seed}; expected 0 to 2^63 - 1")
     try:
-        clock = parse_clock(config.clock, config.steps)
+        mask = clock_mask(config.clock, config.steps)
     except RequestError as e:
         raise ConfigError(str(e)) from e
-    pairs = any(layout_of(config, target) == "pair" for target in config.targets)
-    if isinstance(clock, AutoClock):
-        if pairs:
-            raise ConfigError(
-                f"clock {config.clock} decides after highres_in has run, layout pair before; expected a period or a "
-                "mask, or layout split"
-            )
-        if config.verify.mode == "graphs":
-            raise ConfigError(
-                f"clock {config.clock} decides as it runs, and --verify graphs runs no trajectory; expected a period "
-                "or a mask, or --verify full"
-            )
-    elif pairs and all(clock):
+    if all(mask) and any(layout_of(config, target) == "pair" for target in config.targets):
         raise ConfigError(
             f"layout pair with clock {config.clock} over {config.steps} steps: there is no cached step by which the "
             "cached graph could be verified; expected a clock with one, or layout split"
@@ -238,8 +221,7 @@ def layout_of(config: ExportConfig, target: Target) -> Layout:
         return chosen
     if target == "coreml" or (target == "onnx" and config.onnx.portable):
         return "split"
-    clock = parse_clock(config.clock, config.steps)
-    return "split" if isinstance(clock, AutoClock) or all(clock) else "pair"
+    return "split" if all(clock_mask(config.clock, config.steps)) else "pair"
 
 
 def _positive(x: float) -> bool:
