@@ -310,7 +310,6 @@ def test_configs_are_frozen() -> None:
         (2, None, ("pair", "split")),
         ("1,0,1,0", None, ("pair", "split")),
         (1, None, ("split", "split")),
-        ("auto:0.1", None, ("split", "split")),
         (2, "split", ("split", "split")),
         (2, "pair", ("pair", "pair")),
     ],

@@ -176,17 +176,6 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
 
 
 @pytest.mark.usefixtures("large", "traced_once")
-def test_an_auto_clock_looks_at_every_row(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout="split")
-    request = asked(bundle) | {"num_images": 2, "clock": "auto:0.2:2"}
-    one, other = (EdgePipeline.from_pretrained(path)(**request) for path in (bundle, text_bundle))
-    assert one.mask == other.mask
-    moved = [(mine.moved, other.moved) for mine, other in zip(one.ledger, other.ledger, strict=True)]
-    assert moved[0] == (None, None)
-    assert [mine for mine, _ in moved[1:]] == pytest.approx([theirs for _, theirs in moved[1:]], rel=1e-3)
-
-
-@pytest.mark.usefixtures("large", "traced_once")
 def test_tensors_that_stay_on_a_device_share_rows_too(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
     bundle = export(text_model, tmp_path / "bundle", layout="pair")
     request = asked(bundle) | {"num_images": 3}

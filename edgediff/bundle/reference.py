@@ -64,11 +64,10 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
 
     Returns:
-        Arguments for `EdgePipeline.stream`. The clock is spelt out, also an auto clock, as torch ran it: backends are
-        compared along the same steps. A draft's auto clock is left to decide.
+        Arguments for `EdgePipeline.stream`.
     """
     point = manifest.operating_point
-    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask or point.clock}
+    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask}
     if manifest.conditioning.kind == "text":
         request |= prompt_arguments(conditioning)
     return request
@@ -116,14 +115,11 @@ def record(
     return Reference(tuple(steps), latents if whole else None, conditioning)
 
 
-def _first_cached(mask: tuple[int, ...]) -> int:
-    return mask.index(0) if 0 in mask else 0
-
-
 def _wanted(manifest: Manifest) -> set[int]:
     """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
     mask = manifest.operating_point.mask
-    return {0, _first_cached(mask), len(mask) - 1 if manifest.verified == "full" else 0}
+    first_cached = mask.index(0) if 0 in mask else 0
+    return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:

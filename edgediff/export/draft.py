@@ -17,7 +17,7 @@ from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
 from edgediff.targets import TARGETS
 from edgediff.targets.base import Outline
-from edgediff_runtime import Manifest, parse_clock
+from edgediff_runtime import Manifest, clock_mask
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest_json import FORMAT_VERSION
@@ -35,12 +35,11 @@ def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
     Returns:
         Steps, sampler, clock and guidance.
     """
-    clock = parse_clock(config.clock, config.steps)
     return m.TrainedFor(
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
         clock=config.clock,
-        mask=tuple(map(int, clock)),
+        mask=tuple(map(int, clock_mask(config.clock, config.steps))),
         guidance_scale=usual_guidance(model.conditioning) if config.guidance_scale is None else config.guidance_scale,
     )
 

@@ -37,7 +37,7 @@ from edgediff.targets import TARGETS
 from edgediff.targets.base import Job
 from edgediff.targets.layout import modules
 from edgediff.verify.parity import verify_bundle
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, open_bundle, parse_clock
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.operating_point import departure
@@ -182,7 +182,7 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
 def _warn_of_adaptor(draft: Manifest) -> None:
     """Warns where the bundle's operating point is not what its adaptor was trained for; it is exported all the same."""
     point = draft.operating_point
-    clock = parse_clock(point.clock, point.num_inference_steps)
+    clock = clock_mask(point.clock, point.num_inference_steps)
     differs = departure(draft, clock, (point.guidance_scale,) * point.num_inference_steps, point.clock)
     if differs is not None:
         warnings.warn(differs, OperatingPointWarning, stacklevel=3)

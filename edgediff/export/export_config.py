@@ -16,7 +16,7 @@ from edgediff.config.strict import read_yaml, retyped, spell_clock, strict
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff.targets.base import Int8Config, Layout
-from edgediff_runtime.clock import parse_clock
+from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
 
@@ -164,7 +164,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         if seed is not None and not 0 <= seed < 2**63:
             raise ConfigError(f"'{name}' is {seed}; expected 0 to 2^63 - 1")
     try:
-        mask = parse_clock(config.clock, config.steps)
+        mask = clock_mask(config.clock, config.steps)
     except RequestError as e:
         raise ConfigError(str(e)) from e
     for name, target in TARGETS.items():
@@ -202,7 +202,7 @@ def layout_of(config: ExportConfig, target: str) -> Layout:
     chosen = config.layout if own is None else own
     if chosen is not None:
         return chosen
-    return TARGETS[target].default_layout(section, parse_clock(config.clock, config.steps))
+    return TARGETS[target].default_layout(section, clock_mask(config.clock, config.steps))
 
 
 def _positive(x: float) -> bool:

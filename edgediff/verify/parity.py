@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,7 +38,6 @@ from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
-from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
@@ -229,35 +227,19 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     # What the adaptor was trained for is the user's concern, not that of a comparison.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
-        latents, decided = _along(pipe, request)
+        latents = pipe(**request).latents
         always = None if all(point.mask) else pipe(**request | {"clock": 1}).latents
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
     want, note = source.latents
     numbers = [(psnr_db(each, latents), "latents") for each in want]
-    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note + decided)]
+    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
     if always is None:
         note = "the clock has no cached step"
         return [*rows, not_run("caching", "latents", backend, floors.caching, note)]
-    note = f"clock {point.clock}{_shown(point.mask) if decided else ''} against clock 1"
+    note = f"clock {point.clock} against clock 1"
     return [*rows, judged("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note)]
-
-
-def _along(pipe: EdgePipeline, request: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Final latents along the reference's steps; of an auto clock also whether the backend decides on the same ones."""
-    point = pipe.manifest.operating_point
-    if not is_auto(point.clock):
-        return pipe(**request).latents, ""
-    own = pipe(**{**request, "clock": point.clock})
-    if own.mask == point.mask:
-        return own.latents, f"; clock {point.clock} decides on the same steps here"
-    said = f"; clock {point.clock} decides on other steps here:{_shown(own.mask)}, in torch{_shown(point.mask)}"
-    return pipe(**request).latents, said
-
-
-def _shown(mask: tuple[int, ...]) -> str:
-    return f" {''.join('F' if full else 'c' for full in mask)}"
 
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
