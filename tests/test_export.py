@@ -147,7 +147,7 @@ def test_other_cuts_samplers_and_clocks(
     assert done.report is not None
     statuses = {row.check: row.status for row in done.report.rows}
     assert statuses["caching"] == ("not_run" if clock == 1 else "measured")
-    assert open_bundle(tmp_path / "bundle").manifest.conditioning.source == "synthetic"
+    assert open_bundle(tmp_path / "bundle").manifest.evidence.conditioning == "synthetic"
 
 
 def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
     config = edgediff.ExportConfig(steps=2, layout="split", conditioning=str(tmp_path / "prompt.npz"))
     edgediff.export_bundle(model, tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
-    assert manifest.conditioning.source == "file"
+    assert manifest.evidence.conditioning == "file"
     graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].graphs}
     assert graphs["highres_in"] == ["sample", "timestep", "text_embeds", "time_ids"]
     assert "encoder_hidden_states" in graphs["lowres"]

@@ -91,7 +91,7 @@ def record(
     Returns:
         The reference.
     """
-    whole = pipe.manifest.verified == "full"
+    whole = pipe.manifest.evidence.verified == "full"
     wanted = _wanted(pipe.manifest)
     last = max(wanted)
     steps: list[Recorded] = []
@@ -119,7 +119,7 @@ def _wanted(manifest: Manifest) -> set[int]:
     """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
     mask = manifest.operating_point.mask
     first_cached = mask.index(0) if 0 in mask else 0
-    return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
+    return {0, first_cached, len(mask) - 1 if manifest.evidence.verified == "full" else 0}
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
@@ -168,7 +168,7 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
         raise BundleError(f"{REFERENCE} holds the steps {_spell(found)}; the manifest asks for {_spell(expected)}")
     sample = manifest.sample
     images = (manifest.operating_point.num_images, sample.channels, sample.height, sample.width)
-    if manifest.verified == "full":
+    if manifest.evidence.verified == "full":
         if reference.latents is None:
             raise BundleError(f"{REFERENCE} has no latents")
         _check_array("latents", reference.latents, "float32", images)

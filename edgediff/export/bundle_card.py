@@ -42,7 +42,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
         f"conditioned on: {manifest.conditioning.kind}.",
         f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "
-        f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.conditioning.source}. "
+        f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.evidence.conditioning}. "
         "The figures stand in evidence/parity.json; `edgediff verify` measures them again.",
         "- **Intended use**: generating images on a device within what the source's licence and card allow.",
         f"- **Patents**: {PATENT_NOTE}",

@@ -25,7 +25,7 @@ from edgediff_runtime.manifest_json import FORMAT_VERSION
 TOOLS = ("edgediff", "torch", "diffusers", "numpy")
 
 
-def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
+def operating_point(model: Model, config: ExportConfig) -> m.OperatingPoint:
     """The operating point of a recipe, as an adaptor would have been trained for it.
 
     Args:
@@ -35,7 +35,7 @@ def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
     Returns:
         Steps, sampler, clock and guidance.
     """
-    return m.TrainedFor(
+    return m.OperatingPoint(
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
         clock=config.clock,

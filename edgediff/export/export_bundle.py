@@ -129,7 +129,7 @@ def export_bundle(
 
         # Verify. What needs no torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
-        source = model if draft.verified == "full" else None
+        source = model if draft.evidence.verified == "full" else None
         del model, divided, adaptor, pipe, reference, job, parts
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))

@@ -124,7 +124,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "adaptor": adaptor_in_words(manifest.adaptor),
         "targets": "; ".join(f"{t.target} {t.dtype}, {t.layout}{_version(t)}" for t in manifest.targets),
         "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
-        "verified by its export": manifest.verified,
+        "verified by its export": manifest.evidence.verified,
     }
     if known.labels:
         facts["labels"] = ", ".join(known.labels)

@@ -31,7 +31,7 @@ def caveats(
     steps, found = len(mask), []
     if manifest.source.random_weights is not None:
         found.append("the bundle's weights are random: the plan's errors are of noise, its costs are right")
-    if own_conditioning and manifest.conditioning.source == "synthetic":
+    if own_conditioning and manifest.evidence.conditioning == "synthetic":
         found.append(
             "planned with random embeddings, for want of others in the bundle; give real ones (--conditioning)"
         )

@@ -106,7 +106,7 @@ def verify_bundle(
                 ]
                 del session
             rows += [msgspec.structs.replace(row, target=target.target) for row in found]
-    report = ParityReport(tuple(rows), manifest.verified, tuple(t.target for t in wanted), tuple(findings))
+    report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
     if record and len(wanted) == len(all_targets):
         _write(bundle, report)
     return report
@@ -215,7 +215,7 @@ def _findings(target: Target, reference: Reference, session: Session, say: Progr
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
     floors, manifest = target.floors, source.manifest
-    if manifest.verified == "graphs" and source.model is None:
+    if manifest.evidence.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
         return [
             not_run("trajectory", "latents", backend, floors.trajectory, note),

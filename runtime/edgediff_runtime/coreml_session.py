@@ -58,8 +58,8 @@ class CoreMLSession:
                 import coremltools as ct
             except ImportError as e:
                 raise RequestError("backend 'coreml' needs coremltools: pip install coremltools") from e
-        self.graphs = target.graphs
-        self.batch = target.batch
+        self.graphs = target.unet.graphs
+        self.batch = target.unet.batch
         self._models: dict[str, Any] = {}
         checked: set[str] = set()
         for graph in self.graphs:

@@ -61,7 +61,7 @@ class OpenVinoSession:
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
-        self.graphs = bundle.manifest.target("openvino", "onnx").graphs
+        self.graphs = bundle.manifest.target("openvino", "onnx").unet.graphs
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
         self._compiled: dict[_Key, Any] = {}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from edgediff_runtime.clock import ClockSpec, clock_mask, format_mask
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.manifest import Manifest, TrainedFor
+from edgediff_runtime.manifest import Manifest, OperatingPoint
 
 
 def departure(
@@ -31,8 +31,7 @@ def departure(
     trained = manifest.adaptor.trained_for
     if trained is None or all(mask):
         return None
-    # As the recipe named it: a source may ask for Karras sigmas under a plain name.
-    sampler = str(manifest.config.get("scheduler", manifest.scheduler.name))
+    sampler = manifest.operating_point.scheduler
     differs = []
     if len(guidance) != trained.num_inference_steps:
         differs.append(f"{len(guidance)} steps")
@@ -51,7 +50,7 @@ def departure(
     )
 
 
-def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int) -> bool:
+def _same_clock(mask: tuple[bool, ...], trained: OperatingPoint, steps: int) -> bool:
     if steps == trained.num_inference_steps:
         return mask == trained.mask
     try:
