@@ -117,8 +117,6 @@ class SessionSettings(Struct, frozen=True):
     """How ONNX Runtime is set where these graphs are fastest and take the least memory, as it was measured.
 
     Attributes:
-        rows_apart: Where there are equally many rows for every thread, each takes its own through a graph of its own,
-            alone, instead of sharing every operation with the others. The graphs are in memory twice then.
         memory_arena: Memory of tensors that are done with is kept for those to come.
         memory_pattern: Memory is laid out by the shapes of earlier runs.
         stop_spinning: Threads stop waiting awake when a run ends. Each graph has threads of its own: the next graph
@@ -127,7 +125,6 @@ class SessionSettings(Struct, frozen=True):
             that do not overflow. Elsewhere a runtime leaves them out, and graphs of fp32 have no use for them.
     """
 
-    rows_apart: bool = False
     memory_arena: bool = True
     memory_pattern: bool = True
     stop_spinning: bool = True

@@ -147,12 +147,11 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _hold(tensor.name not in (SAMPLE, "out_sample") or tensor.shape[1:] == image, f"shape of {tensor.name}",
               tensor.shape, f"{(rows, *image)}")  # fmt: skip
     for graph in target.graphs:
-        # Where each thread has its own rows, one might have a row's sample and another its condition.
-        can = target.target in ("onnx", "openvino") and target.batch is None and not target.settings.rows_apart
+        can = target.target in ("onnx", "openvino") and target.batch is None
         can = can and graph.can_count_rows and all(tensor.name != SAMPLE for tensor in graph.outputs)
         _hold(can or not graph.shares_rows, f"shape of {SAMPLE} in {graph.name}", IMAGES,
               f"{rows}: rows are shared by graphs of ONNX and OpenVINO alone, of a symbolic batch, that take something "
-              "else with all rows and are not run with rows_apart")  # fmt: skip
+              "else with all rows")  # fmt: skip
 
 
 def _check_wiring(graphs: tuple[Graph, ...], kind: str, full: bool) -> None:

@@ -1,4 +1,4 @@
-"""How ONNX Runtime is set for a bundle's graphs: what the manifest recommends, in ONNX Runtime's own words."""
+"""ONNX Runtime's options for a bundle's graphs, as the manifest recommends."""
 
 from typing import Any
 
@@ -7,15 +7,7 @@ from edgediff_runtime.ort_overflow import bytes_overflow
 
 
 def session_options(settings: SessionSettings, threads: int | None = None) -> Any:
-    """Makes the options of a session.
-
-    Args:
-        settings: The target's.
-        threads: How many may be at work; ONNX Runtime's choice where None.
-
-    Returns:
-        onnxruntime's ``SessionOptions``.
-    """
+    """Onnxruntime's ``SessionOptions`` for a target's settings; `threads` None leaves the number to ONNX Runtime."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
