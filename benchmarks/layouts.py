@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -25,14 +24,12 @@ import edgediff
 from edgediff.bundle.feed import run_step
 from edgediff.bundle.reference import REFERENCE, Recorded, load_reference
 from edgediff.config.floors import VerifyConfig
-from edgediff_runtime import Bundle, open_bundle
+from edgediff_runtime import open_bundle, ort_session
 from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options
-from edgediff_runtime.ort_session import OrtSession
 
 STEPS = 8
 BRANCHES = ("full", "cached")
-SHARED = SessionSettings(rows_apart=False)
 
 
 def main() -> None:
@@ -129,7 +126,7 @@ def measure(folders: dict[str, Path], pair: Path, name: str) -> Measured:
 def opened(path: Path) -> Run:
     """A way to run a step: of a bundle's graphs, or of one that branches. All threads share a graph."""
     if path.is_file():
-        single = ort.InferenceSession(path, session_options(SHARED), providers=["CPUExecutionProvider"])
+        single = ort.InferenceSession(path, session_options(SessionSettings()), providers=["CPUExecutionProvider"])
         names = [value.name for value in single.get_inputs()]
 
         def branch(step: Recorded) -> np.ndarray:
@@ -140,8 +137,8 @@ def opened(path: Path) -> Run:
 
         return branch
     bundle = open_bundle(path)
-    targets = (msgspec.structs.replace(bundle.manifest.target("onnx"), session=SHARED),)
-    session = OrtSession(Bundle(path, msgspec.structs.replace(bundle.manifest, targets=targets)))
+    ort_session.APART_BYTES = 0  # as the graph of both branches, all threads share it
+    session = ort_session.OrtSession(bundle)
     wanted = ("out_sample",)
     return lambda step: run_step(session, step, session.graphs, wanted)["out_sample"]
 

@@ -18,17 +18,17 @@ from steps import Measured, Run, in_turns, measured, times
 from edgediff.bundle.feed import run_step
 from edgediff.bundle.reference import REFERENCE, load_reference
 from edgediff_runtime import Bundle, open_bundle, ort_bound_session, ort_session
-from edgediff_runtime.manifest import share_rows
 from edgediff_runtime.ort_bound_session import OrtBoundSession
 from edgediff_runtime.ort_options import session_options
 
-# Inputs and outputs bound to memory, which only a session whose threads share a graph does: "rows apart, or not" is
-# what it is to be compared with, where rows apart are recommended.
+# Inputs and outputs bound to memory, which only a session whose threads share a graph does: "rows together" is
+# what it is to be compared with, where the session takes rows apart.
 BOUND = "rows together, tensors bound"
+TOGETHER = "rows together"
 # What is changed of the recommended settings, and entries of ONNX Runtime's own.
 VARIANTS: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
     "recommended": ({}, {}),
-    "rows apart, or not": ({"rows_apart": False}, {}),
+    TOGETHER: ({}, {}),
     "no arena": ({"memory_arena": False}, {}),
     "no memory pattern": ({"memory_pattern": False}, {}),
     "neither": ({"memory_arena": False, "memory_pattern": False}, {}),
@@ -48,10 +48,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     given = parser.parse_args()
     print(machine())
-    # Rows that share a sample cannot be told apart.
-    shared = share_rows(open_bundle(given.bundle).manifest.target("onnx").graphs)
-    names = [name for name in given.only if not (shared and "rows_apart" in VARIANTS[name][0])]
-    found = in_turns(names, given.rounds, partial(measure, given.bundle, given.steps))
+    found = in_turns(given.only, given.rounds, partial(measure, given.bundle, given.steps))
     for name, runs in found.items():
         loaded, peak = (
             median(getattr(run, kind) - run.before_mib for run in runs) for kind in ("loaded_mib", "peak_mib")
@@ -63,11 +60,14 @@ def measure(path: Path, count: int, name: str) -> Measured:
     """The bundle with a variant's settings."""
     bundle = open_bundle(path)
     reference = load_reference(bundle.file(REFERENCE))
-    return measured(lambda: opened(bundle, *VARIANTS[name], bound=name == BOUND), reference, count)
+    return measured(lambda: opened(bundle, name), reference, count)
 
 
-def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str], bound: bool) -> Run:
+def opened(bundle: Bundle, name: str) -> Run:
     """The bundle in ONNX Runtime with other settings than it recommends."""
+    changes, entries = VARIANTS[name]
+    if name == TOGETHER:
+        ort_session.APART_BYTES = 0
 
     def options(*args: Any) -> Any:
         made = session_options(*args)
@@ -78,11 +78,9 @@ def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str], bo
     ort_session.session_options = ort_bound_session.session_options = options
     target = bundle.manifest.target("onnx")
     assert target.session is not None
-    if "rows_apart" in changes:
-        changes = {"rows_apart": not target.session.rows_apart}
     target = msgspec.structs.replace(target, session=msgspec.structs.replace(target.session, **changes))
     bundle = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=(target,)))
-    session = OrtBoundSession(bundle, "cpu") if bound else ort_session.OrtSession(bundle)
+    session = OrtBoundSession(bundle, "cpu") if name == BOUND else ort_session.OrtSession(bundle)
     return lambda step: run_step(session, step, session.graphs, ("out_sample",))["out_sample"]
 
 

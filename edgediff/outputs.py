@@ -1,4 +1,4 @@
-"""Files that a command leaves: what drawing takes is asked for before it begins, and each is whole or as it was."""
+"""Files that a command writes: whether it can is checked before it begins, and each is complete or as it was."""
 
 import importlib.util
 import os
@@ -9,11 +9,7 @@ from edgediff.errors import MissingExtraError, TargetError
 
 
 def check_drawing(what: str, extra: str = "train") -> None:
-    """Refuses to begin what could not be drawn at its end.
-
-    Args:
-        what: What would be drawn, for the message.
-        extra: Which extra brings it.
+    """Refuses to begin what could not be drawn at its end; `what` and `extra` are for the message.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -23,10 +19,7 @@ def check_drawing(what: str, extra: str = "train") -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that could not be written, before anything is measured.
-
-    Args:
-        folder: Where files are to be; it need not be there.
+    """Refuses a folder that could not be written; it need not exist.
 
     Raises:
         TargetError: It is no folder, or cannot be written.
@@ -36,31 +29,25 @@ def check_folder(folder: Path) -> None:
     here = folder.resolve()
     there = next(parent for parent in (here, *here.parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written")
+        raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written; choose another output")
 
 
 def check_file(file: Path) -> None:
-    """Refuses a file that could not be written, before anything is measured.
-
-    Args:
-        file: It need not be there; its folder must.
+    """Refuses a file that could not be written; it need not exist, its folder must.
 
     Raises:
-        TargetError: It is a folder, or its folder is not there or cannot be written.
+        TargetError: It is a folder, or its folder does not exist or cannot be written.
     """
     if file.is_dir():
-        raise TargetError(f"{file} is a directory; expected a file")
+        raise TargetError(f"cannot write {file}: it is a directory; expected a file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise TargetError(f"cannot write {file}: {file.parent} is not a folder that can be written")
+        raise TargetError(
+            f"cannot write {file}: {file.parent} is not a folder that can be written; choose another output"
+        )
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file's place, then renames: a full disk or an interrupt leaves what was there.
-
-    Args:
-        path: The file.
-        write: Writes to the path that it is given.
-    """
+    """Writes to a path beside it, then renames: a full disk or an interrupt leaves what was there."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(scratch)

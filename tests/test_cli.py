@@ -10,7 +10,7 @@ from command_line import Command, assert_error, exit_code
 from PIL import Image
 
 import edgediff
-from edgediff import demo
+from edgediff.cli.demo import MODELS
 from edgediff.config.recipes import find_recipe
 from edgediff.export.export_config import load_config
 
@@ -121,7 +121,7 @@ def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_the_demo_shows_models_that_have_weights_and_a_recipe(command: Command, place: Path) -> None:
-    for name in demo.MODELS:
+    for name in MODELS:
         assert load_config(find_recipe(name)).model == name
         assert edgediff.load_model(name).has_weights
     said = command("demo", "sd15", "-o", place / "demo")

@@ -38,15 +38,13 @@ from edgediff.targets.onnx.passes import (
 from edgediff.targets.onnx.pool_weights import pool_weights
 from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
 from edgediff.targets.onnx.shared_rows import has_shared_rows
-from edgediff_runtime.manifest import Graph, SessionSettings, Target
+from edgediff_runtime.manifest import Graph, OnnxTarget
+from edgediff_runtime.ort_session import APART_BYTES
 
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
-# Of graphs of more bytes than this all threads share every operation. With a row for each of two threads a cached step
-# of SD v1.5, 3.4 GB, takes 0.96 of the time, a full one 0.98: not worth its weights in memory twice.
-APART_BYTES = 2**26
 # Simplifying moves constants, not arithmetic: what is left is rounding.
 HELD_DB = 100.0
 
@@ -99,9 +97,11 @@ def write_onnx(
         UnsupportedError: The exporter, a pass or onnx.checker failed.
         VerificationError: A graph that is to be quantized is not what torch computed.
     """
-    session = recommended_session(_weights(modules.values(), config), config.quantize_nbits is not None)
+    # Where there are kernels of eight bits they are to be exact.
+    session = SessionSettings(exact_int8=config.quantize_nbits is not None)
     counted = all(graph.can_count_rows for graph in target.graphs if graph.takes_sample)
-    share = counted and not session.rows_apart and not config.portable
+    # OrtSession runs the rows of smaller graphs apart, which saves more than sharing does.
+    share = counted and _weights(modules.values(), config) > APART_BYTES and not config.portable
     graphs = []
     for graph in target.graphs:
         if graph.file is not None:
@@ -130,22 +130,6 @@ def write_onnx(
         session=session,
         graphs=tuple(graphs),
     )
-
-
-def recommended_session(size: int, eight_bits: bool = False) -> SessionSettings:
-    """What was measured to be best for graphs of a size (benchmarks/README.md).
-
-    Args:
-        size: Of all weights of a target, bytes.
-        eight_bits: Whether there are kernels of eight bits, which are exact or not.
-
-    Returns:
-        ONNX Runtime's settings.
-
-    >>> recommended_session(3_000_000).rows_apart, recommended_session(3_000_000_000).rows_apart
-    (True, False)
-    """
-    return SessionSettings(rows_apart=size <= APART_BYTES, exact_int8=eight_bits)
 
 
 def write_graph(
