@@ -10,10 +10,10 @@ from edgediff import Cut, split
 from edgediff.models.adaptors import LearnedAdaptor, make_adaptor
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.trained import AdaptorRecord, save_adaptor
-from edgediff_runtime.manifest import OperatingPoint
+from edgediff_runtime.manifest import TrainedFor
 
 CUT = Cut()
-HERE = OperatingPoint(num_inference_steps=4, scheduler="dpmpp_2m", clock=2, mask=(1, 0, 1, 0), guidance_scale=2.0)
+HERE = TrainedFor(num_inference_steps=4, scheduler="dpmpp_2m", clock=2, mask=(1, 0, 1, 0), guidance_scale=2.0)
 
 
 def record_for(model: edgediff.Model, cut: Cut = CUT, **changes: object) -> AdaptorRecord:

@@ -21,10 +21,10 @@ from edgediff.models.graphs import graph_list
 from edgediff.models.torch_session import TorchSession
 from edgediff_runtime import EdgePipeline, Manifest, OperatingPointWarning
 from edgediff_runtime.errors import BundleError, warnings_told
-from edgediff_runtime.manifest import Adaptor, OperatingPoint
+from edgediff_runtime.manifest import Adaptor, TrainedFor
 from edgediff_runtime.manifest_json import check_manifest
 
-TRAINED = OperatingPoint(
+TRAINED = TrainedFor(
     num_inference_steps=4, scheduler="dpmpp_2m", clock=2, mask=(1, 0, 1, 0), guidance_scale=2.0
 )  # fmt: skip
 ADAPTOR = Adaptor(kind="resnet", name="tiny-resnet", path="x", sha256="0" * 64, trained_for=TRAINED)
@@ -219,7 +219,7 @@ def _adaptor(**values: Any) -> Callable[[Manifest], Manifest]:
         (_adaptor(kind="cubic"), "adaptor.kind is 'cubic'; expected one of identity, resnet, unet, unet-light"),
         (_adaptor(kind="identity"), "adaptor.name is 'tiny-resnet'; expected a value for a learned one, null for id"),
         (_adaptor(kind="identity", name=None), "adaptor.sha256 is '0"),
-        (_adaptor(kind="identity", name=None, sha256=None), "adaptor.trained_for is OperatingPoint"),
+        (_adaptor(kind="identity", name=None, sha256=None), "adaptor.trained_for is TrainedFor"),
         (_adaptor(kind="identity", name=None, sha256=None, trained_for=None), "adaptor.path is 'x'"),
         (_adaptor(name=None), "adaptor.name is None; expected a value"),
         (_adaptor(sha256=None), "adaptor.sha256 is None; expected a value"),

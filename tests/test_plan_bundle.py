@@ -24,7 +24,7 @@ from edgediff.plan.trajectory import Trajectories, psnr_db, spell
 from edgediff.targets.backends import open_session
 from edgediff_runtime import EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.manifest import OperatingPoint
+from edgediff_runtime.manifest import TrainedFor
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_what_the_paper_saw_fail_is_said(manifest: Manifest) -> None:
 
 
 def test_what_else_speaks_against_a_plan_is_said(manifest: Manifest) -> None:
-    trained = OperatingPoint(8, "dpmpp_2m", 2, (1, 0) * 4, 2.0)
+    trained = TrainedFor(8, "dpmpp_2m", 2, (1, 0) * 4, 2.0)
     learnt = msgspec.structs.replace(manifest.adaptor, kind="resnet", name="resnet-8", trained_for=trained)
     (line,) = caveats(msgspec.structs.replace(manifest, adaptor=learnt), (True, False, True), 2.0)
     assert "resnet-8 was trained for 8 steps" in line

@@ -144,7 +144,7 @@ def opened(
 
 def _with_whole(manifest: Manifest, whole: Whole) -> Manifest:
     """A manifest of the undivided UNet alone."""
-    target: Target = msgspec.structs.replace(manifest.target("onnx"), graphs=(whole.graph,))
+    target: Target = manifest.target("onnx").with_unet(graphs=(whole.graph,))
     return msgspec.structs.replace(manifest, targets=(target,), files=whole.files)
 
 
@@ -203,7 +203,7 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     graph = undivided_graph(graph_list(divided, model), divided.inputs, file)
     settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
     given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
-    share = share_rows(bundle.manifest.target("onnx").graphs)
+    share = share_rows(bundle.manifest.target("onnx").unet.graphs)
     try:
         done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings, share)
     except EdgediffError as e:

@@ -223,7 +223,7 @@ def _runners(
         there = [target.target for target in manifest.targets]
         whole, reason = None, ""
         # The undivided UNet is in fp32: beside it, graphs of eight bits would have saved what the clock did not.
-        alike = [target for target in manifest.targets if target.target == "onnx" and target.dtype == "fp32"]
+        alike = [target for target in manifest.targets if target.target == "onnx" and target.unet.dtype == "fp32"]
         runs_onnx = any(backend.is_installed and backend.target(manifest) == "onnx" for backend in chosen)
         if folder is not None and runs_onnx and alike:
             whole, reason = _whole(name, manifest, folder / str(number), say)

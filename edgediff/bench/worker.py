@@ -154,7 +154,7 @@ def _floor(manifest: Manifest, backend: Backend) -> float:
     if backend.floor_db is not None:
         return backend.floor_db
     name = backend.target(manifest)
-    return max(target.floors.composed for target in manifest.targets if name in (None, target.target))
+    return max(target.unet.floors.composed for target in manifest.targets if name in (None, target.target))
 
 
 def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:

@@ -56,7 +56,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
 
 
 def _precisions(manifest: Manifest) -> str:
-    return ", ".join(f"{entry.dtype} for {TARGETS[entry.target].title}" for entry in manifest.targets)
+    return ", ".join(f"{entry.unet.dtype} for {TARGETS[entry.target].title}" for entry in manifest.targets)
 
 
 def _how_to_run(manifest: Manifest) -> list[str]:

@@ -57,10 +57,11 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
     """
     found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for target in manifest.targets:
-        if target.dtype != "fp16":
+        unet = target.unet
+        if unet.dtype != "fp16" or unet.layout is None:
             continue
-        parts = modules(divided, target.layout)
-        for graph in target.graphs:
+        parts = modules(divided, unet.layout)
+        for graph in unet.graphs:
             if graph.file is None:
                 continue
             say(f"reference with weights of fp16: {graph.name}")

@@ -7,6 +7,7 @@ import torch
 from edgediff.errors import UnsupportedError
 from edgediff.models.adaptors import TEXT_INPUTS, AdaptorShape, IdentityAdaptor
 from edgediff.models.clockwork import SplitUNet, check_size
+from edgediff.models.conditioning import TensorSpec
 from edgediff.models.load import Model
 from edgediff_runtime.loop import CACHE, LOWRES_FEATURE
 from edgediff_runtime.manifest import Frequency, Graph, Tensor
@@ -95,3 +96,8 @@ def _sizes(shape: tuple[int | str, ...]) -> tuple[int, int, int]:
 def _tensor(name: str, value: torch.Tensor) -> Tensor:
     shape = tuple(value.shape) if name == "timestep" else ("batch", *value.shape[1:])
     return Tensor(name=name, dtype=DTYPES[value.dtype], shape=shape)
+
+
+def tensor_entry(name: str, spec: TensorSpec) -> Tensor:
+    """A conditioning tensor as the manifest lists it."""
+    return Tensor(name, DTYPES[spec.dtype], ("batch", *spec.shape))

@@ -289,3 +289,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def one_line(e: BaseException) -> str:
     """Puts an exception's message on one line."""
     return " ".join(str(e).split()) or type(e).__name__
+
+
+def unet_config(model: Model) -> dict[str, Any]:
+    """The UNet's configuration as diffusers saves it, without where it was loaded from."""
+    config = json.loads(model.unet.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}

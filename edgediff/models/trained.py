@@ -64,7 +64,7 @@ class AdaptorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lowres: tuple[int, int, int]
     emb: int
     text: tuple[str, int] | None
-    trained_for: m.OperatingPoint
+    trained_for: m.TrainedFor
     rollout: Literal["teacher", "student"]
 
     @property
@@ -196,7 +196,7 @@ def read_record(path: Path) -> AdaptorRecord:
     return record
 
 
-def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.OperatingPoint) -> TrainedAdaptor:
+def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor) -> TrainedAdaptor:
     """Finds the adaptor that is asked for, or the one that fits.
 
     Args:
@@ -287,7 +287,7 @@ def check_fit(adaptor: TrainedAdaptor, model: Model, cut: Cut) -> None:
         )
 
 
-def same_point(trained: m.OperatingPoint, point: m.OperatingPoint) -> bool:
+def same_point(trained: m.TrainedFor, point: m.TrainedFor) -> bool:
     """Whether two operating points are one, however their clocks are spelt.
 
     Args:
@@ -304,7 +304,7 @@ def _shape(model: Model, cut: Cut) -> AdaptorShape:
     return adaptor_shape(split(model.unet, cut), model)
 
 
-def _distance(trained: m.OperatingPoint, point: m.OperatingPoint) -> tuple[float, ...]:
+def _distance(trained: m.TrainedFor, point: m.TrainedFor) -> tuple[float, ...]:
     """How far two operating points are from each other: first the share of full steps, then what else differs."""
     return (
         abs(sum(trained.mask) / len(trained.mask) - sum(point.mask) / len(point.mask)),

@@ -34,7 +34,8 @@ def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) ->
     data: dict[str, Any] = json.loads(json.dumps(manifest.config))
     data |= {
         "model": source.name if source.path is None else source.path,
-        "random_weights": source.random_weights,
+        "random_weights": None if source.random_weights is None else int(source.random_weights),
+        "seed": int(data.get("seed", 0)),
         # By name: a recipe that leaves it open takes another for another clock, and this one was measured.
         "adaptor": "identity" if adaptor.kind == "identity" else adaptor.path or adaptor.name,
         "steps": len(mask),

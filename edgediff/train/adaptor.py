@@ -32,7 +32,7 @@ from edgediff.train.rollout import TARGET, Rollouts, Samples
 from edgediff.train.settings import AdaptorTraining, check_training
 from edgediff.train.store import Store
 from edgediff_runtime.bundle import sha256_of
-from edgediff_runtime.manifest import OperatingPoint
+from edgediff_runtime.manifest import TrainedFor
 
 FREE = ("learning_rate", "checkpoint_minutes", "store_gb")
 FREE_AFTER = ("checkpoint_minutes", "store_gb")
@@ -139,7 +139,7 @@ def train_adaptor(
             lowres=shape.lowres,
             emb=shape.emb,
             text=shape.text if settings.takes_text else None,
-            trained_for=OperatingPoint(
+            trained_for=TrainedFor(
                 num_inference_steps=settings.steps,
                 scheduler=settings.scheduler,
                 clock=settings.clock,

@@ -300,8 +300,8 @@ class Conditioning(Struct, frozen=True):
     null_label: int | None = None
 
 
-class OperatingPoint(Struct, frozen=True):
-    """How a generation is sampled: what a bundle is made and verified for, and what an adaptor is trained for.
+class TrainedFor(Struct, frozen=True):
+    """The operating point that an adaptor was trained for.
 
     Attributes:
         num_inference_steps: Denoising steps.
@@ -318,20 +318,28 @@ class OperatingPoint(Struct, frozen=True):
     guidance_scale: float
 
 
-class Evidence(Struct, frozen=True):
-    """The trajectory that the bundle was verified along.
+class OperatingPoint(TrainedFor, frozen=True):
+    """What the bundle is made and verified for; the defaults of a generation.
 
     Attributes:
-        verified: How far the export was verified: ``full`` or ``graphs`` (no trajectory).
-        seed: Seed of the trajectory, as decimal text: JSON's numbers end at 2^53 in most languages.
-        num_images: Images in it.
-        conditioning: Where its conditioning came from: ``labels``, ``file``, ``synthetic`` or ``none``.
+        seed: Seed of the evidence's trajectory, as decimal text: JSON's numbers end at 2^53 in most languages.
+        num_images: Images in the evidence's trajectory.
+    """
+
+    seed: str
+    num_images: int
+
+
+class Evidence(Struct, frozen=True):
+    """How the bundle was verified.
+
+    Attributes:
+        verified: How far: ``full`` or ``graphs`` (no trajectory).
+        conditioning: Where the trajectory's conditioning came from: ``labels``, ``file``, ``synthetic`` or ``none``.
         sha256: Hash of that file, or None.
     """
 
     verified: Literal["full", "graphs"]
-    seed: str
-    num_images: int
     conditioning: Literal["none", "labels", "file", "synthetic"] = "none"
     sha256: str | None = None
 
@@ -351,7 +359,7 @@ class Adaptor(Struct, frozen=True):
     name: str | None = None
     path: str | None = None
     sha256: str | None = None
-    trained_for: OperatingPoint | None = None
+    trained_for: TrainedFor | None = None
 
 
 class Cost(Struct, frozen=True):
@@ -402,7 +410,7 @@ class Manifest(Struct, frozen=True):
         conditioning: What it is conditioned on.
         scheduler: The sampler, completely.
         operating_point: Defaults of a generation.
-        evidence: What was verified, and along which trajectory.
+        evidence: How it was verified.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step.
         cache_bytes: Bytes of the cache for one sample in fp32.
         targets: The graphs by file format; what a runtime does not know is left out.

@@ -1,6 +1,8 @@
 """manifest.json: read strictly, checked for what types cannot say, and written the same for the same content."""
 
-from typing import Any, Union
+from functools import reduce
+from operator import or_
+from typing import Any
 
 import msgspec
 
@@ -17,9 +19,9 @@ from edgediff_runtime.manifest import (
     Component,
     Graph,
     Manifest,
-    OperatingPoint,
     Target,
     Tensor,
+    TrainedFor,
 )
 
 FORMAT_VERSION = 2
@@ -36,14 +38,14 @@ def check_manifest(manifest: Manifest) -> None:
         BundleError: With the field, its value and what was expected.
         RequestError: The clock is none.
     """
-    sample, evidence, known = manifest.sample, manifest.evidence, manifest.conditioning
-    _check_point("operating_point", manifest.operating_point)
+    sample, point, known = manifest.sample, manifest.operating_point, manifest.conditioning
+    _check_point("operating_point", point)
     _check_adaptor(manifest.adaptor)
-    _check_seed("evidence.seed", evidence.seed)
+    _check_seed("operating_point.seed", point.seed)
     if manifest.source.random_weights is not None:
         _check_seed("source.random_weights", manifest.source.random_weights)
     for name, number in (
-        ("num_images", evidence.num_images), ("channels", sample.channels), ("height", sample.height),
+        ("num_images", point.num_images), ("channels", sample.channels), ("height", sample.height),
         ("width", sample.width), ("cut.level", manifest.cut.level), ("cache_bytes", manifest.cache_bytes),
     ):  # fmt: skip
         _hold(number > 0, name, number, "a whole number above 0")
@@ -64,7 +66,7 @@ def check_manifest(manifest: Manifest) -> None:
         _check_target(target, manifest)
 
 
-def _check_point(where: str, point: OperatingPoint) -> None:
+def _check_point(where: str, point: TrainedFor) -> None:
     """Checks that the mask is the clock's, and the guidance a number."""
     mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps)))
     _hold(point.mask == mask, f"{where}.mask", point.mask, f"the mask of clock {point.clock}")
@@ -149,7 +151,7 @@ def _check_unet(unet: Component, manifest: Manifest) -> None:
     for graph in unet.graphs:
         can = unet.batch is None and graph.can_count_rows and all(tensor.name != SAMPLE for tensor in graph.outputs)
         _hold(can or not graph.shares_rows, f"shape of {SAMPLE} in {graph.name}", IMAGES,
-              f"{rows}: rows are shared by graphs of a symbolic batch that take something else with all rows")  # fmt: skip
+              f"{rows}: graphs share rows where the batch is symbolic and something else has all rows")  # fmt: skip
 
 
 def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool) -> None:
@@ -222,8 +224,9 @@ def _is_unknown(entry: object) -> bool:
 
 def _document() -> type[msgspec.Struct]:
     """A manifest whose targets are each of a known format."""
-    kinds = Union[tuple(TARGETS.values())]  # type: ignore[valid-type]  # noqa: UP007
-    return msgspec.defstruct("Document", [("targets", tuple[kinds, ...])], bases=(Manifest,), kw_only=True)
+    kinds: Any = reduce(or_, TARGETS.values())
+    fields: list[Any] = [("targets", tuple[kinds, ...])]
+    return msgspec.defstruct("Document", fields, bases=(Manifest,), kw_only=True)
 
 
 def render_manifest(manifest: Manifest) -> bytes:

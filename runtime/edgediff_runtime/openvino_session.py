@@ -102,7 +102,10 @@ class OpenVinoSession:
     def _read(self, bundle: Bundle, graph: Graph) -> Any:
         """Reads a graph and checks it against the manifest."""
         try:
-            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)))
+            # Models in IR are over one file of weights; ONNX graphs name theirs themselves.
+            is_ir = str(graph.file).endswith(".xml")
+            weights = [os.fspath(bundle.path / str(graph.external_data))] if is_ir else []
+            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)), *weights)
         except RuntimeError as e:
             said = " ".join(str(e).split())[:400]
             raise BundleError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from edgediff_runtime.clock import ClockSpec, clock_mask, format_mask
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.manifest import Manifest, OperatingPoint
+from edgediff_runtime.manifest import Manifest, TrainedFor
 
 
 def departure(
@@ -50,7 +50,7 @@ def departure(
     )
 
 
-def _same_clock(mask: tuple[bool, ...], trained: OperatingPoint, steps: int) -> bool:
+def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int) -> bool:
     if steps == trained.num_inference_steps:
         return mask == trained.mask
     try:

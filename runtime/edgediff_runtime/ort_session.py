@@ -75,6 +75,8 @@ class OrtSession:
 
     def put(self, array: Array) -> Any:
         """Wraps a C-contiguous array, rows first, without a copy: one OrtValue, or one for each thread's rows."""
+        if not array.ndim:
+            return self._from_numpy(array)
         each, left = divmod(len(array), self.threads)
         if left or not each or not self._may_divide:
             return self._from_numpy(array)

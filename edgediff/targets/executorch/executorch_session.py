@@ -35,8 +35,8 @@ class ExecuTorchSession(TorchTensors):
             MissingExtraError: ExecuTorch is not installed.
         """
         target = bundle.manifest.target("executorch")
-        self.graphs = target.graphs
-        self.batch = target.batch
+        self.graphs = target.unet.graphs
+        self.batch = target.unet.batch
         lib = import_executorch("executorch.extension.pybindings.portable_lib", "running an ExecuTorch program")
         runtime = import_executorch("executorch.runtime", "running an ExecuTorch program").Runtime.get()
         if threads is not None:
