@@ -98,15 +98,5 @@ def unlock(descriptor: int | None) -> None:
 
 
 def as_text(path: str | os.PathLike[str]) -> str:
-    r"""A path as text that can be printed and written: bytes that are not UTF-8 become ``\xNN``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def check_text(path: str | os.PathLike[str]) -> None:
-    """Refuses a path that cannot be written into JSON or a card.
-
-    Raises:
-        TargetError: It is not UTF-8.
-    """
-    if as_text(path) != os.fspath(path):
-        raise TargetError(f"{as_text(path)}: the name is not UTF-8; rename it")
+    """A path as text that can be printed and written: bytes that are not UTF-8 are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

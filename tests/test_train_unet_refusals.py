@@ -24,9 +24,9 @@ from edgediff.data.batches import Batches
 from edgediff.errors import ConfigError, DataError, EdgediffError, ModelError, TargetError, TrainingError
 from edgediff.models.spectral import SpectralUNet2DModel
 from edgediff.train.claim import CHECKPOINTS
+from edgediff.train.settings import StudentTraining, TeacherTraining, training_from
 from edgediff.train.student import train_student
 from edgediff.train.teacher import train_teacher
-from edgediff.train.unet_settings import StudentTraining, TeacherTraining, training_from
 
 KL = {
     "in_channels": 3,
