@@ -268,6 +268,19 @@ def test_folders_that_hold_something_else(class_model: Path, text_model: Path, t
         assert train_adaptor(model, tmp_path / "a", tiny(checkpoint_minutes=1.0)) is None
 
 
+def test_two_trainings_in_one_folder(class_model: Path, tmp_path: Path) -> None:
+    refusals = []
+
+    def second(what: str, share: float) -> None:
+        with pytest.raises(TargetError, match=r"a: another training runs there; wait for it to end") as caught:
+            train_adaptor(load_model(class_model), tmp_path / "a", TINY)
+        refusals.append(caught.value)
+
+    assert train_adaptor(load_model(class_model), tmp_path / "a", TINY, progress=second) is not None
+    assert len(refusals) == TINY.rounds + 1
+    assert train_adaptor(load_model(class_model), tmp_path / "a", TINY) is None
+
+
 def test_a_refused_training_leaves_nothing_behind(class_model: Path, text_model: Path, tmp_path: Path) -> None:
     for model, settings in (
         (text_model, TINY),

@@ -84,7 +84,7 @@ def check_place(path: Path, claim: Claim) -> None:
     try:
         found = msgspec.json.decode(file.read_bytes())
         old = {name: found[name] for name in ("sources", "processes", "settings")}
-    except (OSError, msgspec.DecodeError, TypeError, KeyError) as e:
+    except (OSError, msgspec.DecodeError, ValueError, TypeError, KeyError) as e:
         raise TargetError(f"{file} is damaged; remove {path} or choose another folder") from e
     differs = _differences(old, claim, finished)
     if differs:
