@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.evaluate.sampler import Sampler
-from edgediff_runtime import Result, denoise, make_scheduler, noise
+from edgediff_runtime import denoise, make_scheduler, noise
+from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request
 
 
@@ -80,4 +81,4 @@ class Row:
             seed=self.seed,
         )
         *_, last = denoise(request, sampler.session)
-        return Result(last.latents, (), "pixel").images
+        return to_uint8(last.latents)
