@@ -131,7 +131,6 @@ def spectrum(
 ) -> None:
     """Say what a model does to each frequency: power of its images, error and response of its denoising, gates."""
     diagnose = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
-    files = toolchain("edgediff.evaluate.spectrum_files", "evaluate spectrum")
     outputs.check_drawing("drawing spectra")
     outputs.check_folder(output)
     with progress() as say:
@@ -148,7 +147,7 @@ def spectrum(
             progress=say,
         )
         say("drawing the overview")
-        written = files.write_diagnosis(found, output)
+        written = found.write(output)
     if found.report.skipped:
         err.print(found.report.skipped, markup=False)
     if as_json:

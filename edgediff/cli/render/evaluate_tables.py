@@ -7,9 +7,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from edgediff.evaluate.neighbours import Closeness
-    from edgediff.evaluate.report import Distances, Evaluation
-    from edgediff.evaluate.spectrum_report import SpectrumReport
+    from edgediff.evaluate.report import Closeness, Distances, Evaluation, SpectrumReport
 
 
 def distance_tables(found: "Evaluation") -> list[Table]:
