@@ -18,7 +18,7 @@ from edgediff.data.image_folder import ImageSet
 from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate.distance import compare, evaluate_distance, examine
 from edgediff.evaluate.report import Distances
-from edgediff.evaluate.sampler import BundleSampler, check_manifest, chunks
+from edgediff.evaluate.sampler import check_manifest, chunks, sample_bundle
 from edgediff.models.classifier import (
     Classifier,
     ClassifierShape,
@@ -37,7 +37,7 @@ def pipe(class_bundle: Path) -> EdgePipeline:
 
 def test_image_i_is_the_same_whatever_the_batch(class_bundle: Path, pipe: EdgePipeline) -> None:
     classes = np.array([3, 0, 1, 1, 2, 0, 3])
-    sampler = BundleSampler(class_bundle)
+    sampler = sample_bundle(class_bundle)
     mask = sampler.check("2", 3, 2.0, 7)
     draw = partial(sampler.draw, mask=mask, classes=classes, guidance_scale=2.0, seed=7)
     made = [np.concatenate([draw(part) for part in chunks(7, batch)]) for batch in (1, 3, 7, 100)]
@@ -53,7 +53,7 @@ def test_image_i_is_the_same_whatever_the_batch(class_bundle: Path, pipe: EdgePi
 
 
 def test_what_does_not_fit_is_said_before_anything_runs(class_bundle: Path) -> None:
-    sampler = BundleSampler(class_bundle)
+    sampler = sample_bundle(class_bundle)
     good = {"clock": "2", "steps": 3, "guidance_scale": 2.0, "seed": 7}
     assert sampler.check(**good) == (True, False, True)
     for change, words in (

@@ -23,7 +23,7 @@ from edgediff.errors import ConfigError
 from edgediff.evaluate.distance import evaluate_distance
 from edgediff.evaluate.processes import LAUNCHED, Processes
 from edgediff.evaluate.report import Evaluation
-from edgediff.evaluate.sampler import BundleSampler, ModelSampler, Sampler
+from edgediff.evaluate.sampler import Sampler, sample_bundle, sample_model
 from edgediff.models.spectral import spectralize
 
 ASKED: dict[str, Any] = {"num_images": 11, "steps": 2, "batch": 4, "seed": 3}
@@ -61,7 +61,7 @@ def without_closeness(found: Evaluation) -> dict[str, Any]:
 
 def test_a_model_makes_what_its_bundle_makes(class_model: Path, class_bundle: Path) -> None:
     classes = np.array([3, 0, 1])
-    samplers = BundleSampler(class_bundle), ModelSampler(load_model(class_model))
+    samplers = sample_bundle(class_bundle), sample_model(load_model(class_model))
     assert [sampler.clocks for sampler in samplers] == [("1", "2"), ("1",)]
     options: dict[str, Any] = {"mask": (True,) * 3, "classes": classes, "guidance_scale": 2.0, "seed": 7}
     bundled, plain = (sampler.draw(range(3), **options) for sampler in samplers)
@@ -74,7 +74,7 @@ def test_gated_and_unconditional_models_are_sampled_too(tmp_path: Path, takes_ti
     torch.manual_seed(0)
     unet = spectralize(unet2d(block_out_channels=(8, 16, 24)), gate_takes_time=takes_time)
     folder = save_model(unet, tmp_path / "gated")
-    sampler = ModelSampler(load_model(folder), "ddim")
+    sampler = sample_model(load_model(folder), "ddim")
     assert (sampler.labels, sampler.guidance_scale, sampler.scheduler_name) == (None, 1.0, "ddim")
     images = sampler.draw([0, 1], (True, True), classes=None, guidance_scale=1.0, seed=0)
     assert images.shape == (2, SIZE, SIZE, 3)
@@ -272,7 +272,7 @@ def test_folders_and_sources_that_do_not_fit(
 
 
 def test_guidance_needs_a_null_class(tmp_path: Path) -> None:
-    sampler = ModelSampler(load_model(save_model(unet2d(num_class_embeds=4), tmp_path / "no-null")))
+    sampler = sample_model(load_model(save_model(unet2d(num_class_embeds=4), tmp_path / "no-null")))
     assert sampler.guidance_scale == 1
     with pytest.raises(ConfigError, match="needs a null class"):
         sampler.check("1", 2, 2.0, 0)

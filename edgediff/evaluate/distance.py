@@ -54,31 +54,29 @@ def evaluate_distance(
     that the floor begins, whatever the batch and the number of processes.
 
     Args:
-        source: A bundle, a diffusers directory or a built-in name; of a model that makes images.
+        source: A bundle, a diffusers directory or a built-in name.
         images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
         train: Another, of the photographs that the model was trained on.
-        clocks: Periods or masks of the full steps. None: 1 and the bundle's own; of a model, 1.
+        clocks: Periods or masks. None: 1 and the bundle's own; of a model, 1.
         num_images: Images of each set; with `train`, of each generated one.
-        steps: Denoising steps. None: the bundle's; of a model, 8.
-        guidance_scale: Classifier-free guidance. None: the bundle's, or what is usual for the model.
+        steps: None: the bundle's; of a model, 8.
+        guidance_scale: None: the bundle's, or what is usual for the model.
         scheduler: Of a model. None: dpmpp_2m.
         seed: Of the noise, of the choice of photographs and of the spread.
         batch: Images generated at once; changes memory alone.
-        backend: What runs a bundle's graphs. None: the usual one.
+        backend: Of a bundle. None: the usual one.
         features: A classifier's folder. None: the built-in one of the classes.
-        grid: A .png to write: the images nearest to training photographs, beside those.
+        grid: A .png to write: the images nearest to training photographs, above those.
         progress: Told what is being done.
 
     Returns:
         The distances; None on all processes but the main one.
 
     Raises:
-        BundleError: The bundle is damaged.
-        ConfigError: `num_images` or `batch` is out of range, or an option does not fit the source.
+        BundleError, ModelError: The bundle or the model cannot be read, or there are no features.
+        ConfigError, RequestError: An option is out of range or does not fit the source.
         DataError: A folder cannot be read, or does not fit the source.
         MissingExtraError: accelerate or matplotlib is needed and not installed.
-        ModelError: There are no features, or the model cannot be read.
-        RequestError: Another option does not fit the source.
         TargetError: The grid cannot be written.
         UnsupportedError: The source makes no images, or of another size than the classifier's.
     """
@@ -184,16 +182,7 @@ def _load_features(home: Path, sampler: Sampler) -> Classifier:
 
 @dataclass(frozen=True, eq=False)
 class _Photographs:
-    """The sets of photographs of an evaluation.
-
-    Attributes:
-        reference: What everything is compared with.
-        floor: Other photographs, compared with the reference as generated images are.
-        classes_of: The photographs whose classes generated images have, in turns; they begin with the floor.
-        train: What the model was trained on, where that was named.
-        available: How many photographs the reference's folder has.
-        skipped: Files left out, and why; empty where there are none.
-    """
+    """The sets of photographs; generated images have the classes of `classes_of`, which begins with the floor."""
 
     reference: ImageSet
     floor: ImageSet
@@ -272,14 +261,7 @@ def _joined(parts: Sequence[Examined]) -> Examined:
 
 
 def compare(examined: Examined, reference: Examined, *, size: int, num_equal: int, seed: int) -> Distances:
-    """Compares a set of images with the reference.
-
-    Args:
-        examined: The set.
-        reference: The other.
-        size: Height and width of the images, in pixels.
-        num_equal: Images of each set for what depends on their number.
-        seed: Of the spread.
+    """Compares a set of images, of size x size pixels, with the reference; `num_equal` of each where numbers matter.
 
     Raises:
         DataError: A set has fewer than four images or fewer than `num_equal`, or a feature is not finite.

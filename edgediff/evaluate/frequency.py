@@ -33,10 +33,9 @@ Clean = Callable[[Array, int, NDArray[np.int64]], Array]
 
 
 def bands(height: int, width: int) -> NDArray[np.int64]:
-    """The radial band of each coefficient: its frequency in cycles per image (over the shorter side), rounded.
+    """The radial band of each coefficient, int64 [height, width]: cycles per image (over the shorter side), rounded.
 
-    Returns:
-        int64 [height, width], 0 to about 0.7 times the shorter side; the corners are bands of their own.
+    They go up to about 0.7 times the shorter side; the corners are bands of their own.
 
     >>> bands(4, 4)[0]
     array([0, 1, 2, 1])
@@ -56,14 +55,10 @@ def top_octaves(size: int) -> int:
 
 
 def radial_spectrum(images: NDArray[np.uint8]) -> Array:
-    """Mean power of each band over images and channels, under a Hann window.
+    """Mean power of each band, float64 [bands], over images, uint8 [N, H, W, C] taken as 0 to 1, and channels.
 
-    Args:
-        images: uint8 [N, H, W, C], taken as 0 to 1.
-
-    Returns:
-        float64 [bands], power per coefficient of the orthonormal transform: white noise of standard deviation s has s^2
-        in every band but 0 and 1, of which the mean takes all and a part.
+    Power is per coefficient of the orthonormal transform: white noise of standard deviation s has s^2 in every band but
+    0 and 1, of which subtracting the mean takes all and a part.
 
     Raises:
         DataError: There are no images.
@@ -135,7 +130,7 @@ def measure_response(
     seed: int = 0,
     batch: int = 50,
 ) -> Iterator[Response]:
-    """Noises photographs to each noise level and measures what the denoiser makes of them.
+    """Noises photographs to each noise level and yields what the denoiser does there.
 
     Args:
         clean: The denoiser.
@@ -144,9 +139,6 @@ def measure_response(
         teacher: Another denoiser, given the same.
         seed: Of the noise: image i gets the same at a time step, whatever the batch.
         batch: Images at once.
-
-    Yields:
-        The response at each time step.
 
     Raises:
         DataError: There are no images.

@@ -11,9 +11,8 @@ class Distances(msgspec.Struct, frozen=True):
     """How far one set of images is from the reference.
 
     Attributes:
-        kernel_distance: Unbiased: sets of one distribution come out around 0, on either side.
-        kernel_spread: Its standard error.
-        frechet_distance: In squared units of the features; grows as sets get smaller.
+        kernel_spread: Standard error of the kernel distance.
+        frechet_distance: In squared units of the features.
         precision: Share of the images that lie among the reference's, 0 to 1.
         recall: Share of the reference that lies among the images, 0 to 1.
         spectrum_error: Mean over the bands of |log10(power / reference power)|.
@@ -35,7 +34,6 @@ class Closeness(msgspec.Struct, frozen=True):
     """How near the images of a set are to training photographs, in steps of 8 bits.
 
     Attributes:
-        median: Of the distances to the nearest training photograph.
         quantile_5: 5 % of the images are nearer.
         share_nearer: Share of the images as near as the nearest 1 % of the photographs held out; about 0.01 of a model
             that repeats nothing.
@@ -67,11 +65,9 @@ class ClockResult(msgspec.Struct, frozen=True):
 
     Attributes:
         clock: As it was asked for.
-        mask: The clock's mask, 1 = full.
-        distances: From the reference.
+        mask: 1 = full.
         ratio: Its kernel distance over clock 1's; None where that was not measured or is not above 0.
-        closeness: To the training photographs; None where none were named.
-        suspects: The images nearest to one, the nearest first.
+        closeness: None where no training photographs were named; `suspects` are then empty.
     """
 
     clock: str
@@ -86,9 +82,7 @@ class Yardstick(msgspec.Struct, frozen=True):
     """How near photographs held out come to the training photographs.
 
     Attributes:
-        train: The folder of the training photographs.
-        available: How many there are.
-        held_out: The reference's own closeness.
+        train: The folder of the training photographs, of which there are `available`.
         threshold: 1 % of the reference is as near as this to a training photograph, in steps of 8 bits.
     """
 
@@ -102,25 +96,18 @@ class Evaluation(msgspec.Struct, frozen=True):
     """Distances of the images of a bundle or a model from photographs.
 
     Attributes:
-        model: The bundle's source, or the model.
-        backend: What ran the graphs.
-        scheduler: The sampler's name.
         num_images: Images generated with each clock.
         num_reference: Photographs that they are compared with.
         num_floor: Other photographs, of the same folder or of the training ones, compared in the same way.
         num_equal: Frechet distance, precision and recall depend on the number of images: they take so many of each set.
         available: Images in the folder.
         features: The folder of the classifier.
-        num_features: How many features it has.
         accuracy: Share of the reference whose class the classifier names, 0 to 1; None where it may have been trained
             on them, or does not know the classes.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance.
-        seed: Of the noise, of the choice of photographs and of the spread.
         processes: How many made the images.
         floor: The other photographs against the reference.
-        yardstick: What closeness is measured by; None where no training photographs were named.
-        rows: In the order in which the clocks were given.
+        yardstick: None where no training photographs were named.
+        rows: One for each clock, in the order given.
         skipped: Files left out, and why; empty where there are none.
     """
 
@@ -172,8 +159,7 @@ class Denoising(msgspec.Struct, frozen=True):
     """The denoiser on noised photographs: a row for each time step, a column for each band; no window.
 
     Attributes:
-        timesteps: Of the training schedule.
-        alphas_cumprod: abar of each: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
+        alphas_cumprod: abar of each time step: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
         num_images: Photographs that were noised.
         error: |X0_hat - X_0|^2 over |X_0|^2, summed over the band.
         response: Least-squares gain of X0_hat on X_t.
@@ -193,15 +179,7 @@ class Denoising(msgspec.Struct, frozen=True):
 
 
 class GateCurves(msgspec.Struct, frozen=True):
-    """The mean gates of one resampler: for each band, a number for each time step of the denoising.
-
-    Attributes:
-        module: The gates' place in the network.
-        LL: Of the approximation.
-        LH: Of horizontal detail.
-        HL: Of vertical detail.
-        HH: Of diagonal detail.
-    """
+    """The mean gates of one resampler by time step: of the approximation, horizontal, vertical and diagonal detail."""
 
     module: str
     LL: tuple[float, ...]
@@ -214,19 +192,11 @@ class SpectrumReport(msgspec.Struct, frozen=True):
     """A model by frequency; spectrum.json.
 
     Attributes:
-        model: Its name.
-        teacher: The teacher's, or None.
         size: Height and width of the images, in pixels.
         num_images: How many were generated.
         available: Photographs in the folder, whose spectrum is taken.
-        scheduler: The sampler's name.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance of the generated images.
-        seed: Of all noise, and of the choice of photographs.
-        spectra: Power of generated images and photographs.
-        denoising: The denoiser on noised photographs.
+        guidance_scale: Of the generated images.
         gates: Of a wavelet-gated model, one entry for each resampler; None of any other.
-        skipped: Files left out, and why; empty where there are none.
     """
 
     model: str

@@ -6,8 +6,8 @@ with the same seed and class.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +39,7 @@ Mask = tuple[bool, ...]
 
 
 def check_counts(num_images: int, batch: int) -> None:
-    """Refuses numbers of images that cannot be compared, or that no memory holds.
-
-    Raises:
-        ConfigError: One is out of range.
-    """
+    """Raises ConfigError for numbers of images out of range."""
     if not MIN_IMAGES <= num_images <= MAX_IMAGES:
         raise ConfigError(f"num_images is {num_images}; expected {MIN_IMAGES} or more, up to {MAX_IMAGES}")
     if batch < 1:
@@ -96,25 +92,20 @@ def _check_images(subject: str, conditioning: str, space: str, shape: tuple[int,
         raise UnsupportedError(f"{subject} makes {channels}x{height}x{width}; expected square images of 3 channels")
 
 
-class Sampler(ABC):
+@dataclass(frozen=True, eq=False)
+class Sampler:
     """Makes images, and has the settings for where nothing else is asked for.
 
     Attributes:
-        name: Built-in name, or the directory's name.
-        kind: ``bundle`` or ``model``, for messages.
-        backend: What runs the graphs.
-        session: The opened backend.
-        scheduler: The settings that travel in a manifest.
         size: Height and width of the images, in pixels.
         labels: Names of the classes; None where there is no condition.
         null_label: Index of the class that stands for none, where there is one.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is off.
+        guidance_scale: 1 is off.
         clocks: Periods or masks.
+        pipe: Of a bundle: it checks requests.
     """
 
     name: str
-    kind: str
     backend: str
     session: Session
     scheduler: SchedulerConfig
@@ -124,105 +115,32 @@ class Sampler(ABC):
     steps: int
     guidance_scale: float
     clocks: tuple[str, ...]
+    pipe: EdgePipeline | None = None
 
-    @abstractmethod
-    def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> Mask:
-        """Refuses what does not fit, before anything runs.
-
-        Args:
-            clock: Period or mask of the full steps.
-            steps: Denoising steps.
-            guidance_scale: Classifier-free guidance; 1 is off.
-            seed: 0 to 2^64 - 1.
-
-        Returns:
-            The mask of the clock, True = full.
-
-        Raises:
-            ConfigError: A model: the guidance is out of range or needs a null class, or the clock skips steps.
-            RequestError: The clock, the number of steps or the seed is out of range, or does not fit the bundle.
-        """
+    @property
+    def kind(self) -> str:
+        """``bundle`` or ``model``, for messages."""
+        return "model" if self.pipe is None else "bundle"
 
     @property
     def scheduler_name(self) -> str:
         """The scheduler's name in options."""
         return self.scheduler.name + ("_karras" if self.scheduler.use_karras_sigmas else "")
 
-    def draw(
-        self, numbers: Sequence[int], mask: Mask, *, classes: NDArray[np.int64] | None, guidance_scale: float, seed: int
-    ) -> NDArray[np.uint8]:
-        """Makes some images, with what `check` has seen.
-
-        Args:
-            numbers: Which images of all.
-            mask: The clock's, True = full.
-            classes: int64, of all images; None where there is no condition.
-            guidance_scale: Classifier-free guidance; 1 is off.
-            seed: 0 to 2^64 - 1.
-
-        Returns:
-            uint8 [len(numbers), H, W, 3].
-
-        Raises:
-            NotFiniteError: The model's output is not finite.
-        """
-        graphs = self.session.graphs
-        scheduler = make_scheduler(self.scheduler, len(mask))
-        drawn = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
-        cond, uncond = {}, {}
-        if classes is not None:
-            dtype = next(tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels")
-            cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
-            if guidance_scale > 1:
-                uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
-        request = Request(
-            graphs=graphs,
-            scheduler=scheduler,
-            clock=mask,
-            guidance=(guidance_scale,) * len(mask),
-            latents=drawn * np.float32(scheduler.init_noise_sigma),
-            cond=cond,
-            uncond=uncond,
-            seed=seed,
-        )
-        *_, last = denoise(request, self.session)
-        return Result(last.latents, (), "pixel").images
-
-
-class ModelSampler(Sampler):
-    """A model in torch, every step full."""
-
-    kind = "model"
-    backend = TORCH
-    steps = STEPS
-    clocks = ("1",)
-
-    def __init__(self, model: Model, scheduler: str | None = None, device: torch.device | None = None) -> None:
-        """Takes a model.
-
-        Args:
-            model: Its UNet is moved to the device.
-            scheduler: One of `edgediff.models.sampling.SCHEDULERS`; dpmpp_2m where None.
-            device: The CPU where None.
-
-        Raises:
-            ConfigError: It has no weights.
-            ModelError: It has no scheduler.
-            UnsupportedError: It makes no photographs, or the scheduler is unknown or cannot be carried over.
-        """
-        check_model(model)
-        known = model.conditioning
-        self.name = model.name
-        self.size = model.sample_shape[1]
-        self.scheduler = scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler)
-        self.session = WholeSession(model, torch.device("cpu") if device is None else device)
-        self.labels = known.labels if known.kind == "class" else None
-        self.null_label = known.null_label
-        self.guidance_scale = usual_guidance(known)
-
     def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> Mask:
-        """As `Sampler.check`."""
+        """Refuses what does not fit, before anything runs; returns the clock's mask, True = full.
+
+        Raises:
+            ConfigError: Of a model: the guidance is out of range or needs a null class, or the clock skips steps.
+            RequestError: The clock, the number of steps or the seed is out of range, or does not fit the bundle.
+        """
         mask = clock_mask(clock, steps)
+        if self.pipe is not None:
+            label = None if self.labels is None else 0
+            self.pipe.stream(
+                label=label, num_inference_steps=steps, clock=clock, guidance_scale=guidance_scale, seed=seed
+            )
+            return mask
         if not all(mask):
             raise ConfigError(
                 f"clock {clock}: a model is sampled with every step full; export a bundle to compare clocks"
@@ -235,46 +153,97 @@ class ModelSampler(Sampler):
             raise ConfigError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
         return mask
 
-
-class BundleSampler(Sampler):
-    """A bundle in one of its backends."""
-
-    kind = "bundle"
-
-    def __init__(self, path: str | Path, backend: str | None = None, *, warn: bool = True) -> None:
-        """Opens a bundle.
+    def draw(
+        self, numbers: Sequence[int], mask: Mask, *, classes: NDArray[np.int64] | None, guidance_scale: float, seed: int
+    ) -> NDArray[np.uint8]:
+        """Makes the images of these numbers, uint8 [len(numbers), H, W, 3], with what `check` has seen.
 
         Args:
-            path: The bundle.
-            backend: The usual one where None.
-            warn: Warn where a generation is not what the bundle's adaptor was trained for.
+            numbers: Which images.
+            mask: The clock's, True = full.
+            classes: int64, of all images, not just these; None where there is no condition.
+            guidance_scale: 1 is off.
+            seed: Of the noise.
 
         Raises:
-            BundleError: It is damaged.
-            RequestError: The backend is unknown, or not available on this machine.
-            UnsupportedError: It makes no photographs.
+            NotFiniteError: The model's output is not finite.
         """
-        opened = open_bundle(path)
-        manifest = opened.manifest
-        check_manifest(manifest)
-        self.backend = usual_backend(opened) if backend is None else backend
-        self.session = open_session(opened, self.backend)
-        self._pipe = EdgePipeline(manifest, self.session, warn=warn)
-        known, point = manifest.conditioning, manifest.operating_point
-        self.name = manifest.source.name
-        self.size = manifest.sample.height
-        self.scheduler = manifest.scheduler
-        self.labels = known.labels if known.kind == "class" else None
-        self.null_label = known.null_label
-        self.steps, self.guidance_scale = point.num_inference_steps, point.guidance_scale
-        self.clocks = ("1", str(point.clock))
+        graphs = self.session.graphs
+        scheduler = make_scheduler(self.scheduler, len(mask))
+        latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
+        cond, uncond = {}, {}
+        if classes is not None:
+            dtype = next(tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels")
+            cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
+            if guidance_scale > 1:
+                uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
+        request = Request(
+            graphs=graphs,
+            scheduler=scheduler,
+            clock=mask,
+            guidance=(guidance_scale,) * len(mask),
+            latents=latents * np.float32(scheduler.init_noise_sigma),
+            cond=cond,
+            uncond=uncond,
+            seed=seed,
+        )
+        *_, last = denoise(request, self.session)
+        return Result(last.latents, (), "pixel").images
 
-    def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> Mask:
-        """As `Sampler.check`, by the pipeline's own checks."""
-        mask = clock_mask(clock, steps)
-        label = None if self.labels is None else 0
-        self._pipe.stream(label=label, num_inference_steps=steps, clock=clock, guidance_scale=guidance_scale, seed=seed)
-        return mask
+
+def sample_model(model: Model, scheduler: str | None = None, device: torch.device | None = None) -> Sampler:
+    """A sampler of a model in torch, every step full; its UNet is moved to the device, the CPU where None.
+
+    Raises:
+        ConfigError: It has no weights.
+        ModelError: It has no scheduler.
+        UnsupportedError: It makes no photographs, or the scheduler is unknown or cannot be carried over.
+    """
+    check_model(model)
+    known = model.conditioning
+    return Sampler(
+        name=model.name,
+        backend=TORCH,
+        session=WholeSession(model, torch.device("cpu") if device is None else device),
+        scheduler=scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler),
+        size=model.sample_shape[1],
+        labels=known.labels if known.kind == "class" else None,
+        null_label=known.null_label,
+        steps=STEPS,
+        guidance_scale=usual_guidance(known),
+        clocks=("1",),
+    )
+
+
+def sample_bundle(path: str | Path, backend: str | None = None, *, warn: bool = True) -> Sampler:
+    """A sampler of a bundle in a backend, the usual one where None.
+
+    `warn` says whether the pipeline warns where a generation is not what the bundle's adaptor was trained for.
+
+    Raises:
+        BundleError: It is damaged.
+        RequestError: The backend is unknown, or not available on this machine.
+        UnsupportedError: It makes no photographs.
+    """
+    opened = open_bundle(path)
+    manifest = opened.manifest
+    check_manifest(manifest)
+    backend = usual_backend(opened) if backend is None else backend
+    session = open_session(opened, backend)
+    known, point = manifest.conditioning, manifest.operating_point
+    return Sampler(
+        name=manifest.source.name,
+        backend=backend,
+        session=session,
+        scheduler=manifest.scheduler,
+        size=manifest.sample.height,
+        labels=known.labels if known.kind == "class" else None,
+        null_label=known.null_label,
+        steps=point.num_inference_steps,
+        guidance_scale=point.guidance_scale,
+        clocks=("1", str(point.clock)),
+        pipe=EdgePipeline(manifest, session, warn=warn),
+    )
 
 
 def open_sampler(
@@ -285,27 +254,18 @@ def open_sampler(
     device: torch.device | None = None,
     warn: bool = True,
 ) -> Sampler:
-    """Opens a bundle, a diffusers directory or a built-in model.
-
-    Args:
-        source: Path or built-in name.
-        backend: Of a bundle; a model's is torch.
-        scheduler: Of a model; a bundle brings its own.
-        device: Where a model runs; the CPU where None.
-        warn: As `BundleSampler`.
+    """A sampler of a bundle, a diffusers directory or a built-in model; `backend` is for the first, `scheduler` not.
 
     Raises:
-        BundleError: The bundle is damaged.
         ConfigError: An option is for the other kind of source, or the model has no weights.
         ModelError: There is no such model, it cannot be read, or has no scheduler.
-        RequestError: The backend is unknown, or not available on this machine.
-        UnsupportedError: It makes no photographs, or its scheduler is not handled.
+        BundleError, RequestError, UnsupportedError: As `sample_bundle` and `sample_model`.
     """
     folder = Path(source)
     if (folder / MANIFEST).is_file():
         if scheduler is not None:
             raise ConfigError(f"scheduler {scheduler} was given, but a bundle brings its own; leave it out")
-        return BundleSampler(folder, backend, warn=warn)
+        return sample_bundle(folder, backend, warn=warn)
     if folder.is_dir() and not any((folder / name).exists() for name in ("unet", "config.json")):
         raise ModelError(
             f"{source} is neither a bundle, which has a {MANIFEST}, nor a model, which has unet/config.json"
@@ -313,4 +273,4 @@ def open_sampler(
     if backend not in (None, TORCH):
         known = f"{backend!r} is for bundles" if backend in BACKENDS else f"no backend {backend!r}"
         raise ConfigError(f"{known}; a model is sampled in torch")
-    return ModelSampler(load_model(source), scheduler, device)
+    return sample_model(load_model(source), scheduler, device)

@@ -25,7 +25,7 @@ from edgediff.evaluate.frequency import (
 from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.evaluate.processes import Processes
 from edgediff.evaluate.report import Denoising, GateCurves, Spectra, SpectrumReport
-from edgediff.evaluate.sampler import BATCH, ModelSampler, check_counts, chunks
+from edgediff.evaluate.sampler import BATCH, check_counts, chunks, sample_model
 from edgediff.models.load import Model, load_model
 from edgediff.models.spectral import BANDS
 from edgediff.outputs import write_whole
@@ -116,7 +116,7 @@ def evaluate_spectrum(
     progress(f"opening {model}")
     loaded = load_model(model)
     denoiser = Denoiser(loaded, processes.device)
-    sampler = ModelSampler(loaded, scheduler, processes.device)
+    sampler = sample_model(loaded, scheduler, processes.device)
     steps = sampler.steps if steps is None else steps
     guidance_scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     mask = sampler.check("1", steps, guidance_scale, seed)

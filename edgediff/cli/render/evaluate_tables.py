@@ -1,4 +1,4 @@
-"""What ``edgediff evaluate`` shows, as rich tables; nothing here prints."""
+"""The tables of ``edgediff evaluate``; nothing here prints."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,14 +11,7 @@ if TYPE_CHECKING:
 
 
 def distance_tables(found: "Evaluation") -> list[Table]:
-    """One line for each clock, below the line of photographs against photographs.
-
-    Args:
-        found: The evaluation.
-
-    Returns:
-        The distances; where training photographs were named, also how near images come to those.
-    """
+    """Distances by clock, below those of photographs; with training photographs, also how near images come to those."""
     return [_distances(found), *([] if found.yardstick is None else [_closeness(found)])]
 
 
@@ -85,16 +78,10 @@ def _near(closeness: "Closeness") -> tuple[str, str, str]:
 
 
 def spectrum_tables(found: "SpectrumReport") -> list[Table]:
-    """One line for each octave.
-
-    Args:
-        found: The diagnosis.
-
-    Returns:
-        The table.
-    """
+    """Power, gains and errors by octave."""
     spectra, denoising = found.spectra, found.denoising
-    times = [0, len(denoising.timesteps) // 2, len(denoising.timesteps) - 1]
+    count = len(denoising.timesteps)
+    times = sorted({0, count // 2, count - 1})
     table = Table(
         title=f"{found.model} by frequency: {found.num_images} images, {found.num_inference_steps} steps of "
         f"{found.scheduler}, guidance {found.guidance_scale:g}",
