@@ -1,18 +1,23 @@
-"""A model by frequency on one page: what it makes, how it denoises, and what its gates let pass."""
+"""The pictures of ``edgediff evaluate``: a model by frequency on one page, and images beside training photographs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.evaluate.spectra import top_octaves
-from edgediff.evaluate.spectrum_report import GateCurves, SpectrumReport
+from edgediff.evaluate.frequency import top_octaves
+from edgediff.evaluate.neighbours import SHOWN, Nearest
+from edgediff.evaluate.report import GateCurves, SpectrumReport
 
 INK, SOFT, REAL, MADE, BAD = "#222222", "#8a8a8a", "#222222", "#1f5fa8", "#b03a2e"
+GRID = "#e6e6e6"
+SETS = ("#222222", "#1f5fa8", "#c2571a", "#1a7f37", "#7b3fa0", "#a08a1f")
 BAND_COLOURS = {"LL": "#222222", "LH": "#1f5fa8", "HL": "#c2571a", "HH": "#1a7f37"}
-WIDTH, HEIGHT, DPI = 15.0, 4.6, 120
+WIDTH, HEIGHT, GATES_HEIGHT, DPI = 15.0, 4.6, 3.2, 120
+GRID_WIDTH, SHARES_HEIGHT, GROUP_HEIGHT, GRID_DPI = 9.0, 3.2, 2.75, 150
 # Time steps whose response is drawn as a curve.
 CURVES = 5
 GATES_IN_A_LINE = 6
@@ -21,41 +26,34 @@ GATES_IN_A_LINE = 6
 def draw_overview(
     report: SpectrumReport, generated: NDArray[np.uint8], photographs: NDArray[np.uint8], path: Path
 ) -> None:
-    """Draws the page.
+    """Draws a model by frequency as a PNG: its images, its denoising, its gates.
 
     Args:
         report: The numbers.
         generated: uint8 [S, H, W, 3], some of the generated images.
-        photographs: uint8 [S, H, W, 3], some photographs.
-        path: Where the PNG is to be.
+        photographs: uint8 [S, H, W, 3].
+        path: Where to.
     """
-    # The Agg backend by name: no display is asked for, and no global setting changed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    denoising = report.denoising
-    maps: list[Callable[[Any], None]] = [lambda axes: _draw_error(axes, report, denoising.error, "error of the guess")]
+    denoising, spectra = report.denoising, report.spectra
+    maps = [(denoising.error, "error of the guess")]
     if denoising.teacher_gap is not None:
-        gap, what = denoising.teacher_gap, f"gap to {report.teacher}"
-        maps.append(lambda axes: _draw_error(axes, report, gap, what))
+        maps.append((denoising.teacher_gap, f"gap to {report.teacher}"))
     gates = report.gates or ()
     lines = [gates[i : i + GATES_IN_A_LINE] for i in range(0, len(gates), GATES_IN_A_LINE)]
-    wide = len(maps) > 1
-    figure = Figure(figsize=(WIDTH + 4.5 * wide, 2 * HEIGHT + 3.2 * len(lines)), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    rows: Any = figure.subfigures(2 + len(lines), 1, height_ratios=[HEIGHT, HEIGHT, *[3.2] * len(lines)], squeeze=False)
-    above = rows[0, 0].subplots(1, 3, width_ratios=(1, 1, 1.15))
+    heights = [HEIGHT, HEIGHT, *[GATES_HEIGHT] * len(lines)]
+    figure = _figure(WIDTH + 4.5 * (len(maps) - 1), sum(heights), DPI)
+    rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    above = rows[0].subplots(1, 3, width_ratios=(1, 1, 1.15))
     _draw_power(above[0], report)
     _draw_gap(above[1], report)
     _draw_images(above[2], generated, photographs)
-    below = rows[1, 0].subplots(1, 2 + len(maps))
+    below = rows[1].subplots(1, 2 + len(maps))
     _draw_curves(below[0], report)
     _draw_departure(below[1], report)
-    for axes, draw in zip(below[2:], maps, strict=True):
-        draw(axes)
-    for row, line in zip(rows[2:, 0], lines, strict=True):
+    for axes, (error, title) in zip(below[2:], maps, strict=True):
+        _draw_error(axes, report, error, title)
+    for row, line in zip(rows[2:], lines, strict=True):
         _draw_gates(row.subplots(1, GATES_IN_A_LINE if len(lines) > 1 else len(line), squeeze=False)[0], line, report)
-    spectra = report.spectra
     figure.suptitle(
         f"{report.model} by frequency: {report.num_images} images, {report.num_inference_steps} steps of "
         f"{report.scheduler}, guidance {report.guidance_scale:g};  {report.available} photographs, "
@@ -64,7 +62,26 @@ def draw_overview(
         color=INK,
         fontsize=12,
     )
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, dpi: int) -> Any:
+    # The Agg backend by name: needs no display, and changes no global setting.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _open_frame(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _draw_power(axes: Any, report: SpectrumReport) -> None:
@@ -109,7 +126,7 @@ def _draw_images(axes: Any, generated: NDArray[np.uint8], photographs: NDArray[n
 
 
 def _tiles(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
-    """The images in lines of so many, the last line white where there are none left."""
+    """The images in lines of `columns`, the last line filled up with white."""
     count, height, width, channels = images.shape
     missing = np.full((-count % columns, height, width, channels), 255, np.uint8)
     lines = np.concatenate([images, missing]).reshape(-1, columns, height, width, channels)
@@ -152,10 +169,11 @@ def _draw_error(axes: Any, report: SpectrumReport, error: Sequence[Sequence[floa
 
 
 def _draw_map(axes: Any, report: SpectrumReport, values: NDArray[np.float64], colours: Any, label: str) -> None:
-    """Time steps from below to above, bands from left to right; band 0 is left out as everywhere."""
+    """Time steps from below to above, bands from left to right without band 0."""
     times = np.array(report.denoising.timesteps, dtype=np.float64)
-    between = (times[1:] + times[:-1]) / 2
-    edges_t = np.array([2 * times[0] - between[0], *between, 2 * times[-1] - between[-1]])
+    # A schedule may have a single time step.
+    between = (times[1:] + times[:-1]) / 2 if len(times) > 1 else times + 0.5
+    edges_t = np.array([2 * times[0] - between[0], *between[: len(times) - 1], 2 * times[-1] - between[-1]])
     edges_f = np.arange(values.shape[1]) + 0.5
     drawn = axes.pcolormesh(edges_f, edges_t, values[:, 1:], **colours)
     bar = axes.figure.colorbar(drawn, ax=axes, pad=0.02)
@@ -167,7 +185,7 @@ def _draw_map(axes: Any, report: SpectrumReport, values: NDArray[np.float64], co
 
 
 def _frequencies(axes: Any, report: SpectrumReport, title: str) -> None:
-    """Marks octaves on the axis of frequencies, and where the top two begin."""
+    """The axis of frequencies: octaves, and where the top two begin."""
     last, nyquist = len(report.spectra.gap) - 1, report.size / 2
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.5 if axes.collections and not axes.lines else 1, last + 0.5)
@@ -181,8 +199,7 @@ def _frequencies(axes: Any, report: SpectrumReport, title: str) -> None:
     axes.set_title(title, fontsize=10.5, color=INK)
     axes.tick_params(labelsize=8.5)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    _open_frame(axes)
 
 
 def _draw_gates(panels: Any, curves: Sequence[GateCurves], report: SpectrumReport) -> None:
@@ -192,12 +209,78 @@ def _draw_gates(panels: Any, curves: Sequence[GateCurves], report: SpectrumRepor
         for band, colour in BAND_COLOURS.items():
             axes.plot(report.denoising.timesteps, getattr(curve, band), "o-", color=colour, markersize=3, label=band)
         axes.set_ylim(0, 1)
-        axes.grid(color="#e6e6e6", linewidth=0.6)
+        axes.grid(color=GRID, linewidth=0.6)
         axes.set_title(curve.module.removesuffix(".gate"), fontsize=9, color=INK)
         axes.set_xlabel("t", fontsize=9)
         axes.tick_params(labelsize=8)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        _open_frame(axes)
         if i == 0:
             axes.set_ylabel("mean gate")
             axes.legend(frameon=False, fontsize=8, ncols=4)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A set whose nearest images are drawn.
+
+    Attributes:
+        name: What it is.
+        images: uint8 [S, H, W, 3], its suspects alone.
+        nearest: Of the whole set.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    nearest: Nearest
+
+
+def draw_suspects(groups: Sequence[Group], train: NDArray[np.uint8], threshold: float, model: str, path: Path) -> None:
+    """Draws, as a PNG, how near each set comes, and its nearest images above the training photographs.
+
+    Args:
+        groups: The sets; the first is the photographs held out.
+        train: uint8 [T, H, W, 3].
+        threshold: The nearest 1 % of the photographs held out are as near as this, in steps of 8 bits.
+        model: What made the images.
+        path: Where to.
+    """
+    heights = [SHARES_HEIGHT, *[GROUP_HEIGHT] * len(groups)]
+    figure = _figure(GRID_WIDTH, sum(heights), GRID_DPI)
+    rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    _draw_shares(rows[0].subplots(), groups, threshold)
+    for row, group in zip(rows[1:], groups, strict=True):
+        row.suptitle(f"{group.name}: the nearest images, and below them the training photographs", fontsize=9)
+        axes = row.subplots(2, SHOWN, squeeze=False)
+        for each in axes.flat:
+            each.set_axis_off()
+        for (above, below), image, suspect in zip(axes.T, group.images, group.nearest.suspects(), strict=False):
+            photograph = train[suspect.neighbour]
+            above.imshow(image, interpolation="nearest")
+            below.imshow(photograph[:, ::-1] if suspect.mirrored else photograph, interpolation="nearest")
+            colour = BAD if suspect.distance <= threshold else SOFT
+            above.set_title(f"{suspect.distance:.1f}", fontsize=8, color=colour, pad=2)
+    figure.suptitle(f"{model}: distance to the nearest training photograph", fontsize=11, color=INK)
+    _save(figure, path)
+
+
+def _draw_shares(axes: Any, groups: Sequence[Group], threshold: float) -> None:
+    """Which share of each set is nearer than a distance."""
+    for group, colour in zip(groups, SETS * len(groups), strict=False):
+        distance = np.sort(group.nearest.distance)
+        share = np.arange(1, len(distance) + 1) / len(distance)
+        style = "--" if group is groups[0] else "-"
+        axes.plot(distance, 100 * share, style, color=colour, linewidth=1.6, label=f"{group.name}, {len(distance)}")
+    axes.axvline(threshold, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "1 % of those held out", (threshold, 1), (-4, -4), xycoords=("data", "axes fraction"),
+        textcoords="offset points", rotation=90, ha="right", va="top", fontsize=7.5, color=SOFT,
+    )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("root mean squared difference to the nearest training photograph, steps of 8 bits", fontsize=9)
+    axes.set_ylabel("share that is nearer, %", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    _open_frame(axes)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
