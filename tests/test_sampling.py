@@ -125,8 +125,7 @@ def test_every_scheduler_of_diffusers_keeps_its_noise_process_or_is_refused(kind
         pytest.skip(f"diffusers builds none by default: {e}")
     try:
         config = scheduler_config(source, name)
-    except UnsupportedError as e:
-        assert kind.__name__ in str(e) or "expected" in str(e)
+    except UnsupportedError:
         return
     theirs = np.asarray(source.alphas_cumprod, dtype=np.float64)
     np.testing.assert_allclose(alphas_cumprod(config), theirs, rtol=1e-4, atol=1e-7)
@@ -161,15 +160,12 @@ def test_a_scheduler_of_another_noise_process_is_refused(source, as_mapping, nam
         (EulerDiscreteScheduler, "timestep_type", "continuous"),
         (EulerDiscreteScheduler, "sigma_max", 700.0),
         (DPMSolverMultistepScheduler, "use_flow_sigmas", True),
-        (DPMSolverMultistepScheduler, "use_dynamic_shifting", True),
+        (None, "use_dynamic_shifting", True),
         (DDPMScheduler, "thresholding", True),
     ],
 )
 def test_a_setting_that_the_sampler_does_not_know_is_refused_too(kind, setting, value, name):
-    if setting == "use_dynamic_shifting":
-        source = {"use_dynamic_shifting": True}
-    else:
-        source = kind(**{setting: value})
+    source = kind(**{setting: value}) if kind else {setting: value}
     with pytest.raises(UnsupportedError, match=f"{setting} {value!r}.*expected"):
         scheduler_config(source, name)
 

@@ -8,7 +8,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.evaluate.comparable import check_model
 from edgediff.models.load import Model
 from edgediff.models.sampling import PREDICTIONS
-from edgediff.models.whole import predict
+from edgediff.models.undivided import predict
 from edgediff_runtime.errors import NotFiniteError
 
 

@@ -10,7 +10,7 @@ from edgediff.evaluate.comparable import check_manifest, check_model
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.whole import WholeSession
+from edgediff.models.undivided import undivided_session
 from edgediff.targets.backends import BACKENDS, open_session, usual_backend
 from edgediff_runtime import EdgePipeline, clock_mask, make_scheduler, noise, open_bundle
 from edgediff_runtime.bundle import MANIFEST
@@ -73,7 +73,8 @@ class Sampler:
         self.name = model.name
         self.backend = TORCH
         self.scheduler = scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler)
-        self.session = WholeSession(model, torch.device("cpu") if device is None else device)
+        model.unet.to(torch.device("cpu") if device is None else device)
+        self.session = undivided_session(model)
         self.labels = known.labels if known.kind == "class" else None
         self.null_label = known.null_label
         self.guidance_scale = usual_guidance(known)

@@ -71,7 +71,7 @@ def scheduler_config(source: Any, name: str) -> SchedulerConfig:
 
 
 def diffusers_scheduler(source: Any, name: str) -> Any:
-    """diffusers' own scheduler of that name with the settings of ``source``; arguments and errors as above."""
+    """The scheduler of that name, diffusers' own, with the settings of ``source``; arguments and errors as above."""
     if name not in SCHEDULERS:
         raise UnsupportedError(f"scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
     given = source if isinstance(source, Mapping) else getattr(source, "config", None)
@@ -88,17 +88,14 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
         )
     defaults = {*given.get("_use_default_values", ())} - {*_PROCESS}
     settings = {key: value for key, value in given.items() if key[:1] != "_" and key not in defaults}
-    if kind is not None:
-        own = _parameters(kind)
-        settings = {key: own[key] for key in _PROCESS if key in own} | settings
+    own = {} if kind is None else _parameters(kind)
+    settings = {key: own[key] for key in _PROCESS if key in own} | settings
     if name.endswith("_karras"):
         settings["use_karras_sigmas"] = True
     # Before diffusers sees them, whose own refusals do not always name the setting.
     _refuse_unimplemented(settings, name)
-    if kind is not None:
-        _refuse_foreign({key: value for key, value in given.items() if key in own}, name)
-    else:
-        _refuse_foreign(settings, name)
+    read = settings if kind is None else {key: given.get(key, default) for key, default in own.items()}
+    _refuse_foreign(read, name)
     _read(settings, name)
     try:
         return target.from_config(settings)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from edgediff.errors import ConfigError
 from edgediff.models.load import Model
-from edgediff.models.whole import predict
+from edgediff.models.undivided import predict
 from edgediff.train.distillation import OUT, Distillation, tapped
 from edgediff.train.noising import Noising
 

@@ -17,7 +17,7 @@ from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
 from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
-from edgediff.models.whole import predict
+from edgediff.models.undivided import predict
 from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import factor_of, hash_of_autoencoder, load_autoencoder
