@@ -18,7 +18,7 @@ from unets import CASES, Case, unet2d, unet2d_condition
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
-from edgediff.export.half_reference import with_half_weights
+from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
@@ -100,7 +100,7 @@ def test_every_geometry_is_converted_and_evaluated(name: str, dtype: Any, tmp_pa
         assert psnr_db(value, got[key].numpy()) > (45 if dtype == "fp16" else 100)
     if dtype == "fp16":
         exact = function.run(given, rounded=False)
-        for key, value in _run(with_half_weights(whole), values).items():
+        for key, value in _run(HalfPart(whole, config.deployment_target), values).items():
             assert psnr_db(value, exact[key].numpy()) > 100
 
 

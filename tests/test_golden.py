@@ -1,4 +1,4 @@
-"""The golden corpus (runtime/golden/): what every runtime must come to, and that its files are what its makers write."""
+"""The golden corpus (runtime/golden/): what every runtime must compute; its files are what its makers write."""
 
 import json
 import sys

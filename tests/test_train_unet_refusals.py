@@ -196,7 +196,7 @@ def test_a_damaged_record_of_a_training(teacher_training: TeacherTraining, tmp_p
     (tmp_path / "a" / "training.json").write_bytes(data)
     with (
         unchanged(tmp_path),
-        pytest.raises(TargetError, match="training.json is damaged; remove"),
+        pytest.raises(TargetError, match=r"training\.json is damaged; remove"),
     ):
         train_teacher(tmp_path / "a", teacher_training)
 

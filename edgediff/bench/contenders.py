@@ -150,25 +150,19 @@ def _with_whole(manifest: Manifest, whole: Whole) -> Manifest:
 
 def _torch(manifest: Manifest, compile_parts: bool, undivided: bool) -> Session:
     from edgediff.models.graphs import graph_list
-    from edgediff.models.part import Part
     from edgediff.models.torch_session import TorchSession
-    from edgediff.models.undivided import NAME, Undivided, undivided_graph
+    from edgediff.models.undivided import undivided_session
 
     found, reason = open_source(manifest)
     if found is None:
         raise UnsupportedError(f"{reason}; torch runs the model that the bundle was made of")
     model, divided = found
-    graphs = graph_list(divided, model)
-    parts: dict[str, Part] = divided.parts
-    if undivided:
-        parts = {NAME: Undivided(model.unet, divided.inputs)}
-        graphs = (undivided_graph(graphs, divided.inputs),)
-    session = TorchSession(parts, graphs)
+    session = undivided_session(model) if undivided else TorchSession(divided.parts, graph_list(divided, model))
     if compile_parts:
         import torch
 
         compiler: Callable[..., Any] = torch.compile
-        session.parts = {name: compiler(part) for name, part in parts.items()}
+        session.parts = {name: compiler(part) for name, part in session.parts.items()}
     return session
 
 
@@ -188,7 +182,6 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     """
     try:
         from edgediff.bundle.files import list_files
-        from edgediff.models.graphs import graph_list
         from edgediff.models.undivided import NAME, Undivided, undivided_graph
         from edgediff.targets.onnx import OnnxConfig
         from edgediff.targets.onnx.write_onnx import write_graph
@@ -197,15 +190,16 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     found, reason = open_source(bundle.manifest)
     if found is None:
         raise UnsupportedError(reason)
-    model, divided = found
+    model, _ = found
     file = f"onnx/{NAME}.onnx"
     (folder / "onnx").mkdir()
-    graph = undivided_graph(graph_list(divided, model), divided.inputs, file)
+    graph = undivided_graph(model, file)
     settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
     given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
     share = share_rows(bundle.manifest.target("onnx").unet.graphs)
     try:
-        done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings, share)
+        part = Undivided(model.unet, tuple(given))
+        done = write_graph(part, graph, given, folder / file, settings, share)
     except EdgediffError as e:
         raise UnsupportedError(f"the undivided UNet cannot be exported: {e}") from e
     beside = None if done.external_data is None else f"onnx/{done.external_data}"

@@ -11,7 +11,7 @@ from edgediff.export.export_config import ExportConfig, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
-from edgediff.models.graphs import graph_list, tensor_entry
+from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
@@ -71,7 +71,7 @@ def draft_manifest(
     known = model.conditioning
     point = operating_point(model, config)
     in_channels, height, width = model.sample_shape
-    channels = model.unet.config.out_channels
+    channels = model.out_channels
     if channels > in_channels:
         raise UnsupportedError(
             f"the UNet takes {in_channels} channels and gives {channels}: it predicts a variance besides, which no "
@@ -98,7 +98,7 @@ def draft_manifest(
         sample=m.Sample(channels, in_channels, height, width, model.space),
         conditioning=m.Conditioning(
             kind=known.kind,
-            tensors=tuple(tensor_entry(name, spec) for name, spec in known.tensors.items()),
+            tensors=conditioning_tensors(model),
             labels=known.labels,
             null_label=known.null_label,
         ),

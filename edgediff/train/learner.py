@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.load import Model
 from edgediff.models.sampling import PREDICTIONS
-from edgediff.models.whole import predict
+from edgediff.models.undivided import predict
 from edgediff.train.distillation import OUT, Distillation, tapped
 
 DDPM = "ddpm"

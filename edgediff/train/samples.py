@@ -11,7 +11,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.whole import WholeSession
+from edgediff.models.undivided import undivided_session
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.image import grid, write_png
 from edgediff_runtime.loop import Request, denoise, initial_latents
@@ -61,7 +61,7 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
     rows = count * (2 if guidance > 1 else 1)
     # As many in each part, since the loop fills up parts that are not full.
     even = None if at_once is None else math.ceil(rows / math.ceil(rows / at_once))
-    session = WholeSession(model, model.unet.device, even)
+    session = undivided_session(model, even)
     scheduler = make_sampler(model)
     steps = scheduler.num_inference_steps
     request = Request(

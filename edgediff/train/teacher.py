@@ -16,7 +16,7 @@ from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
 from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
-from edgediff.models.whole import predict
+from edgediff.models.undivided import predict
 from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
 from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data

@@ -9,7 +9,7 @@ import torch
 from edgediff.errors import ProgramError
 from edgediff.mil.function import Function
 from edgediff.mil.program import open_program
-from edgediff.models.tensors import TorchTensors
+from edgediff.models.torch_session import TorchTensors
 from edgediff_runtime import Bundle, BundleError
 from edgediff_runtime.coreml_session import hold_tensors
 from edgediff_runtime.manifest import CoreMLTarget, Graph

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from edgediff.models.tensors import TorchTensors
+from edgediff.models.torch_session import TorchTensors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff_runtime import Bundle, BundleError
 from edgediff_runtime.manifest import Graph
