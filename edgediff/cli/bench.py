@@ -43,8 +43,7 @@ def bench(
     ] = None,
 ) -> None:
     """Time bundles in every backend there is, in one run and in turns; each is held to the reference first."""
-    from edgediff.bench.compare import compare_ledgers
-    from edgediff.bench.ledger import read_ledger, write_ledger
+    from edgediff.bench.ledger import compare_ledgers, read_ledger, write_ledger
     from edgediff.bench.page import check_page, write_page
     from edgediff.bench.run_bench import run_bench
     from edgediff.cli.render.bench_tables import bench_tables, compare_table

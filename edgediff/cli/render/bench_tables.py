@@ -10,8 +10,7 @@ from rich.text import Text
 from edgediff.bench.wording import figure_cells, machine_line, milliseconds, part_names, peak_words
 
 if TYPE_CHECKING:
-    from edgediff.bench.compare import Change
-    from edgediff.bench.ledger import Ledger, Row
+    from edgediff.bench.ledger import Change, Ledger, Row
 
 
 def bench_tables(ledger: "Ledger") -> list[Table]:
