@@ -1,89 +1,50 @@
-"""How is ONNX Runtime to be set? Each setting for itself against what bundles recommend, in turns.
+"""Is each of ONNX Runtime's settings that a bundle recommends worth it? One changed at a time, in turns.
 
-All run the recorded steps of a bundle (both rows of a guided image) and are held to them, each in a process of its
-own, so that memory is its own. What a bundle recommends is in its manifest (`SessionSettings`); what it does not know
-is here too, to show that nothing is lost.
+What is recommended is in the manifest (`SessionSettings`); each process has its own memory.
 """
 
 import argparse
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import msgspec
-from measure import machine
-from steps import Measured, Run, in_turns, measured, times
+from measure import in_turns, machine, spread
 
-from edgediff.bundle.feed import run_step
-from edgediff.bundle.reference import REFERENCE, load_reference
-from edgediff_runtime import Bundle, open_bundle, ort_bound_session, ort_session
-from edgediff_runtime.manifest import share_rows
-from edgediff_runtime.ort_bound_session import OrtBoundSession
-from edgediff_runtime.ort_options import session_options
+from edgediff.bench.contenders import time_bundle
+from edgediff.bench.turns import Call, Said
+from edgediff_runtime import Bundle, open_bundle
 
-# Inputs and outputs bound to memory, which only a session whose threads share a graph does: "rows apart, or not" is
-# what it is to be compared with, where rows apart are recommended.
-BOUND = "rows together, tensors bound"
-# What is changed of the recommended settings, and entries of ONNX Runtime's own.
-VARIANTS: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
-    "recommended": ({}, {}),
-    "rows apart, or not": ({"rows_apart": False}, {}),
-    "no arena": ({"memory_arena": False}, {}),
-    "no memory pattern": ({"memory_pattern": False}, {}),
-    "neither": ({"memory_arena": False, "memory_pattern": False}, {}),
-    "threads wait awake": ({"stop_spinning": False}, {}),
-    "denormals are zero": ({}, {"session.set_denormal_as_zero": "1"}),
-    "weights not laid out": ({}, {"session.disable_prepacking": "1"}),
-    BOUND: ({}, {}),
+CHANGES: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "all threads share every operation": {"rows_apart": False},
+    "no arena": {"memory_arena": False},
+    "no memory pattern": {"memory_pattern": False},
+    "neither": {"memory_arena": False, "memory_pattern": False},
+    "threads spin after a run": {"stop_spinning": False},
 }
 
 
+def changed(bundle: str, changes: dict[str, Any]) -> Iterator[Said]:
+    """The bundle with other settings than it recommends."""
+    opened = open_bundle(Path(bundle))
+    target = opened.manifest.target("onnx")
+    target = msgspec.structs.replace(target, session=msgspec.structs.replace(target.settings, **changes))
+    manifest = msgspec.structs.replace(opened.manifest, targets=(target,))
+    yield from time_bundle(Bundle(opened.path, manifest), "onnxruntime")
+
+
 def main() -> None:
-    """Measures every variant in turns."""
+    """Prints a line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=20, help="of either kind, in each process")
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("bundle")
+    parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args()
     print(machine())
-    # Rows that share a sample cannot be told apart.
-    shared = share_rows(open_bundle(given.bundle).manifest.target("onnx").graphs)
-    names = [name for name in given.only if not (shared and "rows_apart" in VARIANTS[name][0])]
-    found = in_turns(names, given.rounds, partial(measure, given.bundle, given.steps))
-    for name, runs in found.items():
-        loaded, peak = (
-            median(getattr(run, kind) - run.before_mib for run in runs) for kind in ("loaded_mib", "peak_mib")
-        )
-        print(f"{name}: {times(runs)}, memory {loaded:.0f} MiB loaded, {peak:.0f} MiB at most")
-
-
-def measure(path: Path, count: int, name: str) -> Measured:
-    """The bundle with a variant's settings."""
-    bundle = open_bundle(path)
-    reference = load_reference(bundle.file(REFERENCE))
-    return measured(lambda: opened(bundle, *VARIANTS[name], bound=name == BOUND), reference, count)
-
-
-def opened(bundle: Bundle, changes: dict[str, bool], entries: dict[str, str], bound: bool) -> Run:
-    """The bundle in ONNX Runtime with other settings than it recommends."""
-
-    def options(*args: Any) -> Any:
-        made = session_options(*args)
-        for entry, value in entries.items():
-            made.add_session_config_entry(entry, value)
-        return made
-
-    ort_session.session_options = ort_bound_session.session_options = options
-    target = bundle.manifest.target("onnx")
-    assert target.session is not None
-    if "rows_apart" in changes:
-        changes = {"rows_apart": not target.session.rows_apart}
-    target = msgspec.structs.replace(target, session=msgspec.structs.replace(target.session, **changes))
-    bundle = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=(target,)))
-    session = OrtBoundSession(bundle, "cpu") if bound else ort_session.OrtSession(bundle)
-    return lambda step: run_step(session, step, session.graphs, ("out_sample",))["out_sample"]
+    calls = {name: Call.of(changed, bundle=given.bundle, changes=changes) for name, changes in CHANGES.items()}
+    for name, runner in in_turns(calls, given.rounds).items():
+        shown = ", ".join(f"{part} {spread(runner.parts[part])} ms" for part in ("full", "cached", "load"))
+        print(f"{name}: {shown}, peak memory {runner.heard[-1].peak_mib or 0.0:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -119,9 +119,7 @@ def coreml_graphs(
     return tuple(graphs)
 
 
-def executorch_graphs(
-    parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout, batch: int
-) -> tuple[Graph, ...]:
+def executorch_graphs(parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout, batch: int) -> tuple[Graph, ...]:
     """The graphs of the ExecuTorch target: methods of one program, fixed throughout, in fp32.
 
     Args:
