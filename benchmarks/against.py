@@ -1,8 +1,8 @@
 """What would a user take instead? One image with guidance, the same weights and seed, in one run and in turns.
 
-diffusers alone and with DeepCache at the matching branch; a bundle in ONNX Runtime at clock 2 and clock 1, in int8 there,
-and in int8, attention over many keys too, in OpenVINO; of a text-conditioned model optimum-onnx's pipeline too, in an
-environment of its own (optimum-requirements.txt). ``make bench`` brings all of them.
+diffusers alone and with DeepCache at the matching branch; a bundle in ONNX Runtime at clock 2 and clock 1, in int8
+there, and in int8, attention over many keys too, in OpenVINO; of a text-conditioned model optimum-onnx's pipeline too,
+in an environment of its own (optimum-requirements.txt). ``make bench`` brings all of them.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> None:
         found = in_turns(contenders, given.rounds)
     base = found["onnxruntime"].parts["loop"]
     print(
-        f"{STEPS} steps, milliseconds of the loop (median [p10, p90], {given.rounds} rounds in turns), and of clock 2's"
+        f"{STEPS} steps, {given.rounds} rounds in turns: milliseconds of the loop, median [p10, p90]; times clock 2's"
     )
     for name, runner in found.items():
         for part, ms in runner.parts.items():

@@ -1,4 +1,4 @@
-"""Does the cost grow with steps, and with images at once, as they do? grocery-32 and its student, or any bundle; clock 2.
+"""Does the cost grow with steps, and with images at once, as they do? Built-in models, or any bundle; clock 2.
 
 The bar: linear within 5 %.
 """

@@ -22,6 +22,7 @@ BAR = 0.03
 
 def cached_steps(bundle: str) -> Iterator[Said]:
     """A turn is a generation: milliseconds of each cached step, and of what of it is outside of the graphs."""
+    assert "torch" not in sys.modules
     pipe = EdgePipeline.from_pretrained(bundle)
     asked = {"num_images": 1, "guidance_scale": 1.0, "seed": 0}
     want = pipe(**asked).latents

@@ -1,9 +1,9 @@
 """optimum-onnx's pipeline, in an environment of its own: it wants an older transformers than edgediff is built with.
 
-A contender of `against.py` that speaks the engine's lines (edgediff/bench/turns.py) itself. It finds a UNet and a sampler
-as diffusers saves them, and ``given.npz`` with embeddings and latents; exports a Stable Diffusion pipeline around that
-UNet (text encoder and autoencoder are as small as they can be, and never run); then times a generation for each line.
-Versions: optimum-requirements.txt.
+A contender of `against.py` that speaks the engine's lines (edgediff/bench/turns.py) itself. It finds a UNet and a
+sampler as diffusers saves them, and ``given.npz`` with embeddings and latents; exports a Stable Diffusion pipeline
+around that UNet (text encoder and autoencoder are as small as they can be, and never run); then times a generation for
+each line. Versions: optimum-requirements.txt.
 """
 
 import json
