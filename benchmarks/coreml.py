@@ -52,7 +52,8 @@ def images(bundle: Path, dtype: str) -> None:
     near = psnr_db(want.images.astype(np.float32), got.images.astype(np.float32))
     off = np.abs(want.images.astype(int) - got.images.astype(int))
     print(f"{dtype}: images {near:.1f} dB (bar: {DB[dtype]:.0f}) {verdict(near >= DB[dtype])}, {np.mean(off > 0):.2%} "
-          f"of the bytes differ, by {off.max()} at most; latents {psnr_db(want.latents, got.latents):.1f} dB")  # fmt: skip
+          f"of the bytes differ, by {off.max()} at most; latents "
+          f"{psnr_db(want.latents, got.latents):.1f} dB")  # fmt: skip
 
 
 def times(bundle: Path, dtype: str, rounds: int) -> None:

@@ -43,7 +43,8 @@ def main() -> None:
         peak = 2**20 * (runner.heard[-1].peak_mib or 0.0)
         print(f"{recipe}: {seconds:.0f} s (bar: {60 * most_minutes:.0f} s) {verdict(seconds <= 60 * most_minutes)}; "
               f"peak memory {peak / 1e9:.2f} GB, {peak / weights:.2f} times the {weights / 1e9:.2f} GB of fp32 "
-              f"weights (bar: {most_weights}) {verdict(peak <= most_weights * weights)}; bundle {size / 1e9:.2f} GB")  # fmt: skip
+              f"weights (bar: {most_weights}) {verdict(peak <= most_weights * weights)}; "
+              f"bundle {size / 1e9:.2f} GB")  # fmt: skip
 
 
 if __name__ == "__main__":
