@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import onnxruntime as ort
 import pytest
+import torch
 from command_line import Command, assert_error
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
@@ -207,6 +208,7 @@ def test_a_process_that_dies_is_said_and_keeps_what_it_measured(class_bundle: Pa
         runner.close()
 
 
+@torch.no_grad()
 def count(upto: int, exit_code: int | None = None) -> Iterator[Said]:
     """Ready, then one more each turn; an error after the last."""
     yield Said(psnr_db=50.0)

@@ -66,7 +66,7 @@ class Call(msgspec.Struct, frozen=True):
     def of(cls, function: Callable[..., Iterator[Said]], **given: Any) -> "Call":
         """The call of a function of edgediff's, or of a script's."""
         module = function.__module__
-        where = module if module.startswith("edgediff.") else inspect.getfile(function)
+        where = module if module.startswith("edgediff.") else inspect.getfile(inspect.unwrap(function))
         return cls(f"{where}:{function.__name__}", given)
 
 
