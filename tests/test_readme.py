@@ -28,7 +28,7 @@ def test_what_the_readme_shows_runs(language: str, tmp_path: Path) -> None:
         assert "everything holds" in done.stdout
 
 
-FOLDERS = ("", "edgediff/**/", "runtime/**/", "export_configs/", "benchmarks/")
+FOLDERS = ("", "edgediff/**/", "runtime/**/", "export_configs/", "benchmarks/**/")
 PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
 
 

@@ -19,6 +19,7 @@ from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
+from edgediff.models.undivided import undivided_session
 from edgediff.targets.backends import BACKENDS, open_session, usual_backend
 from edgediff_runtime import EdgePipeline, Result, clock_mask, denoise, make_scheduler, noise, open_bundle
 from edgediff_runtime.bundle import MANIFEST
