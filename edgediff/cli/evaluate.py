@@ -17,6 +17,7 @@ from edgediff.cli.app import (
     progress,
     toolchain,
 )
+from edgediff.zoo import check_source
 
 evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
@@ -75,6 +76,7 @@ def distance(
 
     Under accelerate launch the images are divided over processes.
     """
+    check_source(source)
     found = toolchain("edgediff.evaluate.distance", "evaluate distance")
     with progress() as say:
         done = found.evaluate_distance(
@@ -130,6 +132,7 @@ def spectrum(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a model does to each frequency: power of its images, error and response of its denoising, gates."""
+    check_source(model)
     diagnose = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
     files = toolchain("edgediff.evaluate.spectrum_files", "evaluate spectrum")
     outputs.check_drawing("drawing spectra")

@@ -20,6 +20,7 @@ from edgediff.cli.app import (
     toolchain,
 )
 from edgediff.errors import ConfigError
+from edgediff.zoo import check_source
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the model is to be, a diffusers directory.")]
 ConfigOption = Annotated[
@@ -66,6 +67,8 @@ def adaptor(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adaptor on unrolled trajectories; an interrupted training goes on where it stopped."""
+    if model is not None:
+        check_source(model)
     settings = toolchain("edgediff.train.settings", "train adaptor")
     import msgspec
 

@@ -1,9 +1,9 @@
 """Verification: three numbers, never mixed.
 
-Each graph against the same module in torch; a step composed from the graphs against torch (a full one: the undivided
-UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against torch, same
-clock) stands apart from the caching error (clock N against clock 1, same backend). The inputs are real ones, taken
-along a real trajectory.
+Each graph against the same module in torch; a step composed from the graphs against torch (a full one against the
+undivided UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against
+torch, same clock) is separate from the caching error (clock N against clock 1, same backend). Inputs are recorded along
+a real trajectory.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from edgediff_runtime.sessions import Session
 log = logging.getLogger(__name__)
 
 TOOLS = ("edgediff", "numpy", "onnxruntime")
-# Of Apple's runtime, whatever the recipe asks of the evaluator: what processors it takes is its own affair.
+# For Apple's runtime, which chooses the processor itself, whatever the recipe asks of the evaluator.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 Progress = Callable[[str], None]
 # By number of the step and name of the graph.
@@ -67,13 +67,10 @@ def verify_bundle(
     Args:
         path: The bundle.
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
-            it is not at hand, or torch is not installed, the trajectory is held to the evidence's final latents.
-        progress: Told what is being done.
+            there is none, or no torch, the trajectory is compared with the evidence's final latents.
+        progress: Called with what is being done.
         record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
         targets: Which targets to verify; None verifies all.
-
-    Returns:
-        The report.
 
     Raises:
         BundleError: A file is damaged, missing, not listed or unsafe, or a target is not in the bundle.
@@ -117,7 +114,7 @@ def verify_bundle(
 
 @dataclass
 class _Source:
-    """The trajectory that every backend is held to; computed anew once, where the source is at hand."""
+    """The trajectory that backends are compared with; computed once in torch, where the source is found."""
 
     manifest: Manifest
     reference: Reference
@@ -130,11 +127,12 @@ class _Source:
         self.say("trajectory of the source")
         request = reference_request(self.manifest, self.reference.conditioning)
         anew, note = torch_latents(self.manifest, request, self.model)
-        return [latents for latents in (anew, self.reference.latents) if latents is not None], note
+        found = [latents for latents in (anew, self.reference.latents) if latents is not None]
+        return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
 def _for_device(target: Target) -> Target:
-    """The target with floors that an accelerator may be held to, which adds up in fp16 where it likes."""
+    """The target with floors for an accelerator, which may add up in fp16."""
     floors = target.floors
     eased = msgspec.structs.replace(
         floors,
@@ -146,10 +144,10 @@ def _for_device(target: Target) -> Target:
 
 
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
-    """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
+    """Each graph alone, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.floors
     if share_rows(target.graphs):
-        # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
+        # Graphs that repeat what rows have in common are checked on such rows, also where the reference has none.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
@@ -213,7 +211,7 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
 
 
 def _findings(target: Target, reference: Reference, session: Any, say: Progress) -> list[Finding]:
-    """What comes near the end of fp16's range, on the first recorded step in which each graph runs."""
+    """What comes near the end of fp16's range, in each graph's first recorded step."""
     from edgediff.targets.coreml.headroom import findings
 
     say(f"{MIL_REFERENCE}: headroom")
@@ -231,16 +229,18 @@ def _findings(target: Target, reference: Reference, session: Any, say: Progress)
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
     floors, manifest = target.floors, source.manifest
+    checks: tuple[tuple[Check, float | None], ...] = (("trajectory", floors.trajectory), ("caching", floors.caching))
     if manifest.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
-        return [
-            not_run("trajectory", "latents", backend, floors.trajectory, note),
-            not_run("caching", "latents", backend, floors.caching, note),
-        ]
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
+    want, note = source.latents
+    if not want:
+        note = f"no latents to compare with: {note}"
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    # What the adaptor was trained for is the user's concern, not that of a comparison.
+    # A comparison need not be what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
         latents, decided = _along(pipe, request)
@@ -248,7 +248,6 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
-    want, note = source.latents
     numbers = [(psnr_db(each, latents), "latents") for each in want]
     rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note + decided)]
     if always is None:
@@ -275,7 +274,7 @@ def _shown(mask: tuple[int, ...]) -> str:
 
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
-    """A row for everything that a backend would have measured."""
+    """The rows that a backend would have measured."""
     floors = target.floors
     names = [graph.name for graph in target.graphs if graph.file is not None]
     rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
