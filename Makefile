@@ -34,7 +34,6 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/edgediff export grocery-32-student -o out/bench/grocery-32-student
 	$(BIN)/edgediff bench out/bench/grocery-32 out/bench/grocery-32-student
 	$(BIN)/edgediff bench out/bench/grocery-32 out/bench/grocery-32-split --backend onnxruntime
-	$(BIN)/python benchmarks/settings.py out/bench/grocery-32
 	$(BIN)/edgediff export sd15 --random-weights 0 --adaptor identity --verify graphs -o out/bench/sd15
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6 --guidance-scale 1

@@ -134,8 +134,6 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, tmp_path: Path, monke
 def test_a_portable_graph_and_a_small_one_take_every_row(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
     portable = export(text_model, tmp_path / "portable", layout="pair", onnx=OnnxConfig(portable=True))
     assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}
-    assert manifest_of(text_bundle).target("onnx").settings.rows_apart
-    assert not manifest_of(portable).target("onnx").settings.rows_apart
 
 
 @pytest.mark.usefixtures("large", "traced_once")
@@ -194,7 +192,6 @@ def test_manifests_that_say_otherwise_are_refused(text_model: Path, tmp_path: Pa
         assert_refused(bundle, words)
         seal(bundle, kept)
 
-    refused(lambda target, _: target["session"].update(rows_apart=True), shared)
     refused(lambda _, inputs: inputs.__delitem__(2), shared)
     refused(lambda _, inputs: inputs[2]["shape"].__setitem__(0, "images"), "expected batch first")
     refused(lambda _, inputs: inputs[0]["shape"].__setitem__(1, "images"), "expected sizes")

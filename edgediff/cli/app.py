@@ -1,5 +1,6 @@
 """The Typer application and what its commands share: consoles, options, progress, errors as one line."""
 
+import gc
 import importlib
 import io
 import json
@@ -28,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Tables have no room in less; where COLUMNS says 0, rich would print nothing at all.
-NARROWEST = 60
+# In less, tables lose cells, with COLUMNS=0 all of them; a narrower terminal wraps lines itself.
+NARROWEST = 80
 
 
 def _console(**where: Any) -> Console:
@@ -115,7 +116,10 @@ def _say_warning(message: str) -> None:
 def toolchain(module: str, command: str, extra: str = "export") -> Any:
     """Imports a part of the toolchain, or says which extra the command needs."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # half a million objects that stay, which each collection would go through again
+        return found
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] in ("edgediff", "edgediff_runtime"):
             raise

@@ -85,6 +85,7 @@ def run_demo(folder: Path, say: Callable[[str], None], model: str) -> Shown:
         EdgediffError: Something is in the way, or a number does not hold.
     """
     import numpy as np
+    import torch
 
     from edgediff.config.recipes import find_recipe
     from edgediff.export.export_bundle import export_bundle
@@ -95,6 +96,7 @@ def run_demo(folder: Path, say: Callable[[str], None], model: str) -> Shown:
     from edgediff_runtime import EdgePipeline
     from edgediff_runtime.image import grid, write_png
 
+    torch.set_num_threads(1)  # threads wait for each other longer than such small models compute
     config = load_config(find_recipe(model))
     say(f"loading {model}")
     loaded = load_model(model)

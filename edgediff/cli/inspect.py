@@ -23,6 +23,8 @@ from edgediff_runtime.errors import EdgeRuntimeError
 if TYPE_CHECKING:
     from edgediff.inspect.placement import Note
 
+COMPARISONS = ("clockwork", "spectral")
+
 
 @app.command(
     epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json   |   "
@@ -89,6 +91,8 @@ def inspect(
 
 def _compare(name: str, as_json: bool) -> None:
     """Prints a paper's table beside our counts."""
+    if name not in COMPARISONS:
+        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
     rows = toolchain("edgediff.inspect.comparison", "inspect --compare").compare(name)
     if as_json:
         print_json({"rows": [row.to_dict() for row in rows]})

@@ -22,6 +22,7 @@ from edgediff.cli.app import (
     toolchain,
 )
 from edgediff.errors import ConfigError
+from edgediff.zoo import check_source
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the model is to be, a diffusers directory.")]
 ConfigOption = Annotated[
@@ -68,6 +69,8 @@ def adaptor(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adaptor on unrolled trajectories; an interrupted training goes on where it stopped."""
+    if model is not None:
+        check_source(model)
     given = {
         "model": model, "adaptor": kind, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "rollout": rollout, "rounds": rounds, "images": images, "seed": seed,

@@ -1,9 +1,9 @@
 """Verification: three numbers, never mixed.
 
-Each graph against the same module in torch; a step composed from the graphs against torch (a full one: the undivided
-UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against torch, same
-clock) stands apart from the caching error (clock N against clock 1, same backend). The inputs are real ones, taken
-along a real trajectory.
+Each graph against the same module in torch; a step composed from the graphs against torch (a full one against the
+undivided UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against
+torch, same clock) is separate from the caching error (clock N against clock 1, same backend). Inputs are recorded along
+a real trajectory.
 """
 
 import contextlib
@@ -64,13 +64,10 @@ def verify_bundle(
     Args:
         path: The bundle.
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
-            it is not at hand, or torch is not installed, the trajectory is held to the evidence's final latents.
-        progress: Told what is being done.
+            there is none, or no torch, the trajectory is compared with the evidence's final latents.
+        progress: Called with what is being done.
         record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
         targets: Which targets to verify; None verifies all.
-
-    Returns:
-        The report.
 
     Raises:
         BundleError: A file is damaged, missing, not listed or unsafe, or a target is not in the bundle.
@@ -116,7 +113,7 @@ def verify_bundle(
 
 @dataclass
 class _Source:
-    """The trajectory that every backend is held to; computed anew once, where the source is at hand."""
+    """The trajectory that backends are compared with; computed once in torch, where the source is found."""
 
     manifest: Manifest
     reference: Reference
@@ -129,7 +126,8 @@ class _Source:
         self.say("trajectory of the source")
         request = reference_request(self.manifest, self.reference.conditioning)
         anew, note = torch_latents(self.manifest, request, self.model)
-        return [latents for latents in (anew, self.reference.latents) if latents is not None], note
+        found = [latents for latents in (anew, self.reference.latents) if latents is not None]
+        return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
@@ -238,16 +236,18 @@ def _findings(target: Target, reference: Reference, session: Session, say: Progr
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
     floors, manifest = target.unet.floors, source.manifest
+    checks: tuple[tuple[Check, float | None], ...] = (("trajectory", floors.trajectory), ("caching", floors.caching))
     if manifest.evidence.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
-        return [
-            not_run("trajectory", "latents", backend, floors.trajectory, note),
-            not_run("caching", "latents", backend, floors.caching, note),
-        ]
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
+    want, note = source.latents
+    if not want:
+        note = f"no latents to compare with: {note}"
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    # What the adaptor was trained for is the user's concern, not that of a comparison.
+    # A comparison need not be what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
         latents = pipe(**request).latents
@@ -255,7 +255,6 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
-    want, note = source.latents
     numbers = [(psnr_db(each, latents), "latents") for each in want]
     rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
     if always is None:

@@ -21,4 +21,6 @@ def check_source(source: str) -> None:
     """
     if built_in(source) is None and not (source and Path(source).exists()):
         choices = ", ".join(ZOO)
-        raise ModelError(f"no model at {source}: no such directory, and no built-in name (choices: {choices})")
+        raise ModelError(
+            f"no model at {source or repr(source)}: no such directory, and no built-in name (choices: {choices})"
+        )

@@ -86,6 +86,7 @@ class OpenVinoSession:
 
         Raises:
             BundleError: OpenVINO cannot compile the graph.
+            RequestError: It lacks memory.
         """
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         rows = tuple(len(feeds[tensor.name]) for tensor in graph.inputs)
@@ -95,7 +96,11 @@ class OpenVinoSession:
         if request is None:
             request = self._compile(graph, rows).create_infer_request()
         self._keep(known, (graph.name, rows), request)
-        made = request.infer(feeds, share_inputs=True, share_outputs=True)
+        try:
+            made = request.infer(feeds, share_inputs=True, share_outputs=True)
+        except RuntimeError as e:
+            said = " ".join(str(e).split())[:400]
+            raise RequestError(f"{graph.name} cannot run: {said}; ask for fewer images at once") from e
         # The outputs lie in the request's own memory, which the next run writes over.
         tensors.update((tensor.name, np.array(made[tensor.name])) for tensor in graph.outputs)
 

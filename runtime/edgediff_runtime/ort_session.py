@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import BundleError
+from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import IMAGES, Graph
 from edgediff_runtime.ort_options import session_options
 
@@ -88,12 +88,16 @@ class OrtSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues."""
+        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues.
+
+        Raises:
+            RequestError: It lacks memory.
+        """
         names = self._outputs[graph.name]
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         if not any(isinstance(value, tuple) for value in feeds.values()):
-            session = self._shared[graph.name]
-            tensors.update(zip(names, session.run_with_ort_values(names, feeds), strict=True))
+            made = _run(self._shared[graph.name], graph, names, feeds)
+            tensors.update(zip(names, made, strict=True))
             return
         with self._loading:
             if self._apart is None:
@@ -103,11 +107,19 @@ class OrtSession:
         def run_rows(i: int) -> Any:
             # What has no rows (the timestep) is the same for all.
             mine = {name: value[i] if isinstance(value, tuple) else value for name, value in feeds.items()}
-            return session.run_with_ort_values(names, mine)
+            return _run(session, graph, names, mine)
 
         others = [self._workers.submit(run_rows, i) for i in range(1, self.threads)]
-        made = [run_rows(0), *(other.result() for other in others)]
-        tensors.update(zip(names, zip(*made, strict=True), strict=True))
+        rows = [run_rows(0), *(other.result() for other in others)]
+        tensors.update(zip(names, zip(*rows, strict=True), strict=True))
+
+
+def _run(session: Any, graph: Graph, names: list[str], feeds: dict[str, Any]) -> Any:
+    try:
+        return session.run_with_ort_values(names, feeds)
+    except Exception as e:  # onnxruntime's own errors share no base class
+        said = " ".join(str(e).split())[:400]
+        raise RequestError(f"{graph.name} cannot run: {said}; ask for fewer images at once") from e
 
 
 def load_graphs(

@@ -217,7 +217,8 @@ def _settle(path: Path) -> int:
         },
         "rootModelIdentifier": ids["model.mlmodel"],
     }
-    (settled / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n")
+    # In the form in which coremltools writes it back when it opens the package: its hash stays.
+    (settled / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
     shutil.rmtree(path)
     settled.rename(path)
     return int(spec.specificationVersion)
