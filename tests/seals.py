@@ -26,6 +26,11 @@ def manifest_of(bundle: Path) -> Manifest:
     return parse_manifest((bundle / MANIFEST).read_bytes())
 
 
+def rows_of(bundle: Path) -> list[dict[str, Any]]:
+    """What verification wrote down of a bundle when it was exported."""
+    return json.loads((bundle / PARITY).read_bytes())["rows"]
+
+
 def replace_graph(manifest: Manifest, number: int, **changes: Any) -> Manifest:
     target = manifest.targets[0]
     graphs = list(target.graphs)

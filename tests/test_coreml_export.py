@@ -79,8 +79,11 @@ def _target(graphs: tuple[Graph, ...], config: CoreMLConfig) -> Target:
     )  # fmt: skip
 
 
+OTHERS = [*((name, "fp16") for name in GEOMETRIES if name != "ldm"), ("sd15", "fp32"), ("ldm", "fp32")]
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "fp16") for name in GEOMETRIES), ("sd15", "fp32"), ("ldm", "fp32")]
+    ("name", "dtype"), [("ldm", "fp16"), *(pytest.param(*other, marks=pytest.mark.long) for other in OTHERS)]
 )
 def test_every_geometry_is_converted_and_evaluated(name: str, dtype: Any, tmp_path: Path) -> None:
     number = [*GEOMETRIES].index(name) + (dtype == "fp32")
@@ -125,6 +128,7 @@ def _graph(name: str, module: Part, values: dict[str, torch.Tensor], dtype: str)
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_one_package_of_two_functions_stores_shared_weights_once(
     class_model: Path, coreml_bundle: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +176,7 @@ def test_images_of_both_targets_are_alike(
     assert (place / "out.png").stat().st_size > 100
 
 
+@pytest.mark.long
 def test_text_and_both_targets_in_one_bundle(text_model: Path, tmp_path: Path, command: Command) -> None:
     bundle = tmp_path / "bundle"
     said = command(

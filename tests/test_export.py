@@ -133,6 +133,7 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
     assert (tmp_path / "bundle" / "onnx" / "lowres.onnx").stat().st_size < 200_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("level", "point", "scheduler", "clock"),
     [(1, "after_upsample", "euler", "1,0,1"), (1, "before_upsample", "ddim", 1)],

@@ -9,9 +9,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from command_line import Command, assert_error
+from conftest import Export
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from seals import manifest_of
-from traces import remembering
+from seals import manifest_of, rows_of
 
 import edgediff
 import edgediff.targets.onnx.quantize as quantize_module
@@ -253,13 +253,10 @@ def test_weights_are_rounded_by_channel() -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The class model in eight bits, 4 steps at clock 2, as a pair."""
-    path = tmp_path_factory.mktemp("quantized") / "bundle"
-    with remembering(traces):
-        done = edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, onnx=INT8))
-    assert done.report is not None
-    assert {row.floor_db for row in done.report.rows} == {35.0, None}
+def quantized_bundle(class_model: Path, export_once: Export) -> Path:
+    """The class model in int8, 4 steps at clock 2, as a pair."""
+    path = export_once(class_model, edgediff.ExportConfig(steps=4, onnx=INT8))
+    assert {row["floor_db"] for row in rows_of(path)} == {35.0, None}
     session = manifest_of(path).target("onnx").session
     assert session is not None
     assert session.exact_int8
