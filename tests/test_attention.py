@@ -12,7 +12,7 @@ from conftest import Export
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import CONTRIB, MANY_KEYS, fuse_attention
 from edgediff_runtime import EdgePipeline
 

@@ -15,8 +15,7 @@ from unets import unet2d_condition
 import edgediff
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, TargetError, UnsupportedError, VerificationError
-from edgediff.targets.configs import OnnxConfig
-from edgediff.targets.onnx import passes
+from edgediff.targets.onnx import OnnxConfig, passes
 from edgediff.targets.onnx import write_onnx as onnx_module
 from edgediff_runtime import EdgePipeline, open_bundle
 
@@ -97,7 +96,7 @@ def test_what_is_there_and_valid_is_not_exported_again(
 ) -> None:
     there = tmp_path / "bundle"
     shutil.copytree(class_bundle, there)
-    monkeypatch.setattr("edgediff.export.export_bundle.write_onnx", lambda *a: pytest.fail("exported again"))
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.write_onnx", lambda *a: pytest.fail("exported again"))
     said: list[str] = []
     model = edgediff.load_model(class_model)
     done = edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=4, layout="split"), progress=said.append)
@@ -215,7 +214,7 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
 
     monkeypatch.setattr("edgediff.targets.onnx.write_onnx.write_graph", wrong)
     config = edgediff.ExportConfig(steps=2, layout="split")
-    with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was put in place"):
+    with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was written"):
         edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     assert list(tmp_path.iterdir()) == []
 

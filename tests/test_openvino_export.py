@@ -25,7 +25,8 @@ from edgediff.extras import import_extra
 from edgediff.models.graphs import graph_list
 from edgediff.models.torch_session import TorchSession
 from edgediff.targets.backends import open_session, usual_backend
-from edgediff.targets.configs import OnnxConfig, OpenVinoConfig
+from edgediff.targets.onnx import OnnxConfig
+from edgediff.targets.openvino import OpenVinoConfig
 from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.__main__ import main
 from edgediff_runtime.openvino_session import OpenVinoSession

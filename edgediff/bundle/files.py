@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from edgediff_runtime import Bundle, Manifest
-from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, inside
+from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, inside, sha256_of
 from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import File
 
 # A verification that was killed leaves its scratch file; the next one writes over it.
 PARITY_SCRATCH = "evidence/.parity.json.new"
@@ -46,3 +47,9 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
             if file.is_symlink() or (not file.is_dir() and relative not in listed):
                 found.append(relative)
     return sorted(found)
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """Sizes and hashes of all files of a folder, by their paths in it, sorted."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): File(file.stat().st_size, sha256_of(file)) for file in found}

@@ -25,7 +25,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 from edgediff.mil.package import read_package
 from edgediff.models.part import Part
-from edgediff.targets.configs import CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig
 from edgediff_runtime.manifest import Graph, Target, Tensor
 
 # Core ML holds no tensor of more dimensions.
