@@ -1,8 +1,6 @@
 """Graphs of eight bits: what is quantized, what stays, and what the numbers hold."""
 
-import doctest
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
@@ -14,12 +12,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from seals import manifest_of, rows_of
 
 import edgediff
-import edgediff.targets.onnx.quantize as quantize_module
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.export_config import check_config, config_from
-from edgediff.targets import onnx as onnx_target
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import spell_out_attention
 from edgediff.targets.onnx.calibration import Calibration, measure_ranges
@@ -333,13 +329,6 @@ def test_other_widths_and_targets_are_refused(
 def test_no_images_to_calibrate_with() -> None:
     with pytest.raises(ConfigError, match=r"onnx\.calibration_images.* is 0"):
         check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
-
-
-@pytest.mark.parametrize("module", [quantize_module, onnx_target])
-def test_doctests(module: ModuleType) -> None:
-    failed, tried = doctest.testmod(module)
-    assert failed == 0
-    assert tried > 0
 
 
 @pytest.mark.parametrize("lacks", [{}, {"quantize_nbits": 8, "opset": 22}])
