@@ -1,4 +1,5 @@
-# make demo: the main job on the built-in model. make test, lint, bench: what their names say. Everything lives in .venv.
+# make demo: the main job on the built-in model. make test: the quick tests; make test-all: the long ones too.
+# make lint, bench: what their names say. Everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,14 +7,21 @@ READY := $(VENV)/.ready
 CONTENDERS := $(VENV)/.contenders
 OPTIMUM := .venv-optimum
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long test-all lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/edgediff demo -o out/demo
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not long"
+
+test-long: $(READY)
+	$(PYTEST) -m long
+
+test-all: test test-long
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ def ledger(class_bundle: Path) -> Ledger:
 # What is measured
 
 
+@pytest.mark.long
 def test_every_part_of_every_backend_is_in_the_ledger(ledger: Ledger) -> None:
     graphs = {"highres_in", "lowres", "highres_out"}
     steps = {"full", "cached", "guidance", "scheduler", "other", "loop", "loop_clock1", "undivided", "undivided_loop"}
@@ -65,6 +66,7 @@ def test_every_part_of_every_backend_is_in_the_ledger(ledger: Ledger) -> None:
             assert row.peak_mib > 50
 
 
+@pytest.mark.long
 def test_a_step_is_the_sum_of_its_parts(ledger: Ledger) -> None:
     for backend in ("onnxruntime", "torch"):
         found = {row.part: sum(row.samples_ms) for row in ledger.rows if row.backend == backend}
@@ -73,6 +75,7 @@ def test_a_step_is_the_sum_of_its_parts(ledger: Ledger) -> None:
         assert found["full"] + found["cached"] == pytest.approx(found["loop"] + found["loop_clock1"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_leading_figures_follow_from_the_rows(ledger: Ledger, class_bundle: Path) -> None:
     known = next(contender for contender in ledger.contenders if contender.backend == "onnxruntime")
     assert (known.status, known.mask, known.rows, known.undivided) == ("measured", (1, 0, 1, 0), 2, "undivided")
@@ -97,6 +100,7 @@ def test_the_leading_figures_follow_from_the_rows(ledger: Ledger, class_bundle: 
     assert known.share_of_peak["cached"] == pytest.approx(gflops / ledger.peak_gflops, rel=0.01)
 
 
+@pytest.mark.long
 def test_a_ledger_is_read_as_it_was_written(ledger: Ledger, tmp_path: Path) -> None:
     write_ledger(ledger, tmp_path / "a.json")
     assert read_ledger(tmp_path / "a.json") == ledger
@@ -107,6 +111,7 @@ def test_a_ledger_is_read_as_it_was_written(ledger: Ledger, tmp_path: Path) -> N
     ].keys()
 
 
+@pytest.mark.long
 def test_openvino_gives_the_same_and_its_bf16_nearly(class_bundle: Path) -> None:
     openvino = pytest.importorskip("openvino")
     found = run_bench([class_bundle], ["openvino", "openvino-bf16"], rounds=1, threads=1, undivided=False)
@@ -127,6 +132,7 @@ def test_openvino_gives_the_same_and_its_bf16_nearly(class_bundle: Path) -> None
 # What cannot be measured
 
 
+@pytest.mark.long
 def test_a_backend_that_has_no_graphs_here_says_so(ledger: Ledger) -> None:
     known = ledger.contenders[-1]
     assert (known.backend, known.status) == ("coreml", "absent")
@@ -134,6 +140,7 @@ def test_a_backend_that_has_no_graphs_here_says_so(ledger: Ledger) -> None:
     assert not [row for row in ledger.rows if row.backend == "coreml"]
 
 
+@pytest.mark.long
 def test_a_reason_is_shown_on_one_line(ledger: Ledger) -> None:
     screen = Console(file=io.StringIO(), width=100)
     for table in bench_tables(ledger):
@@ -183,6 +190,7 @@ def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, t
     assert found.rows == ()
 
 
+@pytest.mark.long
 def test_a_damaged_graph_is_refused_and_the_others_go_on(class_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
     (bundle / "onnx" / "lowres.onnx").write_bytes(b"nothing")
@@ -255,6 +263,7 @@ def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypa
     assert known.says.startswith("needs about 0.3 GiB of memory, 0.0 are free")
 
 
+@pytest.mark.long
 def test_where_the_source_is_gone_the_bundle_stands_for_itself(
     class_bundle: Path, class_model: Path, tmp_path: Path
 ) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 import pytest
 from command_line import Command, assert_error
+from conftest import Export
 from onnx import TensorProto, numpy_helper
-from seals import assert_refused, flip_bit, manifest_of
+from seals import assert_refused, flip_bit, manifest_of, rows_of
 
 import edgediff
 from edgediff.targets.onnx.pool_weights import POOLED_BYTES, pool_weights
@@ -18,16 +19,11 @@ WEIGHTS = "onnx/weights.bin"
 
 
 @pytest.fixture(scope="module")
-def pair_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair_bundle(class_model: Path, export_once: Export) -> Path:
     """The class model as a full and a cached step; weights above a few bytes count as large on the way."""
-    path = tmp_path_factory.mktemp("pair") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgediff.targets.onnx.write_onnx.EXTERNAL_DATA_BYTES", 2**10)
-        done = edgediff.export_bundle(
-            edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, layout="pair")
-        )
-    assert done.report is not None
-    assert {(row.check, row.part) for row in done.report.rows} >= {
+    large = {"edgediff.targets.onnx.write_onnx.EXTERNAL_DATA_BYTES": 2**10}
+    path = export_once(class_model, edgediff.ExportConfig(steps=4, layout="pair"), large)
+    assert {(row["check"], row["part"]) for row in rows_of(path)} >= {
         ("graph", "full"), ("graph", "cached"), ("composed", "full"), ("composed", "cached"),
     }  # fmt: skip
     return path

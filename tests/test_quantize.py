@@ -1,25 +1,21 @@
 """Graphs of eight bits: what is quantized, what stays, and what the numbers hold."""
 
-import doctest
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from command_line import Command, assert_error
+from conftest import Export
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from seals import manifest_of
-from traces import remembering
+from seals import manifest_of, rows_of
 
 import edgediff
-import edgediff.targets.onnx.quantize as quantize_module
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.export_config import check_config, config_from
-from edgediff.targets import onnx as onnx_target
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import spell_out_attention
 from edgediff.targets.onnx.calibration import Calibration, measure_ranges
@@ -253,13 +249,10 @@ def test_weights_are_rounded_by_channel() -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The class model in eight bits, 4 steps at clock 2, as a pair."""
-    path = tmp_path_factory.mktemp("quantized") / "bundle"
-    with remembering(traces):
-        done = edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, onnx=INT8))
-    assert done.report is not None
-    assert {row.floor_db for row in done.report.rows} == {35.0, None}
+def quantized_bundle(class_model: Path, export_once: Export) -> Path:
+    """The class model in int8, 4 steps at clock 2, as a pair."""
+    path = export_once(class_model, edgediff.ExportConfig(steps=4, onnx=INT8))
+    assert {row["floor_db"] for row in rows_of(path)} == {35.0, None}
     session = manifest_of(path).target("onnx").session
     assert session is not None
     assert session.exact_int8
@@ -336,13 +329,6 @@ def test_other_widths_and_targets_are_refused(
 def test_no_images_to_calibrate_with() -> None:
     with pytest.raises(ConfigError, match=r"onnx\.calibration_images.* is 0"):
         check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
-
-
-@pytest.mark.parametrize("module", [quantize_module, onnx_target])
-def test_doctests(module: ModuleType) -> None:
-    failed, tried = doctest.testmod(module)
-    assert failed == 0
-    assert tried > 0
 
 
 @pytest.mark.parametrize("lacks", [{}, {"quantize_nbits": 8, "opset": 22}])

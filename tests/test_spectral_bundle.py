@@ -47,6 +47,8 @@ FLOORS = {
 }
 Exported = tuple[Path, edgediff.ParityReport]
 
+pytestmark = pytest.mark.long
+
 
 def export(folder: Path, layout: str, adaptor: bool, build: dict[str, Any], **settings: Any) -> Exported:
     plain = unet2d(**SMALL_CLASS, **build)

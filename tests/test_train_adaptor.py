@@ -186,6 +186,7 @@ train_adaptor(load_model(sys.argv[1]), sys.argv[2], load_training(sys.argv[3], A
 """
 
 
+@pytest.mark.long
 def test_killed_and_resumed_gives_the_same_weights(class_model: Path, tmp_path: Path) -> None:
     settings = tiny(rounds=16, passes=2, checkpoint_minutes=1e-5, output_weight=0.2, rollout="student")
     (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(settings))
@@ -207,6 +208,7 @@ def test_killed_and_resumed_gives_the_same_weights(class_model: Path, tmp_path: 
     assert same(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_two_processes_agree(class_model: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(TINY))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",

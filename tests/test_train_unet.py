@@ -284,6 +284,7 @@ def test_recipes(path: Path) -> None:
 # Processes
 
 
+@pytest.mark.long
 def test_two_processes_agree(student_training: StudentTraining, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_bytes(
         msgspec.yaml.encode(changed(student_training, checkpoint_minutes=1e-9, sample_every=2))

@@ -72,6 +72,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert train(tmp_path / "a", settings) is None
 
 
+@pytest.mark.long
 def test_a_killed_training_goes_on(class_model: Path, photographs: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "edgediff", "train", "student", str(class_model), "--data", str(photographs), "--width",
