@@ -196,7 +196,7 @@ def test_a_damaged_graph_is_refused_and_the_others_go_on(class_bundle: Path, tmp
     (bundle / "onnx" / "lowres.onnx").write_bytes(b"nothing")
     found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1, undivided=False)
     assert [known.status for known in found.contenders] == ["refused", "measured"]
-    assert "onnx/lowres.onnx" in found.contenders[0].says
+    assert "onnx/unet/lowres.onnx" in found.contenders[0].says
     assert {row.backend for row in found.rows} == {"torch"}
 
 

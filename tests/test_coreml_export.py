@@ -30,7 +30,7 @@ from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
 
 FLOORS = Floors(45, 45, 35, None, 100)
-PACKAGE = "coreml/unet.mlpackage"
+PACKAGE = "coreml/Unet.mlpackage"
 # In turn.
 SYSTEMS = ("iOS16", "iOS17", "iOS18")
 _TEXT = CASES["sd15-like"].cond

@@ -150,7 +150,7 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
     unet = unet2d_condition(**WITHOUT_ATTENTION_FIRST)
     model = made_once(store() / "attention-below", lambda path: save_text_model(unet, path))
     bundle = large(model, layout="pair")
-    cached = next(graph for graph in manifest_of(bundle).target("onnx").graphs if graph.name == "cached")
+    cached = next(graph for graph in manifest_of(bundle).target("onnx").unet.graphs if graph.name == "cached")
     assert "encoder_hidden_states" not in {tensor.name for tensor in cached.inputs}
     assert shares(bundle) == {"full": True, "cached": True}
     request = asked(bundle) | {"num_images": 2}
@@ -188,5 +188,5 @@ def test_manifests_that_say_otherwise_are_refused(text_model: Path, large: Expor
     def every_row(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (msgspec.structs.replace(tensors[0], shape=("batch", *tensors[0].shape[1:])), *tensors[1:])
 
-    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].graphs[0].inputs)))
-    assert_refused(bundle, r"onnx/full.onnx has sample as .*images.*; the manifest says .*batch")
+    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].unet.graphs[0].inputs)))
+    assert_refused(bundle, r"onnx/unet/full.onnx has sample as .*images.*; the manifest says .*batch")
