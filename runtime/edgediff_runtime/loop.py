@@ -149,7 +149,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         before = perf_counter()
         fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
         with np.errstate(over="ignore", invalid="ignore"):
-            x_t, state = scheduler.step(i, x_t, model_output, state, fresh)
+            x_t, state = scheduler.step(i, x_t, model_output, state, fresh, is_first)
         ms["scheduler"] = 1e3 * (perf_counter() - before)
         if not np.abs(x_t).max() < OVERFLOW:  # so that NaN is refused too
             raise NotFiniteError(

@@ -178,7 +178,7 @@ def answer(case: LoopCase) -> dict[str, Any]:
                 model_output = out["uncond"] + np.float32(case.guidance[i]) * (out["cond"] - out["uncond"])
             was_guided = guided
             fresh = noise(case.seed, SHAPE, image=n, draw=i + 1)[None] if scheduler.needs_noise else None
-            x_t, state = scheduler.step(i, x_t, model_output[None], state, fresh)
+            x_t, state = scheduler.step(i, x_t, model_output[None], state, fresh, i == case.start)
             steps.append(x_t[0])
         latents.append(np.stack(steps))
     return {"mask": mask, "latents": np.stack(latents, axis=1)}
