@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgediff.targets import TARGETS
 from edgediff_runtime import RequestError, clock_mask, open_bundle
 from edgediff_runtime.manifest import Adaptor, Cost, Manifest, Target
 
@@ -122,7 +123,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}",
         "adaptor": adaptor_in_words(manifest.adaptor),
-        "targets": "; ".join(f"{t.target} {t.unet.dtype}, {t.unet.layout}{_version(t)}" for t in manifest.targets),
+        "targets": "; ".join(map(_target_in_words, manifest.targets)),
         "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
         "verified by its export": manifest.evidence.verified,
     }
@@ -166,7 +167,7 @@ def check_batch(batch: int) -> int:
     return batch
 
 
-def _version(target: Target) -> str:
-    """What a target's graphs ask of what runs them, where they say."""
-    asked = [getattr(target, "deployment_target", None), getattr(target, "opset", None)]
-    return "".join(f", {'opset ' if isinstance(each, int) else ''}{each}" for each in asked if each is not None)
+def _target_in_words(entry: Target) -> str:
+    unet = entry.unet
+    words = [f"{entry.target} {unet.dtype}", unet.layout, TARGETS[entry.target].asks_for(entry)]
+    return ", ".join(word for word in words if word)

@@ -174,6 +174,10 @@ class Target(ABC):
         target: m.Target = entry.with_unet(model=None, files=())
         return target
 
+    def asks_for(self, entry: Any) -> str:
+        """What these graphs ask of whatever runs them, where they say: a system, an operator set."""
+        return ""
+
     def run_hint(self, entry: Any) -> str:
         """How to run these graphs, one line for the bundle's README."""
         return f"{self.title}: `edgediff run . -o out.png --backend {self.backends[0]}`."

@@ -96,6 +96,10 @@ class CoreMLTarget(Target):
         """Without the specification version, which the converter decides."""
         return super().essence(msgspec.structs.replace(entry, specification_version=0))
 
+    def asks_for(self, entry: Any) -> str:
+        """The oldest system."""
+        return str(entry.deployment_target)
+
     def run_hint(self, entry: Any) -> str:
         """The two backends that run packages, and the oldest system."""
         return (

@@ -93,6 +93,10 @@ class OnnxTarget(Target):
         """Without versions and weights' places, which the exporter decides."""
         return essential(msgspec.structs.replace(entry, ir_version=0))
 
+    def asks_for(self, entry: Any) -> str:
+        """The operator set."""
+        return f"opset {entry.opset}"
+
     def run_hint(self, entry: Any) -> str:
         """The two commands that run ONNX graphs."""
         return "Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` without torch."
