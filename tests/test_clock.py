@@ -6,7 +6,7 @@ import pytest
 
 import edgediff
 from edgediff.inspect.survey import survey_bundle
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import RequestError, clock_mask
 from edgediff_runtime.clock import format_mask
 

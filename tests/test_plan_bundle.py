@@ -117,6 +117,7 @@ def test_clock_1_of_a_pair_is_a_recipe_of_parts(manifest: Manifest) -> None:
 # The recipe
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("traced_once")
 def test_the_recipe_loads_and_exports(plan: Plan, tmp_path: Path) -> None:
     written = plan_files.write_plan(plan, tmp_path)

@@ -7,7 +7,7 @@ install does not have: each key on a line of its own, its value as JSON, which Y
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,7 +15,7 @@ from edgediff.errors import ConfigError, TargetError
 from edgediff.export.export_config import ExportConfig, check_config, config_from
 from edgediff.outputs import check_drawing, check_folder, write_whole
 from edgediff.plan.trajectory import Mask, psnr_db
-from edgediff.targets.configs import Target
+from edgediff.targets import TARGETS
 from edgediff_runtime import Manifest
 from edgediff_runtime.bundle import MANIFEST
 from edgediff_runtime.clock import format_mask, letters
@@ -85,7 +85,8 @@ def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) ->
     data: dict[str, Any] = json.loads(json.dumps(manifest.config))
     data |= {
         "model": source.name if source.path is None else source.path,
-        "random_weights": source.random_weights,
+        "random_weights": None if source.random_weights is None else int(source.random_weights),
+        "seed": int(data.get("seed", 0)),
         # By name: a recipe that leaves it open takes another for another clock, and this one was measured.
         "adaptor": "identity" if adaptor.kind == "identity" else adaptor.path or adaptor.name,
         "steps": len(mask),
@@ -96,7 +97,7 @@ def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) ->
     if all(mask):
         # There is no cached step by which the cached graph of a pair could be verified, and none that would run.
         data["layout"] = "split"
-        for target in get_args(Target):
+        for target in TARGETS:
             data[target] = {**data.get(target, {}), "layout": None}
     try:
         return check_config(config_from(data))

@@ -279,7 +279,7 @@ def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_condition
     steps, found = len(mask), []
     if manifest.source.random_weights is not None:
         found.append("the bundle's weights are random: the plan's errors are of noise, its costs are right")
-    if own_conditioning and manifest.conditioning.source == "synthetic":
+    if own_conditioning and manifest.evidence.conditioning == "synthetic":
         found.append("planned with random embeddings: the bundle has no others; give real ones (--conditioning)")
     if all(mask):
         return tuple(found)
