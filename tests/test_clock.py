@@ -45,23 +45,23 @@ def mask(text: str) -> tuple[bool, ...]:
     ],
 )
 def test_masks(clock: Any, steps: int, want: str) -> None:
-    spelt = clock_mask(clock, steps)
-    assert spelt == mask(want)
-    assert all(type(full) is bool for full in spelt)
+    found = clock_mask(clock, steps)
+    assert found == mask(want)
+    assert all(type(full) is bool for full in found)
 
 
 @pytest.mark.parametrize("period", range(1, 11))
 @pytest.mark.parametrize("steps", [1, 2, 7, 8, 20])
 def test_a_period_begins_with_a_full_step_and_repeats(period: int, steps: int) -> None:
-    spelt = clock_mask(period, steps)
-    assert len(spelt) == steps
-    assert [i for i, full in enumerate(spelt) if full] == list(range(0, steps, period))
-    assert clock_mask(str(period), steps) == spelt
+    found = clock_mask(period, steps)
+    assert len(found) == steps
+    assert [i for i, full in enumerate(found) if full] == list(range(0, steps, period))
+    assert clock_mask(str(period), steps) == found
 
 
-def test_a_mask_spelt_out_is_the_same_clock() -> None:
-    spelt = clock_mask(3, 8)
-    assert clock_mask(format_mask(spelt), 8) == clock_mask(list(spelt), 8) == clock_mask(spelt, 8) == spelt
+def test_a_period_written_as_a_mask_is_the_same_clock() -> None:
+    found = clock_mask(3, 8)
+    assert clock_mask(format_mask(found), 8) == clock_mask(list(found), 8) == clock_mask(found, 8) == found
 
 
 def test_the_callers_list_is_left_as_it_was() -> None:
@@ -101,7 +101,7 @@ def test_types_that_are_neither_period_nor_mask(clock: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clock", "spelt"),
+    ("clock", "shown"),
     [
         ("1,2", "1,2"),
         ([1, 2], "1,2"),
@@ -113,8 +113,8 @@ def test_types_that_are_neither_period_nor_mask(clock: Any) -> None:
         ([1, float("nan")], "1,nan"),
     ],
 )
-def test_entries_that_are_neither_0_nor_1(clock: Any, spelt: str) -> None:
-    refused(clock, 2, f"clock mask is {spelt}; each entry is 0 (cached) or 1 (full)")
+def test_entries_that_are_neither_0_nor_1(clock: Any, shown: str) -> None:
+    refused(clock, 2, f"clock mask is {shown}; each entry is 0 (cached) or 1 (full)")
 
 
 @pytest.mark.parametrize(

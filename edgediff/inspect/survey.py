@@ -21,7 +21,7 @@ class Survey:
         cost: Cost of each part for one sample.
         cache_bytes: Bytes of the cache for one sample.
         clock: As it was asked for.
-        mask: The clock spelt out.
+        mask: The clock's entry for each step, True = full.
         batch: UNet rows in a step.
         facts: What else a bundle's manifest says, in words; empty for a model.
     """

@@ -80,13 +80,13 @@ class StepCost:
 
 
 def check_budget(budget: float, unit: str) -> None:
-    """Refuses what is no budget.
+    """Refuses a budget that is no share of clock 1's cost, and an unknown unit.
 
     Raises:
         ConfigError: It is not a number above 0 and up to 2, or the unit is unknown.
     """
     if unit not in UNITS:
-        raise ConfigError(f"a budget in {unit!r}; choices: {', '.join(UNITS)}")
+        raise ConfigError(f"budget unit is {unit!r}; choices: {', '.join(UNITS)}")
     if not 0 < budget <= MAX_BUDGET:  # NaN is neither
         raise ConfigError(
             f"budget is {budget:g}; expected a share of clock 1's cost above 0, such as 0.7, {MAX_BUDGET:g} at most"

@@ -1,4 +1,4 @@
-"""How far a mask moves the image, expected from what its steps do alone, in pairs and in rows; and the best masks.
+"""The error expected of a mask, from what its cached steps do alone, in pairs and in rows; and the best masks by it.
 
 Caching a step moves the final image a little, and small displacements add up: the squared error of their sum is the sum
 of their squared errors and, for each pair, a cross term. With e_i the error of caching step i alone and e_ij that of

@@ -168,11 +168,8 @@ def draw_frontier(plan: "Plan", path: Path) -> None:
 
 
 def _draw_points(axes: Any, plan: "Plan", points: "list[Point]") -> None:
-    best = [point for point in plan.undominated if point.error > 0]
-    axes.plot(*_at(points), linestyle="none", marker="o", markersize=5, color=BEST, alpha=0.35, zorder=3)
-    axes.plot(
-        *_at(best), "o-", markersize=4.5, linewidth=1.6, color=BEST, zorder=3, label="best mask for its cost, measured"
-    )
+    line = {"markersize": 4.5, "linewidth": 1.6, "color": BEST, "zorder": 3}
+    axes.plot(*_at(points), "o-", **line, label="best mask for its cost, measured")
     expected = [point for point in points if point.expected > 0]
     axes.plot(*_at(expected, "expected"), "x", markersize=5, color=BEST, alpha=0.7, label="the same, as expected")
     uniform = {period: point for period, point in plan.uniform.items() if point.error > 0}

@@ -1,10 +1,10 @@
 """The planner: the clock with the least error in the image that a budget allows.
 
-Where there are few enough masks of the wanted cost, all of them are measured. Else a model made of what each step, each
-pair and each short row of steps does to the image says which to measure; it also says which of the other costs, for the
-frontier. All are measured on the same noise, every uniform clock among them, and the least measured error wins: on its
-own seeds a plan is never worse than a uniform clock that meets the budget. That it be so on others too, a uniform clock
-stands where the images do not tell it from the best: adaptors are trained for it.
+Where there are few enough masks of the wanted cost, all of them are measured. Else a model of what each step, each pair
+and each short row of cached steps does to the image chooses those to measure, as it does for every other cost, for the
+frontier. These masks and every uniform clock are measured on the same noise, and the least error wins. Where the images
+do not tell the best mask from a uniform clock, the uniform clock is the plan: it holds on other seeds, and adaptors are
+trained for it.
 """
 
 import logging
@@ -31,9 +31,9 @@ from edgediff_runtime.operating_point import departure
 
 log = logging.getLogger(__name__)
 
-# Up to so many masks of the wanted cost are all measured: those of 12 steps, whatever their number of cached steps.
+# At most so many masks of the wanted cost are all measured: at 12 steps no number of cached steps has more.
 MAX_ENUMERATED = comb(11, 5)
-# Else the model's best are measured: of the wanted cost, and of each other one.
+# How many of the model's best masks are measured: of the wanted cost, and of each other one.
 CANDIDATES, CANDIDATES_EACH = 8, 3
 MAX_STEPS = 100
 NUM_IMAGES = 16
@@ -106,7 +106,7 @@ class Plan:
             is the plan; else None.
         frontier: For each number of cached steps, from 0 up, the mask with the least measured error.
         uniform: The clocks that are a period, by period.
-        estimate: The model that foretold errors.
+        estimate: The model behind `Point.expected`.
         measured: How many masks were measured.
         warnings: What is known to speak against the plan, a line each.
     """
@@ -124,15 +124,6 @@ class Plan:
     estimate: Estimate
     measured: int
     warnings: tuple[str, ...] = ()
-
-    @property
-    def undominated(self) -> tuple[Point, ...]:
-        """The frontier proper: of `frontier`, the points that no cheaper one equals in error."""
-        best: list[Point] = []
-        for point in sorted(self.frontier, key=lambda point: (point.cost, point.error)):
-            if not best or point.error < best[-1].error:
-                best.append(point)
-        return tuple(reversed(best))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for plan.json and ``--json``."""
@@ -193,8 +184,8 @@ def make_plan(
         progress: Told what is being done.
 
     Raises:
-        ConfigError: The budget is none, or no clock meets it; there are more than 100 steps; or the bundle's own recipe
-            cannot be read.
+        ConfigError: The budget is out of range, or no clock meets it; there are more than 100 steps; or the bundle's
+            own recipe cannot be read.
         RequestError: What was asked does not fit the bundle.
         BundleError: The bundle is damaged.
     """
