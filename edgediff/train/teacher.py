@@ -44,15 +44,15 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         ConfigError: The settings, the geometry and the images do not fit together.
         DataError: The images cannot be read.
         ModelError: The geometry or the autoencoder cannot be loaded.
-        TargetError: Something else is in the folder, or the disk is full.
+        TargetError: Something else is in the folder, another training runs there, or the disk is full.
         TrainingError: The loss is not finite; the last good checkpoint is kept.
         UnsupportedError: The geometry's levels do not divide the size.
     """
     settings = check_training(settings)
     path = Path(path)
-    check_output(path)
-    kind, config = geometry_of(settings)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    check_output(path, accelerator)
+    kind, config = geometry_of(settings)
     own = settings.autoencoder
     given = load_autoencoder(own) if isinstance(own, str) else None
     asked = training_from(own, AutoencoderTraining) if isinstance(own, dict) else None
@@ -129,7 +129,7 @@ def _teacher(
             torch.manual_seed(settings.seed)
             unet = kind(**config).eval()
     except BAD_SETTINGS as e:
-        raise ConfigError(f"the geometry is none of a {kind.__name__}: {one_line(e)[:200]}") from e
+        raise ConfigError(f"the geometry does not make a {kind.__name__}: {one_line(e)[:200]}") from e
     whole = {**unet.config, "_class_name": kind.__name__}
     if whole.get("addition_embed_type") is not None or looks_at_text(whole):
         raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")
