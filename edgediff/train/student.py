@@ -14,7 +14,7 @@ from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.learner import check_pair
-from edgediff.train.loop import Say
+from edgediff.train.loop import Say, silent
 from edgediff.train.settings import StudentTraining, check_training
 from edgediff.train.unet import UNetTrained, train_unet
 
@@ -44,6 +44,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     path = Path(path)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     check_output(path, accelerator)
+    say = progress if progress is not None and accelerator.is_main_process else silent
     teacher = load_model(settings.teacher)
     teacher.check_schedule()
     if settings.distils and not teacher.has_weights:
@@ -69,14 +70,14 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         sources["another student"] = model.sha256
     return train_unet(
         replace(model, name=path.resolve().name),
-        read_data(settings, factor * height, progress),
+        read_data(settings, factor * height, say),
         path,
         settings,
         accelerator=accelerator,
         teacher=teacher,
         autoencoder=None if vae is None else lambda: vae.to(accelerator.device),
         sources=sources,
-        progress=progress,
+        say=say,
     )
 
 

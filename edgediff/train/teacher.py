@@ -21,7 +21,7 @@ from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
 from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
-from edgediff.train.loop import Say
+from edgediff.train.loop import Say, silent
 from edgediff.train.settings import MOST, AutoencoderTraining, TeacherTraining, check_training, training_from
 from edgediff.train.unet import UNetTrained, train_unet
 
@@ -52,6 +52,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     path = Path(path)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     check_output(path, accelerator)
+    say = progress if progress is not None and accelerator.is_main_process else silent
     kind, config = geometry_of(settings)
     own = settings.autoencoder
     given = load_autoencoder(own) if isinstance(own, str) else None
@@ -62,7 +63,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         raise ConfigError(f"'size' is {size}; expected a multiple of {factor}, which the autoencoder divides by")
     if asked is not None:
         check_autoencoder(asked, size)
-    data = read_data(settings, size, progress)
+    data = read_data(settings, size, say)
     latent = given.config.latent_channels if given is not None else asked.latent_channels if asked is not None else None
     model = _teacher(path.resolve().name, path, kind, config, data[0], settings, size // factor, latent)
     sources = {"another geometry": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
@@ -72,9 +73,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     def autoencoder() -> AutoencoderKL:
         if given is not None:
             return given.to(accelerator.device)
-        return train_autoencoder(
-            data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=progress
-        )
+        return train_autoencoder(data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=say)
 
     return train_unet(
         model,
@@ -84,7 +83,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         accelerator=accelerator,
         autoencoder=None if latent is None else autoencoder,
         sources=sources,
-        progress=progress,
+        say=say,
     )
 
 

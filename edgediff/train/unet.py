@@ -30,7 +30,7 @@ from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation
 from edgediff.train.latents import decode, save_beside
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising, Teacher
-from edgediff.train.loop import Loop, Say, Task, recent, silent
+from edgediff.train.loop import Loop, Say, Task, recent
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, unet_card
@@ -81,7 +81,7 @@ def train_unet(
     teacher: Model | None = None,
     autoencoder: Callable[[], AutoencoderKL] | None = None,
     sources: dict[str, str],
-    progress: Say | None = None,
+    say: Say,
 ) -> UNetTrained | None:
     """Trains a UNet for `train_teacher` and `train_student`, which say what is raised.
 
@@ -94,7 +94,7 @@ def train_unet(
         teacher: Whose features are learnt from.
         autoencoder: Makes the one whose latents the UNet works on; None works on pixels.
         sources: Hash of what else is learnt from, by what another one would be called.
-        progress: Told what is being done, and the share of it that is done.
+        say: Told what is being done, and the share of it that is done.
     """
     check_drawing("drawing the loss curve")
     # What could not be sampled or divided afterwards is not trained.
@@ -111,7 +111,7 @@ def train_unet(
         vae = None if autoencoder is None else autoencoder()
         task = _UNetTask(accelerator, model, learner, teaching, data, vae, settings, path)
         loop = Loop(accelerator, task, path, settings.checkpoint_minutes)
-        loop.run(progress if progress is not None and accelerator.is_main_process else silent)
+        loop.run(say)
         if accelerator.is_main_process:
             loop.count_time()
             card = unet_card(model, teacher, settings, data, task.state, accelerator)
