@@ -62,6 +62,7 @@ def test_training_is_repeatable_and_leaves_torchs_seed_alone(tiny_set: ImageSet)
 def test_training_ends_when_its_time_does(tiny_set: ImageSet) -> None:
     trained = train_classifier(tiny_set, ClassifierRecipe(widths=(4,), epochs=10_000, batch=20, minutes=0.005))
     assert 1 <= trained.steps < 20_000
+    assert train_classifier(tiny_set, ClassifierRecipe(widths=(4,), batch=20, minutes=1e-9)).steps == 1
 
 
 def test_augmentation_keeps_what_an_image_is(tiny_set: ImageSet) -> None:

@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_and_stray_files(
         (newest.parent / "visit-of-mine.txt").write_text("stray")
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*to begin anew"):
+        with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*to start again"):
             train_adaptor(model, tmp_path / name, settings)
         (newest / name).write_bytes(whole)
         # A slower rate is no other training: that is how one goes on after a loss that was not finite.
@@ -397,7 +397,6 @@ def test_the_command_trains_and_says_what_it_is_worth(command: Command, class_mo
     assert_error(command("train", "adaptor", class_model, "-o", place / "b", "--clock", "1"), "no cached step")
 
 
-def test_what_the_tests_hold_to_is_there() -> None:
-    # The loop and the runtime's are one: training unrolls what a device runs.
+def test_training_unrolls_what_a_device_runs() -> None:
     assert training_loop.Rollouts is Rollouts
     assert Rollouts.draw.__globals__["denoise"] is denoise

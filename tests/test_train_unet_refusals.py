@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_training(
             train(tmp_path / name, changed(settings, checkpoint_minutes=1e-9), progress=stop)
     shutil.rmtree(tmp_path / "b" / CHECKPOINTS)
     shutil.copytree(tmp_path / "a" / CHECKPOINTS, tmp_path / "b" / CHECKPOINTS)
-    with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*; remove .* to begin anew") as caught:
+    with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*; remove .* to start again") as caught:
         train_teacher(tmp_path / "b", changed(teacher_training, checkpoint_minutes=1e-9))
     assert "\n" not in str(caught.value)
 
@@ -363,9 +363,9 @@ def test_geometries_that_do_not_fit(teacher_training: TeacherTraining, tmp_path:
     ("settings", "words"),
     [
         ({"_class_name": ["UNet2DModel"]}, r"_class_name \['UNet2DModel'\]; choices: UNet2DModel"),
-        ({"down_block_types": ["Nothing"]}, "geometry is none of a UNet2DModel"),
-        ({"down_block_types": [3, None]}, "geometry is none of a UNet2DModel"),
-        ({"time_embedding_type": "x"}, "geometry is none of a UNet2DModel"),
+        ({"down_block_types": ["Nothing"]}, "geometry does not make a UNet2DModel"),
+        ({"down_block_types": [3, None]}, "geometry does not make a UNet2DModel"),
+        ({"time_embedding_type": "x"}, "geometry does not make a UNet2DModel"),
         ({"mid_block_scale_factor": "x"}, "geometry cannot run at 16x16"),
         ({"time_embedding_type": "fourier"}, "NaN or infinity at time step 0"),
         ({"sample_size": [16, 8]}, r"sample_size \[16, 8\]"),

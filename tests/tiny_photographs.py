@@ -1,4 +1,4 @@
-"""Photographs that are none: four classes, each of one colour, with waves and noise on them; and their classifier."""
+"""Stand-ins for photographs: four classes, each of one colour, with waves and noise on them; and their classifier."""
 
 from pathlib import Path
 

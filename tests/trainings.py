@@ -1,4 +1,4 @@
-"""Trainings of tiny UNets, and what their results are held to."""
+"""Trainings of tiny UNets, and checks of their results."""
 
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ def same(one: Path, other: Path) -> bool:
 
 
 def goes_on(tmp_path: Path, settings: StudentTraining) -> None:
-    """Holds that what stopped in ``a`` goes on, and ends as a training that did not stop."""
+    """Checks that what stopped in ``a`` goes on, and ends as a training that did not stop."""
     assert train_student(tmp_path / "a", settings) is not None
     train_student(tmp_path / "whole", settings)
     assert same(tmp_path / "a", tmp_path / "whole")
 
 
 def refused(tmp_path: Path, settings: Any, kind: type[EdgediffError], words: str) -> None:
-    """Holds that a training is refused in one line and leaves nothing behind."""
+    """Checks that a training is refused in one line and leaves nothing behind."""
     train: Any = train_student if isinstance(settings, StudentTraining) else train_teacher
     with pytest.raises(kind, match=words) as caught:
         train(tmp_path / "refused", settings)

@@ -337,7 +337,7 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Holds images of each class out.
+    """Divides the images of each class into those that are learnt from and those held out.
 
     Args:
         data: The images.

@@ -21,7 +21,7 @@ from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
 from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
 from edgediff.outputs import check_drawing
-from edgediff.train.claim import STORE, Claim, check_output, check_place, claimed, clear_place
+from edgediff.train.claim import STORE, Claim, check_output, claimed, is_done
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.loop import Loop, Say, Task, recent, silent
 from edgediff.train.rollout import TARGET, Rollouts, Samples, Store
@@ -38,9 +38,7 @@ class AdaptorTrained:
     """What became of a training.
 
     Attributes:
-        path: The adaptor's folder.
         gain: What the adaptor is worth on unseen seeds.
-        updates: How many there were.
         loss: Mean over the last tenth of the updates, relative to the identity's.
     """
 
@@ -77,16 +75,14 @@ def train_adaptor(
     """
     settings = check_training(AdaptorTraining() if settings is None else settings)
     path = Path(path)
-    check_output(path)
+    accelerator = Accelerator()
+    check_output(path, accelerator)
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights: there is nothing to learn from")
     model.check_schedule()
-    accelerator = Accelerator()
     say = progress if progress is not None and accelerator.is_main_process else silent
     claim = _claim(settings, model, accelerator.num_processes)
-    check_place(path, claim)
-    if claim.is_finished(path):
-        clear_place(path, accelerator)
+    if is_done(path, claim, accelerator):
         return None
     check_drawing("drawing the loss curve")
     shape = adaptor_shape(split(model.unet, settings.cut), model)
@@ -109,7 +105,6 @@ def train_adaptor(
             card = adaptor_card(record, model, settings, gain, task.state, accelerator)
             (path / CARD).write_text(card, encoding="utf-8")
             save_adaptor(adaptor, record, path)
-        clear_place(path, accelerator)
     accelerator.end_training()
     return AdaptorTrained(path, gain, task.state.updates, recent(task.state.losses))
 

@@ -24,7 +24,7 @@ from edgediff.data.draws import generator
 from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, TargetError, TrainingError
 from edgediff.models.load import WEIGHTS, one_line
-from edgediff.train.claim import Claim, check_place, claimed, clear_place
+from edgediff.train.claim import Claim, claimed, is_done
 from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr
 from edgediff.train.loop import LOSS, Loop, Say, Task, silent
 from edgediff.train.settings import AutoencoderTraining, check_training
@@ -59,8 +59,8 @@ def train_autoencoder(
 ) -> AutoencoderKL:
     """Trains an autoencoder, or goes on where an interrupted training of the same settings stopped.
 
-    The loss is the absolute error, which blurs less than the squared one and bears an image that is unlike the others.
-    The latents of the images end with a mean of 0 and, times ``scaling_factor``, unit variance.
+    The loss is the absolute error, which blurs less than the squared one and weighs images unlike the others less. The
+    latents of the images end with a mean of 0 and, times ``scaling_factor``, unit variance.
 
     Args:
         images: What is learnt from; square.
@@ -85,10 +85,7 @@ def train_autoencoder(
         images, held_out = divide(images, HELD_OUT, settings.seed)
     sources = {"other images": hashlib.sha256(np.ascontiguousarray(images.images).data).hexdigest()}
     claim = Claim(settings, sources, accelerator.num_processes, CONFIG)
-    check_place(path, claim)
-    if claim.is_finished(path):
-        accelerator.wait_for_everyone()
-        clear_place(path, accelerator)
+    if is_done(path, claim, accelerator):
         return load_autoencoder(path).to(accelerator.device)
     with claimed(path, claim, accelerator):
         task = _AutoencoderTask(accelerator, images.images, settings)
@@ -100,7 +97,6 @@ def train_autoencoder(
         db = reconstruction_psnr(vae, measured.images)
         if accelerator.is_main_process:
             _save(vae, path)
-        clear_place(path, accelerator)
     say(f"autoencoder: {db:.1f} dB on {what}", 1.0)
     return vae
 

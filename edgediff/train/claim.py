@@ -48,7 +48,7 @@ class Claim:
         return (path / self.product).is_file()
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, accelerator: Accelerator) -> None:
     """Refuses a folder that cannot be written or that another training writes, before anything is read.
 
     Raises:
@@ -57,16 +57,25 @@ def check_output(path: Path) -> None:
     if as_text(path.resolve()) != str(path.resolve()):
         raise TargetError(f"{as_text(path.resolve())}: the name is not UTF-8; choose another folder")
     check_folder(path)
-    if path.is_dir() and is_main_process():
+    if path.is_dir() and accelerator.is_main_process:
         unlock(_lock(path))
 
 
-def check_place(path: Path, claim: Claim) -> None:
-    """Refuses a folder that holds something else.
+def is_done(path: Path, claim: Claim, accelerator: Accelerator) -> bool:
+    """Whether a training's result is in its folder already.
 
     Raises:
-        TargetError: The folder holds a training of other settings or other sources, or files that are none of ours.
+        TargetError: The folder holds a training of other settings or other sources, or files of something else.
     """
+    _check_place(path, claim)
+    if not claim.is_finished(path):
+        return False
+    accelerator.wait_for_everyone()
+    _clear(path, accelerator)  # left by one that was killed at its very end
+    return True
+
+
+def _check_place(path: Path, claim: Claim) -> None:
     check_folder(path)
     if not path.exists():
         return
@@ -93,9 +102,9 @@ def check_place(path: Path, claim: Claim) -> None:
 
 @contextmanager
 def claimed(path: Path, claim: Claim, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps a training's folder for as long as the block takes: says there what is trained, and locks it.
+    """Keeps a training's folder for as long as the block takes: locks it, and says there what is trained.
 
-    The lock ends with the process, however it ends.
+    The lock ends with the process, however it ends. Checkpoints go when the block ends well.
 
     Raises:
         TargetError: The folder holds something else, cannot be written, or another training runs there.
@@ -107,18 +116,19 @@ def claimed(path: Path, claim: Claim, accelerator: Accelerator) -> Iterator[None
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 held = _lock(path)
-                check_place(path, claim)
+                _check_place(path, claim)
                 data = msgspec.json.format(msgspec.json.encode(claim.to_dict()), indent=1) + b"\n"
                 write_whole(path / SETTINGS, lambda scratch: scratch.write_bytes(data))
             except OSError as e:
                 raise TargetError(f"{path} cannot be written: {e.strerror or e}") from e
         accelerator.wait_for_everyone()
         yield
+        _clear(path, accelerator)
     finally:
         unlock(held)
 
 
-def clear_place(path: Path, accelerator: Accelerator) -> None:
+def _clear(path: Path, accelerator: Accelerator) -> None:
     """Removes what a finished training no longer needs."""
     if accelerator.is_main_process:
         for name in (CHECKPOINTS, STORE):

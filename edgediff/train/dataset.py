@@ -1,6 +1,5 @@
 """What a UNet learns from: images, what is held out of them, and the model's class of each."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +13,13 @@ from edgediff.data.image_folder import ImageSet, divide, read_images
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.load import Model
 from edgediff.train.latents import encode
+from edgediff.train.loop import Say
 from edgediff.train.settings import UNetTraining
 
 HELD_BACK = 0.1
 
 
-def read_data(
-    settings: UNetTraining, size: int, progress: Callable[[str, float], None] | None
-) -> tuple[ImageSet, ImageSet]:
+def read_data(settings: UNetTraining, size: int, say: Say) -> tuple[ImageSet, ImageSet]:
     """Reads the images that are learnt from and those held out, of the same classes, `size` pixels high and wide.
 
     Raises:
@@ -30,7 +28,7 @@ def read_data(
     """
     if settings.data is None:
         raise ConfigError("no images: name a folder, --data DIR or 'data' in the settings")
-    data = read_images(settings.data, size, minimum=2, progress=progress)
+    data = read_images(settings.data, size, minimum=2, progress=say)
     if settings.held_out is None:
         kept, held_back = divide(data, HELD_BACK, seed=0)
         if not len(held_back):
@@ -38,7 +36,7 @@ def read_data(
                 f"{settings.data} has one image of each class; expected more, or held-out images of their own"
             )
         return replace(kept, skipped=data.skipped), held_back
-    held_out = read_images(settings.held_out, size, progress=progress)
+    held_out = read_images(settings.held_out, size, progress=say)
     strange = sorted(set(held_out.names) - set(data.names))
     if strange or bool(held_out.names) != bool(data.names):
         what = ", ".join(strange[:5]) or "none"

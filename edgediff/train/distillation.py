@@ -136,12 +136,7 @@ def _widths(unet: Any) -> dict[str, int]:
 
 
 class Distillation(nn.Module):
-    """The aligners and the two terms.
-
-    Attributes:
-        points: Where features are compared.
-        alpha: Exponent of the frequency weights.
-    """
+    """The aligners and the two terms."""
 
     def __init__(self, teacher: Any, student: Any, points: tuple[str, ...], alpha: float) -> None:
         """Makes an aligner for each place; the teacher's UNet is not kept.
@@ -164,15 +159,12 @@ class Distillation(nn.Module):
         student: dict[str, torch.Tensor],
         x_0: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compares features.
+        """The spatial and the frequency term, each a sum over places.
 
         Args:
-            teacher: By place, [B, C, H, W].
-            student: By place, [B, C', H, W]; ``out`` where the predictions are compared too.
+            teacher: Features by place, [B, C, H, W].
+            student: The same, [B, C', H, W]; ``out`` where the predictions are compared too.
             x_0: Clean images, [B, C0, H0, W0].
-
-        Returns:
-            The spatial and the frequency term, each a sum over places.
         """
         spatial, frequency = [], []
         weights: dict[tuple[int, int], torch.Tensor] = {}

@@ -23,9 +23,6 @@ class Gain:
     """PSNR in dB of final samples against clock 1, a mean over images.
 
     Attributes:
-        identity: Of the identity adaptor.
-        learned: Of the learned one.
-        images: How many.
         space: ``pixel``: of 8-bit images; ``latent``: of latents, against their range.
     """
 

@@ -18,12 +18,7 @@ FREQUENCY = "frequency"
 
 
 class Noising:
-    """A noise schedule, ready to noise with.
-
-    Attributes:
-        prediction: What the UNet predicts.
-        steps: Time steps that there are.
-    """
+    """A noise schedule, ready to noise with: its time steps, and what the UNet predicts."""
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         """Reads the schedule of a scheduler of diffusers; `device` is where the images are.
@@ -65,12 +60,7 @@ class Noising:
 
 
 class Learner(nn.Module):
-    """The UNet and, for a student that distils, its aligners: all that has weights to learn.
-
-    Attributes:
-        unet: What is trained.
-        distillation: The aligners and terms; None without a teacher.
-    """
+    """The UNet and, for a student that distils, its aligners: all that has weights to learn."""
 
     def __init__(self, unet: Any, distillation: Distillation | None = None) -> None:
         super().__init__()
@@ -86,18 +76,15 @@ class Learner(nn.Module):
         cond: dict[str, torch.Tensor],
         teacher: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Takes the terms of the loss.
+        """The terms of the loss, scalars by name: ``ddpm`` and, with a teacher, ``spatial`` and ``frequency``.
 
         Args:
             x_0: Clean images, [B, C, H, W].
             x_t: Noised ones, the same shape.
             t: Time steps, [B].
             target: What the UNet is to predict, [B, C, H, W].
-            cond: Conditioning by name, ``class_labels`` [B] among it where there are classes.
-            teacher: The teacher's features by place, where there is a teacher.
-
-        Returns:
-            Scalars by name: ``ddpm`` and, with a teacher, ``spatial`` and ``frequency``.
+            cond: Conditioning by name.
+            teacher: The teacher's features by place.
         """
         points = self.distillation.points if self.distillation is not None and teacher is not None else ()
         with tapped(self.unet, points) as features:

@@ -289,12 +289,12 @@ class Loop:
         try:
             self.accelerator.load_state(str(newest))
         except Exception as e:  # a damaged file raises whatever its reader runs into
-            raise TargetError(f"{newest} is damaged ({one_line(e)[:200]}); remove {self.folder} to begin anew") from e
+            raise TargetError(f"{newest} is damaged ({one_line(e)[:200]}); remove {self.folder} to start again") from e
         if self.ema is not None:  # it comes back on the CPU
             self.ema.to(self.accelerator.device)
 
     def _save_when_due(self) -> None:
-        """Writes a checkpoint where the last one is old enough, by any process's watch: all write it together."""
+        """Writes a checkpoint where the last one is old enough, by the clock of any process: all write it together."""
         due = torch.tensor(float(time.monotonic() - self._saved >= 60 * self.minutes), device=self.accelerator.device)
         if float(self.accelerator.reduce(due, reduction="sum")) > 0:
             self.save()

@@ -198,7 +198,7 @@ class Store:
             try:
                 return load_file(path, device=str(device))
             except SafetensorError as e:
-                raise TargetError(f"{path} is damaged ({e}); remove the file, it is drawn anew") from e
+                raise TargetError(f"{path} is damaged ({e}); remove the file, and it is drawn again") from e
         samples = draw()
         self._check(sum(tensor.nbytes for tensor in samples.values()))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ class Store:
             raise ConfigError(
                 f"{self.rounds} rounds of {size / GB:.3g} GB take {total / GB:.3g} GB, more than store_gb: "
                 f"{self.bound / GB:.3g}; raise it, ask for fewer rounds or images, or leave it out: trajectories are "
-                "then made anew in each round"
+                "then drawn again in each round"
             )
         held = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder.is_dir() else 0
         free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.is_dir())).free

@@ -45,7 +45,7 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
         at_once: Most rows that go through the UNet together, two for an image with guidance; None for all.
 
     Returns:
-        float32 [count, C, H, W], as the sampler leaves them.
+        float32 [count, C, H, W].
 
     Raises:
         UnsupportedError: The sampler cannot be carried over.

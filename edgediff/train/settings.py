@@ -1,4 +1,4 @@
-"""What a training is asked to do: frozen structs, read from strict YAML. README.md has a table of each."""
+"""What a training is asked to do: frozen structs, read from strict YAML. README.md explains every key."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -19,7 +19,7 @@ from edgediff_runtime.pipeline import MAX_IMAGES
 # Where features are compared: what each level hands on on the way down (after its downsampler), after the mid block,
 # what each level makes on the way up (before its upsampler), and the prediction itself. A cut is at such places.
 POINTS = ("down", "mid", "up", "out")
-# More is a slip of the pen, and would be found out only after hours or out of memory.
+# More is a typing error, and would show only after hours or as a lack of memory.
 MOST = {
     "updates": 100_000_000, "batch": 65_536, "size": 8_192, "num_train_timesteps": 100_000, "width": 65_536,
     "images": MAX_IMAGES, "rounds": 2**20 - 1,
@@ -59,10 +59,6 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
     """An adaptor's (Clockwork Diffusion, section 3.3; the paper's: Adam, 1e-4, batch 16, plain L2 on r_out).
 
     Attributes:
-        model: A diffusers directory or a built-in name.
-        adaptor: Which adaptor.
-        takes_text: Whether it looks at the text (the paper found that to add nothing).
-        cut: Where the UNet is divided.
         clock: Period or mask; the loss is taken where it says cached.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance; None takes what the model is usually sampled with.
@@ -71,13 +67,10 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
             consecutive cached steps need.
         rounds: How many times trajectories are drawn.
         images: Trajectories of a round, for each process.
-        passes: How often what is drawn is learnt from.
         batch: Samples (rows of a cached step) of an update.
-        schedule: ``constant``, or ``cosine`` down to zero at the end.
         output_weight: Weight of a second loss on ``out_sample``, relative to the identity's; 0 leaves it out.
-        store_gb: Bound in GB (1e9 bytes) of trajectories stored on disk and learnt from again in each pass; None makes
-            them anew in each round.
-        conditioning: A file with the embeddings of prompts, for models with text.
+        store_gb: Bound in GB (1e9 bytes) of trajectories stored on disk and learnt from again in each pass; None draws
+            new ones in each round.
     """
 
     model: str | None = None
@@ -108,12 +101,8 @@ class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_
 
     Attributes:
         block_out_channels: Channels of each level; every level but the first halves the map.
-        layers_per_block: Residual blocks of a level.
-        norm_num_groups: Groups of the normalisations; divides the channels of every level.
-        learning_rate: Its highest; it falls to 0 along a cosine.
         kl_weight: Weight of a latent's divergence from the standard normal beside the absolute error of a pixel's
             channel, both summed, as in latent diffusion.
-        flip: Whether images are mirrored at random.
     """
 
     latent_channels: int = 4
@@ -138,12 +127,7 @@ class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         data: A folder of images, a subfolder for each class where there are classes.
         held_out: A folder of images that are not learnt from; None holds back a tenth of each class of `data`.
-        warmup: Updates in which the learning rate rises from 0.
-        schedule: ``cosine`` down to zero at the end, or ``constant``.
-        clip: Largest norm of the gradient.
-        flip: Whether images are mirrored at random.
         label_dropout: Share of the images whose class is replaced by the null class, for guidance.
-        precision: ``bf16`` mixes precisions, which pays on accelerators and not on most CPUs.
         sample_every: Updates between sample grids and held-out losses; None makes them at the end only.
     """
 
@@ -170,15 +154,10 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
     geometry, schedule and classes.
 
     Attributes:
-        teacher: A diffusers directory or a built-in name.
         student: A model to go on from, by directory or name, with a schedule of its own; None makes a new one of the
             teacher's geometry, which `width`, `gating`, `wavelet` and `gate_takes_time` then shape.
         width: Channels of the student's highest level; None keeps the teacher's.
         gating: Wavelet gating; without it the student is the plain small UNet.
-        wavelet: The gating's filter.
-        gate_takes_time: Whether gates look at the time embedding.
-        spatial: Lambda of the spatial term.
-        frequency: Lambda of the frequency term.
         alpha: Exponent of the frequency weights; 0 weighs all frequencies alike.
         points: Where features are compared: ``down``, ``mid``, ``up`` (after each level) and ``out`` (the prediction).
     """
@@ -208,7 +187,6 @@ class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
         unet: Or the geometry itself: settings of a diffusers UNet, ``_class_name`` among them.
         size: Height and width of the images in pixels; None takes what the geometry has.
         classes: Whether the folder's classes are learnt; without, the model is conditioned on nothing.
-        num_train_timesteps: Time steps of the noise.
         autoencoder: Settings of a small KL autoencoder whose latents are learnt in the place of pixels, or a directory
             of one; None learns pixels.
     """

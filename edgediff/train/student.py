@@ -14,7 +14,7 @@ from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.learner import check_pair
-from edgediff.train.loop import Say
+from edgediff.train.loop import Say, silent
 from edgediff.train.settings import StudentTraining, check_training
 from edgediff.train.unet import UNetTrained, train_unet
 
@@ -34,7 +34,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         ConfigError: The settings do not fit, or teacher and student do not.
         DataError: The images cannot be read, or do not fit the teacher.
         ModelError: The teacher cannot be loaded, or has no scheduler.
-        TargetError: Something else is in the folder, or the disk is full.
+        TargetError: Something else is in the folder, another training runs there, or the disk is full.
         TrainingError: The loss is not finite; the last good checkpoint is kept.
         UnsupportedError: The teacher's resampling cannot be gated.
     """
@@ -42,7 +42,9 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     if settings.teacher is None:
         raise ConfigError("no teacher: name a diffusers directory or a built-in model, 'teacher' in the settings")
     path = Path(path)
-    check_output(path)
+    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    check_output(path, accelerator)
+    say = progress if progress is not None and accelerator.is_main_process else silent
     teacher = load_model(settings.teacher)
     teacher.check_schedule()
     if settings.distils and not teacher.has_weights:
@@ -52,7 +54,6 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     _, height, width = model.sample_shape
     if height != width:
         raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     vae = None if teacher.space == "pixel" else load_autoencoder(teacher.home / FOLDER)
     factor = 1 if vae is None else factor_of(vae)
     channels = 3 if vae is None else vae.config.latent_channels
@@ -69,14 +70,14 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         sources["another student"] = model.sha256
     return train_unet(
         replace(model, name=path.resolve().name),
-        read_data(settings, factor * height, progress),
+        read_data(settings, factor * height, say),
         path,
         settings,
         accelerator=accelerator,
         teacher=teacher,
         autoencoder=None if vae is None else lambda: vae.to(accelerator.device),
         sources=sources,
-        progress=progress,
+        say=say,
     )
 
 

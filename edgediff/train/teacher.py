@@ -21,7 +21,7 @@ from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
 from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
-from edgediff.train.loop import Say
+from edgediff.train.loop import Say, silent
 from edgediff.train.settings import MOST, AutoencoderTraining, TeacherTraining, check_training, training_from
 from edgediff.train.unet import UNetTrained, train_unet
 
@@ -44,15 +44,16 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         ConfigError: The settings, the geometry and the images do not fit together.
         DataError: The images cannot be read.
         ModelError: The geometry or the autoencoder cannot be loaded.
-        TargetError: Something else is in the folder, or the disk is full.
+        TargetError: Something else is in the folder, another training runs there, or the disk is full.
         TrainingError: The loss is not finite; the last good checkpoint is kept.
         UnsupportedError: The geometry's levels do not divide the size.
     """
     settings = check_training(settings)
     path = Path(path)
-    check_output(path)
-    kind, config = geometry_of(settings)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    check_output(path, accelerator)
+    say = progress if progress is not None and accelerator.is_main_process else silent
+    kind, config = geometry_of(settings)
     own = settings.autoencoder
     given = load_autoencoder(own) if isinstance(own, str) else None
     asked = training_from(own, AutoencoderTraining) if isinstance(own, dict) else None
@@ -62,7 +63,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         raise ConfigError(f"'size' is {size}; expected a multiple of {factor}, which the autoencoder divides by")
     if asked is not None:
         check_autoencoder(asked, size)
-    data = read_data(settings, size, progress)
+    data = read_data(settings, size, say)
     latent = given.config.latent_channels if given is not None else asked.latent_channels if asked is not None else None
     model = _teacher(path.resolve().name, path, kind, config, data[0], settings, size // factor, latent)
     sources = {"another geometry": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
@@ -72,9 +73,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     def autoencoder() -> AutoencoderKL:
         if given is not None:
             return given.to(accelerator.device)
-        return train_autoencoder(
-            data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=progress
-        )
+        return train_autoencoder(data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=say)
 
     return train_unet(
         model,
@@ -84,7 +83,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         accelerator=accelerator,
         autoencoder=None if latent is None else autoencoder,
         sources=sources,
-        progress=progress,
+        say=say,
     )
 
 
@@ -129,7 +128,7 @@ def _teacher(
             torch.manual_seed(settings.seed)
             unet = kind(**config).eval()
     except BAD_SETTINGS as e:
-        raise ConfigError(f"the geometry is none of a {kind.__name__}: {one_line(e)[:200]}") from e
+        raise ConfigError(f"the geometry does not make a {kind.__name__}: {one_line(e)[:200]}") from e
     whole = {**unet.config, "_class_name": kind.__name__}
     if whole.get("addition_embed_type") is not None or looks_at_text(whole):
         raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")

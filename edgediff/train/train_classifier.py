@@ -136,7 +136,7 @@ class _ClassifierTask(Task):
         return 0.0 if minutes is None else (monotonic() - self.start) / (60 * minutes)
 
     def is_over(self) -> bool:
-        return self._spent() >= 1
+        return self.state.updates > 0 and self._spent() >= 1
 
     def rate(self, update: int, total: int) -> float:
         return cosine(min(max(update / total, self._spent()), 1)) * min((update + 1) / _WARM_UP, 1)
@@ -149,15 +149,10 @@ class _ClassifierTask(Task):
 
 
 def augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Light changes that leave an image's class as it is.
+    """Light changes that leave an image's class as it is; float32 [B, 3, H, W] in [-1, 1], H and W above 3.
 
-    Args:
-        images: float32 [B, 3, H, W] in [-1, 1], H and W above 3.
-        rng: Where chance comes from.
-
-    Returns:
-        float32 [B, 3, H, W]: half of them mirrored, all shifted by up to 3 pixels (one shift for the batch), contrast
-        and brightness changed by up to a tenth.
+    Half of them are mirrored, all are shifted by up to 3 pixels (one shift for the batch), contrast and brightness are
+    changed by up to a tenth.
     """
     count, _, height, width = images.shape
     mirrored = torch.rand(count, 1, 1, 1, generator=rng) < 0.5

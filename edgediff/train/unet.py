@@ -25,12 +25,12 @@ from edgediff.errors import TargetError
 from edgediff.models.clockwork import split
 from edgediff.models.load import Model, one_line
 from edgediff.outputs import check_drawing
-from edgediff.train.claim import Claim, check_place, claimed, clear_place
+from edgediff.train.claim import Claim, claimed, is_done
 from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation
 from edgediff.train.latents import decode, save_beside
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising, Teacher
-from edgediff.train.loop import Loop, Say, Task, recent, silent
+from edgediff.train.loop import Loop, Say, Task, recent
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, unet_card
@@ -53,11 +53,9 @@ class UNetTrained:
     """What became of a training.
 
     Attributes:
-        path: The model's folder.
-        updates: How many there were.
         loss: The denoising loss, mean over the last tenth of the updates.
         held_out: The denoising loss of the averaged weights on images that were not learnt from.
-        images: Images learnt from.
+        images: How many were learnt from.
         skipped: Images that were left out, and why.
     """
 
@@ -83,9 +81,9 @@ def train_unet(
     teacher: Model | None = None,
     autoencoder: Callable[[], AutoencoderKL] | None = None,
     sources: dict[str, str],
-    progress: Say | None = None,
+    say: Say,
 ) -> UNetTrained | None:
-    """Trains a UNet, or goes on where an interrupted training of the same settings stopped.
+    """Trains a UNet for `train_teacher` and `train_student`, which say what is raised.
 
     Args:
         model: What learns: its UNet has the weights that it begins with.
@@ -96,17 +94,7 @@ def train_unet(
         teacher: Whose features are learnt from.
         autoencoder: Makes the one whose latents the UNet works on; None works on pixels.
         sources: Hash of what else is learnt from, by what another one would be called.
-        progress: Told what is being done, and the share of it that is done.
-
-    Returns:
-        What became of it; None where the model is there already.
-
-    Raises:
-        ConfigError: Model, teacher and images do not fit together.
-        DataError: The images' classes do not fit the model.
-        TargetError: Something else is in the folder, another training runs there, or the disk is full.
-        TrainingError: The loss is not finite; the last good checkpoint is kept.
-        UnsupportedError: The model cannot be sampled, or cannot be cut.
+        say: Told what is being done, and the share of it that is done.
     """
     check_drawing("drawing the loss curve")
     # What could not be sampled or divided afterwards is not trained.
@@ -115,18 +103,15 @@ def train_unet(
     images, held_out = data
     sources = {"other images": hash_of(images), "other held-out images": hash_of(held_out), **sources}
     claim = Claim(settings, sources, accelerator.num_processes, PRODUCT)
-    check_place(path, claim)
+    if is_done(path, claim, accelerator):
+        return None
     classes_of(model, images)
     learner, teaching = _learner(model, teacher, settings, accelerator)
-    if claim.is_finished(path):
-        accelerator.wait_for_everyone()
-        clear_place(path, accelerator)
-        return None
     with claimed(path, claim, accelerator):
         vae = None if autoencoder is None else autoencoder()
         task = _UNetTask(accelerator, model, learner, teaching, data, vae, settings, path)
         loop = Loop(accelerator, task, path, settings.checkpoint_minutes)
-        loop.run(progress if progress is not None and accelerator.is_main_process else silent)
+        loop.run(say)
         if accelerator.is_main_process:
             loop.count_time()
             card = unet_card(model, teacher, settings, data, task.state, accelerator)
@@ -135,7 +120,6 @@ def train_unet(
             except (SafetensorError, RuntimeError, OSError) as e:
                 # torch and safetensors have errors of their own for a full disk.
                 raise TargetError(f"{path} cannot be written: {one_line(e)[:200]}; {loop.kept()}") from e
-        clear_place(path, accelerator)
     return UNetTrained(
         path=path,
         updates=task.state.updates,
@@ -162,7 +146,7 @@ def _learner(
 class _UNetTask(Task):
     """A visit is one update; now and then a held-out loss and a grid of samples are taken."""
 
-    advice = "begin anew"
+    advice = "start again"
 
     def __init__(
         self,
