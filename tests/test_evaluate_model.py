@@ -180,6 +180,7 @@ def test_a_folder_without_classes_serves_an_unconditional_model(tmp_path: Path, 
 # Several processes
 
 
+@pytest.mark.long
 def test_two_processes_find_what_one_does(class_model: Path, train: Path, test: Path, classifier: Path) -> None:
     one = evaluated(class_model, test, classifier, train=train)
     given = ["evaluate", "distance", class_model, "--images", test, "--train", train, "--features", classifier,

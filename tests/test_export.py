@@ -15,8 +15,7 @@ from unets import unet2d_condition
 import edgediff
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, TargetError, UnsupportedError, VerificationError
-from edgediff.targets.configs import OnnxConfig
-from edgediff.targets.onnx import passes
+from edgediff.targets.onnx import OnnxConfig, passes
 from edgediff.targets.onnx import write_onnx as onnx_module
 from edgediff_runtime import EdgePipeline, open_bundle
 
@@ -29,7 +28,7 @@ def _files(path: Path, leave_out: tuple[str, ...] = ("evidence/parity.json",)) -
 def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert set(_files(class_bundle, ())) == {
         "README.md", "SHA256SUMS", "evidence/parity.json", "evidence/reference.safetensors", "manifest.json",
-        "onnx/highres_in.onnx", "onnx/highres_out.onnx", "onnx/lowres.onnx",
+        "onnx/unet/highres_in.onnx", "onnx/unet/highres_out.onnx", "onnx/unet/lowres.onnx",
     }  # fmt: skip
     manifest = open_bundle(class_bundle).manifest
     assert manifest.operating_point.mask == (1, 0, 1, 0)
@@ -38,8 +37,8 @@ def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert manifest.license == "unknown"
     assert manifest.cache_bytes == 4 * 16 * 8 * 8
     assert manifest.cost["full"].macs > manifest.cost["cached"].macs > 0
-    assert [graph.frequency for graph in manifest.targets[0].graphs] == ["step", "full_step", "cached_step", "step"]
-    assert manifest.targets[0].graphs[2].file is None
+    assert [graph.frequency for graph in manifest.targets[0].unet.graphs] == ["step", "full_step", "cached_step", "step"]
+    assert manifest.targets[0].unet.graphs[2].file is None
 
 
 def test_sha256sum_agrees(class_bundle: Path) -> None:
@@ -49,7 +48,7 @@ def test_sha256sum_agrees(class_bundle: Path) -> None:
 
 def test_graphs_are_what_the_manifest_says(class_bundle: Path) -> None:
     target = open_bundle(class_bundle).manifest.targets[0]
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         if graph.file is None:
             continue
         model = onnx.load(class_bundle / graph.file)
@@ -97,7 +96,7 @@ def test_what_is_there_and_valid_is_not_exported_again(
 ) -> None:
     there = tmp_path / "bundle"
     shutil.copytree(class_bundle, there)
-    monkeypatch.setattr("edgediff.export.export_bundle.write_onnx", lambda *a: pytest.fail("exported again"))
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.write_onnx", lambda *a: pytest.fail("exported again"))
     said: list[str] = []
     model = edgediff.load_model(class_model)
     done = edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=4, layout="split"), progress=said.append)
@@ -127,12 +126,13 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
     config = edgediff.ExportConfig(steps=2, layout="split", verify=floors)
     edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
-    external = {graph.external_data for graph in manifest.targets[0].graphs} - {None}
-    assert "onnx/lowres.onnx.data" in external
+    external = {graph.external_data for graph in manifest.targets[0].unet.graphs} - {None}
+    assert "onnx/unet/lowres.onnx.data" in external
     assert external <= manifest.files.keys()
     assert (tmp_path / "bundle" / "onnx" / "lowres.onnx").stat().st_size < 200_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("level", "point", "scheduler", "clock"),
     [(1, "after_upsample", "euler", "1,0,1"), (1, "before_upsample", "ddim", 1)],
@@ -148,7 +148,7 @@ def test_other_cuts_samplers_and_clocks(
     assert done.report is not None
     statuses = {row.check: row.status for row in done.report.rows}
     assert statuses["caching"] == ("not_run" if clock == 1 else "measured")
-    assert open_bundle(tmp_path / "bundle").manifest.conditioning.source == "synthetic"
+    assert open_bundle(tmp_path / "bundle").manifest.evidence.conditioning == "synthetic"
 
 
 def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
     config = edgediff.ExportConfig(steps=2, layout="split", conditioning=str(tmp_path / "prompt.npz"))
     edgediff.export_bundle(model, tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
-    assert manifest.conditioning.source == "file"
-    graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].graphs}
+    assert manifest.evidence.conditioning == "file"
+    graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].unet.graphs}
     assert graphs["highres_in"] == ["sample", "timestep", "text_embeds", "time_ids"]
     assert "encoder_hidden_states" in graphs["lowres"]
     np.savez(tmp_path / "short.npz", encoder_hidden_states=given["encoder_hidden_states"])
@@ -214,7 +214,7 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
 
     monkeypatch.setattr("edgediff.targets.onnx.write_onnx.write_graph", wrong)
     config = edgediff.ExportConfig(steps=2, layout="split")
-    with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was put in place"):
+    with pytest.raises(VerificationError, match=r"highres_out \(out_sample, onnxruntime\).*nothing was written"):
         edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from unets import CASES, Case, unet2d_condition
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.shared_rows import has_shared_rows, share_rows
 from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime.manifest import Graph, Tensor
@@ -199,7 +199,7 @@ FAMILIES = {name: CASES[name] for name in ("2d-class", "sdxl-like", "text-and-cl
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["2d-class", *(pytest.param(n, marks=pytest.mark.long) for n in [*FAMILIES][1:])])
 def test_each_family_shares_what_it_can(name: str, tmp_path: Path) -> None:
     case = FAMILIES[name]
     part = edgediff.split(case.build()).highres_in

@@ -16,11 +16,11 @@ from unets import unet2d
 
 import edgediff
 from edgediff.inspect.placement import COREML, lint_bundle
-from edgediff.inspect.placement_ops import mil_ops
 from edgediff.mil.ops import OPS
 from edgediff.mil.package import read_package
 from edgediff.models.spectral import spectralize
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.coreml.mil_operations import mil_ops
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 
 # Of ai.onnx, with a kernel for WebGPU: docs/webgpu-operators.md in the npm package onnxruntime-web 1.30.0. On the CPU
@@ -46,6 +46,8 @@ FLOORS = {
     ("mil-reference", "trajectory"): 35.0,
 }
 Exported = tuple[Path, edgediff.ParityReport]
+
+pytestmark = pytest.mark.long
 
 
 def export(folder: Path, layout: str, adaptor: bool, build: dict[str, Any], **settings: Any) -> Exported:
@@ -101,8 +103,8 @@ def test_every_number_holds(exported: Exported) -> None:
 
 def test_the_manifest_knows_adaptor_and_layout(split_bundle: Exported, pair_bundle: Exported) -> None:
     split, pair = (open_bundle(bundle).manifest for bundle, _ in (split_bundle, pair_bundle))
-    assert [graph.name for graph in split.targets[0].graphs] == ["highres_in", "lowres", "adaptor", "highres_out"]
-    assert [graph.name for graph in pair.targets[0].graphs] == ["full", "cached"]
+    assert [graph.name for graph in split.targets[0].unet.graphs] == ["highres_in", "lowres", "adaptor", "highres_out"]
+    assert [graph.name for graph in pair.targets[0].unet.graphs] == ["full", "cached"]
     assert (split.adaptor.kind, pair.adaptor.kind) == ("identity", "resnet")
     assert split.operating_point.mask == pair.operating_point.mask == (1, 0, 1, 0)
     # The cache is the feature whose quarters are the bands that WG-Up puts together, at half the sample's size.

@@ -7,7 +7,7 @@ and the last step, the conditioning, and the final latents. With it a bundle is 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import TIMESTEP, Graph
 
 REFERENCE = "evidence/reference.safetensors"
 
@@ -64,11 +64,10 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
 
     Returns:
-        Arguments for `EdgePipeline.stream`. The clock is spelt out, also an auto clock, as torch ran it: backends are
-        compared along the same steps. A draft's auto clock is left to decide.
+        Arguments for `EdgePipeline.stream`.
     """
     point = manifest.operating_point
-    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask or point.clock}
+    request: dict[str, Any] = {"num_images": point.num_images, "seed": int(point.seed), "clock": point.mask}
     if manifest.conditioning.kind == "text":
         request |= prompt_arguments(conditioning)
     return request
@@ -78,7 +77,7 @@ def record(
     pipe: EdgePipeline,
     conditioning: dict[str, np.ndarray],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Reference, tuple[int, ...]]:
+) -> Reference:
     """Runs the reference trajectory and keeps what verification needs.
 
     To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
@@ -90,43 +89,37 @@ def record(
         progress: Told the number of steps done and to do.
 
     Returns:
-        The reference, and the steps as they were run, 1 = full.
+        The reference.
     """
-    point = pipe.manifest.operating_point
-    whole = pipe.manifest.verified == "full"
-    last = point.num_inference_steps - 1 if whole else _first_cached(point.mask)
+    whole = pipe.manifest.evidence.verified == "full"
+    wanted = _wanted(pipe.manifest)
+    last = max(wanted)
     steps: list[Recorded] = []
-    mask: list[int] = []
     latents = None
     request = reference_request(pipe.manifest, conditioning)
     if not whole:
         request["guidance_scale"] = 1.0
     for step in pipe.stream(**request):
-        # Of a clock that decides as it runs, this is where the first cached step turns out to be it.
-        if step.index in (0, last) or (not step.full and 0 not in mask):
+        if step.index in wanted:
             tensors = {
                 name: np.array(pipe.session.get(value))
                 for name, value in step.tensors[0].items()
                 if name != CACHE or not step.full
             }
             steps.append(Recorded(step.index, step.full, tensors))
-        mask.append(int(step.full))
         latents = step.latents
         if progress is not None:
             progress(step.index + 1, last + 1)
         if step.index == last:
             break
-    return Reference(tuple(steps), latents if whole else None, conditioning), tuple(mask)
-
-
-def _first_cached(mask: tuple[int, ...]) -> int:
-    return mask.index(0) if 0 in mask else 0
+    return Reference(tuple(steps), latents if whole else None, conditioning)
 
 
 def _wanted(manifest: Manifest) -> set[int]:
     """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
     mask = manifest.operating_point.mask
-    return {0, _first_cached(mask), len(mask) - 1 if manifest.verified == "full" else 0}
+    first_cached = mask.index(0) if 0 in mask else 0
+    return {0, first_cached, len(mask) - 1 if manifest.evidence.verified == "full" else 0}
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
@@ -139,7 +132,12 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
     Returns:
         Arrays by name, [rows, ...].
     """
-    return {tensor.name: step.tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+    inputs = {}
+    for tensor in graph.inputs:
+        value = step.tensors[tensor.name].astype(tensor.dtype)
+        # The undivided model of an ecosystem may take the timestep as a scalar.
+        inputs[tensor.name] = value.reshape(cast(Any, tensor.shape)) if tensor.name == TIMESTEP else value
+    return inputs
 
 
 def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
@@ -175,16 +173,16 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
         raise BundleError(f"{REFERENCE} holds the steps {_spell(found)}; the manifest asks for {_spell(expected)}")
     sample = manifest.sample
     images = (manifest.operating_point.num_images, sample.channels, sample.height, sample.width)
-    if manifest.verified == "full":
+    if manifest.evidence.verified == "full":
         if reference.latents is None:
             raise BundleError(f"{REFERENCE} has no latents")
         _check_array("latents", reference.latents, "float32", images)
     for step in reference.steps:
         rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
         for target in manifest.targets:
-            for graph in target.graphs:
+            for graph in target.unet.graphs:
                 if graph.runs(step.full):
-                    _check_graph(step, graph, rows, reference.half, half_wanted=target.floors.program is not None)
+                    _check_graph(step, graph, rows, reference.half, half_wanted=target.unet.floors.program is not None)
 
 
 def _check_graph(

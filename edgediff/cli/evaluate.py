@@ -17,6 +17,7 @@ from edgediff.cli.app import (
     progress,
     toolchain,
 )
+from edgediff.zoo import check_source
 
 evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
@@ -75,6 +76,7 @@ def distance(
 
     accelerate launch spreads the images over processes.
     """
+    check_source(source)
     module = toolchain("edgediff.evaluate.distance", "evaluate distance")
     with progress() as say:
         found = module.evaluate_distance(
@@ -130,6 +132,7 @@ def spectrum(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model by frequency: power of its images, error and response of its denoising, gates."""
+    check_source(model)
     module = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
     outputs.check_drawing("drawing spectra")
     outputs.check_folder(output)

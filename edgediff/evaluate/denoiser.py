@@ -13,7 +13,7 @@ from edgediff.evaluate.sampler import check_model
 from edgediff.models.load import Model
 from edgediff.models.sampling import PREDICTIONS
 from edgediff.models.spectral import BANDS, BandGate
-from edgediff.models.whole import predict
+from edgediff.models.undivided import predict
 from edgediff_runtime.errors import NotFiniteError
 
 

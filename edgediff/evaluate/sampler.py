@@ -19,7 +19,7 @@ from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.whole import WholeSession
+from edgediff.models.undivided import undivided_session
 from edgediff.targets.backends import BACKENDS, open_session, usual_backend
 from edgediff_runtime import EdgePipeline, Result, clock_mask, denoise, make_scheduler, noise, open_bundle
 from edgediff_runtime.bundle import MANIFEST
@@ -212,10 +212,11 @@ def sample_model(model: Model, scheduler: str | None = None, device: torch.devic
     """
     check_model(model)
     known = model.conditioning
+    model.unet.to(torch.device("cpu") if device is None else device)
     return Sampler(
         name=model.name,
         backend=TORCH,
-        session=WholeSession(model, torch.device("cpu") if device is None else device),
+        session=undivided_session(model),
         scheduler=scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler),
         size=model.sample_shape[1],
         labels=known.labels if known.kind == "class" else None,

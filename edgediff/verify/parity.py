@@ -1,9 +1,9 @@
 """Verification: three numbers, never mixed.
 
-Each graph against the same module in torch; a step composed from the graphs against torch (a full one: the undivided
-UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against torch, same
-clock) stands apart from the caching error (clock N against clock 1, same backend). The inputs are real ones, taken
-along a real trajectory.
+Each graph against the same module in torch; a step composed from the graphs against torch (a full one against the
+undivided UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against
+torch, same clock) is separate from the caching error (clock N against clock 1, same backend). Inputs are recorded along
+a real trajectory.
 """
 
 import contextlib
@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 import numpy as np
 
-from edgediff.bundle.feed import groups, guided, run_rows, run_step
+from edgediff.bundle.feed import count_rows, groups, guided, run_rows, run_step, undivided_step
 from edgediff.bundle.files import PARITY_SCRATCH, check_files
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import (
@@ -35,21 +34,19 @@ from edgediff.bundle.reference import (
 )
 from edgediff.bundle.rows import Check, Finding, ParityReport, Row, judged, not_run
 from edgediff.errors import MissingExtraError
-from edgediff.targets.backends import BACKENDS_OF_TARGET, EXECUTORCH, MIL_REFERENCE, OPENVINO, open_session
+from edgediff.targets import TARGETS
+from edgediff.targets.backends import open_session
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
-from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import Target, share_rows
+from edgediff_runtime.manifest import TIMESTEP, Target, share_rows
 from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
 
 TOOLS = ("edgediff", "numpy", "onnxruntime")
-# Of Apple's runtime, whatever the recipe asks of the evaluator: what processors it takes is its own affair.
-DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 Progress = Callable[[str], None]
 # By number of the step and name of the graph.
 Outputs = Mapping[tuple[int, str], Mapping[str, np.ndarray]]
@@ -67,13 +64,10 @@ def verify_bundle(
     Args:
         path: The bundle.
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
-            it is not at hand, or torch is not installed, the trajectory is held to the evidence's final latents.
-        progress: Told what is being done.
+            there is none, or no torch, the trajectory is compared with the evidence's final latents.
+        progress: Called with what is being done.
         record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
         targets: Which targets to verify; None verifies all.
-
-    Returns:
-        The report.
 
     Raises:
         BundleError: A file is damaged, missing, not listed or unsafe, or a target is not in the bundle.
@@ -91,9 +85,10 @@ def verify_bundle(
     source = _Source(manifest, reference, model, say)
     rows: list[Row] = []
     findings: list[Finding] = []
-    for said in wanted:
-        for backend in BACKENDS_OF_TARGET[said.target]:
-            target = _for_device(said) if backend == "coreml" else said
+    for entry in wanted:
+        form = TARGETS[entry.target]
+        for backend in form.backends:
+            target = entry.with_unet(floors=form.floors_on(backend, entry.unet.floors))
             say(f"{backend}: loading")
             try:
                 session = open_session(bundle, backend)
@@ -101,15 +96,16 @@ def verify_bundle(
                 log.debug("%s: %s", backend, e)
                 found = _none_run(target, manifest, reference, backend, str(e))
             else:
-                if backend == MIL_REFERENCE:
-                    findings += _findings(target, reference, session, say)
+                findings += _findings(target, reference, session, say) if backend == form.backends[0] else []
                 found = [
                     *_step_rows(target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
                 ]
                 del session
+                if backend == form.backends[0]:
+                    found += _undivided_rows(bundle, target, reference, backend, say)
             rows += [msgspec.structs.replace(row, target=target.target) for row in found]
-    report = ParityReport(tuple(rows), manifest.verified, tuple(t.target for t in wanted), tuple(findings))
+    report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
     if record and len(wanted) == len(all_targets):
         _write(bundle, report)
     return report
@@ -117,7 +113,7 @@ def verify_bundle(
 
 @dataclass
 class _Source:
-    """The trajectory that every backend is held to; computed anew once, where the source is at hand."""
+    """The trajectory that backends are compared with; computed once in torch, where the source is found."""
 
     manifest: Manifest
     reference: Reference
@@ -130,34 +126,24 @@ class _Source:
         self.say("trajectory of the source")
         request = reference_request(self.manifest, self.reference.conditioning)
         anew, note = torch_latents(self.manifest, request, self.model)
-        return [latents for latents in (anew, self.reference.latents) if latents is not None], note
-
-
-def _for_device(target: Target) -> Target:
-    """The target with floors that an accelerator may be held to, which adds up in fp16 where it likes."""
-    floors = target.floors
-    eased = msgspec.structs.replace(
-        floors,
-        graph=min(floors.graph, DEVICE_DB),
-        composed=min(floors.composed, DEVICE_DB),
-        trajectory=min(floors.trajectory, DEVICE_TRAJECTORY_DB),
-    )
-    return msgspec.structs.replace(target, floors=eased)
+        found = [latents for latents in (anew, self.reference.latents) if latents is not None]
+        return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
-    floors = target.floors
-    if share_rows(target.graphs):
+    floors = target.unet.floors
+    if share_rows(target.unet.graphs):
         # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
-    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.graphs}
+    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    if floors.program is not None and backend == MIL_REFERENCE:
+    unrounded = TARGETS[target.target].unrounded(backend, session)
+    if floors.program is not None and unrounded is not None:
         say(f"{backend}: graphs in fp32 arithmetic")
-        with cast(Any, session).unrounded():
+        with unrounded:
             exact = _run_alone(target, reference, session)
         # Rounding cannot hide a program that is slightly another.
         note = "fp32 arithmetic, against torch with weights of fp16"
@@ -166,13 +152,34 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
     return rows + _composed_rows(target, reference, session, backend, alone)
 
 
+def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
+    """The undivided step that other tools open, against torch in the recorded full steps."""
+    whole, model = undivided_step(bundle, target.target), target.unet.model
+    if whole is None or model is None:
+        return []
+    say(f"{backend}: the undivided step")
+    steps = [step for step in reference.steps if step.full]
+    whole_times = any(tensor.name == TIMESTEP and "int" in tensor.dtype for tensor in model.inputs)
+    kept = [step for step in steps if not whole_times or float(step.tensors[TIMESTEP][0]).is_integer()]
+    floor = target.unet.floors.graph
+    if not kept:
+        return [not_run("graph", model.name, backend, floor, "it takes whole timesteps, the sampler gives fractions")]
+    session = open_session(whole, backend)
+    numbers = [
+        (psnr_db(step.tensors[name], value), name)
+        for step in kept
+        for name, value in run_rows(session, (model,), step_inputs(step, model), ("out_sample",)).items()
+    ]
+    return [judged("graph", model.name, backend, numbers, floor)]
+
+
 def _run_alone(target: Target, reference: Reference, session: Session) -> Outputs:
     """Every graph on its recorded inputs, in each recorded step in which it runs."""
     return {
         (step.index, graph.name): run_rows(
             session, (graph,), step_inputs(step, graph), [tensor.name for tensor in graph.outputs]
         )
-        for graph in target.graphs
+        for graph in target.unet.graphs
         for step in reference.steps
         if graph.file is not None and graph.runs(step.full)
     }
@@ -182,7 +189,7 @@ def _graph_rows(
     check: Check, target: Target, backend: str, made: Outputs, want: Outputs, floor: float, note: str = ""
 ) -> list[Row]:
     rows = []
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         numbers = [
             (psnr_db(want[key][name], value), name)
             for key, outputs in made.items()
@@ -199,7 +206,7 @@ def _graph_rows(
 def _composed_rows(target: Target, reference: Reference, session: Session, backend: str, alone: Outputs) -> list[Row]:
     composed: dict[bool, list[tuple[float, str]]] = {}
     for step in reference.steps:
-        graphs = tuple(graph for graph in target.graphs if graph.file is not None and graph.runs(step.full))
+        graphs = tuple(graph for graph in target.unet.graphs if graph.file is not None and graph.runs(step.full))
         if len(graphs) == 1:
             made = alone[step.index, graphs[0].name]
         else:
@@ -207,79 +214,62 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
         numbers = [(psnr_db(step.tensors[name], value), name) for name, value in made.items()]
         composed.setdefault(step.full, []).extend(numbers)
     return [
-        judged("composed", "full" if full else "cached", backend, composed[full], target.floors.composed)
+        judged("composed", "full" if full else "cached", backend, composed[full], target.unet.floors.composed)
         for full in sorted(composed, reverse=True)
     ]
 
 
-def _findings(target: Target, reference: Reference, session: Any, say: Progress) -> list[Finding]:
-    """What comes near the end of fp16's range, on the first recorded step in which each graph runs."""
-    from edgediff.targets.coreml.headroom import findings
-
-    say(f"{MIL_REFERENCE}: headroom")
-    found = []
-    for graph in target.graphs:
+def _findings(target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
+    """What fp16 may damage, on the first recorded step in which each graph runs."""
+    if target.unet.dtype != "fp16":
+        return []
+    say(f"{target.target}: headroom")
+    found: list[Finding] = []
+    for graph in target.unet.graphs:
         steps = [step for step in reference.steps if graph.runs(step.full)]
-        if graph.file is not None and target.dtype == "fp16" and steps:
-            first = next(groups(step_inputs(steps[0], graph), session.batch))
-            found += [
-                msgspec.structs.replace(finding, graph=graph.name)
-                for finding in findings(session.functions[graph.name], first)
-            ]
+        if graph.file is not None and steps:
+            inputs = step_inputs(steps[0], graph)
+            first = next(groups(inputs, count_rows(inputs) if session.batch is None else session.batch))
+            found += TARGETS[target.target].findings(session, graph, first)
     return found
 
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
-    floors, manifest = target.floors, source.manifest
-    if manifest.verified == "graphs" and source.model is None:
+    floors, manifest = target.unet.floors, source.manifest
+    checks: tuple[tuple[Check, float | None], ...] = (("trajectory", floors.trajectory), ("caching", floors.caching))
+    if manifest.evidence.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
-        return [
-            not_run("trajectory", "latents", backend, floors.trajectory, note),
-            not_run("caching", "latents", backend, floors.caching, note),
-        ]
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
+    want, note = source.latents
+    if not want:
+        note = f"no latents to compare with: {note}"
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    # What the adaptor was trained for is the user's concern, not that of a comparison.
+    # A comparison need not be what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
-        latents, decided = _along(pipe, request)
+        latents = pipe(**request).latents
         always = None if all(point.mask) else pipe(**request | {"clock": 1}).latents
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
-    want, note = source.latents
     numbers = [(psnr_db(each, latents), "latents") for each in want]
-    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note + decided)]
+    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
     if always is None:
         note = "the clock has no cached step"
         return [*rows, not_run("caching", "latents", backend, floors.caching, note)]
-    note = f"clock {point.clock}{_shown(point.mask) if decided else ''} against clock 1"
+    note = f"clock {point.clock} against clock 1"
     return [*rows, judged("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note)]
-
-
-def _along(pipe: EdgePipeline, request: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Final latents along the reference's steps; of an auto clock also whether the backend decides on the same ones."""
-    point = pipe.manifest.operating_point
-    if not is_auto(point.clock):
-        return pipe(**request).latents, ""
-    own = pipe(**{**request, "clock": point.clock})
-    if own.mask == point.mask:
-        return own.latents, f"; clock {point.clock} decides on the same steps here"
-    said = f"; clock {point.clock} decides on other steps here:{_shown(own.mask)}, in torch{_shown(point.mask)}"
-    return pipe(**request).latents, said
-
-
-def _shown(mask: tuple[int, ...]) -> str:
-    return f" {''.join('F' if full else 'c' for full in mask)}"
 
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
     """A row for everything that a backend would have measured."""
-    floors = target.floors
-    names = [graph.name for graph in target.graphs if graph.file is not None]
+    floors = target.unet.floors
+    names = [graph.name for graph in target.unet.graphs if graph.file is not None]
     rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
-    if backend == MIL_REFERENCE and floors.program is not None:
+    if backend == TARGETS[target.target].backends[0] and floors.program is not None:
         rows += [not_run("program", name, backend, floors.program, note) for name in names]
     rows += [
         not_run("composed", "full" if full else "cached", backend, floors.composed, note)
@@ -293,7 +283,8 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
 def _write(bundle: Bundle, report: ParityReport) -> None:
     """Replaces evidence/parity.json in one step; a bundle on read-only media is verified all the same."""
     ran = {row.backend for row in report.rows if row.status == "measured"}
-    tools = (*TOOLS, *(name for name in (EXECUTORCH, OPENVINO) if name in ran))
+    ours = (TARGETS[name] for name in report.targets)
+    tools = dict.fromkeys((*TOOLS, *(tool for form in ours if ran & {*form.backends} for tool in form.tools_to_run)))
     evidence = {
         **report.to_dict(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
