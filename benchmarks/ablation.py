@@ -1,8 +1,8 @@
-"""What does each part of a student do? Gating, the spatial term, the frequency term, and its alpha, each left out.
+"""What does each part of a student do? Without gating, the spatial term, the frequency term, or its alpha.
 
-Trains every variant of the built-in student's recipe, alpha at the paper's -1 but in one, with a budget of its own
-(`--updates`) and three seeds, and compares the images of each with held-out photographs, as students.py does. A
-training that was stopped goes on; what is in `--output` already is only compared.
+Trains every variant of the built-in student's recipe (alpha at the paper's -1 in all but one) for `--updates` updates
+and three seeds, and measures each as students.py does. A stopped training is resumed, a finished one in `--output` is
+only measured.
 """
 
 import argparse
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Trains what is not there yet, and prints a line for each variant: mean and range over seeds."""
+    """Trains what is missing, and prints a line for each variant: mean and range over seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="training photographs, a subfolder for each class")
     parser.add_argument("--images", type=Path, required=True, help="held-out photographs")
@@ -45,16 +45,16 @@ def main() -> None:
     base = msgspec.to_builtins(load_training(RECIPE, StudentTraining))
     base |= {"data": str(asked.data), "held_out": str(asked.images), "sample_every": None}
     base |= {"alpha": -1.0, "updates": asked.updates}
-    # Seed by seed: what has run so far compares all variants.
+    # Seed by seed, so that an interrupted run has compared all variants.
     found: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(asked.seeds):
         for name in asked.variant or VARIANTS:
             path = asked.output / f"{name}-{seed}"
             train_student(path, training_from(base | VARIANTS[name] | {"seed": seed}, StudentTraining))
             found.setdefault(name, []).append(measure(path, asked))
-            print(f"{name}, seed {seed}: {spell([found[name][-1]])}", flush=True)
+            print(f"{name}, seed {seed}: {summary([found[name][-1]])}", flush=True)
     for name, rows in found.items():
-        print(f"{name}, {len(rows)} seed(s): {spell(rows)}")
+        print(f"{name}, {len(rows)} seed(s): {summary(rows)}")
 
 
 def measure(path: Path, asked: argparse.Namespace) -> tuple[float, float, float]:
@@ -65,8 +65,8 @@ def measure(path: Path, asked: argparse.Namespace) -> tuple[float, float, float]
     return 1e3 * far.kernel_distance, far.spectrum_error, far.spectrum_error_top
 
 
-def spell(rows: list[tuple[float, float, float]]) -> str:
-    """Means and, in brackets, the range."""
+def summary(rows: list[tuple[float, float, float]]) -> str:
+    """Means, and in brackets the ranges."""
     names = ("kernel x1000", "spectrum", "top two octaves")
     values = np.array(rows)
     return ", ".join(

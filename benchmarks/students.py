@@ -1,11 +1,9 @@
 """What is a student worth? The built-in student, the plain small UNet ('Lite') of its budget, and their teacher.
 
-Distances of 1,000 generated images from held-out photographs, 20 steps of DPM-Solver++ 2M, guidance 2, the same noise
-and classes for all. The bars: the student's kernel distance at least 20 % below Lite's, its spectrum error in the top
-two octaves at least 30 % below, at most an eighth of its teacher's multiply-adds, and a step in ONNX Runtime at least
-six times as fast as its teacher's. Without `--images` only operations and time.
-
-`--train FOLDER` also looks for the nearest training photographs.
+With `--images`, distances of 1,000 generated images from held-out photographs: 20 steps of DPM-Solver++ 2M, guidance 2,
+the same noise and classes for all. The bars: the student's kernel distance at least 20 % below Lite's, its spectrum
+error in the top two octaves at least 30 % below, at most an eighth of its teacher's multiply-adds, and a step in ONNX
+Runtime at least six times as fast as its teacher's. `--train FOLDER` also finds the nearest training photographs.
 """
 
 import argparse
@@ -30,7 +28,7 @@ STEPS = 20
 
 
 def main() -> None:
-    """Counts, times and, where photographs are given, compares."""
+    """Counts operations, times steps and, with photographs, measures distances."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=[TEACHER, LITE, STUDENT], help="the first is the teacher")
     parser.add_argument("--images", type=Path, help="held-out photographs, a subfolder for each class")
@@ -52,13 +50,13 @@ def main() -> None:
 
 
 def cost(name: str) -> Cost:
-    """Counts a whole step of a model, one sample."""
+    """The cost of a full step of a model, one sample."""
     model = edgediff.load_model(name)
     return tally(edgediff.split(model.unet, Cut()), model.sample_shape, model.conditioning.tensors).parts["full"]
 
 
 def latency(names: list[str]) -> None:
-    """Times a full step of each in turns: one image with guidance (two rows), then one without."""
+    """Times a full step of each model in turns: one image with guidance (two rows), then one without."""
     with tempfile.TemporaryDirectory() as folder:
         pipes = {}
         for name in names:
@@ -80,7 +78,7 @@ def latency(names: list[str]) -> None:
 
 
 def distances(names: list[str], asked: argparse.Namespace) -> None:
-    """Prints the distances of each, and the student's against Lite's."""
+    """Prints the distances of each model, and the student's against Lite's."""
     kernels, tops = {}, {}
     for name in names:
         found = evaluate_distance(

@@ -18,8 +18,8 @@ SIZE = 16
 CPU = torch.device("cpu")
 
 
-class Told(torch.nn.Module):
-    """A UNet that knows the answer, in terms of any prediction."""
+class FixedUNet(torch.nn.Module):
+    """A UNet that gives a fixed answer and records what it was given."""
 
     def __init__(self, unet: torch.nn.Module, answer: torch.Tensor) -> None:
         super().__init__()
@@ -41,16 +41,16 @@ def test_every_kind_of_prediction_gives_the_clean_image(tmp_path: Path, predicti
     alpha, sigma = np.sqrt(denoiser.alphas_cumprod[t]), np.sqrt(1 - denoiser.alphas_cumprod[t])
     x_t = alpha * x_0 + sigma * eps
     answer = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x_0, "sample": x_0}[prediction]
-    told = Told(denoiser.unet, torch.from_numpy(answer))
-    denoiser.unet = told
+    fixed = FixedUNet(denoiser.unet, torch.from_numpy(answer))
+    denoiser.unet = fixed
     np.testing.assert_allclose(denoiser.clean(x_t, t, np.array([4, 1])), x_0, atol=1e-6)
-    assert told.asked == ([300.0], [4, 1])
-    told.answer[:] = torch.nan
+    assert fixed.asked == ([300.0], [4, 1])
+    fixed.answer[:] = torch.nan
     with pytest.raises(Exception, match="not finite at t = 300"):
         denoiser.clean(x_t, t, None)
 
 
-def test_teachers_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_teachers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def make(name: str, scheduler: dict[str, Any] | None = None, **config: Any) -> Denoiser:
         return Denoiser(load_model(save_model(unet2d(**config), tmp_path / name, scheduler)), CPU)
 
@@ -66,7 +66,7 @@ def test_teachers_that_do_not_fit_are_named(tmp_path: Path) -> None:
             student.check_teacher(teacher)
 
 
-def test_schedulers_without_such_a_schedule_are_refused(tmp_path: Path) -> None:
+def test_schedulers_and_predictions_that_are_not_handled_are_refused(tmp_path: Path) -> None:
     folder = save_model(unet2d(), tmp_path / "flow", {"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         Denoiser(load_model(folder), CPU)
@@ -84,7 +84,7 @@ def gated(**settings: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("takes_time", [False, True])
-def test_gates_are_heard(takes_time: bool) -> None:
+def test_gates_are_recorded(takes_time: bool) -> None:
     unet = gated(gate_takes_time=takes_time)
     x = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with GateRecorder(unet) as gates, torch.no_grad():
@@ -95,17 +95,17 @@ def test_gates_are_heard(takes_time: bool) -> None:
         found = gates.take()
         assert gates.take() == {}
         name = next(iter(gates.modules))
-        heard: list[torch.Tensor] = []
-        gates.modules[name].register_forward_hook(lambda module, given, out: heard.append(out))
+        recorded: list[torch.Tensor] = []
+        gates.modules[name].register_forward_hook(lambda module, given, out: recorded.append(out))
         unet(x, torch.tensor([10.0]))
-    expected = heard[0].double().mean(dim=(0, 2, 3, 4)).numpy()
+    expected = recorded[0].double().mean(dim=(0, 2, 3, 4)).numpy()
     np.testing.assert_allclose(found[name], expected, rtol=1e-6)
     assert expected.shape == (4,)
     assert (expected > 0).all()
     assert (expected < 1).all()
 
 
-def test_nothing_listens_afterwards_and_other_networks_have_no_gates() -> None:
+def test_hooks_are_removed_and_other_networks_have_no_gates() -> None:
     unet = gated()
     with GateRecorder(unet) as gates:
         listening = [module._forward_hooks for module in gates.modules.values()]

@@ -1,4 +1,4 @@
-"""What a bundle's images come to."""
+"""``edgediff evaluate distance`` of a bundle."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from command_line import Command, assert_error
+from PIL import Image
 from seals import manifest_of, seal
 from tiny_photographs import LABELS, SIZE, as_bytes
 
@@ -52,7 +53,7 @@ def test_image_i_is_the_same_whatever_the_batch(class_bundle: Path, pipe: EdgePi
     assert np.abs(some.astype(int) - made[2][[6, 2]]).max() <= 1
 
 
-def test_what_does_not_fit_is_said_before_anything_runs(class_bundle: Path) -> None:
+def test_bad_requests_are_refused_before_anything_runs(class_bundle: Path) -> None:
     sampler = sample_bundle(class_bundle)
     good = {"clock": "2", "steps": 3, "guidance_scale": 2.0, "seed": 7}
     assert sampler.check(**good) == (True, False, True)
@@ -96,7 +97,7 @@ def test_classes_go_by_name(tiny_set: ImageSet) -> None:
     assert class_indices(None, strange, "bundle") is None
 
 
-def test_photographs_are_nearer_to_photographs_than_what_was_done_to_them(classifier: Path, tiny_set: ImageSet) -> None:
+def test_distances_grow_with_noise_and_blur(classifier: Path, tiny_set: ImageSet) -> None:
     order = np.random.default_rng(2).permutation(40)
     network = load_classifier(classifier)
     reference = examine(tiny_set.images[order[:20]], network)
@@ -127,11 +128,11 @@ def test_a_bundle_is_evaluated(class_bundle: Path, images: Path, classifier: Pat
     )  # fmt: skip
     assert (found.num_images, found.available, found.num_features) == (12, 40, 8)
     assert [row.mask for row in found.rows] == [(1, 1, 1), (1, 0, 1), (1, 1, 1)]
-    always, clocked, spelt_out = found.rows
-    assert always.distances == spelt_out.distances != clocked.distances
+    always, clocked, masked = found.rows
+    assert always.distances == masked.distances != clocked.distances
     assert always.ratio == 1
     assert clocked.ratio == clocked.distances.kernel_distance / always.distances.kernel_distance
-    # An untrained model's images are nothing like them.
+    # An untrained model's images are far from photographs.
     assert always.distances.frechet_distance > 3 * found.floor.frechet_distance
     assert always.distances.spectrum_error > 3 * found.floor.spectrum_error
     assert told[-1] == "drawing with clock 1,1,1: 12 of 12 images"
@@ -211,11 +212,21 @@ def test_bundles_that_cannot_be_evaluated(
         command("evaluate", "distance", bundle, "--images", tmp_path / "empty", "--features", classifier),
         "no images in",
     )
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "empty" / "one.png")
+    assert_error(
+        command("evaluate", "distance", bundle, "--images", tmp_path / "empty", "--features", classifier),
+        "has 1 image", "expected 8 or more",
+    )  # fmt: skip
     other = tmp_path / "other"
     save_classifier(Classifier(ClassifierShape(8, (4,), ("a",))), other)
     assert_error(
         command("evaluate", "distance", bundle, "--images", images, "--features", other),
         "takes 8x8 pixels, the bundle makes 16x16",
+    )
+    (other / "model.safetensors").write_bytes(b"damaged")
+    assert_error(
+        command("evaluate", "distance", bundle, "--images", images, "--features", other),
+        "cannot be read as weights",
     )
     manifest = manifest_of(bundle)
     seal(bundle, msgspec.structs.replace(manifest, sample=msgspec.structs.replace(manifest.sample, space="latent")))

@@ -1,4 +1,4 @@
-"""The classifier whose features are compared."""
+"""The classifier by whose features images are compared."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_a_classifier_learns_and_its_features_are_normalised(trained: Classifier
         torch.testing.assert_close(scores, trained(as_input(tiny_set.images)))
 
 
-def test_training_is_repeatable_and_leaves_torchs_seed_alone(tiny_set: ImageSet) -> None:
+def test_training_is_repeatable_and_keeps_torchs_seed(tiny_set: ImageSet) -> None:
     recipe = ClassifierRecipe(widths=(4,), epochs=1, batch=20, seed=5)
     state = torch.get_rng_state()
     told: list[str] = []
@@ -59,13 +59,13 @@ def test_training_is_repeatable_and_leaves_torchs_seed_alone(tiny_set: ImageSet)
         assert torch.equal(mine, theirs)
 
 
-def test_training_ends_when_its_time_does(tiny_set: ImageSet) -> None:
+def test_training_ends_at_its_time_limit(tiny_set: ImageSet) -> None:
     trained = train_classifier(tiny_set, ClassifierRecipe(widths=(4,), epochs=10_000, batch=20, minutes=0.005))
     assert 1 <= trained.steps < 20_000
     assert train_classifier(tiny_set, ClassifierRecipe(widths=(4,), batch=20, minutes=1e-9)).steps == 1
 
 
-def test_augmentation_keeps_what_an_image_is(tiny_set: ImageSet) -> None:
+def test_augmentation_keeps_mean_colours(tiny_set: ImageSet) -> None:
     given = as_input(tiny_set.images)
     made = augment(given, torch.Generator().manual_seed(0))
     assert made.shape == given.shape
@@ -79,7 +79,7 @@ def test_recipes_out_of_range_are_refused(tiny_set: ImageSet, change: dict[str, 
         train_classifier(tiny_set, ClassifierRecipe(**change))
 
 
-def test_too_few_images_and_strange_classes_are_refused(trained: Classifier, tiny_set: ImageSet) -> None:
+def test_too_few_images_and_unknown_classes_are_refused(trained: Classifier, tiny_set: ImageSet) -> None:
     with pytest.raises(DataError, match="40 images of 4 classes; expected two classes and 64"):
         train_classifier(tiny_set)
     strange = ImageSet(tiny_set.images, tiny_set.labels, ("Apple", "Banana", "Kiwi", "Plum"))
@@ -87,7 +87,7 @@ def test_too_few_images_and_strange_classes_are_refused(trained: Classifier, tin
         accuracy_of(trained, strange)
 
 
-def test_a_classifier_comes_back_as_it_was_stored(trained: Classifier, classifier: Path, tiny_set: ImageSet) -> None:
+def test_a_classifier_is_loaded_as_it_was_saved(trained: Classifier, classifier: Path, tiny_set: ImageSet) -> None:
     loaded = load_classifier(classifier)
     assert loaded.shape == trained.shape == ClassifierShape(SIZE, (6, 8), LABELS)
     assert not loaded.training
@@ -106,6 +106,7 @@ def test_a_classifier_comes_back_as_it_was_stored(trained: Classifier, classifie
         ("config.json", '{"_class_name": "Classifier", "size": 0, "widths": [4], "labels": ["a"]}', "size"),
         ("config.json", '{"_class_name": "Classifier", "size": 16, "widths": [6, 9], "labels": ["a"]}', "does not fit"),
         ("model.safetensors", "no weights", "cannot be read as weights"),
+        ("model.safetensors", "", "cannot be read as weights"),
     ],
 )
 def test_bad_classifiers_are_one_line(
@@ -122,7 +123,7 @@ def test_bad_classifiers_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_built_in_models_classifier_knows_its_classes() -> None:
+def test_the_built_in_classifier_is_found_by_classes_and_size() -> None:
     labels = load_model("grocery-32").labels
     home = built_in_classifier(labels[::-1], 32)
     loaded = load_classifier(home)

@@ -1,5 +1,6 @@
-"""A model compared with photographs before it is exported: what it has seen, what it has not, and what it repeats."""
+"""``edgediff evaluate distance`` of a model: training photographs, photographs held out, and copies."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,16 +15,19 @@ from command_line import Command, assert_error, exit_code, process
 from conftest import save_model
 from model_folders import change_config
 from PIL import Image
+from rich.console import Console
 from tiny_photographs import SIZE, make_photographs, write_classifier, write_photographs
 from unets import unet2d
 
 from edgediff import load_model
+from edgediff.cli.render.evaluate_tables import distance_tables, spectrum_tables
 from edgediff.data.image_folder import read_images, shuffled
 from edgediff.errors import ConfigError
 from edgediff.evaluate.distance import evaluate_distance
 from edgediff.evaluate.processes import LAUNCHED, Processes
 from edgediff.evaluate.report import Evaluation
 from edgediff.evaluate.sampler import Sampler, sample_bundle, sample_model
+from edgediff.evaluate.spectrum import evaluate_spectrum
 from edgediff.models.spectral import spectralize
 
 ASKED: dict[str, Any] = {"num_images": 11, "steps": 2, "batch": 4, "seed": 3}
@@ -52,7 +56,7 @@ def evaluated(source: Path, test: Path, classifier: Path, **rest: Any) -> Evalua
 
 
 def without_closeness(found: Evaluation) -> dict[str, Any]:
-    """What a bundle and its model must agree on, up to rounding."""
+    """What a bundle and its model must agree on."""
     return {"floor": found.floor, "equal": found.num_equal, "threshold": found.yardstick and found.yardstick.threshold}
 
 
@@ -80,6 +84,17 @@ def test_gated_and_unconditional_models_are_sampled_too(tmp_path: Path, takes_ti
     assert images.shape == (2, SIZE, SIZE, 3)
 
 
+def test_a_batch_that_is_too_large_is_one_line(
+    class_model: Path, train: Path, classifier: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("edgediff.evaluate.sampler.denoise", exhaust)
+    said = command("evaluate", "distance", class_model, "--images", train, "--features", classifier, "--batch", 7)
+    assert_error(said, "batch of 7 images", "give a smaller --batch")
+
+
 # With training photographs
 
 
@@ -96,7 +111,7 @@ def test_a_model_is_compared_with_photographs_held_out(
     assert row.closeness is not None
     assert found.yardstick is not None
     assert found.yardstick.available == 40
-    # Noise is no photograph, and a photograph held out is nearer to its like.
+    # Noise is farther from the training photographs than photographs held out are.
     assert row.closeness.median > found.yardstick.held_out.quantile_5 > found.yardstick.threshold > 0
     assert row.closeness.share_nearer == 0
     assert [each.distance for each in row.suspects] == sorted(each.distance for each in row.suspects)
@@ -183,7 +198,7 @@ def test_two_processes_find_what_one_does(class_model: Path, train: Path, test: 
     assert "of the first of 2 processes" in done.stderr
 
 
-def test_where_nothing_was_launched_accelerate_is_not_asked(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+def test_accelerate_is_needed_only_for_launched_processes(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
@@ -295,3 +310,15 @@ def test_tables_for_people(
     ):
         assert words in shown, (words, shown)
     assert "ratio to" not in shown
+
+
+@pytest.mark.parametrize("width", [1, 7])
+def test_narrow_terminals_end_no_command(
+    class_model: Path, train: Path, test: Path, classifier: Path, width: int
+) -> None:
+    distance = evaluated(class_model, test, classifier, train=train)
+    spectrum = evaluate_spectrum(class_model, test, num_images=4, steps=1).report
+    for table in (*distance_tables(distance), *spectrum_tables(spectrum)):
+        shown = io.StringIO()
+        Console(file=shown, width=width).print(table)
+        assert len(shown.getvalue().splitlines()) > len(table.rows)

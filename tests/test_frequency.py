@@ -66,14 +66,14 @@ def test_half_the_contrast_is_a_quarter_of_the_power() -> None:
     assert spectrum_error(full, full) == 0
 
 
-def test_images_without_power_have_that_of_rounding() -> None:
+def test_power_below_that_of_rounding_counts_as_that() -> None:
     flat = radial_spectrum(np.full((2, SIZE, SIZE, 3), 99, np.uint8))
     noisy = radial_spectrum(as_bytes(RNG.normal(0.5, 0.1, size=(50, SIZE, SIZE, 3))))
     assert spectrum_error(flat, noisy) == pytest.approx(math.log10(0.01 / ROUNDING), abs=0.05)
     assert spectrum_error(flat, flat) == 0
 
 
-def test_spectra_of_other_sizes_and_of_nothing_are_refused() -> None:
+def test_spectra_of_different_sizes_and_of_no_images_are_refused() -> None:
     with pytest.raises(DataError, match="one size"):
         spectrum_error(np.ones(5), np.ones(6))
     with pytest.raises(DataError, match="expected one or more"):
@@ -91,7 +91,7 @@ ALPHAS = np.array([0.98, 0.7, 0.3, 0.02])
 
 
 def smooth_noise(count: int) -> np.ndarray:
-    """Images whose power falls with frequency, of no class and no edges: Gaussian, so that Wiener's is the best."""
+    """Gaussian images, for which Wiener's gain is the best, whose power falls with frequency."""
     rng = np.random.default_rng(0)
     white = rng.normal(size=(count, SIZE, SIZE, 3))
     f = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None, :])[None, :, :, None]
@@ -104,7 +104,7 @@ POWER = (np.abs(np.fft.fft2(IMAGES / 127.5 - 1, axes=(1, 2), norm="ortho")) ** 2
 
 
 def linear(gain: Any) -> Any:
-    """A denoiser that multiplies each frequency, given abar, by something."""
+    """A denoiser that multiplies each frequency by a gain, given abar."""
 
     def clean(x_t: np.ndarray, k: int, numbers: np.ndarray) -> np.ndarray:
         return np.fft.ifft2(np.fft.fft2(x_t) * gain(float(ALPHAS[k]))).real
@@ -125,11 +125,11 @@ def apart(found: Response) -> np.ndarray:
     return np.abs(found.gain - found.wiener)[:, 1:]
 
 
-def test_a_wiener_denoiser_lands_on_the_prediction() -> None:
+def test_a_wiener_denoiser_has_wieners_gain() -> None:
     found = response(linear(wiener))
     assert found.gain.shape == (4, bands(SIZE, SIZE).max() + 1)
     np.testing.assert_allclose(found.gain, found.wiener, atol=1e-9)
-    # And the prediction is the formula, for a band whose frequencies have about one power.
+    # And that is the formula, for a band whose frequencies have about the same power.
     np.testing.assert_allclose(found.wiener[:, 5], [wiener(a)[3, 4] for a in ALPHAS], rtol=0.25)
 
 
@@ -143,20 +143,20 @@ def test_a_wiener_denoiser_lands_on_the_prediction() -> None:
         lambda abar: wiener(abar) * (bands(SIZE, SIZE) < 5),  # a blur
     ],
 )
-def test_any_other_denoiser_does_not(gain: Any) -> None:
+def test_any_other_linear_denoiser_has_another_gain(gain: Any) -> None:
     assert apart(response(linear(gain))).max() > 0.1
 
 
-def test_of_gaussian_images_no_linear_denoiser_has_less_error() -> None:
+def test_no_linear_denoiser_of_gaussian_images_has_less_error() -> None:
     best = response(linear(wiener)).error
     for scale in (0.7, 1.4):
         other = response(linear(lambda abar, scale=scale: scale * wiener(abar))).error
-        # At the last noise level there is hardly anything to gain or lose.
+        # At the last noise level errors hardly differ.
         assert (other.mean(axis=1) > best.mean(axis=1))[:3].all()
 
 
-def test_the_best_guess_of_images_that_are_not_gaussian_lands_there_too() -> None:
-    """Two images, taken in turns: the mean of what x_0 can have been is far from linear."""
+def test_the_posterior_mean_of_images_that_are_not_gaussian_has_wieners_gain_too() -> None:
+    """Two images in turns: the posterior mean is far from linear."""
     two = np.stack([IMAGES[0], IMAGES[1]])
     x_0 = two.transpose(0, 3, 1, 2) / 127.5 - 1
 

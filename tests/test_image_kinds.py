@@ -1,4 +1,4 @@
-"""Kinds of images: each becomes RGB as it looks, or is refused in one line; none ends a reading."""
+"""Kinds of image files: each is read as RGB, or skipped with a reason."""
 
 import struct
 import zlib
@@ -46,7 +46,7 @@ def grey_rgb(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [8, 5, 3])
-def test_plain_rgb_is_what_it_was_before_other_kinds_were_read(tmp_path: Path, size: int) -> None:
+def test_plain_rgb_is_cropped_and_reduced(tmp_path: Path, size: int) -> None:
     pixels = random_pixels(11, 8, 3)
     square = Image.fromarray(pixels[1:9])
     if size == 3:  # twice the size fits
@@ -72,7 +72,7 @@ def test_grey_images_and_palettes(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_on_white(tmp_path: Path, mode: str) -> None:
+def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
     alpha = np.zeros((8, 8), np.uint8)
     alpha[2:4], alpha[4:] = 128, 255
     source = Image.fromarray(COLOUR).convert("L").convert("RGB") if mode == "LA" else Image.fromarray(COLOUR)
@@ -122,7 +122,7 @@ def test_cmyk_and_inverted_jpegs_of_it(tmp_path: Path) -> None:
         np.testing.assert_allclose(read_image(tmp_path / name, 8).astype(int), flat, atol=3)
 
 
-def test_16_bits_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+def test_16_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
     expected = np.rint(values / 257).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
@@ -159,7 +159,7 @@ def test_16_bit_pngs_in_colour_and_with_transparency(tmp_path: Path, channels: i
         (np.full((8, 8), np.nan, np.float32), "nan to nan; expected 0 to 1"),
     ],
 )
-def test_values_of_no_known_range(tmp_path: Path, values: np.ndarray, words: str) -> None:
+def test_values_of_an_unknown_range_are_skipped(tmp_path: Path, values: np.ndarray, words: str) -> None:
     save(tmp_path / "1.png", COLOUR)
     Image.fromarray(values).save(tmp_path / "2.tif")
     with pytest.raises(DataError, match=rf"2.tif has values of {words}"):
@@ -169,7 +169,7 @@ def test_values_of_no_known_range(tmp_path: Path, values: np.ndarray, words: str
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
-def test_the_first_of_moving_pictures(tmp_path: Path, name: str) -> None:
+def test_the_first_frame_is_read(tmp_path: Path, name: str) -> None:
     colours = ("#c81e5a", "white")
     first, second = (Image.new("RGB", (8, 8), colour) for colour in colours)
     options = {"lossless": True} if name == "a.webp" else {}
@@ -179,7 +179,7 @@ def test_the_first_of_moving_pictures(tmp_path: Path, name: str) -> None:
     assert read_image(tmp_path / name, 8)[0, 0].tolist() == [0xC8, 0x1E, 0x5A]
 
 
-def test_a_suffix_that_is_not_the_contents(tmp_path: Path) -> None:
+def test_contents_count_and_not_the_suffix(tmp_path: Path) -> None:
     pixels = random_pixels(8, 8, 3)
     Image.fromarray(pixels).save(tmp_path / "a.jpg", format="PNG")
     np.testing.assert_array_equal(read_image(tmp_path / "a.jpg", 8), pixels)
@@ -188,7 +188,7 @@ def test_a_suffix_that_is_not_the_contents(tmp_path: Path) -> None:
         read_image(tmp_path / "b.png", 8)
 
 
-def test_damaged_bytes_never_end_the_reading(tmp_path: Path) -> None:
+def test_damaged_bytes_are_read_or_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -90,14 +90,14 @@ def test_distances_of_a_set_from_itself_and_as_it_moves_away() -> None:
         assert len({*values}) == len(values)
 
 
-def test_fewer_images_than_features_are_no_fault() -> None:
+def test_fewer_images_than_features_are_accepted() -> None:
     x, y = RNG.normal(size=(5, 20)), RNG.normal(size=(6, 20))
     assert frechet_distance(x, y) > 0
     assert kernel_distance(x, y).value == pytest.approx(brute_force_mmd2(x, y), rel=1e-12)
 
 
 @pytest.mark.parametrize("distance", [kernel_distance, frechet_distance, precision_recall])
-def test_features_that_are_none_are_refused(distance: Callable[..., Any]) -> None:
+def test_bad_features_are_refused(distance: Callable[..., Any]) -> None:
     x = np.zeros((5, 3))
     for y, words in (
         (np.zeros((3, 3)), "4 images or more"),
@@ -117,7 +117,7 @@ def share_within(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean([any(np.linalg.norm(a - b) <= r for b, r in zip(y, radii, strict=True)) for a in x]))
 
 
-def test_it_is_the_share_within_the_balls() -> None:
+def test_precision_and_recall_are_shares_within_the_balls() -> None:
     rng = np.random.default_rng(0)
     generated, real = rng.normal(0.5, 1.4, (40, 3)), rng.normal(size=(40, 3))
     found = precision_recall(generated, real)
@@ -134,7 +134,7 @@ def test_one_set_covers_itself_and_sets_far_apart_do_not_cover_each_other() -> N
     assert (apart.precision, apart.recall) == (0, 0)
 
 
-def test_what_is_all_good_and_all_alike_has_precision_and_no_recall() -> None:
+def test_copies_of_one_photograph_have_precision_and_no_recall() -> None:
     real = RNG.normal(size=(200, 2))
     alike = real[0] + 1e-3 * RNG.normal(size=(200, 2))
     found = precision_recall(alike, real)

@@ -1,4 +1,4 @@
-"""Nearest training photographs: against brute force, and what becomes of copies."""
+"""Nearest training photographs: against brute force, and copies."""
 
 import doctest
 
@@ -84,7 +84,7 @@ def test_suspects_are_the_nearest_few() -> None:
         (random_images(2), random_images(2, size=4)),
     ],
 )
-def test_sets_that_cannot_be_compared(images: np.ndarray, train: np.ndarray) -> None:
+def test_sets_that_cannot_be_compared_are_refused(images: np.ndarray, train: np.ndarray) -> None:
     with pytest.raises(DataError, match="of one size"):
         nearest_neighbours(images, train)
 

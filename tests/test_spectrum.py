@@ -42,7 +42,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_is_diagnosed(class_model: Path, images: Path) -> None:
+def test_a_model_is_measured_by_frequency(class_model: Path, images: Path) -> None:
     told: list[str] = []
     found = evaluate_spectrum(class_model, images, progress=told.append, **ASKED)
     report = found.report
@@ -58,13 +58,13 @@ def test_a_model_is_diagnosed(class_model: Path, images: Path) -> None:
     assert spectra.error_top == pytest.approx(np.abs(spectra.gap[3:]).mean())
     assert "drawing images: 5 of 9" in told
     assert "step 10 of 10: photographs noised to t = 950" in told
-    # Untrained: nothing like Wiener's, and worse than saying nothing.
+    # Untrained: far from Wiener's gain.
     assert report.denoising.response_error > 0.1
     again = evaluate_spectrum(class_model, images, **ASKED | {"batch": 9}).report
     np.testing.assert_allclose(again.denoising.error, report.denoising.error, rtol=1e-3)
 
 
-def test_a_teacher_of_itself_has_no_gap_and_gates_are_told(class_model: Path, gated: Path, images: Path) -> None:
+def test_a_model_has_no_gap_to_itself_and_gates_are_reported(class_model: Path, gated: Path, images: Path) -> None:
     own = evaluate_spectrum(gated, images, teacher=gated, **ASKED).report
     assert np.max(own.denoising.teacher_gap) < 1e-9
     found = evaluate_spectrum(gated, images, teacher=class_model, **ASKED).report
@@ -198,7 +198,7 @@ def test_models_and_folders_that_do_not_fit(
     assert_error(say(folder), "has no scheduler")
 
 
-def test_files_that_are_left_out_are_said(
+def test_skipped_files_are_reported(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = save_model(unet2d(), tmp_path / "plain")

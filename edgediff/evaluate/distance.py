@@ -96,11 +96,9 @@ def evaluate_distance(
     home = built_in_classifier(sampler.labels, sampler.size) if features is None else Path(features)
     classifier = _load_features(home, sampler).to(processes.device)
     say(f"loading images: {images}")
+    photographs = _read_photographs(images, train, sampler.size, num_images, seed)
     if train is None:
-        photographs = _halves(images, sampler.size, num_images, seed)
         num_images = len(photographs.floor)
-    else:
-        photographs = _with_train(images, train, sampler.size, seed)
     seen = None if photographs.train is None else photographs.train.images
     classes = _classes(sampler, photographs, num_images)
     draw = partial(sampler.draw, classes=classes, guidance_scale=guidance_scale, seed=seed)
@@ -129,13 +127,9 @@ def evaluate_distance(
         yardstick = Yardstick(str(train), len(photographs.train), real.nearest.closeness(threshold), threshold)
         if grid is not None:
             say("drawing the grid")
-            numbers = [each.image for each in real.nearest.suspects()]
-            groups = [Group("photographs held out", photographs.reference.images[numbers], real.nearest)]
-            for clock, each in made.items():
-                if each.nearest is not None:
-                    # The images were not kept: these few are made again.
-                    again = draw([suspect.image for suspect in each.nearest.suspects()], masks[clock])
-                    groups.append(Group(f"clock {clock}", again, each.nearest))
+            # Generated images were not kept: these few are made again.
+            groups = [_group("photographs held out", real, lambda numbers: photographs.reference.images[numbers])]
+            groups += [_group(f"clock {clock}", made[clock], partial(draw, mask=masks[clock])) for clock in masks]
             picture = partial(draw_suspects, groups, photographs.train.images, threshold, sampler.name)
             write_whole(Path(grid), picture)
     return Evaluation(
@@ -192,17 +186,16 @@ class _Photographs:
     skipped: str
 
 
-def _halves(images: str | Path, size: int, num_images: int, seed: int) -> _Photographs:
-    """Divides one folder into floor and reference, of one size."""
-    real = read_images(images, size, minimum=2 * MIN_IMAGES)
-    order = shuffled(len(real), seed)
-    count = min(num_images, len(real) // 2)
-    floor = real.take(order[:count])
-    return _Photographs(real.take(order[count : 2 * count]), floor, floor, None, len(real), real.skipped.in_words())
-
-
-def _with_train(images: str | Path, train: str | Path, size: int, seed: int) -> _Photographs:
-    """Takes the photographs that the model was not trained on as the reference, and some of the others as the floor."""
+def _read_photographs(
+    images: str | Path, train: str | Path | None, size: int, num_images: int, seed: int
+) -> _Photographs:
+    """Divides one folder into floor and reference, of one size; with training photographs, takes the floor of those."""
+    if train is None:
+        real = read_images(images, size, minimum=2 * MIN_IMAGES)
+        order = shuffled(len(real), seed)
+        count = min(num_images, len(real) // 2)
+        floor = real.take(order[:count])
+        return _Photographs(real.take(order[count : 2 * count]), floor, floor, None, len(real), real.skipped.in_words())
     if Path(images).resolve() == Path(train).resolve():
         raise DataError(f"{images} is also the folder of the training photographs; expected photographs held out")
     real, seen = (read_images(folder, size, minimum=MIN_IMAGES) for folder in (images, train))
@@ -297,6 +290,11 @@ def _results(
         )
         for clock, near in ((clock, each.nearest) for clock, each in made.items())
     )
+
+
+def _group(name: str, examined: Examined, draw: Callable[[list[int]], NDArray[np.uint8]]) -> Group:
+    assert examined.nearest is not None
+    return Group(name, draw([each.image for each in examined.nearest.suspects()]), examined.nearest)
 
 
 def _accuracy(classifier: Classifier, photographs: _Photographs) -> float | None:

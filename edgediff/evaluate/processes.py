@@ -53,7 +53,7 @@ class Processes:
         try:
             # Without `cpu`, PartialState takes processes without a GPU for one each.
             state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-        except ValueError as e:
+        except (ValueError, RuntimeError) as e:
             found = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED if name in os.environ)
             raise ConfigError(
                 f"the environment has {found}, but is not a launcher's ({e}); start the command with accelerate launch "

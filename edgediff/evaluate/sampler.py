@@ -166,8 +166,19 @@ class Sampler:
             seed: Of the noise.
 
         Raises:
+            ConfigError: They need more memory than there is.
             NotFiniteError: The model's output is not finite.
         """
+        try:
+            return self._draw(numbers, mask, classes, guidance_scale, seed)
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            raise ConfigError(
+                f"batch of {len(numbers)} images: more than the memory of {self.backend} holds; give a smaller --batch"
+            ) from e
+
+    def _draw(
+        self, numbers: Sequence[int], mask: Mask, classes: NDArray[np.int64] | None, guidance_scale: float, seed: int
+    ) -> NDArray[np.uint8]:
         graphs = self.session.graphs
         scheduler = make_scheduler(self.scheduler, len(mask))
         latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
