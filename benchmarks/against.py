@@ -31,6 +31,7 @@ from edgediff_runtime import EdgePipeline
 from edgediff_runtime.loop import initial_latents
 
 STEPS, GUIDANCE, SEED = 8, 2.0, 0
+FP32 = "edgediff, onnxruntime"
 # DeepCache's branch 2 runs the layers of the highest resolution, as the default cut does; it leaves the resampling out.
 INTERVAL, BRANCH = 2, 2
 # Clock 1 of a bundle is diffusers' loop, but for the order of additions.
@@ -50,28 +51,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         int8 = OnnxConfig(quantize_nbits=8, calibration_images=1)
-        recipes = {"onnxruntime": OnnxConfig()}
+        recipes = {FP32: OnnxConfig()}
         if not given.fp32:
-            recipes["int8, onnxruntime"] = int8
-            recipes["int8, openvino"] = msgspec.structs.replace(int8, quantize_attention=True)
+            recipes["edgediff int8, onnxruntime"] = int8
+            recipes["edgediff int8, openvino"] = msgspec.structs.replace(int8, quantize_attention=True)
         bundles = {
             name: exported(given.model, folder / name, random_weights=given.random_weights, onnx=onnx)
             for name, onnx in recipes.items()
         }
-        request = made_request(bundles["onnxruntime"])
+        request = made_request(bundles[FP32])
         want = str(folder / "want.npy")
-        np.save(want, EdgePipeline.from_pretrained(bundles["onnxruntime"])(**request, clock=1).latents)
+        np.save(want, EdgePipeline.from_pretrained(bundles[FP32])(**request, clock=1).latents)
         asked = {"num_inference_steps": STEPS, "clock": "2", "guidance_scale": GUIDANCE}
         contenders: dict[str, Call | Runner] = {
             "diffusers": Call.of(time_diffusers, model=given.model, seed=given.random_weights,
-                                 bundle=bundles["onnxruntime"], want=want)
+                                 bundle=bundles[FP32], want=want)
         }  # fmt: skip
         if given.optimum is not None:
             contenders["optimum-onnx"] = optimum(given, request, folder / "optimum", want)
         for name, bundle in bundles.items():
             contenders[name] = Call.of(time_bundle, bundle=bundle, backend=name.split()[-1], **asked)
         found = in_turns(contenders, given.rounds)
-    base = found["onnxruntime"].parts["loop"]
+    base = found[FP32].parts["loop"]
     print(
         f"{STEPS} steps, {given.rounds} rounds in turns: milliseconds of the loop, median [p10, p90]; times clock 2's"
     )
@@ -80,7 +81,7 @@ def main() -> None:
             words = {"loop": name, "loop_clock1": f"{name}, clock 1", "deepcache": f"{name} + DeepCache"}.get(part)
             if words is not None:
                 near = "" if part == "deepcache" else f"{runner.psnr_db or 0.0:.1f} dB"
-                print(f"  {words:28} {spread(ms):30} {spread(ratios(ms, base)):24} {near}")
+                print(f"  {words:36} {spread(ms):30} {spread(ratios(ms, base)):24} {near}")
 
 
 def made_request(bundle: str) -> dict[str, Any]:

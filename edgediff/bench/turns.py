@@ -109,8 +109,6 @@ class Runner:
 
     def start(self) -> None:
         """Starts the process and hears whether it is ready."""
-        if self.status != "measured":
-            return
         free = free_memory()
         if free is not None and self.needs > free:
             self._end("refused", f"needs about {self.needs / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
@@ -197,10 +195,13 @@ def take_turns(runners: Sequence[Runner], rounds: int, progress: Say = lambda wh
     with contextlib.ExitStack() as stack:
         for runner in runners:
             stack.callback(runner.close)
-            progress(f"opening {runner.name}")
-            runner.start()
+            if runner.status == "measured":
+                progress(f"opening {runner.name}")
+                runner.start()
         for i in range(rounds):
             for runner in runners:
+                if runner.status != "measured":
+                    continue
                 progress(f"round {i + 1} of {rounds}: {runner.name}")
                 runner.turn()
 
