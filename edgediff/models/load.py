@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
 from edgediff.models.conditioning import Conditioning, read_conditioning
+from edgediff.models.embedding import StepEmbedding
 from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in
@@ -245,6 +246,7 @@ def _build(unet_class: Any, config: dict[str, Any], path: Path) -> Any:
 def _conditioning(home: Path, unet: Any, path: Path) -> Conditioning:
     """What the UNet is conditioned on, tried in a step without numbers: diffusers builds UNets that cannot run."""
     try:
+        StepEmbedding(unet)  # refuses by name what it does not embed
         known = read_conditioning(home, unet.config)
         side = 2 ** len(unet.config.block_out_channels)
         with torch.device("meta"), torch.no_grad():

@@ -7,12 +7,5 @@ ZOO = tuple(sorted(path.name for path in FOLDER.iterdir() if (path / "unet").is_
 
 
 def built_in(name: str) -> Path | None:
-    """Finds a built-in model.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        Its directory, or None where there is none of that name.
-    """
+    """A built-in model's directory, or None where there is none of that name."""
     return FOLDER / name if name in ZOO else None
