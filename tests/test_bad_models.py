@@ -296,6 +296,12 @@ def test_any_setting_of_a_unet_may_be_wrong(kind: str, shift: int, tmp_path: Pat
     assert "\n" not in "".join(refusals)
 
 
+@pytest.mark.parametrize("key", ["layers_per_block", "num_class_embeds"])
+def test_a_count_that_would_take_hours(folder: Path, key: str) -> None:
+    change_config(folder, **{key: 10**9})
+    refused(folder, ModelError, CONFIG, f"has {key} 1000000000; expected", "at most")
+
+
 @pytest.mark.parametrize("shift", [0, 5, 10])
 def test_any_setting_of_a_scheduler_may_be_wrong(folder: Path, shift: int) -> None:
     sound = EulerDiscreteScheduler().config | {"_class_name": "EulerDiscreteScheduler"}

@@ -158,6 +158,7 @@ def test_gates_that_take_the_time(name: str, tmp_path: Path) -> None:
             assert torch.equal(split(unet, Cut(level, point)).full(sample, T, **cond)[0], want)
     assert torch.equal(unet(sample, T, **cond, return_dict=False)[0], want)
     unet.save_pretrained(tmp_path)
+    save_pooled_width(unet, tmp_path)
     loaded = load_model(tmp_path).unet
     assert_same_unet(loaded, unet)
     assert torch.equal(as_built(loaded)(sample, T, **cond).sample, want)
