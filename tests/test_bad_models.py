@@ -276,6 +276,7 @@ def test_a_learned_time_embedding(tmp_path: Path) -> None:
 ODD = (None, True, 0, -1, 3, 10**9, 1.5, "x", [], [1], [8, 8], [None, None], {}, "MISSING")
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, of layers without a width
 @pytest.mark.parametrize("kind", ["class", "text"])
 @pytest.mark.parametrize("shift", [0, 5, 10])
 def test_any_setting_of_a_unet_may_be_wrong(kind: str, shift: int, tmp_path: Path) -> None:
@@ -302,6 +303,7 @@ def test_a_count_that_would_take_hours(folder: Path, key: str) -> None:
     refused(folder, ModelError, CONFIG, f"has {key} 1000000000; expected", "at most")
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shift", [0, 5, 10])
 def test_any_setting_of_a_scheduler_may_be_wrong(folder: Path, shift: int) -> None:
     sound = EulerDiscreteScheduler().config | {"_class_name": "EulerDiscreteScheduler"}

@@ -224,7 +224,7 @@ def test_shapes_and_counts_of_a_split_are_computed_once(class_model: Path, monke
     first = graph_list(divided, model)
     monkeypatch.setattr(SplitUNet, "on_meta", lambda self: pytest.fail("the parts were run again"))
     assert graph_list(divided, model) == first
-    assert adaptor_shape(divided, model).highres == (16, 8, 8)
+    assert adaptor_shape(divided, model).highres == (8, 8, 8)
     assert tally(divided, model.sample_shape, model.conditioning.tensors).cache_elements == 16 * 8 * 8
 
 
