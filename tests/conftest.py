@@ -74,11 +74,16 @@ def save_model(unet: torch.nn.Module, folder: Path, scheduler: dict | None = Non
     unet.save_pretrained(folder / "unet")
     (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DDPM if scheduler is None else scheduler))
+    save_pooled_width(unet, folder)
+    return folder
+
+
+def save_pooled_width(unet: torch.nn.Module, folder: Path) -> None:
+    """Puts beside an SDXL UNet how wide its pooled text is."""
     if unet.config.get("addition_embed_type") == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         (folder / "text_encoder_2").mkdir()
         (folder / "text_encoder_2" / "config.json").write_text(json.dumps({"projection_dim": pooled}))
-    return folder
 
 
 def save_class_model(unet: torch.nn.Module, folder: Path) -> None:

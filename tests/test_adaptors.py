@@ -207,6 +207,23 @@ def test_weights_that_are_not_finite(class_model: Path, tmp_path: Path) -> None:
         load_adaptor(path)
 
 
+@pytest.mark.parametrize("spec", ["./resnet-clock-2", "resnet-clock-2/"])
+def test_a_folder_called_as_a_built_in_adaptor_is_found_again(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model("grocery-32-student")
+    known = load_adaptor(model.path / "adaptors" / "resnet-clock-2")
+    next(known.part.parameters()).data.add_(0.01)
+    assert isinstance(known.part, LearnedAdaptor)
+    assert known.record is not None
+    monkeypatch.chdir(tmp_path)
+    save_adaptor(known.part, known.record, Path("resnet-clock-2"))
+    own = choose_adaptor(spec, model, Cut(), HERE)
+    again = choose_adaptor(own.manifest.path, model, Cut(), HERE)
+    assert not own.is_built_in
+    assert again.sha256 == own.sha256
+
+
 def test_names_of_adaptors_that_are_not_there(class_model: Path) -> None:
     model = load_model(class_model)
     for spec in ("resnet", "my-adaptor"):

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL_CLASS, SMALL_TEXT
+from diffusers import EulerDiscreteScheduler
 from model_folders import (
     BIN,
     CONFIG,
@@ -20,10 +22,15 @@ from model_folders import (
     refused,
     write,
 )
+from safetensors.torch import load_file, save_file
+from unets import unet2d, unet2d_condition
 
+import edgediff
 from edgediff import export_bundle, load_model
-from edgediff.errors import ModelError, UnsupportedError
+from edgediff.errors import EdgediffError, ModelError, UnsupportedError
+from edgediff.models.graphs import graph_list
 from edgediff.models.load import WEIGHTS
+from edgediff.models.sampling import SCHEDULERS, scheduler_config
 
 # The folder and its configuration
 
@@ -191,3 +198,125 @@ def test_an_index_without_shards(folder: Path, index: object) -> None:
     (folder / SAFE).unlink()
     write(folder / INDEX, json.dumps(index))
     refused(folder, ModelError, INDEX, "names shards that are not there: none")
+
+
+def test_weights_of_an_unknown_variant_are_named(folder: Path) -> None:
+    (folder / SAFE).rename(folder / f"unet/{WEIGHTS}.non_ema.safetensors")
+    refused(folder, ModelError, "no weights of a known name", f"{WEIGHTS}.non_ema.safetensors", "expected")
+
+
+def test_a_git_lfs_pointer(folder: Path) -> None:
+    write(folder / SAFE, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    refused(folder, ModelError, SAFE, "is a Git LFS pointer", "run `git lfs pull`")
+
+
+def test_lora_layers_that_are_not_fused(folder: Path) -> None:
+    state = load_file(folder / SAFE)
+    save_file({k.replace(".to_q.", ".to_q.base_layer."): v for k, v in state.items()}, folder / SAFE)
+    refused(folder, ModelError, "hold LoRA layers of PEFT; fuse them")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "unet."])
+def test_names_with_a_prefix(folder: Path, prefix: str) -> None:
+    save_file({prefix + key: tensor for key, tensor in load_file(folder / SAFE).items()}, folder / SAFE)
+    refused(folder, ModelError, f"every name begins with {prefix!r}", "save the UNet inside of it")
+
+
+# What is no UNet's folder
+
+
+def test_a_pipeline_with_a_transformer(folder: Path) -> None:
+    (folder / "unet").rename(folder / "transformer")
+    refused(folder, UnsupportedError, "a transformer in the place of a UNet; supported: UNets")
+
+
+def test_a_pipeline_without_a_unet(folder: Path) -> None:
+    shutil.rmtree(folder / "unet")
+    write(folder / PIPELINE, "{}")
+    refused(folder, ModelError, "is a pipeline without a folder unet/; expected")
+
+
+def test_a_repository_of_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    refused(tmp_path, ModelError, "a repository of the Hugging Face cache", "snapshots/COMMIT")
+
+
+# UNets that diffusers builds and that cannot run
+
+
+@pytest.mark.parametrize("size", [[16], [8, 16, 16], True, -8, 10**30, "16", {}])
+def test_a_sample_size_that_is_none(folder: Path, size: object) -> None:
+    change_config(folder, sample_size=size)
+    refused(folder, ModelError, CONFIG, "has sample_size", "expected a size, or height and width")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"dual_cross_attention": True},
+        {
+            "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "attention_head_dim": 4,
+            "cross_attention_norm": "layer_norm",
+        },
+    ],
+)
+def test_a_unet_that_cannot_run(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    unet2d_condition(**SMALL_TEXT | overrides).save_pretrained(tmp_path)
+    refused(tmp_path, UnsupportedError, "config.json describes a UNet that cannot run")
+
+
+def test_a_learned_time_embedding(tmp_path: Path) -> None:
+    unet2d(time_embedding_type="learned", num_train_timesteps=1000).save_pretrained(tmp_path)
+    refused(tmp_path, UnsupportedError, "time_embedding_type is 'learned'; supported: positional, fourier")
+
+
+ODD = (None, True, 0, -1, 3, 10**9, 1.5, "x", [], [1], [8, 8], [None, None], {}, "MISSING")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of layers without a width
+@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("shift", [0, 5, 10])
+def test_any_setting_of_a_unet_may_be_wrong(kind: str, shift: int, tmp_path: Path) -> None:
+    """Every key in turn: the model loads and is counted, or is refused in one line."""
+    (unet2d(**SMALL_CLASS) if kind == "class" else unet2d_condition(**SMALL_TEXT)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    sound = json.loads(file.read_text())
+    refusals = []
+    for i, key in enumerate(sound):
+        value = ODD[(i + shift) % len(ODD)]
+        file.write_text(json.dumps({k: v for k, v in (sound | {key: value}).items() if v != "MISSING"}))
+        try:
+            model = load_model(tmp_path)
+            graph_list(edgediff.split(model.unet), model)
+        except EdgediffError as e:
+            refusals.append(str(e))
+    assert len(refusals) > 3
+    assert "\n" not in "".join(refusals)
+
+
+@pytest.mark.parametrize("key", ["layers_per_block", "num_class_embeds"])
+def test_a_count_that_would_take_hours(folder: Path, key: str) -> None:
+    change_config(folder, **{key: 10**9})
+    refused(folder, ModelError, CONFIG, f"has {key} 1000000000; expected", "at most")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shift", [0, 5, 10])
+def test_any_setting_of_a_scheduler_may_be_wrong(folder: Path, shift: int) -> None:
+    sound = EulerDiscreteScheduler().config | {"_class_name": "EulerDiscreteScheduler"}
+    refusals = []
+    for i, key in enumerate(sound):
+        value = ODD[(i + shift) % len(ODD)]
+        settings = {k: v for k, v in (sound | {key: value}).items() if v != "MISSING"}
+        write(folder / SCHEDULER, json.dumps(settings))
+        try:
+            scheduler = load_model(folder).scheduler
+            for name in SCHEDULERS:
+                scheduler_config(scheduler, name)
+        except EdgediffError as e:
+            refusals.append(str(e))
+    assert len(refusals) > 0
+    assert "\n" not in "".join(refusals)

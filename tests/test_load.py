@@ -222,3 +222,34 @@ def test_random_weights_belong_to_their_seed(class_model: Path) -> None:
         model.scheduler,
         model.sample_shape,
     )
+
+
+# Names and variants
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_of_the_hugging_face_cache_has_its_repository_s_name(folder: Path, inside: bool) -> None:
+    home = folder.parent / "models--acme--tiny-diffusion" / "snapshots" / "39593d5650112b4cc580433f6b0435385882d819"
+    home.parent.mkdir(parents=True)
+    folder.rename(home)
+    assert load_model(home / "unet" if inside else home).name == "tiny-diffusion"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_bf16_variant(folder: Path, sharded: bool) -> None:
+    unet = UNet2DModel.from_pretrained(folder / "unet").bfloat16()
+    unet.save_pretrained(folder / "unet", variant="bf16", max_shard_size="50KB" if sharded else "1GB")
+    (folder / SAFE).unlink()
+    assert_reads(folder, unet.float())
+
+
+@pytest.mark.parametrize(
+    ("channels", "pipeline", "space"),
+    [((6, 3), {}, "pixel"), ((3, 3), {"vae": [None, None]}, "pixel"), ((7, 4), {}, "latent")],
+)
+def test_space_is_that_of_the_output(
+    tmp_path: Path, channels: tuple[int, int], pipeline: dict[str, Any], space: str
+) -> None:
+    save_model(unet2d(in_channels=channels[0], out_channels=channels[1]), tmp_path)
+    write(tmp_path / PIPELINE, json.dumps(pipeline))
+    assert load_model(tmp_path).space == space

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from conftest import save_pooled_width
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from unets import CASES, as_built, assert_same_unet, unet2d, unet2d_condition
@@ -136,6 +137,7 @@ def test_every_build_is_gated_divided_saved_and_loaded(name: str, tmp_path: Path
         assert torch.equal(split(unet, cut).cached(sample, T, cache, **cond)[0], want), cut
     # Saved and loaded as a UNet of diffusers is, by itself and by us.
     unet.save_pretrained(tmp_path)
+    save_pooled_width(unet, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["_class_name"] == type(unet).__name__
     for loaded in (type(unet).from_pretrained(tmp_path), load_model(tmp_path).unet):
@@ -156,6 +158,7 @@ def test_gates_that_take_the_time(name: str, tmp_path: Path) -> None:
             assert torch.equal(split(unet, Cut(level, point)).full(sample, T, **cond)[0], want)
     assert torch.equal(unet(sample, T, **cond, return_dict=False)[0], want)
     unet.save_pretrained(tmp_path)
+    save_pooled_width(unet, tmp_path)
     loaded = load_model(tmp_path).unet
     assert_same_unet(loaded, unet)
     assert torch.equal(as_built(loaded)(sample, T, **cond).sample, want)
@@ -355,3 +358,23 @@ def test_what_cannot_be_gated(build: Any, settings: dict[str, Any], kind: type[E
         spectralize(build(), **settings)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_gates_that_see_the_time_are_divided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, sample, cond = spectral("sd15-like", gate_takes_time=True)
+    want = split(unet).full(sample, T, **cond)[0]
+    twin = copy.deepcopy(unet)
+    slim = efficient(unet)
+    slim_want = split(slim).full(sample, T, **cond)[0]
+    monkeypatch.setattr("edgediff.models.spectral.split", lambda *_: pytest.fail("divided anew"))
+    assert torch.equal(unet(sample, T, **cond).sample, want)
+    assert torch.equal(slim(sample, T, **cond).sample, slim_want)
+    assert not torch.equal(slim_want, want)
+    twin.conv_in.weight.zero_()
+    assert not torch.equal(twin(sample, T, **cond).sample, want)
+    assert torch.equal(unet(sample, T, **cond).sample, want)
+    assert not [key for key in unet.state_dict() if "divided" in key]
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    with pytest.raises(UnsupportedError, match="FreeU is switched on"):
+        unet(sample, T, **cond)

@@ -1,11 +1,17 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_model
 from unets import CASES, unet2d, unet2d_condition
 
-from edgediff import Cut, split
+from edgediff import Cut, load_model, split
 from edgediff.errors import UnsupportedError
+from edgediff.models.clockwork import SplitUNet
+from edgediff.models.graphs import adaptor_shape, graph_list
+from edgediff.models.macs import tally
+from edgediff.models.undivided import undivided_session
 
 POINTS = ("before_upsample", "after_upsample")
 
@@ -186,3 +192,43 @@ def test_image_conditioning_is_refused() -> None:
 def test_other_modules_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="cannot cut a Linear"):
         split(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("channels", [9, 8, 5], ids=["inpainting", "instruct-pix2pix", "depth"])
+@torch.no_grad()
+def test_a_unet_that_takes_more_than_it_gives(channels: int, tmp_path: Path) -> None:
+    model = load_model(save_model(unet2d_condition(in_channels=channels), tmp_path))
+    assert (model.sample_shape, model.out_channels, model.space) == ((channels, 16, 16), 4, "latent")
+    model.check_schedule()
+    sample, text = torch.randn(2, channels, 16, 16), torch.randn(2, 5, 12)
+    want = model.unet(sample, torch.tensor([371.0]), encoder_hidden_states=text).sample
+    for cut in _cuts(model.unet):
+        divided = split(model.unet, cut)
+        assert torch.equal(divided.full(sample, 371.0, encoder_hidden_states=text)[0], want)
+    graphs = {graph.name: graph for graph in graph_list(divided, model)}
+    assert graphs["highres_in"].inputs[0].shape == ("batch", channels, 16, 16)
+    assert graphs["highres_out"].outputs[0].shape == ("batch", 4, 16, 16)
+    plain = split(unet2d_condition())
+    more = (channels - 4) * unet2d_condition().conv_in.weight[:, 0].numel()
+    ours, theirs = (
+        tally(d, (n, 16, 16), model.conditioning.tensors).parts["full"] for d, n in ((divided, channels), (plain, 4))
+    )
+    assert ours.parameters - theirs.parameters == more
+    assert ours.macs - theirs.macs == more * 16 * 16
+    assert undivided_session(model).graphs[0].outputs[0].shape == ("batch", 4, 16, 16)
+
+
+def test_shapes_and_counts_of_a_split_are_computed_once(class_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(class_model)
+    divided = split(model.unet)
+    first = graph_list(divided, model)
+    monkeypatch.setattr(SplitUNet, "on_meta", lambda self: pytest.fail("the parts were run again"))
+    assert graph_list(divided, model) == first
+    assert adaptor_shape(divided, model).highres == (8, 8, 8)
+    assert tally(divided, model.sample_shape, model.conditioning.tensors).cache_elements == 16 * 8 * 8
+
+
+def test_a_learned_variance_is_refused(tmp_path: Path) -> None:
+    model = load_model(save_model(unet2d(out_channels=6), tmp_path))
+    with pytest.raises(UnsupportedError, match=r"takes 3 channels and gives 6, a learned variance.*; expected a UNet"):
+        model.check_schedule()

@@ -25,8 +25,11 @@ from edgediff_runtime import Manifest
 
 # Systems whose programs have attention as one op, which holds no scale of its own.
 FUSED_ATTENTION = ("iOS18",)
-MULTIPLICATIONS = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
-DIVISIONS = ("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
+ARITHMETIC = {
+    "add", "add_", "__add__", "__radd__", "sub", "sub_", "rsub", "__sub__", "__rsub__", "mul", "mul_", "multiply",
+    "__mul__", "__rmul__", "__rtruediv__",
+}  # fmt: skip
+DIVISIONS = {"div", "div_", "divide", "true_divide", "__truediv__"}
 NORMS = ("group_norm", "layer_norm")
 
 
@@ -46,9 +49,9 @@ class HalfScalars(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if self.is_exact:
             return func(*args, **kwargs)
-        if name in MULTIPLICATIONS:
+        if name in ARITHMETIC:
             args = [_half(value) if _is_number(value) else value for value in args]
-        elif name in DIVISIONS and _is_number(args[1]):
+        elif name in DIVISIONS and len(args) > 1 and _is_number(args[1]):
             return func(args[0], 1 / _half(1 / args[1]), **kwargs)
         elif name in NORMS:
             # eps is the fifth argument of both where it is not named.

@@ -1,4 +1,4 @@
-"""Both papers' tables of operations, counted anew on the same geometries and shown beside what they are held to."""
+"""Both papers' tables of operations, counted anew on the same geometries and shown beside the published ones."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,17 +132,7 @@ class SpectralRow:
 
 
 def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
-    """Counts a paper's table anew.
-
-    Args:
-        name: One of `COMPARISONS`.
-
-    Returns:
-        Its lines.
-
-    Raises:
-        ConfigError: There is no such comparison.
-    """
+    """Counts a paper's table anew; a ConfigError where it is none of `COMPARISONS`."""
     if name not in COMPARISONS:
         raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
     return _clockwork() if name == "clockwork" else _spectral()

@@ -6,6 +6,7 @@ from edgediff.config.choices import Cut
 from edgediff.inspect.survey import Survey, check_batch
 from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
+from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import load_model
 from edgediff.models.macs import tally
@@ -29,11 +30,8 @@ def survey_model(
         point: Where lowres ends; None takes the paper's.
         clock: Period or mask; None takes 2.
         steps: Denoising steps; None takes 8.
-        batch: UNet rows in a step; None takes 2 where the model is conditioned.
+        batch: UNet rows in a step; None takes 2 where the model is guided.
         adaptor: Kind of adaptor to count; None takes the identity.
-
-    Returns:
-        The survey.
 
     Raises:
         ModelError: The model cannot be read.
@@ -44,12 +42,12 @@ def survey_model(
     default = Cut()
     cut = Cut(default.level if level is None else level, default.point if point is None else point)
     divided = split(model.unet, cut)
-    with torch.device("meta"):
-        part = make_adaptor("identity" if adaptor is None else adaptor, adaptor_shape(divided, model))
-    counts = tally(split(model.unet, cut, part), model.sample_shape, model.conditioning.tensors)
+    if adaptor is not None:
+        with torch.device("meta"):
+            divided = split(model.unet, cut, make_adaptor(adaptor, adaptor_shape(divided, model)))
+    counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     clock = "2" if clock is None else clock
-    known = model.conditioning
-    guided = known.kind == "text" or known.null_label is not None
+    guided = usual_guidance(model.conditioning) > 1
     return Survey(
         name=model.name,
         cut=f"level {cut.level}, {cut.point}",

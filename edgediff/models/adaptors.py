@@ -56,14 +56,7 @@ class IdentityAdaptor(Part):
         super().__init__(("cache",), ("lowres_feature",))
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the cache.
-
-        Args:
-            tensors: ``cache`` [B, C, H, W].
-
-        Returns:
-            The same as ``lowres_feature``.
-        """
+        """Gives ``cache`` [B, C, H, W] back as ``lowres_feature``."""
         return {"lowres_feature": tensors["cache"]}
 
 
@@ -81,11 +74,6 @@ class LearnedAdaptor(Part):
 
     def __init__(self, kind: Kind, shape: AdaptorShape, takes_text: bool = False) -> None:
         """Builds an untrained adaptor.
-
-        Args:
-            kind: ``resnet``, ``unet`` or ``unet-light``.
-            shape: What it is to fit.
-            takes_text: Whether to look at the text.
 
         Raises:
             UnsupportedError: The feature is too small to be halved as often as this kind does, or there is no text.
@@ -119,15 +107,7 @@ class LearnedAdaptor(Part):
         self.text_projection = nn.Linear(shape.text[1], width) if takes_text and shape.text is not None else None
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Predicts the low-resolution feature.
-
-        Args:
-            tensors: ``highres_feature`` [B, C, H, W], ``cache`` [B, C', H', W'], ``emb`` [B, E], and the text
-                [B, S, D] where it is looked at.
-
-        Returns:
-            ``lowres_feature`` [B, C', H', W'].
-        """
+        """Predicts ``lowres_feature`` [B, C', H', W'] from ``cache`` of the same shape and the other inputs."""
         highres, cache = tensors["highres_feature"], tensors["cache"]
         if self.ratio > 1:
             highres = F.interpolate(highres, scale_factor=float(self.ratio), mode="nearest")
@@ -147,16 +127,7 @@ class ResnetBody(nn.Module):
         self.up = zeroed(nn.ConvTranspose2d(width, out, 4, stride=2, padding=1))
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-        """Runs the body.
-
-        Args:
-            x: [B, C, H, W].
-            emb: [B, E].
-            text: [B, width] or None.
-
-        Returns:
-            [B, C', H, W].
-        """
+        """Runs the body: x [B, C, H, W], emb [B, E], text [B, width] -> [B, C', H, W]."""
         x = _add(self.down(x), text)
         for block in self.blocks:
             x = block(x, emb)
@@ -179,7 +150,7 @@ class UNetBody(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(width, out, 3, padding=1))
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-        """Runs the body; arguments as in `ResnetBody.forward`."""
+        """Runs the body; arguments as of `ResnetBody.forward`."""
         x = _add(self.conv_in(x), text)
         skips = []
         for level, blocks in enumerate(self.blocks):
@@ -204,14 +175,7 @@ ADAPTORS = ("identity", *LEARNED)
 
 
 def adaptor_width(kind: Kind, channels: int) -> int:
-    """Channels inside an adaptor.
-
-    Args:
-        kind: Of which.
-        channels: Of ``highres_feature`` and ``lowres_feature`` together.
-
-    Returns:
-        A multiple of 16.
+    """Channels inside an adaptor, a multiple of 16, for those of ``highres_feature`` and ``lowres_feature`` together.
 
     >>> [adaptor_width(kind, 320 + 640) for kind in LEARNED]
     [352, 640, 96]
@@ -220,15 +184,7 @@ def adaptor_width(kind: Kind, channels: int) -> int:
 
 
 def make_adaptor(name: str, shape: AdaptorShape, takes_text: bool = False) -> Part:
-    """Builds an adaptor by name, untrained.
-
-    Args:
-        name: One of `ADAPTORS`.
-        shape: What it is to fit.
-        takes_text: Whether a learned one looks at the text.
-
-    Returns:
-        The adaptor; a learned one is the identity until it is trained.
+    """Builds an adaptor by name; a learned one is the identity until it is trained.
 
     Raises:
         UnsupportedError: The name is unknown, or this adaptor does not fit such a shape.
@@ -242,14 +198,7 @@ def make_adaptor(name: str, shape: AdaptorShape, takes_text: bool = False) -> Pa
 
 
 def zeroed(module: Any) -> Any:
-    """Sets a layer's weights and bias to zero.
-
-    Args:
-        module: A convolution.
-
-    Returns:
-        The same.
-    """
+    """Sets a convolution's weights and bias to zero, and returns it."""
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module

@@ -28,14 +28,7 @@ class Card:
 
 
 def read_card(path: Path) -> Card:
-    """Reads README.md (``license:`` in its front matter) and the licence file of a model directory.
-
-    Args:
-        path: The model's directory.
-
-    Returns:
-        The card; ``license`` is ``unknown`` where nothing names it.
-    """
+    """Reads README.md (``license:`` in its front matter) and the licence file of a model directory."""
     readme = path / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     files = [path / name for name in LICENSE_FILES if (path / name).is_file()]

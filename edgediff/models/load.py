@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
 from edgediff.models.conditioning import Conditioning, read_conditioning
+from edgediff.models.embedding import StepEmbedding
 from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in
@@ -32,9 +33,14 @@ BAD_SETTINGS = (
     TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError, AssertionError,
     ImportError, MemoryError,
 )  # fmt: skip
-# Settings that say how often something is built: a huge one would build for hours.
-COUNTS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
-MAX_COUNT = 100
+# Settings that say how often something is built or listed: a huge one would take hours, or all memory.
+COUNTS = {
+    "layers_per_block": 100,
+    "transformer_layers_per_block": 100,
+    "reverse_transformer_layers_per_block": 100,
+    "num_class_embeds": 2**20,
+    "num_train_timesteps": 2**20,
+}
 MAX_SIDE = 2**16
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 LFS_POINTER = b"version https://git-lfs"
@@ -175,6 +181,7 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
         raise UnsupportedError(
             f"{unet_path}/config.json is of class {config.get('_class_name')!r}; supported: {', '.join(UNETS)}"
         )
+    _check_counts(unet_path / "config.json", config)
     files = _weight_files(unet_path)
     if not files and weights_required:
         others = sorted(file.name for file in unet_path.glob(f"{WEIGHTS}.*") if file.is_file())
@@ -207,6 +214,14 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     )
 
 
+def _check_counts(file: Path, config: dict[str, Any]) -> None:
+    for name, most in COUNTS.items():
+        counts = config.get(name)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int | float) and count > most:
+                raise ModelError(f"{file} has {name} {count}; expected {most} at most")
+
+
 def _unet_config(path: Path) -> dict[str, Any]:
     """The UNet's configuration; where there is none, says what lies there instead."""
     if not any(path.iterdir()):
@@ -225,11 +240,6 @@ def _unet_config(path: Path) -> dict[str, Any]:
 
 def _build(unet_class: Any, config: dict[str, Any], path: Path) -> Any:
     """The UNet of a configuration, on the meta device."""
-    for name in COUNTS:
-        counts = config.get(name)
-        for count in counts if isinstance(counts, list) else [counts]:
-            if isinstance(count, int) and count > MAX_COUNT:
-                raise ModelError(f"{path}/config.json has {name} {count}; expected {MAX_COUNT} at most")
     try:
         with torch.device("meta"):
             unet = unet_class.from_config(config)
@@ -245,6 +255,7 @@ def _build(unet_class: Any, config: dict[str, Any], path: Path) -> Any:
 def _conditioning(home: Path, unet: Any, path: Path) -> Conditioning:
     """What the UNet is conditioned on, tried in a step without numbers: diffusers builds UNets that cannot run."""
     try:
+        StepEmbedding(unet)  # refuses by name what it does not embed
         known = read_conditioning(home, unet.config)
         side = 2 ** len(unet.config.block_out_channels)
         with torch.device("meta"), torch.no_grad():
@@ -260,6 +271,7 @@ def _scheduler(path: Path) -> SchedulerMixin:
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ModelError(f"{path} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
+    _check_counts(path, config)
     try:
         return kind.from_config(config)
     except BAD_SETTINGS as e:

@@ -30,19 +30,14 @@ class Part(nn.Module):
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the part on named tensors; what a subclass writes."""
-        raise TypeError(f"{type(self).__name__} does not say what it computes")
+        raise NotImplementedError(f"{type(self).__name__}.compute")
 
 
 class Chain(Part):
     """Parts that run one after the other as one: a whole full or cached step."""
 
     def __init__(self, parts: Iterable[Part], outputs: tuple[str, ...]) -> None:
-        """Joins parts.
-
-        Args:
-            parts: In the order in which they run; shared, not copied.
-            outputs: Which of the tensors that they make come out.
-        """
+        """Joins parts in the order in which they run, shared and not copied; `outputs` are those that come out."""
         parts = list(parts)
         made: set[str] = set()
         needed: dict[str, None] = {}
@@ -53,14 +48,7 @@ class Chain(Part):
         self.links = nn.ModuleList(parts)
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the parts.
-
-        Args:
-            tensors: What the parts take from outside.
-
-        Returns:
-            Those and everything that the parts made.
-        """
+        """Runs the parts: adds what they make to what they take from outside."""
         for part in self.links:
             assert isinstance(part, Part)
             outputs = part(*(tensors[name] for name in part.inputs))

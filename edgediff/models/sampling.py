@@ -145,7 +145,7 @@ def _refuse_foreign(settings: Mapping[str, Any], name: str) -> None:
     neutral = {key: value for kind in SCHEDULERS.values() for key, value in _parameters(kind).items()}
     for key, given in settings.items():
         let_pass = key in _parameters(SCHEDULERS[name]) or key in _OF_ONE_SAMPLER or key in _WITHOUT_EFFECT
-        if not let_pass and given not in (None, False) and given != neutral.get(key):
+        if not let_pass and given is not None and given is not False and given != neutral.get(key):
             raise UnsupportedError(
                 f"{name}: scheduler {key} {given!r}: {name} does not read it; expected {neutral.get(key)!r}"
             )

@@ -22,9 +22,6 @@ def slim(unet: UNet2DModel | UNet2DConditionModel, width: int | None) -> UNet2DM
         unet: The geometry; its weights are not looked at, and wavelet gating is left out.
         width: Channels of the highest level, a multiple of 8; None keeps all widths.
 
-    Returns:
-        A new UNet with weights as torch initialises them.
-
     Raises:
         ConfigError: The width is no multiple of 8, or larger than the UNet's own.
         UnsupportedError: It is no UNet of diffusers'.
@@ -39,39 +36,18 @@ def slim(unet: UNet2DModel | UNet2DConditionModel, width: int | None) -> UNet2DM
 
 
 def check_unet(unet: Any) -> None:
-    """Refuses what is no UNet.
-
-    Args:
-        unet: What was given.
-
-    Raises:
-        UnsupportedError: With its class and the choices.
-    """
+    """Refuses what is no UNet, with an UnsupportedError."""
     if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
         raise UnsupportedError(f"no slim UNet of a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel")
 
 
 def plain_config(unet: UNet2DModel | UNet2DConditionModel) -> dict[str, Any]:
-    """A UNet's settings by name, without diffusers' own notes.
-
-    Args:
-        unet: Any UNet.
-
-    Returns:
-        What its class takes.
-    """
+    """A UNet's settings by name, without diffusers' own notes."""
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
 def slim_config(config: dict[str, Any], width: int) -> dict[str, Any]:
-    """Scales the widths of a configuration.
-
-    Args:
-        config: A diffusers UNet's settings.
-        width: Channels of the highest level.
-
-    Returns:
-        The settings with other widths, groups and heads.
+    """A UNet's settings with widths scaled to `width` at the highest level, and groups and heads that fit.
 
     Raises:
         ConfigError: The width is no multiple of 8, or larger than what is there.

@@ -33,13 +33,7 @@ class BandGate(nn.Module):
     """Gates of the four bands: sigmoid(FFN(avgpool(x))), one for each band and channel."""
 
     def __init__(self, channels: int, gated: int, emb_channels: int | None = None) -> None:
-        """Makes the gates.
-
-        Args:
-            channels: Of the feature that they look at.
-            gated: Channels of each band.
-            emb_channels: Width of the time embedding where the gates look at it too, which the paper's do not.
-        """
+        """Gates `gated` channels a band by a feature of `channels`, and by the time embedding where it has a width."""
         super().__init__()
         hidden = max(channels // _QUARTER, 1)
         self.gated = gated
@@ -48,15 +42,7 @@ class BandGate(nn.Module):
         self.out = nn.Linear(hidden, len(BANDS) * gated)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
-        """Looks at a feature.
-
-        Args:
-            x: [B, C, H, W].
-            emb: [B, E], where the gates look at the time.
-
-        Returns:
-            [B, 4, gated, 1, 1] in (0, 1); bands in the order of `BANDS`.
-        """
+        """From x [B, C, H, W] and emb [B, E]: [B, 4, gated, 1, 1] in (0, 1); bands in the order of `BANDS`."""
         hidden = self.hidden(x.mean(dim=(2, 3)))
         if self.time is not None:
             assert emb is not None
@@ -94,28 +80,11 @@ class WaveletDown(WaveletGating):
     """WG-Down: the bands of half the size, each weighed by its gates, in one sum."""
 
     def __init__(self, channels: int, wavelet: str = "haar", emb_channels: int | None = None) -> None:
-        """Makes the downsampler.
-
-        Args:
-            channels: In and out.
-            wavelet: An orthogonal filter's name.
-            emb_channels: Width of the time embedding, where the gates look at it.
-        """
+        """As many channels come out as go in; `emb_channels` where the gates look at the time embedding."""
         super().__init__(channels, channels, wavelet, emb_channels)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """Halves a feature.
-
-        Args:
-            x: [B, C, H, W], H and W even.
-            temb: [B, E], where the gates look at the time.
-
-        Returns:
-            [B, C, H/2, W/2].
-
-        Raises:
-            UnsupportedError: H or W is odd.
-        """
+        """From x [B, C, H, W] and temb [B, E]: [B, C, H/2, W/2]; an UnsupportedError where H or W is odd."""
         height, width = x.shape[2:]
         if height % 2 or width % 2:
             raise UnsupportedError(
@@ -152,34 +121,17 @@ class WaveletUp(WaveletGating):
     """
 
     def __init__(self, channels: int, wavelet: str = "haar", emb_channels: int | None = None) -> None:
-        """Makes the upsampler.
-
-        Args:
-            channels: In and out, a multiple of 4.
-            wavelet: An orthogonal filter's name.
-            emb_channels: Width of the time embedding, where the gates look at it.
-
-        Raises:
-            UnsupportedError: The channels do not divide into four bands.
-        """
+        """As `WaveletDown`; an UnsupportedError where the channels do not divide into four bands."""
         if channels % _QUARTER:
             raise UnsupportedError(f"{channels} channels do not divide into four bands; expected a multiple of 4")
         super().__init__(channels, channels // _QUARTER, wavelet, emb_channels)
         self.widen = nn.Conv2d(channels // _QUARTER, channels, 1)
 
     def forward(self, x: torch.Tensor, output_size: Any = None, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """Doubles a feature.
-
-        Args:
-            x: [B, C, H, W].
-            output_size: What diffusers hands on for sizes that the levels do not divide; None, or the double.
-            temb: [B, E], where the gates look at the time.
-
-        Returns:
-            [B, C, 2H, 2W].
+        """From x [B, C, H, W] and temb [B, E]: [B, C, 2H, 2W].
 
         Raises:
-            UnsupportedError: Another size is wanted.
+            UnsupportedError: diffusers asks for another `output_size`, since the levels do not divide the sample.
         """
         height, width = x.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
@@ -195,13 +147,10 @@ class WaveletUp(WaveletGating):
 def gate_resampling(unet: UNet2DModel | UNet2DConditionModel, wavelet: str, takes_time: bool) -> None:
     """Puts wavelet gating in the place of a UNet's own resampling; residual blocks that resample keep all the rest.
 
-    Args:
-        unet: Changed in place.
-        wavelet: An orthogonal filter's name.
-        takes_time: Whether gates look at the time embedding.
+    The UNet is changed in place.
 
     Raises:
-        ConfigError: The wavelet is unknown, or `takes_time` is no truth value.
+        ConfigError: The wavelet is unknown, or `takes_time` is neither true nor false.
         UnsupportedError: The UNet has blocks that cannot be cut, or one level; or gates that would look at the time are
             within a residual block.
     """
@@ -327,9 +276,6 @@ def spectralize(
         width: Channels of the highest level, a multiple of 8; None keeps all widths.
         wavelet: An orthogonal filter's name.
         gate_takes_time: Whether gates look at the time embedding too, which the paper's do not.
-
-    Returns:
-        A new UNet with weights as torch initialises them.
 
     Raises:
         ConfigError: The width does not fit, or the wavelet is unknown.

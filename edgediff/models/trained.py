@@ -41,11 +41,8 @@ class AdaptorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         edgediff_adaptor: Version of this format.
-        kind: Which adaptor.
-        takes_text: Whether it looks at the text.
         model: Name of the model that it serves.
         model_sha256: That model's hash.
-        cut: Where the UNet is divided.
         highres: Channels, height and width of ``highres_feature``.
         lowres: The same of ``lowres_feature``.
         emb: Width of ``emb``.
@@ -99,20 +96,15 @@ class TrainedAdaptor:
         return m.Adaptor(
             kind=self.record.kind,
             name=self.path.name,
-            path=None if self.is_built_in else str(self.path),
+            # A bare name would be read as a built-in adaptor's.
+            path=None if self.is_built_in else os.path.join(self.path.parent, self.path.name),
             sha256=self.sha256,
             trained_for=self.record.trained_for,
         )
 
 
 def save_adaptor(adaptor: LearnedAdaptor, record: AdaptorRecord, path: Path) -> None:
-    """Writes the weights, then the record that makes the folder an adaptor.
-
-    Args:
-        adaptor: The adaptor.
-        record: What it fits and was trained for.
-        path: The folder; made where it is missing.
-    """
+    """Writes the weights, then the record that makes the folder an adaptor."""
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adaptor.state_dict().items()}
     (path / WEIGHTS).write_bytes(save(state))
@@ -122,14 +114,7 @@ def save_adaptor(adaptor: LearnedAdaptor, record: AdaptorRecord, path: Path) -> 
 
 
 def load_adaptor(path: Path, is_built_in: bool = False) -> TrainedAdaptor:
-    """Reads an adaptor.
-
-    Args:
-        path: Its folder.
-        is_built_in: Whether it lies in the zoo.
-
-    Returns:
-        The adaptor in evaluation mode, in fp32.
+    """Reads an adaptor, in evaluation mode and fp32.
 
     Raises:
         ModelError: The folder holds no adaptor, or its files are damaged.
@@ -162,12 +147,6 @@ def load_adaptor(path: Path, is_built_in: bool = False) -> TrainedAdaptor:
 def read_record(path: Path) -> AdaptorRecord:
     """Reads what an adaptor fits and was trained for.
 
-    Args:
-        path: Its folder.
-
-    Returns:
-        The record.
-
     Raises:
         ModelError: The folder holds no adaptor, or one of a newer format.
     """
@@ -182,7 +161,7 @@ def read_record(path: Path) -> AdaptorRecord:
         raise ModelError(f"{file} is of format {record.edgediff_adaptor}; this edgediff knows {FORMAT}")
     sizes = (*record.highres, *record.lowres, record.emb, *(record.text[1:] if record.text else ()))
     if not all(0 < size <= MAX_SIZE for size in sizes):
-        raise ModelError(f"{file} speaks of sizes {', '.join(map(str, sizes))}; expected 1 to {MAX_SIZE}")
+        raise ModelError(f"{file} has sizes {', '.join(map(str, sizes))}; expected 1 to {MAX_SIZE}")
     point = record.trained_for
     try:
         mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps)))
@@ -205,9 +184,6 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
         model: What it is to serve.
         cut: Where the model is divided.
         point: The operating point. Of several built-in ones of a kind, the nearest is taken.
-
-    Returns:
-        The adaptor.
 
     Raises:
         ModelError: The folder holds no adaptor.
@@ -244,14 +220,7 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
 
 
 def built_in_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:
-    """The adaptors that lie beside a built-in model.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Folder and record of each that was trained for these weights.
-    """
+    """Folder and record of each adaptor that lies beside a built-in model and was trained for its weights."""
     folder = model.path / FOLDER
     if model.is_built_in and folder.is_dir():
         for path in sorted(folder.iterdir()):
@@ -261,12 +230,7 @@ def built_in_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:
 
 
 def check_fit(adaptor: TrainedAdaptor, model: Model, cut: Cut) -> None:
-    """Refuses an adaptor that was trained for another UNet or another cut.
-
-    Args:
-        adaptor: A learned one.
-        model: What it is to serve.
-        cut: Where that is divided.
+    """Refuses a learned adaptor that was trained for another UNet or another cut.
 
     Raises:
         UnsupportedError: With both cuts and shapes, or both models.
@@ -288,15 +252,7 @@ def check_fit(adaptor: TrainedAdaptor, model: Model, cut: Cut) -> None:
 
 
 def same_point(trained: m.TrainedFor, point: m.TrainedFor) -> bool:
-    """Whether two operating points are one, however their clocks are spelt.
-
-    Args:
-        trained: One.
-        point: The other.
-
-    Returns:
-        Whether steps, sampler, mask and guidance agree.
-    """
+    """Whether steps, sampler, mask and guidance agree, however the clocks are written."""
     return msgspec.structs.replace(trained, clock=point.clock) == point
 
 

@@ -26,17 +26,7 @@ Bands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def check_wavelet(wavelet: str) -> str:
-    """Refuses what is no orthogonal wavelet.
-
-    Args:
-        wavelet: A name as PyWavelets has it.
-
-    Returns:
-        The same.
-
-    Raises:
-        ConfigError: With the choices.
-    """
+    """Returns the name of an orthogonal wavelet as PyWavelets has it; a ConfigError names the choices."""
     if wavelet not in ORTHOGONAL:
         raise ConfigError(f"wavelet {wavelet!r} is unknown; choices: haar, db1 to db38, sym2 to sym20, coif1 to coif17")
     return wavelet
@@ -90,19 +80,7 @@ def idwt2(
 ) -> torch.Tensor:
     """Puts four bands together again: the inverse of `dwt2` for images of even size.
 
-    Args:
-        ll: [B, C, H, W], and likewise:
-        lh: Horizontal detail.
-        hl: Vertical detail.
-        hh: Diagonal detail.
-        wavelet: An orthogonal filter's name.
-        taps: As in `dwt2`.
-
-    Returns:
-        [B, C, 2H, 2W].
-
-    Raises:
-        ConfigError: The wavelet is unknown.
+    Bands of [B, C, H, W] give [B, C, 2H, 2W]; wavelet, taps and errors as of `dwt2`.
 
     >>> x = torch.arange(16.0).reshape(1, 1, 4, 4)
     >>> bool((idwt2(*dwt2(x)) == x).all())

@@ -1,4 +1,4 @@
-"""The source of a bundle, where it is at hand: the UNet that it was made of, and its trajectory computed anew in torch.
+"""The source of a bundle, where it is available: its UNet, and its trajectory computed anew in torch.
 
 Only this module of verification needs torch, and does without it where it is not installed.
 """
@@ -17,20 +17,11 @@ if TYPE_CHECKING:
 
 
 def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) -> tuple[np.ndarray | None, str]:
-    """Runs the bundle's trajectory in torch from its source.
-
-    Args:
-        manifest: The bundle's manifest.
-        request: The generation.
-        model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says.
+    """Runs the bundle's trajectory in torch from its source; model and errors as of `open_source`.
 
     Returns:
-        Final latents [N, C, H, W] and what they were computed from; None and the reason where the source is not at
-        hand.
-
-    Raises:
-        ModelError: `model` was named and is not the bundle's source.
-        MissingExtraError: `model` was named and torch is not installed.
+        Final latents [N, C, H, W] and what they were computed from; None and the reason where the source is not
+        available.
     """
     found, reason = open_source(manifest, model)
     if found is None:
@@ -51,7 +42,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says.
 
     Returns:
-        The model and its UNet divided; None and the reason where they are not at hand.
+        The model and its UNet divided; None and the reason where they are not available.
 
     Raises:
         ModelError: `model` was named and is not the bundle's source.

@@ -114,7 +114,7 @@ def _dtype(tensor: Tensor) -> Any:
 
 
 def _half_but_time(ct: Any) -> Any:
-    """fp16 for every operation but those whose results a sine, a cosine or a cast to a whole number is taken of."""
+    """fp16 for every operation but those whose results a sine or a cosine is taken of."""
     exact: dict[Any, set[Any]] = {}
 
     def is_half(op: Any) -> bool:
@@ -127,8 +127,8 @@ def _half_but_time(ct: Any) -> Any:
 
 
 def _before_periodic(block: Any) -> set[Any]:
-    """Names of the operations that lead to a sine, a cosine or a cast to a whole number, these included."""
-    waiting = [op for op in block.operations if op.op_type in PERIODIC or _is_cast_to_whole(op)]
+    """Names of the operations that lead to a sine or a cosine, these included."""
+    waiting = [op for op in block.operations if op.op_type in PERIODIC]
     found = {op.name for op in waiting}
     while waiting:
         for var in waiting.pop().inputs.values():
@@ -138,10 +138,6 @@ def _before_periodic(block: Any) -> set[Any]:
                     found.add(before.name)
                     waiting.append(before)
     return found
-
-
-def _is_cast_to_whole(op: Any) -> bool:
-    return op.op_type == "cast" and "int" in str(op.dtype.val)
 
 
 def _hold_ranks(path: Path, graph: Graph, config: CoreMLConfig) -> None:
