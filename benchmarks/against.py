@@ -29,7 +29,7 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
 from edgediff.config.floors import VerifyConfig
 from edgediff.models.load import Model, random_weights
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.loop import initial_latents
 

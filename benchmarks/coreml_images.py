@@ -15,7 +15,7 @@ from measure import machine, spread
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.targets.backends import open_session
-from edgediff.targets.configs import CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 
 IMAGES = 4

@@ -10,7 +10,7 @@ from measure import machine
 
 import edgediff
 from edgediff.config.floors import VerifyConfig
-from edgediff.targets.configs import CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig
 
 BAR = 1.10
 

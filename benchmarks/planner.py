@@ -1,7 +1,7 @@
 """Is a planned clock nearer to clock 1 than the uniform clock, on noise that the planner has not seen? grocery-32.
 
-For each number of steps: the plan for the budget, the best mask of clock 2's own cost, and the auto clock with clock
-2's share of full steps, all found on the planning images; then all of them on as many unseen ones, against clock 2.
+For each number of steps: the plan for the budget and the best mask of clock 2's own cost, both found on the planning
+images; then both on unseen ones, against clock 2.
 The bar: the best mask of clock 2's cost has at most its error.
 """
 
@@ -18,11 +18,9 @@ from edgediff.export.export_config import config_from
 from edgediff.plan.budget import cached_steps, count_cost, uniform_masks
 from edgediff.plan.estimate import Estimate
 from edgediff.plan.planner import Plan, choose
-from edgediff.plan.tolerance import AutoClocks, best_auto
 from edgediff.plan.trajectory import Mask, Trajectories, letters, psnr_db
 from edgediff.targets.backends import open_session
 from edgediff_runtime import open_bundle
-from edgediff_runtime.auto_clock import AutoClock
 
 PERIOD = 2
 UNSEEN_SEED = 1_000_000
@@ -62,10 +60,6 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
     planned = time.perf_counter() - start
     uniform = uniform_masks(steps)[PERIOD]
     best = plan.frontier[cached_steps(uniform)].mask
-    share = 1 - cached_steps(uniform) / steps
-    found = best_auto(seen, share)
-    assert found is not None, "no auto clock runs as few full steps as clock 2"
-    auto = found.clock
     adaptor = opened.manifest.adaptor.name or "identity"
     print(
         f"\n{steps} steps, guidance {guidance:g}, adaptor {adaptor}: planned on {planning} images in {planned:.0f} s, "
@@ -78,7 +72,6 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
     _print_row(f"clock {PERIOD}", uniform, cost.share(uniform), reference, reference)
     _print_row(f"best mask of clock {PERIOD}'s cost", best, cost.share(best), errors[best], reference)
     _print_row(f"plan for {budget:g}", plan.chosen.mask, plan.chosen.cost, errors[plan.chosen.mask], reference)
-    _print_auto(others, auto, cost.full, cost.cached, reference)
     held = errors[best].mean() <= reference.mean()
     print(
         f"bar: {errors[best].mean() / reference.mean():.3f} x clock {PERIOD}'s error (1) {'ok' if held else 'MISSED'}"
@@ -96,21 +89,10 @@ def _print_model(plan: Plan, estimate: Estimate) -> None:
 
 
 def _print_row(name: str, mask: Mask, share: float, errors: np.ndarray, reference: np.ndarray) -> None:
-    _print_errors(f"{name:26} {letters(mask)}", share, errors, reference)
-
-
-def _print_auto(images: Trajectories, auto: AutoClock, full: float, cached: float, reference: np.ndarray) -> None:
-    found = AutoClocks(images, auto.bound).run(auto.tolerance)
-    share = found.share + (1 - found.share) * cached / full
-    masks = len(set(found.masks))
-    _print_errors(f"{auto!s:26} {found.share:.1%} full, {masks} masks", share, found.errors, reference)
-
-
-def _print_errors(name: str, share: float, errors: np.ndarray, reference: np.ndarray) -> None:
     low, high = np.percentile(1e3 * errors, [10, 90])
     nearer = np.mean(errors < reference)
     print(
-        f"{name}: cost {share:.1%}, 1000 x error {1e3 * errors.mean():.3f} [{low:.3f}, {high:.3f}], "
+        f"{name:26} {letters(mask)}: cost {share:.1%}, 1000 x error {1e3 * errors.mean():.3f} [{low:.3f}, {high:.3f}], "
         f"{psnr_db(float(errors.mean())):.2f} dB, {errors.mean() / reference.mean():.3f} x, nearer for {nearer:.0%}"
     )
 

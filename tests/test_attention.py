@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import CONTRIB, MANY_KEYS, fuse_attention
 from edgediff_runtime import EdgePipeline
 

@@ -30,7 +30,7 @@ from edgediff_runtime.__main__ import main
         (["--steps", "two"], ("valid integer",)),
         (["--clock", "0"], ("clock is 0",)),
         (["--clock", "-1"], ("clock is '-1'",)),
-        (["--clock", "abc"], ("clock is 'abc'",)),
+        (["--clock", "auto:0.1"], ("clock is 'auto:0.1'; expected a period such as 2 or a mask such as 1,0,1,0",)),
         (["--clock", ""], ("clock is ''",)),
         (["--clock", "0,1,1,1"], ("begins with 0",)),
         (["--clock", "1,0"], ("has 2 entries for 4 steps",)),

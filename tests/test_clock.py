@@ -1,9 +1,14 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from edgediff.targets.configs import OnnxConfig
 
-from edgediff_runtime import AutoClock, RequestError, clock_mask, parse_clock
+import edgediff
+from edgediff.inspect.survey import survey_bundle
+from edgediff_runtime import RequestError, clock_mask
+from edgediff_runtime.clock import format_mask
 
 PERIOD_OR_MASK = "expected a period such as 2 or a mask such as 1,0,1,0"
 
@@ -56,8 +61,7 @@ def test_a_period_begins_with_a_full_step_and_repeats(period: int, steps: int) -
 
 def test_a_mask_spelt_out_is_the_same_clock() -> None:
     spelt = clock_mask(3, 8)
-    text = ",".join(str(int(full)) for full in spelt)
-    assert clock_mask(text, 8) == clock_mask(list(spelt), 8) == clock_mask(spelt, 8) == spelt
+    assert clock_mask(format_mask(spelt), 8) == clock_mask(list(spelt), 8) == clock_mask(spelt, 8) == spelt
 
 
 def test_the_callers_list_is_left_as_it_was() -> None:
@@ -80,7 +84,7 @@ def test_periods_below_one(clock: int | str) -> None:
 
 @pytest.mark.parametrize(
     "clock",
-    ["", " ", ",", "1,", ",1", "1,,0", "-1", "+2", "2.0", "1_0", "1 0", "a", "1,a", "0x2", "1;0", "[1,0]"],
+    ["", " ", ",", "1,", ",1", "1,,0", "-1", "+2", "2.0", "1_0", "1 0", "a", "1,a", "0x2", "1;0", "[1,0]", "auto:0.1"],
 )
 def test_text_that_is_neither_period_nor_mask(clock: str) -> None:
     refused(clock, 2, f"clock is {clock!r}; {PERIOD_OR_MASK}")
@@ -130,68 +134,13 @@ def test_steps_that_are_no_number_of_steps(steps: Any) -> None:
     refused(2, steps, f"steps is {steps!r}; expected a whole number above 0")
 
 
-# The auto clock
-
-
-@pytest.mark.parametrize(
-    ("text", "tolerance", "bound"),
-    [
-        ("auto:0.2", 0.2, 3),
-        (" auto:0.2 ", 0.2, 3),
-        ("auto:1", 1.0, 3),
-        ("auto:00.50", 0.5, 3),
-        ("auto:0.2:1", 0.2, 1),
-        ("auto:12.5:07", 12.5, 7),
-        ("auto:0.2:" + "9" * 30, 0.2, int("9" * 20)),
-    ],
-)
-def test_spellings_of_the_auto_clock(text: str, tolerance: float, bound: int) -> None:
-    clock = parse_clock(text, 8)
-    assert clock == AutoClock(tolerance, bound)
-    assert parse_clock(str(clock), 8) == clock
-    assert parse_clock(clock, 3) == clock
-
-
-def test_an_auto_clock_is_written_without_an_exponent() -> None:
-    assert str(AutoClock(1e-7)) == "auto:0.0000001:3"
-    assert parse_clock(str(AutoClock(1e-300)), 1) == AutoClock(1e-300)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["auto", "auto:", "auto:nan", "auto:inf", "auto:-1", "auto:+1", "auto:0", "auto:0.0", "auto:0.1:0", "auto:0.1:",
-     "auto:0.1:-1", "auto:0.1:1.5", "auto:0.1:3:4", "auto:.5", "auto:5.", "auto:1e-3", "auto:0,5", "auto: 0.1",
-     "auto 0.1", "auto:0x1", "auto:1_0", "automatic", "auto:\u0665", "auto:0.1:\u0663", "auto:" + "9" * 400,
-     "auto:0." + "0" * 400 + "1"],
-)  # fmt: skip
-def test_auto_clocks_that_are_none(text: str) -> None:
-    with pytest.raises(RequestError) as caught:
-        parse_clock(text, 8)
-    assert f"clock is {text!r}; expected auto:TOL or auto:TOL:BOUND" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("tolerance", [0, -1.0, float("nan"), float("inf"), "0.2", None, True])
-def test_tolerances_that_are_none(tolerance: Any) -> None:
-    with pytest.raises(RequestError, match=r"the auto clock's tolerance is .*; expected a finite number above 0"):
-        AutoClock(tolerance)
-
-
-@pytest.mark.parametrize("bound", [0, -1, 1.5, "3", None, True])
-def test_bounds_that_are_none(bound: Any) -> None:
-    with pytest.raises(RequestError, match=r"the auto clock's bound is .*; expected a whole number above 0"):
-        AutoClock(0.2, bound)
-
-
-@pytest.mark.parametrize("clock", ["auto:0.1", "auto", "auto:nan", AutoClock(0.1)])
-def test_where_a_mask_is_needed_the_auto_clock_is_refused_by_name(clock: Any) -> None:
-    refused(clock, 2, f"clock is {str(clock)!r}, which decides as it runs", PERIOD_OR_MASK.removeprefix("expected "),
-            "(auto:TOL is for export and run)")  # fmt: skip
-
-
-def test_other_clocks_are_read_as_their_masks() -> None:
-    assert parse_clock("2", 4) == parse_clock([1, 0, 1, 0], 4) == clock_mask(2, 4)
-    with pytest.raises(RequestError, match="has 2 entries for 3 steps"):
-        parse_clock("1,0", 3)
-    with pytest.raises(RequestError, match="steps is 0"):
-        parse_clock("auto:0.1", 0)
+@pytest.mark.usefixtures("traced_once")
+def test_a_bundle_without_cached_steps_has_no_caching_error(class_model: Path, tmp_path: Path) -> None:
+    config = edgediff.ExportConfig(steps=2, clock=1, onnx=OnnxConfig(simplify=False))
+    done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
+    assert done.report is not None
+    rows = {(row.check, row.part): row for row in done.report.rows}
+    caching = rows["caching", "latents"]
+    assert (caching.status, caching.note) == ("not_run", "the clock has no cached step")
+    assert ("composed", "cached") not in rows
+    assert survey_bundle(tmp_path / "bundle", None, None, None).mask == (True, True)

@@ -23,7 +23,7 @@ from edgediff.mil import open_program
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
 from edgediff.targets.backends import open_session
-from edgediff.targets.configs import CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig
 from edgediff.targets.coreml.write_coreml import write_coreml
 from edgediff.targets.layout import coreml_graphs, modules
 from edgediff_runtime import EdgePipeline, open_bundle

@@ -16,7 +16,7 @@ from unets import unet2d
 import edgediff
 from edgediff import verify_bundle
 from edgediff.config.floors import VerifyConfig
-from edgediff.targets.configs import CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig
 
 Plant = Callable[[Opened], None]
 

@@ -15,8 +15,7 @@ from unets import unet2d_condition
 import edgediff
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, TargetError, UnsupportedError, VerificationError
-from edgediff.targets.configs import OnnxConfig
-from edgediff.targets.onnx import passes
+from edgediff.targets.onnx import OnnxConfig, passes
 from edgediff.targets.onnx import write_onnx as onnx_module
 from edgediff_runtime import EdgePipeline, open_bundle
 
@@ -97,7 +96,7 @@ def test_what_is_there_and_valid_is_not_exported_again(
 ) -> None:
     there = tmp_path / "bundle"
     shutil.copytree(class_bundle, there)
-    monkeypatch.setattr("edgediff.export.export_bundle.write_onnx", lambda *a: pytest.fail("exported again"))
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.write_onnx", lambda *a: pytest.fail("exported again"))
     said: list[str] = []
     model = edgediff.load_model(class_model)
     done = edgediff.export_bundle(model, there, edgediff.ExportConfig(steps=4, layout="split"), progress=said.append)

@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 import edgediff
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.upsampling import merge_upsampling
 from edgediff.targets.onnx.winograd import CHANNELS, ROWS, TILE, filter_rows, sums_of_rows
 from edgediff_runtime import EdgePipeline

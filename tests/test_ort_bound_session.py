@@ -25,7 +25,6 @@ NO_CUDA = pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
     ("of", "asked"),
     [
         ("class_bundle", {"clock": 2}),
-        ("class_bundle", {"clock": "auto:0.2"}),  # what the clock decides by is looked at
         ("class_bundle", {"clock": "1,0,0,1", "guidance_scale": [2.0, 2.0, 1.0, 2.0]}),  # the cache is divided
         ("text_bundle", {"clock": 2}),
     ],

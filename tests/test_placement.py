@@ -25,11 +25,13 @@ from edgediff.inspect.placement import (  # fmt: skip
     NNAPI,
     RULES,
     Note,
+    lint,
     lint_bundle,
-    lint_mlprogram,
-    lint_onnx,
 )
 from edgediff.mil.coremltools_quiet import import_coremltools, quiet
+from edgediff.targets import TARGETS
+from edgediff.targets.coreml.mil_operations import read_mlprogram
+from edgediff.targets.onnx.onnx_operations import read_onnx
 from edgediff_runtime import open_bundle
 
 X = (2, 8, 32, 32)
@@ -37,6 +39,14 @@ Graph = Callable[[Path], tuple[Note, ...]]
 
 
 # Small graphs
+
+
+def lint_onnx(path: Path) -> tuple[Note, ...]:
+    return lint(read_onnx(path), "onnx", path.stem)
+
+
+def lint_mlprogram(path: Path, function: str | None = None) -> tuple[Note, ...]:
+    return lint(read_mlprogram(path, function), "coreml", function or path.stem)
 
 
 def onnx_graph(
@@ -49,7 +59,7 @@ def onnx_graph(
 ) -> Graph:
     """Writes and lints a graph of one operation: inputs of these shapes, then these constants."""
 
-    def lint(folder: Path) -> tuple[Note, ...]:
+    def made(folder: Path) -> tuple[Note, ...]:
         tensors = [numpy_helper.from_array(value, f"c{i}") for i, value in enumerate(constants)]
         if external:
             tensors[0].ClearField("raw_data")
@@ -65,7 +75,7 @@ def onnx_graph(
         )
         return lint_onnx(folder / "g.onnx")
 
-    return lint
+    return made
 
 
 def program(folder: Path, build: Callable[..., Any], *inputs: tuple[tuple[int, ...], str]) -> Path:
@@ -91,13 +101,13 @@ def program(folder: Path, build: Callable[..., Any], *inputs: tuple[tuple[int, .
 
 
 def mil_graph(build: Callable[..., Any], *inputs: tuple[tuple[int, ...], str], change: Any = None) -> Graph:
-    def lint(folder: Path) -> tuple[Note, ...]:
+    def made(folder: Path) -> tuple[Note, ...]:
         path = program(folder, build, *inputs)
         if change:
             change(path)
         return lint_mlprogram(path)
 
-    return lint
+    return made
 
 
 def ranged(path: Path) -> None:
@@ -310,18 +320,23 @@ def test_a_bundles_packages_are_checked_before_they_are_read(monkeypatch: pytest
         lint_bundle("somewhere")
 
 
-@pytest.mark.parametrize(("package", "lint"), [("onnx", lint_onnx), ("coremltools", lint_mlprogram)])
+@pytest.mark.parametrize(
+    ("package", "target", "module"),
+    [("onnx", "onnx", "onnx.onnx_operations"), ("coremltools", "coreml", "coreml.mil_operations")],
+)
 def test_missing_packages_are_named(
-    package: str, lint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    package: str, target: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"edgediff.targets.{module}")
     (tmp_path / "Manifest.json").write_text(
         '{"rootModelIdentifier": "a", "itemInfoEntries": {"a": {"path": "model.mlmodel"}}}'
     )
     (tmp_path / "Data").mkdir()
     (tmp_path / "Data/model.mlmodel").touch()
+    bundle = SimpleNamespace(path=tmp_path, file=lambda name: tmp_path / name, folder=lambda name: set())
     with pytest.raises(MissingExtraError, match="'export' extra"):
-        lint(tmp_path)
+        TARGETS[target].operations(bundle, SimpleNamespace(file=".", function=None))
 
 
 def test_the_table_is_read_without_any_toolchain() -> None:

@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 
 from edgediff.errors import ConfigError
-from edgediff.plan import budget, estimate, figure, tolerance, trajectory
+from edgediff.plan import budget, estimate, figure, trajectory
 from edgediff.plan.budget import StepCost, cached_steps, check_budget, uniform_masks
 from edgediff.plan.estimate import MAX_PAIRS, Estimate, near, probes
-from edgediff.plan.planner import Plan, choose, with_auto
+from edgediff.plan.planner import Plan, choose
 from edgediff.plan.search import best_masks
-from edgediff.plan.tolerance import longest_run, refusal
 from edgediff.plan.trajectory import Errors, Mask
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.clock import format_mask
 
 COST = StepCost("flops", 10.0, 4.0)
 
 
 def masks(steps: int) -> list[Mask]:
     return [(True, *rest) for rest in product((True, False), repeat=steps - 1)]
+
+
+def longest_row(mask: Mask) -> int:
+    """How many cached steps a mask has in a row, at most."""
+    return max(map(len, format_mask(mask).replace(",", "").split("1")))
 
 
 def displacements(steps: int, seed: int, towards: float = 0.0) -> np.ndarray:
@@ -37,7 +41,7 @@ def squared(moves: np.ndarray, mask: Mask) -> float:
 
 def stale(moves: np.ndarray, mask: Mask) -> float:
     """The same, where cached steps in a row move the image by more than each of them."""
-    return squared(moves, mask) * max(longest_run(mask), 1) ** 2
+    return squared(moves, mask) * max(longest_row(mask), 1) ** 2
 
 
 def modelled(moves: np.ndarray, measure: Callable[[np.ndarray, Mask], float] = squared) -> Estimate:
@@ -81,7 +85,7 @@ def test_one_and_two_cached_steps_are_as_measured_whatever_their_sign() -> None:
 @pytest.mark.parametrize("steps", [5, 8, 20])
 def test_short_rows_are_as_measured(steps: int) -> None:
     moves = displacements(steps, seed=2, towards=1.0)
-    rows = [mask for mask in probes(steps) if cached_steps(mask) == longest_run(mask)]
+    rows = [mask for mask in probes(steps) if cached_steps(mask) == longest_row(mask)]
     assert {cached_steps(mask) for mask in rows} == {1, 2, 3, 4}
     model = modelled(moves, stale)
     np.testing.assert_allclose(model.errors(rows), [stale(moves, mask) for mask in rows], rtol=1e-9)
@@ -103,7 +107,7 @@ def test_pairs_are_bounded_and_neighbours_always_among_them(steps: int) -> None:
     assert len(found) == len(set(found)) == steps - 1 + len(pairs) + max(steps - 3, 0) + max(steps - 4, 0)
     assert all(mask[0] for mask in found)
     assert len(pairs) <= max(MAX_PAIRS, steps - 2)
-    assert sum(longest_run(mask) == 2 for mask in pairs) == max(steps - 2, 0)
+    assert sum(longest_row(mask) == 2 for mask in pairs) == max(steps - 2, 0)
     assert near(steps) >= steps - 2 or steps > 12
 
 
@@ -218,19 +222,6 @@ def test_a_cached_step_that_saves_nothing_is_said() -> None:
     StepCost("latency", 10, 11).check(1.0, 8)
 
 
-def test_where_nothing_is_cached_there_is_no_auto_clock() -> None:
-    found = with_auto(chosen(displacements(4, 0), 1.0))
-    assert found.auto is None
-    assert found.auto_note == "no auto clock: the plan has no cached step"
-
-
-def test_a_pair_of_graphs_has_no_auto_clock() -> None:
-    full, cached = (Graph(name, f"{name}.onnx", f"{name}_step", (), ()) for name in ("full", "cached"))
-    note = refusal(SimpleNamespace(session=SimpleNamespace(graphs=(full, cached))))  # type: ignore[arg-type]
-    assert note is not None
-    assert note.endswith("this bundle's graphs are full, cached (layout pair)")
-
-
 def test_the_picture_shows_clock_1_alone(tmp_path: Path) -> None:
     manifest = SimpleNamespace(
         source=SimpleNamespace(name="tiny"),
@@ -241,7 +232,7 @@ def test_the_picture_shows_clock_1_alone(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
-@pytest.mark.parametrize("module", [budget, estimate, tolerance, trajectory])
+@pytest.mark.parametrize("module", [budget, estimate, trajectory])
 def test_the_examples_hold(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module)
     assert (failed, tried > 0) == (0, True)

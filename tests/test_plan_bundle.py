@@ -15,12 +15,11 @@ from edgediff import outputs
 from edgediff.data.arrays import prompt_arguments
 from edgediff.errors import ConfigError, MissingExtraError, TargetError
 from edgediff.export.export_config import config_from
-from edgediff.plan import files
-from edgediff.plan.budget import cached_steps, count_cost, time_cost
+from edgediff.plan import plan_files
+from edgediff.plan.budget import count_cost, time_cost
 from edgediff.plan.caveats import caveats
 from edgediff.plan.plan_recipe import plan_recipe, render_recipe
 from edgediff.plan.planner import Plan, make_plan
-from edgediff.plan.tolerance import AutoClocks, longest_run
 from edgediff.plan.trajectory import Trajectories, psnr_db, spell
 from edgediff.targets.backends import open_session
 from edgediff_runtime import EdgePipeline, Manifest, open_bundle
@@ -107,38 +106,6 @@ def test_what_does_not_fit_is_refused_before_anything_runs(class_bundle: Path, g
     assert said == [f"opening {class_bundle}"]
 
 
-# The auto clock
-
-
-def test_the_tolerance_gives_the_wanted_share(images: Trajectories) -> None:
-    clocks = AutoClocks(images)
-    found = clocks.find(0.5)
-    assert found.share <= 0.5
-    assert found.share == np.mean(found.masks)
-    # A little less, and there are more full steps than were wanted.
-    assert clocks.run(found.clock.tolerance * 0.98).share > 0.5
-    least = AutoClocks(images, bound=2).find(0.1)
-    assert least.share == 0.5  # a full step after two cached ones, whatever the tolerance
-
-
-def test_a_run_stands_for_those_that_would_be_the_same(images: Trajectories) -> None:
-    clocks = AutoClocks(images, bound=2)
-    tolerances = [0.02 * 1.25**n for n in range(24)]
-    found = [clocks.run(tolerance) for tolerance in tolerances]
-    assert clocks.runs < 3 * 24 / 2
-    assert len({run.masks for run in found}) > 4
-    for run in found[::3]:
-        for image, mask in enumerate(run.masks):
-            error, steps = images.error(image, run.clock)
-            assert (error, tuple(step.full for step in steps)) == (run.errors[image], mask)
-
-
-def test_a_plan_has_its_auto_clock(plan: Plan) -> None:
-    assert plan.auto is not None
-    assert plan.auto.share <= 1 - cached_steps(plan.chosen.mask) / 4
-    assert plan.auto_note is None
-
-
 def test_clock_1_of_a_pair_is_a_recipe_of_parts(manifest: Manifest) -> None:
     config = manifest.config | {"layout": "pair", "onnx": {"layout": "pair"}}
     pair = msgspec.structs.replace(manifest, config=config)
@@ -152,11 +119,9 @@ def test_clock_1_of_a_pair_is_a_recipe_of_parts(manifest: Manifest) -> None:
 
 @pytest.mark.usefixtures("traced_once")
 def test_the_recipe_loads_and_exports(plan: Plan, tmp_path: Path) -> None:
-    written = files.write_plan(plan, tmp_path)
+    written = plan_files.write_plan(plan, tmp_path)
     config = edgediff.load_config(written["recipe"])
     assert (config.clock, config.steps, config.adaptor) == (spell(plan.chosen.mask), 4, "identity")
-    assert plan.auto is not None
-    assert f'# clock: "{plan.auto.clock}"' in written["recipe"].read_text().splitlines()
     quick = config_from(msgspec.to_builtins(config) | {"verify": {"mode": "graphs"}, "onnx": {"simplify": False}})
     edgediff.export_bundle(edgediff.load_model(str(config.model)), tmp_path / "bundle", quick)
     again = open_bundle(tmp_path / "bundle").manifest
@@ -236,8 +201,8 @@ def test_the_command_writes_a_plan(class_bundle: Path, tmp_path: Path, command: 
     said = command(*args)
     assert said.code == 0
     assert written["chosen"]["clock"] in said.out
-    assert all(word in said.out for word in ("uniform clocks", "auto clock", "recipe.yaml", "GFLOPs"))
-    if longest_run(written["chosen"]["mask"]) > 1:
+    assert all(word in said.out for word in ("uniform clocks", "recipe.yaml", "GFLOPs"))
+    if "0,0" in written["chosen"]["clock"]:
         assert "28.07" in said.out
 
 
@@ -259,34 +224,34 @@ def test_the_command_refuses_in_one_line(
 def test_a_plan_in_latent_space_takes_the_evidences_embeddings(text_bundle: Path, tmp_path: Path) -> None:
     found = make_plan(text_bundle, 0.9, num_images=2, steps=3)
     assert "random embeddings" in " ".join(found.warnings)
-    files.write_plan(found, tmp_path)
+    plan_files.write_plan(found, tmp_path)
 
 
 def test_without_matplotlib_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"edgediff\[train\]"):
-        files.check_place(tmp_path / "plan", tmp_path / "bundle")
+        plan_files.check_place(tmp_path / "plan", tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("where", ["", "plan", "onnx/plan"])
 def test_nothing_is_written_into_a_bundle(class_bundle: Path, where: str) -> None:
     with pytest.raises(TargetError, match="lies in the bundle"):
-        files.check_place(class_bundle / where, class_bundle)
+        plan_files.check_place(class_bundle / where, class_bundle)
 
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in ("file", "file/plan"):
         with pytest.raises(TargetError, match=r"no directory|not a folder"):
-            files.check_place(tmp_path / where, tmp_path / "bundle")
+            plan_files.check_place(tmp_path / where, tmp_path / "bundle")
 
 
 def test_a_write_that_fails_leaves_what_was_there(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("old")
     fail: Callable[..., None] = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
-    monkeypatch.setattr(files, "draw_frontier", fail)
+    monkeypatch.setattr(plan_files, "draw_frontier", fail)
     with pytest.raises(OSError, match="No space"):
-        files.write_plan(plan, tmp_path)
+        plan_files.write_plan(plan, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 

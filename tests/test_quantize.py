@@ -19,8 +19,8 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.export_config import check_config, config_from
-from edgediff.targets import configs
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets import onnx as onnx_target
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import spell_out_attention
 from edgediff.targets.onnx.calibration import Calibration, measure_ranges
 from edgediff.targets.onnx.quantize import (
@@ -338,7 +338,7 @@ def test_no_images_to_calibrate_with() -> None:
         check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
 
 
-@pytest.mark.parametrize("module", [quantize_module, configs])
+@pytest.mark.parametrize("module", [quantize_module, onnx_target])
 def test_doctests(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module)
     assert failed == 0

@@ -15,7 +15,7 @@ from unets import CASES, Case, unet2d_condition
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.shared_rows import has_shared_rows, share_rows
 from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime.manifest import Graph, Tensor

@@ -16,11 +16,11 @@ from unets import unet2d
 
 import edgediff
 from edgediff.inspect.placement import COREML, lint_bundle
-from edgediff.inspect.placement_ops import mil_ops
 from edgediff.mil.ops import OPS
 from edgediff.mil.package import read_package
 from edgediff.models.spectral import spectralize
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.coreml.mil_operations import mil_ops
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, open_bundle
 
 # Of ai.onnx, with a kernel for WebGPU: docs/webgpu-operators.md in the npm package onnxruntime-web 1.30.0. On the CPU

@@ -11,14 +11,14 @@ import pywt
 import torch
 
 from edgediff.errors import ConfigError, MissingExtraError
-from edgediff.inspect.placement_ops import mil_ops
 from edgediff.mil import evaluate
 from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 from edgediff.mil.package import read_package
 from edgediff.models import wavelet as module
 from edgediff.models.part import Part
 from edgediff.models.wavelet import HAAR, ORTHOGONAL, dwt2, idwt2
-from edgediff.targets.configs import OnnxConfig
+from edgediff.targets.coreml.mil_operations import mil_ops
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime.manifest import Graph, Tensor
 

@@ -187,11 +187,10 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
         UnsupportedError: The source is not at hand, or cannot be exported.
     """
     try:
-        from edgediff.export.export_bundle import list_files
+        from edgediff.bundle.files import list_files
         from edgediff.models.graphs import graph_list
         from edgediff.models.undivided import NAME, Undivided, undivided_graph
-        from edgediff.targets.configs import OnnxConfig
-        from edgediff.targets.onnx.shared_rows import with_shared_rows
+        from edgediff.targets.onnx import OnnxConfig
         from edgediff.targets.onnx.write_onnx import write_graph
     except ModuleNotFoundError as e:
         raise UnsupportedError(f"exporting the undivided UNet needs {e.name}") from e
@@ -210,5 +209,5 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     except EdgediffError as e:
         raise UnsupportedError(f"the undivided UNet cannot be exported: {e}") from e
     beside = None if done.external_data is None else f"onnx/{done.external_data}"
-    graph = msgspec.structs.replace(with_shared_rows(graph) if done.shares_rows else graph, external_data=beside)
+    graph = msgspec.structs.replace(graph.with_shared_rows() if done.shares_rows else graph, external_data=beside)
     return Whole(str(folder), graph, list_files(folder))

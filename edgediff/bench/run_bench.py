@@ -18,7 +18,7 @@ from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of, spr
 from edgediff.bench.machine import describe_machine, free_memory
 from edgediff.bench.worker import Said, Task
 from edgediff.errors import ConfigError
-from edgediff_runtime import Bundle, Manifest, make_scheduler, open_bundle, parse_clock
+from edgediff_runtime import Bundle, Manifest, clock_mask, make_scheduler, open_bundle
 
 Say = Callable[[str], None]
 # Runtimes keep weights a second time, laid out for their kernels.
@@ -82,7 +82,7 @@ def run_bench(
         point = bundle.manifest.operating_point
         count = point.num_inference_steps if steps is None else steps
         make_scheduler(bundle.manifest.scheduler, count)
-        parse_clock(point.clock if clock is None else clock, count)
+        clock_mask(point.clock if clock is None else clock, count)
     asked = Task(None, steps=steps, clock=clock, num_images=num_images, guidance_scale=guidance_scale, threads=threads)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgediff-bench-")))

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from edgediff_runtime import Bundle, Manifest
-from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, inside, is_leftover
+from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, inside, is_leftover, sha256_of
 from edgediff_runtime.errors import BundleError
+from edgediff_runtime.manifest import File
 
 # A verification that was killed leaves its scratch file; the next one writes over it.
 PARITY_SCRATCH = "evidence/.parity.json.new"
@@ -48,3 +49,9 @@ def _leads_out(folder: Path, name: str) -> bool:
     except BundleError:
         return (folder / name).is_symlink()
     return False
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """Sizes and hashes of all files of a folder, by their paths in it, sorted."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): File(file.stat().st_size, sha256_of(file)) for file in found}

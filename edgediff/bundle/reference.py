@@ -64,11 +64,10 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
 
     Returns:
-        Arguments for `EdgePipeline.stream`. The clock is spelt out, also an auto clock, as torch ran it: backends are
-        compared along the same steps. A draft's auto clock is left to decide.
+        Arguments for `EdgePipeline.stream`.
     """
     point = manifest.operating_point
-    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask or point.clock}
+    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask}
     if manifest.conditioning.kind == "text":
         request |= prompt_arguments(conditioning)
     return request
@@ -78,7 +77,7 @@ def record(
     pipe: EdgePipeline,
     conditioning: dict[str, np.ndarray],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Reference, tuple[int, ...]]:
+) -> Reference:
     """Runs the reference trajectory and keeps what verification needs.
 
     To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
@@ -90,43 +89,37 @@ def record(
         progress: Told the number of steps done and to do.
 
     Returns:
-        The reference, and the steps as they were run, 1 = full.
+        The reference.
     """
-    point = pipe.manifest.operating_point
     whole = pipe.manifest.verified == "full"
-    last = point.num_inference_steps - 1 if whole else _first_cached(point.mask)
+    wanted = _wanted(pipe.manifest)
+    last = max(wanted)
     steps: list[Recorded] = []
-    mask: list[int] = []
     latents = None
     request = reference_request(pipe.manifest, conditioning)
     if not whole:
         request["guidance_scale"] = 1.0
     for step in pipe.stream(**request):
-        # Of a clock that decides as it runs, this is where the first cached step turns out to be it.
-        if step.index in (0, last) or (not step.full and 0 not in mask):
+        if step.index in wanted:
             tensors = {
                 name: np.array(pipe.session.get(value))
                 for name, value in step.tensors[0].items()
                 if name != CACHE or not step.full
             }
             steps.append(Recorded(step.index, step.full, tensors))
-        mask.append(int(step.full))
         latents = step.latents
         if progress is not None:
             progress(step.index + 1, last + 1)
         if step.index == last:
             break
-    return Reference(tuple(steps), latents if whole else None, conditioning), tuple(mask)
-
-
-def _first_cached(mask: tuple[int, ...]) -> int:
-    return mask.index(0) if 0 in mask else 0
+    return Reference(tuple(steps), latents if whole else None, conditioning)
 
 
 def _wanted(manifest: Manifest) -> set[int]:
     """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
     mask = manifest.operating_point.mask
-    return {0, _first_cached(mask), len(mask) - 1 if manifest.verified == "full" else 0}
+    first_cached = mask.index(0) if 0 in mask else 0
+    return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:

@@ -48,13 +48,7 @@ BundleArgument = Annotated[Path, typer.Argument(help="A bundle: the directory th
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 LevelOption = Annotated[int | None, typer.Option(help="High-resolution levels that stay outside of lowres.")]
 PointOption = Annotated[str | None, typer.Option(help="Where lowres ends: before_upsample, after_upsample or block:N.")]
-ClockOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps; or auto:TOL or auto:TOL:BOUND, which decides "
-        "as it runs, in layout split."
-    ),
-]
+ClockOption = Annotated[str | None, typer.Option(help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps.")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 

@@ -74,7 +74,7 @@ def export(
     import msgspec
 
     from edgediff.bundle.staging import check_place
-    from edgediff.export.export_config import QUANTIZABLE, ExportConfig, config_from, load_config
+    from edgediff.export.export_config import ExportConfig, config_from, load_config
     from edgediff.zoo import check_source
 
     recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
@@ -86,16 +86,12 @@ def export(
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (
         ("cut", "level", level), ("cut", "point", point), ("verify", "mode", verify),
-        ("coreml", "deployment_target", deployment_target),
-        *((section, "quantize_nbits", quantize_nbits) for section in QUANTIZABLE if section in recipe["targets"]),
-        *((section, "dtype", dtype) for section in ("onnx", "coreml") if section in recipe["targets"]),
     ):  # fmt: skip
         if value is not None:
             recipe[section][key] = value
-    if dtype is not None and not {"onnx", "coreml"} & set(recipe["targets"]):
-        raise ConfigError(f"--dtype is for ONNX and Core ML; the targets are: {', '.join(recipe['targets'])}")
-    if quantize_nbits is not None and not QUANTIZABLE.keys() & set(recipe["targets"]):
-        raise ConfigError(f"--quantize-nbits is for ONNX and OpenVINO; the targets are: {', '.join(recipe['targets'])}")
+    settings = {"dtype": dtype, "quantize_nbits": quantize_nbits, "deployment_target": deployment_target}
+    for key, value in settings.items():
+        _set_in_sections(recipe, key, value)
     checked = config_from(recipe)
     if checked.model is None:
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
@@ -120,6 +116,21 @@ def export(
     else:
         _show_report(done.report, as_json)
         out.print(f"bundle: {done.path}")
+
+
+def _set_in_sections(recipe: dict[str, Any], key: str, value: object) -> None:
+    """Puts an option into the section of each chosen target that has such a setting."""
+    from edgediff.targets import TARGETS
+
+    if value is None:
+        return
+    able = [name for name, target in TARGETS.items() if key in target.config.__struct_fields__]
+    chosen = [name for name in recipe["targets"] if name in able]
+    if not chosen:
+        titles = " and ".join(TARGETS[name].title for name in able)
+        raise ConfigError(f"--{key.replace('_', '-')} is for {titles}; the targets are: {', '.join(recipe['targets'])}")
+    for name in chosen:
+        recipe[name][key] = value
 
 
 @app.command(epilog="Examples:  edgediff verify bundle   |   edgediff verify bundle --json")

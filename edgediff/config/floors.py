@@ -3,6 +3,7 @@
 import msgspec
 
 from edgediff.config.choices import VerifyMode
+from edgediff_runtime import manifest as m
 
 
 class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,3 +62,18 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     caching_db: float | None = None
     fp16: HalfFloors = HalfFloors()
     int8: QuantizedFloors = QuantizedFloors()
+
+    def floors(self, dtype: str) -> m.Floors:
+        """The floors of a target's graphs.
+
+        Args:
+            dtype: ``fp32``, ``fp16`` or ``int8``.
+        """
+        chosen: VerifyConfig | HalfFloors | QuantizedFloors = {"fp16": self.fp16, "int8": self.int8}.get(dtype, self)  # type: ignore[assignment]
+        return m.Floors(
+            graph=chosen.graph_db,
+            composed=chosen.composed_db,
+            trajectory=chosen.trajectory_db,
+            caching=self.caching_db,
+            program=self.fp16.program_db if dtype == "fp16" else None,
+        )

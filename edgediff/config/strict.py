@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import msgspec
 
 from edgediff.errors import ConfigError, MissingExtraError
+from edgediff_runtime.clock import format_mask
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -141,7 +142,7 @@ def spell_clock(data: object) -> object:
     if not clock or any(not isinstance(bit, int) or bit not in (0, 1) for bit in clock):
         raise ConfigError(f"'clock' is {clock}; expected a period such as 2 or a mask such as [1, 0, 1, 0]")
     assert isinstance(data, Mapping)
-    return {**data, "clock": ",".join(str(int(bit)) for bit in clock)}
+    return {**data, "clock": format_mask(clock)}
 
 
 def _refuse_unknown(data: Mapping[Any, Any], kind: type[msgspec.Struct], where: str) -> None:

@@ -4,9 +4,9 @@ import re
 
 from edgediff.inspect.survey import adaptor_in_words
 from edgediff.models.load import Model
+from edgediff.targets import TARGETS
 from edgediff_runtime import Manifest
 
-FORMATS = {"onnx": "ONNX", "coreml": "Core ML", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
 PATENT_NOTE = (
     "The methods in this bundle (reuse of low-resolution features across denoising steps) may be covered by patents. "
     "No licence to any patent is given with it."
@@ -56,24 +56,12 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
 
 
 def _precisions(manifest: Manifest) -> str:
-    return ", ".join(f"{target.dtype} for {FORMATS[target.target]}" for target in manifest.targets)
+    return ", ".join(f"{entry.dtype} for {TARGETS[entry.target].title}" for entry in manifest.targets)
 
 
 def _how_to_run(manifest: Manifest) -> list[str]:
-    targets = {target.target: target for target in manifest.targets}
-    lines = []
-    if "onnx" in targets:
-        lines.append("Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` without torch.")
-    if "coreml" in targets:
-        lines.append(
-            f"Core ML packages for {targets['coreml'].deployment_target} and later: `edgediff run . -o out.png` with "
-            "`--backend coreml` on a Mac, with `--backend mil-reference` elsewhere."
-        )
-    if "executorch" in targets:
-        lines.append("The ExecuTorch program: `edgediff run . -o out.png --backend executorch`.")
-    if "openvino" in targets:
-        lines.append("OpenVINO's models: `edgediff run . -o out.png --backend openvino`.")
-    return lines
+    there = {entry.target: entry for entry in manifest.targets}
+    return [target.run_hint(there[name]) for name, target in TARGETS.items() if name in there]
 
 
 def _step_macs(manifest: Manifest, step: str) -> int:

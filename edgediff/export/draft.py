@@ -15,22 +15,14 @@ from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
-from edgediff.targets.configs import Target, opset_of
-from edgediff.targets.layout import coreml_graphs, executorch_graphs, onnx_graphs, openvino_graphs
-from edgediff.targets.onnx.shared_rows import with_shared_rows
-from edgediff_runtime import AutoClock, Manifest, parse_clock
+from edgediff.targets import TARGETS
+from edgediff.targets.base import Outline
+from edgediff_runtime import Manifest, clock_mask
 from edgediff_runtime import manifest as m
-from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest_json import FORMAT_VERSION
 
 TOOLS = ("edgediff", "torch", "diffusers", "numpy")
-TOOLS_OF_TARGET: dict[Target, tuple[str, ...]] = {
-    "onnx": ("onnx", "onnxscript", "onnxsim", "onnxruntime"),
-    "coreml": ("coremltools",),
-    "executorch": ("executorch",),
-    "openvino": ("onnx", "onnxscript", "onnxsim", "onnxruntime", "openvino"),
-}
 
 
 def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
@@ -41,14 +33,13 @@ def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
         config: The recipe.
 
     Returns:
-        Steps, sampler, clock and guidance; without a mask where the clock decides as it runs.
+        Steps, sampler, clock and guidance.
     """
-    clock = parse_clock(config.clock, config.steps)
     return m.TrainedFor(
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
         clock=config.clock,
-        mask=() if isinstance(clock, AutoClock) else tuple(map(int, clock)),
+        mask=tuple(map(int, clock_mask(config.clock, config.steps))),
         guidance_scale=usual_guidance(model.conditioning) if config.guidance_scale is None else config.guidance_scale,
     )
 
@@ -89,7 +80,7 @@ def draft_manifest(
     # As the manifest's JSON gives it back, so that the two can be compared.
     recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
-    tools = dict.fromkeys((*TOOLS, *(tool for target in config.targets for tool in TOOLS_OF_TARGET[target])))
+    tools = dict.fromkeys((*TOOLS, *(tool for name in config.targets for tool in TARGETS[name].packages)))
     return Manifest(
         format_version=FORMAT_VERSION,
         generator=f"edgediff {version('edgediff')}",
@@ -131,68 +122,13 @@ def draft_manifest(
 
 def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: bool) -> tuple[m.Target, ...]:
     parts = graph_list(divided, model)
-    usual = 2 if guided else 1  # the rows of one image
-    targets = []
-    for name in config.targets:
-        if name == "onnx":
-            dtype = config.onnx.dtype if config.onnx.quantize_nbits is None else "int8"
-            target = m.Target(
-                target="onnx", layout=layout_of(config, "onnx"), dtype=dtype, batch=None,
-                floors=_floors(config, dtype), graphs=onnx_graphs(parts, divided, layout_of(config, "onnx")),
-                opset=opset_of(config.onnx), ir_version=0,
-            )  # fmt: skip
-        elif name == "coreml":
-            batch = usual if config.coreml.batch is None else config.coreml.batch
-            target = m.Target(
-                target="coreml", layout=layout_of(config, "coreml"), dtype=config.coreml.dtype, batch=batch,
-                floors=_floors(config, config.coreml.dtype), graphs=coreml_graphs(parts, divided, layout_of(config, "coreml"), batch, config.coreml.dtype),  # noqa: E501
-                deployment_target=config.coreml.deployment_target, specification_version=0,
-            )  # fmt: skip
-        elif name == "openvino":
-            dtype = "fp32" if config.openvino.quantize_nbits is None else "int8"
-            target = m.Target(
-                target="openvino", layout=layout_of(config, "openvino"), dtype=dtype, batch=None,
-                floors=_floors(config, dtype), graphs=openvino_graphs(parts, divided, layout_of(config, "openvino")),
-            )  # fmt: skip
-        else:
-            batch = usual if config.executorch.batch is None else config.executorch.batch
-            target = m.Target(
-                target="executorch", layout=layout_of(config, "executorch"), dtype="fp32", batch=batch,
-                floors=_floors(config, "fp32"), graphs=executorch_graphs(parts, divided, layout_of(config, "executorch"), batch),  # noqa: E501
-            )  # fmt: skip
-        targets.append(target)
-    return tuple(targets)
-
-
-def _floors(config: ExportConfig, dtype: str) -> m.Floors:
-    floors, half, int8 = config.verify, config.verify.fp16, config.verify.int8
-    if dtype == "int8":
-        return m.Floors(
-            graph=int8.graph_db, composed=int8.composed_db, trajectory=int8.trajectory_db, caching=floors.caching_db
+    rows = 2 if guided else 1
+    return tuple(
+        TARGETS[name].describe(
+            Outline(parts, divided, layout_of(config, name), rows, config.verify), config.section(name)
         )
-    if dtype == "fp16":
-        return m.Floors(
-            graph=half.graph_db, composed=half.composed_db, trajectory=half.trajectory_db, caching=floors.caching_db,
-            program=half.program_db,
-        )  # fmt: skip
-    return m.Floors(
-        graph=floors.graph_db, composed=floors.composed_db, trajectory=floors.trajectory_db, caching=floors.caching_db
+        for name in config.targets
     )
-
-
-def with_mask(draft: Manifest, mask: tuple[int, ...]) -> Manifest:
-    """Fills in what only the reference trajectory can tell: the steps that an auto clock chose.
-
-    Args:
-        draft: The manifest.
-        mask: The steps as torch ran them, 1 = full.
-
-    Returns:
-        The manifest; as it was where the clock is a period or a mask.
-    """
-    if not is_auto(draft.operating_point.clock):
-        return draft
-    return msgspec.structs.replace(draft, operating_point=msgspec.structs.replace(draft.operating_point, mask=mask))
 
 
 def essence(manifest: Manifest) -> Manifest:
@@ -204,19 +140,7 @@ def essence(manifest: Manifest) -> Manifest:
     Returns:
         The manifest without what writing fills in, and without where the source lies.
     """
-    targets = tuple(
-        msgspec.structs.replace(
-            target,
-            ir_version=None,
-            session=None,
-            specification_version=None,
-            graphs=tuple(
-                msgspec.structs.replace(with_shared_rows(g), external_data=None, simplified="") for g in target.graphs
-            ),
-        )
-        for target in manifest.targets
-    )
+    targets = tuple(TARGETS[entry.target].essence(entry) for entry in manifest.targets)
     source = msgspec.structs.replace(manifest.source, path=None)
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
-    manifest = with_mask(manifest, ())
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

@@ -1,50 +1,44 @@
 """Export: a model goes in, a verified bundle comes out, or nothing does.
 
-The manifest is drafted before any graph exists, since it is all that the runtime's loop needs: the reference
-trajectory runs through the same pipeline as a device does, with torch behind it.
+Read from top to bottom: load, split, record, write each target, seal, verify. The manifest is drafted before any graph
+exists, since it is all that the runtime's loop needs: the reference trajectory runs through the same pipeline as a
+device does, with torch behind it.
 """
 
 import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
-from edgediff.bundle.files import check_files
+from edgediff.bundle.files import check_files, list_files
 from edgediff.bundle.psnr import psnr_db
-from edgediff.bundle.reference import REFERENCE, Reference, record, recorded_inputs, save_reference
+from edgediff.bundle.reference import REFERENCE, Reference, record, save_reference
 from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
-from edgediff.export.draft import draft_manifest, essence, operating_point, with_mask
-from edgediff.export.export_config import QUANTIZABLE, ExportConfig, check_config
+from edgediff.export.draft import draft_manifest, essence, operating_point
+from edgediff.export.export_config import ExportConfig, check_config
 from edgediff.export.half_reference import half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
-from edgediff.mil.coremltools_quiet import import_coremltools
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, random_weights
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided
-from edgediff.targets.configs import EightBits, Target
-from edgediff.targets.coreml.write_coreml import write_coreml
-from edgediff.targets.executorch.executorch_quiet import import_executorch
-from edgediff.targets.executorch.write_executorch import write_executorch
+from edgediff.targets import TARGETS
+from edgediff.targets.base import Job
 from edgediff.targets.layout import modules
-from edgediff.targets.onnx.calibration import Calibration, calibrate
-from edgediff.targets.onnx.write_onnx import write_onnx
-from edgediff.targets.openvino.write_openvino import import_openvino, write_openvino
 from edgediff.verify.parity import verify_bundle
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, open_bundle, parse_clock
-from edgediff_runtime import manifest as m
-from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
+from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.operating_point import departure
 
@@ -54,12 +48,7 @@ Progress = Callable[[str], None]
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """What became of an export.
-
-    Attributes:
-        path: The bundle.
-        report: The verification; None where the bundle was there already.
-    """
+    """What became of an export: where the bundle is, and its verification, None where it was there already."""
 
     path: Path
     report: ParityReport | None
@@ -84,19 +73,73 @@ def export_bundle(
         force: Replace a bundle that is already there.
         progress: Told what is being done.
 
-    Returns:
-        Where the bundle is, and its verification.
-
     Raises:
         ConfigError: The recipe does not fit the model.
         ModelError: The model has no scheduler.
         UnsupportedError: The model cannot be cut or exported so.
         TargetError: Something is in the way, or the disk is full.
-        VerificationError: A number did not hold; nothing was put in place.
+        VerificationError: A number is below its floor; nothing was written.
+        MissingExtraError: What a target needs is not installed.
     """
     say = progress if progress is not None else log.info
     config = check_config(ExportConfig() if config is None else config)
     path = Path(path)
+    for name in config.targets:
+        TARGETS[name].require()
+
+    # Load: weights, and what the reference is conditioned on.
+    model = _with_weights(model, config, say)
+    conditioning, conditioning_source = reference_conditioning(model.conditioning, config.conditioning, config.seed)
+
+    # Split.
+    say("dividing the UNet")
+    adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
+    divided = split(model.unet, config.cut, adaptor.part)
+    draft = draft_manifest(model, divided, config, conditioning_source, adaptor.manifest)
+    clear_stale(path)
+    if _is_there(path, draft, say, force):
+        return Exported(path, None)
+    check_place(path, force)
+    _warn_of_adaptor(draft)
+
+    with staged(path) as folder:
+        # Record the reference trajectory in torch, and compare the parts with the undivided UNet.
+        pipe = EdgePipeline(draft, TorchSession(divided.parts, graph_list(divided, model)), warn=False)
+        reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
+        say("comparing the parts with the undivided UNet")
+        _check_split(model, divided, reference)
+        reference = half_outputs(draft, divided, reference, say)
+
+        # Write each target.
+        entries = []
+        for entry in draft.targets:
+            section = config.section(entry.target)
+            parts = modules(divided, entry.layout)
+            job = Job(folder, entry, parts, reference, pipe, section, config.verify, say)
+            entries.append(TARGETS[entry.target].write(job))
+        manifest = msgspec.structs.replace(draft, targets=tuple(entries))
+
+        # Seal: evidence, card, licence, then every file's hash.
+        (folder / "evidence").mkdir()
+        save_reference(reference, folder / REFERENCE)
+        (folder / "README.md").write_text(bundle_card(manifest, model), encoding="utf-8")
+        if model.card.license_text is not None:
+            (folder / "LICENSE").write_text(model.card.license_text, encoding="utf-8")
+        _seal(folder, manifest)
+
+        # Verify. What needs no torch lets go of torch's weights first, also of those that the exporter's own cycles
+        # hold: a large model is not in memory twice.
+        source = model if draft.verified == "full" else None
+        del model, divided, adaptor, pipe, reference, job, parts
+        gc.collect()
+        report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
+        if not report.ok:
+            raise VerificationError(_verdict(report), report)
+    return Exported(path, report)
+
+
+def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:
+    """The model with random weights where the recipe asks for them."""
     if config.random_weights is not None:
         if model.has_weights:
             raise ConfigError(f"random weights were asked for, but {model.name} has weights of its own")
@@ -105,59 +148,11 @@ def export_bundle(
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights; pass --random-weights SEED to export it")
     model.check_schedule()
-    if "coreml" in config.targets:
-        import_coremltools("exporting to Core ML")
-    if "executorch" in config.targets:
-        import_executorch("executorch.exir", "exporting to ExecuTorch")
-    if "openvino" in config.targets:
-        import_openvino()
-    say("dividing the UNet")
-    adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
-    divided = split(model.unet, config.cut, adaptor.part)
-    conditioning, conditioning_source = reference_conditioning(model.conditioning, config.conditioning, config.seed)
-    draft = draft_manifest(model, divided, config, conditioning_source, adaptor.manifest)
-    clear_stale(path)
-    if _is_there(path, draft, say, force):
-        return Exported(path, None)
-    check_place(path, force)
-    _warn_of_adaptor(draft)
-    with staged(path) as folder:
-        pipe = EdgePipeline(draft, TorchSession(divided.parts, graph_list(divided, model)), warn=False)
-        reference, mask = record(
-            pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}")
-        )
-        draft = with_mask(draft, mask)
-        say("holding the parts to the undivided UNet")
-        _hold_to_undivided(model, divided, reference)
-        reference = half_outputs(draft, divided, reference, say)
-        calibrations = {}
-        for target in QUANTIZABLE:
-            said: EightBits = getattr(config, target)
-            if target in config.targets and said.quantize_nbits is not None:
-                calibrations[target] = calibrate(
-                    pipe, target, conditioning, said.calibration_images, config.verify.graph_db,
-                    lambda i, n: say(f"calibrating in torch: step {i} of {n}"),
-                )  # fmt: skip
-        manifest = _write_targets(folder, draft, divided, reference, calibrations, config, say)
-        (folder / "evidence").mkdir()
-        save_reference(reference, folder / REFERENCE)
-        (folder / "README.md").write_text(bundle_card(manifest, model), encoding="utf-8")
-        if model.card.license_text is not None:
-            (folder / "LICENSE").write_text(model.card.license_text, encoding="utf-8")
-        _seal(folder, manifest)
-        source = model if draft.verified == "full" else None
-        # What is verified without torch lets go of torch's weights first, also of those that the exporter's own cycles
-        # hold: a large model is not in memory twice.
-        del model, divided, adaptor, pipe, reference, calibrations
-        gc.collect()
-        report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
-        if not report.ok:
-            raise VerificationError(_verdict(report), report)
-    return Exported(path, report)
+    return model
 
 
 @torch.no_grad()
-def _hold_to_undivided(model: Model, divided: SplitUNet, reference: Reference) -> None:
+def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = reference.steps[0].tensors
     (whole,) = Undivided(model.unet, divided.inputs)(*(torch.from_numpy(first[name]) for name in divided.inputs))
@@ -187,77 +182,28 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
 def _warn_of_adaptor(draft: Manifest) -> None:
     """Warns where the bundle's operating point is not what its adaptor was trained for; it is exported all the same."""
     point = draft.operating_point
-    clock = parse_clock(point.clock, point.num_inference_steps)
+    clock = clock_mask(point.clock, point.num_inference_steps)
     differs = departure(draft, clock, (point.guidance_scale,) * point.num_inference_steps, point.clock)
     if differs is not None:
         warnings.warn(differs, OperatingPointWarning, stacklevel=3)
 
 
-def _write_targets(
-    folder: Path,
-    draft: Manifest,
-    divided: SplitUNet,
-    reference: Reference,
-    calibrations: Mapping[Target, Calibration],
-    config: ExportConfig,
-    say: Progress,
-) -> Manifest:
-    """Writes every target's graphs; what only this can tell goes into the manifest."""
-    targets = []
-    for target in draft.targets:
-        parts = modules(divided, target.layout)
-        examples = {graph.name: recorded_inputs(reference, graph) for graph in target.graphs}
-        for graph in target.graphs:
-            if graph.file is not None and not examples[graph.name] and target.target != "coreml":
-                raise ConfigError(
-                    f"{graph.name} cannot be exported to {target.target}: no step of clock "
-                    f"{draft.operating_point.clock} runs it; expected a clock with a cached step, or adaptor identity"
-                )
-        if target.target == "onnx":
-            targets.append(write_onnx(folder, target, parts, examples, config.onnx, say, calibrations.get("onnx")))
-        elif target.target == "coreml":
-            targets.append(write_coreml(folder, target, parts, config.coreml, say))
-        elif target.target == "openvino":
-            calibration = calibrations.get("openvino")
-            targets.append(write_openvino(folder, target, parts, examples, config.openvino, say, calibration))
-        else:
-            write_executorch(folder, target, parts, examples, say)
-            targets.append(target)
-    return msgspec.structs.replace(draft, targets=tuple(targets))
-
-
 def _seal(folder: Path, manifest: Manifest) -> None:
     """Lists every file in the manifest and writes SHA256SUMS."""
     files = {name: file for name, file in list_files(folder).items() if name not in (MANIFEST, SUMS, PARITY)}
-    manifest = msgspec.structs.replace(manifest, files=files)
-    data = render_manifest(manifest)
+    data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files))
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))
 
 
-def list_files(folder: Path) -> dict[str, m.File]:
-    """Sizes and hashes of all files of a folder.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        By their paths in it, in their order.
-    """
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        file.relative_to(folder).as_posix(): m.File(size=file.stat().st_size, sha256=sha256_of(file)) for file in found
-    }
-
-
 def _verdict(report: ParityReport) -> str:
-    """The worst row that does not hold, in one line."""
+    """The worst row below its floor, in one line."""
     failed = [row for row in report.rows if row.ok is False]
     if not failed:
-        return "verification measured too little to judge; nothing was put in place"
+        return "verification measured too little to judge; nothing was written"
     worst = min(failed, key=lambda row: -math.inf if row.psnr_db is None else row.psnr_db)
     number = "not finite" if worst.psnr_db is None else f"{worst.psnr_db} dB"
     return (
-        f"{len(failed)} of {len(report.rows)} numbers do not hold, the worst: {worst.check} {worst.part} "
-        f"({worst.output}, {worst.backend}) is {number}, asked for {worst.floor_db} dB; nothing was put in place"
+        f"{len(failed)} of {len(report.rows)} numbers are below their floor, the worst: {worst.check} {worst.part} "
+        f"({worst.output}, {worst.backend}) is {number}, expected {worst.floor_db} dB; nothing was written"
     )

@@ -8,12 +8,13 @@ ONNX Runtime's verbose log), never the measurement. Files are read without their
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgediff.errors import EdgediffError, MissingExtraError, ProgramError
-from edgediff.inspect.placement_ops import Op, Value, mil_ops, onnx_ops
+from edgediff.errors import EdgediffError, ProgramError
+from edgediff.targets import TARGETS
+from edgediff.targets.operations import Op, Value
 from edgediff_runtime import EdgeRuntimeError, open_bundle
 
 
@@ -235,55 +236,6 @@ RULES = (
 # fmt: on
 
 
-def lint_onnx(path: str | Path) -> tuple[Note, ...]:
-    """Looks for what falls off the execution providers of ONNX Runtime Mobile.
-
-    Args:
-        path: The .onnx file; weights outside of it are not read.
-
-    Returns:
-        One note for each rule that found something, in the order of the table.
-
-    Raises:
-        MissingExtraError: onnx is not installed.
-    """
-    try:
-        import onnx
-    except ModuleNotFoundError as e:
-        raise MissingExtraError("reading an ONNX graph", "export") from e
-    model = onnx.load(path, load_external_data=False)
-    # Exported graphs carry the shapes of everything; inferring them copies the model.
-    model = model if model.graph.value_info else onnx.shape_inference.infer_shapes(model)
-    return _notes(list(onnx_ops(model.graph)), "onnx", Path(path).stem)
-
-
-def lint_mlprogram(path: str | Path, function: str | None = None) -> tuple[Note, ...]:
-    """Looks for what falls off the Apple Neural Engine.
-
-    Args:
-        path: The .mlpackage.
-        function: Which function of it; None takes the default one.
-
-    Returns:
-        One note for each rule that found something, in the order of the table.
-
-    Raises:
-        ProgramError: It is no ML Program, or has no such function.
-        MissingExtraError: coremltools is not installed.
-    """
-    try:
-        from edgediff.mil.package import read_package
-    except ModuleNotFoundError as e:
-        raise MissingExtraError("reading an ML Program", "export") from e
-    package = read_package(path)
-    name = package.default if function is None else function
-    if name not in package.functions:
-        raise ProgramError(f"{path} has no function {name!r}; it has: {', '.join(package.functions)}")
-    size = sum(file.stat().st_size for file in package.folder.glob("weights/*"))
-    ops = [Op("weights", "weights", bytes=size), *mil_ops(package.spec, name)]
-    return _notes(ops, "coreml", Path(path).stem if function is None else function)
-
-
 def lint_bundle(path: str | Path) -> tuple[Note, ...]:
     """Looks at every graph of every target of a bundle.
 
@@ -300,26 +252,33 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
     """
     bundle = open_bundle(path)
     notes: list[Note] = []
-    for kind, graph in ((target.target, graph) for target in bundle.manifest.targets for graph in target.graphs):
-        if graph.file is None or kind in ("executorch", "openvino"):  # no accelerator to be kept from
-            continue
-        try:
-            if kind == "onnx":
-                found = lint_onnx(bundle.file(graph.file))
-            else:
-                bundle.folder(graph.file)
-                found = lint_mlprogram(bundle.path / graph.file, graph.function)
-        except (EdgediffError, EdgeRuntimeError):
-            raise
-        except Exception as e:  # what a damaged protobuf raises on the way shares no base class
-            raise ProgramError(
-                f"{graph.file} cannot be read: {type(e).__name__} {' '.join(str(e).split())[:200]}"
-            ) from e
-        notes += [replace(note, graph=graph.name) for note in found]
+    for entry in bundle.manifest.targets:
+        for graph in entry.graphs:
+            if graph.file is None:
+                continue
+            try:
+                found = TARGETS[entry.target].operations(bundle, graph)
+            except (EdgediffError, EdgeRuntimeError):
+                raise
+            except Exception as e:  # what a damaged protobuf raises on the way shares no base class
+                raise ProgramError(
+                    f"{graph.file} cannot be read: {type(e).__name__} {' '.join(str(e).split())[:200]}"
+                ) from e
+            notes += lint(found, entry.target, graph.name)
     return tuple(notes)
 
 
-def _notes(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
+def lint(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
+    """Looks for what falls off the accelerators that a target's graphs are for.
+
+    Args:
+        ops: The graph's operations, as the target reads them.
+        target: The target's name: rules for the Neural Engine look at Core ML, the others at ONNX.
+        graph: What the notes call the graph.
+
+    Returns:
+        One note for each rule that found something, in the order of the table.
+    """
     notes = []
     for rule in RULES:
         hit = [(op, words) for op in ops if (words := rule.hits(op)) is not None]

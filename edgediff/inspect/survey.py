@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgediff_runtime import AutoClock, RequestError, clock_mask, open_bundle, parse_clock
-from edgediff_runtime.manifest import Adaptor, Cost, Manifest, OperatingPoint, Target
+from edgediff_runtime import RequestError, clock_mask, open_bundle
+from edgediff_runtime.manifest import Adaptor, Cost, Manifest, Target
 
 PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
@@ -77,13 +77,12 @@ class Survey:
         }
 
 
-def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int | None) -> Survey:
+def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch: int | None) -> Survey:
     """Reads the costs out of a bundle's manifest.
 
     Args:
         path: The bundle.
-        clock: Period or mask; None takes the bundle's. Of the bundle's own auto clock, the steps are shown as its
-            reference ran them.
+        clock: Period or mask; None takes the bundle's.
         steps: Denoising steps; None takes the bundle's.
         batch: UNet rows in a step; None takes 2 where the bundle is guided.
 
@@ -92,33 +91,22 @@ def survey_bundle(path: Path, clock: str | None, steps: int | None, batch: int |
 
     Raises:
         BundleError: The bundle is damaged.
-        RequestError: Clock, steps or batch are out of range, or only running tells what an auto clock does.
+        RequestError: Clock, steps or batch are out of range.
     """
     manifest = open_bundle(path).manifest
     point = manifest.operating_point
-    mask = _mask(point, point.clock if clock is None else clock, point.num_inference_steps if steps is None else steps)
+    clock = point.clock if clock is None else clock
+    mask = clock_mask(clock, point.num_inference_steps if steps is None else steps)
     return Survey(
         name=manifest.source.name,
         cut=f"level {manifest.cut.level}, {manifest.cut.point}",
         cost=manifest.cost,
         cache_bytes=manifest.cache_bytes,
-        clock=str(point.clock if clock is None else clock),
+        clock=str(clock),
         mask=mask,
         batch=check_batch((2 if point.guidance_scale > 1 else 1) if batch is None else batch),
         facts=_facts(manifest),
     )
-
-
-def _mask(point: OperatingPoint, clock: int | str, steps: int) -> tuple[bool, ...]:
-    parsed = parse_clock(clock, steps)
-    if isinstance(parsed, AutoClock) and parsed == parse_clock(point.clock, point.num_inference_steps):
-        if steps == point.num_inference_steps:
-            return tuple(map(bool, point.mask))
-        raise RequestError(
-            f"clock {clock} decides as it runs, and was run over {point.num_inference_steps} steps, not {steps}; "
-            "expected those, or a period or a mask"
-        )
-    return clock_mask(clock, steps)
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:

@@ -307,8 +307,7 @@ def _shape(model: Model, cut: Cut) -> AdaptorShape:
 def _distance(trained: m.TrainedFor, point: m.TrainedFor) -> tuple[float, ...]:
     """How far two operating points are from each other: first the share of full steps, then what else differs."""
     return (
-        # An auto clock has no mask before it runs.
-        abs(sum(trained.mask) / len(trained.mask) - sum(point.mask) / len(point.mask)) if point.mask else 0.0,
+        abs(sum(trained.mask) / len(trained.mask) - sum(point.mask) / len(point.mask)),
         abs(trained.num_inference_steps - point.num_inference_steps),
         abs(trained.guidance_scale - point.guidance_scale),
         float(trained.scheduler != point.scheduler),

@@ -75,10 +75,6 @@ def _draw(axes: Any, plan: "Plan", points: "list[Point]") -> None:
     for period in list(uniform)[:NAMED]:
         where = (100 * uniform[period].cost, psnr_db(uniform[period].error))
         axes.annotate(f"clock {period}", where, (9, -4), textcoords="offset points", fontsize=8, color=UNIFORM)
-    if plan.auto is not None:
-        share = plan.auto.share * plan.cost.full + (1 - plan.auto.share) * plan.cost.cached
-        where = (100 * share / plan.cost.full, psnr_db(plan.auto.error))
-        axes.plot(*where, "D", markersize=5.5, color=INK, markerfacecolor="none", label=f"{plan.auto.clock}")
     budget = 100 * plan.budget
     axes.axvline(budget, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(

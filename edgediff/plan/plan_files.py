@@ -63,7 +63,7 @@ def render(plan: Plan) -> str:
         plan: The plan.
 
     Returns:
-        YAML: the bundle's recipe with the plan's steps and clock, and the auto clock as a comment.
+        YAML: the bundle's recipe with the plan's steps and clock.
     """
     chosen, images = plan.chosen, plan.images
     own = plan.manifest.operating_point.guidance_scale
@@ -72,10 +72,4 @@ def render(plan: Plan) -> str:
         f"{plan.manifest.source.name}, planned for a budget of {plan.budget:g} of clock 1's {plan.cost.unit}: "
         f"{chosen.cost:.1%}, error {chosen.error:.3g} ({images.num_images} images, seed {images.seed}).",
     ]
-    if plan.auto is not None:
-        lines += [
-            f"Or a clock that decides as it runs, with a mean share of full steps of {plan.auto.share:.0%} "
-            f"(error {plan.auto.error:.3g}):",
-            f'clock: "{plan.auto.clock}"',
-        ]
     return render_recipe(config, lines)

@@ -22,11 +22,9 @@ from edgediff.plan.caveats import caveats
 from edgediff.plan.estimate import ROWS, Estimate, probes
 from edgediff.plan.plan_recipe import plan_recipe
 from edgediff.plan.search import best_masks
-from edgediff.plan.tolerance import AutoRun, best_auto, longest_run, refusal
 from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db, spell
 from edgediff.targets.backends import open_session, usual_backend
 from edgediff_runtime import Bundle, Manifest, open_bundle
-from edgediff_runtime.auto_clock import DEFAULT_BOUND
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +106,6 @@ class Plan:
         uniform: The clocks that are a period, by period.
         estimate: The model that foretold errors.
         measured: How many masks were measured.
-        auto: The auto clock of the plan's share of full steps; None where there is none, which `auto_note` explains.
-        auto_note: One line, or None.
         warnings: What is known to speak against the plan, a line each.
     """
 
@@ -125,8 +121,6 @@ class Plan:
     uniform: dict[int, Point]
     estimate: Estimate
     measured: int
-    auto: AutoRun | None = None
-    auto_note: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -140,7 +134,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for plan.json and ``--json``."""
-        images, auto = self.images, self.auto
+        images = self.images
         return {
             "bundle": str(self.bundle),
             "model": self.manifest.source.name,
@@ -156,17 +150,6 @@ class Plan:
             "step_cost": {"full": self.cost.full, "cached": self.cost.cached},
             "chosen": self.chosen.to_dict(),
             "tied": None if self.tied is None else self.tied.to_dict(),
-            "auto": None
-            if auto is None
-            else {
-                "clock": str(auto.clock),
-                "tolerance": auto.clock.tolerance,
-                "bound": auto.clock.bound,
-                "share_of_full_steps": auto.share,
-                "error": auto.error,
-                "psnr_db": finite_psnr(auto.error),
-            },
-            "auto_note": self.auto_note,
             "warnings": list(self.warnings),
             "frontier": [point.to_dict() for point in self.frontier],
             "uniform": {str(period): point.to_dict() for period, point in self.uniform.items()},
@@ -241,7 +224,7 @@ def make_plan(
     )
     cost = counted if unit == "flops" else time_cost(images)
     cost.check(budget, steps)
-    plan = with_auto(choose(opened.path, images, chosen_backend, budget, cost))
+    plan = choose(opened.path, images, chosen_backend, budget, cost)
     own = conditioning is None
     return replace(plan, warnings=caveats(manifest, plan.chosen.mask, images.guidance_scale, own_conditioning=own))
 
@@ -257,7 +240,7 @@ def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost
         cost: What a step costs.
 
     Returns:
-        The plan, without an auto clock and without warnings.
+        The plan, without warnings.
     """
     steps = images.steps
     full, tried = (True,) * steps, probes(steps)
@@ -300,26 +283,6 @@ def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost
         estimate=estimate,
         measured=len(points),
     )
-
-
-def with_auto(plan: Plan) -> Plan:
-    """Adds the auto clock that runs as many full steps as the plan does.
-
-    Args:
-        plan: A plan.
-
-    Returns:
-        The plan with its auto clock, or with a line that says why there is none.
-    """
-    mask = plan.chosen.mask
-    note = refusal(plan.images) if not all(mask) else "no auto clock: the plan has no cached step"
-    if note is not None:
-        return replace(plan, auto_note=note)
-    share = 1 - cached_steps(mask) / len(mask)
-    found = best_auto(plan.images, share, max(DEFAULT_BOUND, longest_run(mask)))
-    if found is None:
-        return replace(plan, auto_note=f"no auto clock: none runs as few full steps as the plan's {share:.0%}")
-    return replace(plan, auto=found)
 
 
 def finite_psnr(error: float) -> float | None:

@@ -1,8 +1,7 @@
 """What caching does to the image, measured along real trajectories: every mask against clock 1 on the same noise.
 
 Planning image i is what ``edgediff run --num-images 1`` makes of seed + i and of class i mod their number, so that a
-figure here can be looked at as a picture. One image at a time: an automatic clock decides for a whole batch, and a
-phone makes one.
+figure here can be looked at as a picture. One image at a time, as a phone makes them.
 """
 
 import math

@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 import numpy as np
 
-from edgediff.bundle.feed import groups, guided, run_rows, run_step
+from edgediff.bundle.feed import count_rows, groups, guided, run_rows, run_step
 from edgediff.bundle.files import PARITY_SCRATCH, check_files
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import (
@@ -35,10 +34,10 @@ from edgediff.bundle.reference import (
 )
 from edgediff.bundle.rows import Check, Finding, ParityReport, Row, judged, not_run
 from edgediff.errors import MissingExtraError
-from edgediff.targets.backends import BACKENDS_OF_TARGET, EXECUTORCH, MIL_REFERENCE, OPENVINO, open_session
+from edgediff.targets import TARGETS
+from edgediff.targets.backends import open_session
 from edgediff.verify.source import torch_latents
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
-from edgediff_runtime.auto_clock import is_auto
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
@@ -48,8 +47,6 @@ from edgediff_runtime.sessions import Session
 log = logging.getLogger(__name__)
 
 TOOLS = ("edgediff", "numpy", "onnxruntime")
-# For Apple's runtime, which chooses the processor itself, whatever the recipe asks of the evaluator.
-DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 Progress = Callable[[str], None]
 # By number of the step and name of the graph.
 Outputs = Mapping[tuple[int, str], Mapping[str, np.ndarray]]
@@ -88,9 +85,10 @@ def verify_bundle(
     source = _Source(manifest, reference, model, say)
     rows: list[Row] = []
     findings: list[Finding] = []
-    for said in wanted:
-        for backend in BACKENDS_OF_TARGET[said.target]:
-            target = _for_device(said) if backend == "coreml" else said
+    for entry in wanted:
+        form = TARGETS[entry.target]
+        for backend in form.backends:
+            target = msgspec.structs.replace(entry, floors=form.floors_on(backend, entry.floors))
             say(f"{backend}: loading")
             try:
                 session = open_session(bundle, backend)
@@ -98,8 +96,7 @@ def verify_bundle(
                 log.debug("%s: %s", backend, e)
                 found = _none_run(target, manifest, reference, backend, str(e))
             else:
-                if backend == MIL_REFERENCE:
-                    findings += _findings(target, reference, session, say)
+                findings += _findings(target, reference, session, say) if backend == form.backends[0] else []
                 found = [
                     *_step_rows(target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
@@ -131,18 +128,6 @@ class _Source:
         return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
-def _for_device(target: Target) -> Target:
-    """The target with floors for an accelerator, which may add up in fp16."""
-    floors = target.floors
-    eased = msgspec.structs.replace(
-        floors,
-        graph=min(floors.graph, DEVICE_DB),
-        composed=min(floors.composed, DEVICE_DB),
-        trajectory=min(floors.trajectory, DEVICE_TRAJECTORY_DB),
-    )
-    return msgspec.structs.replace(target, floors=eased)
-
-
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
     """Each graph alone, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.floors
@@ -153,9 +138,10 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
     alone = _run_alone(target, reference, session)
     recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.graphs}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    if floors.program is not None and backend == MIL_REFERENCE:
+    unrounded = TARGETS[target.target].unrounded(backend, session)
+    if floors.program is not None and unrounded is not None:
         say(f"{backend}: graphs in fp32 arithmetic")
-        with cast(Any, session).unrounded():
+        with unrounded:
             exact = _run_alone(target, reference, session)
         # Rounding cannot hide a program that is slightly another.
         note = "fp32 arithmetic, against torch with weights of fp16"
@@ -210,20 +196,18 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
     ]
 
 
-def _findings(target: Target, reference: Reference, session: Any, say: Progress) -> list[Finding]:
-    """What comes near the end of fp16's range, in each graph's first recorded step."""
-    from edgediff.targets.coreml.headroom import findings
-
-    say(f"{MIL_REFERENCE}: headroom")
-    found = []
+def _findings(target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
+    """What fp16 may damage, on the first recorded step in which each graph runs."""
+    if target.dtype != "fp16":
+        return []
+    say(f"{target.target}: headroom")
+    found: list[Finding] = []
     for graph in target.graphs:
         steps = [step for step in reference.steps if graph.runs(step.full)]
-        if graph.file is not None and target.dtype == "fp16" and steps:
-            first = next(groups(step_inputs(steps[0], graph), session.batch))
-            found += [
-                msgspec.structs.replace(finding, graph=graph.name)
-                for finding in findings(session.functions[graph.name], first)
-            ]
+        if graph.file is not None and steps:
+            inputs = step_inputs(steps[0], graph)
+            first = next(groups(inputs, count_rows(inputs) if session.batch is None else session.batch))
+            found += TARGETS[target.target].findings(session, graph, first)
     return found
 
 
@@ -243,34 +227,18 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     # A comparison need not be what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
-        latents, decided = _along(pipe, request)
+        latents = pipe(**request).latents
         always = None if all(point.mask) else pipe(**request | {"clock": 1}).latents
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
     numbers = [(psnr_db(each, latents), "latents") for each in want]
-    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note + decided)]
+    rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
     if always is None:
         note = "the clock has no cached step"
         return [*rows, not_run("caching", "latents", backend, floors.caching, note)]
-    note = f"clock {point.clock}{_shown(point.mask) if decided else ''} against clock 1"
+    note = f"clock {point.clock} against clock 1"
     return [*rows, judged("caching", "latents", backend, [(psnr_db(always, latents), "latents")], floors.caching, note)]
-
-
-def _along(pipe: EdgePipeline, request: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Final latents along the reference's steps; of an auto clock also whether the backend decides on the same ones."""
-    point = pipe.manifest.operating_point
-    if not is_auto(point.clock):
-        return pipe(**request).latents, ""
-    own = pipe(**{**request, "clock": point.clock})
-    if own.mask == point.mask:
-        return own.latents, f"; clock {point.clock} decides on the same steps here"
-    said = f"; clock {point.clock} decides on other steps here:{_shown(own.mask)}, in torch{_shown(point.mask)}"
-    return pipe(**request).latents, said
-
-
-def _shown(mask: tuple[int, ...]) -> str:
-    return f" {''.join('F' if full else 'c' for full in mask)}"
 
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
@@ -278,7 +246,7 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
     floors = target.floors
     names = [graph.name for graph in target.graphs if graph.file is not None]
     rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
-    if backend == MIL_REFERENCE and floors.program is not None:
+    if backend == TARGETS[target.target].backends[0] and floors.program is not None:
         rows += [not_run("program", name, backend, floors.program, note) for name in names]
     rows += [
         not_run("composed", "full" if full else "cached", backend, floors.composed, note)
@@ -292,7 +260,8 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
 def _write(bundle: Bundle, report: ParityReport) -> None:
     """Replaces evidence/parity.json in one step; a bundle on read-only media is verified all the same."""
     ran = {row.backend for row in report.rows if row.status == "measured"}
-    tools = (*TOOLS, *(name for name in (EXECUTORCH, OPENVINO) if name in ran))
+    ours = (TARGETS[name] for name in report.targets)
+    tools = dict.fromkeys((*TOOLS, *(tool for form in ours if ran & {*form.backends} for tool in form.tools_to_run)))
     evidence = {
         **report.to_dict(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -5,9 +5,8 @@
 >>> pipe(label="Orange", num_inference_steps=8, clock=2).images     # doctest: +SKIP
 """
 
-from edgediff_runtime.auto_clock import AutoClock
 from edgediff_runtime.bundle import Bundle, open_bundle
-from edgediff_runtime.clock import clock_mask, parse_clock
+from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import BundleError, EdgeRuntimeError, OperatingPointWarning, RequestError
 from edgediff_runtime.loop import Step, denoise
 from edgediff_runtime.manifest import Manifest
@@ -16,7 +15,6 @@ from edgediff_runtime.pipeline import EdgePipeline, Result
 from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
 
 __all__ = [
-    "AutoClock",
     "Bundle",
     "BundleError",
     "EdgePipeline",
@@ -32,5 +30,4 @@ __all__ = [
     "make_scheduler",
     "noise",
     "open_bundle",
-    "parse_clock",
 ]

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--label", help="class of all images; left out, one class after the other")
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
-    parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps, or auto:TOL")
+    parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: the backend's own choice)")

@@ -1,61 +1,29 @@
-"""The clock: which denoising steps are full and which are cached (Clockwork Diffusion, section 3).
+"""The clock: which denoising steps are full and which are cached (Clockwork Diffusion, section 3)."""
 
-A step is full when the low-resolution part of the UNet runs in it, cached when the adaptor stands in for it. The
-first step is always full: there is nothing to reuse before it.
-"""
+from collections.abc import Iterable
 
-from collections.abc import Iterable, Sequence
-
-from edgediff_runtime.auto_clock import AutoClock, is_auto
 from edgediff_runtime.errors import RequestError
 
 MAX_STEPS = 10_000
 PERIOD_OR_MASK = "a period such as 2 or a mask such as 1,0,1,0"
 
-ClockSpec = int | str | list[int] | tuple[int, ...] | AutoClock
-
-
-def parse_clock(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...] | AutoClock:
-    """Reads a clock of any kind.
-
-    Args:
-        clock: What `clock_mask` takes; or ``auto:TOL``, ``auto:TOL:BOUND`` or an `AutoClock`, which decides as it runs.
-        num_inference_steps: How many steps there are.
-
-    Returns:
-        The clock spelt out step by step, or the auto clock.
-
-    Raises:
-        RequestError: As `clock_mask`, or the auto clock's tolerance or bound is none.
-
-    >>> parse_clock("2", 3)
-    (True, False, True)
-    >>> parse_clock("auto:0.2", 3)
-    AutoClock(tolerance=0.2, bound=3)
-    """
-    if isinstance(clock, str) and is_auto(clock):
-        clock = AutoClock.parse(clock)
-    if not isinstance(clock, AutoClock):
-        return clock_mask(clock, num_inference_steps)
-    _check_steps(num_inference_steps)
-    return clock
+ClockSpec = int | str | list[int] | tuple[int, ...]
 
 
 def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
-    """Spells a clock out step by step.
+    """Reads a clock: which of the steps are full.
 
     Args:
         clock: A period N (every N-th step is full, beginning with the first), as an integer or its digits; or a mask
-            with one entry for each step, 1 = full, as a string ``"1,0,1,0"`` or a sequence.
-        num_inference_steps: How many steps there are.
+            with one entry for each step, 1 = full, as text such as ``1,0,1,0`` or as a sequence.
+        num_inference_steps: Denoising steps.
 
     Returns:
-        One boolean for each step, True where it is full.
+        One boolean for each step, True where it is full; the first always is.
 
     Raises:
         RequestError: The period is not a whole number above 0, or the mask has another length than there are steps,
-            an entry that is neither 0 nor 1, or a first step that is not full. Or it is an auto clock, whose mask only
-            running tells.
+            an entry that is neither 0 nor 1, or a first step that is not full.
 
     >>> clock_mask(3, 5)
     (True, False, False, True, False)
@@ -63,11 +31,6 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
     (True, False, True, True)
     """
     _check_steps(num_inference_steps)
-    if is_auto(clock):
-        raise RequestError(
-            f"clock is {str(clock)!r}, which decides as it runs; expected here {PERIOD_OR_MASK} (auto:TOL is for "
-            "export and run)"
-        )
     if isinstance(clock, str):
         clock = _parse(clock)
     if isinstance(clock, bool) or not isinstance(clock, int | list | tuple):
@@ -76,14 +39,15 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
         if clock < 1:
             raise RequestError(f"clock is {clock}; expected a period of 1 or more")
         return tuple(i % clock == 0 for i in range(num_inference_steps))
+    shown = format_mask(clock)
     if any(bit not in (0, 1) for bit in clock):
-        raise RequestError(f"clock mask is {_spell(clock)}; each entry is 0 (cached) or 1 (full)")
+        raise RequestError(f"clock mask is {shown}; each entry is 0 (cached) or 1 (full)")
     if len(clock) != num_inference_steps:
         raise RequestError(
-            f"clock mask {_spell(clock)} has {len(clock)} entries for {num_inference_steps} steps; expected one each"
+            f"clock mask {shown} has {len(clock)} entries for {num_inference_steps} steps; expected one each"
         )
     if not clock[0]:
-        raise RequestError(f"clock mask {_spell(clock)} begins with 0; the first step is always full")
+        raise RequestError(f"clock mask {shown} begins with 0; the first step is always full")
     return tuple(bool(bit) for bit in clock)
 
 
@@ -103,18 +67,17 @@ def _parse(text: str) -> int | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _spell(mask: Sequence[int]) -> str:
-    return ",".join(str(bit) for bit in mask)
+def format_mask(mask: Iterable[object]) -> str:
+    """A mask as options, recipes and messages have it.
+
+    >>> format_mask((True, False, True))
+    '1,0,1'
+    """
+    return ",".join(str(int(bit) if isinstance(bit, bool) else bit) for bit in mask)
 
 
 def letters(mask: Iterable[int]) -> str:
-    """A mask as tables and pictures show it.
-
-    Args:
-        mask: One entry for each step, 1 or True = full.
-
-    Returns:
-        Such as ``FcFc``.
+    """A mask as tables and pictures show it: F full, c cached.
 
     >>> letters((True, False, True))
     'FcF'

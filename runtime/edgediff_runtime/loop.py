@@ -1,12 +1,10 @@
 """The denoising loop: one, for the device, for verification and for training.
 
-In each step it runs the graphs that the clock says, on a table of tensors that lives from step to step; what the
-last step left under ``lowres_feature`` is this step's ``cache``. Graphs before the first one that the clock is asked
-for run for all rows first: an auto clock decides by what they made. All state belongs to the generator, so two
-generations never meet, and leaving the generator is all there is to cancelling.
+In each step it runs the graphs of a full or of a cached step, on a table of tensors that lives from step to step; what
+the last step left under ``lowres_feature`` is this step's ``cache``. All state belongs to the generator: two
+generations never meet, and leaving the generator cancels.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -14,11 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from edgediff_runtime.auto_clock import AutoClock, AutoDecisions, can_decide, divide
-from edgediff_runtime.errors import NotFiniteError, RequestError
+from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.manifest import (
     CACHE,
-    HIGHRES_FEATURE,
     LOWRES_FEATURE,
     SAMPLE,
     TIMESTEP,
@@ -44,7 +40,7 @@ class Request:
     Attributes:
         graphs: The graphs in the order in which a step runs them.
         scheduler: The sampler for this number of steps.
-        clock: One entry for each step, True = full; or an auto clock, which decides as it runs.
+        clock: One entry for each step, True = full.
         guidance: Guidance scale of each step; a step at or below 1 runs the conditional rows alone.
         latents: Initial latents [N, C, H, W], already scaled by the scheduler's initial sigma.
         cond: Conditional rows of each conditioning tensor, [N, ...].
@@ -54,7 +50,7 @@ class Request:
 
     graphs: tuple[Graph, ...]
     scheduler: Scheduler
-    clock: tuple[bool, ...] | AutoClock
+    clock: tuple[bool, ...]
     guidance: tuple[float, ...]
     latents: Array
     cond: Mapping[str, Array]
@@ -76,8 +72,6 @@ class Step:
             ``other`` (hand-off, clock).
         tensors: The table of tensors of each chunk of rows, in the backend's form; the next step changes it. Empty in
             a finished generation's ledger, which would keep them all in memory.
-        moved: How far ``highres_feature`` had moved since the last full step, where an auto clock compared it; not
-            finite where the feature was not, or had been zero.
     """
 
     index: int
@@ -87,12 +81,10 @@ class Step:
     latents: Array
     ms: dict[str, float]
     tensors: tuple[dict[str, Any], ...]
-    moved: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The step's line of the ledger as plain data; ``moved`` is None also where it is not finite."""
-        moved = self.moved if self.moved is not None and math.isfinite(self.moved) else None
-        return {"step": self.index, "full": self.full, "moved": moved, "ms": self.ms}
+        """The step's line of the ledger as plain data."""
+        return {"step": self.index, "full": self.full, "ms": self.ms}
 
 
 def denoise(request: Request, session: Session) -> Iterator[Step]:
@@ -107,24 +99,12 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
 
     Raises:
         NotFiniteError: The model's output is not finite.
-        RequestError: The clock is an auto clock, and these graphs are chosen before there is anything to decide by.
     """
     scheduler = request.scheduler
     num_images = len(request.latents)
-    head, rest = divide(request.graphs)
-    always = [graph for graph in head if graph.frequency == "step"]
-    clocked = {full: [graph for graph in rest if graph.runs(full)] for full in (True, False)}
+    graphs = {full: [graph for graph in request.graphs if graph.runs(full)] for full in (True, False)}
     # Rows of one image begin with the same sample: graphs that can repeat it themselves are handed it once.
     shared = share_rows(request.graphs)
-    mask: tuple[bool, ...] = ()
-    auto: AutoDecisions | None = None
-    if isinstance(request.clock, AutoClock):
-        if not can_decide(request.graphs):
-            names = ", ".join(graph.name for graph in request.graphs)
-            raise RequestError(f"clock {request.clock} has nothing to decide by before it chooses among {names}")
-        auto = AutoDecisions(request.clock)
-    else:
-        mask = request.clock
     x_t = request.latents
     state: Any = None
     chunks: list[_Chunk] = []
@@ -136,28 +116,19 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
             start = perf_counter()
         guided = request.guidance[i] > 1
         # There is no cache yet, or none of unconditional rows that join: such a step is full.
-        forced = i == 0 or (guided and not was_guided)
-        full = forced or (auto is None and mask[i])
+        full = request.clock[i] or i == 0 or (guided and not was_guided)
         if i == 0 or guided != was_guided:
             chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
-            if auto is not None and not forced:
-                auto.keep_rows(num_images)
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
-        num_rows = 2 * num_images if guided else num_images
         rows = np.concatenate([x_in, x_in]) if guided and not shared else np.ascontiguousarray(x_in)
         for chunk in chunks:
             chunk.tensors[SAMPLE] = session.put(rows if chunk.whole else rows[chunk.rows])
             chunk.tensors[TIMESTEP] = timesteps[i]
             if LOWRES_FEATURE in chunk.tensors:
                 chunk.tensors[CACHE] = chunk.tensors[LOWRES_FEATURE]
-        ms: dict[str, float] = {}
-        moved = None
-        _run(session, always, chunks, ms)
-        if auto is not None:
-            full, moved = auto.decide(_gather(session, chunks, HIGHRES_FEATURE, num_rows), forced)
-        _run(session, clocked[full], chunks, ms)
-        out = _gather(session, chunks, "out_sample", num_rows)
+        ms = _run(session, graphs[full], chunks)
+        out = _gather(session, chunks, "out_sample", 2 * num_images if guided else num_images)
         model_output = out
         if guided:
             before = perf_counter()
@@ -177,7 +148,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
         shown = x_t.view()
         shown.flags.writeable = False
-        yield Step(i, float(t), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks), moved)
+        yield Step(i, float(t), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks))
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
@@ -244,16 +215,16 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
     return chunks
 
 
-def _run(session: Session, graphs: Sequence[Graph], chunks: Sequence[_Chunk], ms: dict[str, float]) -> None:
-    """Runs graphs for all rows, and adds up what each takes."""
-    for graph in graphs:
-        ms[graph.name] = 0.0
+def _run(session: Session, graphs: Sequence[Graph], chunks: Sequence[_Chunk]) -> dict[str, float]:
+    """Runs a step's graphs for all rows; the milliseconds that each took."""
+    ms = {graph.name: 0.0 for graph in graphs}
     for chunk in chunks:
         for graph in graphs:
             if graph.file is not None:
                 before = perf_counter()
                 session.run(graph, chunk.tensors)
                 ms[graph.name] += 1e3 * (perf_counter() - before)
+    return ms
 
 
 def _gather(session: Session, chunks: Sequence[_Chunk], name: str, num_rows: int) -> Array:

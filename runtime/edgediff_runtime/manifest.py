@@ -14,8 +14,7 @@ from edgediff_runtime.errors import BundleError
 from edgediff_runtime.schedulers import SchedulerConfig
 
 Frequency = Literal["step", "full_step", "cached_step", "generation"]
-# Tensors that the loop itself looks at: what the auto clock compares, what a step leaves, and what the next takes.
-HIGHRES_FEATURE = "highres_feature"
+# Tensors that the loop itself looks at: what a step leaves, and what the next takes.
 LOWRES_FEATURE = "lowres_feature"
 CACHE = "cache"
 # What a step is handed; and how many rows a sample has that is handed over once for each image.
@@ -92,6 +91,14 @@ class Graph(Struct, frozen=True):
     def shares_rows(self) -> bool:
         """Whether it takes a sample once for each image, and repeats what it makes of it for all rows."""
         return any(tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,) for tensor in self.inputs)
+
+    def with_shared_rows(self) -> "Graph":
+        """The entry of the same graph where it takes a sample once for each image."""
+        inputs = tuple(
+            msgspec.structs.replace(tensor, shape=(IMAGES, *tensor.shape[1:])) if tensor.name == SAMPLE else tensor
+            for tensor in self.inputs
+        )
+        return msgspec.structs.replace(self, inputs=inputs)
 
 
 class Floors(Struct, frozen=True):
@@ -229,8 +236,8 @@ class OperatingPoint(Struct, frozen=True):
 
     Attributes:
         num_inference_steps: Denoising steps.
-        clock: Period, mask or auto clock, as it was given.
-        mask: The clock spelt out, 1 = full; of an auto clock, as the reference in torch ran.
+        clock: Period or mask, as it was given.
+        mask: The clock's entry for each step, 1 = full.
         guidance_scale: Classifier-free guidance; 1 is off.
         seed: Seed of the evidence's trajectory.
         num_images: Images in the evidence's trajectory.
@@ -251,7 +258,7 @@ class TrainedFor(Struct, frozen=True):
         num_inference_steps: Denoising steps.
         scheduler: The sampler, as a recipe names it.
         clock: Period or mask, as it was given.
-        mask: The clock spelt out, 1 = full.
+        mask: The clock's entry for each step, 1 = full.
         guidance_scale: Classifier-free guidance; 1 is off.
     """
 

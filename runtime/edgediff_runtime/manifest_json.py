@@ -4,8 +4,7 @@ from typing import Any
 
 import msgspec
 
-from edgediff_runtime.auto_clock import AutoClock, can_decide, is_auto
-from edgediff_runtime.clock import parse_clock
+from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import (
     CACHE,
@@ -48,8 +47,6 @@ def check_manifest(manifest: Manifest) -> None:
     sample, point, known = manifest.sample, manifest.operating_point, manifest.conditioning
     _check_clock("operating_point", point)
     _check_adaptor(manifest.adaptor)
-    _hold(manifest.verified == "full" or not is_auto(point.clock), "verified", manifest.verified,
-          f"full with clock {point.clock}")  # fmt: skip
     _hold(0 < point.guidance_scale <= MAX_GUIDANCE, "guidance_scale", point.guidance_scale, "a number above 0")
     _hold(0 <= point.seed < 2**64, "operating_point.seed", point.seed, "0 to 2^64 - 1")
     for name, number in (
@@ -70,15 +67,13 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _check_clock(where: str, point: OperatingPoint | TrainedFor) -> None:
-    """The mask is the clock's, or one that an auto clock can have given."""
-    clock = parse_clock(point.clock, point.num_inference_steps)
-    if not isinstance(clock, AutoClock):
-        fits = point.mask == tuple(map(int, clock))
-    else:
-        cached = "".join(map(str, point.mask)).split("1")
-        fits = len(point.mask) == point.num_inference_steps and point.mask[0] == 1 and set(point.mask) <= {0, 1}
-        fits = fits and max(map(len, cached)) <= clock.bound
-    _hold(fits, f"{where}.mask", point.mask, f"clock {point.clock} spelt out")
+    mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps)))
+    _hold(
+        point.mask == mask,
+        f"{where}.mask",
+        point.mask,
+        f"clock {point.clock} over {point.num_inference_steps} steps: {mask}",
+    )
 
 
 def _check_adaptor(adaptor: Adaptor) -> None:
@@ -103,9 +98,6 @@ def _check_hash(name: str, given: str) -> None:
 
 def _check_target(target: Target, manifest: Manifest) -> None:
     sample = manifest.sample
-    clock = manifest.operating_point.clock
-    _hold(can_decide(target.graphs) or not is_auto(clock), "operating_point.clock", clock,
-          f"a period or a mask with layout {target.layout}, which cannot decide as it runs")  # fmt: skip
     for name, floor in msgspec.structs.asdict(target.floors).items():
         _hold(floor is None or floor > 0, f"floors.{name}", floor, "dB above 0")
     _hold(target.batch is None or target.batch > 0, "batch", target.batch, "null or a whole number above 0")

@@ -6,15 +6,14 @@ user is told once.
 
 from collections.abc import Sequence
 
-from edgediff_runtime.auto_clock import AutoClock
-from edgediff_runtime.clock import ClockSpec, parse_clock
+from edgediff_runtime.clock import ClockSpec, clock_mask, format_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import Manifest, TrainedFor
 
 
 def departure(
     manifest: Manifest,
-    clock: tuple[bool, ...] | AutoClock,
+    mask: tuple[bool, ...],
     guidance: Sequence[float],
     asked: ClockSpec,
 ) -> str | None:
@@ -22,15 +21,15 @@ def departure(
 
     Args:
         manifest: The bundle's.
-        clock: What is asked for: its mask, or the auto clock.
+        mask: The steps that are asked for, True = full.
         guidance: Guidance scale of each step; 1 or less is off.
-        asked: The clock as it was asked for.
+        asked: The clock as it was given, for the message.
 
     Returns:
         One line; None where nothing differs, nothing was trained, or no step is cached, so that the adaptor never runs.
     """
     trained = manifest.adaptor.trained_for
-    if trained is None or (not isinstance(clock, AutoClock) and all(clock)):
+    if trained is None or all(mask):
         return None
     # As the recipe named it: a source may ask for Karras sigmas under a plain name.
     sampler = str(manifest.config.get("scheduler", manifest.scheduler.name))
@@ -39,8 +38,8 @@ def departure(
         differs.append(f"{len(guidance)} steps")
     if sampler != trained.scheduler:
         differs.append(sampler)
-    if not _same_clock(clock, trained, len(guidance)):
-        differs.append(f"clock {','.join(map(str, asked)) if isinstance(asked, list | tuple) else asked}")
+    if not _same_clock(mask, trained, len(guidance)):
+        differs.append(f"clock {format_mask(asked) if isinstance(asked, list | tuple) else asked}")
     if any(max(scale, 1.0) != max(trained.guidance_scale, 1.0) for scale in guidance):
         differs.append(f"guidance {', '.join(f'{scale:g}' for scale in dict.fromkeys(guidance))}")
     if not differs:
@@ -52,11 +51,10 @@ def departure(
     )
 
 
-def _same_clock(clock: tuple[bool, ...] | AutoClock, trained: TrainedFor, steps: int) -> bool:
-    """Whether the steps that are asked for are those of the training; of an auto clock, whether it is the same rule."""
-    if not isinstance(clock, AutoClock) and steps == trained.num_inference_steps:
-        return tuple(map(int, clock)) == trained.mask
+def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int) -> bool:
+    if steps == trained.num_inference_steps:
+        return mask == trained.mask
     try:
-        return parse_clock(trained.clock, steps) == clock
-    except RequestError:  # a mask, spelt out for another number of steps
+        return clock_mask(trained.clock, steps) == mask
+    except RequestError:  # a mask for another number of steps
         return False

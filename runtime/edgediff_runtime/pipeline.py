@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from edgediff_runtime.auto_clock import AutoClock, can_decide
 from edgediff_runtime.bundle import Bundle, open_bundle
-from edgediff_runtime.clock import ClockSpec, parse_clock
+from edgediff_runtime.clock import ClockSpec, clock_mask
 from edgediff_runtime.errors import OperatingPointWarning, RequestError
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
@@ -155,9 +154,7 @@ class EdgePipeline:
             num_images: N; 1 if left out, or the number of labels or prompt embeddings given.
             num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
                 is a mask asks for one.
-            clock: Period or mask of the full steps; or ``auto:TOL`` or ``auto:TOL:BOUND``, which decides as it runs:
-                a step is full where highres_in's output has moved by more than TOL since the last full one, and after
-                BOUND cached ones (3 if left out).
+            clock: Period or mask of the full steps.
             guidance_scale: One number from 0, or one for each step; 1 or less runs without guidance.
             seed: 0 to 2^64 - 1.
 
@@ -173,12 +170,7 @@ class EdgePipeline:
         steps = point.num_inference_steps if num_inference_steps is None else _plain(num_inference_steps)
         scheduler = make_scheduler(self.manifest.scheduler, steps)
         clock = point.clock if clock is None else _plain(clock)
-        parsed = parse_clock(clock, steps)
-        if isinstance(parsed, AutoClock) and not can_decide(self.session.graphs):
-            raise RequestError(
-                f"clock {parsed} decides after highres_in has run, layout {self._layout()} before; expected a period "
-                "or a mask, or a bundle of layout split"
-            )
+        mask = clock_mask(clock, steps)
         guidance = _guidance(point.guidance_scale if guidance_scale is None else guidance_scale, steps)
         cond, uncond, count = self._conditioning(
             label, prompt, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images,
@@ -189,22 +181,17 @@ class EdgePipeline:
         request = Request(
             graphs=self.session.graphs,
             scheduler=scheduler,
-            clock=parsed,
+            clock=mask,
             guidance=guidance,
             latents=initial_latents(seed, count, shape, scheduler.init_noise_sigma),
             cond=cond,
             uncond=uncond,
             seed=seed,
         )
-        differs = departure(self.manifest, parsed, guidance, clock)
+        differs = departure(self.manifest, mask, guidance, clock)
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=2)
         return denoise(request, self.session)
-
-    def _layout(self) -> str:
-        """The layout of the graphs that the session runs; the parts themselves are ``split``."""
-        graphs = self.session.graphs
-        return next((target.layout for target in self.manifest.targets if target.graphs == graphs), "split")
 
     def _conditioning(
         self,

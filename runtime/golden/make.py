@@ -10,8 +10,7 @@ Constraints that shaped this file:
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,7 @@ import numpy as np
 import torch
 
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
-from edgediff_runtime.auto_clock import AutoClock
 from edgediff_runtime.noise import noise, philox
-from edgediff_runtime.sessions import Array
 
 SHAPE = (1, 2, 4, 4)
 # Beyond it float32 itself leaves a whole trajectory less than 1e-5.
@@ -183,78 +180,15 @@ def noise_vectors() -> dict[str, Any]:
     }
 
 
-def auto_case(clock: AutoClock, steps: Sequence[tuple[bool, Sequence[Array]]]) -> dict[str, Any]:
-    """What the auto clock decides, in rational numbers.
-
-    Args:
-        clock: The clock.
-        steps: For each step whether it is guided, and the rows of its feature.
-
-    Returns:
-        The case.
-    """
-    last: list[list[Fraction]] = []
-    was_guided, cached = False, 0
-    found = []
-    for guided, rows in steps:
-        now = [[Fraction(float(value)) for value in row.reshape(-1)] for row in rows]
-        if was_guided and not guided:
-            last = last[len(now) :]
-        squares = []
-        forced = not last or (guided and not was_guided)
-        for f, before in () if forced else zip(now, last, strict=True):
-            distance = sum((a - b) ** 2 for a, b in zip(f, before, strict=True))
-            norm = sum(b**2 for b in before)
-            squares.append(distance / norm if norm else math.inf if distance else Fraction(0))
-        full = forced or max(squares) > Fraction(clock.tolerance) ** 2 or cached == clock.bound
-        moved = math.sqrt(max(squares)) if squares and max(squares) < math.inf else None
-        found.append({"guided": guided, "rows": list(rows), "moved": moved, "full": full})
-        cached = 0 if full else cached + 1
-        last = now if full else last
-        was_guided = guided
-    return {"clock": str(clock), "steps": found}
-
-
-def auto_cases() -> dict[str, Any]:
-    """The auto clock at its edges, and on features that drift."""
-
-    def rows(*values: Sequence[float]) -> list[Array]:
-        return [np.array(row, dtype=np.float32) for row in values]
-
-    def drift(step: int, first: int, last: int) -> list[Array]:
-        base = [noise(7, (2, 2, 2), image=i) for i in range(first, last)]
-        ways = [noise(7, (2, 2, 2), image=i, draw=1) for i in range(first, last)]
-        return [b + np.float32(0.08 * step) * w for b, w in zip(base, ways, strict=True)]
-
-    at_the_tolerance = [rows([3, 4]), rows([3, 5.25]), rows([3, 5.2501]), rows([3, 5.2501])]
-    of_zero = [rows([0, 0]), rows([0, 0]), rows([0, 1]), rows([0, 1])]
-    halves = [rows([1, 0], [1, 0]), rows([1, 0.1], [1, 0]), rows([1, 0.1], [1, 0.3]), rows([1, 0.6], [1, 0.3])]
-    return {
-        "cases": [
-            auto_case(AutoClock(0.25), [(False, f) for f in at_the_tolerance]),
-            auto_case(AutoClock(0.25), [(False, f) for f in of_zero]),
-            auto_case(AutoClock(0.25), [(True, f) for f in halves]),
-            auto_case(AutoClock(100.0, bound=2), [(False, drift(i, 0, 1)) for i in range(7)]),
-            auto_case(AutoClock(0.2), [(True, drift(i, 0, 4)) for i in range(8)]),
-            # Guidance of two images ends after three steps and comes back for the last two.
-            auto_case(
-                AutoClock(0.4, bound=5),
-                [(i < 3 or i > 5, drift(i, 0 if i < 3 or i > 5 else 2, 4)) for i in range(8)],
-            ),
-        ]
-    }
-
-
 def write(folder: Path) -> None:
     """Write every golden file below a folder.
 
     Args:
-        folder: Where ``noise.json``, ``auto_clock.json`` and ``schedulers/`` go.
+        folder: Where ``noise.json`` and ``schedulers/`` go.
     """
     traces = folder / "schedulers"
     traces.mkdir(parents=True, exist_ok=True)
     (folder / "noise.json").write_text(_dump(noise_vectors()))
-    (folder / "auto_clock.json").write_text(_dump(auto_cases()))
     for name, case in CASES.items():
         (traces / f"{name}.json").write_text(_dump(trace(case)))
 

@@ -73,11 +73,6 @@ def _answer(plan: "Plan") -> list[tuple[str, Text]]:
     if plan.tied is not None:
         words = f"{spell(plan.tied.mask)}: {_error(plan.tied.error)}; these images do not tell the two apart"
         rows.append(("as good", Text(words, "dim")))
-    if plan.auto is not None:
-        words = f"{plan.auto.clock}: {plan.auto.share:.1%} of the steps full, error {_error(plan.auto.error)}"
-        rows.append(("auto clock", Text(words)))
-    elif plan.auto_note is not None:
-        rows.append(("auto clock", Text(plan.auto_note, "dim")))
     rows += [("warning", Text(line, "yellow")) for line in plan.warnings]
     return rows
 

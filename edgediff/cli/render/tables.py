@@ -87,9 +87,6 @@ def ledger_table(result: Result) -> Table:
     table.add_column("step", "sum")
     table.add_column("t", justify="right")
     table.add_column("runs")
-    auto = any(step.moved is not None for step in result.ledger)
-    if auto:
-        table.add_column("moved", justify="right")
     for name in names:
         total = sum(step.ms.get(name, 0.0) for step in result.ledger)
         # Both would be cut to the same text where eight columns share a narrow terminal.
@@ -98,8 +95,7 @@ def ledger_table(result: Result) -> Table:
     for step in result.ledger:
         cells = [f"{step.ms[name]:.1f}" if name in step.ms else "-" for name in names]
         kind = "full" if step.full else "cached"
-        moved = ["-" if step.moved is None else f"{step.moved:.3g}"] if auto else []
-        table.add_row(str(step.index), f"{step.timestep:g}", kind, *moved, *cells, f"{sum(step.ms.values()):.1f}")
+        table.add_row(str(step.index), f"{step.timestep:g}", kind, *cells, f"{sum(step.ms.values()):.1f}")
     return table
 
 

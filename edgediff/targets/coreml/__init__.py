@@ -1,1 +1,177 @@
-"""Core ML: ML Programs in .mlpackage directories."""
+"""Core ML: ML Programs in .mlpackage directories, of fixed shapes, made and evaluated on any machine."""
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import numpy as np
+
+from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
+from edgediff_runtime import Bundle
+from edgediff_runtime import manifest as m
+
+if TYPE_CHECKING:
+    from edgediff.bundle.rows import Finding
+    from edgediff_runtime.sessions import Session
+
+DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
+PAIR = "coreml/unet.mlpackage"
+DEVICE, EVALUATOR = "coreml", "mil-reference"
+# What Apple's runtime must reach, whatever the recipe asks of the evaluator: it adds up in fp16 where it likes.
+DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
+# What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
+# thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
+OUTSIDE = (
+    "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
+)  # fmt: skip
+
+
+class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the Core ML packages (ML Programs) are written.
+
+    Attributes:
+        dtype: Precision of weights, features and arithmetic. The timestep's path through sine and cosine, the sample
+            and the output stay fp32 in either.
+        deployment_target: Oldest system that is to run them. The ``pair`` layout needs iOS18's multifunction packages.
+        batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
+            unconditional and the conditional row of an image), 1 where it is not.
+        layout: How the graphs are packed; None takes the recipe's.
+    """
+
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    deployment_target: DeploymentTarget = "iOS18"
+    batch: int | None = None
+    layout: Layout | None = None
+
+
+class CoreMLTarget(Target):
+    """ML Programs: evaluated by `mil` on any machine, run by Apple's runtime on a Mac."""
+
+    name, title, files = "coreml", "Core ML", "Core ML packages"
+    config = CoreMLConfig
+    packages = ("coremltools",)
+    backends = (EVALUATOR, DEVICE)
+    own_backends = (EVALUATOR,)
+
+    def check(self, config: CoreMLConfig, layout: Layout) -> None:
+        """Checks the batch, and that the system can load several functions in one package."""
+        batch_check(self, config.batch)
+        if layout == "pair" and config.deployment_target != "iOS18":
+            raise ConfigError(
+                f"layout pair needs Core ML packages of several functions, which {config.deployment_target} cannot "
+                "load; expected 'coreml.deployment_target' iOS18, or layout split"
+            )
+
+    def default_layout(self, config: CoreMLConfig, mask: tuple[bool, ...]) -> Layout:
+        """``split``, which every system loads."""
+        return "split"
+
+    def require(self) -> None:
+        """Imports coremltools."""
+        from edgediff.mil.coremltools_quiet import import_coremltools
+
+        import_coremltools("exporting to Core ML")
+
+    def describe(self, outline: Outline, config: CoreMLConfig) -> m.Target:
+        """Graphs of fixed shapes: features in the graph's dtype, int32 in the place of int64."""
+        from edgediff.targets.layout import pack
+
+        batch = outline.rows if config.batch is None else config.batch
+        graphs = []
+        for graph in pack(outline.parts, outline.divided, outline.layout):
+            file, function = None, None
+            if graph.file is not None:
+                file = f"coreml/{graph.name}.mlpackage"
+                if outline.layout == "pair":
+                    file, function = PAIR, graph.name
+            inputs, outputs = (_typed(fixed(side, batch), config.dtype) for side in (graph.inputs, graph.outputs))
+            graphs.append(msgspec.structs.replace(graph, file=file, function=function, inputs=inputs, outputs=outputs))
+        return m.Target(
+            target="coreml",
+            layout=outline.layout,
+            dtype=config.dtype,
+            batch=batch,
+            floors=outline.verify.floors(config.dtype),
+            graphs=tuple(graphs),
+            deployment_target=config.deployment_target,
+            specification_version=0,
+        )
+
+    def essence(self, entry: m.Target) -> m.Target:
+        """Without the specification version, which the converter decides."""
+        return msgspec.structs.replace(entry, specification_version=None)
+
+    def run_hint(self, entry: m.Target) -> str:
+        """The two backends that run packages, and the oldest system."""
+        return (
+            f"Core ML packages for {entry.deployment_target} and later: `edgediff run . -o out.png` with "
+            f"`--backend {DEVICE}` on a Mac, with `--backend {EVALUATOR}` elsewhere."
+        )
+
+    def write(self, job: Job) -> m.Target:
+        """Converts each graph, and joins them to one package where the layout is ``pair``."""
+        from edgediff.targets.coreml.write_coreml import write_coreml
+
+        return write_coreml(job.folder, job.target, job.modules, job.config, job.say)
+
+    def usual_backend(self) -> str | None:
+        """Apple's runtime on a Mac; elsewhere none, since the evaluator is for checking."""
+        return DEVICE if sys.platform == "darwin" else None
+
+    def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
+        """Opens the evaluator; it has no choice of threads."""
+        try:
+            from edgediff.targets.coreml.mil_session import MilSession
+        except ModuleNotFoundError as e:
+            if e.name is None or e.name.partition(".")[0] == "edgediff":
+                raise
+            raise MissingExtraError("evaluating Core ML packages", self.extra) from e
+        return MilSession(bundle)
+
+    def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
+        """Lower ones for Apple's runtime."""
+        if backend != DEVICE:
+            return floors
+        return msgspec.structs.replace(
+            floors,
+            graph=min(floors.graph, DEVICE_DB),
+            composed=min(floors.composed, DEVICE_DB),
+            trajectory=min(floors.trajectory, DEVICE_TRAJECTORY_DB),
+        )
+
+    def unrounded(self, backend: str, session: Any) -> contextlib.AbstractContextManager[None] | None:
+        """The evaluator can leave rounding out."""
+        return session.unrounded() if backend == EVALUATOR else None
+
+    def findings(self, session: Any, graph: m.Graph, inputs: Mapping[str, np.ndarray]) -> "tuple[Finding, ...]":
+        """Overflow and headroom along one evaluation."""
+        from edgediff.targets.coreml.headroom import findings
+
+        return tuple(
+            msgspec.structs.replace(finding, graph=graph.name)
+            for finding in findings(session.functions[graph.name], inputs)
+        )
+
+    def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
+        """Reads the operations of the graph's function."""
+        try:
+            from edgediff.targets.coreml.mil_operations import read_mlprogram
+        except ModuleNotFoundError as e:
+            raise MissingExtraError("reading an ML Program", self.extra) from e
+        bundle.folder(str(graph.file))
+        return read_mlprogram(bundle.path / str(graph.file), graph.function)
+
+
+def _typed(tensors: tuple[m.Tensor, ...], dtype: str) -> tuple[m.Tensor, ...]:
+    def element(tensor: m.Tensor) -> Any:
+        if tensor.dtype == "int64":
+            return "int32"
+        return "float16" if dtype == "fp16" and tensor.name not in OUTSIDE else tensor.dtype
+
+    return tuple(msgspec.structs.replace(tensor, dtype=element(tensor)) for tensor in tensors)
+
+
+TARGET = CoreMLTarget()

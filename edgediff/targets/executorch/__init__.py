@@ -1,1 +1,93 @@
-"""ExecuTorch: one .pte program for XNNPACK."""
+"""ExecuTorch: one program with a method for each graph, computed by XNNPACK."""
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgediff.errors import MissingExtraError
+from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
+from edgediff_runtime import Bundle
+from edgediff_runtime import manifest as m
+
+if TYPE_CHECKING:
+    from edgediff_runtime.sessions import Session
+
+PROGRAM = "executorch/unet.pte"
+
+
+class ExecuTorchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the ExecuTorch program is written: one file, a method for each graph, weights once, in fp32, for XNNPACK.
+
+    Attributes:
+        batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
+            unconditional and the conditional row of an image), 1 where it is not.
+        layout: How the graphs are packed; None takes the recipe's.
+    """
+
+    batch: int | None = None
+    layout: Layout | None = None
+
+
+class ExecuTorchTarget(Target):
+    """A .pte program, run by ExecuTorch's own runtime through its Python bindings."""
+
+    name, title, files = "executorch", "ExecuTorch", "ExecuTorch programs"
+    config = ExecuTorchConfig
+    extra = "executorch"
+    packages = ("executorch",)
+    backends = own_backends = ("executorch",)
+    tools_to_run = ("executorch",)
+
+    def check(self, config: ExecuTorchConfig, layout: Layout) -> None:
+        """Checks the batch."""
+        batch_check(self, config.batch)
+
+    def require(self) -> None:
+        """Imports ExecuTorch's exporter."""
+        from edgediff.targets.executorch.executorch_quiet import import_executorch
+
+        import_executorch("executorch.exir", "exporting to ExecuTorch")
+
+    def describe(self, outline: Outline, config: ExecuTorchConfig) -> m.Target:
+        """Methods of one program, fixed throughout, in fp32."""
+        from edgediff.targets.layout import pack
+
+        batch = outline.rows if config.batch is None else config.batch
+        graphs = tuple(
+            msgspec.structs.replace(
+                graph,
+                file=None if graph.file is None else PROGRAM,
+                function=None if graph.file is None else graph.name,
+                inputs=fixed(graph.inputs, batch),
+                outputs=fixed(graph.outputs, batch),
+            )
+            for graph in pack(outline.parts, outline.divided, outline.layout)
+        )
+        return m.Target(
+            target="executorch",
+            layout=outline.layout,
+            dtype="fp32",
+            batch=batch,
+            floors=outline.verify.floors("fp32"),
+            graphs=graphs,
+        )
+
+    def write(self, job: Job) -> m.Target:
+        """Writes the program."""
+        from edgediff.targets.executorch.write_executorch import write_executorch
+
+        write_executorch(job.folder, job.target, job.modules, job.examples(), job.say)
+        return job.target
+
+    def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
+        """Opens the program."""
+        try:
+            from edgediff.targets.executorch.executorch_session import ExecuTorchSession
+        except ModuleNotFoundError as e:
+            if e.name is None or e.name.partition(".")[0] == "edgediff":
+                raise
+            raise MissingExtraError("running an ExecuTorch program", self.extra) from e
+        return ExecuTorchSession(bundle, threads)
+
+
+TARGET = ExecuTorchTarget()

@@ -1,1 +1,129 @@
 """ONNX: torch's dynamo exporter, passes over its graphs, int8."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff_runtime import Bundle
+from edgediff_runtime import manifest as m
+
+# The first operator set that has attention, and one that is everywhere.
+FUSED_OPSET, PORTABLE_OPSET = 23, 21
+WEIGHTS = "onnx/weights.bin"
+
+
+class OnnxConfig(Int8Config, frozen=True):
+    """How the ONNX graphs are written.
+
+    Attributes:
+        opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones have it
+            decomposed. None takes 23, or 21 where the graphs are to be portable.
+        dtype: Precision of weights and features, of what is not quantized.
+        simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
+        portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
+            Otherwise graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
+            ``MultiHeadAttention`` where there are many keys, one operator for the scale and shift of norms, and, where
+            nothing is quantized, convolutions with fewer multiplications and feed-forwards in slices.
+        layout: How the graphs are packed; None takes the recipe's.
+    """
+
+    opset: int | None = None
+    dtype: Literal["fp32"] = "fp32"
+    simplify: bool = True
+    portable: bool = False
+    layout: Layout | None = None
+
+
+def opset_of(config: OnnxConfig) -> int:
+    """The operator set that is asked for, or the one that goes with the operators that are wanted.
+
+    >>> opset_of(OnnxConfig()), opset_of(OnnxConfig(portable=True)), opset_of(OnnxConfig(opset=20))
+    (23, 21, 20)
+    """
+    if config.opset is not None:
+        return config.opset
+    return PORTABLE_OPSET if config.portable else FUSED_OPSET
+
+
+class OnnxTarget(Target):
+    """ONNX graphs for ONNX Runtime, and for OpenVINO, with a symbolic batch."""
+
+    name, title, files = "onnx", "ONNX", "ONNX graphs"
+    config = OnnxConfig
+    packages = ("onnx", "onnxscript", "onnxsim", "onnxruntime")
+    backends = ("onnxruntime",)
+
+    def check(self, config: OnnxConfig, layout: Layout) -> None:
+        """Checks the operator set and the int8 settings."""
+        latest = FUSED_OPSET - 1 if config.portable else FUSED_OPSET
+        if not 18 <= opset_of(config) <= latest:
+            why = ", since in 23 attention is an operator that is not portable" if config.portable else ""
+            raise ConfigError(f"'onnx.opset' is {config.opset}; expected 18 to {latest}{why}")
+        int8_check(self, config)
+        if config.quantize_attention and opset_of(config) < FUSED_OPSET:
+            raise ConfigError(f"'onnx.quantize_attention' needs 'onnx.opset' {FUSED_OPSET}")
+
+    def default_layout(self, config: OnnxConfig, mask: tuple[bool, ...]) -> Layout:
+        """``split`` for portable graphs: providers for accelerators want weights in the graph's own file."""
+        return "split" if config.portable else super().default_layout(config, mask)
+
+    def require(self) -> None:
+        """Imports onnx and onnxsim."""
+        import onnx  # noqa: F401
+        import onnxsim  # noqa: F401
+
+    def describe(self, outline: Outline, config: OnnxConfig) -> m.Target:
+        """Graphs of symbolic batch with fp32 tensors; a ``pair`` over one file of weights."""
+        from edgediff.targets.layout import pack
+
+        dtype: Literal["fp32", "int8"] = config.dtype if config.quantize_nbits is None else "int8"
+        weights = WEIGHTS if outline.layout == "pair" else None
+        graphs = tuple(
+            graph
+            if graph.file is None
+            else msgspec.structs.replace(graph, file=f"onnx/{graph.name}.onnx", external_data=weights)
+            for graph in pack(outline.parts, outline.divided, outline.layout)
+        )
+        return m.Target(
+            target="onnx",
+            layout=outline.layout,
+            dtype=dtype,
+            batch=None,
+            floors=outline.verify.floors(dtype),
+            graphs=graphs,
+            opset=opset_of(config),
+            ir_version=0,
+        )
+
+    def essence(self, entry: m.Target) -> m.Target:
+        """Without versions, settings and weights' places, which the exporter decides."""
+        return msgspec.structs.replace(entry, ir_version=None, session=None, graphs=essential_graphs(entry.graphs))
+
+    def run_hint(self, entry: m.Target) -> str:
+        """The two commands that run ONNX graphs."""
+        return "Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` without torch."
+
+    def write(self, job: Job) -> m.Target:
+        """Writes the graphs, and their weights once where the layout is ``pair``."""
+        from edgediff.targets.onnx.calibration import calibrate_for
+        from edgediff.targets.onnx.write_onnx import write_onnx
+
+        return write_onnx(job.folder, job.target, job.modules, job.examples(), job.config, job.say, calibrate_for(job))
+
+    def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
+        """Reads the graph's nodes; what lies outside is not read."""
+        try:
+            from edgediff.targets.onnx.onnx_operations import read_onnx
+        except ModuleNotFoundError as e:
+            raise MissingExtraError("reading an ONNX graph", self.extra) from e
+        return read_onnx(bundle.file(str(graph.file)))
+
+
+def essential_graphs(graphs: tuple[m.Graph, ...]) -> tuple[m.Graph, ...]:
+    """Graphs without what only writing them tells: where weights lie, what onnxsim did, which rows they share."""
+    return tuple(msgspec.structs.replace(g.with_shared_rows(), external_data=None, simplified="") for g in graphs)
+
+
+TARGET = OnnxTarget()

@@ -5,7 +5,7 @@ ones, rows with and without the condition. They begin from other noise than the 
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from edgediff.bundle.feed import groups
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import Recorded, reference_request, step_inputs
 from edgediff.errors import VerificationError
+from edgediff.targets.base import Int8Config, Job
 from edgediff.targets.onnx.quantize import Range, observed_tensors
-from edgediff_runtime import EdgePipeline
 from edgediff_runtime.manifest import Graph
 
 # Rows that go through a graph at once: what a large attention's memory allows.
@@ -39,42 +39,27 @@ class Calibration:
     floor_db: float
 
 
-def calibrate(
-    pipe: EdgePipeline,
-    target: str,
-    conditioning: dict[str, np.ndarray],
-    images: int,
-    floor_db: float,
-    progress: Callable[[int, int], None],
-) -> Calibration:
-    """Runs the trajectories: at the bundle's clock, and at clock 1, as users will who compare.
+def calibrate_for(job: Job) -> Calibration | None:
+    """Runs the trajectories that a target in int8 is quantized by; None where the recipe asks for no int8.
 
-    Random weights do not denoise: SD v1.5's geometry makes samples fourteen times as large in eight steps, and ranges
-    with them, as no trained model does. Of such a model only a full and a cached step are run, the first two.
-
-    Args:
-        pipe: A pipeline over torch.
-        target: Whose graphs are to be quantized.
-        conditioning: Embeddings by name, as the reference has them; empty for classes.
-        images: How many images each trajectory is of.
-        floor_db: PSNR that each graph must hold before it is quantized.
-        progress: Told the number of steps done and to do.
-
-    Returns:
-        The calibration.
+    They run at the bundle's clock, and at clock 1, as users will who compare. Random weights do not denoise: SD v1.5's
+    geometry makes samples fourteen times as large in eight steps, and ranges with them, as no trained model does. Of
+    such a model only a full and a cached step are run, the first two.
     """
+    settings: Int8Config = job.config
+    if settings.quantize_nbits is None:
+        return None
+    pipe, graphs = job.pipe, job.target.graphs
     point = pipe.manifest.operating_point
-    graphs = pipe.manifest.target(target).graphs
     wanted = {tensor.name for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
-    request = reference_request(pipe.manifest, conditioning) | {
-        "num_images": images,
+    request = reference_request(pipe.manifest, job.reference.conditioning) | {
+        "num_images": settings.calibration_images,
         "seed": (point.seed + 1) % 2**63,
     }
-    is_random = pipe.manifest.source.random_weights is not None
     always = (1,) * point.num_inference_steps
     clocks = dict.fromkeys((request["clock"], always))
     last = point.num_inference_steps - 1
-    if is_random:
+    if pipe.manifest.source.random_weights is not None:
         last = min(last, 0 if clocks == {always: None} else 1)
         clocks = dict.fromkeys([(1, *(0 for _ in always[1:]))])
     total = len(clocks) * (last + 1)
@@ -85,10 +70,10 @@ def calibrate(
                 name: np.array(pipe.session.get(value)) for name, value in step.tensors[0].items() if name in wanted
             }
             steps.append(Recorded(step.index, step.full, tensors))
-            progress(len(steps), total)
+            job.say(f"calibrating in torch: step {len(steps)} of {total}")
             if step.index == last:
                 break
-    return Calibration(tuple(steps), floor_db)
+    return Calibration(tuple(steps), job.verify.graph_db)
 
 
 def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[str, Range]:

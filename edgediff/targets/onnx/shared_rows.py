@@ -9,12 +9,11 @@ of it by the time when the rows part is repeated for all of them. Given a sample
 import logging
 from collections.abc import Iterator
 
-import msgspec
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from edgediff.targets.onnx.rewriting import Rewriting
-from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP, Graph
+from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP
 
 log = logging.getLogger(__name__)
 
@@ -68,22 +67,6 @@ def has_shared_rows(model: ModelProto) -> bool:
     return any(
         value.name == SAMPLE and value.type.tensor_type.shape.dim[0].dim_param == IMAGES for value in model.graph.input
     )
-
-
-def with_shared_rows(graph: Graph) -> Graph:
-    """What the manifest says of a graph that takes a sample once for each image.
-
-    Args:
-        graph: Its entry before that.
-
-    Returns:
-        The entry.
-    """
-    inputs = tuple(
-        msgspec.structs.replace(tensor, shape=(IMAGES, *tensor.shape[1:])) if tensor.name == SAMPLE else tensor
-        for tensor in graph.inputs
-    )
-    return msgspec.structs.replace(graph, inputs=inputs)
 
 
 class _Sharing(Rewriting):

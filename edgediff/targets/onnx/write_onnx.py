@@ -17,7 +17,7 @@ import torch
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
-from edgediff.targets.configs import OnnxConfig, opset_of
+from edgediff.targets.onnx import OnnxConfig, opset_of
 from edgediff.targets.onnx.calibration import Calibration, measure_ranges
 from edgediff.targets.onnx.passes import (
     ATTENTION,
@@ -37,7 +37,7 @@ from edgediff.targets.onnx.passes import (
 )
 from edgediff.targets.onnx.pool_weights import pool_weights
 from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
-from edgediff.targets.onnx.shared_rows import has_shared_rows, with_shared_rows
+from edgediff.targets.onnx.shared_rows import has_shared_rows
 from edgediff_runtime.manifest import Graph, SessionSettings, Target
 from edgediff_runtime.ort_session import APART_BYTES
 
@@ -114,7 +114,7 @@ def write_onnx(
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
-            written = with_shared_rows(graph) if done.shares_rows else graph
+            written = graph.with_shared_rows() if done.shares_rows else graph
             graph = msgspec.structs.replace(written, external_data=external, simplified=done.simplified)
         graphs.append(graph)
     if target.layout == "pair":

@@ -21,23 +21,12 @@ import numpy as np
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
 from edgediff.models.part import Part
-from edgediff.targets.configs import OnnxConfig, OpenVinoConfig
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.calibration import Calibration
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
 from edgediff.targets.onnx.write_onnx import write_onnx
+from edgediff.targets.openvino import OpenVinoConfig
 from edgediff_runtime.manifest import Graph, Target
-
-
-def import_openvino() -> Any:
-    """Imports OpenVINO.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    return import_extra("openvino", "exporting to OpenVINO", "openvino")
 
 
 def write_openvino(
@@ -68,7 +57,7 @@ def write_openvino(
         VerificationError: A graph that is to be quantized is not what torch computed.
         MissingExtraError: OpenVINO is not installed.
     """
-    openvino = import_openvino()
+    openvino = import_extra("openvino", "exporting to OpenVINO", "openvino")
     settings = OnnxConfig(quantize_nbits=config.quantize_nbits, quantize_attention=config.quantize_attention)
     graphs = []
     for graph in target.graphs:

@@ -1,0 +1,256 @@
+"""What a target is: a file format that graphs are written in. Each is a folder beside this file, and says all of it.
+
+A target's folder imports nothing heavy until it writes, opens or reads a graph: recipes and the command line ask the
+table of targets on installations that have none of the converters.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import numpy as np
+
+from edgediff.config.floors import VerifyConfig
+from edgediff.errors import ConfigError, MissingExtraError, UnsupportedError
+from edgediff_runtime import manifest as m
+
+if TYPE_CHECKING:
+    from edgediff.bundle.reference import Reference
+    from edgediff.bundle.rows import Finding
+    from edgediff.models.clockwork import SplitUNet
+    from edgediff.models.part import Part
+    from edgediff.targets.operations import Op
+    from edgediff_runtime import Bundle, EdgePipeline
+    from edgediff_runtime.sessions import Session
+
+Layout = Literal["split", "pair"]
+Say = Callable[[str], None]
+
+
+class Int8Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a target in int8 is quantized by.
+
+    Attributes:
+        quantize_nbits: 8 gives convolutions and matmuls int8 weights and inputs, with ranges measured along whole
+            trajectories; everything between them stays fp32. None leaves all of it fp32.
+        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it:
+            OpenVINO has kernels for them, ONNX Runtime computes its own operator faster.
+        calibration_images: How many images those trajectories are of.
+    """
+
+    quantize_nbits: Literal[8] | None = None
+    quantize_attention: bool = False
+    calibration_images: int = 4
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a target's entry in the manifest follows from.
+
+    Attributes:
+        parts: The four parts of the UNet as graphs.
+        divided: The divided UNet.
+        layout: How its graphs are packed.
+        rows: Rows of one image: 2 where the operating point is guided.
+        verify: The recipe's floors.
+    """
+
+    parts: tuple[m.Graph, ...]
+    divided: "SplitUNet"
+    layout: Layout
+    rows: int
+    verify: VerifyConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a target's graphs are written from.
+
+    Attributes:
+        folder: The bundle that is being written.
+        target: The target's entry in the draft of the manifest.
+        modules: The modules by the names of their graphs.
+        reference: What torch computed: real inputs of every graph.
+        pipe: A pipeline over torch, for further trajectories.
+        config: The target's section of the recipe.
+        verify: The recipe's floors.
+        say: Told what is being done.
+    """
+
+    folder: Path
+    target: m.Target
+    modules: "Mapping[str, Part]"
+    reference: "Reference"
+    pipe: "EdgePipeline"
+    config: Any
+    verify: VerifyConfig
+    say: Say
+
+    def examples(self) -> dict[str, dict[str, np.ndarray]]:
+        """Real inputs of each graph that has a file, by the graph's name.
+
+        Raises:
+            ConfigError: The clock never runs one of them.
+        """
+        from edgediff.bundle.reference import recorded_inputs
+
+        examples = {graph.name: recorded_inputs(self.reference, graph) for graph in self.target.graphs if graph.file}
+        for name, inputs in examples.items():
+            if not inputs:
+                raise ConfigError(
+                    f"{name}: clock {self.pipe.manifest.operating_point.clock} never runs it, so there is nothing to "
+                    f"export it to {self.target.target} with; choose a clock with a cached step, or adaptor identity"
+                )
+        return examples
+
+
+class Target(ABC):
+    """One file format.
+
+    Attributes:
+        name: As recipes and the manifest name it.
+        title: As people name it.
+        files: What its files are called in messages.
+        config: Its section of a recipe.
+        extra: The extra that brings its packages.
+        packages: What has to be installed to write it, by the names that pip knows.
+        backends: What verification runs its graphs in, in this order; one of them must have measured.
+        tools_to_run: The packages whose versions a verification records.
+        own_backends: Backends that the runtime does not have, opened by `open_session`.
+    """
+
+    name: str
+    title: str
+    files: str
+    config: type[msgspec.Struct]
+    extra: str = "export"
+    packages: tuple[str, ...]
+    backends: tuple[str, ...]
+    own_backends: tuple[str, ...] = ()
+    tools_to_run: tuple[str, ...] = ()
+
+    # The recipe
+
+    @abstractmethod
+    def check(self, config: Any, layout: Layout) -> None:
+        """Checks what types cannot in the target's section of a recipe.
+
+        Raises:
+            ConfigError: With the field, its value and what is expected.
+        """
+
+    def default_layout(self, config: Any, mask: tuple[bool, ...]) -> Layout:
+        """The layout where the recipe names none: the faster one that the clock allows."""
+        return "split" if all(mask) else "pair"
+
+    @abstractmethod
+    def require(self) -> None:
+        """Imports what writing needs.
+
+        Raises:
+            MissingExtraError: It is not installed.
+        """
+
+    # The manifest
+
+    @abstractmethod
+    def describe(self, outline: Outline, config: Any) -> m.Target:
+        """The target's entry in the manifest before any file exists."""
+
+    def essence(self, entry: m.Target) -> m.Target:
+        """The entry without what only writing fills in: two exports with equal essences are the same bundle."""
+        return entry
+
+    def run_hint(self, entry: m.Target) -> str:
+        """How to run these graphs, one line for the bundle's README."""
+        return f"{self.title}: `edgediff run . -o out.png --backend {self.backends[0]}`."
+
+    # Writing and running
+
+    @abstractmethod
+    def write(self, job: Job) -> m.Target:
+        """Writes every graph of the target.
+
+        Returns:
+            The entry with what is known now.
+
+        Raises:
+            UnsupportedError: A converter failed.
+            VerificationError: A graph is not what torch computed.
+            ConfigError: The clock never runs a graph that has to be traced.
+        """
+
+    def usual_backend(self) -> str | None:
+        """The backend that runs these graphs on this machine where none is asked for; None where none can."""
+        return self.backends[0]
+
+    def open_session(self, bundle: "Bundle", backend: str, threads: int | None) -> "Session":
+        """Opens a bundle in one of `own_backends`."""
+        raise NotImplementedError(backend)
+
+    # Verification and inspection
+
+    def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
+        """What a backend must reach; an accelerator that rounds as it likes may have lower floors."""
+        return floors
+
+    def unrounded(self, backend: str, session: "Session") -> contextlib.AbstractContextManager[None] | None:
+        """Lets a session compute fp16 graphs in fp32 arithmetic while the context lasts; None where it cannot."""
+        return None
+
+    def findings(self, session: "Session", graph: m.Graph, inputs: Mapping[str, np.ndarray]) -> "tuple[Finding, ...]":
+        """What fp16 may damage in a graph, from one run of it."""
+        return ()
+
+    def operations(self, bundle: "Bundle", graph: m.Graph) -> "list[Op]":
+        """The operations of a graph, for the placement lint; empty where there is no accelerator to fall off."""
+        return []
+
+
+def int8_check(target: Target, config: Int8Config) -> None:
+    """Checks the int8 settings of a section.
+
+    Raises:
+        ConfigError: With the field, its value and what is expected.
+    """
+    if config.quantize_attention and config.quantize_nbits is None:
+        raise ConfigError(f"'{target.name}.quantize_attention' needs '{target.name}.quantize_nbits'")
+    if config.calibration_images < 1:
+        raise ConfigError(f"'{target.name}.calibration_images' is {config.calibration_images}; expected 1 or more")
+
+
+def batch_check(target: Target, batch: int | None) -> None:
+    """Checks the fixed batch of a section.
+
+    Raises:
+        ConfigError: With its value.
+    """
+    if batch is not None and not 1 <= batch <= 2:
+        raise ConfigError(f"'{target.name}.batch' is {batch}; expected 1, 2 or nothing")
+
+
+def fixed(tensors: Iterable[m.Tensor], rows: int) -> tuple[m.Tensor, ...]:
+    """Tensors with a number of rows in the place of the symbolic batch."""
+    return tuple(
+        msgspec.structs.replace(t, shape=tuple(rows if isinstance(size, str) else size for size in t.shape))
+        for t in tensors
+    )
+
+
+@contextlib.contextmanager
+def converter_errors(what: str) -> Iterator[None]:
+    """Turns what a converter raises into an error of ours; a full disk stays what it is.
+
+    Raises:
+        UnsupportedError: The converter failed.
+    """
+    try:
+        yield
+    except (OSError, UnsupportedError, MissingExtraError):
+        raise
+    except Exception as e:  # converters' errors share no base class
+        raise UnsupportedError(f"{what} failed: {' '.join(str(e).split())[:400]}") from e
