@@ -1,6 +1,7 @@
 """The command line, run in this process or as the script, what it said, and the folders it must leave as they were."""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,11 @@ from typing import Any
 import pytest
 
 from edgediff import cli
+from edgediff.cli.app import OF_TORCHAO
+
+# As in every command; tests that call the library import diffusers too.
+for name in OF_TORCHAO:
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 SCRIPT = Path(sys.executable).parent / "edgediff"
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

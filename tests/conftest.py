@@ -1,12 +1,12 @@
 import gc
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from artefacts import exported, made_once, store, traces_folder
 from command_line import Command, Said, exit_code
 from photographs import folder_of_images
 from tiny_photographs import make_photographs, write_classifier, write_photographs
@@ -16,8 +16,9 @@ from unets import unet2d, unet2d_condition
 
 import edgediff
 from edgediff.data.image_folder import ImageSet
-from edgediff.train import unet_loop
-from edgediff.train.unet_settings import StudentTraining, TeacherTraining
+from edgediff.train import unet
+from edgediff.train.loop import Loop
+from edgediff.train.settings import StudentTraining, TeacherTraining
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.
 torch.set_num_threads(1)
@@ -73,68 +74,78 @@ def save_model(unet: torch.nn.Module, folder: Path, scheduler: dict | None = Non
     unet.save_pretrained(folder / "unet")
     (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DDPM if scheduler is None else scheduler))
+    if unet.config.get("addition_embed_type") == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        (folder / "text_encoder_2").mkdir()
+        (folder / "text_encoder_2" / "config.json").write_text(json.dumps({"projection_dim": pooled}))
     return folder
 
 
-@pytest.fixture(scope="session")
-def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional model of 4 labels and a null class, 16x16 RGB, on disk."""
-    folder = save_model(unet2d(**SMALL_CLASS), tmp_path_factory.mktemp("models") / "tiny-class")
+def save_class_model(unet: torch.nn.Module, folder: Path) -> None:
+    save_model(unet, folder)
     (folder / "classes.json").write_text(json.dumps(LABELS))
-    return folder
 
 
-@pytest.fixture(scope="session")
-def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text-conditional latent model, 4x16x16, text of 7 x 12, on disk."""
-    sd = DDPM | {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}
-    folder = save_model(unet2d_condition(**SMALL_TEXT), tmp_path_factory.mktemp("models") / "tiny-text", sd)
+def save_text_model(unet: torch.nn.Module, folder: Path) -> None:
+    save_model(unet, folder, DDPM | {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1})
     (folder / "text_encoder").mkdir()
     (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_position_embeddings": 7}))
-    return folder
 
 
 @pytest.fixture(scope="session")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the graphs that were traced in this run, one for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
-    folder.mkdir(exist_ok=True)
-    return folder
+def class_model() -> Path:
+    """A class-conditional model of 4 labels and a null class, 16x16 RGB, on disk; copy it before a change."""
+    return made_once(store() / "tiny-class", lambda path: save_class_model(unet2d(**SMALL_CLASS), path))
+
+
+@pytest.fixture(scope="session")
+def text_model() -> Path:
+    """A text-conditional latent model, 4x16x16, text of 7 x 12, on disk."""
+    return made_once(store() / "tiny-text", lambda path: save_text_model(unet2d_condition(**SMALL_TEXT), path))
+
+
+@pytest.fixture(scope="session")
+def traces() -> Path:
+    """The folder of the graphs that were traced by these sources, one for all workers."""
+    return traces_folder()
 
 
 @pytest.fixture
 def traced_once(traces: Path) -> Iterator[None]:
-    """What this run has traced is not traced again in a test that is not about tracing."""
+    """What was traced before is not traced again in a test that is not about tracing."""
     with remembering(traces):
         yield
 
 
+Export = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def class_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports a model by a recipe, with constants of modules patched, or copies the bundle that this gave before."""
+
+    def export(model: Path, config: edgediff.ExportConfig, patches: Mapping[str, object] | None = None) -> Path:
+        return shutil.copytree(exported(model, config, patches or {}), tmp_path_factory.mktemp("bundles") / model.name)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def class_bundle(class_model: Path, export_once: Export) -> Path:
     """The class model exported for 4 steps at clock 2; tests copy it before they change it."""
-    path = tmp_path_factory.mktemp("bundles") / "class"
-    with remembering(traces):
-        edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, layout="split"))
-    return path
+    return export_once(class_model, edgediff.ExportConfig(steps=4, layout="split"))
 
 
 @pytest.fixture(scope="session")
-def text_bundle(text_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_bundle(text_model: Path, export_once: Export) -> Path:
     """The text model exported for 4 steps at clock 2."""
-    path = tmp_path_factory.mktemp("bundles") / "text"
-    with remembering(traces):
-        edgediff.export_bundle(edgediff.load_model(text_model), path, edgediff.ExportConfig(steps=4, layout="split"))
-    return path
+    return export_once(text_model, edgediff.ExportConfig(steps=4, layout="split"))
 
 
 @pytest.fixture(scope="session")
-def coreml_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coreml_bundle(class_model: Path, export_once: Export) -> Path:
     """The class model exported to Core ML alone, fp16, as one package of two functions."""
-    path = tmp_path_factory.mktemp("bundles") / "coreml"
-    config = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair")
-    edgediff.export_bundle(edgediff.load_model(class_model), path, config)
-    return path
+    return export_once(class_model, edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair"))
 
 
 @pytest.fixture
@@ -212,13 +223,13 @@ def teacher_training(photographs: Path) -> TeacherTraining:
 @pytest.fixture
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample grids of four images."""
-    monkeypatch.setattr(unet_loop, "NUM_SAMPLES", 4)
+    monkeypatch.setattr(unet, "NUM_SAMPLES", 4)
 
 
 @pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[unet_loop.UNetLoop]:
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[Loop]:
     """The loops that run in a test."""
-    seen: list[unet_loop.UNetLoop] = []
-    run = unet_loop.UNetLoop.run
-    monkeypatch.setattr(unet_loop.UNetLoop, "run", lambda self, say: (seen.append(self), run(self, say))[1])
+    seen: list[Loop] = []
+    run = Loop.run
+    monkeypatch.setattr(Loop, "run", lambda self, say: (seen.append(self), run(self, say))[1])
     return seen

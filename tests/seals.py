@@ -15,7 +15,7 @@ from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_
 from edgediff_runtime.manifest import File, Manifest
 from edgediff_runtime.manifest_json import parse_manifest, render_manifest
 
-GRAPHS = ("onnx/highres_in.onnx", "onnx/lowres.onnx", "onnx/highres_out.onnx")
+GRAPHS = ("onnx/unet/highres_in.onnx", "onnx/unet/lowres.onnx", "onnx/unet/highres_out.onnx")
 REFERENCE = "evidence/reference.safetensors"
 # A device opens neither.
 UNOPENED = (REFERENCE, "README.md")
@@ -26,11 +26,16 @@ def manifest_of(bundle: Path) -> Manifest:
     return parse_manifest((bundle / MANIFEST).read_bytes())
 
 
+def rows_of(bundle: Path) -> list[dict[str, Any]]:
+    """What verification wrote down of a bundle when it was exported."""
+    return json.loads((bundle / PARITY).read_bytes())["rows"]
+
+
 def replace_graph(manifest: Manifest, number: int, **changes: Any) -> Manifest:
     target = manifest.targets[0]
-    graphs = list(target.graphs)
+    graphs = list(target.unet.graphs)
     graphs[number] = msgspec.structs.replace(graphs[number], **changes)
-    return msgspec.structs.replace(manifest, targets=(msgspec.structs.replace(target, graphs=tuple(graphs)),))
+    return msgspec.structs.replace(manifest, targets=(target.with_unet(graphs=tuple(graphs)),))
 
 
 def reseal(bundle: Path, manifest: Manifest | None = None) -> None:
@@ -68,8 +73,10 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def assert_refused(bundle: Path, match: str, run: bool = True) -> None:
-    for opens in (EdgePipeline.from_pretrained, verify_bundle) if run else (verify_bundle,):
-        with pytest.raises(BundleError, match=match) as caught:
-            opens(bundle)
-        assert "\n" not in str(caught.value), str(caught.value)
+def assert_refused(bundle: Path, match: str, run: bool = True, verify: str | None = None) -> None:
+    """Opening to run and verifying refuse a bundle in one line; `verify` where that says something else."""
+    for opens, words in ((EdgePipeline.from_pretrained, match if run else None), (verify_bundle, verify or match)):
+        if words is not None:
+            with pytest.raises(BundleError, match=words) as caught:
+                opens(bundle)
+            assert "\n" not in str(caught.value), str(caught.value)

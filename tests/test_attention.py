@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import Export
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
@@ -114,13 +115,13 @@ def test_heads_that_are_not_the_last_dimension_taken_apart_stay() -> None:
     assert kinds(fuse_attention(model)) == kinds(model)
 
 
-@pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize(("opset", "operators"), [(23, {"Attention"}), (22, {"Softmax"})])
-def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
-    class_model: Path, tmp_path: Path, opset: int, operators: set[str]
+@pytest.mark.parametrize(
+    ("opset", "operators"), [(23, {"Attention"}), pytest.param(22, {"Softmax"}, marks=pytest.mark.long)]
+)
+def test_an_exported_graph_decomposes_attention_only_in_earlier_operator_sets(
+    class_model: Path, export_once: Export, opset: int, operators: set[str]
 ) -> None:
-    config = edgediff.ExportConfig(layout="split", steps=2, onnx=OnnxConfig(opset=opset))
-    bundle = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config).path
+    bundle = export_once(class_model, edgediff.ExportConfig(layout="split", steps=4, onnx=OnnxConfig(opset=opset)))
     lowres = onnx.load(bundle / "onnx" / "lowres.onnx")
     assert kinds(lowres).keys() & {"Attention", "Softmax"} == operators
     if opset == 23:
@@ -128,18 +129,13 @@ def test_an_exported_graph_spells_attention_out_only_in_earlier_operator_sets(
         assert "q_num_heads" in {each.name for each in node.attribute}
 
 
-@pytest.mark.usefixtures("traced_once")
-def test_the_operator_that_goes_block_by_block_goes_through_an_export(
-    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edgediff.targets.onnx.attention.MANY_KEYS", 1)
-    done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
-    assert done.report is not None
-    assert done.report.ok
+def test_the_operator_that_goes_block_by_block_goes_through_an_export(class_model: Path, export_once: Export) -> None:
+    few = {"edgediff.targets.onnx.attention.MANY_KEYS": 1}
+    bundle = export_once(class_model, edgediff.ExportConfig(steps=2), few)
     for name in ("full", "cached"):
-        found = kinds(onnx.load(done.path / "onnx" / f"{name}.onnx"))
+        found = kinds(onnx.load(bundle / "onnx" / f"{name}.onnx"))
         assert f"{CONTRIB}:MultiHeadAttention" in found or name == "cached"
         assert "Attention" not in found
     pytest.importorskip("openvino")
-    results = [EdgePipeline.from_pretrained(done.path, backend=name)(seed=1) for name in ("onnxruntime", "openvino")]
+    results = [EdgePipeline.from_pretrained(bundle, backend=name)(seed=1) for name in ("onnxruntime", "openvino")]
     assert np.abs(results[0].latents - results[1].latents).max() < 1e-3

@@ -207,7 +207,7 @@ def test_a_model_that_is_not_the_bundles_source(command: Command, class_bundle: 
         assert_error(command("verify", class_bundle, "--model", text_model / "nowhere"), "no model at")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS", "onnx/lowres.onnx", "README.md"])
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS", "onnx/unet/lowres.onnx", "README.md"])
 def test_a_damaged_bundle(command: Command, class_bundle: Path, place: Path, name: str) -> None:
     bundle = shutil.copytree(class_bundle, place / "bundle")
     flip_bit(bundle / name)

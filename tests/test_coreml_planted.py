@@ -1,6 +1,5 @@
 """Errors planted in a saved .mlpackage, with every hash made right again: only the numbers can tell."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, SMALL_CLASS, save_model
+from artefacts import made_once, store
+from conftest import SMALL_CLASS, Export, save_class_model
 from ml_packages import Opened, change_package
 from seals import reseal
 from unets import unet2d
@@ -104,27 +104,27 @@ PLANTED: tuple[Plant, ...] = (
 KINDS = (("pair", "fp16"), ("split", "fp32"))
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=" ".join)
-def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for Core ML that holds, without trajectories; every weight is drawn, so that no gain is one."""
-    layout, dtype = request.param
-    folder = tmp_path_factory.mktemp("coreml")
+def _save(folder: Path) -> None:
+    """A model whose every weight is drawn, so that no gain is one."""
     unet = unet2d(**SMALL_CLASS)
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
-    save_model(unet, folder / "model")
-    (folder / "model" / "classes.json").write_text(json.dumps(LABELS))
+    save_class_model(unet, folder)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=" ".join)
+def sound(request: pytest.FixtureRequest, export_once: Export) -> Path:
+    """A bundle for Core ML that holds, without trajectories."""
+    layout, dtype = request.param
     coreml = CoreMLConfig(dtype=dtype, layout=layout)
     config = edgediff.ExportConfig(steps=2, targets=("coreml",), coreml=coreml, verify=VerifyConfig(mode="graphs"))
-    edgediff.export_bundle(edgediff.load_model(folder / "model"), folder / "bundle", config)
-    return folder / "bundle"
+    return export_once(made_once(store() / "drawn", _save), config)
 
 
-@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_a_planted_error_is_found(sound: Path, tmp_path: Path, plant: Plant) -> None:
-    bundle = shutil.copytree(sound, tmp_path / "bundle")
+def _assert_found(sound: Path, bundle: Path, plant: Plant) -> None:
+    shutil.copytree(sound, bundle)
     planted = 0
     for package in sorted(bundle.glob("coreml/*.mlpackage")):
         try:
@@ -141,6 +141,18 @@ def test_a_planted_error_is_found(sound: Path, tmp_path: Path, plant: Plant) -> 
     assert any(row.ok is False for row in report.rows if row.check == check)
 
 
+@pytest.mark.parametrize("plant", [swapped_input_channels, sine_for_cosine], ids=lambda plant: plant.__name__)
+def test_a_planted_error_is_found_in_what_every_test_shares(coreml_bundle: Path, tmp_path: Path, plant: Plant) -> None:
+    _assert_found(coreml_bundle, tmp_path / "bundle", plant)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_error_is_found(sound: Path, tmp_path: Path, plant: Plant) -> None:
+    _assert_found(sound, tmp_path / "bundle", plant)
+
+
+@pytest.mark.long
 def test_what_is_only_written_anew_holds(sound: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(sound, tmp_path / "bundle")
     for package in bundle.glob("coreml/*.mlpackage"):

@@ -1,6 +1,5 @@
 """The ExecuTorch target: a program with a method for each graph, proved and run like any other."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,50 +9,48 @@ import numpy as np
 import pytest
 import torch
 from absent import hide
+from artefacts import made_once, store
 from command_line import Command, assert_error
-from conftest import LABELS, SMALL, save_model
+from conftest import SMALL_CLASS, Export, save_class_model
 from safetensors.numpy import load_file
-from seals import assert_refused, flip_bit, manifest_of, replace_graph, seal
+from seals import assert_refused, flip_bit, manifest_of, replace_graph, rows_of, seal
 from unets import unet2d
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.models.graphs import graph_list
+from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession
 from edgediff.targets.backends import open_session, usual_backend
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
-from edgediff.targets.executorch.write_executorch import group_norm
+from edgediff.targets.executorch.write_executorch import group_norm, write_executorch
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
+from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
 
 PROGRAM = "executorch/unet.pte"
 
 
 @pytest.fixture(scope="module")
-def program_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program_model() -> Path:
     """A class model without attention: each operation more is another that lowering goes over in every pass."""
-    geometry = SMALL | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    folder = save_model(unet2d(**geometry, num_class_embeds=5, add_attention=False), tmp_path_factory.mktemp("m") / "m")
-    (folder / "classes.json").write_text(json.dumps(LABELS))
-    return folder
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    return made_once(store() / "program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
 
 
 @pytest.fixture(scope="module")
-def program_bundle(program_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program_bundle(program_model: Path, export_once: Export) -> Path:
     """That as an ExecuTorch program, 4 steps at clock 2."""
-    path = tmp_path_factory.mktemp("executorch") / "bundle"
-    config = edgediff.ExportConfig(steps=4, targets=("executorch",))
-    done = edgediff.export_bundle(edgediff.load_model(program_model), path, config)
-    assert done.report is not None
-    measured = {(row.check, row.part, row.backend) for row in done.report.rows if row.status == "measured"}
-    assert {("graph", "full", "executorch"), ("graph", "cached", "executorch")} <= measured
-    assert ("trajectory", "latents", "executorch") in measured
+    path = export_once(program_model, edgediff.ExportConfig(steps=4, targets=("executorch",)))
+    measured = {(row["check"], row["part"]) for row in rows_of(path) if row["status"] == "measured"}
+    assert measured >= {("graph", "full"), ("graph", "cached"), ("trajectory", "latents")}
     return path
 
 
+@pytest.mark.long
 def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: Path, program_model: Path) -> None:
     target = manifest_of(program_bundle).target("executorch")
-    assert [(g.file, g.function) for g in target.graphs] == [(PROGRAM, "full"), (PROGRAM, "cached")]
-    assert (target.layout, target.batch, target.dtype, target.opset) == ("pair", 2, "fp32", None)
+    assert [(g.file, g.function) for g in target.unet.graphs] == [(PROGRAM, "full"), (PROGRAM, "cached")]
+    assert (target.unet.layout, target.unet.batch, target.unet.dtype, target.opset) == ("pair", 2, "fp32", None)
     assert sorted(file.name for file in (program_bundle / PROGRAM).parent.iterdir()) == ["unet.pte"]
     program = (program_bundle / PROGRAM).read_bytes()
     weights = load_file(program_model / "unet/diffusion_pytorch_model.safetensors")
@@ -63,6 +60,39 @@ def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: P
     # What XNNPACK does not have is named in it.
     assert b"aten::upsample_nearest2d" in program
     assert b"group_norm" not in program
+
+
+class Normalized(Part):
+    """A convolution, a group normalization and an upsampling, which XNNPACK has in part."""
+
+    def __init__(self, *given: str) -> None:
+        super().__init__(given, ("out_sample",))
+        torch.manual_seed(0)
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4)
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x = self.norm(self.conv(sum(tensors.values(), start=torch.zeros(()))))
+        return {"out_sample": torch.nn.functional.interpolate(x, scale_factor=2.0)}
+
+
+def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal((2, 3, 6, 6)).astype(np.float32) for name in ("sample", "cache")}
+    modules = {"full": Normalized("sample"), "cached": Normalized("sample", "cache")}
+    graphs = tuple(
+        Graph(
+            name, PROGRAM, f"{name}_step", tuple(Tensor(key, "float32", (2, 3, 6, 6)) for key in module.inputs),
+            (Tensor("out_sample", "float32", (2, 4, 8, 8)),), function=name,
+        )
+        for name, module in modules.items()
+    )  # fmt: skip
+    target = Target("executorch", "pair", "fp32", 2, Floors(100, 100, 80, None, None), graphs)
+    write_executorch(tmp_path, target, modules, dict.fromkeys(modules, values), lambda what: None)
+    program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(tmp_path / PROGRAM)
+    for name, module in modules.items():
+        given = [torch.from_numpy(values[key]) for key in module.inputs]
+        (got,) = program.load_method(name).execute(given)
+        torch.testing.assert_close(got, module(*given)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 12, 7), (3, 12, 1, 1)])
@@ -81,6 +111,7 @@ def test_group_norm_in_operations_of_xnnpack(shape: tuple[int, ...], affine: boo
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.long
 def test_images_are_those_of_torch(program_bundle: Path, program_model: Path) -> None:
     bundle = open_bundle(program_bundle)
     assert usual_backend(bundle) == "executorch"
@@ -96,6 +127,7 @@ def test_images_are_those_of_torch(program_bundle: Path, program_model: Path) ->
     assert psnr_db(want.latents, again.latents) > 90
 
 
+@pytest.mark.long
 def test_it_verifies_and_runs_on_the_command_line(program_bundle: Path, command: Command, tmp_path: Path) -> None:
     assert command("verify", program_bundle).code == 0
     said = command("run", program_bundle, "-o", tmp_path / "out.png", "--num-images", 2)
@@ -109,13 +141,14 @@ def test_it_verifies_and_runs_on_the_command_line(program_bundle: Path, command:
     assert "no placement" not in said.out
 
 
+@pytest.mark.long
 def test_what_is_damaged_or_of_another_shape_is_refused(program_bundle: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(program_bundle, tmp_path / "damaged")
     flip_bit(damaged / PROGRAM)
     assert_refused(damaged, PROGRAM, run=False)
     manifest = manifest_of(program_bundle)
     other = shutil.copytree(program_bundle, tmp_path / "other")
-    inputs = manifest.target("executorch").graphs[1].inputs
+    inputs = manifest.target("executorch").unet.graphs[1].inputs
     seal(other, replace_graph(manifest, 1, inputs=(inputs[1], inputs[0], *inputs[2:])))
     with pytest.raises(BundleError, match=r"cached has the inputs .*; the manifest says"):
         open_session(open_bundle(other), "executorch")
@@ -124,6 +157,7 @@ def test_what_is_damaged_or_of_another_shape_is_refused(program_bundle: Path, tm
         open_session(open_bundle(other), "executorch")
 
 
+@pytest.mark.long
 def test_backends_of_other_targets_say_what_the_bundle_has(
     program_bundle: Path, class_bundle: Path, command: Command, tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_a_disk_that_is_really_full(
     assert (small / "out.npy").read_bytes() == b"as it was"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [100, 200, 330])
 def test_a_disk_that_fills_while_coremltools_writes(
     command: Command, class_model: Path, disk: Callable[[int], Path], size: int
@@ -172,6 +173,7 @@ def test_a_number_that_does_not_hold_puts_nothing_in_place(
     assert_error(dataclasses.replace(said, out=""), words, code=1)
 
 
+@pytest.mark.long
 def test_control_c_in_a_real_export(class_model: Path, place: Path) -> None:
     with subprocess.Popen(
         [SCRIPT, "export", class_model, "-o", place / "out", "--steps", "3"],

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import Export
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
@@ -190,25 +191,19 @@ def test_weights_outside_are_neither_opened_nor_stored_again(tmp_path: Path) -> 
     np.testing.assert_allclose(session.run(None, {"x": x})[0], want, atol=3e-6 * np.abs(want).max())
 
 
-@pytest.mark.usefixtures("traced_once")
-def test_both_go_through_an_export_and_neither_into_portable_graphs(
-    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edgediff.targets.onnx.winograd.CHANNELS", 8)
-    monkeypatch.setattr("edgediff.targets.onnx.winograd.ROWS", 4)
-    found = {}
+def test_both_go_through_an_export_and_neither_into_portable_graphs(class_model: Path, export_once: Export) -> None:
+    small = {"edgediff.targets.onnx.winograd.CHANNELS": 8, "edgediff.targets.onnx.winograd.ROWS": 4}
+    found, bundles = {}, {}
     for portable in (False, True):
         config = edgediff.ExportConfig(steps=2, layout="split", onnx=OnnxConfig(portable=portable))
-        done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / f"{portable}", config)
-        assert done.report is not None
-        assert done.report.ok
-        graphs = [onnx.load(path) for path in sorted((done.path / "onnx").glob("*.onnx"))]
+        bundles[portable] = export_once(class_model, config, small)
+        graphs = [onnx.load(path) for path in sorted((bundles[portable] / "onnx").glob("*.onnx"))]
         found[portable] = sum((kinds(graph) for graph in graphs), Counter())
         names = {node.name for graph in graphs for node in graph.graph.node}
         assert any(".products" in name for name in names) is not portable
     assert found[False]["DepthToSpace"] == found[True]["Resize"] > 0
     assert found[True]["DepthToSpace"] == found[False]["Resize"] == 0
     pytest.importorskip("openvino")
-    bundle = tmp_path / "False"
-    results = [EdgePipeline.from_pretrained(bundle, backend=name)(seed=1) for name in ("onnxruntime", "openvino")]
+    pipes = [EdgePipeline.from_pretrained(bundles[False], backend=name) for name in ("onnxruntime", "openvino")]
+    results = [pipe(seed=1) for pipe in pipes]
     assert np.abs(results[0].latents - results[1].latents).max() < 1e-3

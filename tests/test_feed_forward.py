@@ -10,6 +10,7 @@ import onnx
 import onnx.compose
 import onnxruntime as ort
 import pytest
+from conftest import Export
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
@@ -181,20 +182,16 @@ def test_what_holds_little_stays() -> None:
     assert slice_feed_forwards(model).SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.usefixtures("traced_once")
-def test_they_go_through_an_export(text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgediff.targets.onnx.feed_forward.SLICE_BYTES", 1024)
-    config = edgediff.ExportConfig(steps=2, layout="pair")
-    done = edgediff.export_bundle(edgediff.load_model(text_model), tmp_path / "bundle", config)
-    assert done.report is not None
-    assert done.report.ok
-    for path in (done.path / "onnx").glob("*.onnx"):
+def test_they_go_through_an_export(text_model: Path, export_once: Export) -> None:
+    sliced = {"edgediff.targets.onnx.feed_forward.SLICE_BYTES": 1024}
+    bundle = export_once(text_model, edgediff.ExportConfig(steps=4, layout="pair"), sliced)
+    for path in (bundle / "onnx").glob("*.onnx"):
         graph = onnx.load(path).graph
         weights = {tensor.name for tensor in graph.initializer}
         cut = [node.input[0] for node in graph.node if node.op_type == "Split" and node.input[0] in weights]
         assert len(cut) == 2 * sum("ff.net.0.proj.bias" in name for name in weights) > 0
     pytest.importorskip("openvino")
     text = np.random.default_rng(2).standard_normal((1, 7, 12)).astype(np.float32)
-    pipes = [EdgePipeline.from_pretrained(done.path, backend=name) for name in ("onnxruntime", "openvino")]
+    pipes = [EdgePipeline.from_pretrained(bundle, backend=name) for name in ("onnxruntime", "openvino")]
     results = [pipe(prompt_embeds=text, guidance_scale=1, seed=1) for pipe in pipes]
     assert np.abs(results[0].latents - results[1].latents).max() < 1e-3

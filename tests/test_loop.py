@@ -273,7 +273,7 @@ def test_a_generation_graph_runs_once_before_the_steps(torch_pipe: EdgePipeline)
             if graph.frequency != "generation":
                 super().run(graph, tensors)
 
-    graphs = torch_pipe.manifest.target("onnx").graphs
+    graphs = torch_pipe.manifest.target("onnx").unet.graphs
     once = Graph(name="once", file="x", frequency="generation", inputs=(), outputs=())
     request = _request(torch_pipe, (once, *graphs))
     session = Counting(torch_pipe.session.parts, torch_pipe.session.graphs)
@@ -289,7 +289,7 @@ def test_output_that_is_not_finite_is_an_error(torch_pipe: EdgePipeline) -> None
             if graph.name == "highres_out":
                 tensors["out_sample"] = tensors["out_sample"] * float("nan")
 
-    request = _request(torch_pipe, torch_pipe.manifest.target("onnx").graphs)
+    request = _request(torch_pipe, torch_pipe.manifest.target("onnx").unet.graphs)
     with pytest.raises(BundleError, match="not finite at step 0"):
         next(denoise(request, Broken(torch_pipe.session.parts, torch_pipe.session.graphs)))
 

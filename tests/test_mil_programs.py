@@ -63,7 +63,9 @@ def convert(part: Part, tensors: dict[str, torch.Tensor], dtype: str, opset: str
         ).save(str(path))
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize(
+    "name", [name if name == "class" else pytest.param(name, marks=pytest.mark.long) for name in UNETS]
+)
 @torch.no_grad()
 def test_parts_of_a_unet(name: str, tmp_path: Path) -> None:
     make, cond, dtype, opset = UNETS[name]

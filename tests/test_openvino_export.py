@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from absent import hide
 from command_line import Command, assert_error
-from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, seal
+from conftest import Export
+from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, rows_of, seal
 
 import edgediff
 from edgediff.bench.run_bench import run_bench
@@ -36,18 +37,14 @@ FILES = ("cached.bin", "cached.xml", "full.bin", "full.xml")
 
 
 @pytest.fixture(scope="module")
-def ir_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ir_bundle(class_model: Path, export_once: Export) -> Path:
     """The class model for OpenVINO alone, 4 steps at clock 2."""
-    path = tmp_path_factory.mktemp("openvino") / "bundle"
-    done = edgediff.export_bundle(edgediff.load_model(class_model), path, ExportConfig(steps=4, targets=("openvino",)))
-    assert done.report is not None
-    measured = {(row.check, row.part, row.backend, row.ok) for row in done.report.rows if row.status == "measured"}
-    assert {
-        *(("graph", name, "openvino", True) for name in ("full", "cached")),
-        *(("composed", name, "openvino", True) for name in ("full", "cached")),
-        ("trajectory", "latents", "openvino", True),
-    } <= measured
-    assert min(row.psnr_db for row in done.report.rows if row.floor_db is not None and row.psnr_db is not None) > 100
+    path = export_once(class_model, ExportConfig(steps=4, targets=("openvino",)))
+    rows = rows_of(path)
+    assert {(row["check"], row["part"]) for row in rows if (row["backend"], row["ok"]) == ("openvino", True)} >= {
+        *((check, name) for check in ("graph", "composed") for name in ("full", "cached")), ("trajectory", "latents"),
+    }  # fmt: skip
+    assert min(row["psnr_db"] for row in rows if row["floor_db"] is not None and row["psnr_db"] is not None) > 100
     return path
 
 
@@ -59,16 +56,16 @@ def changed(ir_bundle: Path, tmp_path: Path) -> Path:
 
 def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
     target = manifest_of(ir_bundle).target("openvino")
-    assert [(g.file, g.external_data) for g in target.graphs] == [
+    assert [(g.file, g.external_data) for g in target.unet.graphs] == [
         (f"openvino/{name}.xml", f"openvino/{name}.bin") for name in ("full", "cached")
     ]
-    assert (target.layout, target.batch, target.dtype, target.opset, target.ir_version) == (
+    assert (target.unet.layout, target.unet.batch, target.unet.dtype, target.opset, target.ir_version) == (
         "pair", None, "fp32", None, None,
     )  # fmt: skip
     assert sorted(file.name for file in (ir_bundle / "openvino").iterdir()) == list(FILES)
     assert not list(ir_bundle.glob(".*"))
     core = import_extra("openvino", "a test", "openvino").Core()
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         model = core.read_model(ir_bundle / str(graph.file))
         assert [port.get_names() for port in model.inputs] == [{tensor.name} for tensor in graph.inputs]
         assert [port.get_names() for port in model.outputs] == [{tensor.name} for tensor in graph.outputs]
@@ -91,6 +88,8 @@ def test_images_are_those_of_torch(ir_bundle: Path, class_model: Path) -> None:
     assert psnr_db(want.latents, again.latents) > 100
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("traced_once")
 def test_files_are_the_same_again_and_stand_beside_onnx_graphs(
     ir_bundle: Path, class_model: Path, tmp_path: Path
 ) -> None:
@@ -106,14 +105,15 @@ def test_files_are_the_same_again_and_stand_beside_onnx_graphs(
     assert usual_backend(bundle) == "onnxruntime"
     # OpenVINO runs what was made for it, and the ONNX graphs where there is nothing else: the same numbers.
     session = OpenVinoSession(bundle)
-    assert session.graphs == bundle.manifest.target("openvino").graphs
+    assert session.graphs == bundle.manifest.target("openvino").unet.graphs
     alone = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=bundle.manifest.targets[:1]))
     other = OpenVinoSession(alone)
-    assert other.graphs == bundle.manifest.target("onnx").graphs
+    assert other.graphs == bundle.manifest.target("onnx").unet.graphs
     made = [EdgePipeline(bundle.manifest, each)(seed=1, num_images=1).latents for each in (session, other)]
     assert psnr_db(made[1], made[0]) > 120
 
 
+@pytest.mark.long
 def test_eight_bits_in_four_graphs_are_smaller(
     ir_bundle: Path, class_model: Path, place: Path, command: Command
 ) -> None:
@@ -123,9 +123,9 @@ def test_eight_bits_in_four_graphs_are_smaller(
     )  # fmt: skip
     assert said.code == 0, said
     target = manifest_of(place / "int8").target("openvino")
-    assert (target.dtype, target.layout, target.floors.graph) == ("int8", "split", 35.0)
-    assert [graph.name for graph in target.graphs if graph.file] == ["highres_in", "lowres", "highres_out"]
-    assert b'element_type="i8"' in (place / "int8/openvino/lowres.xml").read_bytes()
+    assert (target.unet.dtype, target.unet.layout, target.unet.floors.graph) == ("int8", "split", 35.0)
+    assert [graph.name for graph in target.unet.graphs if graph.file] == ["highres_in", "lowres", "highres_out"]
+    assert b'element_type="i8"' in (place / "int8/openvino/unet/lowres.xml").read_bytes()
     whole = (ir_bundle / "openvino/full.bin").stat().st_size
     assert sum(file.stat().st_size for file in (place / "int8/openvino").glob("*.bin")) < 0.5 * whole
 
@@ -154,6 +154,7 @@ def test_it_verifies_and_runs_on_the_command_line(
     assert capsys.readouterr().err == "error: the bundle has no 'onnx' target; it has: openvino\n"
 
 
+@pytest.mark.long
 def test_bench_times_it_against_itself_and_names_what_cannot_run_it(ir_bundle: Path) -> None:
     found = run_bench([ir_bundle], ["onnxruntime", "openvino"], rounds=1, threads=1)
     other, mine = found.contenders
@@ -200,7 +201,7 @@ def test_weights_that_are_cut_off_are_one_line(changed: Path) -> None:
 
 def test_a_model_of_other_tensors_than_the_manifests_is_refused(changed: Path) -> None:
     manifest = manifest_of(changed)
-    full = manifest.target("openvino").graphs[0]
+    full = manifest.target("openvino").unet.graphs[0]
     feature = full.outputs[1]
     half = msgspec.structs.replace(feature, shape=(*feature.shape[:-1], 4))
     for change, says in (

@@ -1,8 +1,12 @@
 import errno
+import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -122,13 +126,63 @@ def test_stale_siblings_of_dead_processes_are_cleared_and_of_living_ones_kept(tm
     assert _names(target) == ["new"]
 
 
-def test_what_a_killed_export_had_moved_aside_is_put_back(tmp_path: Path) -> None:
-    _bundle(tmp_path / ".out.edgediff-7", "half")
-    _bundle(tmp_path / ".out.edgediff-7.old", "old")
-    with pytest.raises(ValueError, match="its own"):
-        _export(tmp_path / "out", ValueError("its own"))
-    assert _names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "weights").read_text() == "old"
+def _write(target: Path, text: str) -> None:
+    clear_stale(target)
+    with staged(target) as folder:
+        for name in ("manifest.json", "weights"):
+            (folder / name).write_text(text)
+
+
+def _killed_at(moment: int, target: Path) -> bool:
+    """Whether a process that kills itself before its so manieth line of staging and shutil was killed."""
+    child = os.fork()
+    if child == 0:
+        lines = itertools.count(1)
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if Path(frame.f_code.co_filename).name not in ("staging.py", "shutil.py"):
+                return None
+            if event == "line" and next(lines) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        _write(target, "new")
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def _holds(target: Path) -> str | None:
+    """The text of a place that is whole."""
+    if not target.exists():
+        return None
+    assert _names(target) == ["manifest.json", "weights"]
+    manifest, weights = (file.read_text() for file in sorted(target.iterdir()))
+    assert manifest == weights
+    return weights
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("before", ["nothing", "a bundle", "a bundle moved aside"])
+def test_a_process_killed_at_any_line_loses_nothing(tmp_path: Path, before: str) -> None:
+    for moment in itertools.count(1):
+        target = tmp_path / f"{moment}" / "out"
+        target.parent.mkdir()
+        if before != "nothing":
+            _write(target, "old")
+        if before == "a bundle moved aside":
+            target.rename(target.with_name(".out.edgediff-7.old"))
+        killed = _killed_at(moment, target)
+        old = None if before == "nothing" else "old"
+        left = _names(target.parent)
+        assert _holds(target) in (old, "new") or any(name.endswith(".old") for name in left), left
+        clear_stale(target)
+        assert _holds(target) in (old, "new")
+        assert set(_names(target.parent)) <= {"out"}
+        if not killed:
+            break
+    assert moment > 20
+    assert _holds(target) == "new"
 
 
 def test_what_was_moved_aside_goes_when_the_target_is_there(tmp_path: Path) -> None:
@@ -220,7 +274,7 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("edgediff.bundle.staging.fcntl.flock", unsupported)
+    monkeypatch.setattr("edgediff.outputs.fcntl.flock", unsupported)
     target = _bundle(tmp_path / "out")
     _bundle(tmp_path / ".out.edgediff-7")
     _export(target)

@@ -1,25 +1,21 @@
 """Graphs of eight bits: what is quantized, what stays, and what the numbers hold."""
 
-import doctest
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from command_line import Command, assert_error
+from conftest import Export
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from seals import manifest_of
-from traces import remembering
+from seals import manifest_of, rows_of
 
 import edgediff
-import edgediff.targets.onnx.quantize as quantize_module
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.export_config import check_config, config_from
-from edgediff.targets import onnx as onnx_target
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import spell_out_attention
 from edgediff.targets.onnx.calibration import Calibration, measure_ranges
@@ -253,13 +249,10 @@ def test_weights_are_rounded_by_channel() -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized_bundle(class_model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The class model in eight bits, 4 steps at clock 2, as a pair."""
-    path = tmp_path_factory.mktemp("quantized") / "bundle"
-    with remembering(traces):
-        done = edgediff.export_bundle(edgediff.load_model(class_model), path, edgediff.ExportConfig(steps=4, onnx=INT8))
-    assert done.report is not None
-    assert {row.floor_db for row in done.report.rows} == {35.0, None}
+def quantized_bundle(class_model: Path, export_once: Export) -> Path:
+    """The class model in int8, 4 steps at clock 2, as a pair."""
+    path = export_once(class_model, edgediff.ExportConfig(steps=4, onnx=INT8))
+    assert {row["floor_db"] for row in rows_of(path)} == {35.0, None}
     session = manifest_of(path).target("onnx").session
     assert session is not None
     assert session.exact_int8
@@ -270,9 +263,9 @@ def test_a_bundle_of_eight_bits_is_verified_and_runs(
     quantized_bundle: Path, class_bundle: Path, command: Command
 ) -> None:
     target = manifest_of(quantized_bundle).target("onnx")
-    assert (target.dtype, target.layout) == ("int8", "pair")
-    assert {tensor.dtype for graph in target.graphs for tensor in graph.outputs} == {"float32"}
-    kinds = {node.op_type for node in onnx.load(quantized_bundle / "onnx/full.onnx").graph.node}
+    assert (target.unet.dtype, target.unet.layout) == ("int8", "pair")
+    assert {tensor.dtype for graph in target.unet.graphs for tensor in graph.outputs} == {"float32"}
+    kinds = {node.op_type for node in onnx.load(quantized_bundle / "onnx/unet/full.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     assert "in int8 for ONNX" in (quantized_bundle / "README.md").read_text()
     said = command("verify", quantized_bundle)
@@ -283,18 +276,18 @@ def test_a_bundle_of_eight_bits_is_verified_and_runs(
 
 
 def test_weights_take_a_quarter(quantized_bundle: Path) -> None:
-    model = onnx.load(quantized_bundle / "onnx/full.onnx")
+    model = onnx.load(quantized_bundle / "onnx/unet/full.onnx")
     kinds = {TensorProto.INT8: 0, FLOAT: 0}
     for tensor in model.graph.initializer:
         if len(tensor.dims) > 1 and tensor.data_type in kinds:
             kinds[tensor.data_type] += int(np.prod(tensor.dims))
     assert kinds[TensorProto.INT8] > kinds[FLOAT]
-    assert (quantized_bundle / "onnx/weights.bin").stat().st_size < 2 * kinds[TensorProto.INT8] + 4 * kinds[FLOAT]
+    assert (quantized_bundle / "onnx/unet/weights.bin").stat().st_size < 2 * kinds[TensorProto.INT8] + 4 * kinds[FLOAT]
 
 
 @pytest.mark.parametrize("name", ["highres_in", "lowres", "highres_out"])
 def test_the_parts_are_quantized_apart_too(class_bundle: Path, name: str) -> None:
-    graph = next(graph for graph in manifest_of(class_bundle).target("onnx").graphs if graph.name == name)
+    graph = next(graph for graph in manifest_of(class_bundle).target("onnx").unet.graphs if graph.name == name)
     steps = load_reference(class_bundle / REFERENCE).steps
     path = class_bundle / f"onnx/{name}.onnx"
     before = sorted(path.parent.iterdir())
@@ -310,12 +303,12 @@ def test_the_parts_are_quantized_apart_too(class_bundle: Path, name: str) -> Non
 
 
 def test_a_graph_that_is_wrong_before_it_is_quantized(class_bundle: Path) -> None:
-    graph = manifest_of(class_bundle).target("onnx").graphs[0]
+    graph = manifest_of(class_bundle).target("onnx").unet.graphs[0]
     steps = load_reference(class_bundle / REFERENCE).steps
     before = sorted((class_bundle / "onnx").iterdir())
     steps[-1].tensors["emb"][0, 0] += 0.1
     with pytest.raises(VerificationError, match=r"highres_in: before it is quantized, emb is \d+\.\d dB of torch's"):
-        measure_ranges(class_bundle / "onnx/highres_in.onnx", graph, Calibration(steps, floor_db=100.0))
+        measure_ranges(class_bundle / "onnx/unet/highres_in.onnx", graph, Calibration(steps, floor_db=100.0))
     assert sorted((class_bundle / "onnx").iterdir()) == before
 
 
@@ -336,13 +329,6 @@ def test_other_widths_and_targets_are_refused(
 def test_no_images_to_calibrate_with() -> None:
     with pytest.raises(ConfigError, match=r"onnx\.calibration_images.* is 0"):
         check_config(edgediff.ExportConfig(onnx=OnnxConfig(quantize_nbits=8, calibration_images=0)))
-
-
-@pytest.mark.parametrize("module", [quantize_module, onnx_target])
-def test_doctests(module: ModuleType) -> None:
-    failed, tried = doctest.testmod(module)
-    assert failed == 0
-    assert tried > 0
 
 
 @pytest.mark.parametrize("lacks", [{}, {"quantize_nbits": 8, "opset": 22}])

@@ -21,6 +21,7 @@ from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FOLDER = Path(__file__).parents[1] / "runtime/golden"
+BY_EXPORT = ("bundle", "manifests/class", "manifests/text")
 GOLDEN = sorted((FOLDER / "schedulers").glob("*.json"))
 TOLERANCE = 1e-5
 
@@ -99,7 +100,9 @@ def test_the_comparison_itself_fails_on_a_wrong_schedule():
 def test_the_golden_files_are_what_make_would_write(tmp_path):
     make.write(tmp_path)
     fresh = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json"))
-    assert fresh == sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.json"))
+    # What an exporter makes depends on its version; tests/test_golden.py runs it.
+    exported = [*FOLDER.glob("bundle/**/*.json"), *(FOLDER / f"{name}.json" for name in BY_EXPORT)]
+    assert fresh == sorted(path.relative_to(FOLDER) for path in {*FOLDER.rglob("*.json")} - {*exported})
     for path in fresh:
         assert_close(json.loads((tmp_path / path).read_text()), json.loads((FOLDER / path).read_text()), path)
 
@@ -395,3 +398,20 @@ def test_a_missing_state_is_refused():
     x = noise(0, (1, 2, 4, 4))
     with pytest.raises(RequestError, match="step 1 expected the state of step 0"):
         make_scheduler(SchedulerConfig(name="dpmpp_2m"), 4).step(1, x, x)
+
+
+@pytest.mark.parametrize("begin", [1, 3, 7])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler"])
+def test_a_generation_that_begins_on_the_way_is_diffusers(name, begin):
+    theirs = diffusers_scheduler(make.SD15, name)
+    theirs.set_timesteps(8)
+    if name != "ddim":
+        theirs.set_begin_index(begin)
+    ours = make_scheduler(scheduler_config(make.SD15, name), 8)
+    x = y = noise(1, (1, 2, 4, 4))
+    state = None
+    for i in range(begin, 8):
+        output = noise(2, x.shape, draw=i)
+        x = theirs.step(torch.from_numpy(output), theirs.timesteps[i], torch.from_numpy(x)).prev_sample.numpy()
+        y, state = ours.step(i, y, output, state, first=i == begin)
+        assert np.abs(x - y).max() <= 1e-5 * np.abs(x).max()

@@ -199,7 +199,7 @@ FAMILIES = {name: CASES[name] for name in ("2d-class", "sdxl-like", "text-and-cl
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["2d-class", *(pytest.param(n, marks=pytest.mark.long) for n in [*FAMILIES][1:])])
 def test_each_family_shares_what_it_can(name: str, tmp_path: Path) -> None:
     case = FAMILIES[name]
     part = edgediff.split(case.build()).highres_in

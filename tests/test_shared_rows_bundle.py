@@ -1,5 +1,6 @@
 """Bundles whose graphs take a sample once for each image: the loop, verification, backends, and what is refused."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,12 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from conftest import SMALL_TEXT, save_model
+from artefacts import made_once, store
+from conftest import SMALL_TEXT, Export, save_text_model
 from onnx import helper
 from seals import assert_refused, manifest_of, replace_graph, reseal, seal, seal_plain
 from unets import unet2d_condition
 
-import edgediff
 from edgediff import verify_bundle
 from edgediff.bench.contenders import export_undivided
 from edgediff.bundle.psnr import psnr_db
@@ -27,11 +28,13 @@ from edgediff_runtime.manifest import Tensor
 from edgediff_runtime.ort_bound_session import OrtBoundSession
 from edgediff_runtime.ort_session import OrtSession
 
+APART = "edgediff.targets.onnx.write_onnx.APART_BYTES"
+
 
 @pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every graph counts as too large for its rows to go apart."""
-    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.APART_BYTES", 0)
+def large(export_once: Export) -> Export:
+    """Exports a model with every graph counting as too large for its rows to go apart."""
+    return lambda model, **said: export_once(model, ExportConfig(steps=4, **said), {APART: 0})
 
 
 @pytest.fixture
@@ -41,12 +44,6 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     put = OrtSession.put
     monkeypatch.setattr(OrtSession, "put", lambda self, array: rows.append(len(array)) or put(self, array))
     return rows
-
-
-def export(model: Path, folder: Path, **said: Any) -> Path:
-    done = edgediff.export_bundle(edgediff.load_model(model), folder, ExportConfig(steps=4, **said))
-    assert done.report is not None
-    return folder
 
 
 def asked(bundle: Path) -> dict[str, Any]:
@@ -59,12 +56,11 @@ def shares(bundle: Path, target: str = "onnx") -> dict[str, bool]:
     return {graph.name: graph.shares_rows for graph in graphs if any(t.name == "sample" for t in graph.inputs)}
 
 
-@pytest.mark.usefixtures("large", "traced_once")
 @pytest.mark.parametrize("layout", ["pair", "split"])
 def test_a_bundle_that_shares_rows_makes_the_same_images(
-    layout: Any, text_model: Path, text_bundle: Path, tmp_path: Path, handed: list[int]
+    layout: Any, text_model: Path, text_bundle: Path, large: Export, handed: list[int]
 ) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout=layout)
+    bundle = large(text_model, layout=layout)
     assert set(shares(bundle).values()) == {True}
     assert set(shares(text_bundle).values()) == {False}
     for images in (1, 3):
@@ -79,9 +75,9 @@ def test_a_bundle_that_shares_rows_makes_the_same_images(
     assert Counter(handed) == {1: 4, 3: 4, 6: 1}
 
 
-@pytest.mark.usefixtures("large", "traced_once")
-def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, tmp_path: Path) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout="pair", verify=VerifyConfig(mode="graphs"))
+def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, large: Export, tmp_path: Path) -> None:
+    made = large(text_model, layout="pair", verify=VerifyConfig(mode="graphs"))
+    bundle = shutil.copytree(made, tmp_path / "bundle")
     assert len(load_reference(bundle / REFERENCE).steps[0].tensors["sample"]) == 1
     for name in ("full", "cached"):
         file = bundle / "onnx" / f"{name}.onnx"
@@ -100,10 +96,9 @@ def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, tmp_
     assert {row.part for row in report.rows if row.ok is False} == {"full", "cached"}
 
 
-@pytest.mark.usefixtures("large", "traced_once")
-def test_openvino_is_handed_a_sample_once(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
+def test_openvino_is_handed_a_sample_once(text_model: Path, text_bundle: Path, large: Export, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    bundle = export(text_model, tmp_path / "bundle", layout="pair", targets=("onnx", "openvino"))
+    bundle = shutil.copytree(large(text_model, layout="pair", targets=("onnx", "openvino")), tmp_path / "bundle")
     assert set(shares(bundle, "openvino").values()) == {True}
     request = asked(bundle) | {"num_images": 2, "seed": 1, "guidance_scale": [3.0, 3.0, 1.0, 1.0]}
     wanted = EdgePipeline.from_pretrained(text_bundle)(**request).latents
@@ -114,14 +109,12 @@ def test_openvino_is_handed_a_sample_once(text_model: Path, text_bundle: Path, t
         seal(bundle, alone)
 
 
-@pytest.mark.usefixtures("traced_once")
-def test_graphs_of_eight_bits_share_rows(text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.long
+def test_graphs_of_eight_bits_share_rows(text_model: Path, export_once: Export) -> None:
     # Random weights lose more than trained ones.
     loose = VerifyConfig(int8=QuantizedFloors(graph_db=20, composed_db=20, trajectory_db=20))
-    said: dict[str, Any] = {"layout": "pair", "onnx": OnnxConfig(quantize_nbits=8), "verify": loose}
-    small = export(text_model, tmp_path / "small", **said)
-    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.APART_BYTES", 0)
-    bundle = export(text_model, tmp_path / "bundle", **said)
+    config = ExportConfig(steps=4, layout="pair", onnx=OnnxConfig(quantize_nbits=8), verify=loose)
+    small, bundle = export_once(text_model, config), export_once(text_model, config, {APART: 0})
     assert set(shares(bundle).values()) == {True}
     assert set(shares(small).values()) == {False}
     cached = onnx.load(bundle / "onnx" / "cached.onnx", load_external_data=False)
@@ -130,15 +123,13 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, tmp_path: Path, monke
     assert psnr_db(one, other) > 60
 
 
-@pytest.mark.usefixtures("large", "traced_once")
-def test_a_portable_graph_and_a_small_one_take_every_row(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
-    portable = export(text_model, tmp_path / "portable", layout="pair", onnx=OnnxConfig(portable=True))
+def test_a_portable_graph_and_a_small_one_take_every_row(class_model: Path, text_bundle: Path, large: Export) -> None:
+    portable = large(class_model, layout="split", onnx=OnnxConfig(portable=True))
     assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}
 
 
-@pytest.mark.usefixtures("large", "traced_once")
-def test_the_undivided_unet_beside_it_shares_rows_too(text_model: Path, tmp_path: Path) -> None:
-    path = export(text_model, tmp_path / "bundle", layout="pair")
+def test_the_undivided_unet_beside_it_shares_rows_too(text_model: Path, large: Export, tmp_path: Path) -> None:
+    path = large(text_model, layout="pair")
     bundle = open_bundle(path)
     (tmp_path / "whole").mkdir()
     first = load_reference(path / REFERENCE).steps[0].tensors
@@ -152,15 +143,14 @@ WITHOUT_ATTENTION_FIRST = SMALL_TEXT | {
 }
 
 
-@pytest.mark.usefixtures("large")
+@pytest.mark.long
 def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handed: list[int]
+    large: Export, monkeypatch: pytest.MonkeyPatch, handed: list[int]
 ) -> None:
-    model = save_model(unet2d_condition(**WITHOUT_ATTENTION_FIRST), tmp_path / "model")
-    (model / "text_encoder").mkdir()
-    (model / "text_encoder" / "config.json").write_text('{"max_position_embeddings": 7}')
-    bundle = export(model, tmp_path / "bundle", layout="pair")
-    cached = next(graph for graph in manifest_of(bundle).target("onnx").graphs if graph.name == "cached")
+    unet = unet2d_condition(**WITHOUT_ATTENTION_FIRST)
+    model = made_once(store() / "attention-below", lambda path: save_text_model(unet, path))
+    bundle = large(model, layout="pair")
+    cached = next(graph for graph in manifest_of(bundle).target("onnx").unet.graphs if graph.name == "cached")
     assert "encoder_hidden_states" not in {tensor.name for tensor in cached.inputs}
     assert shares(bundle) == {"full": True, "cached": True}
     request = asked(bundle) | {"num_images": 2}
@@ -173,17 +163,15 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
     np.testing.assert_allclose(EdgePipeline.from_pretrained(bundle)(**request).latents, wanted, atol=1e-4)
 
 
-@pytest.mark.usefixtures("large", "traced_once")
-def test_tensors_that_stay_on_a_device_share_rows_too(text_model: Path, text_bundle: Path, tmp_path: Path) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout="pair")
+def test_tensors_that_stay_on_a_device_share_rows_too(text_model: Path, text_bundle: Path, large: Export) -> None:
+    bundle = large(text_model, layout="pair")
     request = asked(bundle) | {"num_images": 3}
     bound = EdgePipeline(manifest_of(bundle), OrtBoundSession(open_bundle(bundle), "cpu"))(**request).latents
     np.testing.assert_allclose(bound, EdgePipeline.from_pretrained(text_bundle)(**request).latents, atol=1e-4)
 
 
-@pytest.mark.usefixtures("large", "traced_once")
-def test_manifests_that_say_otherwise_are_refused(text_model: Path, tmp_path: Path) -> None:
-    bundle = export(text_model, tmp_path / "bundle", layout="pair")
+def test_manifests_that_say_otherwise_are_refused(text_model: Path, large: Export, tmp_path: Path) -> None:
+    bundle = shutil.copytree(large(text_model, layout="pair"), tmp_path / "bundle")
     kept = manifest_of(bundle)
     shared = "sample in full is 'images'; expected batch: rows are shared by"
 
@@ -200,5 +188,5 @@ def test_manifests_that_say_otherwise_are_refused(text_model: Path, tmp_path: Pa
     def every_row(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (msgspec.structs.replace(tensors[0], shape=("batch", *tensors[0].shape[1:])), *tensors[1:])
 
-    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].graphs[0].inputs)))
-    assert_refused(bundle, r"onnx/full.onnx has sample as .*images.*; the manifest says .*batch")
+    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].unet.graphs[0].inputs)))
+    assert_refused(bundle, r"onnx/unet/full.onnx has sample as .*images.*; the manifest says .*batch")

@@ -1,8 +1,8 @@
-"""Traced graphs, kept for the tests of one run: a module that is traced again gives the graph of the first time.
+"""Traced graphs that are kept: a module that is traced again gives the graph of the first time.
 
 Tracing is most of an export, and many tests export one model by recipes that differ in what comes after: steps, clocks,
 passes, quantization, verification. Whoever asks for it by the fixture `traced_once` gets a graph of torch.onnx.export
-that a test of this run made of an equal module; all else of the export runs as ever. Tests of tracing do not ask.
+that was made of an equal module; all else of the export runs as ever. Tests of tracing do not ask.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 """Every file of a bundle against the manifest, and the manifest against every file."""
 
 import os
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 from edgediff_runtime import Bundle, Manifest
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, inside, is_leftover, sha256_of
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.manifest import File
+from edgediff_runtime.manifest import Component, File
 
 # A verification that was killed leaves its scratch file; the next one writes over it.
 PARITY_SCRATCH = "evidence/.parity.json.new"
@@ -43,6 +44,12 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
     return sorted(found)
 
 
+def list_files(folder: Path) -> dict[str, File]:
+    """Sizes and hashes of all files of a folder, by their paths in it, sorted."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): File(file.stat().st_size, sha256_of(file)) for file in found}
+
+
 def _leads_out(folder: Path, name: str) -> bool:
     try:
         inside(folder, name)
@@ -51,7 +58,14 @@ def _leads_out(folder: Path, name: str) -> bool:
     return False
 
 
-def list_files(folder: Path) -> dict[str, File]:
-    """Sizes and hashes of all files of a folder, by their paths in it, sorted."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): File(file.stat().st_size, sha256_of(file)) for file in found}
+def component_files(component: Component, files: Iterable[str]) -> tuple[str, ...]:
+    """The files that a component consists of: its graphs, their weights, packages' contents and config.json.
+
+    Args:
+        component: Its entry in the manifest.
+        files: Paths in the bundle.
+    """
+    graphs = [graph for graph in (*component.graphs, component.model) if graph is not None]
+    named = {name for graph in graphs for name in (graph.file, graph.external_data) if name is not None}
+    named |= {str(PurePosixPath(name).with_name("config.json")) for name in named}
+    return tuple(sorted(file for file in files if file in named or any(file.startswith(f"{name}/") for name in named)))

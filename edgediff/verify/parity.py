@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edgediff.bundle.feed import count_rows, groups, guided, run_rows, run_step
+from edgediff.bundle.feed import count_rows, groups, guided, run_rows, run_step, undivided_step
 from edgediff.bundle.files import PARITY_SCRATCH, check_files
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import (
@@ -41,7 +41,7 @@ from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import Target, share_rows
+from edgediff_runtime.manifest import TIMESTEP, Target, share_rows
 from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def verify_bundle(
     for entry in wanted:
         form = TARGETS[entry.target]
         for backend in form.backends:
-            target = msgspec.structs.replace(entry, floors=form.floors_on(backend, entry.floors))
+            target = entry.with_unet(floors=form.floors_on(backend, entry.unet.floors))
             say(f"{backend}: loading")
             try:
                 session = open_session(bundle, backend)
@@ -102,8 +102,10 @@ def verify_bundle(
                     *_trajectory_rows(target, source, session, backend),
                 ]
                 del session
+                if backend == form.backends[0]:
+                    found += _undivided_rows(bundle, target, reference, backend, say)
             rows += [msgspec.structs.replace(row, target=target.target) for row in found]
-    report = ParityReport(tuple(rows), manifest.verified, tuple(t.target for t in wanted), tuple(findings))
+    report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
     if record and len(wanted) == len(all_targets):
         _write(bundle, report)
     return report
@@ -129,14 +131,14 @@ class _Source:
 
 
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
-    """Each graph alone, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
-    floors = target.floors
-    if share_rows(target.graphs):
-        # Graphs that repeat what rows have in common are checked on such rows, also where the reference has none.
+    """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
+    floors = target.unet.floors
+    if share_rows(target.unet.graphs):
+        # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
-    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.graphs}
+    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
     unrounded = TARGETS[target.target].unrounded(backend, session)
     if floors.program is not None and unrounded is not None:
@@ -150,13 +152,34 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
     return rows + _composed_rows(target, reference, session, backend, alone)
 
 
+def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
+    """The undivided step that other tools open, against torch in the recorded full steps."""
+    whole, model = undivided_step(bundle, target.target), target.unet.model
+    if whole is None or model is None:
+        return []
+    say(f"{backend}: the undivided step")
+    steps = [step for step in reference.steps if step.full]
+    whole_times = any(tensor.name == TIMESTEP and "int" in tensor.dtype for tensor in model.inputs)
+    kept = [step for step in steps if not whole_times or float(step.tensors[TIMESTEP][0]).is_integer()]
+    floor = target.unet.floors.graph
+    if not kept:
+        return [not_run("graph", model.name, backend, floor, "it takes whole timesteps, the sampler gives fractions")]
+    session = open_session(whole, backend)
+    numbers = [
+        (psnr_db(step.tensors[name], value), name)
+        for step in kept
+        for name, value in run_rows(session, (model,), step_inputs(step, model), ("out_sample",)).items()
+    ]
+    return [judged("graph", model.name, backend, numbers, floor)]
+
+
 def _run_alone(target: Target, reference: Reference, session: Session) -> Outputs:
     """Every graph on its recorded inputs, in each recorded step in which it runs."""
     return {
         (step.index, graph.name): run_rows(
             session, (graph,), step_inputs(step, graph), [tensor.name for tensor in graph.outputs]
         )
-        for graph in target.graphs
+        for graph in target.unet.graphs
         for step in reference.steps
         if graph.file is not None and graph.runs(step.full)
     }
@@ -166,7 +189,7 @@ def _graph_rows(
     check: Check, target: Target, backend: str, made: Outputs, want: Outputs, floor: float, note: str = ""
 ) -> list[Row]:
     rows = []
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         numbers = [
             (psnr_db(want[key][name], value), name)
             for key, outputs in made.items()
@@ -183,7 +206,7 @@ def _graph_rows(
 def _composed_rows(target: Target, reference: Reference, session: Session, backend: str, alone: Outputs) -> list[Row]:
     composed: dict[bool, list[tuple[float, str]]] = {}
     for step in reference.steps:
-        graphs = tuple(graph for graph in target.graphs if graph.file is not None and graph.runs(step.full))
+        graphs = tuple(graph for graph in target.unet.graphs if graph.file is not None and graph.runs(step.full))
         if len(graphs) == 1:
             made = alone[step.index, graphs[0].name]
         else:
@@ -191,18 +214,18 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
         numbers = [(psnr_db(step.tensors[name], value), name) for name, value in made.items()]
         composed.setdefault(step.full, []).extend(numbers)
     return [
-        judged("composed", "full" if full else "cached", backend, composed[full], target.floors.composed)
+        judged("composed", "full" if full else "cached", backend, composed[full], target.unet.floors.composed)
         for full in sorted(composed, reverse=True)
     ]
 
 
 def _findings(target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
     """What fp16 may damage, on the first recorded step in which each graph runs."""
-    if target.dtype != "fp16":
+    if target.unet.dtype != "fp16":
         return []
     say(f"{target.target}: headroom")
     found: list[Finding] = []
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         steps = [step for step in reference.steps if graph.runs(step.full)]
         if graph.file is not None and steps:
             inputs = step_inputs(steps[0], graph)
@@ -212,9 +235,9 @@ def _findings(target: Target, reference: Reference, session: Session, say: Progr
 
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
-    floors, manifest = target.floors, source.manifest
+    floors, manifest = target.unet.floors, source.manifest
     checks: tuple[tuple[Check, float | None], ...] = (("trajectory", floors.trajectory), ("caching", floors.caching))
-    if manifest.verified == "graphs" and source.model is None:
+    if manifest.evidence.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
         return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
     want, note = source.latents
@@ -242,9 +265,9 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
 
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
-    """The rows that a backend would have measured."""
-    floors = target.floors
-    names = [graph.name for graph in target.graphs if graph.file is not None]
+    """A row for everything that a backend would have measured."""
+    floors = target.unet.floors
+    names = [graph.name for graph in target.unet.graphs if graph.file is not None]
     rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
     if backend == TARGETS[target.target].backends[0] and floors.program is not None:
         rows += [not_run("program", name, backend, floors.program, note) for name in names]

@@ -77,7 +77,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
                 raise
             return None, "the source is not at hand"
         if source.random_weights is not None:
-            loaded = random_weights(loaded, source.random_weights)
+            loaded = random_weights(loaded, int(source.random_weights))
     if loaded.sha256 != source.sha256:
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")

@@ -136,7 +136,8 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def _names(manifest: Manifest) -> list[str]:
-    graphs = [graph for target in manifest.targets for graph in target.graphs]
+    components = [component for target in manifest.targets for component in target.components.values()]
+    graphs = [graph for each in components for graph in (*each.graphs, each.model) if graph is not None]
     named = [name for graph in graphs for name in (graph.file, graph.external_data) if name is not None]
     return [*manifest.files, *named]
 

@@ -56,8 +56,8 @@ class CoreMLSession:
                 raise RequestError(
                     "backend 'coreml' needs coremltools, which is not installed; pip install coremltools"
                 ) from e
-        self.graphs = target.graphs
-        self.batch = target.batch
+        self.graphs = target.unet.graphs
+        self.batch = target.unet.batch
         self._models: dict[str, Any] = {}
         checked: set[str] = set()
         for graph in self.graphs:

@@ -5,12 +5,33 @@ import io
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.pipeline import Result
 from edgediff_runtime.sessions import Array
+
+if TYPE_CHECKING:
+    from edgediff_runtime.pipeline import Result
+
+SUFFIXES = (".png", ".npy")
+
+
+def to_uint8(pixels: Array) -> Array:
+    """Turns what a model or a decoder gives into images; halves are rounded to the even neighbour.
+
+    Args:
+        pixels: float32 [N, C, H, W]; what lies outside of [-1, 1] is clipped.
+
+    Returns:
+        uint8 [N, H, W, C].
+
+    >>> to_uint8(np.array([-2, -1, 0, 1], dtype=np.float32).reshape(1, 1, 2, 2)).ravel().tolist()
+    [0, 0, 128, 255]
+    """
+    scaled = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+    return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def grid(images: Array) -> Array:
@@ -47,9 +68,6 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
     Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
 
 
-SUFFIXES = (".png", ".npy")
-
-
 def check_output(path: Path, scale: int, space: str) -> None:
     """Refuses an output that could not be written, before graphs are opened.
 
@@ -78,7 +96,7 @@ def check_output(path: Path, scale: int, space: str) -> None:
         raise RequestError("the bundle's model works on latents and has no decoder; write them with -o out.npy")
 
 
-def write_output(result: Result, path: Path, scale: int) -> None:
+def write_output(result: "Result", path: Path, scale: int) -> None:
     """Writes a generation: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
 
     Each pixel of a PNG becomes a square of `scale`.

@@ -66,7 +66,7 @@ class OpenVinoSession:
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
-        self.graphs = bundle.manifest.target("openvino", "onnx").graphs
+        self.graphs = bundle.manifest.target("openvino", "onnx").unet.graphs
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
         self._compiled: OrderedDict[_Key, Any] = OrderedDict()
@@ -107,7 +107,10 @@ class OpenVinoSession:
     def _read(self, bundle: Bundle, graph: Graph) -> Any:
         """Reads a graph and checks it against the manifest."""
         try:
-            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)))
+            # Models in IR are over one file of weights; ONNX graphs name theirs themselves.
+            is_ir = str(graph.file).endswith(".xml")
+            weights = [os.fspath(bundle.path / str(graph.external_data))] if is_ir else []
+            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)), *weights)
         except RuntimeError as e:
             if graph.external_data is not None and (bundle.path / graph.external_data).is_symlink():
                 said = f"{graph.external_data} is a link, which OpenVINO does not follow"

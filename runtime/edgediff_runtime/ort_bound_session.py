@@ -56,11 +56,11 @@ class OrtBoundSession:
             raise RequestError(f"no device {device!r}; choices: {', '.join(PROVIDERS)}")
         log = _find_cuda() if device == "cuda" else ""
         target = bundle.manifest.target("onnx")
-        self.graphs = target.graphs
+        self.graphs = target.unet.graphs
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
-        options = session_options(target.settings, threads)
+        options = session_options(target.unet.dtype == "int8", threads)
         with bundle.hold(self.graphs):
             for graph in self.graphs:
                 loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])

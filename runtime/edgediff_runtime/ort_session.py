@@ -56,12 +56,12 @@ class OrtSession:
         import onnxruntime as ort
 
         target = bundle.manifest.target("onnx")
-        self.graphs = target.graphs
+        self.graphs = target.unet.graphs
         self.threads = _cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        self._bundle, self._settings = bundle, target.settings
+        self._bundle, self._int8 = bundle, target.unet.dtype == "int8"
         # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
         shares = any(graph.shares_rows for graph in self.graphs)
         self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES
@@ -71,10 +71,12 @@ class OrtSession:
 
     def _load(self, threads: int | None) -> dict[str, Any]:
         with self._bundle.hold(self.graphs):
-            return load_graphs(self._bundle, self.graphs, session_options(self._settings, threads))
+            return load_graphs(self._bundle, self.graphs, session_options(self._int8, threads))
 
     def put(self, array: Array) -> Any:
         """Wraps a C-contiguous array, rows first, without a copy: one OrtValue, or one for each thread's rows."""
+        if not array.ndim:
+            return self._from_numpy(array)
         each, left = divmod(len(array), self.threads)
         if left or not each or not self._may_divide:
             return self._from_numpy(array)

@@ -16,6 +16,7 @@ import numpy as np
 from edgediff_runtime.bundle import Bundle, open_bundle
 from edgediff_runtime.clock import ClockSpec, clock_mask
 from edgediff_runtime.errors import OperatingPointWarning, RequestError
+from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
@@ -62,8 +63,7 @@ class Result:
         """
         if self.space != "pixel":
             raise RequestError("the bundle's model works on latents and has no decoder; take result.latents instead")
-        pixels = np.clip(self.latents * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
-        return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
+        return to_uint8(self.latents)
 
     @property
     def mask(self) -> tuple[int, ...]:

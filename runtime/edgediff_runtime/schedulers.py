@@ -75,7 +75,13 @@ class Scheduler(ABC):
 
     @abstractmethod
     def step(
-        self, i: int, x_t: Array, model_output: Array, state: State = None, noise: Array | None = None
+        self,
+        i: int,
+        x_t: Array,
+        model_output: Array,
+        state: State = None,
+        noise: Array | None = None,
+        first: bool = False,
     ) -> tuple[Array, State]:
         """Take step i.
 
@@ -83,8 +89,10 @@ class Scheduler(ABC):
             i: Step, 0 to N - 1.
             x_t: float32 [B, C, H, W], the latent before the step; left as it is.
             model_output: float32 [B, C, H, W], what the UNet returned for it; left as it is, and not kept.
-            state: None at step 0, else what step i - 1 returned.
+            state: None at the first step, else what step i - 1 returned.
             noise: float32 [B, C, H, W], standard normal, where ``needs_noise``; not read otherwise.
+            first: Whether it is the first step that is run, wherever that is: a multistep sampler is of first order
+                there.
 
         Returns:
             The latent after the step, a new array of the same shape, and the state for step i + 1.
@@ -114,7 +122,13 @@ class DDIMScheduler(Scheduler):
     clip: np.float32 | None
 
     def step(
-        self, i: int, x_t: Array, model_output: Array, state: State = None, noise: Array | None = None
+        self,
+        i: int,
+        x_t: Array,
+        model_output: Array,
+        state: State = None,
+        noise: Array | None = None,
+        first: bool = False,
     ) -> tuple[Array, State]:
         """Take step i; see ``Scheduler.step``."""
         x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._row(i, x_t, model_output)
@@ -144,7 +158,13 @@ class DPMScheduler(Scheduler):
     """
 
     def step(
-        self, i: int, x_t: Array, model_output: Array, state: State = None, noise: Array | None = None
+        self,
+        i: int,
+        x_t: Array,
+        model_output: Array,
+        state: State = None,
+        noise: Array | None = None,
+        first: bool = False,
     ) -> tuple[Array, State]:
         """Take step i; see ``Scheduler.step``."""
         x0_x, x0_out, of_x, of_x0, of_before = self._row(i, x_t, model_output)
@@ -157,6 +177,8 @@ class DPMScheduler(Scheduler):
         x_prev = x_t * of_x
         x_prev += x_0 * of_x0
         if of_before:
+            if first:
+                state = x_0
             if state is None or state.shape != x_t.shape:
                 given = "none" if state is None else f"one of shape {list(state.shape)}"
                 raise RequestError(f"scheduler state, {given}: step {i} expected the state of step {i - 1}")
@@ -176,7 +198,13 @@ class EulerScheduler(Scheduler):
         return x_t * self._row(i, x_t, x_t)[0]
 
     def step(
-        self, i: int, x_t: Array, model_output: Array, state: State = None, noise: Array | None = None
+        self,
+        i: int,
+        x_t: Array,
+        model_output: Array,
+        state: State = None,
+        noise: Array | None = None,
+        first: bool = False,
     ) -> tuple[Array, State]:
         """Take step i; see ``Scheduler.step``."""
         _, of_x, of_out = self._row(i, x_t, model_output)

@@ -8,18 +8,28 @@ Constraints that shaped this file:
   needs and no more, so the files are the same wherever they are made, and small enough to read.
 """
 
+import contextlib
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import loop_cases
+import manifest_cases
 import msgspec
 import numpy as np
 import torch
 
+import edgediff
+from edgediff.export.draft import draft_manifest
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
+from edgediff_runtime import EdgePipeline
+from edgediff_runtime.image import to_uint8
+from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.noise import noise, philox
 
 SHAPE = (1, 2, 4, 4)
@@ -35,6 +45,8 @@ SD15 = {
     "clip_sample": False,
     "set_alpha_to_one": False,
 }
+# As a model directory has it: DDPM knows no clipping after the last step.
+SD15_SAVED = {key: value for key, value in SD15.items() if key != "set_alpha_to_one"}
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading", "clip_sample": False}
 V = {"prediction_type": "v_prediction"}
 SAMPLE = {"prediction_type": "sample"}
@@ -180,17 +192,73 @@ def noise_vectors() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> None:
-    """Write every golden file below a folder.
+def pixels() -> dict[str, Any]:
+    """Pixels in -1..1 and the bytes that they become: clipped, and rounded half to even in float32."""
+    ends = [-2.0, -1.0, 1.0, 1.5]
+    halves = [(byte + 0.5) / 255 * 2 - 1 for byte in (0, 1, 2, 3, 126, 127, 128, 253, 254)]
+    values = np.array([*ends, *halves, 0.0, -0.0, 1e-8, 0.0039, -0.0039, 0.999, -0.999], dtype=np.float32)
+    return {"values": values, "bytes": to_uint8(values.reshape(1, 1, 1, -1)).reshape(-1).tolist()}
 
-    Args:
-        folder: Where ``noise.json`` and ``schedulers/`` go.
-    """
-    traces = folder / "schedulers"
-    traces.mkdir(parents=True, exist_ok=True)
+
+def write(folder: Path) -> None:
+    """Writes every golden file but the bundle below a folder."""
+    for name in ("schedulers", "loop", "manifests"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "noise.json").write_text(_dump(noise_vectors()))
+    (folder / "uint8.json").write_text(_dump(pixels()))
     for name, case in CASES.items():
-        (traces / f"{name}.json").write_text(_dump(trace(case)))
+        (folder / "schedulers" / f"{name}.json").write_text(_dump(trace(case)))
+    for name, case in loop_cases.CASES.items():
+        (folder / "loop" / f"{name}.json").write_text(_dump(loop_cases.document(case)))
+    keys = ("manifest", "at", "value", "why")
+    bad = [dict(zip(keys, case, strict=True)) for case in manifest_cases.BAD]
+    (folder / "manifests" / "bad.json").write_text(_dump({"bad": bad}))
+
+
+def write_bundle(folder: Path) -> None:
+    """Exports a tiny class-conditional UNet with random weights to ``bundle/``, and its pictures to ``bundle.json``.
+
+    Not part of `write`: other versions of the exporter write other bytes of the same graphs.
+    """
+    request = {"num_images": 2, "label": ["round", "square"], "seed": 5, "guidance_scale": 2.0}
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=3,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        unet.save_pretrained("tiny/unet")
+        diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained("tiny/scheduler")
+        Path("tiny/classes.json").write_text(json.dumps(["round", "square"]))
+        edgediff.export_bundle(edgediff.load_model("tiny"), "bundle", edgediff.ExportConfig(steps=4))
+        Path("bundle/evidence/parity.json").unlink()
+        result = EdgePipeline.from_pretrained("bundle")(**request)
+        shutil.rmtree(folder / "bundle", ignore_errors=True)
+        shutil.move("bundle", folder / "bundle")
+        _write_text_manifest(folder / "manifests" / "text.json")
+    # A reader leaves out a target in a format that it does not know.
+    manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
+    manifest["targets"].append({"target": "tensorflow-9", "components": {"unet": {"flavour": 7}}})
+    (folder / "manifests" / "class.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    made = {"request": request, "mask": list(result.mask), "images": result.images}
+    (folder / "bundle.json").write_text(_dump(made))
+
+
+def _write_text_manifest(path: Path) -> None:
+    """The manifest of a tiny text-conditional model in Core ML, fp16, as its export would draft it."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, attention_head_dim=2,
+        in_channels=9, cross_attention_dim=6, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    unet.save_pretrained("text/unet")
+    diffusers.DDPMScheduler(**SD15_SAVED).save_pretrained("text/scheduler")
+    model = edgediff.load_model("text")
+    config = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair", seed=2**53 + 1)
+    draft = draft_manifest(model, edgediff.split(model.unet), config, "synthetic")
+    targets = (msgspec.structs.replace(draft.targets[0], specification_version=9),)
+    path.write_bytes(render_manifest(msgspec.structs.replace(draft, targets=targets)))
 
 
 def _sigma_max(scheduler: Any) -> float:
@@ -226,8 +294,11 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value.reshape(-1)]
     if isinstance(value, np.float32):
         return float(str(value))
+    if isinstance(value, np.integer):
+        return int(value)
     return value
 
 
 if __name__ == "__main__":
     write(Path(__file__).parent)
+    write_bundle(Path(__file__).parent)
