@@ -12,6 +12,7 @@ from unets import CASES, unet2d, unet2d_condition
 
 import edgediff
 from edgediff import Cut, split
+from edgediff.config.floors import VerifyConfig
 from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.adaptors import (
     ADAPTORS,
@@ -322,6 +323,23 @@ def test_a_learned_adaptor_in_both_targets(
     }
     shutil.rmtree(path)
     assert edgediff.verify_bundle(bundle, record=False).ok
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_bundle_without_latents_whose_adaptor_is_lost_says_what_was_not_run(
+    command: Command, class_model: Path, place: Path
+) -> None:
+    path, bundle = trained(load_model(class_model), place / "mine"), place / "bundle"
+    config = edgediff.ExportConfig(steps=4, adaptor=str(path), verify=VerifyConfig(mode="graphs"))
+    edgediff.export_bundle(load_model(class_model), bundle, config)
+    path.rename(place / "moved")
+    said = command("verify", bundle, "--model", class_model, "--json")
+    assert (said.code, said.errors) == (0, [])
+    rows = {row["check"]: row for row in json.loads(said.out)["rows"]}
+    for check in ("trajectory", "caching"):
+        assert rows[check]["status"] == "not_run"
+        assert rows[check]["note"] == "no latents to compare with: the adaptor is not at hand"
+    assert rows["graph"]["ok"]
 
 
 def test_bad_adaptors_on_the_command_line(command: Command, class_model: Path, text_model: Path, place: Path) -> None:

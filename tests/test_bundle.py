@@ -149,6 +149,13 @@ def test_a_bundle_in_a_hugging_face_cache_is_valid(bundle: Path, tmp_path: Path)
     assert EdgePipeline.from_pretrained(snapshot)(num_inference_steps=1).mask == (1,)
 
 
+def test_a_package_of_links_says_how_to_download_it(coreml_bundle: Path, tmp_path: Path) -> None:
+    snapshot = _in_cache(coreml_bundle, tmp_path / "hub")
+    check_files(open_bundle(snapshot))
+    with pytest.raises(BundleError, match=r"is a link, which a package cannot hold; download .* with --local-dir"):
+        open_session(open_bundle(snapshot), "mil-reference")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_link_out_of_the_cache_or_to_another_blob_is_refused(bundle: Path, tmp_path: Path, name: str) -> None:
     snapshot = _in_cache(bundle, tmp_path / "hub")

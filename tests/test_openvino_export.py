@@ -29,7 +29,7 @@ from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.openvino import OpenVinoConfig
 from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.__main__ import main
-from edgediff_runtime.openvino_session import OpenVinoSession
+from edgediff_runtime.openvino_session import KEPT, OpenVinoSession
 
 pytest.importorskip("openvino")
 
@@ -298,3 +298,15 @@ def test_what_openvino_itself_lacks_is_not_hidden(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="numpy"):
         import_extra("openvino", "a test", "openvino")
+
+
+def test_graphs_stay_compiled_for_a_few_numbers_of_rows_only(ir_bundle: Path) -> None:
+    session = OpenVinoSession(open_bundle(ir_bundle), threads=1)
+    pipe = EdgePipeline(open_bundle(ir_bundle).manifest, session)
+    first = pipe(num_images=1, num_inference_steps=2, seed=1).latents
+    for num_images in range(1, 9):
+        pipe(num_images=num_images, num_inference_steps=2)
+        assert len(session._compiled) <= KEPT * len(session.graphs)
+        assert len(session._requests.known) <= KEPT * len(session.graphs)
+    assert len(session._compiled) == KEPT * len(session.graphs)
+    assert np.array_equal(pipe(num_images=1, num_inference_steps=2, seed=1).latents, first)

@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 PARITY = "evidence/parity.json"
 AGAIN = "download or copy the bundle again"
+LOCAL_DIR = "download the bundle with --local-dir, which makes no links"
 # What Finder, Windows, zip and the Hugging Face Hub leave in a folder; nothing reads it.
 LEFTOVERS = {".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX", ".gitattributes", ".cache"}
 
@@ -46,11 +47,12 @@ class Bundle:
         """Checks every file in a folder, for readers that open more than they are told; the paths in the bundle.
 
         Raises:
-            BundleError: As in `file`.
+            BundleError: As in `file`, or one is a link, which readers of packages refuse.
         """
         found = self._files_in(name)
         for file in sorted(found):
-            self.file(file)
+            if self.file(file).is_symlink():
+                raise BundleError(f"{file} is a link, which a package cannot hold; {LOCAL_DIR}")
         return found
 
     @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgediff_runtime.bundle import Bundle
+from edgediff_runtime.bundle import LOCAL_DIR, Bundle
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Graph
 
@@ -112,6 +112,9 @@ class OpenVinoSession:
             weights = [os.fspath(bundle.path / str(graph.external_data))] if is_ir else []
             model = self._core.read_model(os.fspath(bundle.path / str(graph.file)), *weights)
         except RuntimeError as e:
+            if graph.external_data is not None and (bundle.path / graph.external_data).is_symlink():
+                said = f"{graph.external_data} is a link, which OpenVINO does not follow"
+                raise BundleError(f"{said}; {LOCAL_DIR}, or take backend 'onnxruntime'") from e
             said = " ".join(str(e).split())[:400]
             raise BundleError(
                 f"{graph.file} cannot be read by OpenVINO: {said}; update openvino or export again"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from edgediff.errors import UnsupportedError
-from edgediff.mil.coremltools_quiet import import_coremltools, quiet
+from edgediff.mil.coremltools_quiet import import_coremltools, quiet, without_validation
 from edgediff.mil.package import read_package
 from edgediff.models.part import Part
 from edgediff.targets.coreml import CoreMLConfig
@@ -169,7 +169,7 @@ def _join(ct: Any, functions: Mapping[str, Path], path: Path) -> None:
 def _faults(what: str, folder: Path) -> Iterator[None]:
     """Runs a converter quietly; what it raises becomes an error of ours, a full disk a full disk."""
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), without_validation(), torch.no_grad():
             yield
     except BaseException as e:  # neither torch.export's nor the converter's errors share a base class
         # coremltools copies in C++, where a full disk is a RuntimeError like any other, and whole folders, which gives
