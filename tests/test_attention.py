@@ -129,6 +129,7 @@ def test_an_exported_graph_decomposes_attention_only_in_earlier_operator_sets(
         assert "q_num_heads" in {each.name for each in node.attribute}
 
 
+@pytest.mark.long
 def test_the_operator_that_goes_block_by_block_goes_through_an_export(class_model: Path, export_once: Export) -> None:
     few = {"edgediff.targets.onnx.attention.MANY_KEYS": 1}
     bundle = export_once(class_model, edgediff.ExportConfig(steps=2), few)

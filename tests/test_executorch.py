@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from absent import hide
-from artefacts import made_once, store
+from artefacts import saved_once
 from command_line import Command, assert_error
 from conftest import SMALL_CLASS, Export, save_class_model
 from safetensors.numpy import load_file
@@ -34,7 +34,7 @@ PROGRAM = "executorch/unet.pte"
 def program_model() -> Path:
     """A class model without attention: each operation more is another that lowering goes over in every pass."""
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    return made_once(store() / "program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
+    return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
 
 
 @pytest.fixture(scope="module")

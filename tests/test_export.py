@@ -118,6 +118,7 @@ def test_a_bundle_with_other_files_in_it_is_never_replaced(
     assert (there / "onnx" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +152,8 @@ def test_other_cuts_samplers_and_clocks(
     assert open_bundle(tmp_path / "bundle").manifest.conditioning.source == "synthetic"
 
 
-def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
+@pytest.fixture
+def sdxl(tmp_path: Path) -> edgediff.Model:
     unet = unet2d_condition(
         **SMALL,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -160,32 +162,55 @@ def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=34,
     )
-    model = edgediff.load_model(save_model(unet, tmp_path / "sdxl"))
-    assert model.conditioning.tensors["text_embeds"].shape == (10,)
+    return edgediff.load_model(save_model(unet, tmp_path / "sdxl"))
+
+
+EMBEDDINGS = {"encoder_hidden_states": (1, 77, 12), "text_embeds": (1, 10), "time_ids": (1, 6)}
+
+
+@pytest.mark.long
+def test_sdxl_conditioning_and_a_file_of_embeddings(sdxl: edgediff.Model, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {"encoder_hidden_states": (1, 77, 12), "text_embeds": (1, 10), "time_ids": (1, 6)}
-    given = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in arrays.items()}
-    given |= {f"negative_{n}": rng.standard_normal(arrays[n]).astype(np.float32) for n in list(arrays)[:2]}
+    given = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in EMBEDDINGS.items()}
+    given |= {f"negative_{n}": rng.standard_normal(EMBEDDINGS[n]).astype(np.float32) for n in list(EMBEDDINGS)[:2]}
     np.savez(tmp_path / "prompt.npz", **given)
     config = edgediff.ExportConfig(steps=2, layout="split", conditioning=str(tmp_path / "prompt.npz"))
-    edgediff.export_bundle(model, tmp_path / "bundle", config)
+    edgediff.export_bundle(sdxl, tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.conditioning.source == "file"
     graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].graphs}
     assert graphs["highres_in"] == ["sample", "timestep", "text_embeds", "time_ids"]
     assert "encoder_hidden_states" in graphs["lowres"]
-    np.savez(tmp_path / "short.npz", encoder_hidden_states=given["encoder_hidden_states"])
+
+
+def test_a_file_that_lacks_embeddings_is_refused(sdxl: edgediff.Model, tmp_path: Path) -> None:
+    assert sdxl.conditioning.tensors["text_embeds"].shape == (10,)
+    short = tmp_path / "short.npz"
+    np.savez(short, encoder_hidden_states=np.zeros(EMBEDDINGS["encoder_hidden_states"], np.float32))
     with pytest.raises(ConfigError, match="lacks text_embeds, time_ids"):
-        edgediff.export_bundle(model, tmp_path / "b2", edgediff.ExportConfig(conditioning=str(tmp_path / "short.npz")))
+        edgediff.export_bundle(sdxl, tmp_path / "b2", edgediff.ExportConfig(conditioning=str(short)))
 
 
-def test_a_geometry_needs_random_weights_and_a_model_refuses_them(class_model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def geometry(class_model: Path) -> edgediff.Model:
+    """The class model without its weights."""
     model = edgediff.load_model(class_model)
-    geometry = dataclasses.replace(model, unet=type(model.unet)(**_plain(model.unet.config)).to("meta"))
+    return dataclasses.replace(model, unet=type(model.unet)(**_plain(model.unet.config)).to("meta"))
+
+
+def test_a_geometry_needs_random_weights_and_a_model_refuses_them(
+    geometry: edgediff.Model, class_model: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="--random-weights SEED"):
         edgediff.export_bundle(geometry, tmp_path / "b")
     with pytest.raises(ConfigError, match="has weights of its own"):
-        edgediff.export_bundle(model, tmp_path / "b", edgediff.ExportConfig(random_weights=0))
+        edgediff.export_bundle(
+            edgediff.load_model(class_model), tmp_path / "b", edgediff.ExportConfig(random_weights=0)
+        )
+
+
+@pytest.mark.long
+def test_a_bundle_of_random_weights_says_so(geometry: edgediff.Model, tmp_path: Path) -> None:
     config = edgediff.ExportConfig(random_weights=3, steps=2, verify=VerifyConfig(mode="graphs"))
     done = edgediff.export_bundle(geometry, tmp_path / "b", config)
     assert done.report is not None

@@ -129,6 +129,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_disk_that_is_really_full(
     command: Command, class_model: Path, class_bundle: Path, disk: Callable[[int], Path]
 ) -> None:

@@ -191,6 +191,7 @@ def test_weights_outside_are_neither_opened_nor_stored_again(tmp_path: Path) -> 
     np.testing.assert_allclose(session.run(None, {"x": x})[0], want, atol=3e-6 * np.abs(want).max())
 
 
+@pytest.mark.long
 def test_both_go_through_an_export_and_neither_into_portable_graphs(class_model: Path, export_once: Export) -> None:
     small = {"edgediff.targets.onnx.winograd.CHANNELS": 8, "edgediff.targets.onnx.winograd.ROWS": 4}
     found, bundles = {}, {}

@@ -182,6 +182,7 @@ def test_what_holds_little_stays() -> None:
     assert slice_feed_forwards(model).SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.long
 def test_they_go_through_an_export(text_model: Path, export_once: Export) -> None:
     sliced = {"edgediff.targets.onnx.feed_forward.SLICE_BYTES": 1024}
     bundle = export_once(text_model, edgediff.ExportConfig(steps=4, layout="pair"), sliced)
