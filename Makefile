@@ -36,21 +36,17 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/python benchmarks/students.py
 	$(BIN)/python benchmarks/against.py
 	$(BIN)/python benchmarks/against.py sd15 --random-weights 0 --rounds 3 --optimum $(OPTIMUM)/bin/python
-	$(BIN)/python benchmarks/cost.py out
-	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/python benchmarks/cost.py
 	$(BIN)/edgediff export grocery-32 -o out/bench/grocery-32
-	$(BIN)/python benchmarks/settings.py out/bench/grocery-32
-	$(BIN)/python benchmarks/floor.py out/bench/grocery-32
+	$(BIN)/edgediff export grocery-32 --layout split -o out/bench/grocery-32-split
+	$(BIN)/edgediff export grocery-32-student -o out/bench/grocery-32-student
+	$(BIN)/edgediff bench out/bench/grocery-32 out/bench/grocery-32-student
+	$(BIN)/edgediff bench out/bench/grocery-32 out/bench/grocery-32-split --backend onnxruntime
 	$(BIN)/edgediff export sd15 --random-weights 0 --adaptor identity --verify graphs -o out/bench/sd15
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6 --guidance-scale 1
-	$(BIN)/python benchmarks/floor.py out/bench/sd15
-	$(BIN)/python benchmarks/floor.py out/bench/sd15 --guided
-	$(BIN)/python benchmarks/cores.py out/bench/sd15
-	$(BIN)/python benchmarks/cores.py out/bench/sd15 --guided
-	$(BIN)/python benchmarks/cost.py --bundle out/bench/sd15
-	$(BIN)/python benchmarks/coreml_images.py
-	$(BIN)/python benchmarks/coreml_size.py
+	$(BIN)/python benchmarks/cost.py --bundle out/bench/sd15 --steps 2 4 8 --images 1 2 4 --rounds 5
+	$(BIN)/python benchmarks/coreml.py
 	$(BIN)/python benchmarks/export_sd15.py
 
 $(READY): pyproject.toml constraints.txt

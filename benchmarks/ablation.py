@@ -14,8 +14,8 @@ import numpy as np
 from measure import machine
 
 from edgediff.evaluate.distance import evaluate_distance
+from edgediff.train.settings import StudentTraining, load_training, training_from
 from edgediff.train.student import train_student
-from edgediff.train.unet_settings import StudentTraining, load_training, training_from
 
 RECIPE = "grocery-32-student"
 STEPS = 20

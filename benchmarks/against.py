@@ -1,18 +1,15 @@
 """What would a user take instead? One image with guidance, the same weights and seed, in one run and in turns.
 
-diffusers alone, diffusers with DeepCache at the matching branch, a bundle of ours in ONNX Runtime at clock 1 and at
-clock 2, and in eight bits in ONNX Runtime and, attention over many keys too, in OpenVINO; of a text-conditioned model
-optimum-onnx's pipeline too, in an environment of its own. ``make bench`` brings all of them.
+diffusers alone and with DeepCache at the matching branch; a bundle in ONNX Runtime at clock 2 and clock 1, in int8
+there, and in int8, attention over many keys too, in OpenVINO; of a text-conditioned model optimum-onnx's pipeline too,
+in an environment of its own (optimum-requirements.txt). ``make bench`` brings all of them.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -21,155 +18,154 @@ import msgspec
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from measure import machine, spread
-from optimum_onnx import OptimumOnnx
+from measure import exported, in_turns, machine, ratios, spread
 
 import edgediff
+from edgediff.bench.contenders import time_bundle
+from edgediff.bench.turns import Call, Runner, Said
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
-from edgediff.config.floors import VerifyConfig
 from edgediff.models.load import Model, random_weights
 from edgediff.targets.onnx import OnnxConfig
-from edgediff_runtime import EdgePipeline, open_bundle
+from edgediff_runtime import EdgePipeline
 from edgediff_runtime.loop import initial_latents
 
 STEPS, GUIDANCE, SEED = 8, 2.0, 0
 # DeepCache's branch 2 runs the layers of the highest resolution, as the default cut does; it leaves the resampling out.
 INTERVAL, BRANCH = 2, 2
-# Clock 1 of a bundle is diffusers' loop, but for the order of additions; of eight bits, but for their rounding.
-SAME_DB, QUANTIZED_DB = 70.0, 35.0
-
-Way = Callable[[], tuple[float, np.ndarray]]
+# Clock 1 of a bundle is diffusers' loop, but for the order of additions.
+SAME_DB = 70.0
 
 
 def main() -> None:
-    """Exports the model, holds the bundle to diffusers' loop, and times everything in turns."""
+    """Exports the bundles, and prints each loop beside clock 2's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="grocery-32")
     parser.add_argument("--random-weights", type=int, help="seed, for a geometry without weights")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--fp32", action="store_true", help="leave eight bits out")
+    parser.add_argument("--fp32", action="store_true", help="leave int8 out")
     parser.add_argument("--optimum", type=Path, help="an interpreter with optimum-requirements.txt")
-    parser.add_argument("--keep", type=Path, help="where the bundles are to stay; what is there already is taken")
     given = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
-        folder = scratch if given.keep is None else given.keep
-        quantized = OnnxConfig(quantize_nbits=8, calibration_images=1)
-        written = {"fp32": OnnxConfig()}
+        folder = Path(scratch)
+        int8 = OnnxConfig(quantize_nbits=8, calibration_images=1)
+        recipes = {"onnxruntime": OnnxConfig()}
         if not given.fp32:
-            written["int8"] = quantized
-            written["int8-attention"] = msgspec.structs.replace(quantized, quantize_attention=True)
-        bundles = [Path(folder) / name for name in written]
-        for bundle, onnx in zip(bundles, written.values(), strict=True):
-            config = edgediff.ExportConfig(
-                adaptor="identity", random_weights=given.random_weights, verify=VerifyConfig(mode="graphs"), onnx=onnx
-            )
-            edgediff.export_bundle(edgediff.load_model(given.model), bundle, config)
-        model = edgediff.load_model(given.model)
-        if given.random_weights is not None:
-            model = random_weights(model, given.random_weights)
-        opened = open_bundle(bundles[0])
-        request = reference_request(opened.manifest, load_reference(opened.file(REFERENCE)).conditioning)
-        request |= {"num_images": 1, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
-        others: dict[str, Way] = {"diffusers": lambda: in_diffusers(model, request)}
-        if find_spec("DeepCache") is not None:
-            others["diffusers + DeepCache"] = with_deepcache(model, request)
-        with ExitStack() as stack:
-            if given.optimum is not None:
-                if model.conditioning.kind != "text":
-                    parser.error(f"optimum-onnx has a pipeline for text-conditioned models; {given.model} is none")
-                optimum = OptimumOnnx(given.optimum, model, request, Path(scratch) / "optimum")
-                others["optimum-onnx"] = stack.enter_context(closing(optimum))
-            compare(others, request, given.rounds, *bundles)
+            recipes["int8, onnxruntime"] = int8
+            recipes["int8, openvino"] = msgspec.structs.replace(int8, quantize_attention=True)
+        bundles = {
+            name: exported(given.model, folder / name, random_weights=given.random_weights, onnx=onnx)
+            for name, onnx in recipes.items()
+        }
+        request = made_request(bundles["onnxruntime"])
+        want = str(folder / "want.npy")
+        np.save(want, EdgePipeline.from_pretrained(bundles["onnxruntime"])(**request, clock=1).latents)
+        asked = {"num_inference_steps": STEPS, "clock": "2", "guidance_scale": GUIDANCE}
+        contenders: dict[str, Call | Runner] = {
+            "diffusers": Call.of(time_diffusers, model=given.model, seed=given.random_weights,
+                                 bundle=bundles["onnxruntime"], want=want)
+        }  # fmt: skip
+        if given.optimum is not None:
+            contenders["optimum-onnx"] = optimum(given, request, folder / "optimum", want)
+        for name, bundle in bundles.items():
+            contenders[name] = Call.of(time_bundle, bundle=bundle, backend=name.split()[-1], **asked)
+        found = in_turns(contenders, given.rounds)
+    base = found["onnxruntime"].parts["loop"]
+    print(
+        f"{STEPS} steps, {given.rounds} rounds in turns: milliseconds of the loop, median [p10, p90]; times clock 2's"
+    )
+    for name, runner in found.items():
+        for part, ms in runner.parts.items():
+            words = {"loop": name, "loop_clock1": f"{name}, clock 1", "deepcache": f"{name} + DeepCache"}.get(part)
+            if words is not None:
+                near = "" if part == "deepcache" else f"{runner.psnr_db or 0.0:.1f} dB"
+                print(f"  {words:28} {spread(ms):30} {spread(ratios(ms, base)):24} {near}")
 
 
-@torch.no_grad()
-def compare(others: dict[str, Way], request: dict[str, Any], rounds: int, bundle: Path, *quantized: Path) -> None:
-    """Runs every way once, checks it, then times them in turns; of eight bits are a bundle for each of two backends."""
+def made_request(bundle: str) -> dict[str, Any]:
+    """What is generated: a bundle's own embeddings or label."""
     pipe = EdgePipeline.from_pretrained(bundle)
-    backends = ("onnxruntime", "openvino")[: len(quantized)]
-    pipes = {
-        f"int8, {name}": EdgePipeline.from_pretrained(path, backend=name)
-        for name, path in zip(backends, quantized, strict=True)
-    }
-    ways: dict[str, Way] = {
-        **others,
-        "edgediff, clock 1": lambda: in_edgediff(pipe, request | {"clock": 1}),
-        "edgediff, clock 2": lambda: in_edgediff(pipe, request | {"clock": 2}),
-        **{name: partial(in_edgediff, each, request | {"clock": 2}) for name, each in pipes.items()},
-    }
-    made = {name: way()[1] for name, way in ways.items()}
-    for name in {"edgediff, clock 1", "optimum-onnx"} & made.keys():
-        same = psnr_db(made["diffusers"], made[name])
-        assert same > SAME_DB, f"{name} is {same:.1f} dB of diffusers' loop"
-    for name in pipes:
-        near = psnr_db(made["edgediff, clock 2"], made[name])
-        print(f"{name}: {near:.1f} dB of fp32 at clock 2")
-        # Random weights do not denoise: samples grow out of every range that was measured.
-        assert near > QUANTIZED_DB or open_bundle(bundle).manifest.source.random_weights is not None
-    samples: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            samples[name].append(way()[0])
-    ours = median(samples["edgediff, clock 2"])
-    print(f"{STEPS} steps, milliseconds of the loop (median [p10, p90], {rounds} rounds in turns)")
-    for name, taken in samples.items():
-        nearness = f"{psnr_db(made['diffusers'], made[name]):.1f} dB of diffusers"
-        print(f"  {name:22} {spread(taken):34} {median(taken) / ours:5.2f}x clock 2's   {nearness}")
+    request = reference_request(pipe.manifest, load_reference(Path(bundle) / REFERENCE).conditioning)
+    del request["clock"]
+    return request | {"num_images": 1, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": SEED}
 
 
-def in_edgediff(pipe: EdgePipeline, request: dict[str, Any]) -> tuple[float, np.ndarray]:
-    """A generation of the bundle: milliseconds of its steps, and the latents."""
-    result = pipe(**request)
-    return sum(sum(step.ms.values()) for step in result.ledger), result.latents
+def weights_of(model: str, seed: int | None) -> Model:
+    """The model that the bundles are made of."""
+    loaded = edgediff.load_model(model)
+    return loaded if seed is None else random_weights(loaded, seed)
 
 
-def in_diffusers(
-    model: Model, request: dict[str, Any], scheduler: Any = None, before: Callable[[], None] = lambda: None
-) -> tuple[float, np.ndarray]:
-    """Diffusers' own loop over its own UNet."""
-    scheduler = new_scheduler(model) if scheduler is None else scheduler
-    scheduler.set_timesteps(STEPS)
-    x = torch.from_numpy(initial_latents(SEED, 1, model.sample_shape, float(scheduler.init_noise_sigma)))
-    cond = conditioning(model, request)
-    before()
-    start = perf_counter()
-    for t in scheduler.timesteps:
-        out = model.unet(torch.cat([x, x]), t, **cond, return_dict=False)[0]
-        u, c = out.chunk(2)
-        x = scheduler.step(u + GUIDANCE * (c - u), t, x).prev_sample
-    return 1e3 * (perf_counter() - start), x.numpy()
-
-
-def with_deepcache(model: Model, request: dict[str, Any]) -> Way:
-    """The same with DeepCache's helper around the UNet while it runs."""
-    from DeepCache import DeepCacheSDHelper
-
-    def run() -> tuple[float, np.ndarray]:
-        scheduler = new_scheduler(model)
-        helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model.unet, scheduler=scheduler))
-        helper.set_params(cache_interval=INTERVAL, cache_branch_id=BRANCH)
-        try:
-            return in_diffusers(model, request, scheduler, helper.enable)
-        finally:
-            helper.disable()
-
-    return run
-
-
-def new_scheduler(model: Model) -> Any:
+def sampler_of(model: Model) -> Any:
     """The bundle's sampler as diffusers has it."""
     assert model.scheduler is not None
     return DPMSolverMultistepScheduler.from_config(model.scheduler.config)
 
 
-def conditioning(model: Model, request: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """An unconditional and a conditional row, as the pipeline makes them."""
+@torch.no_grad()
+def time_diffusers(model: str, seed: int | None, bundle: str, want: str) -> Iterator[Said]:
+    """A turn is diffusers' own loop, and the same with DeepCache's helper around the UNet where that is installed."""
+    loaded = weights_of(model, seed)
+    request = made_request(bundle)
+    near = psnr_db(np.load(want), run_diffusers(loaded, request)[1])
+    if near < SAME_DB:
+        yield Said(says=f"clock 1 is {near:.1f} dB of diffusers' loop; expected {SAME_DB:g} dB", wrong=True)
+    deepcache = find_spec("DeepCache") is not None
+    yield Said(psnr_db=near)
+    while True:
+        parts = {"loop": [run_diffusers(loaded, request)[0]]}
+        if deepcache:
+            parts["deepcache"] = [with_deepcache(loaded, request)]
+        yield Said(parts=parts)
+
+
+def run_diffusers(
+    model: Model, request: dict[str, Any], scheduler: Any = None, before: Callable[[], None] = lambda: None
+) -> tuple[float, np.ndarray]:
+    """Milliseconds of diffusers' loop over its own UNet, and the latents."""
+    scheduler = sampler_of(model) if scheduler is None else scheduler
+    scheduler.set_timesteps(STEPS)
+    x = torch.from_numpy(initial_latents(SEED, 1, model.sample_shape, float(scheduler.init_noise_sigma)))
     if model.conditioning.kind == "text":
-        names = ("negative_prompt_embeds", "prompt_embeds")
-        return {"encoder_hidden_states": torch.cat([torch.from_numpy(np.asarray(request[name])) for name in names])}
-    return {"class_labels": torch.tensor([model.conditioning.null_label, 0])}
+        embeds = [torch.from_numpy(np.asarray(request[f"{sign}prompt_embeds"])) for sign in ("negative_", "")]
+        cond = {"encoder_hidden_states": torch.cat(embeds)}
+    else:
+        cond = {"class_labels": torch.tensor([model.conditioning.null_label, 0])}
+    before()
+    start = perf_counter()
+    for t in scheduler.timesteps:
+        u, c = model.unet(torch.cat([x, x]), t, **cond, return_dict=False)[0].chunk(2)
+        x = scheduler.step(u + GUIDANCE * (c - u), t, x).prev_sample
+    return 1e3 * (perf_counter() - start), x.numpy()
+
+
+def with_deepcache(model: Model, request: dict[str, Any]) -> float:
+    """Milliseconds of the same loop with DeepCache."""
+    from DeepCache import DeepCacheSDHelper
+
+    scheduler = sampler_of(model)
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model.unet, scheduler=scheduler))
+    helper.set_params(cache_interval=INTERVAL, cache_branch_id=BRANCH)
+    try:
+        return run_diffusers(model, request, scheduler, helper.enable)[0]
+    finally:
+        helper.disable()
+
+
+def optimum(given: argparse.Namespace, request: dict[str, Any], folder: Path, want: str) -> Runner:
+    """Hands the model over to optimum_worker.py, which speaks the engine's lines in its own environment."""
+    model = weights_of(given.model, given.random_weights)
+    if model.conditioning.kind != "text":
+        raise SystemExit(f"optimum-onnx has a pipeline for text-conditioned models; {given.model} is not one")
+    folder.mkdir()
+    model.unet.save_pretrained(folder / "unet")
+    sampler_of(model).save_pretrained(folder / "scheduler")
+    embeds = {name: request[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    np.savez(folder / "given.npz", **embeds, latents=initial_latents(SEED, 1, model.sample_shape, 1.0))
+    call = Call("", {"folder": str(folder), "steps": STEPS, "guidance": GUIDANCE, "want": want, "same_db": SAME_DB})
+    worker = Path(__file__).with_name("optimum_worker.py")
+    return Runner("optimum-onnx", call, command=(str(given.optimum), str(worker)))
 
 
 if __name__ == "__main__":

@@ -1,58 +1,50 @@
-"""How much of a cached step is spent outside of the graphs? grocery-32, batch 1, ONNX Runtime.
+"""How much of a cached step is spent outside of the graphs? grocery-32, batch 1, ONNX Runtime, without torch.
 
-The bar: scheduler, hand-off and clock together take at most 3 % of a cached step. What times them is a process of its
-own, without torch, as on a device.
+The bar: scheduler, hand-off and clock together take at most 3 % of a cached step.
 """
 
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
-import msgspec
 import numpy as np
-from measure import machine, spread
+from measure import exported, in_turns, machine, ratios, spread, verdict
 
-import edgediff
+from edgediff.bench.turns import Call, Said
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.loop import OUTSIDE
 
-GENERATIONS = 40
+ROUNDS = 40
 BAR = 0.03
 
 
-def main() -> None:
-    """Exports the built-in model, checks that repeated generations agree, and times cached steps."""
-    print(machine())
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        config = msgspec.structs.replace(edgediff.load_config("grocery-32-onnx"), adaptor="identity")
-        edgediff.export_bundle(edgediff.load_model("grocery-32"), bundle, config)
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            whole, outside = process.submit(cached_steps, bundle).result()
-    shares = [part / step for part, step in zip(outside, whole, strict=True)]
-    print(f"cached step, ms (median [p10, p90], {len(whole)} steps): {spread(whole)}")
-    print(f"outside of the graphs, ms: {spread(outside)}")
-    share = float(np.median(shares))
-    print(f"share: {share:.2%} (bar: {BAR:.0%}) {'ok' if share <= BAR else 'MISSED'}")
-
-
-def cached_steps(bundle: Path) -> tuple[list[float], list[float]]:
-    """Milliseconds of each cached step, and of what of it is outside of the graphs."""
+def cached_steps(bundle: str) -> Iterator[Said]:
+    """A turn is a generation: milliseconds of each cached step, and of what of it is outside of the graphs."""
     assert "torch" not in sys.modules
     pipe = EdgePipeline.from_pretrained(bundle)
     asked = {"num_images": 1, "guidance_scale": 1.0, "seed": 0}
     want = pipe(**asked).latents
-    whole, outside = [], []
-    for _ in range(GENERATIONS):
+    yield Said()
+    while True:
         result = pipe(**asked)
-        assert np.array_equal(result.latents, want), "a generation is not what it was"
-        for step in result.ledger:
-            if not step.full:
-                whole.append(sum(step.ms.values()))
-                outside.append(sum(step.ms.get(part, 0.0) for part in OUTSIDE))
-    return whole, outside
+        if not np.array_equal(result.latents, want):
+            yield Said(says="a generation is not what it was", wrong=True)
+        steps = [step.ms for step in result.ledger if not step.full]
+        outside = [sum(ms.get(part, 0.0) for part in OUTSIDE) for ms in steps]
+        yield Said(parts={"cached": [sum(ms.values()) for ms in steps], "outside": outside})
+
+
+def main() -> None:
+    """Exports the built-in model and times cached steps."""
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = exported("grocery-32", Path(folder) / "bundle")
+        parts = in_turns({"loop": Call.of(cached_steps, bundle=bundle)}, int(*sys.argv[1:] or [ROUNDS]))["loop"].parts
+    share = ratios(parts["outside"], parts["cached"])
+    print(f"cached step, ms: {spread(parts['cached'])}; outside of the graphs, ms: {spread(parts['outside'])}")
+    print(f"share: {median(share):.2%} (bar: {BAR:.0%}) {verdict(median(share) <= BAR)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """optimum-onnx's pipeline, in an environment of its own: it wants an older transformers than edgediff is built with.
 
-``python optimum_worker.py FOLDER`` finds a UNet and a sampler there as diffusers saves them, and ``given.npz`` with the
-request. It exports a Stable Diffusion pipeline around that UNet (text encoder and autoencoder are as small as they can
-be, and never run: embeddings come in, latents go out), then answers each line with one of JSON: milliseconds of a
-generation, and where its latents lie. Versions: optimum-requirements.txt.
+A contender of `against.py` that speaks the engine's lines (edgediff/bench/turns.py) itself. It finds a UNet and a
+sampler as diffusers saves them, and ``given.npz`` with embeddings and latents; exports a Stable Diffusion pipeline
+around that UNet (text encoder and autoencoder are as small as they can be, and never run); then times a generation for
+each line. Versions: optimum-requirements.txt.
 """
 
 import json
@@ -22,27 +22,28 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def main() -> None:
-    """Exports, then generates whenever a line comes in."""
+    """Exports, checks, then generates whenever a line comes in."""
     # Whatever libraries print goes to the errors: answers have their own way out.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    folder = Path(sys.argv[1])
-    given = {name: torch.from_numpy(value) for name, value in np.load(folder / "given.npz").items()}
-    if not (folder / "onnx").is_dir():
-        whole_pipeline(folder).save_pretrained(folder / "pipeline")
-        main_export(str(folder / "pipeline"), output=folder / "onnx", task="text-to-image", do_validation=False)
+    given = json.loads(sys.stdin.readline())["given"]
+    folder = Path(given["folder"])
+    tensors = {name: torch.from_numpy(value) for name, value in np.load(folder / "given.npz").items()}
+    whole_pipeline(folder).save_pretrained(folder / "pipeline")
+    main_export(str(folder / "pipeline"), output=folder / "onnx", task="text-to-image", do_validation=False)
     pipe = ORTStableDiffusionPipeline.from_pretrained(folder / "onnx", provider="CPUExecutionProvider")
     pipe.set_progress_bar_config(disable=True)
-    request: dict[str, Any] = {name: given[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
-    request |= {"num_inference_steps": int(given["steps"]), "guidance_scale": float(given["guidance"])}
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    request: dict[str, Any] = {name: tensors[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    request |= {"num_inference_steps": given["steps"], "guidance_scale": given["guidance"], "output_type": "latent"}
+    want = np.load(given["want"])
+    made = np.asarray(pipe(**request, latents=tensors["latents"].clone()).images)
+    near = 20 * np.log10((np.abs(want).max() + 1e-5) / (np.sqrt(np.mean((made - want) ** 2)) + 1e-10))
+    wrong = f"clock 1 is {near:.1f} dB of optimum-onnx's" if near < given["same_db"] else ""
+    print(json.dumps({"psnr_db": float(near), "says": wrong, "wrong": bool(wrong)}), file=answers, flush=True)
     for _ in sys.stdin:
         start = perf_counter()
-        made = pipe(**request, latents=given["latents"].clone(), output_type="latent").images
-        took = 1e3 * (perf_counter() - start)
-        path = folder / "made.npy"
-        np.save(path, np.asarray(made))
-        print(json.dumps({"ms": took, "latents": str(path)}), file=answers, flush=True)
+        pipe(**request, latents=tensors["latents"].clone())
+        print(json.dumps({"parts": {"loop": [1e3 * (perf_counter() - start)]}}), file=answers, flush=True)
 
 
 def whole_pipeline(folder: Path) -> StableDiffusionPipeline:
@@ -54,7 +55,7 @@ def whole_pipeline(folder: Path) -> StableDiffusionPipeline:
         bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     words = folder / "words"
-    words.mkdir(exist_ok=True)
+    words.mkdir()
     (words / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}))
     (words / "merges.txt").write_text("#version: 0.2\n")
     return StableDiffusionPipeline(

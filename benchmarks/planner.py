@@ -15,12 +15,13 @@ from measure import machine
 
 import edgediff
 from edgediff.export.export_config import config_from
-from edgediff.plan.budget import cached_steps, count_cost, uniform_masks
+from edgediff.plan.budget import cached_steps, count_cost
 from edgediff.plan.estimate import Estimate
 from edgediff.plan.planner import Plan, choose
-from edgediff.plan.trajectory import Mask, Trajectories, letters, psnr_db
+from edgediff.plan.trajectory import Mask, Trajectories, psnr_db
 from edgediff.targets.backends import open_session
-from edgediff_runtime import open_bundle
+from edgediff_runtime import clock_mask, open_bundle
+from edgediff_runtime.clock import letters
 
 PERIOD = 2
 UNSEEN_SEED = 1_000_000
@@ -58,7 +59,7 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
     start = time.perf_counter()
     plan = choose(bundle, seen, "onnxruntime", budget, cost)
     planned = time.perf_counter() - start
-    uniform = uniform_masks(steps)[PERIOD]
+    uniform = clock_mask(PERIOD, steps)
     best = plan.frontier[cached_steps(uniform)].mask
     adaptor = opened.manifest.adaptor.name or "identity"
     print(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-# What the tests ran with, the same as constraints.txt: a test holds the two together.
+# What the tests ran with; a test compares it with constraints.txt.
 TESTED = {
     "numpy": "2.4.6",
     "onnxruntime": "1.31.1",
@@ -40,16 +40,7 @@ EXPORT = tuple(dict.fromkeys((*ONNX, *COREML)))
 
 @dataclass(frozen=True)
 class BadPair:
-    """Versions that are known to fail together.
-
-    Attributes:
-        package: Whose version it is about.
-        below: Versions below this one.
-        needs: The package that it fails with.
-        from_version: From this version of that package on.
-        why: What happens.
-        source: Where that is known from.
-    """
+    """Versions known to fail: `package` below a version with `needs` from a version on; why, and who says so."""
 
     package: str
     below: tuple[int, ...]
@@ -86,7 +77,7 @@ class Examination:
     Attributes:
         machine: System, processor, cores, Python.
         versions: For each package the installed and the tested version; None where it is not installed.
-        abilities: What can be done here, and what cannot with the reason.
+        abilities: What this machine can do; where it cannot, the reason.
         known_bad: Pairs of installed versions that are known to fail, in words.
     """
 
@@ -101,13 +92,9 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Looks at this machine.
-
-    Returns:
-        What was found.
-    """
+    """Looks at this machine."""
     installed = {name: _installed(name) for name in TESTED}
-    # Built for a GPU it has another name, and takes this one's place.
+    # The one for GPUs has another name and replaces this one.
     installed["onnxruntime"] = installed["onnxruntime"] or _installed("onnxruntime-gpu")
     return Examination(
         machine={
@@ -123,13 +110,7 @@ def examine() -> Examination:
 
 
 def find_known_bad(installed: Mapping[str, str | None]) -> tuple[str, ...]:
-    """Finds pairs of versions that are known to fail.
-
-    Args:
-        installed: Version of each package, None where it is not installed.
-
-    Returns:
-        A sentence for each pair.
+    """A sentence for each pair of versions that is known to fail; `installed` has None for what is not installed.
 
     >>> find_known_bad({"onnxruntime": "1.18.1", "numpy": "2.1.0"})[0][:32]
     'onnxruntime 1.18.1 with numpy 2.'

@@ -1,7 +1,6 @@
 """What can go wrong, one class for each thing that a user can do about it.
 
-The library raises; only the command line prints. Every message is one line: what was given, what was expected,
-the choices.
+Every message is one line: ``<subject>: <fact>; <what to do>``.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class EdgediffError(Exception):
-    """Anything that a user of the toolchain can put right."""
+    """Anything that a user of the toolchain can correct."""
 
 
 class ModelError(EdgediffError):
@@ -23,7 +22,7 @@ class ConfigError(EdgediffError):
 
 
 class UnsupportedError(EdgediffError):
-    """The model or a setting of it is outside of what edgediff handles: take one of the choices named."""
+    """edgediff does not support the model or a setting of it: take one of the choices named."""
 
 
 class DataError(EdgediffError):
@@ -35,7 +34,7 @@ class TargetError(EdgediffError):
 
 
 class VerificationError(EdgediffError):
-    """A number did not hold: the bundle is not what the model is, and was not put in place.
+    """A number is below its floor: the bundle does not compute what the model does, and was not put in place.
 
     Attributes:
         report: The verification, or None where it ended before there was one.
@@ -51,7 +50,7 @@ class ProgramError(EdgediffError):
 
 
 class TrainingError(EdgediffError):
-    """A training cannot go on: change a setting as the message says, and go on from the checkpoint that it names."""
+    """A training cannot go on: change a setting as the message says, and resume from the checkpoint that it names."""
 
 
 class MissingExtraError(EdgediffError):

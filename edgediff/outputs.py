@@ -1,4 +1,4 @@
-"""Files that a command leaves: what drawing takes is asked for before it begins, and each is whole or as it was."""
+"""Files that a command leaves: may it write there, does another process write there, and is each file whole."""
 
 import importlib.util
 import os
@@ -7,63 +7,93 @@ from pathlib import Path
 
 from edgediff.errors import MissingExtraError, TargetError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def check_drawing(what: str, extra: str = "train") -> None:
-    """Refuses to begin what could not be drawn at its end.
-
-    Args:
-        what: What would be drawn, for the message.
-        extra: Which extra brings it.
+    """Refuses to begin what could not be drawn at its end; `what` is for the message.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib, which `extra` installs, is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(what, extra)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder that could not be written, before anything is measured.
+def check_folder(folder: Path, *, replaced: bool = False) -> None:
+    """Refuses a folder that could not be written, before anything else is done; it need not be there.
 
     Args:
-        folder: Where files are to be; it need not be there.
+        folder: Where files are to be.
+        replaced: Whether a new folder is put in its place, so that the one around it is what must be writable.
 
     Raises:
-        TargetError: It is no folder, or cannot be written.
+        TargetError: It is a file, or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise TargetError(f"{folder} exists and is no directory; choose another output")
-    here = folder.resolve()
-    there = next(parent for parent in (here, *here.parents) if parent.exists())
+    here = folder.absolute() if replaced else folder.resolve()
+    there = next(place for place in (here, *here.parents)[replaced:] if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written")
+        raise TargetError(f"cannot write {folder}: {there} is not a folder that can be written; choose another output")
 
 
 def check_file(file: Path) -> None:
-    """Refuses a file that could not be written, before anything is measured.
-
-    Args:
-        file: It need not be there; its folder must.
+    """Refuses a file that could not be written; it need not exist, its folder must.
 
     Raises:
-        TargetError: It is a folder, or its folder is not there or cannot be written.
+        TargetError: It is a folder, or its folder does not exist or cannot be written.
     """
     if file.is_dir():
-        raise TargetError(f"{file} is a directory; expected a file")
+        raise TargetError(f"cannot write {file}: it is a directory; expected a file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise TargetError(f"cannot write {file}: {file.parent} is not a folder that can be written")
+        raise TargetError(
+            f"cannot write {file}: {file.parent} is not a folder that can be written; choose another output"
+        )
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside a file's place, then renames: a full disk or an interrupt leaves what was there.
-
-    Args:
-        path: The file.
-        write: Writes to the path that it is given.
-    """
+    """Writes to a path beside it, then renames: a full disk or an interrupt leaves what was there."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> int | None:
+    """Locks a folder until `unlock`, or until the process ends, however it ends.
+
+    Returns:
+        What `unlock` takes; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def unlock(descriptor: int | None) -> None:
+    """Ends a lock."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def as_text(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be printed and written: bytes that are not UTF-8 are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

@@ -10,9 +10,9 @@ class Chunked(TorchSession):
     """A session that takes just so many rows."""
 
     def __init__(self, whole: TorchSession, batch: int) -> None:
-        super().__init__(whole.parts, whole.graphs)
-        self.batch = batch
+        super().__init__(whole.parts, whole.graphs, batch)
+        self.rows = batch
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        assert len(tensors["sample"]) == self.batch
+        assert len(tensors["sample"]) == self.rows
         super().run(graph, tensors)

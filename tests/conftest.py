@@ -16,8 +16,9 @@ from unets import unet2d, unet2d_condition
 
 import edgediff
 from edgediff.data.image_folder import ImageSet
-from edgediff.train import unet_loop
-from edgediff.train.unet_settings import StudentTraining, TeacherTraining
+from edgediff.train import unet
+from edgediff.train.loop import Loop
+from edgediff.train.settings import StudentTraining, TeacherTraining
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.
 torch.set_num_threads(1)
@@ -78,6 +79,10 @@ def save_model(unet: torch.nn.Module, folder: Path, scheduler: dict | None = Non
     unet.save_pretrained(folder / "unet")
     (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(DDPM if scheduler is None else scheduler))
+    if unet.config.get("addition_embed_type") == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        (folder / "text_encoder_2").mkdir()
+        (folder / "text_encoder_2" / "config.json").write_text(json.dumps({"projection_dim": pooled}))
     return folder
 
 
@@ -223,13 +228,13 @@ def teacher_training(photographs: Path) -> TeacherTraining:
 @pytest.fixture
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample grids of four images."""
-    monkeypatch.setattr(unet_loop, "NUM_SAMPLES", 4)
+    monkeypatch.setattr(unet, "NUM_SAMPLES", 4)
 
 
 @pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[unet_loop.UNetLoop]:
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[Loop]:
     """The loops that run in a test."""
-    seen: list[unet_loop.UNetLoop] = []
-    run = unet_loop.UNetLoop.run
-    monkeypatch.setattr(unet_loop.UNetLoop, "run", lambda self, say: (seen.append(self), run(self, say))[1])
+    seen: list[Loop] = []
+    run = Loop.run
+    monkeypatch.setattr(Loop, "run", lambda self, say: (seen.append(self), run(self, say))[1])
     return seen

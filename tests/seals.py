@@ -15,7 +15,7 @@ from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_
 from edgediff_runtime.manifest import File, Manifest
 from edgediff_runtime.manifest_json import parse_manifest, render_manifest
 
-GRAPHS = ("onnx/highres_in.onnx", "onnx/lowres.onnx", "onnx/highres_out.onnx")
+GRAPHS = ("onnx/unet/highres_in.onnx", "onnx/unet/lowres.onnx", "onnx/unet/highres_out.onnx")
 REFERENCE = "evidence/reference.safetensors"
 # A device opens neither.
 UNOPENED = (REFERENCE, "README.md")
@@ -33,9 +33,9 @@ def rows_of(bundle: Path) -> list[dict[str, Any]]:
 
 def replace_graph(manifest: Manifest, number: int, **changes: Any) -> Manifest:
     target = manifest.targets[0]
-    graphs = list(target.graphs)
+    graphs = list(target.unet.graphs)
     graphs[number] = msgspec.structs.replace(graphs[number], **changes)
-    return msgspec.structs.replace(manifest, targets=(msgspec.structs.replace(target, graphs=tuple(graphs)),))
+    return msgspec.structs.replace(manifest, targets=(target.with_unet(graphs=tuple(graphs)),))
 
 
 def reseal(bundle: Path, manifest: Manifest | None = None) -> None:

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,9 @@ import numpy as np
 import pytest
 from command_line import FULL, Command, assert_error, process, snapshot, unchanged
 from seals import flip_bit, seal_plain
+
+from edgediff_runtime import Bundle
+from edgediff_runtime.__main__ import main
 
 # Running a bundle.
 
@@ -39,6 +44,7 @@ from seals import flip_bit, seal_plain
         (["--seed", "-1"], ("seed -1: expected an integer",)),
         (["--seed", str(2**64)], ("seed 18446744073709551616: expected an integer",)),
         (["--scale", "0"], ("--scale is 0",)),
+        (["--threads", "0"], ("threads is 0; expected a whole number above 0",)),
         (
             ["--backend", "tpu"],
             ("no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino", "coreml, executorch, mil-reference"),
@@ -121,6 +127,21 @@ def test_outputs_that_cannot_be_written(
         assert_error(command("run", class_bundle, "-o", place / name), part)
 
 
+@pytest.mark.parametrize("name", ["nowhere/out.png", "out.jpg", "folder.png", "x" * 300 + ".png", "locked/out.png"])
+def test_the_place_of_the_output_is_checked_before_graphs_are_opened(
+    command: Command, class_bundle: Path, place: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "folder.png").mkdir()
+    (place / "locked").mkdir()
+    allowed = os.access  # whoever runs the tests may be allowed to write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and allowed(path, mode))
+    monkeypatch.setattr(Bundle, "hold", lambda *_: pytest.fail("graphs were opened"))
+    with unchanged(place):
+        assert_error(command("run", class_bundle, "-o", place / name))
+        monkeypatch.setattr(sys, "argv", ["edgediff_runtime", str(class_bundle), "-o", str(place / name)])
+        assert main() == 2
+
+
 @pytest.mark.parametrize(("fault", "code", "part"), [(FULL, 2, "No space left"), (KeyboardInterrupt(), 130, "inter")])
 @pytest.mark.parametrize("name", ["out.png", "out.npy"])
 def test_a_picture_that_could_not_be_written_leaves_the_old_one(
@@ -186,7 +207,7 @@ def test_a_model_that_is_not_the_bundles_source(command: Command, class_bundle: 
         assert_error(command("verify", class_bundle, "--model", text_model / "nowhere"), "no model at")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS", "onnx/lowres.onnx", "README.md"])
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS", "onnx/unet/lowres.onnx", "README.md"])
 def test_a_damaged_bundle(command: Command, class_bundle: Path, place: Path, name: str) -> None:
     bundle = shutil.copytree(class_bundle, place / "bundle")
     flip_bit(bundle / name)
@@ -201,7 +222,7 @@ def test_a_number_that_does_not_hold_is_a_failed_check(command: Command, class_b
     seal_plain(bundle, lambda m: m["targets"][0]["floors"].update(graph=500.0))
     said = command("verify", bundle)
     assert said.code == 1
-    assert said.errors == [f"error: {bundle} does not hold"]
+    assert said.errors == [f"error: {bundle} does not hold: a number above is below its floor; export it again"]
     said = command("verify", bundle, "--json")
     assert (said.code, json.loads(said.out)["ok"]) == (1, False)
 

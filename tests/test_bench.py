@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,31 @@ from typing import Any
 import msgspec
 import onnxruntime as ort
 import pytest
+import torch
 from command_line import Command, assert_error
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from seals import REFERENCE, reseal
 
-from edgediff.bench import backends, bench
-from edgediff.bench.compare import compare_ledgers
-from edgediff.bench.ledger import Contender, Ledger, Machine, Settings, read_ledger, rows_of, write_ledger
-from edgediff.bench.run_bench import _Runner, run_bench
-from edgediff.bench.worker import Task
+from edgediff.bench import contenders, turns
+from edgediff.bench import run_bench as engine
+from edgediff.bench.contenders import time_bundle
+from edgediff.bench.ledger import (
+    Contender,
+    Ledger,
+    Machine,
+    Settings,
+    compare_ledgers,
+    read_ledger,
+    rows_of,
+    write_ledger,
+)
+from edgediff.bench.run_bench import run_bench
+from edgediff.bench.turns import Call, Runner, Said, take_turns
 from edgediff.cli.render.bench_tables import bench_tables, compare_table
 from edgediff.errors import ConfigError, DataError, UnsupportedError
 from edgediff.inspect.survey import survey_bundle
-from edgediff_runtime import RequestError, open_bundle
+from edgediff_runtime import RequestError
 from edgediff_runtime.ort_bound_session import CUDA
 
 
@@ -141,7 +153,7 @@ def test_a_reason_is_shown_on_one_line(ledger: Ledger) -> None:
 def test_a_backend_that_is_not_installed_is_listed_with_its_command(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
     (known,) = run_bench([class_bundle], ["openvino"], rounds=1, undivided=False).contenders
     assert (known.status, known.says) == ("absent", 'not installed: pip install "edgediff[bench]"')
 
@@ -159,8 +171,8 @@ def test_an_onnxruntime_without_cuda_is_listed_with_the_command(class_bundle: Pa
 def test_what_does_not_compute_on_the_cpu_is_not_divided_by_its_peak(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    away = [replace(known, on_cpu=False) for known in backends.BACKENDS if known.name == "onnxruntime"]
-    monkeypatch.setattr(backends, "BACKENDS", away)
+    away = [replace(known, on_cpu=False) for known in contenders.BACKENDS if known.name == "onnxruntime"]
+    monkeypatch.setattr(contenders, "BACKENDS", away)
     found = run_bench([class_bundle], ["onnxruntime"], rounds=1, undivided=False)
     assert found.peak_gflops is not None
     assert [(known.status, known.share_of_peak) for known in found.contenders] == [("measured", {})]
@@ -186,30 +198,68 @@ def test_a_damaged_graph_is_refused_and_the_others_go_on(class_bundle: Path, tmp
     (bundle / "onnx" / "lowres.onnx").write_bytes(b"nothing")
     found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1, undivided=False)
     assert [known.status for known in found.contenders] == ["refused", "measured"]
-    assert "onnx/lowres.onnx" in found.contenders[0].says
+    assert "onnx/unet/lowres.onnx" in found.contenders[0].says
     assert {row.backend for row in found.rows} == {"torch"}
 
 
 def test_a_process_that_dies_is_said_and_keeps_what_it_measured(class_bundle: Path) -> None:
-    sha256 = open_bundle(class_bundle).manifest.source.sha256
-    known = Contender(str(class_bundle), "onnxruntime", sha256, "measured")
-    runner = _Runner(known, Task(str(class_bundle), "onnxruntime", threads=1))
+    runner = Runner("one", Call.of(time_bundle, bundle=str(class_bundle), backend="onnxruntime", threads=1))
     try:
-        runner.start(lambda what: None)
+        runner.start()
         runner.turn()
-        assert runner.contender.status == "measured"
+        assert runner.status == "measured"
         assert runner._process is not None
         os.kill(runner._process.pid, signal.SIGKILL)
         runner.turn()
-        assert (runner.contender.status, runner.contender.says) == ("died", "its process ended with signal 9")
-        assert "loop" in runner.heard[-1].parts
-        runner.turn()  # nobody is asked any more
+        assert (runner.status, runner.says) == ("died", "its process ended with signal 9")
+        assert "loop" in runner.parts
+        runner.turn()  # it is not asked any more
     finally:
         runner.close()
 
 
+@torch.no_grad()
+def count(upto: int, exit_code: int | None = None) -> Iterator[Said]:
+    """Ready, then one more each turn; an error after the last."""
+    yield Said(psnr_db=50.0)
+    for i in range(upto):
+        yield Said(parts={"number": [float(i)]})
+    if exit_code is not None:
+        print("out of luck", file=sys.stderr, flush=True)
+        os._exit(exit_code)
+    raise ValueError("no more")
+
+
+FOREIGN = """
+import json, sys
+call = json.loads(sys.stdin.readline())
+while True:
+    print(json.dumps({"parts": {"number": [call["given"]["number"]]}}), flush=True)
+    if not sys.stdin.readline():
+        break
+"""
+
+
+def test_any_function_and_any_program_take_turns() -> None:
+    whole, short, dead = (Runner("f", Call.of(count, **given)) for given in (
+        {"upto": 3}, {"upto": 1}, {"upto": 1, "exit_code": 3}))  # fmt: skip
+    missing = Runner("g", Call("edgediff.bench.contenders:nothing", {}))
+    foreign = Runner("h", Call("", {"number": 7.0}), command=(sys.executable, "-c", FOREIGN))
+    told: list[str] = []
+    take_turns([whole, short, dead, missing, foreign], 2, told.append)
+    assert whole.parts == {"number": [0.0, 1.0]}
+    assert (whole.status, whole.psnr_db) == ("measured", 50.0)
+    assert whole.heard[-1].peak_mib is not None
+    assert (short.status, short.says, short.parts) == ("refused", "ValueError: no more", {"number": [0.0]})
+    assert (dead.status, dead.says) == ("died", "its process ended with exit code 3: out of luck")
+    assert (missing.status, "AttributeError" in missing.says) == ("refused", True)
+    assert foreign.parts == {"number": [7.0, 7.0, 7.0]}
+    assert told[:2] == ["opening f", "opening f"]
+    assert told[-1] == "round 2 of 2: h"
+
+
 def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "free_memory", lambda: 2**20)
+    monkeypatch.setattr(turns, "free_memory", lambda: 2**20)
     (known,) = run_bench([class_bundle], ["onnxruntime"], rounds=1, undivided=False).contenders
     assert known.status == "refused"
     assert known.says.startswith("needs about 0.3 GiB of memory, 0.0 are free")
@@ -236,10 +286,10 @@ def test_threads_reach_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import torch; print(torch.get_num_threads())"
     for threads in (1, 2):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=bench._environment(threads), capture_output=True, text=True
+            [sys.executable, "-c", code], env=turns._environment(threads), capture_output=True, text=True
         )
         assert done.stdout.strip() == str(threads)
-    assert bench._environment(None) == dict(os.environ)
+    assert turns._environment(None) == dict(os.environ)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +299,7 @@ def test_threads_reach_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_clocks_and_steps_are_refused_before_anything_starts(
     class_bundle: Path, wrong: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "_runners", None)
+    monkeypatch.setattr(engine, "take_turns", None)
     with pytest.raises(RequestError, match=words):
         run_bench([class_bundle], ["onnxruntime"], **wrong)
 

@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -6,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from command_line import unchanged
 from seals import (
     FILES,
     GRAPHS,
@@ -20,9 +22,12 @@ from seals import (
 )
 
 from edgediff import verify_bundle
+from edgediff.bundle.files import check_files
+from edgediff.bundle.staging import check_place
 from edgediff.targets.backends import open_session
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
-from edgediff_runtime.bundle import MANIFEST, SUMS, inside
+from edgediff_runtime.bundle import MANIFEST, SUMS, inside, sha256_of
+from edgediff_runtime.coreml_session import quiet
 from edgediff_runtime.ort_session import OrtSession
 
 BAD_PATHS = (
@@ -103,6 +108,76 @@ def test_a_folder_that_is_a_symlink_is_refused(bundle: Path, tmp_path: Path) -> 
 def test_a_symlink_that_is_not_listed_is_refused_by_verify(bundle: Path, tmp_path: Path) -> None:
     (bundle / "evidence" / "more").symlink_to(tmp_path)
     assert_refused(bundle, "evidence/more is a symlink", run=False)
+
+
+# What other tools leave in a bundle, or make of it.
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._model", "Thumbs.db", "desktop.ini", ".gitattributes",
+                                  "__MACOSX/._onnx", ".cache/huggingface/download/x.metadata"])  # fmt: skip
+@pytest.mark.parametrize("folder", ["", "onnx", "evidence"])
+def test_what_systems_and_tools_leave_is_no_part_of_a_bundle(bundle: Path, name: str, folder: str) -> None:
+    left = bundle / folder / name
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"left")
+    check_files(open_bundle(bundle))
+    assert EdgePipeline.from_pretrained(bundle)(num_inference_steps=1).mask == (1,)
+    check_place(bundle, force=True)
+    left.unlink()
+    left.symlink_to("/etc/hostname")
+    assert_refused(bundle, f"{left.name} is a symlink out of the bundle; put the file itself", run=folder == "onnx")
+
+
+def _in_cache(bundle: Path, cache: Path) -> Path:
+    """A bundle as the Hugging Face Hub lays it out: a snapshot of links into blobs."""
+    snapshot = cache / "models--me--mine" / "snapshots" / "0123abcd"
+    blobs = cache / "models--me--mine" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in [file for file in bundle.rglob("*") if file.is_file()]:
+        link, blob = snapshot / file.relative_to(bundle), blobs / sha256_of(file)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_in_a_hugging_face_cache_is_valid(bundle: Path, tmp_path: Path) -> None:
+    snapshot = _in_cache(bundle, tmp_path / "hub")
+    assert verify_bundle(snapshot, record=False).ok
+    (tmp_path / "link").symlink_to(snapshot)
+    check_files(open_bundle(tmp_path / "link"))
+    assert EdgePipeline.from_pretrained(snapshot)(num_inference_steps=1).mask == (1,)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_out_of_the_cache_or_to_another_blob_is_refused(bundle: Path, tmp_path: Path, name: str) -> None:
+    snapshot = _in_cache(bundle, tmp_path / "hub")
+    run = name not in UNOPENED
+    (snapshot / name).unlink()
+    (tmp_path / "hub" / "blobs").mkdir()
+    for outside in (tmp_path / "outside", tmp_path / "hub" / "blobs" / "x", tmp_path / "hub" / "x"):
+        shutil.copy(bundle / name, outside)
+        (snapshot / name).symlink_to(outside)
+        assert_refused(snapshot, f"{name} is a symlink out of the bundle", run=run)
+        (snapshot / name).unlink()
+    other = next(file for file in FILES if file != name)
+    (snapshot / name).symlink_to((snapshot / other).resolve())
+    assert_refused(snapshot, "damaged|not a manifest", run=run)
+
+
+def test_a_folder_that_unpacking_added_is_named(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "unpacked").mkdir()
+    shutil.move(bundle, tmp_path / "unpacked" / "mine")
+    assert_refused(tmp_path / "unpacked", r"manifest.json is missing; did you mean .*unpacked/mine\?$")
+
+
+def test_a_package_that_coremltools_opened_is_still_valid(coreml_bundle: Path, tmp_path: Path) -> None:
+    coremltools = pytest.importorskip("coremltools")
+    bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
+    with quiet(), unchanged(bundle):
+        for package in bundle.rglob("*.mlpackage"):
+            coremltools.models.MLModel(str(package), skip_model_load=True)
+    check_files(open_bundle(bundle))
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file", "an empty folder"])
@@ -239,7 +314,7 @@ def test_a_graph_that_is_not_listed_is_refused(bundle: Path) -> None:
     assert_refused(bundle, "onnx/other.onnx is (in the bundle but )?not listed")
 
 
-def test_threads_of_one_graph_do_not_wait_awake_while_the_next_one_runs(bundle: Path) -> None:
+def test_threads_of_one_graph_do_not_spin_while_the_next_one_runs(bundle: Path) -> None:
     session = OrtSession(open_bundle(bundle))
     options = [each.get_session_options() for each in session._shared.values()]
     assert [each.get_session_config_entry("session.force_spinning_stop") for each in options] == ["1"] * len(GRAPHS)

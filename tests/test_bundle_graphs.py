@@ -27,11 +27,11 @@ def _change_graph(bundle: Path, name: str, change: Callable[[onnx.ModelProto], N
 
 def test_tensor_names_that_are_not_the_graphs(bundle: Path) -> None:
     manifest = manifest_of(bundle)
-    tensors = manifest.targets[0].graphs[0].outputs
+    tensors = manifest.targets[0].unet.graphs[0].outputs
     renamed = (msgspec.structs.replace(tensors[0], name="out_of_nowhere"), *tensors[1:])
     more = (*tensors, msgspec.structs.replace(tensors[0], name="more"))
     seal(bundle, replace_graph(manifest, 0, outputs=more))
-    said = "onnx/highres_in.onnx has the outputs .*; the manifest says .* more"
+    said = "onnx/unet/highres_in.onnx has the outputs .*; the manifest says .* more"
     assert_refused(bundle, said, verify="has no more for step 0, which needs it")
     seal(bundle, replace_graph(manifest, 0, outputs=renamed))
     assert_refused(bundle, r"inputs of lowres is \['highres_feature'\]; expected tensors that a step has by then")
@@ -50,7 +50,7 @@ def _of_16_channels(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 )
 def test_dtypes_and_shapes_that_are_not_the_models(bundle: Path, change: dict[str, Any], words: str) -> None:
     manifest = manifest_of(bundle)
-    tensors = manifest.targets[0].graphs[0].inputs
+    tensors = manifest.targets[0].unet.graphs[0].inputs
     assert tensors[0].name == "sample"
     seal(bundle, replace_graph(manifest, 0, inputs=(msgspec.structs.replace(tensors[0], **change), *tensors[1:])))
     assert_refused(bundle, words)
@@ -58,8 +58,8 @@ def test_dtypes_and_shapes_that_are_not_the_models(bundle: Path, change: dict[st
 
 def test_shapes_that_are_not_the_graphs(bundle: Path) -> None:
     manifest = manifest_of(bundle)
-    seal(bundle, replace_graph(manifest, 1, inputs=_of_16_channels(manifest.targets[0].graphs[1].inputs)))
-    said = r"onnx/lowres.onnx has highres_feature as tensor.*'batch', 8, 8, 8.*; the manifest says .*'batch', 16, 8, 8"
+    seal(bundle, replace_graph(manifest, 1, inputs=_of_16_channels(manifest.targets[0].unet.graphs[1].inputs)))
+    said = r"onnx/unet/lowres.onnx has highres_feature as tensor.*'batch', 8, 8, 8.*; the manifest says .*'batch', 16, 8, 8"
     assert_refused(bundle, said, verify=r"highres_feature of step 0 is float32 \[4, 8, 8, 8\]; expected .*4, 16, 8, 8")
 
 
@@ -74,14 +74,14 @@ def test_swapped_graph_files_are_refused(bundle: Path) -> None:
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
     reseal(bundle)
-    assert_refused(bundle, "onnx/highres_in.onnx has the inputs")
+    assert_refused(bundle, "onnx/unet/highres_in.onnx has the inputs")
 
 
 @pytest.mark.parametrize("data", [b"", b"no model at all", b"\x08\x07"])
 def test_a_graph_that_is_no_graph_is_refused(bundle: Path, data: bytes) -> None:
     (bundle / GRAPHS[1]).write_bytes(data)
     reseal(bundle)
-    assert_refused(bundle, "onnx/lowres.onnx cannot be loaded")
+    assert_refused(bundle, "onnx/unet/lowres.onnx cannot be loaded")
 
 
 def _weight(model: onnx.ModelProto) -> TensorProto:
@@ -144,7 +144,7 @@ def test_a_graph_that_gives_no_number_never_passes(bundle: Path) -> None:
         assert "not finite" in str(e)  # noqa: PT017
 
 
-UNREADABLE = "onnx/highres_in.onnx cannot be loaded"
+UNREADABLE = "onnx/unet/highres_in.onnx cannot be loaded"
 
 
 @pytest.mark.parametrize(

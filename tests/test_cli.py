@@ -1,4 +1,8 @@
+import contextlib
 import json
+import os
+import pty
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -8,9 +12,11 @@ import numpy as np
 import pytest
 from command_line import Command, assert_error, exit_code
 from PIL import Image
+from rich.console import Console
+from seals import seal_plain
 
 import edgediff
-from edgediff import demo
+from edgediff.cli.demo import MODELS
 from edgediff.config.recipes import find_recipe
 from edgediff.export.export_config import load_config
 
@@ -102,6 +108,108 @@ def test_inspect_shows_a_bundle_and_a_model_alike(
     assert "4 steps of dpmpp_2m, clock 2, guidance 2" in table
 
 
+# What a user chose to call things, and what a terminal can show.
+
+
+def _on_terminal(*args: object) -> tuple[int, str]:
+    parent, child = pty.openpty()
+    done = subprocess.Popen([sys.executable, "-m", "edgediff", *map(str, args)], stdout=child, stderr=child)
+    os.close(child)
+    said = b""
+    with contextlib.suppress(OSError):  # a terminal whose other end is closed
+        while data := os.read(parent, 1 << 16):
+            said += data
+    os.close(parent)
+    return done.wait(60), said.decode()
+
+
+NAMES = ("b[/x]", "m[red]", "m[v1]", ":smile:", "[link=x]y[/link]", "größe", "100%|{0}")
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "export", "inspect"])
+def test_names_are_shown_as_they_are_on_a_terminal(command: str, tmp_path: Path) -> None:
+    for name in NAMES[:2] if command == "inspect" else NAMES[:3]:
+        code, said = _on_terminal(
+            command, name, *(() if command in ("verify", "inspect") else ("-o", tmp_path / "o.png"))
+        )
+        assert code == 2
+        assert f"at {name}: no such directory" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are_in_tables_and_progress(
+    command: Command, class_bundle: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((shutil.copytree(class_bundle, tmp_path / name) / "manifest.json").read_text())
+    assert manifest["source"]["name"] == "tiny-class"
+    seal_plain(tmp_path / name, lambda m: (m["source"].update(name=name), m["conditioning"]["labels"].insert(0, name),
+                                           m["conditioning"]["labels"].pop()))  # fmt: skip
+    shown = command("inspect", tmp_path / name)
+    assert shown.code == 0, shown
+    assert f"{name}, cut at level 1" in shown.out
+    assert f"{name}, Apple" in " ".join(shown.out.split())
+    said = command("run", tmp_path / name, "-o", tmp_path / f"{name}.png", "--num-images", 1, "--label", name)
+    assert said.code == 0, said
+    assert said.out.rstrip().endswith(f"1 images: {tmp_path / name}.png")
+    monkeypatch.setattr(Console, "is_terminal", True)
+    assert command("run", tmp_path / name, "-o", tmp_path / f"{name}.png", "--num-images", 1).code == 0
+    assert_error(command("run", tmp_path / name, "-o", tmp_path / f"{name}.jpg"), f"{name}.jpg")
+
+
+@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"COLUMNS": "0"},
+                                      {"COLUMNS": "7"}])  # fmt: skip
+def test_nothing_is_lost_on_a_terminal_that_cannot_show_it(
+    class_bundle: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    picture = tmp_path / "größe-→.png"
+    args = ("run", class_bundle, "-o", picture, "--num-images", 1)
+    done = subprocess.run([sys.executable, "-m", "edgediff", *map(str, args)], capture_output=True,
+                          env={**os.environ, **settings})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert picture.is_file()
+    encoding = settings.get("PYTHONIOENCODING", "utf-8")
+    shown = "größe-→.png".encode(encoding, "backslashreplace")
+    assert shown in done.stdout
+    for word in (b"ledger, ms", b"highres_", b"cached", b"sum"):
+        assert word in done.stdout
+
+
+# Usage errors come before anything that takes long.
+
+
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "coremltools", "openvino")
+WRONG = [
+    ["export", "nothing-there"], ["export", "grocery-32", "--clock", "0"], ["export", "grocery-32", "--target", "exe"],
+    ["export", "grocery-32", "--config", "none"], ["export", "grocery-32", "-o", "mine.txt"], ["export"],
+    ["export", "grocery-32", "-o", "mine.txt/b"], ["export", "grocery-32", "--explode"],
+    ["verify", "nothing-there"], ["run", "nothing-there"], ["run", "."], ["inspect", "nothing-there"], ["inspect"],
+    ["inspect", "grocery-32", "--clock", "0"], ["inspect", "grocery-32", "--steps", "0"],
+    ["inspect", "grocery-32", "--batch", "0"], ["inspect", "--compare", "nothing"],
+    ["demo", "sd15"], ["demo", "-o", "mine.txt"], ["doctor", "--explode"], ["explode"], ["bench", "nothing-there"],
+    ["plan", "nothing-there"], ["evaluate", "distance", "nothing-there", "--images", "."],
+    ["evaluate", "spectrum", "nothing-there", "--images", "."], ["train", "adaptor", "nothing-there"],
+]  # fmt: skip
+
+
+def test_usage_errors_import_nothing_that_takes_long(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    code = f"""
+import sys
+from edgediff.cli import main
+for args in {WRONG!r}:
+    sys.argv = ["edgediff", *args]
+    try:
+        main()
+    except SystemExit as e:
+        print(args, e.code, *sorted({{name for name in {HEAVY!r} if name in sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{args} 2" for args in WRONG]
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == len(WRONG)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"edgediff {metadata.version('edgediff')}\n"
@@ -121,7 +229,7 @@ def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_the_demo_shows_models_that_have_weights_and_a_recipe(command: Command, place: Path) -> None:
-    for name in demo.MODELS:
+    for name in MODELS:
         assert load_config(find_recipe(name)).model == name
         assert edgediff.load_model(name).has_weights
     said = command("demo", "sd15", "-o", place / "demo")

@@ -3,10 +3,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgediff.targets.configs import OnnxConfig
 
 import edgediff
 from edgediff.inspect.survey import survey_bundle
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import RequestError, clock_mask
 from edgediff_runtime.clock import format_mask
 

@@ -19,7 +19,7 @@ import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import UnsupportedError
-from edgediff.export.half_reference import with_half_weights
+from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
 from edgediff.targets.backends import open_session
@@ -30,7 +30,7 @@ from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
 
 FLOORS = Floors(45, 45, 35, None, 100)
-PACKAGE = "coreml/unet.mlpackage"
+PACKAGE = "coreml/Unet.mlpackage"
 # In turn.
 SYSTEMS = ("iOS16", "iOS17", "iOS18")
 _TEXT = CASES["sd15-like"].cond
@@ -103,7 +103,7 @@ def test_every_geometry_is_converted_and_evaluated(name: str, dtype: Any, tmp_pa
         assert psnr_db(value, got[key].numpy()) > (45 if dtype == "fp16" else 100)
     if dtype == "fp16":
         exact = function.run(given, rounded=False)
-        for key, value in _run(with_half_weights(whole), values).items():
+        for key, value in _run(HalfPart(whole, config.deployment_target), values).items():
             assert psnr_db(value, exact[key].numpy()) > 100
 
 

@@ -160,7 +160,7 @@ def test_a_package_that_describes_other_tensors_is_refused(
         opened.spec.description.functions[0].input[0].type.multiArrayType.shape[0] = 7
 
     bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
-    change_package(bundle / "coreml/unet.mlpackage", change)
+    change_package(bundle / "coreml/Unet.mlpackage", change)
     reseal(bundle)
     for backend in ("coreml", "mil-reference"):
         with pytest.raises(BundleError, match=r"sample.*float32.*7, 3, 16, 16"):
@@ -195,7 +195,7 @@ def test_without_torch_the_program_is_not_run(
 
 def test_a_damaged_package_never_reaches_the_runtime(coreml_bundle: Path, mac: type[Stand], tmp_path: Path) -> None:
     bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
-    flip_bit(bundle / "coreml/unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin")
+    flip_bit(bundle / "coreml/Unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin")
     with pytest.raises(BundleError, match=r"weight.bin does not have the hash"):
         EdgePipeline.from_pretrained(bundle, backend="coreml")
     assert mac.opened == []

@@ -2,6 +2,7 @@
 
 import doctest
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -45,6 +46,59 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / name).write_text("no image")
     (tmp_path / "a" / "folder.png").mkdir()
     assert len(read_images(tmp_path, 8)) == 1
+
+
+def test_images_are_known_by_their_content(tmp_path: Path) -> None:
+    """Under every name that an image has, and under none."""
+    pixels = np.full((8, 8, 3), 200, np.uint8)
+    kinds = {"jpg": "JPEG", "jfif": "JPEG", "jpe": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "j2k": "JPEG2000",
+             "tiff": "TIFF", "dib": "BMP", "apng": "PNG", "dat": "PNG", "": "WEBP"}  # fmt: skip
+    for name, kind in kinds.items():
+        write(tmp_path / f"a.{name}".rstrip("."), pixels, format=kind)
+    found = read_images(tmp_path, 8)
+    assert len(found) == len(kinds)
+    assert found.skipped.count == 0
+    np.testing.assert_allclose(found.images.astype(int), 200, atol=3)
+
+
+def test_images_of_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    write(tmp_path / "2.ppm")
+    (tmp_path / "3.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "4.svg").write_text("<svg/>")
+    (tmp_path / "5.jpg").symlink_to(tmp_path / "nowhere")
+    assert read_images(tmp_path, 8).skipped.in_words() == (
+        "4 images skipped: 3 of a format that is not read (2.ppm, 3.heic, 4.svg), 1 cannot be read (5.jpg)"
+    )
+
+
+def test_folders_in_a_class_belong_to_it(tmp_path: Path) -> None:
+    for value, name in enumerate(("a/1.png", "a/2/x.png", "a/2/y/z.png", "a/3.png", "b/1.png")):
+        write(tmp_path / name, np.full((8, 8, 3), value, np.uint8))
+    write(tmp_path / "a" / "2" / ".hidden" / "x.png")
+    (tmp_path / "a" / "2" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "2" / "broken.jpg").write_bytes(b"")
+    found = read_images(tmp_path, 8)
+    assert found.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert found.labels.tolist() == [0, 0, 0, 0, 1]
+    assert found.skipped.in_words() == "1 image skipped: 1 cannot be read (a/2/broken.jpg)"
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """A class's is refused, since it is written into the model; a file's is read, and said in ASCII."""
+    folder = tmp_path / "images"
+    write(folder / "a" / os.fsdecode(b"1\xe9.png"))
+    (folder / "a" / os.fsdecode(b"2\xe9.png")).write_bytes(b"")
+    found = read_images(folder, 8)
+    assert len(found) == 1
+    assert found.skipped.in_words() == "1 image skipped: 1 cannot be read (a/2\\udce9.png)"
+    write(folder / os.fsdecode(b"caf\xe9") / "1.png")
+    with pytest.raises(DataError, match=r"images/caf\\udce9: the name of this class is not UTF-8; rename the folder"):
+        read_images(folder, 8)
+    for refused in (tmp_path / os.fsdecode(b"\xe9"), write(tmp_path / os.fsdecode(b"\xe8") / "1.png").parent):
+        with pytest.raises(DataError) as caught:
+            read_images(refused, 8, minimum=2)
+        str(caught.value).encode()
 
 
 def box_average(pixels: np.ndarray) -> np.ndarray:
@@ -173,10 +227,13 @@ def test_bad_folders_are_one_line(tmp_path: Path) -> None:
             assert part in str(caught.value)
 
     refuses("no such folder", str(folder))
+    folder.write_text("a file")
+    refuses("a file; expected a folder", str(folder))
+    folder.unlink()
     folder.mkdir()
     refuses("no images in", "expected a subfolder for each class, or images")
     (folder / "Kiwi").mkdir()
-    refuses("no images in", "Kiwi", ".png")
+    refuses("no images in", "Kiwi", "expected files of the formats", "PNG")
     write(folder / "Kiwi" / "1.png")
     refuses("has 1 images", "expected 2 or more", minimum=2)
     write(folder / "Kiwi" / "2.png", random_pixels(8, 7, 3))

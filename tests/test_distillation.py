@@ -8,11 +8,17 @@ from unets import unet2d
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
-from edgediff.train import spectrum_terms as spectrum
-from edgediff.train.distillation import POINTS, Distillation, tapped
-from edgediff.train.learner import Learner, Teacher
-from edgediff.train.noising import Noising
-from edgediff.train.spectrum_terms import FLOOR, frequency_term, frequency_weights, spatial_term
+from edgediff.train import distillation as spectrum
+from edgediff.train.distillation import (
+    FLOOR,
+    POINTS,
+    Distillation,
+    frequency_term,
+    frequency_weights,
+    spatial_term,
+    tapped,
+)
+from edgediff.train.learner import Learner, Noising, Teacher
 
 SIZES = [(16, 16), (8, 8), (4, 8), (7, 5)]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ from command_line import Command, assert_error
 from seals import manifest_of, seal
 from tiny_photographs import LABELS, SIZE, as_bytes
 
+from edgediff.data.classes import class_indices
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import DataError, UnsupportedError
-from edgediff.evaluate.comparable import check_manifest, class_indices
-from edgediff.evaluate.distance import evaluate_distance
-from edgediff.evaluate.report import Reference
-from edgediff.evaluate.row import Row
-from edgediff.evaluate.sampler import BundleSampler
-from edgediff.evaluate.traits import Examiner
+from edgediff.evaluate.distance import compare, evaluate_distance, examine
+from edgediff.evaluate.report import Distances
+from edgediff.evaluate.sampler import check_manifest, chunks, sample_bundle
 from edgediff.models.classifier import (
     Classifier,
     ClassifierShape,
@@ -38,10 +37,10 @@ def pipe(class_bundle: Path) -> EdgePipeline:
 
 def test_image_i_is_the_same_whatever_the_batch(class_bundle: Path, pipe: EdgePipeline) -> None:
     classes = np.array([3, 0, 1, 1, 2, 0, 3])
-    sampler = BundleSampler(class_bundle)
+    sampler = sample_bundle(class_bundle)
     mask = sampler.check("2", 3, 2.0, 7)
-    row = Row(sampler, 7, classes, guidance_scale=2.0, seed=7)
-    made = [np.concatenate([row.draw(part, mask) for part in row.chunks(batch)]) for batch in (1, 3, 7, 100)]
+    draw = partial(sampler.draw, mask=mask, classes=classes, guidance_scale=2.0, seed=7)
+    made = [np.concatenate([draw(part) for part in chunks(7, batch)]) for batch in (1, 3, 7, 100)]
     for images in made:
         assert images.shape == (7, SIZE, SIZE, 3)
         # Kernels may add up in another order for another batch.
@@ -49,12 +48,12 @@ def test_image_i_is_the_same_whatever_the_batch(class_bundle: Path, pipe: EdgePi
     ran = pipe(label=classes.tolist(), num_inference_steps=3, clock=2, guidance_scale=2.0, seed=7)
     assert np.abs(made[1].astype(int) - ran.images).max() <= 1
     assert np.abs(np.diff(made[0].astype(int), axis=0)).max() > 20
-    some = row.draw([6, 2], mask)
+    some = draw([6, 2])
     assert np.abs(some.astype(int) - made[2][[6, 2]]).max() <= 1
 
 
 def test_what_does_not_fit_is_said_before_anything_runs(class_bundle: Path) -> None:
-    sampler = BundleSampler(class_bundle)
+    sampler = sample_bundle(class_bundle)
     good = {"clock": "2", "steps": 3, "guidance_scale": 2.0, "seed": 7}
     assert sampler.check(**good) == (True, False, True)
     for change, words in (
@@ -99,18 +98,22 @@ def test_classes_go_by_name(tiny_set: ImageSet) -> None:
 
 def test_photographs_are_nearer_to_photographs_than_what_was_done_to_them(classifier: Path, tiny_set: ImageSet) -> None:
     order = np.random.default_rng(2).permutation(40)
-    examiner = Examiner(load_classifier(classifier))
-    reference = Reference(examiner.examine(tiny_set.images[order[:20]]), SIZE)
+    network = load_classifier(classifier)
+    reference = examine(tiny_set.images[order[:20]], network)
+
+    def far(images: np.ndarray) -> Distances:
+        return compare(examine(images, network), reference, size=SIZE, num_equal=20, seed=0)
+
     others = tiny_set.images[order[20:]]
     noise = RNG.normal(0, 1, others.shape)
-    found = [reference.distances(examiner.examine(as_bytes(others / 255 + scale * noise))) for scale in (0, 0.15, 0.4)]
+    found = [far(as_bytes(others / 255 + scale * noise)) for scale in (0, 0.15, 0.4)]
     for name in ("frechet_distance", "spectrum_error", "spectrum_error_top", "kernel_distance"):
         values = [getattr(each, name) for each in found]
         assert values == sorted(values), name
-    blurred = reference.distances(examiner.examine((others // 2 + np.roll(others, 1, axis=2) // 2).astype(np.uint8)))
+    blurred = far((others // 2 + np.roll(others, 1, axis=2) // 2).astype(np.uint8))
     assert blurred.band_gap[SIZE // 2] < -0.2
     assert blurred.spectrum_error_top > blurred.spectrum_error
-    itself = reference.distances(examiner.examine(tiny_set.images[order[:20]]))
+    itself = far(tiny_set.images[order[:20]])
     assert itself.frechet_distance == pytest.approx(0, abs=1e-6)
     assert itself.precision == itself.recall == 1
     assert itself.spectrum_error == 0
@@ -180,6 +183,7 @@ def test_evaluate_on_the_command_line(class_bundle: Path, images: Path, classifi
         ({"--features": None}, ("no features", "name the folder of one")),
         ({"--features": "nowhere"}, ("no classifier at nowhere",)),
         ({"--num-images": 3}, ("num_images is 3", "4 or more")),
+        ({"--num-images": 10**13}, ("num_images is 10000000000000", "up to 1000000")),
         ({"--batch": 0}, ("batch is 0",)),
         ({"--clock": 0}, ("clock is 0",)),
         ({"--guidance-scale": -1}, ("guidance_scale",)),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import Command, assert_error, exit_code
+from command_line import Command, assert_error, exit_code, process
 from conftest import save_model
 from model_folders import change_config
 from PIL import Image
@@ -21,10 +21,9 @@ from edgediff import load_model
 from edgediff.data.image_folder import read_images, shuffled
 from edgediff.errors import ConfigError
 from edgediff.evaluate.distance import evaluate_distance
-from edgediff.evaluate.processes import Processes
+from edgediff.evaluate.processes import LAUNCHED, Processes
 from edgediff.evaluate.report import Evaluation
-from edgediff.evaluate.row import Row
-from edgediff.evaluate.sampler import BundleSampler, Sampler
+from edgediff.evaluate.sampler import Sampler, sample_bundle, sample_model
 from edgediff.models.spectral import spectralize
 
 ASKED: dict[str, Any] = {"num_images": 11, "steps": 2, "batch": 4, "seed": 3}
@@ -62,12 +61,12 @@ def without_closeness(found: Evaluation) -> dict[str, Any]:
 
 def test_a_model_makes_what_its_bundle_makes(class_model: Path, class_bundle: Path) -> None:
     classes = np.array([3, 0, 1])
-    rows = [Row(each, 3, classes, guidance_scale=2.0, seed=7) for each in
-            (BundleSampler(class_bundle), Sampler(load_model(class_model)))]  # fmt: skip
-    assert (rows[0].sampler.clocks, rows[1].sampler.clocks) == (("1", "2"), ("1",))
-    bundled, plain = (row.draw(range(3), (True, True, True)) for row in rows)
+    samplers = sample_bundle(class_bundle), sample_model(load_model(class_model))
+    assert [sampler.clocks for sampler in samplers] == [("1", "2"), ("1",)]
+    options: dict[str, Any] = {"mask": (True,) * 3, "classes": classes, "guidance_scale": 2.0, "seed": 7}
+    bundled, plain = (sampler.draw(range(3), **options) for sampler in samplers)
     assert np.abs(bundled.astype(int) - plain).max() <= 1
-    assert np.abs(plain.astype(int) - rows[1].draw([2], (True,) * 3)).max() > 20
+    assert np.abs(plain.astype(int) - samplers[1].draw([2], **options)).max() > 20
 
 
 @pytest.mark.parametrize("takes_time", [False, True])
@@ -75,9 +74,9 @@ def test_gated_and_unconditional_models_are_sampled_too(tmp_path: Path, takes_ti
     torch.manual_seed(0)
     unet = spectralize(unet2d(block_out_channels=(8, 16, 24)), gate_takes_time=takes_time)
     folder = save_model(unet, tmp_path / "gated")
-    sampler = Sampler(load_model(folder), "ddim")
+    sampler = sample_model(load_model(folder), "ddim")
     assert (sampler.labels, sampler.guidance_scale, sampler.scheduler_name) == (None, 1.0, "ddim")
-    images = Row(sampler, 2, None, 1.0, 0).draw([0, 1], (True, True))
+    images = sampler.draw([0, 1], (True, True), classes=None, guidance_scale=1.0, seed=0)
     assert images.shape == (2, SIZE, SIZE, 3)
 
 
@@ -111,7 +110,9 @@ def test_a_model_that_repeats_its_training_photographs_is_found(
     class_model: Path, train: Path, test: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = read_images(train, SIZE).images
-    monkeypatch.setattr(Row, "draw", lambda self, numbers, mask: np.flip(copies[np.asarray(numbers)], 2).copy())
+    monkeypatch.setattr(
+        Sampler, "draw", lambda self, numbers, mask, **rest: np.flip(copies[np.asarray(numbers)], 2).copy()
+    )
     found = evaluated(class_model, test, classifier, train=train)
     assert found.rows[0].closeness is not None
     assert found.rows[0].closeness.share_nearer == 1
@@ -124,14 +125,13 @@ def test_the_number_of_images_is_free_and_classes_are_the_training_ones(
     class_model: Path, train: Path, test: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[np.ndarray] = []
-    draw = Row.draw
+    draw = Sampler.draw
 
-    def listen(self: Row, numbers: Any, mask: tuple[bool, ...]) -> np.ndarray:
-        assert self.classes is not None
-        drawn.append(self.classes[np.asarray(numbers)])
-        return draw(self, numbers, mask)
+    def listen(self: Sampler, numbers: Any, mask: tuple[bool, ...], *, classes: Any, **rest: Any) -> np.ndarray:
+        drawn.append(classes[np.asarray(numbers)])
+        return draw(self, numbers, mask, classes=classes, **rest)
 
-    monkeypatch.setattr(Row, "draw", listen)
+    monkeypatch.setattr(Sampler, "draw", listen)
     found = evaluated(class_model, test, classifier, train=train, num_images=45, steps=1)
     assert (found.num_images, found.num_equal) == (45, 10)
     labels = read_images(train, SIZE).labels[shuffled(40, 3)]
@@ -193,6 +193,18 @@ def test_where_nothing_was_launched_accelerate_is_not_asked(monkeypatch: pytest.
     assert_error(said, "an evaluation on several processes needs the 'train' extra")
 
 
+def test_an_environment_that_is_no_launchers_is_one_line(
+    class_model: Path, test: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    given = ("evaluate", "distance", class_model, "--images", test, "--features", classifier)
+    # A process of its own: accelerate keeps its state.
+    assert_error(process(*given, env=os.environ | {"WORLD_SIZE": "2"}), "has WORLD_SIZE=2", "torchrun, or unset")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
+    assert_error(command(*given), "has ACCELERATE_USE_CPU=maybe", "torchrun, or unset")
+
+
 # What goes wrong
 
 
@@ -214,6 +226,7 @@ def test_where_nothing_was_launched_accelerate_is_not_asked(monkeypatch: pytest.
         ({"--features": None}, ("no built-in classifier knows these 4 classes at 16x16", "--features")),
         ({"--grid": "out.jpg"}, ("ends in .png",)),
         ({"--grid": "nowhere/out.png"}, ("cannot write", "nowhere")),
+        ({"--num-images": 10**13}, ("num_images is 10000000000000", "up to 1000000")),
     ],
 )
 def test_bad_requests_are_one_line(
@@ -260,7 +273,7 @@ def test_folders_and_sources_that_do_not_fit(
 
 
 def test_guidance_needs_a_null_class(tmp_path: Path) -> None:
-    sampler = Sampler(load_model(save_model(unet2d(num_class_embeds=4), tmp_path / "no-null")))
+    sampler = sample_model(load_model(save_model(unet2d(num_class_embeds=4), tmp_path / "no-null")))
     assert sampler.guidance_scale == 1
     with pytest.raises(ConfigError, match="needs a null class"):
         sampler.check("1", 2, 2.0, 0)

@@ -49,8 +49,8 @@ def program_bundle(program_model: Path, export_once: Export) -> Path:
 @pytest.mark.long
 def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: Path, program_model: Path) -> None:
     target = manifest_of(program_bundle).target("executorch")
-    assert [(g.file, g.function) for g in target.graphs] == [(PROGRAM, "full"), (PROGRAM, "cached")]
-    assert (target.layout, target.batch, target.dtype, target.opset) == ("pair", 2, "fp32", None)
+    assert [(g.file, g.function) for g in target.unet.graphs] == [(PROGRAM, "full"), (PROGRAM, "cached")]
+    assert (target.unet.layout, target.unet.batch, target.unet.dtype, target.opset) == ("pair", 2, "fp32", None)
     assert sorted(file.name for file in (program_bundle / PROGRAM).parent.iterdir()) == ["unet.pte"]
     program = (program_bundle / PROGRAM).read_bytes()
     weights = load_file(program_model / "unet/diffusion_pytorch_model.safetensors")
@@ -148,7 +148,7 @@ def test_what_is_damaged_or_of_another_shape_is_refused(program_bundle: Path, tm
     assert_refused(damaged, PROGRAM, run=False)
     manifest = manifest_of(program_bundle)
     other = shutil.copytree(program_bundle, tmp_path / "other")
-    inputs = manifest.target("executorch").graphs[1].inputs
+    inputs = manifest.target("executorch").unet.graphs[1].inputs
     seal(other, replace_graph(manifest, 1, inputs=(inputs[1], inputs[0], *inputs[2:])))
     with pytest.raises(BundleError, match=r"cached has the inputs .*; the manifest says"):
         open_session(open_bundle(other), "executorch")

@@ -28,7 +28,7 @@ def _files(path: Path, leave_out: tuple[str, ...] = ("evidence/parity.json",)) -
 def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert set(_files(class_bundle, ())) == {
         "README.md", "SHA256SUMS", "evidence/parity.json", "evidence/reference.safetensors", "manifest.json",
-        "onnx/highres_in.onnx", "onnx/highres_out.onnx", "onnx/lowres.onnx",
+        "onnx/unet/highres_in.onnx", "onnx/unet/highres_out.onnx", "onnx/unet/lowres.onnx",
     }  # fmt: skip
     manifest = open_bundle(class_bundle).manifest
     assert manifest.operating_point.mask == (1, 0, 1, 0)
@@ -37,8 +37,8 @@ def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert manifest.license == "unknown"
     assert manifest.cache_bytes == 4 * 16 * 8 * 8
     assert manifest.cost["full"].macs > manifest.cost["cached"].macs > 0
-    assert [graph.frequency for graph in manifest.targets[0].graphs] == ["step", "full_step", "cached_step", "step"]
-    assert manifest.targets[0].graphs[2].file is None
+    assert [graph.frequency for graph in manifest.targets[0].unet.graphs] == ["step", "full_step", "cached_step", "step"]
+    assert manifest.targets[0].unet.graphs[2].file is None
 
 
 def test_sha256sum_agrees(class_bundle: Path) -> None:
@@ -48,7 +48,7 @@ def test_sha256sum_agrees(class_bundle: Path) -> None:
 
 def test_graphs_are_what_the_manifest_says(class_bundle: Path) -> None:
     target = open_bundle(class_bundle).manifest.targets[0]
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         if graph.file is None:
             continue
         model = onnx.load(class_bundle / graph.file)
@@ -127,8 +127,8 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
     config = edgediff.ExportConfig(steps=2, layout="split", verify=floors)
     edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
-    external = {graph.external_data for graph in manifest.targets[0].graphs} - {None}
-    assert "onnx/lowres.onnx.data" in external
+    external = {graph.external_data for graph in manifest.targets[0].unet.graphs} - {None}
+    assert "onnx/unet/lowres.onnx.data" in external
     assert external <= manifest.files.keys()
     assert (tmp_path / "bundle" / "onnx" / "lowres.onnx").stat().st_size < 200_000
 
@@ -149,7 +149,7 @@ def test_other_cuts_samplers_and_clocks(
     assert done.report is not None
     statuses = {row.check: row.status for row in done.report.rows}
     assert statuses["caching"] == ("not_run" if clock == 1 else "measured")
-    assert open_bundle(tmp_path / "bundle").manifest.conditioning.source == "synthetic"
+    assert open_bundle(tmp_path / "bundle").manifest.evidence.conditioning == "synthetic"
 
 
 @pytest.fixture
@@ -177,8 +177,8 @@ def test_sdxl_conditioning_and_a_file_of_embeddings(sdxl: edgediff.Model, tmp_pa
     config = edgediff.ExportConfig(steps=2, layout="split", conditioning=str(tmp_path / "prompt.npz"))
     edgediff.export_bundle(sdxl, tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
-    assert manifest.conditioning.source == "file"
-    graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].graphs}
+    assert manifest.evidence.conditioning == "file"
+    graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].unet.graphs}
     assert graphs["highres_in"] == ["sample", "timestep", "text_embeds", "time_ids"]
     assert "encoder_hidden_states" in graphs["lowres"]
 

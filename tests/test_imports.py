@@ -26,7 +26,6 @@ STAGES = (
     ("edgediff.verify", "edgediff.train"),
     ("edgediff.export", "edgediff.evaluate", "edgediff.inspect"),
     ("edgediff.plan", "edgediff.bench"),
-    ("edgediff.demo",),
     ("edgediff.cli", "edgediff.__main__"),
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}

@@ -168,8 +168,59 @@ def test_labels_by_index(torch_pipe: EdgePipeline) -> None:
         torch_pipe(label=4)
 
 
+# What numpy and torch give in the place of Python's numbers, and what it means.
+MEANT: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"label": np.int64(3)}, {"label": 3}),
+    ({"label": np.array(3)}, {"label": 3}),
+    ({"label": np.arange(4)}, {"label": [0, 1, 2, 3]}),
+    ({"label": range(2)}, {"label": [0, 1]}),
+    ({"label": [np.int64(1), np.str_("Kiwi"), torch.tensor(0)]}, {"label": [1, 2, 0]}),
+    ({"label": torch.tensor([2, 1])}, {"label": [2, 1]}),
+    ({"label": np.array(["Kiwi", "Apple"])}, {"label": ["Kiwi", "Apple"]}),
+    ({"num_images": np.int64(2)}, {"num_images": 2}),
+    ({"num_inference_steps": np.uint8(2), "clock": np.int64(2)}, {"num_inference_steps": 2, "clock": 2}),
+    ({"clock": np.array([1, 0, 0, 1])}, {"clock": [1, 0, 0, 1]}),
+    ({"clock": (np.bool_(True), False, np.int8(0), 1)}, {"clock": "1,0,0,1"}),
+    ({"seed": np.uint64(7)}, {"seed": 7}),
+    ({"seed": torch.tensor(7)}, {"seed": 7}),
+    ({"guidance_scale": np.float32(3)}, {"guidance_scale": 3.0}),
+    ({"guidance_scale": torch.tensor(3.0, dtype=torch.bfloat16, requires_grad=True)}, {"guidance_scale": 3}),
+    ({"guidance_scale": np.array([3, 3, 1, 1])}, {"guidance_scale": [3.0, 3.0, 1.0, 1.0]}),
+    ({"guidance_scale": 0}, {"guidance_scale": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), MEANT, ids=[str(given) for given, _ in MEANT])
+def test_numbers_of_numpy_and_torch_are_numbers(
+    ort_pipe: EdgePipeline, given: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    got, want = ort_pipe(**given), ort_pipe(**meant)
+    assert got.mask == want.mask
+    assert np.array_equal(got.latents, want.latents)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"label": bad} for bad in (2.0, np.array(2.5), (n for n in "12"), True, [True], np.array([1.0]), b"ab",
+                                     {1: 2}, {1, 2}, [[0, 1], [2]], -1, object())),
+        *({"num_images": bad} for bad in (2.0, True, "2", np.float32(2), [2], np.array([2]))),
+        *({"num_inference_steps": bad} for bad in (2.0, True, "2", [2], np.array([2]))),
+        *({"clock": bad} for bad in (2.0, True, np.array(2.5), [0.5, 1, 1, 1], {2}, np.ones((2, 2)))),
+        *({"seed": bad} for bad in (2.0, True, "2", -1, [1], None)),
+        *({"guidance_scale": bad} for bad in (-1, True, "2", np.nan, [[1], [2]], [1, 2], {2.0}, np.inf, [None] * 4,
+                                              10**400)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_such_number_is_refused_in_one_line(ort_pipe: EdgePipeline, given: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        ort_pipe(**given)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_ledger_keeps_no_tensors_and_steps_cannot_be_written(ort_pipe: EdgePipeline) -> None:
-    assert all(step.tensors == () for step in ort_pipe().ledger)
+    assert all(step.tensors == () and step.latents.size == 0 for step in ort_pipe().ledger)
     for step in ort_pipe.stream():
         with pytest.raises(ValueError, match="read-only"):
             step.latents[0] = 0
@@ -196,6 +247,15 @@ def test_text_rows_are_repeated_and_checked(text_bundle: Path) -> None:
         pipe(prompt_embeds=prompt[:, :, :11], negative_prompt_embeds=negative)
     with pytest.raises(RequestError, match="needs negative prompt_embeds"):
         pipe(prompt_embeds=prompt)
+    tensor = torch.tensor(prompt, dtype=torch.bfloat16, requires_grad=True)
+    rounded = tensor.detach().float().numpy()
+    got, want = (pipe(**asked | {"prompt_embeds": embeds}).latents for embeds in (tensor, rounded))
+    assert np.array_equal(got, want)
+    for bad in ([[[1.0, 2.0], [1.0]]], "text", object()):
+        with pytest.raises(RequestError, match="encoder_hidden_states"):
+            pipe(**asked | {"prompt_embeds": bad})
+    with pytest.raises(RequestError, match=r"^added_cond is a list; expected arrays by name$"):
+        pipe(**asked, added_cond=[1])
     with pytest.raises(RequestError, match="NaN"):
         pipe(prompt_embeds=prompt * np.nan, negative_prompt_embeds=negative)
     with pytest.raises(RequestError, match="time_ids is no input of this model"):
@@ -213,7 +273,7 @@ def test_a_generation_graph_runs_once_before_the_steps(torch_pipe: EdgePipeline)
             if graph.frequency != "generation":
                 super().run(graph, tensors)
 
-    graphs = torch_pipe.manifest.target("onnx").graphs
+    graphs = torch_pipe.manifest.target("onnx").unet.graphs
     once = Graph(name="once", file="x", frequency="generation", inputs=(), outputs=())
     request = _request(torch_pipe, (once, *graphs))
     session = Counting(torch_pipe.session.parts, torch_pipe.session.graphs)
@@ -229,7 +289,7 @@ def test_output_that_is_not_finite_is_an_error(torch_pipe: EdgePipeline) -> None
             if graph.name == "highres_out":
                 tensors["out_sample"] = tensors["out_sample"] * float("nan")
 
-    request = _request(torch_pipe, torch_pipe.manifest.target("onnx").graphs)
+    request = _request(torch_pipe, torch_pipe.manifest.target("onnx").unet.graphs)
     with pytest.raises(BundleError, match="not finite at step 0"):
         next(denoise(request, Broken(torch_pipe.session.parts, torch_pipe.session.graphs)))
 

@@ -7,7 +7,7 @@ import pytest
 
 from edgediff.errors import DataError
 from edgediff.evaluate import neighbours, processes
-from edgediff.evaluate.neighbours import closeness, nearest_neighbours
+from edgediff.evaluate.neighbours import Nearest, nearest_neighbours
 
 RNG = np.random.default_rng(0)
 
@@ -60,11 +60,20 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_closeness_counts_what_is_within_the_threshold() -> None:
-    found = closeness(np.arange(100.0), 9.0)
+    found = at(np.arange(100.0)).closeness(9.0)
     assert (found.median, found.share_nearer) == (49.5, 0.1)
     assert found.quantile_5 == pytest.approx(4.95)
     # Copies count even where the photographs held out have copies themselves.
-    assert closeness(np.zeros(4), 0.0).share_nearer == 1
+    assert at(np.zeros(4)).closeness(0.0).share_nearer == 1
+
+
+def at(distance: np.ndarray) -> Nearest:
+    return Nearest(distance, np.arange(len(distance)), np.zeros(len(distance), bool))
+
+
+def test_suspects_are_the_nearest_few() -> None:
+    found = at(np.arange(20.0)[::-1]).suspects()
+    assert [(each.image, each.distance, each.neighbour) for each in found] == [(19 - i, i, 19 - i) for i in range(8)]
 
 
 @pytest.mark.parametrize(

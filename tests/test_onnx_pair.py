@@ -15,7 +15,7 @@ import edgediff
 from edgediff.targets.onnx.pool_weights import POOLED_BYTES, pool_weights
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
 
-WEIGHTS = "onnx/weights.bin"
+WEIGHTS = "onnx/unet/weights.bin"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def pair_bundle(class_model: Path, export_once: Export) -> Path:
 
 def test_shared_weights_are_stored_once(pair_bundle: Path, class_bundle: Path) -> None:
     target = manifest_of(pair_bundle).target("onnx")
-    assert [(g.name, g.file, g.frequency, g.external_data) for g in target.graphs] == [
-        ("full", "onnx/full.onnx", "full_step", WEIGHTS),
-        ("cached", "onnx/cached.onnx", "cached_step", WEIGHTS),
+    assert [(g.name, g.file, g.frequency, g.external_data) for g in target.unet.graphs] == [
+        ("full", "onnx/unet/full.onnx", "full_step", WEIGHTS),
+        ("cached", "onnx/unet/cached.onnx", "cached_step", WEIGHTS),
     ]
     assert sorted(file.name for file in (pair_bundle / "onnx").iterdir()) == ["cached.onnx", "full.onnx", "weights.bin"]
     places: dict[str, set[tuple[str, str]]] = {}
@@ -90,7 +90,7 @@ def test_graphs_are_held_before_they_are_loaded_and_weights_at_the_latest_then(
 ) -> None:
     copy = shutil.copytree(pair_bundle, tmp_path / "copy")
     bundle = open_bundle(copy)
-    graphs = bundle.manifest.target("onnx").graphs
+    graphs = bundle.manifest.target("onnx").unet.graphs
     entered = []
     flip_bit(copy / WEIGHTS)
     with pytest.raises(BundleError, match=f"{WEIGHTS} does not have the hash"), bundle.hold(graphs):
@@ -106,7 +106,7 @@ def test_graphs_are_held_before_they_are_loaded_and_weights_at_the_latest_then(
     with pytest.raises(BundleError, match=r"more\.bin is not listed"), bundle.hold(graphs):
         entered.append("what is not listed")
     (copy / "onnx/more.bin").unlink()
-    flip_bit(copy / "onnx/full.onnx")
+    flip_bit(copy / "onnx/unet/full.onnx")
     with pytest.raises(BundleError, match=r"full\.onnx does not have the hash"), bundle.hold(graphs):
         entered.append("a graph")
     assert entered == ["weights"]

@@ -56,16 +56,16 @@ def changed(ir_bundle: Path, tmp_path: Path) -> Path:
 
 def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
     target = manifest_of(ir_bundle).target("openvino")
-    assert [(g.file, g.external_data) for g in target.graphs] == [
+    assert [(g.file, g.external_data) for g in target.unet.graphs] == [
         (f"openvino/{name}.xml", f"openvino/{name}.bin") for name in ("full", "cached")
     ]
-    assert (target.layout, target.batch, target.dtype, target.opset, target.ir_version) == (
+    assert (target.unet.layout, target.unet.batch, target.unet.dtype, target.opset, target.ir_version) == (
         "pair", None, "fp32", None, None,
     )  # fmt: skip
     assert sorted(file.name for file in (ir_bundle / "openvino").iterdir()) == list(FILES)
     assert not list(ir_bundle.glob(".*"))
     core = import_extra("openvino", "a test", "openvino").Core()
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         model = core.read_model(ir_bundle / str(graph.file))
         assert [port.get_names() for port in model.inputs] == [{tensor.name} for tensor in graph.inputs]
         assert [port.get_names() for port in model.outputs] == [{tensor.name} for tensor in graph.outputs]
@@ -105,10 +105,10 @@ def test_files_are_the_same_again_and_stand_beside_onnx_graphs(
     assert usual_backend(bundle) == "onnxruntime"
     # OpenVINO runs what was made for it, and the ONNX graphs where there is nothing else: the same numbers.
     session = OpenVinoSession(bundle)
-    assert session.graphs == bundle.manifest.target("openvino").graphs
+    assert session.graphs == bundle.manifest.target("openvino").unet.graphs
     alone = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=bundle.manifest.targets[:1]))
     other = OpenVinoSession(alone)
-    assert other.graphs == bundle.manifest.target("onnx").graphs
+    assert other.graphs == bundle.manifest.target("onnx").unet.graphs
     made = [EdgePipeline(bundle.manifest, each)(seed=1, num_images=1).latents for each in (session, other)]
     assert psnr_db(made[1], made[0]) > 120
 
@@ -123,9 +123,9 @@ def test_eight_bits_in_four_graphs_are_smaller(
     )  # fmt: skip
     assert said.code == 0, said
     target = manifest_of(place / "int8").target("openvino")
-    assert (target.dtype, target.layout, target.floors.graph) == ("int8", "split", 35.0)
-    assert [graph.name for graph in target.graphs if graph.file] == ["highres_in", "lowres", "highres_out"]
-    assert b'element_type="i8"' in (place / "int8/openvino/lowres.xml").read_bytes()
+    assert (target.unet.dtype, target.unet.layout, target.unet.floors.graph) == ("int8", "split", 35.0)
+    assert [graph.name for graph in target.unet.graphs if graph.file] == ["highres_in", "lowres", "highres_out"]
+    assert b'element_type="i8"' in (place / "int8/openvino/unet/lowres.xml").read_bytes()
     whole = (ir_bundle / "openvino/full.bin").stat().st_size
     assert sum(file.stat().st_size for file in (place / "int8/openvino").glob("*.bin")) < 0.5 * whole
 
@@ -201,7 +201,7 @@ def test_weights_that_are_cut_off_are_one_line(changed: Path) -> None:
 
 def test_a_model_of_other_tensors_than_the_manifests_is_refused(changed: Path) -> None:
     manifest = manifest_of(changed)
-    full = manifest.target("openvino").graphs[0]
+    full = manifest.target("openvino").unet.graphs[0]
     feature = full.outputs[1]
     half = msgspec.structs.replace(feature, shape=(*feature.shape[:-1], 4))
     for change, says in (

@@ -36,7 +36,7 @@ def trained(manifest: Manifest, **values: Any) -> Manifest:
     targets = tuple(
         msgspec.structs.replace(target, graphs=tuple(
             msgspec.structs.replace(g, file="adaptor.onnx") if g.name == "adaptor" and g.file is None else g
-            for g in target.graphs
+            for g in target.unet.graphs
         ))
         for target in manifest.targets
     )  # fmt: skip

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgediff_runtime import Bundle, EdgePipeline, open_bundle, ort_options
+from edgediff_runtime import Bundle, EdgePipeline, RequestError, open_bundle, ort_options, ort_session
 from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_session import OrtSession
 
@@ -36,17 +36,44 @@ def test_rows_that_do_not_come_out_even_stay_together(class_bundle: Path, thread
     assert np.array_equal(session.get(value), rows)
 
 
+def test_graphs_are_opened_twice_where_rows_divide_and_weights_are_small(
+    class_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[object] = []
+    load = ort_session.load_graphs
+    monkeypatch.setattr(ort_session, "load_graphs", lambda *args: (loads.append(args), load(*args))[1])
+    pipe = EdgePipeline.from_pretrained(class_bundle, threads=2)
+    pipe(num_images=3, guidance_scale=1.0)
+    assert len(loads) == 1
+    pipe(num_images=4, guidance_scale=1.0)
+    pipe(num_images=2)
+    assert len(loads) == 2
+    for name, value in (("APART_BYTES", 1), ("weight_bytes", lambda *_: 2**40)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ort_session, name, value)
+            assert OrtSession(open_bundle(class_bundle), 2).put(rows_of(4)).shape()[0] == 4
+
+
+def test_threads_are_the_callers(class_bundle: Path) -> None:
+    pipe = EdgePipeline.from_pretrained(class_bundle, threads=3)
+    assert isinstance(pipe.session, OrtSession)
+    assert pipe.session.threads == 3
+    for each in pipe.session._shared.values():
+        assert each.get_session_options().intra_op_num_threads == 3
+    for bad in (0, -1, True, 1.5, "2"):
+        with pytest.raises(RequestError, match=r"^threads is .*; expected a whole number above 0$"):
+            EdgePipeline.from_pretrained(class_bundle, threads=bad)  # type: ignore[arg-type]
+
+
 def test_settings_are_the_manifests(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_options, "bytes_overflow", lambda: True)
     bundle = open_bundle(class_bundle)
     target = bundle.manifest.target("onnx")
-    assert target.session == SessionSettings(rows_apart=True, exact_int8=False)
+    assert target.session == SessionSettings(exact_int8=False)
     other = SessionSettings(memory_arena=False, memory_pattern=False, stop_spinning=False, exact_int8=False)
     for settings, on in ((other, False), (SessionSettings(), True), (None, True)):
         targets = (msgspec.structs.replace(target, session=settings),)
         session = OrtSession(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=targets)), 2)
-        assert session._apart is None
-        assert session.put(rows_of(4)).shape()[0] == 4
         for each in session._shared.values():
             options = each.get_session_options()
             assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (on, on)
@@ -94,6 +121,6 @@ def test_what_goes_wrong_in_one_thread_is_raised(class_bundle: Path) -> None:
         "class_labels": session.put(np.zeros(2, np.int64)),
         "timestep": session.put(np.zeros(1, np.float32)),
     }
-    with pytest.raises(Exception, match=r"(?s)sample.*Got: 8 Expected: 16"):
+    with pytest.raises(RequestError, match=r"^highres_in cannot run: .*sample.*Got: 8 Expected: 16.*; ask for fewer"):
         session.run(session.graphs[0], tensors)
     assert "out_sample" not in tensors

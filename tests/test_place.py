@@ -251,7 +251,7 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("edgediff.bundle.staging.fcntl.flock", unsupported)
+    monkeypatch.setattr("edgediff.outputs.fcntl.flock", unsupported)
     target = _bundle(tmp_path / "out")
     _bundle(tmp_path / ".out.edgediff-7")
     _export(target)

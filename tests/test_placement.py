@@ -296,7 +296,7 @@ def test_a_bundle_is_looked_at_graph_by_graph(class_bundle: Path) -> None:
     manifest = open_bundle(class_bundle).manifest
     notes = lint_bundle(class_bundle)
     assert [note.graph for note in notes if note.rule.id == "nnapi-ep-dynamic"] == [
-        graph.name for target in manifest.targets for graph in target.graphs if graph.file is not None
+        graph.name for target in manifest.targets for graph in target.unet.graphs if graph.file is not None
     ]
     assert {note.target for note in notes} == {"onnx"}
 

@@ -17,12 +17,12 @@ from edgediff.errors import ConfigError, MissingExtraError, TargetError
 from edgediff.export.export_config import config_from
 from edgediff.plan import plan_files
 from edgediff.plan.budget import count_cost, time_cost
-from edgediff.plan.caveats import caveats
-from edgediff.plan.plan_recipe import plan_recipe, render_recipe
-from edgediff.plan.planner import Plan, make_plan
-from edgediff.plan.trajectory import Trajectories, psnr_db, spell
+from edgediff.plan.plan_files import plan_recipe, render_recipe
+from edgediff.plan.planner import Plan, caveats, make_plan
+from edgediff.plan.trajectory import Trajectories, psnr_db
 from edgediff.targets.backends import open_session
 from edgediff_runtime import EdgePipeline, Manifest, open_bundle
+from edgediff_runtime.clock import format_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import TrainedFor
 
@@ -122,7 +122,7 @@ def test_clock_1_of_a_pair_is_a_recipe_of_parts(manifest: Manifest) -> None:
 def test_the_recipe_loads_and_exports(plan: Plan, tmp_path: Path) -> None:
     written = plan_files.write_plan(plan, tmp_path)
     config = edgediff.load_config(written["recipe"])
-    assert (config.clock, config.steps, config.adaptor) == (spell(plan.chosen.mask), 4, "identity")
+    assert (config.clock, config.steps, config.adaptor) == (format_mask(plan.chosen.mask), 4, "identity")
     quick = config_from(msgspec.to_builtins(config) | {"verify": {"mode": "graphs"}, "onnx": {"simplify": False}})
     edgediff.export_bundle(edgediff.load_model(str(config.model)), tmp_path / "bundle", quick)
     again = open_bundle(tmp_path / "bundle").manifest
@@ -133,7 +133,7 @@ def test_the_recipe_loads_and_exports(plan: Plan, tmp_path: Path) -> None:
 def test_a_recipe_keeps_every_setting(manifest: Manifest, tmp_path: Path) -> None:
     config = plan_recipe(manifest, (True, False, True), 1e-05)
     strange = msgspec.structs.replace(config, license='MIT: "x" # y', model="a, b: c", random_weights=0)
-    (tmp_path / "r.yaml").write_text(render_recipe(strange, ["one", "two"]))
+    (tmp_path / "r.yaml").write_text(render_recipe(strange, "one: two"))
     assert edgediff.load_config(tmp_path / "r.yaml") == strange
 
 

@@ -263,9 +263,9 @@ def test_a_bundle_of_eight_bits_is_verified_and_runs(
     quantized_bundle: Path, class_bundle: Path, command: Command
 ) -> None:
     target = manifest_of(quantized_bundle).target("onnx")
-    assert (target.dtype, target.layout) == ("int8", "pair")
-    assert {tensor.dtype for graph in target.graphs for tensor in graph.outputs} == {"float32"}
-    kinds = {node.op_type for node in onnx.load(quantized_bundle / "onnx/full.onnx").graph.node}
+    assert (target.unet.dtype, target.unet.layout) == ("int8", "pair")
+    assert {tensor.dtype for graph in target.unet.graphs for tensor in graph.outputs} == {"float32"}
+    kinds = {node.op_type for node in onnx.load(quantized_bundle / "onnx/unet/full.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     assert "in int8 for ONNX" in (quantized_bundle / "README.md").read_text()
     said = command("verify", quantized_bundle)
@@ -276,18 +276,18 @@ def test_a_bundle_of_eight_bits_is_verified_and_runs(
 
 
 def test_weights_take_a_quarter(quantized_bundle: Path) -> None:
-    model = onnx.load(quantized_bundle / "onnx/full.onnx")
+    model = onnx.load(quantized_bundle / "onnx/unet/full.onnx")
     kinds = {TensorProto.INT8: 0, FLOAT: 0}
     for tensor in model.graph.initializer:
         if len(tensor.dims) > 1 and tensor.data_type in kinds:
             kinds[tensor.data_type] += int(np.prod(tensor.dims))
     assert kinds[TensorProto.INT8] > kinds[FLOAT]
-    assert (quantized_bundle / "onnx/weights.bin").stat().st_size < 2 * kinds[TensorProto.INT8] + 4 * kinds[FLOAT]
+    assert (quantized_bundle / "onnx/unet/weights.bin").stat().st_size < 2 * kinds[TensorProto.INT8] + 4 * kinds[FLOAT]
 
 
 @pytest.mark.parametrize("name", ["highres_in", "lowres", "highres_out"])
 def test_the_parts_are_quantized_apart_too(class_bundle: Path, name: str) -> None:
-    graph = next(graph for graph in manifest_of(class_bundle).target("onnx").graphs if graph.name == name)
+    graph = next(graph for graph in manifest_of(class_bundle).target("onnx").unet.graphs if graph.name == name)
     steps = load_reference(class_bundle / REFERENCE).steps
     path = class_bundle / f"onnx/{name}.onnx"
     before = sorted(path.parent.iterdir())
@@ -303,12 +303,12 @@ def test_the_parts_are_quantized_apart_too(class_bundle: Path, name: str) -> Non
 
 
 def test_a_graph_that_is_wrong_before_it_is_quantized(class_bundle: Path) -> None:
-    graph = manifest_of(class_bundle).target("onnx").graphs[0]
+    graph = manifest_of(class_bundle).target("onnx").unet.graphs[0]
     steps = load_reference(class_bundle / REFERENCE).steps
     before = sorted((class_bundle / "onnx").iterdir())
     steps[-1].tensors["emb"][0, 0] += 0.1
     with pytest.raises(VerificationError, match=r"highres_in: before it is quantized, emb is \d+\.\d dB of torch's"):
-        measure_ranges(class_bundle / "onnx/highres_in.onnx", graph, Calibration(steps, floor_db=100.0))
+        measure_ranges(class_bundle / "onnx/unet/highres_in.onnx", graph, Calibration(steps, floor_db=100.0))
     assert sorted((class_bundle / "onnx").iterdir()) == before
 
 

@@ -61,7 +61,7 @@ def test_the_script_is_there_and_the_python_compiles() -> None:
     compile(PYTHON, "README.md", "exec")
 
 
-FOLDERS = ("", "edgediff/**/", "runtime/**/", "export_configs/", "benchmarks/")
+FOLDERS = ("", "edgediff/**/", "runtime/**/", "export_configs/", "benchmarks/**/")
 PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
 
 

@@ -1,17 +1,23 @@
 """From diffusers' scheduler settings to the runtime's: carried over, let pass, or refused by name."""
 
+import diffusers
+import numpy as np
 import pytest
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging
 
 from edgediff.errors import UnsupportedError
 from edgediff.models.sampling import SCHEDULERS, scheduler_config
+from edgediff_runtime.schedule_tables import alphas_cumprod
 
 
 @pytest.mark.parametrize(
@@ -98,3 +104,76 @@ def test_karras_in_the_source_is_honoured():
 def test_infinite_lambda_is_null():
     assert scheduler_config(DPMSolverMultistepScheduler(), "dpmpp_2m").lambda_min_clipped is None
     assert scheduler_config({"lambda_min_clipped": -5.1}, "dpmpp_2m").lambda_min_clipped == -5.1
+
+
+# The noise process is the model's
+
+
+def _schedulers():
+    logging.set_verbosity_error()
+    kinds = (getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler"))
+    return [kind for kind in kinds if isinstance(kind, type) and SchedulerMixin in kind.__mro__]
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own, of classes that it is about to drop
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", _schedulers(), ids=lambda kind: kind.__name__)
+def test_every_scheduler_of_diffusers_keeps_its_noise_process_or_is_refused(kind, name):
+    try:
+        source = kind()
+    except (ImportError, TypeError, ValueError) as e:
+        pytest.skip(f"diffusers builds none by default: {e}")
+    try:
+        config = scheduler_config(source, name)
+    except UnsupportedError:
+        return
+    theirs = np.asarray(source.alphas_cumprod, dtype=np.float64)
+    np.testing.assert_allclose(alphas_cumprod(config), theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+@pytest.mark.parametrize(
+    "source",
+    [
+        diffusers.EDMDPMSolverMultistepScheduler(),
+        diffusers.EDMEulerScheduler(),
+        diffusers.CMStochasticIterativeScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.ScoreSdeVeScheduler(),
+        diffusers.CogVideoXDDIMScheduler(),
+        diffusers.LCMScheduler(),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_of_another_noise_process_is_refused(source, as_mapping, name):
+    if as_mapping:
+        source = {**source.config, "_class_name": type(source).__name__}
+    with pytest.raises(UnsupportedError, match=r"noise process|snr_shift_scale 3\.0"):
+        scheduler_config(source, name)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        (EulerDiscreteScheduler, "timestep_type", "continuous"),
+        (EulerDiscreteScheduler, "sigma_max", 700.0),
+        (DPMSolverMultistepScheduler, "use_flow_sigmas", True),
+        (None, "use_dynamic_shifting", True),
+        (DDPMScheduler, "thresholding", True),
+    ],
+)
+def test_a_setting_that_the_sampler_does_not_know_is_refused_too(kind, setting, value, name):
+    source = kind(**{setting: value}) if kind else {setting: value}
+    with pytest.raises(UnsupportedError, match=f"{setting} {value!r}.*expected"):
+        scheduler_config(source, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_defaults_of_the_source_s_class_are_its_noise_process(name):
+    config = scheduler_config(HeunDiscreteScheduler(), name)
+    assert (config.beta_start, config.beta_end) == (0.00085, 0.012)
+    bare = {"_class_name": "HeunDiscreteScheduler"}
+    assert scheduler_config(bare, name).beta_end == 0.012

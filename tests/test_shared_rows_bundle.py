@@ -127,8 +127,6 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, export_once: Export) 
 def test_a_portable_graph_and_a_small_one_take_every_row(class_model: Path, text_bundle: Path, large: Export) -> None:
     portable = large(class_model, layout="split", onnx=OnnxConfig(portable=True))
     assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}
-    assert manifest_of(text_bundle).target("onnx").settings.rows_apart
-    assert not manifest_of(portable).target("onnx").settings.rows_apart
 
 
 def test_the_undivided_unet_beside_it_shares_rows_too(text_model: Path, large: Export, tmp_path: Path) -> None:
@@ -153,7 +151,7 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
     unet = unet2d_condition(**WITHOUT_ATTENTION_FIRST)
     model = saved_once("attention-below", lambda path: save_text_model(unet, path))
     bundle = large(model, layout="pair")
-    cached = next(graph for graph in manifest_of(bundle).target("onnx").graphs if graph.name == "cached")
+    cached = next(graph for graph in manifest_of(bundle).target("onnx").unet.graphs if graph.name == "cached")
     assert "encoder_hidden_states" not in {tensor.name for tensor in cached.inputs}
     assert shares(bundle) == {"full": True, "cached": True}
     request = asked(bundle) | {"num_images": 2}
@@ -183,7 +181,6 @@ def test_manifests_that_say_otherwise_are_refused(text_model: Path, large: Expor
         assert_refused(bundle, words)
         seal(bundle, kept)
 
-    refused(lambda target, _: target["session"].update(rows_apart=True), shared)
     refused(lambda _, inputs: inputs.__delitem__(2), shared)
     refused(lambda _, inputs: inputs[2]["shape"].__setitem__(0, "images"), "expected batch first")
     refused(lambda _, inputs: inputs[0]["shape"].__setitem__(1, "images"), "expected sizes")
@@ -192,5 +189,5 @@ def test_manifests_that_say_otherwise_are_refused(text_model: Path, large: Expor
     def every_row(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (msgspec.structs.replace(tensors[0], shape=("batch", *tensors[0].shape[1:])), *tensors[1:])
 
-    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].graphs[0].inputs)))
-    assert_refused(bundle, r"onnx/full.onnx has sample as .*images.*; the manifest says .*batch")
+    seal(bundle, replace_graph(kept, 0, inputs=every_row(kept.targets[0].unet.graphs[0].inputs)))
+    assert_refused(bundle, r"onnx/unet/full.onnx has sample as .*images.*; the manifest says .*batch")

@@ -103,8 +103,8 @@ def test_every_number_holds(exported: Exported) -> None:
 
 def test_the_manifest_knows_adaptor_and_layout(split_bundle: Exported, pair_bundle: Exported) -> None:
     split, pair = (open_bundle(bundle).manifest for bundle, _ in (split_bundle, pair_bundle))
-    assert [graph.name for graph in split.targets[0].graphs] == ["highres_in", "lowres", "adaptor", "highres_out"]
-    assert [graph.name for graph in pair.targets[0].graphs] == ["full", "cached"]
+    assert [graph.name for graph in split.targets[0].unet.graphs] == ["highres_in", "lowres", "adaptor", "highres_out"]
+    assert [graph.name for graph in pair.targets[0].unet.graphs] == ["full", "cached"]
     assert (split.adaptor.kind, pair.adaptor.kind) == ("identity", "resnet")
     assert split.operating_point.mask == pair.operating_point.mask == (1, 0, 1, 0)
     # The cache is the feature whose quarters are the bands that WG-Up puts together, at half the sample's size.

@@ -1,251 +1,230 @@
-"""What a denoiser does to each frequency: against denoisers whose answer is known, and what gates let pass."""
+"""``edgediff evaluate spectrum``: the numbers and the page, and what is refused."""
 
 import doctest
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DDPM, save_model
+from command_line import Command, assert_error, exit_code, unchanged
+from conftest import DDPM, LABELS, save_model
+from model_folders import change_json
+from PIL import Image
+from tiny_photographs import SIZE, make_photographs, write_photographs
 from unets import unet2d
 
-from edgediff import load_model
-from edgediff.errors import DataError, UnsupportedError
-from edgediff.evaluate import response as responses
+from edgediff.errors import ConfigError
 from edgediff.evaluate import spectrum
-from edgediff.evaluate.denoiser import Denoiser
-from edgediff.evaluate.gate_recorder import GateRecorder
-from edgediff.evaluate.response import Response, measure_response, wiener_gain
-from edgediff.evaluate.spectra import bands, top_octaves
-from edgediff.models.spectral import BandGate, spectralize
+from edgediff.evaluate.charts import draw_overview
+from edgediff.evaluate.frequency import bands
+from edgediff.evaluate.processes import CPU, Processes
+from edgediff.evaluate.spectrum import evaluate_spectrum, spread_times
+from edgediff.models.spectral import spectralize
 
-SIZE = 16
-ALPHAS = np.array([0.98, 0.7, 0.3, 0.02])
-CPU = torch.device("cpu")
-
-
-def smooth_noise(count: int) -> np.ndarray:
-    """Images whose power falls with frequency, of no class and no edges: Gaussian, so that Wiener's is the best."""
-    rng = np.random.default_rng(0)
-    white = rng.normal(size=(count, SIZE, SIZE, 3))
-    f = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None, :])[None, :, :, None]
-    shaped = np.fft.ifft2(np.fft.fft2(white, axes=(1, 2)) / (0.05 + f), axes=(1, 2)).real
-    return np.clip(np.rint(127.5 + 20 * shaped / shaped.std()), 0, 255).astype(np.uint8)
+ASKED: dict[str, Any] = {"num_images": 9, "steps": 2, "batch": 5, "seed": 3}
+BANDS = int(bands(SIZE, SIZE).max()) + 1
 
 
-IMAGES = smooth_noise(60)
-POWER = (np.abs(np.fft.fft2(IMAGES / 127.5 - 1, axes=(1, 2), norm="ortho")) ** 2).mean(axis=(0, 3))
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photographs(make_photographs((4, 3, 3, 2)), tmp_path_factory.mktemp("photographs"))
 
 
-def linear(gain: Any) -> Any:
-    """A denoiser that multiplies each frequency, given abar, by something."""
-
-    def clean(x_t: np.ndarray, k: int, numbers: np.ndarray) -> np.ndarray:
-        return np.fft.ifft2(np.fft.fft2(x_t) * gain(float(ALPHAS[k]))).real
-
-    return clean
-
-
-def wiener(abar: float) -> np.ndarray:
-    return np.sqrt(abar) / (abar + (1 - abar) / POWER)
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wavelet-gated model of the class model's kind."""
+    torch.manual_seed(0)
+    unet = spectralize(unet2d(block_out_channels=(8, 16, 24), num_class_embeds=5))
+    folder = save_model(unet, tmp_path_factory.mktemp("models") / "tiny-gated")
+    (folder / "classes.json").write_text(json.dumps(LABELS))
+    return folder
 
 
-def apart(found: Response) -> np.ndarray:
-    return np.abs(found.gain - found.wiener)[:, 1:]
+def test_a_model_is_diagnosed(class_model: Path, images: Path) -> None:
+    told: list[str] = []
+    found = evaluate_spectrum(class_model, images, progress=told.append, **ASKED)
+    report = found.report
+    assert (report.num_images, report.available, report.denoising.num_images) == (9, 12, 9)
+    assert (report.teacher, report.gates, report.denoising.teacher_gap, report.skipped) == (None, None, None, "")
+    assert report.denoising.timesteps == (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
+    for rows in (report.denoising.error, report.denoising.response, report.denoising.wiener):
+        assert {len(row) for row in rows} == {BANDS}
+        assert len(rows) == 10
+    spectra = report.spectra
+    assert len(spectra.generated) == len(spectra.photographs) == len(spectra.gap) == BANDS
+    assert spectra.error == pytest.approx(np.abs(spectra.gap[1:]).mean())
+    assert spectra.error_top == pytest.approx(np.abs(spectra.gap[3:]).mean())
+    assert "drawing images: 5 of 9" in told
+    assert "step 10 of 10: photographs noised to t = 950" in told
+    # Untrained: nothing like Wiener's, and worse than saying nothing.
+    assert report.denoising.response_error > 0.1
+    again = evaluate_spectrum(class_model, images, **ASKED | {"batch": 9}).report
+    np.testing.assert_allclose(again.denoising.error, report.denoising.error, rtol=1e-3)
 
 
-# The response
+def test_a_teacher_of_itself_has_no_gap_and_gates_are_told(class_model: Path, gated: Path, images: Path) -> None:
+    own = evaluate_spectrum(gated, images, teacher=gated, **ASKED).report
+    assert np.max(own.denoising.teacher_gap) < 1e-9
+    found = evaluate_spectrum(gated, images, teacher=class_model, **ASKED).report
+    assert found.teacher == "tiny-class"
+    assert np.min(found.denoising.teacher_gap) > 1e-9
+    assert found.gates is not None
+    assert [curves.module for curves in found.gates] == [
+        "down_blocks.0.downsamplers.0.gate",
+        "down_blocks.1.downsamplers.0.gate",
+        "up_blocks.0.upsamplers.0.gate",
+        "up_blocks.1.upsamplers.0.gate",
+    ]
+    for curves in found.gates:
+        for band in ("LL", "LH", "HL", "HH"):
+            values = getattr(curves, band)
+            assert len(values) == 10
+            assert 0 < min(values) < max(values) < 1
 
 
-def test_a_wiener_denoiser_lands_on_the_prediction() -> None:
-    found = measure_response(linear(wiener), IMAGES, ALPHAS)
-    assert found.gain.shape == (4, bands(SIZE, SIZE).max() + 1)
-    np.testing.assert_allclose(found.gain, found.wiener, atol=1e-9)
-    # And the prediction is the formula, for a band whose frequencies have about one power.
-    np.testing.assert_allclose(found.wiener[:, 5], [wiener(a)[3, 4] for a in ALPHAS], rtol=0.25)
-
-
-@pytest.mark.parametrize(
-    "gain",
-    [
-        lambda abar: 1 / np.sqrt(abar),  # no denoising at all, rescaled
-        lambda abar: 0.8 * wiener(abar),
-        lambda abar: wiener(abar) ** 2,
-        lambda abar: np.sqrt(abar) / (abar + (1 - abar) / POWER.mean()),  # blind to frequency
-        lambda abar: wiener(abar) * (bands(SIZE, SIZE) < 5),  # a blur
-    ],
-)
-def test_any_other_denoiser_does_not(gain: Any) -> None:
-    assert apart(measure_response(linear(gain), IMAGES, ALPHAS)).max() > 0.1
-
-
-def test_of_gaussian_images_no_linear_denoiser_has_less_error() -> None:
-    best = measure_response(linear(wiener), IMAGES, ALPHAS).error
-    for scale in (0.7, 1.4):
-        other = measure_response(linear(lambda abar, scale=scale: scale * wiener(abar)), IMAGES, ALPHAS).error
-        # At the last noise level there is hardly anything to gain or lose.
-        assert (other.mean(axis=1) > best.mean(axis=1))[:3].all()
-
-
-def test_the_best_guess_of_images_that_are_not_gaussian_lands_there_too() -> None:
-    """Two images, taken in turns: the mean of what x_0 can have been is far from linear."""
-    two = np.stack([IMAGES[0], IMAGES[1]])
-    x_0 = two.transpose(0, 3, 1, 2) / 127.5 - 1
-
-    def clean(x_t: np.ndarray, k: int, numbers: np.ndarray) -> np.ndarray:
-        alpha, variance = np.sqrt(ALPHAS[k]), 1 - ALPHAS[k]
-        far = ((x_t[:, None] - alpha * x_0[None]) ** 2).sum(axis=(2, 3, 4)) / (2 * variance)
-        weights = np.exp(far.min(axis=1, keepdims=True) - far)
-        weights /= weights.sum(axis=1, keepdims=True)
-        return np.einsum("bi,ichw->bchw", weights, x_0)
-
-    found = measure_response(clean, np.tile(two, (200, 1, 1, 1)), ALPHAS)
-    assert apart(found).max() < 0.05
-    assert apart(measure_response(linear(wiener), two, ALPHAS)).max() > 0.05
-
-
-def test_error_is_the_ratio_of_powers_and_the_gap_is_the_teachers() -> None:
-    def half(x_t: np.ndarray, k: int, numbers: np.ndarray) -> np.ndarray:
-        return 0.5 * (IMAGES[numbers].transpose(0, 3, 1, 2) / 127.5 - 1)
-
-    def nothing(x_t: np.ndarray, k: int, numbers: np.ndarray) -> np.ndarray:
-        return np.zeros_like(x_t)
-
-    found = measure_response(half, IMAGES, ALPHAS, teacher=nothing)
-    np.testing.assert_allclose(found.error, 0.25, rtol=1e-9)
-    np.testing.assert_allclose(found.teacher_gap, 0.25, rtol=1e-9)
-    assert measure_response(half, IMAGES, ALPHAS).teacher_gap is None
-    assert measure_response(nothing, np.full((2, SIZE, SIZE, 3), 128, np.uint8), ALPHAS).error.max() <= 1
-
-
-def test_the_noise_is_the_same_whatever_the_batch_and_another_at_each_step() -> None:
-    seen: dict[int, list[np.ndarray]] = {}
-    found: list[np.ndarray] = []
-
-    def look(x_t: np.ndarray, k: int, numbers: np.ndarray) -> np.ndarray:
-        seen.setdefault(k, []).append((x_t - np.sqrt(ALPHAS[k]) * (IMAGES[numbers].transpose(0, 3, 1, 2) / 127.5 - 1))
-                                      / np.sqrt(1 - ALPHAS[k]))  # fmt: skip
-        return x_t
-
-    for batch in (60, 7):
-        seen.clear()
-        measure_response(look, IMAGES, ALPHAS, batch=batch)
-        noise = np.stack([np.concatenate(parts) for parts in seen.values()])
-        assert noise.std() == pytest.approx(1, abs=0.01)
-        assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.02
-        found.append(noise)
-    np.testing.assert_allclose(*found, atol=1e-12)
-
-
-def test_no_images_are_refused_and_examples_hold() -> None:
-    with pytest.raises(DataError, match="expected one or more"):
-        measure_response(linear(wiener), IMAGES[:0], ALPHAS)
-    assert wiener_gain(np.array([0.0, 1e9]), 0.5) == pytest.approx([0, np.sqrt(2)], rel=1e-6)
-    assert doctest.testmod(responses) == (0, 1)
-    assert doctest.testmod(spectrum) == (0, 1)
-    assert top_octaves(SIZE) == 3
-
-
-# Models as denoisers
-
-
-class Told(torch.nn.Module):
-    """A UNet that knows the answer, in terms of any prediction."""
-
-    def __init__(self, unet: torch.nn.Module, answer: torch.Tensor) -> None:
-        super().__init__()
-        self.config = unet.config
-        self.answer = answer
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: Any = None) -> Any:
-        self.asked = (timestep.tolist(), None if class_labels is None else class_labels.tolist())
-        return type("Output", (), {"sample": self.answer})
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_every_kind_of_prediction_gives_the_clean_image(tmp_path: Path, prediction: str) -> None:
-    folder = save_model(unet2d(num_class_embeds=5), tmp_path / "model", DDPM | {"prediction_type": prediction})
-    denoiser = Denoiser(load_model(folder), CPU)
-    rng = np.random.default_rng(0)
-    x_0, eps = rng.normal(size=(2, 2, 3, SIZE, SIZE))
-    t = 300
-    alpha, sigma = np.sqrt(denoiser.alphas_cumprod[t]), np.sqrt(1 - denoiser.alphas_cumprod[t])
-    x_t = alpha * x_0 + sigma * eps
-    answer = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x_0, "sample": x_0}[prediction]
-    told = Told(denoiser.unet, torch.from_numpy(answer))
-    denoiser.unet = told
-    np.testing.assert_allclose(denoiser.clean(x_t, t, np.array([4, 1])), x_0, atol=1e-6)
-    assert told.asked == ([300.0], [4, 1])
-    told.answer[:] = torch.nan
-    with pytest.raises(Exception, match="not finite at t = 300"):
-        denoiser.clean(x_t, t, None)
+def test_spectrum_on_the_command_line(
+    class_model: Path, gated: Path, images: Path, command: Command, tmp_path: Path
+) -> None:
+    asked = ("--images", images, "--num-images", 8, "--steps", 2, "-o", tmp_path / "out")
+    said = command("evaluate", "spectrum", gated, "--teacher", class_model, *asked, "--json")
+    assert (said.code, said.errors) == (0, [])
+    data = json.loads(said.out)
+    stored = json.loads((tmp_path / "out" / "spectrum.json").read_text())
+    assert {name: value for name, value in data.items() if name != "files"} == stored
+    assert {*stored} == {
+        "model", "teacher", "size", "num_images", "available", "scheduler", "num_inference_steps", "guidance_scale",
+        "seed", "spectra", "denoising", "gates", "skipped",
+    }  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["spectrum.json", "spectrum.png"]
+    with Image.open(data["files"]["overview"]) as picture:
+        assert picture.width > 2000
+    with unchanged(images):
+        said = command("evaluate", "spectrum", class_model, *asked)
+    assert (said.code, said.errors) == (0, [])
+    for words in ("tiny-class by frequency: 8 images, 2 steps", "log10", "t = 50", "t = 950", "picture:"):
+        assert words in " ".join(said.out.split()), words
+    assert json.loads((tmp_path / "out" / "spectrum.json").read_text())["gates"] is None
 
 
 def test_a_schedule_is_spread_evenly() -> None:
-    assert spectrum.spread_times(1000) == (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
-    assert spectrum.spread_times(3) == (0, 1, 2)
+    assert doctest.testmod(spectrum) == (0, 1)
+    assert spread_times(1000) == (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
+    assert spread_times(3) == (0, 1, 2)
 
 
-def test_teachers_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    def make(name: str, scheduler: dict[str, Any] | None = None, **config: Any) -> Denoiser:
-        return Denoiser(load_model(save_model(unet2d(**config), tmp_path / name, scheduler)), CPU)
-
-    student = make("student")
-    student.check_teacher(make("same", num_class_embeds=5))
-    for teacher, words in (
-        (make("large", sample_size=32), "teacher large has samples 3x32x32, student 3x16x16"),
-        (make("eps", DDPM | {"prediction_type": "epsilon"}), "teacher eps has prediction_type epsilon, student v_pred"),
-        (make("linear", DDPM | {"beta_schedule": "linear"}), "teacher linear has another noise schedule"),
-        (make("short", DDPM | {"num_train_timesteps": 100}), "teacher short has another noise schedule"),
-    ):
-        with pytest.raises(UnsupportedError, match=words):
-            student.check_teacher(teacher)
+def test_a_schedule_of_one_time_step_is_drawn_too(images: Path, tmp_path: Path) -> None:
+    folder = save_model(unet2d(), tmp_path / "short", DDPM | {"num_train_timesteps": 1})
+    found = evaluate_spectrum(folder, images, **ASKED | {"steps": 1})
+    assert found.report.denoising.timesteps == (0,)
+    with Image.open(found.write(tmp_path)["overview"]) as picture:
+        assert picture.width > 1500
 
 
-def test_schedulers_without_such_a_schedule_are_refused(tmp_path: Path) -> None:
-    folder = save_model(unet2d(), tmp_path / "flow", {"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
-        Denoiser(load_model(folder), CPU)
-    odd = save_model(unet2d(), tmp_path / "odd", DDPM | {"prediction_type": "flow"})
-    with pytest.raises(UnsupportedError, match="prediction_type 'flow'; expected one of epsilon, v_prediction, sample"):
-        Denoiser(load_model(odd), CPU)
+def test_many_gates_have_lines_of_their_own(images: Path, tmp_path: Path) -> None:
+    levels = {
+        "block_out_channels": (8, 8, 8, 8, 8),
+        "down_block_types": ("DownBlock2D",) * 5,
+        "up_block_types": ("UpBlock2D",) * 5,
+    }
+    folder = save_model(spectralize(unet2d(**levels)), tmp_path / "deep")
+    found = evaluate_spectrum(folder, images, **ASKED)
+    assert found.report.gates is not None
+    assert len(found.report.gates) == 8
+    draw_overview(found.report, found.generated, found.photographs, tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.height > picture.width * 0.8
 
 
-# Gates
+# What goes wrong
 
 
-def gated(**settings: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return spectralize(unet2d(block_out_channels=(8, 16, 24)), **settings)
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"--images": "nowhere"}, ("no images at nowhere", "no such folder")),
+        ({"--num-images": 3}, ("num_images is 3", "4 or more")),
+        ({"--num-images": 10**13}, ("num_images is 10000000000000", "up to 1000000")),
+        ({"--batch": 0}, ("batch is 0",)),
+        ({"--steps": 0}, ("steps",)),
+        ({"--seed": -1}, ("seed",)),
+        ({"--guidance-scale": "inf"}, ("guidance_scale is inf",)),
+        ({"--scheduler": "plms"}, ("scheduler 'plms': expected one of",)),
+        ({"--teacher": "nothing-here"}, ("no model at nothing-here",)),
+        ({"--teacher": "grocery-32"}, ("teacher grocery-32 has samples 3x32x32, tiny-class 3x16x16",)),
+        ({"--teacher": "ddpm-cifar10"}, ("ddpm-cifar10 is a geometry without weights",)),
+        ({"-o": __file__}, ("exists and is no directory",)),
+        ({"-o": f"{__file__}/below"}, ("cannot write",)),
+    ],
+)
+def test_bad_requests_are_one_line(
+    class_model: Path, images: Path, command: Command, tmp_path: Path, change: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    options = {"--images": images, "--num-images": 4, "--steps": 2, "-o": tmp_path / "out"} | change
+    given = [each for option, value in options.items() for each in (option, value)]
+    assert_error(command("evaluate", "spectrum", class_model, *given), *parts)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("takes_time", [False, True])
-def test_gates_are_heard(takes_time: bool) -> None:
-    unet = gated(gate_takes_time=takes_time)
-    x = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    with GateRecorder(unet) as gates, torch.no_grad():
-        assert len(gates.modules) == 4
-        assert all(isinstance(module, BandGate) for module in gates.modules.values())
-        for part in (x[:2], x[2:]):
-            unet(part, torch.tensor([10.0]))
-        found = gates.take()
-        assert gates.take() == {}
-        name = next(iter(gates.modules))
-        heard: list[torch.Tensor] = []
-        gates.modules[name].register_forward_hook(lambda module, given, out: heard.append(out))
-        unet(x, torch.tensor([10.0]))
-    expected = heard[0].double().mean(dim=(0, 2, 3, 4)).numpy()
-    np.testing.assert_allclose(found[name], expected, rtol=1e-6)
-    assert expected.shape == (4,)
-    assert (expected > 0).all()
-    assert (expected < 1).all()
+def test_models_and_folders_that_do_not_fit(
+    class_model: Path, text_model: Path, images: Path, folder: Path, tmp_path: Path, command: Command,
+) -> None:  # fmt: skip
+    def say(model: object, *more: object, images: Path = images) -> Any:
+        return command("evaluate", "spectrum", model, "--images", images, "-o", tmp_path / "out", *more)
+
+    assert_error(say(text_model), "tiny-text is conditioned on text")
+    assert_error(say("ldm-ffhq"), "works on latents and has no decoder")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    assert_error(say(tmp_path / "bundle"), "bundle is a bundle; expected the model that it was made of")
+    assert_error(say(class_model, "--teacher", tmp_path / "bundle"), "bundle is a bundle; expected the model")
+    grey = save_model(unet2d(in_channels=1, out_channels=1), tmp_path / "grey")
+    assert_error(say(grey), "grey makes 1x16x16; expected square images of 3 channels")
+    assert_error(say(class_model, "--teacher", grey), "grey makes 1x16x16")
+    other = save_model(unet2d(), tmp_path / "other", DDPM | {"prediction_type": "epsilon"})
+    assert_error(say(class_model, "--teacher", other), "prediction_type epsilon, tiny-class v_prediction")
+    strange = write_photographs(make_photographs(), tmp_path / "strange")
+    (strange / "Kiwi").rename(strange / "Plum")
+    assert_error(say(class_model, images=strange), "tiny-class: the folder's class 'Plum' is none of the model's")
+    change_json(folder / "scheduler" / "scheduler_config.json")
+    (folder / "classes.json").write_text(json.dumps(["Apple", "Banana", "Kiwi", "Plum"]))
+    assert_error(say(class_model, "--teacher", folder), "model: the folder's class 'Orange' is none of the model's")
+    small = write_photographs(make_photographs(size=8), tmp_path / "small")
+    assert_error(say(class_model, images=small), "no images left in", "smaller than 16x16")
+    few = write_photographs(make_photographs((1, 1, 1, 0)), tmp_path / "few")
+    assert_error(say(class_model, images=few), "has 3 images; expected 4 or more")
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    assert_error(say(folder), "has no scheduler")
 
 
-def test_nothing_listens_afterwards_and_other_networks_have_no_gates() -> None:
-    unet = gated()
-    with GateRecorder(unet) as gates:
-        listening = [module._forward_hooks for module in gates.modules.values()]
-        assert all(len(hooks) == 1 for hooks in listening)
-    assert all(len(hooks) == 0 for hooks in listening)
-    assert GateRecorder(unet2d()).modules == {}
+def test_files_that_are_left_out_are_said(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = save_model(unet2d(), tmp_path / "plain")
+    photographs = write_photographs(make_photographs(), tmp_path / "photographs")
+    (photographs / "Kiwi" / "broken.png").write_text("no image")
+    args = ("evaluate", "spectrum", plain, "--images", photographs, "-o", tmp_path / "out", "--num-images", 4,
+            "--steps", 2)  # fmt: skip
+    assert exit_code(monkeypatch, *args) == 0
+    assert "1 image skipped: 1 cannot be read (Kiwi/broken.png)" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(class_model: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "launched", classmethod(lambda cls: cls(1, 2, CPU)))
+    with pytest.raises(ConfigError, match="runs on one process, not on 2"):
+        evaluate_spectrum(class_model, images, **ASKED)
+
+
+def test_pictures_need_their_extra(
+    class_model: Path, images: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        said = [
+            command("evaluate", "spectrum", class_model, "--images", images, "-o", tmp_path / "out"),
+            command("evaluate", "distance", class_model, "--images", images, "--train", images, "--grid",
+                    tmp_path / "a.png"),
+        ]  # fmt: skip
+    assert_error(said[0], "drawing spectra needs the 'train' extra")
+    assert_error(said[1], "the grid needs the 'train' extra")

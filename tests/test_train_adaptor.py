@@ -22,7 +22,7 @@ from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model, load_model
 from edgediff.models.trained import WEIGHTS, load_adaptor
 from edgediff.train import adaptor as training_loop
-from edgediff.train.adaptor import Training, train_adaptor
+from edgediff.train.adaptor import AdaptorTrained, train_adaptor
 from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.rollout import TARGET, Rollouts
 from edgediff.train.settings import AdaptorTraining, load_training, training_from
@@ -128,7 +128,7 @@ def test_training_lowers_the_loss_and_touches_nothing_but_the_adaptor(class_mode
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     said: list[tuple[str, float]] = []
     done = train_adaptor(model, tmp_path / "a", tiny(rounds=12), progress=lambda *args: said.append(args))
-    assert isinstance(done, Training)
+    assert isinstance(done, AdaptorTrained)
     assert done.updates == 24
     assert done.gain.learned > done.gain.identity
     assert said[-2][1] == 1.0
@@ -181,8 +181,8 @@ import sys, torch
 torch.set_num_threads(1)
 from edgediff import load_model
 from edgediff.train.adaptor import train_adaptor
-from edgediff.train.settings import load_training
-train_adaptor(load_model(sys.argv[1]), sys.argv[2], load_training(sys.argv[3]))
+from edgediff.train.settings import AdaptorTraining, load_training
+train_adaptor(load_model(sys.argv[1]), sys.argv[2], load_training(sys.argv[3], AdaptorTraining))
 """
 
 
@@ -238,9 +238,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         return samples
 
     monkeypatch.setattr(Rollouts, "draw", poisoned)
-    with pytest.raises(
-        TrainingError, match=r"not finite at update \d+ \(round 2\); the last good checkpoint is .*visit-00000002"
-    ):
+    with pytest.raises(TrainingError, match=r"not finite at update \d+; the last good checkpoint is .*visit-00000002"):
         train_adaptor(load_model(class_model), tmp_path / "a", settings)
     assert [path.name for path in (tmp_path / "a" / CHECKPOINTS).iterdir()] == ["visit-00000002"]
     monkeypatch.undo()
@@ -270,6 +268,19 @@ def test_folders_that_hold_something_else(class_model: Path, text_model: Path, t
         with pytest.raises(TargetError, match=r"learning_rate 0\.001, not 0\.1"):
             train_adaptor(model, tmp_path / "a", tiny(learning_rate=0.1))
         assert train_adaptor(model, tmp_path / "a", tiny(checkpoint_minutes=1.0)) is None
+
+
+def test_two_trainings_in_one_folder(class_model: Path, tmp_path: Path) -> None:
+    refusals = []
+
+    def second(what: str, share: float) -> None:
+        with pytest.raises(TargetError, match=r"a: another training runs there; wait for it to end") as caught:
+            train_adaptor(load_model(class_model), tmp_path / "a", TINY)
+        refusals.append(caught.value)
+
+    assert train_adaptor(load_model(class_model), tmp_path / "a", TINY, progress=second) is not None
+    assert len(refusals) == TINY.rounds + 1
+    assert train_adaptor(load_model(class_model), tmp_path / "a", TINY) is None
 
 
 def test_a_refused_training_leaves_nothing_behind(class_model: Path, text_model: Path, tmp_path: Path) -> None:
@@ -347,7 +358,7 @@ def test_models_that_cannot_teach(tmp_path: Path) -> None:
         ("ema: 1.0", "'ema' is 1.0; expected 0 or more, below 1"),
         ("output_weight: -1.0", "'output_weight' is -1.0"),
         ("seed: -1", "'seed' is -1"),
-        ("images: 5000", "'images' is 5000; expected 4096 at most"),
+        ("images: 5000", "'images' is 5000; expected at most 4096"),
         ("seed: 2024-13-45", "not YAML"),
         ("x: " + 3000 * "[", "not YAML"),
         ("store_gb: 0", "'store_gb' is 0"),
@@ -364,10 +375,10 @@ def test_settings_that_are_wrong(command: Command, place: Path, text: str, words
 
 def test_settings_round_trip(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("model: grocery-32\nclock: [1, 0, 0]\nsteps: 3\ncut: {level: 2}\n")
-    assert load_training(tmp_path / "s.yaml") == training_from(
-        {"model": "grocery-32", "clock": "1,0,0", "steps": 3, "cut": {"level": 2}}
+    assert load_training(tmp_path / "s.yaml", AdaptorTraining) == training_from(
+        {"model": "grocery-32", "clock": "1,0,0", "steps": 3, "cut": {"level": 2}}, AdaptorTraining
     )
-    assert training_from({"clock": "4"}).clock == 4
+    assert training_from({"clock": "4"}, AdaptorTraining).clock == 4
 
 
 def test_the_command_trains_and_says_what_it_is_worth(command: Command, class_model: Path, place: Path) -> None:

@@ -19,9 +19,10 @@ from edgediff.data.batches import Batches
 from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, ModelError, TargetError, TrainingError
 from edgediff.train import autoencoder
-from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
+from edgediff.train.autoencoder import train_autoencoder
 from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.latents import decode, encode, load_autoencoder, reconstruction_psnr
+from edgediff.train.settings import AutoencoderTraining, check_training
 from edgediff_runtime.bundle import sha256_of
 
 SIZE = 16
@@ -250,7 +251,7 @@ def test_settings_that_are_wrong(images: ImageSet, tmp_path: Path, change: dict[
 
 
 def test_settings_without_a_size() -> None:
-    assert check_autoencoder(tiny(block_out_channels=(4,) * 6)).factor == 32
+    assert check_training(tiny(block_out_channels=(4,) * 6)).factor == 32
 
 
 def test_sizes_that_the_levels_do_not_divide(images: ImageSet, whole: Path) -> None:

@@ -21,18 +21,18 @@ from trainings import UNET, UPDATES, changed
 
 from edgediff import Cut, ExportConfig, export_bundle, load_model, split
 from edgediff.config.floors import VerifyConfig
+from edgediff.data import draws
 from edgediff.data.batches import Batches, as_channels_first
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
 from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2DModel
-from edgediff.train import draws, unet_loop
-from edgediff.train.latents import load_autoencoder
+from edgediff.train.latents import load_autoencoder, save_beside
+from edgediff.train.loop import Loop
 from edgediff.train.samples import STEPS, draw_samples, make_sampler
-from edgediff.train.space import LatentSpace
+from edgediff.train.settings import StudentTraining, TeacherTraining, load_training, training_from
 from edgediff.train.student import student_of, train_student
 from edgediff.train.teacher import geometry_of, train_teacher
 from edgediff.train.unet import PRODUCT, UNetTrained
-from edgediff.train.unet_settings import StudentTraining, TeacherTraining, load_training, training_from
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs" / "train").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("few_samples")
@@ -67,7 +67,7 @@ def test_the_card_has_what_the_training_took(student_training: StudentTraining, 
 
 
 def test_a_student_learns_from_its_teacher(
-    student_training: StudentTraining, tmp_path: Path, loops: list[unet_loop.UNetLoop]
+    student_training: StudentTraining, tmp_path: Path, loops: list[Loop]
 ) -> None:
     """Where the teacher's prediction counts most, the student comes nearer to it."""
     changes = {"updates": 60, "learning_rate": 1e-2, "spatial": 100.0, "frequency": 0.0, "points": ("out",)}
@@ -88,7 +88,7 @@ def test_a_student_learns_from_its_teacher(
 def test_each_term_can_be_switched_off(
     student_training: StudentTraining,
     tmp_path: Path,
-    loops: list[unet_loop.UNetLoop],
+    loops: list[Loop],
     changes: dict[str, Any],
     terms: set[str],
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_student_can_go_on_from_another(student_training: StudentTraining, tmp
 
 
 def test_gates_that_see_the_time_are_taught_at_all_places(
-    student_training: StudentTraining, tmp_path: Path, loops: list[unet_loop.UNetLoop]
+    student_training: StudentTraining, tmp_path: Path, loops: list[Loop]
 ) -> None:
     """Such a UNet runs layer by layer: its blocks are never called."""
     train_student(tmp_path / "a", changed(student_training, gate_takes_time=True, updates=1))
@@ -187,12 +187,12 @@ def test_a_latent_model_says_what_it_is_made_of(teacher_training: TeacherTrainin
 
 
 def test_an_autoencoder_is_written_whole(teacher_training: TeacherTraining, tmp_path: Path) -> None:
-    space = LatentSpace(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     train_teacher(tmp_path / "a", changed(teacher_training, updates=1))
     model = load_model(tmp_path / "a")
     (tmp_path / "a" / "vae.partial").mkdir()
     (tmp_path / "a" / "vae.partial" / "config.json").write_text("{}")  # left by one that was killed
-    space.save(tmp_path / "a", model)
+    save_beside(vae, tmp_path / "a", model)
     assert load_autoencoder(tmp_path / "a").config.block_out_channels == [8]
     assert not (tmp_path / "a" / "vae.partial").exists()
 
@@ -337,6 +337,6 @@ def test_seeds_draw_otherwise(student_training: StudentTraining, tmp_path: Path,
     assert doctest.testmod(draws).failed == 0
     for seed in (0, 1, 2):
         train_student(tmp_path / str(seed), changed(student_training, seed=seed, updates=1))
-    batches = [loop._batch(loop.task.data, 0, 4, 1) for loop in loops]
+    batches = [loop.task.draw(loop.task.data, 0, 4, 1) for loop in loops]
     for name in ("x_0", "t", "x_t"):
         assert not any(torch.equal(batches[i][name], batches[j][name]) for i, j in ((0, 1), (0, 2), (1, 2)))

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from edgediff.errors import EdgediffError
+from edgediff.train.settings import StudentTraining
 from edgediff.train.student import train_student
 from edgediff.train.teacher import train_teacher
 from edgediff.train.unet import PRODUCT
-from edgediff.train.unet_settings import StudentTraining
 
 UPDATES = 4
 UNET = {

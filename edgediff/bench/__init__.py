@@ -1,1 +1,1 @@
-"""The same model in every backend there is, timed in one run: `edgediff bench`."""
+"""The same model in every backend, timed in one run: `edgediff bench`."""

@@ -1,6 +1,8 @@
-"""The backends that are timed: what each needs, and how a bundle is opened in it."""
+"""What is timed: a bundle in a backend, and the undivided UNet that it was made of in the same one."""
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,16 +10,22 @@ from typing import Any
 
 import msgspec
 
+from edgediff.bench.machine import peak_gflops
+from edgediff.bench.turns import Said
+from edgediff.bundle.feed import run_step
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, Reference, load_reference, reference_request
 from edgediff.errors import EdgediffError, UnsupportedError
 from edgediff.targets.backends import open_session
 from edgediff.verify.source import open_source
-from edgediff_runtime import Bundle, Manifest
-from edgediff_runtime.manifest import File, Graph, Target, share_rows
+from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
+from edgediff_runtime.manifest import File, Graph, share_rows
 from edgediff_runtime.ort_bound_session import CUDA
 from edgediff_runtime.sessions import Session
 
-# A result in bf16 is held to less than the bundle's own floor, which is for fp32.
+# The bundle's own floor is for fp32: a step in bf16 is checked against less.
 BF16_DB = 35.0
+WHOLE = "whole.json"
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,8 @@ class Backend:
         targets: Whose graphs it runs, the first of them that a bundle has; none where it runs the source.
         package: What must be installed.
         install: The command that installs it.
-        floor_db: What its output is held to; None takes the floor of the bundle's target.
-        provider: Which of ONNX Runtime's execution providers must be there too.
+        floor_db: The least PSNR of a step; None takes the floor of the bundle's target.
+        provider: Which of ONNX Runtime's execution providers must be available too.
         on_cpu: Whether it computes on the CPU, whose peak is measured.
     """
 
@@ -44,7 +52,7 @@ class Backend:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its package is there; not whether it works here."""
+        """Whether its package is installed; not whether it works here."""
         if find_spec(self.package) is None:
             return False
         if self.provider is None:
@@ -54,14 +62,7 @@ class Backend:
         return self.provider in ort.get_available_providers()
 
     def target(self, manifest: Manifest) -> str | None:
-        """Which of a bundle's targets it runs.
-
-        Args:
-            manifest: The bundle's.
-
-        Returns:
-            The target's name; None where it runs none of them.
-        """
+        """Which of a bundle's targets it runs; None where it runs none of them."""
         there = {target.target for target in manifest.targets}
         return next((name for name in self.targets if name in there), None)
 
@@ -79,35 +80,15 @@ BACKENDS = (
     Backend("coreml", ("coreml",), "coremltools", 'pip install "edgediff[export]", on macOS', on_cpu=False),
     Backend("mil-reference", ("coreml",), "coremltools", 'pip install "edgediff[export]"'),
 )
-# Evaluated in torch, to be right and not to be fast: timed where it is asked for by name.
+# Evaluated in torch, to be right and not to be fast: timed only where it is asked for by name.
 NOT_BY_DEFAULT = ("mil-reference",)
-
-
-class Whole(msgspec.Struct, frozen=True):
-    """Where the undivided UNet lies in ONNX.
-
-    Attributes:
-        folder: Its directory.
-        graph: As the manifest would list it.
-        files: Size and hash of each file in the directory.
-    """
-
-    folder: str
-    graph: Graph
-    files: dict[str, File]
 
 
 def named(name: str) -> Backend:
     """Finds a backend.
 
-    Args:
-        name: Its name.
-
-    Returns:
-        The backend.
-
     Raises:
-        UnsupportedError: There is none; the choices are named.
+        UnsupportedError: There is none of that name; the choices are listed.
     """
     for backend in BACKENDS:
         if backend.name == name:
@@ -115,64 +96,165 @@ def named(name: str) -> Backend:
     raise UnsupportedError(f"no backend {name!r}; choices: {', '.join(backend.name for backend in BACKENDS)}")
 
 
-def opened(
-    bundle: Bundle, backend: Backend, threads: int | None, undivided: bool = False, whole: Whole | None = None
-) -> Session:
-    """Opens a bundle, or the undivided UNet that it was made of.
+# What a worker is told to serve
+
+
+def time_peak() -> Iterator[Said]:
+    """The machine's peak in GFLOP/s, as the part ``gflops``."""
+    while True:
+        yield Said(parts={"gflops": [peak_gflops()]})
+
+
+def time_bundle(
+    bundle: str | Bundle,
+    backend: str,
+    *,
+    undivided: bool = False,
+    whole: str | None = None,
+    threads: int | None = None,
+    num_images: int = 1,
+    **request: Any,
+) -> Iterator[Said]:
+    """Opens a bundle, runs it, checks each recorded step; then a turn is a generation at the clock and one at clock 1.
 
     Args:
-        bundle: The bundle.
-        backend: Where.
-        threads: How many may be at work; the backend's own choice where None.
-        undivided: Whether to open the undivided UNet in the place of the bundle's graphs.
-        whole: That in ONNX; backends that run the source do without.
+        bundle: Its directory, or itself.
+        backend: The backend's name.
+        undivided: Run the undivided UNet instead: a turn is one generation at clock 1.
+        whole: Where `export_whole` wrote that; backends that run the source do without.
+        threads: How many may be at work; the backend's own choice if None.
+        num_images: Images at once.
+        request: ``num_inference_steps``, ``clock``, ``guidance_scale``; where None, the bundle's.
+    """
+    bundle = open_bundle(Path(bundle)) if isinstance(bundle, str) else bundle
+    reference = load_reference(bundle.file(REFERENCE))
+    chosen = named(backend)
+    start = time.perf_counter()
+    session = _open(bundle, chosen, threads, undivided, whole)
+    load_ms = 1e3 * (time.perf_counter() - start)
+    pipe = EdgePipeline(bundle.manifest, session, warn=False)
+    asked = reference_request(bundle.manifest, reference.conditioning) | {"num_images": num_images, "seed": 0}
+    # The reference's clock is a mask for its own number of steps; left out, the clock is the bundle's.
+    del asked["clock"]
+    asked |= {name: value for name, value in request.items() if value is not None}
+    # Some backends compile a graph when it first runs, and for its number of rows: none of that is a turn's time.
+    first = _generate(pipe, asked | {"clock": 1}, "loop_clock1")
+    if not undivided:
+        _generate(pipe, asked, "loop")
+    worst, floor = check(session, reference, only_full=undivided), _floor(bundle.manifest, chosen)
+    if worst < floor:
+        says = f"a step is {worst:.1f} dB of the reference" if math.isfinite(worst) else "a step is not finite"
+        yield Said(says=f"{says}; expected {floor:g} dB", wrong=True, psnr_db=worst)
+        return
+    yield Said(psnr_db=worst, parts={"load": [load_ms], "first_call": first.parts["full"][:1]})
+    while True:
+        always = _generate(pipe, asked | {"clock": 1}, "loop_clock1")
+        if undivided:
+            parts = {"undivided": always.parts["full"], "undivided_loop": always.parts["loop_clock1"]}
+            yield Said(parts=parts, rows=always.rows)
+            continue
+        clocked = _generate(pipe, asked, "loop")
+        names = (*clocked.parts, "loop_clock1")
+        parts = {name: [*clocked.parts.get(name, []), *always.parts.get(name, [])] for name in names}
+        yield Said(parts=parts, mask=clocked.mask, rows=clocked.rows)
+
+
+def export_whole(bundle: str, folder: str) -> Iterator[Said]:
+    """Writes the undivided UNet into an empty folder, for `time_bundle`."""
+    opened = open_bundle(Path(bundle))
+    inputs = load_reference(opened.file(REFERENCE)).steps[0].tensors
+    whole = export_undivided(opened, inputs, Path(folder))
+    (Path(folder) / WHOLE).write_bytes(msgspec.json.encode(whole))
+    yield Said()
+
+
+def check(session: Session, reference: Reference, only_full: bool = False) -> float:
+    """Runs each recorded step on its recorded inputs.
+
+    Args:
+        session: What runs its graphs.
+        reference: What torch computed.
+        only_full: Leave cached steps out: the undivided UNet has none.
 
     Returns:
-        The session.
-
-    Raises:
-        BundleError: The backend cannot load the graphs.
-        RequestError: The backend is not to be had on this machine.
-        UnsupportedError: The source is not at hand.
+        PSNR of ``out_sample`` in dB, the worst of the steps.
     """
+    steps = [step for step in reference.steps if step.full or not only_full]
+    made = [run_step(session, step, session.graphs, ("out_sample",))["out_sample"] for step in steps]
+    return min(psnr_db(step.tensors["out_sample"], out) for step, out in zip(steps, made, strict=True))
+
+
+def _floor(manifest: Manifest, backend: Backend) -> float:
+    """The least PSNR of a step; torch, which has no graphs, takes the strictest of the targets'."""
+    if backend.floor_db is not None:
+        return backend.floor_db
+    name = backend.target(manifest)
+    return max(target.unet.floors.composed for target in manifest.targets if name in (None, target.target))
+
+
+def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:
+    """One generation: milliseconds of each part in each step, and of all steps as the part `loop`."""
+    nothing = {graph.name for graph in pipe.session.graphs if graph.file is None}
+    parts: dict[str, list[float]] = {}
+    mask = []
+    rows, total = 0, 0.0
+    for step in pipe.stream(**request):
+        whole = sum(step.ms.values())
+        total += whole
+        mask.append(int(step.full))
+        rows = len(step.latents) * (2 if step.guided else 1)
+        for name, ms in {**step.ms, "full" if step.full else "cached": whole}.items():
+            if name not in nothing:
+                parts.setdefault(name, []).append(ms)
+    return Said(parts=parts | {loop: [total]}, mask=tuple(mask), rows=rows)
+
+
+# How it is opened
+
+
+class Whole(msgspec.Struct, frozen=True):
+    """The undivided UNet in ONNX.
+
+    Attributes:
+        graph: As the manifest would list it.
+        files: Size and hash of each file in its folder.
+    """
+
+    graph: Graph
+    files: dict[str, File]
+
+
+def _open(bundle: Bundle, backend: Backend, threads: int | None, undivided: bool, whole: str | None) -> Session:
     if not backend.targets:
-        return _torch(bundle.manifest, compile_parts=backend.name == "torch-compile", undivided=undivided)
+        return _open_source(bundle.manifest, backend.name == "torch-compile", undivided)
     if whole is not None:
-        bundle = Bundle(Path(whole.folder), _with_whole(bundle.manifest, whole))
+        found = msgspec.json.decode((Path(whole) / WHOLE).read_bytes(), type=Whole)
+        target = bundle.manifest.target("onnx").with_unet(graphs=(found.graph,))
+        manifest = msgspec.structs.replace(bundle.manifest, targets=(target,), files=found.files)
+        bundle = Bundle(Path(whole), manifest)
     return open_session(bundle, backend.name, threads=threads)
 
 
-def _with_whole(manifest: Manifest, whole: Whole) -> Manifest:
-    """A manifest of the undivided UNet alone."""
-    target: Target = msgspec.structs.replace(manifest.target("onnx"), graphs=(whole.graph,))
-    return msgspec.structs.replace(manifest, targets=(target,), files=whole.files)
-
-
-def _torch(manifest: Manifest, compile_parts: bool, undivided: bool) -> Session:
+def _open_source(manifest: Manifest, compile_parts: bool, undivided: bool) -> Session:
+    """The model in torch, divided as the bundle is or undivided."""
     from edgediff.models.graphs import graph_list
-    from edgediff.models.part import Part
     from edgediff.models.torch_session import TorchSession
-    from edgediff.models.undivided import NAME, Undivided, undivided_graph
+    from edgediff.models.undivided import undivided_session
 
     found, reason = open_source(manifest)
     if found is None:
         raise UnsupportedError(f"{reason}; torch runs the model that the bundle was made of")
     model, divided = found
-    graphs = graph_list(divided, model)
-    parts: dict[str, Part] = divided.parts
-    if undivided:
-        parts = {NAME: Undivided(model.unet, divided.inputs)}
-        graphs = (undivided_graph(graphs, divided.inputs),)
-    session = TorchSession(parts, graphs)
+    session = undivided_session(model) if undivided else TorchSession(divided.parts, graph_list(divided, model))
     if compile_parts:
         import torch
 
         compiler: Callable[..., Any] = torch.compile
-        session.parts = {name: compiler(part) for name, part in parts.items()}
+        session.parts = {name: compiler(part) for name, part in session.parts.items()}
     return session
 
 
-def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> Whole:
+def export_undivided(bundle: Bundle, inputs: dict[str, Any], folder: Path) -> Whole:
     """Exports the undivided UNet of a bundle's source to ONNX, as the bundle's graphs were.
 
     Args:
@@ -180,15 +262,11 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
         inputs: Real inputs of a full step by name, for tracing.
         folder: An empty directory.
 
-    Returns:
-        Where it lies.
-
     Raises:
-        UnsupportedError: The source is not at hand, or cannot be exported.
+        UnsupportedError: The source is not available, or cannot be exported.
     """
     try:
         from edgediff.bundle.files import list_files
-        from edgediff.models.graphs import graph_list
         from edgediff.models.undivided import NAME, Undivided, undivided_graph
         from edgediff.targets.onnx import OnnxConfig
         from edgediff.targets.onnx.write_onnx import write_graph
@@ -197,17 +275,18 @@ def export_undivided(bundle: Bundle, inputs: "dict[str, Any]", folder: Path) -> 
     found, reason = open_source(bundle.manifest)
     if found is None:
         raise UnsupportedError(reason)
-    model, divided = found
+    model, _ = found
     file = f"onnx/{NAME}.onnx"
     (folder / "onnx").mkdir()
-    graph = undivided_graph(graph_list(divided, model), divided.inputs, file)
+    graph = undivided_graph(model, file)
     settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
     given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
-    share = share_rows(bundle.manifest.target("onnx").graphs)
+    share = share_rows(bundle.manifest.target("onnx").unet.graphs)
     try:
-        done = write_graph(Undivided(model.unet, divided.inputs), graph, given, folder / file, settings, share)
+        part = Undivided(model.unet, tuple(given))
+        done = write_graph(part, graph, given, folder / file, settings, share)
     except EdgediffError as e:
         raise UnsupportedError(f"the undivided UNet cannot be exported: {e}") from e
     beside = None if done.external_data is None else f"onnx/{done.external_data}"
     graph = msgspec.structs.replace(graph.with_shared_rows() if done.shares_rows else graph, external_data=beside)
-    return Whole(str(folder), graph, list_files(folder))
+    return Whole(graph, list_files(folder))

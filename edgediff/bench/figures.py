@@ -1,4 +1,4 @@
-"""A ledger as pictures: where a step's time goes, what the clock saves of it, and how right each backend is."""
+"""A ledger as pictures: where a step's time goes, what the clock saves of it, and each backend's PSNR."""
 
 from collections.abc import Callable, Mapping
 from io import BytesIO
@@ -10,12 +10,12 @@ from edgediff.bench.wording import number
 from edgediff_runtime.loop import OUTSIDE
 
 INK, SOFT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
-# By part of a step; a backend or a layout that runs a whole step as one graph has one colour for it.
+# By part of a step; a whole step in one graph has one colour.
 PARTS = MappingProxyType(
     {"highres_in": "#1f5fa8", "lowres": "#c2571a", "adaptor": "#e0a33e", "highres_out": "#5b9bd5", "step": "#6b6b6b",
      "other": "#b9b9b9"}
 )  # fmt: skip
-# Told apart also by people who see few colours: with each goes a shape.
+# A shape with each colour, for people who see few colours.
 MARKS = (("#1f5fa8", "o"), ("#c2571a", "s"), ("#1a7f37", "D"), ("#7b3f98", "^"), ("#222222", "v"), ("#b03a2e", "P"))
 WIDTH, DPI = 9.0, 130
 BAR_INCHES = 0.42
@@ -24,13 +24,10 @@ Times = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 def figures(ledger: Ledger) -> dict[str, bytes]:
-    """Draws what was measured.
-
-    Args:
-        ledger: The run; what was imported into it is left out.
+    """Draws what was measured, what was imported left out.
 
     Returns:
-        PNGs: ``latency``; ``saved`` where the clock saves operations; ``quality``. Nothing where nothing was measured.
+        PNGs: ``latency``; ``saved`` where the clock saves operations; ``quality``. None where nothing was measured.
     """
     times: dict[tuple[str, str], dict[str, float]] = {}
     for row in ledger.rows:
@@ -52,7 +49,7 @@ def figures(ledger: Ledger) -> dict[str, bytes]:
 
 
 def _png(draw: Callable[[Any], None], height: float) -> bytes:
-    # The Agg backend by name: no display is asked for, and no global setting changed.
+    # The Agg backend by name needs no display and changes no global setting.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -69,7 +66,7 @@ def _png(draw: Callable[[Any], None], height: float) -> bytes:
 
 
 def _name(contender: Contender, many: bool) -> str:
-    bundle = contender.bundle.replace("$", r"\$")  # else what lies between two of them is drawn as a formula
+    bundle = contender.bundle.replace("$", r"\$")  # else the text between two of them is drawn as a formula
     return f"{contender.backend}\n{bundle}" if many else contender.backend
 
 
@@ -106,14 +103,7 @@ def _latency(axes: Any, known: list[Contender], times: Times, many: bool) -> Non
 
 
 def divided(parts: Mapping[str, float], kind: str) -> dict[str, float]:
-    """A step's milliseconds by part.
-
-    Args:
-        parts: Medians of a contender by part.
-        kind: ``full`` or ``cached``.
-
-    Returns:
-        By graph, then what is ``other``; one ``step`` where the step is one graph.
+    """The milliseconds of a ``full`` or ``cached`` step by graph and ``other``; one ``step`` where it is one graph.
 
     >>> divided({"highres_in": 1.0, "lowres": 3.0, "highres_out": 2.0, "full": 6.2, "cached": 3.1}, "cached")
     {'highres_in': 1.0, 'highres_out': 2.0, 'other': 0.10000000000000009}
@@ -123,12 +113,12 @@ def divided(parts: Mapping[str, float], kind: str) -> dict[str, float]:
     if not graphs:
         outside = sum(parts.get(part, 0.0) for part in OUTSIDE)
         return {"step": parts[kind] - outside, "other": outside}
-    # Medians do not add up to the median of their sum: what is left is the hand-off, guidance, the scheduler and that.
+    # The rest is hand-off, guidance and scheduler, and that medians do not add up to the median of the sum.
     return graphs | {"other": max(parts[kind] - sum(graphs.values()), 0.0)}
 
 
 def _saved(axes: Any, known: list[Contender], many: bool) -> None:
-    """What share of the time goes where a share of the operations went: on the line, all of it."""
+    """Time saved against operations saved; on the dashed line they are equal."""
     shown = [contender for contender in known if contender.ratio is not None]
     ends = [end for contender in shown for end in (contender.time_saved_spread or (contender.time_saved or 0.0,))]
     most = 100 * max(*ends, *(contender.flops_saved or 0.0 for contender in shown)) * 1.15
@@ -153,7 +143,7 @@ def _saved(axes: Any, known: list[Contender], many: bool) -> None:
 
 
 def _quality(axes: Any, known: list[Contender], times: Times, many: bool) -> None:
-    """How right against how fast: up and to the left is better."""
+    """PSNR against time: up and to the left is better."""
     for contender, (colour, mark) in zip(known, _marks(known), strict=True):
         if contender.psnr_db is None:
             continue

@@ -1,6 +1,7 @@
 """The ledger: what a run of `edgediff bench` measured, with everything that the figures belong to. It is the JSON."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Literal
@@ -8,10 +9,14 @@ from typing import Literal
 import msgspec
 
 from edgediff.errors import DataError
+from edgediff_runtime.clock import letters
 from edgediff_runtime.manifest import Struct
 
 FORMAT = 1
-Parts = Mapping[str, Iterable[float]]
+# Measured once in each process: their noise is not known, so two ledgers are not compared by them.
+ONCE = ("load", "first_call")
+
+Status = Literal["measured", "absent", "refused", "wrong", "died"]
 
 
 class Machine(Struct, frozen=True):
@@ -19,12 +24,12 @@ class Machine(Struct, frozen=True):
 
     Attributes:
         processor: Its name, as the system gives it.
-        flags: What it has of the instruction sets that matter here.
-        cores: How many the system shows.
+        flags: The instruction sets it has, of those that matter here.
+        cores: Logical ones.
         memory_mib: All of it.
         system: Name and release.
         python: Version.
-        versions: Of every tool that had a part.
+        versions: Of every package that had a part.
     """
 
     processor: str
@@ -45,16 +50,7 @@ class Machine(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True):
-    """What was run.
-
-    Attributes:
-        steps: Denoising steps.
-        clock: As it was given; None where each bundle's own was run.
-        num_images: Images at once.
-        guidance_scale: As it was given; None where each bundle's own was taken.
-        rounds: Times that every contender was asked, in turns.
-        threads: How many a backend might use; None where it was left to the backend.
-    """
+    """What was asked for; None leaves a number to each bundle, threads to each backend."""
 
     steps: int | None
     clock: str | None
@@ -71,27 +67,26 @@ class Contender(Struct, frozen=True):
         bundle: The bundle's directory, as it was given.
         backend: The backend's name.
         model_sha256: Of the source.
-        status: ``measured``; ``absent`` where the backend is not to be had, ``refused`` where it would not do,
-            ``wrong`` where its output was not the reference's, ``died`` where its process ended.
-        says: Why it was not measured, or the undivided UNet beside it was not; empty where both were.
-        psnr_db: Of a step's output against the reference, the worst of them; None where it was not asked, or is not
-            finite.
+        status: ``measured``; ``absent``: the backend or its graphs are not available; ``refused``: it could not be
+            opened or run; ``wrong``: its output was not the reference's; ``died``: its process ended.
+        says: Why it, or the undivided UNet beside it, was not measured; empty where both were.
+        psnr_db: Of a step's output against the reference, the worst step; None where it was not run or is not finite.
         mask: The steps as they were run, 1 = full.
         rows: UNet rows in a step.
-        peak_mib: Most memory that its process held, a GPU's not counted.
+        peak_mib: Peak memory of its process, a GPU's not counted.
         undivided: What `time_saved` is taken against: ``undivided``, the whole UNet in the same backend; or ``own``,
-            the bundle's own graphs at clock 1, where the source is not at hand, the backend has no other, or the graphs
-            are of eight bits, which the undivided one is not.
+            the bundle's own graphs at clock 1, where the source is not available, the backend cannot run it, or the
+            graphs are int8, which the undivided UNet is not.
         flops_saved: Share of the operations that the clock saves, attention matmuls included.
-        time_saved: Share of the loop's time: the median of the rounds', each against the same round's.
-        time_saved_spread: The 10th and the 90th percentile of them; None of one round.
+        time_saved: Share of the loop's time: the median over the rounds, each against the same round.
+        time_saved_spread: Their 10th and 90th percentile; None of one round.
         share_of_peak: GFLOP/s of a full and of a cached step over the machine's peak.
     """
 
     bundle: str
     backend: str
     model_sha256: str
-    status: Literal["measured", "absent", "refused", "wrong", "died"]
+    status: Status
     says: str = ""
     psnr_db: float | None = None
     mask: tuple[int, ...] = ()
@@ -110,7 +105,7 @@ class Contender(Struct, frozen=True):
 
     @property
     def ratio_spread(self) -> tuple[float, float] | None:
-        """The 10th and the 90th percentile of the rounds' ratios; None where there is no ratio, or one round."""
+        """The 10th and 90th percentile of the rounds' ratios; None where there is no ratio, or one round."""
         if self.time_saved_spread is None or not self.flops_saved:
             return None
         low, high = self.time_saved_spread
@@ -118,17 +113,17 @@ class Contender(Struct, frozen=True):
 
 
 class Row(Struct, frozen=True):
-    """One part of one contender.
+    """One part of one contender, in milliseconds.
 
     Attributes:
         bundle: As of its contender.
         backend: As of its contender.
         part: A graph; ``full`` or ``cached``, a whole step; ``guidance``, ``scheduler``, ``other`` (hand-off); ``loop``
             and ``loop_clock1``, all steps; ``undivided`` and ``undivided_loop``; ``load`` and ``first_call``.
-        median_ms: Milliseconds.
+        median_ms: Of all samples.
         p10_ms: The 10th percentile.
         p90_ms: The 90th percentile.
-        samples_ms: All of them, as they came.
+        samples_ms: In the order in which they were taken.
         peak_mib: Of the contender's process.
     """
 
@@ -143,17 +138,17 @@ class Row(Struct, frozen=True):
 
 
 class Ledger(Struct, frozen=True):
-    """A run, whole.
+    """One run.
 
     Attributes:
         machine: Where.
         settings: What.
-        peak_gflops: Of a large fp32 matrix product in the same run; None where it could not be measured.
+        peak_gflops: Of a large fp32 matmul in the same run; None where it could not be measured.
         contenders: Each bundle in each backend, also those that were not measured.
         rows: What was measured.
         time_saved_over_flops_saved: By backend: 1 = every operation saved was time saved.
         imported: Ledgers of other machines, never compared with this one's rows.
-        format: Version of this form.
+        format: Version of this format.
     """
 
     machine: Machine
@@ -166,18 +161,8 @@ class Ledger(Struct, frozen=True):
     format: int = FORMAT
 
 
-def rows_of(bundle: str, backend: str, parts: Parts, peak_mib: float | None) -> tuple[Row, ...]:
-    """Sums samples up.
-
-    Args:
-        bundle: As of the contender.
-        backend: As of the contender.
-        parts: Milliseconds by part; those without any are left out.
-        peak_mib: Of the contender's process.
-
-    Returns:
-        A row for each.
-    """
+def rows_of(bundle: str, backend: str, parts: Mapping[str, Iterable[float]], peak_mib: float | None) -> tuple[Row, ...]:
+    """A row for each part that has samples (milliseconds)."""
     rows = []
     for part, given in parts.items():
         samples = tuple(round(sample, 4) for sample in given)
@@ -188,7 +173,7 @@ def rows_of(bundle: str, backend: str, parts: Parts, peak_mib: float | None) -> 
 
 
 def spread(samples: tuple[float, ...]) -> tuple[float, float]:
-    """The 10th and the 90th percentile, between the samples themselves.
+    """The 10th and the 90th percentile, interpolated.
 
     >>> spread((1.0,)), spread((0.0, 5.0, 10.0))
     ((1.0, 1.0), (1.0, 9.0))
@@ -200,26 +185,15 @@ def spread(samples: tuple[float, ...]) -> tuple[float, float]:
 
 
 def write_ledger(ledger: Ledger, path: Path) -> None:
-    """Writes a ledger as indented JSON.
-
-    Args:
-        ledger: The run.
-        path: The file.
-    """
+    """Writes a ledger as indented JSON."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(ledger), indent=1) + b"\n")
 
 
 def read_ledger(path: Path) -> Ledger:
     """Reads a ledger.
 
-    Args:
-        path: The file.
-
-    Returns:
-        The run.
-
     Raises:
-        DataError: There is none, or it is of another form.
+        DataError: There is none, or it is of another format.
     """
     try:
         ledger = msgspec.json.decode(path.read_bytes(), type=Ledger)
@@ -228,5 +202,65 @@ def read_ledger(path: Path) -> Ledger:
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise DataError(f"{path} is no ledger of edgediff bench: {e}") from e
     if ledger.format != FORMAT:
-        raise DataError(f"{path} is of form {ledger.format}; expected {FORMAT}")
+        raise DataError(f"{path} is of format {ledger.format}; expected {FORMAT}")
     return ledger
+
+
+@dataclass(frozen=True)
+class Change:
+    """A part that two ledgers have in common."""
+
+    old: Row
+    new: Row
+
+    @property
+    def ratio(self) -> float:
+        """New median over old."""
+        return self.new.median_ms / self.old.median_ms
+
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether the ranges from the 10th to the 90th percentile do not overlap."""
+        return self.new.p10_ms > self.old.p90_ms or self.new.p90_ms < self.old.p10_ms
+
+
+def compare_ledgers(old: Ledger, new: Ledger) -> tuple[Change, ...]:
+    """Compares what two runs have in common: bundles of the same directory, backend and part.
+
+    Returns:
+        Every part that both measured more than once, in the new one's order.
+
+    Raises:
+        DataError: They are of different machines, settings or models, or have nothing in common.
+    """
+    if (differs := new.machine.differs(old.machine)) is not None:
+        raise DataError(f"the ledgers are of different machines: {differs}")
+    for name in ("steps", "clock", "num_images", "guidance_scale", "threads"):
+        mine, theirs = getattr(new.settings, name), getattr(old.settings, name)
+        if mine != theirs:
+            raise DataError(f"the ledgers are of different settings: {name} {theirs!r} there, {mine!r} here")
+    models = {known.bundle: known.model_sha256 for known in old.contenders}
+    ran = {(known.bundle, known.backend): known for known in old.contenders if known.mask}
+    for known in new.contenders:
+        model = models.get(known.bundle, known.model_sha256)
+        if model != known.model_sha256:
+            raise DataError(
+                f"the ledgers are of different models: {known.bundle} was of sha256 {model[:12]}, "
+                f"is of {known.model_sha256[:12]}"
+            )
+        other = ran.get((known.bundle, known.backend))
+        if other is not None and known.mask and (other.mask, other.rows) != (known.mask, known.rows):
+            there, here = (f"{letters(each.mask)} of {each.rows} row(s)" for each in (other, known))
+            raise DataError(
+                f"the ledgers are of different settings: {known.bundle} in {known.backend} ran {there} there, "
+                f"{here} here"
+            )
+    before = {(row.bundle, row.backend, row.part): row for row in old.rows if row.median_ms > 0}
+    found = [
+        Change(before[row.bundle, row.backend, row.part], row)
+        for row in new.rows
+        if row.part not in ONCE and (row.bundle, row.backend, row.part) in before and row.median_ms > 0
+    ]
+    if not found:
+        raise DataError("the ledgers have no bundle, backend and part in common")
+    return tuple(found)

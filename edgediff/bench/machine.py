@@ -13,17 +13,8 @@ import numpy as np
 
 from edgediff.bench.ledger import Machine
 
-TOOLS = (
-    "edgediff",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "torch",
-    "diffusers",
-    "openvino",
-    "executorch",
-    "coremltools",
-)
+PACKAGES = ("edgediff", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "openvino", "executorch",
+            "coremltools")  # fmt: skip
 # What decides how fast a CPU computes networks.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "bf16", "i8mm")
 PEAK_SIZE = 2048
@@ -31,13 +22,8 @@ PEAK_TIMES = 5
 
 
 def describe_machine() -> Machine:
-    """Names the machine and the tools.
-
-    Returns:
-        What this process runs on.
-    """
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    """The machine that this process runs on, and the versions of its packages."""
+    lines = _lines("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
     return Machine(
@@ -47,26 +33,20 @@ def describe_machine() -> Machine:
         memory_mib=_all_memory() // 2**20,
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        versions={tool: found for tool in TOOLS if (found := _version(tool)) is not None},
+        versions={package: found for package in PACKAGES if (found := _version(package)) is not None},
     )
 
 
 def free_memory() -> int | None:
     """Bytes that a process may still take without swapping; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    lines = info.read_text(encoding="utf-8").splitlines()
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    found = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
     return 1024 * found[0] if found else None
 
 
 def peak_memory() -> float | None:
-    """MiB that this process held at most; None where the system does not say."""
+    """Peak memory of this process in MiB; None where the system does not say."""
     # Linux's getrusage would count what the parent held when it forked.
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="utf-8").splitlines()
+    if lines := _lines("/proc/self/status"):
         return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:")), None)
     try:
         import resource
@@ -76,11 +56,7 @@ def peak_memory() -> float | None:
 
 
 def peak_gflops() -> float:
-    """Measures a large fp32 matrix product, in torch where it is there: numpy's own product may be a slower one.
-
-    Returns:
-        GFLOP/s of the fastest of a few.
-    """
+    """GFLOP/s of a large fp32 matmul, the fastest of a few; in torch if installed, since numpy's may be slower."""
     numbers = np.random.default_rng(0).standard_normal((2, PEAK_SIZE, PEAK_SIZE), dtype=np.float32)
     factors: Any = numbers
     if find_spec("torch") is not None:
@@ -95,6 +71,11 @@ def peak_gflops() -> float:
     return 2e-9 * PEAK_SIZE**3 / min(times[1:])
 
 
+def _lines(path: str) -> list[str]:
+    """Lines of a file of /proc; none where the system has no such file."""
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
 def _all_memory() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -102,8 +83,8 @@ def _all_memory() -> int:
         return 0
 
 
-def _version(tool: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return version(tool)
+        return version(package)
     except PackageNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""The ledger as one HTML page that needs nothing beside it, and its pictures as files for whoever wants those alone."""
+"""The ledger as one self-contained HTML page, and its pictures as files too."""
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
@@ -17,17 +17,14 @@ WHAT, EXTRA = "the page of a benchmark", "bench"
 CAPTIONS = MappingProxyType(
     {
         "latency": "One full and one cached step in each backend, by part.",
-        "saved": "Time against operations: what lies on the line has lost nothing; lines: 10th to 90th percentile.",
-        "quality": "How right each backend is against how fast: up and to the left is better.",
+        "saved": "Time against operations: on the dashed line nothing is lost; bars: 10th to 90th percentile.",
+        "quality": "PSNR of each backend against its time: up and to the left is better.",
     }
 )
 
 
 def check_page(path: Path) -> None:
-    """Refuses to begin what could not be written at its end.
-
-    Args:
-        path: Where the page is to be.
+    """Refuses before the run what could not be written after it.
 
     Raises:
         MissingExtraError: What draws or writes it is not installed.
@@ -44,15 +41,7 @@ def check_page(path: Path) -> None:
 
 
 def write_page(ledger: Ledger, path: Path) -> list[Path]:
-    """Writes the page, and its pictures of this machine beside it.
-
-    Args:
-        ledger: The run, with what was imported into it.
-        path: The page.
-
-    Returns:
-        The page and the pictures.
-    """
+    """Writes the page and, beside it, this machine's pictures; returns the files."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -103,7 +92,7 @@ def _section(ledger: Ledger, drawn: Mapping[str, bytes]) -> dict[str, Any]:
         "settings": _settings(ledger.settings),
         "cards": cards,
         "any_own": any(card["own"] for card in cards),
-        "peak": f"The peak is a large fp32 matrix product in the same run: {peak_words(ledger)}.",
+        "peak": f"The peak is a large fp32 matmul in the same run: {peak_words(ledger)}.",
         "pictures": [
             {"says": CAPTIONS[name], "data": b64encode(png).decode("ascii")} for name, png in drawn.items()
         ],

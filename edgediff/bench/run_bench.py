@@ -1,35 +1,46 @@
-"""One run: every contender in a process of its own, asked in turns (A B C A B C), right before it is timed."""
+"""One run of `edgediff bench`: bundles in backends, beside each the undivided UNet, in turns."""
 
-import contextlib
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO
+from typing import Any
 
 import msgspec
 
-from edgediff.bench.contenders import BACKENDS, NOT_BY_DEFAULT, Backend, Whole, named
+from edgediff.bench.contenders import (
+    BACKENDS,
+    NOT_BY_DEFAULT,
+    Backend,
+    export_whole,
+    named,
+    time_bundle,
+    time_peak,
+)
 from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of, spread
-from edgediff.bench.machine import describe_machine, free_memory
-from edgediff.bench.worker import Said, Task
+from edgediff.bench.machine import describe_machine
+from edgediff.bench.turns import Call, Runner, Say, take_turns
 from edgediff.errors import ConfigError
 from edgediff_runtime import Bundle, Manifest, clock_mask, make_scheduler, open_bundle
 
-Say = Callable[[str], None]
 # Runtimes keep weights a second time, laid out for their kernels.
 WEIGHTS_TIMES = 2.2
 # Tracing a model takes it twice.
 EXPORT_TIMES = 2
 BASE_BYTES = 300 * 2**20
-# Seconds that a process is given to end by itself.
-END_S = 5.0
-# What the libraries that backends multiply with ask for their number of threads.
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class _Entry:
+    """A bundle in a backend, and beside it the undivided UNet where that can be run."""
+
+    bundle: str
+    manifest: Manifest
+    backend: Backend
+    runner: Runner
+    undivided: Runner | None = None
+    why_not_undivided: str = ""
 
 
 def run_bench(
@@ -49,15 +60,15 @@ def run_bench(
 
     Args:
         bundles: Their directories.
-        backends: Names; all that there are if None, but those that are there to be right and not to be fast.
+        backends: Names; if None, all but those of `NOT_BY_DEFAULT`.
         steps: Denoising steps; each bundle's own if None.
         clock: Period or mask; each bundle's own if None.
         num_images: Images at once.
         guidance_scale: Each bundle's own if None; 1 halves the rows.
         rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
         threads: How many a backend may use; its own choice if None.
-        undivided: Whether to export the undivided UNet and run it too; else the bundles' own graphs at clock 1 are what
-            time is saved against.
+        undivided: Whether to export the undivided UNet and run it too; else time is saved against the bundles' own
+            graphs at clock 1.
         progress: Told what is being done.
 
     Returns:
@@ -66,7 +77,7 @@ def run_bench(
     Raises:
         BundleError: A bundle is damaged.
         ConfigError: There is no bundle, or a number is out of range.
-        RequestError: The clock or the number of steps is none.
+        RequestError: The clock or the number of steps is not valid.
         UnsupportedError: A backend is unknown.
     """
     for name, number in (("num_images", num_images), ("rounds", rounds), ("threads", threads)):
@@ -83,219 +94,74 @@ def run_bench(
         count = point.num_inference_steps if steps is None else steps
         make_scheduler(bundle.manifest.scheduler, count)
         clock_mask(point.clock if clock is None else clock, count)
-    asked = Task(None, steps=steps, clock=clock, num_images=num_images, guidance_scale=guidance_scale, threads=threads)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgediff-bench-")))
-        runners = list(_runners(opened, chosen, asked, folder if undivided else None, progress))
-        peak = _Runner(Contender("", "peak", "", "measured"), asked)
-        for runner in (peak, *runners):
-            stack.callback(runner.close)
-            runner.start(progress)
-        for i in range(rounds):
-            for runner in (peak, *runners):
-                progress(f"round {i + 1} of {rounds}: {runner.words}")
-                runner.turn()
-        gflops = [said.gflops for said in peak.heard if said.gflops is not None]
-        for runner in (peak, *runners):
-            runner.close()
+    asked = {"num_inference_steps": steps, "clock": clock, "num_images": num_images, "guidance_scale": guidance_scale}
+    asked["threads"] = threads
+    with tempfile.TemporaryDirectory(prefix="edgediff-bench-") as scratch:
+        entries = []
+        for number, (name, bundle) in enumerate(opened):
+            folder = Path(scratch) / str(number) if undivided else None
+            entries += _entries(name, bundle, chosen, asked, folder, progress)
+        peak = Runner("the machine's peak", Call.of(time_peak), threads=threads)
+        runners = [runner for entry in entries for runner in (entry.runner, entry.undivided) if runner is not None]
+        take_turns([peak, *runners], rounds, progress)
+    gflops = peak.parts.get("gflops")
     settings = Settings(steps, clock, num_images, guidance_scale, rounds, threads)
-    manifests = {name: bundle.manifest for name, bundle in opened}
-    return _ledger(runners, manifests, median(gflops) if gflops else None, settings)
+    return _ledger(entries, median(gflops) if gflops else None, settings)
 
 
-@dataclass
-class _Runner:
-    """A contender and its process.
-
-    Attributes:
-        contender: What is known of it.
-        task: What its process is told.
-        needs: Bytes that it will hold, guessed.
-        heard: What its process has said.
-        without: Why there is no undivided UNet beside it.
-    """
-
-    contender: Contender
-    task: Task
-    needs: int = 0
-    heard: list[Said] = field(default_factory=list)
-    without: str = ""
-    _process: subprocess.Popen[bytes] | None = None
-    _errors: IO[bytes] | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is the undivided UNet."""
-        return self.task.undivided
-
-    @property
-    def words(self) -> str:
-        """Its name for people."""
-        known = self.contender
-        return f"{known.bundle} in {known.backend}{', undivided' if self.is_whole else ''}" if known.bundle else "peak"
-
-    def start(self, say: Say) -> None:
-        """Starts the process and hears whether it is ready."""
-        if self.contender.status != "measured":
-            return
-        free = free_memory()
-        if free is not None and self.needs > free:
-            self._end("refused", f"needs about {self.needs / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
-            return
-        say(f"opening {self.words}")
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  it is closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgediff.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=_environment(self.task.threads),
-        )
-        self._tell(msgspec.json.encode(self.task))
-
-    def turn(self) -> None:
-        """Asks for one turn."""
-        if self._process is not None:
-            self._tell(b'"round"')
-
-    def close(self) -> None:
-        """Ends the process: it is asked to, then killed."""
-        if self._process is not None:
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._wait(self._process)
-            self._process = None
-        if self._errors is not None:
-            self._errors.close()
-            self._errors = None
-
-    @staticmethod
-    def _wait(process: subprocess.Popen[bytes]) -> int:
-        try:
-            code = process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-        return code
-
-    def _tell(self, line: bytes) -> None:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        answer = b""
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(line + b"\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        if not answer.endswith(b"\n"):  # nothing, or the half of an answer
-            self._end("died", self._last_words(process))
-            return
-        said = msgspec.json.decode(answer, type=Said)
-        if said.says:
-            self.contender = msgspec.structs.replace(self.contender, psnr_db=said.psnr_db)
-            self._end("wrong" if said.wrong else "refused", said.says)
-            return
-        self.heard.append(said)
-
-    def _last_words(self, process: subprocess.Popen[bytes]) -> str:
-        code = self._wait(process)
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        assert self._errors is not None
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"its process ended with {how}{f': {lines[-1].strip()}' if lines else ''}"
-
-    def _end(self, status: str, says: str) -> None:
-        self.contender = msgspec.structs.replace(self.contender, status=status, says=says)
-        self.close()
+def _entries(
+    name: str, bundle: Bundle, chosen: Sequence[Backend], asked: dict[str, Any], folder: Path | None, say: Say
+) -> list[_Entry]:
+    """A bundle in each backend; `folder` is for the undivided UNet, None where it is not wanted."""
+    manifest = bundle.manifest
+    needs = BASE_BYTES + int(
+        4 * WEIGHTS_TIMES * (manifest.cost["full"].parameters + manifest.cost["adaptor"].parameters)
+    )
+    # The undivided UNet is fp32: beside it, int8 graphs would have saved what the clock did not.
+    alike = any(target.target == "onnx" and target.unet.dtype == "fp32" for target in manifest.targets)
+    whole, why_not = None, ""
+    if folder is not None and alike and any(b.is_installed and b.target(manifest) == "onnx" for b in chosen):
+        folder.mkdir()
+        exporter = Runner(name, Call.of(export_whole, bundle=name, folder=str(folder)), EXPORT_TIMES * needs)
+        say(f"exporting the undivided UNet of {name}")
+        take_turns([exporter], 0)
+        whole, why_not = (str(folder) if exporter.heard else None), exporter.says
+    entries = []
+    for backend in chosen:
+        target = backend.target(manifest)
+        given = {"bundle": name, "backend": backend.name, **asked}
+        runner = Runner(f"{name} in {backend.name}", Call.of(time_bundle, **given), needs, asked["threads"])
+        entry = _Entry(name, manifest, backend, runner)
+        entries.append(entry)
+        if not backend.is_installed:
+            runner.status, runner.says = "absent", f"not installed: {backend.install}"
+        elif backend.targets and target is None:
+            there = ", ".join(target.target for target in manifest.targets)
+            runner.status, runner.says = "absent", f"runs {' or '.join(backend.targets)} graphs, the bundle has {there}"
+        elif folder is not None and (not backend.targets or (target == "onnx" and whole is not None)):
+            call = Call.of(time_bundle, **given, undivided=True, whole=whole)
+            entry.undivided = Runner(f"{runner.name}, undivided", call, needs, asked["threads"])
+        elif target == "onnx":
+            entry.why_not_undivided = why_not
+    return entries
 
 
-def _runners(
-    opened: Sequence[tuple[str, Bundle]], chosen: Sequence[Backend], asked: Task, folder: Path | None, say: Say
-) -> Iterator[_Runner]:
-    """A runner for each bundle in each backend, and beside it one for the undivided UNet where that can be had."""
-    for number, (name, bundle) in enumerate(opened):
-        manifest = bundle.manifest
-        there = [target.target for target in manifest.targets]
-        whole, reason = None, ""
-        # The undivided UNet is in fp32: beside it, graphs of eight bits would have saved what the clock did not.
-        alike = [target for target in manifest.targets if target.target == "onnx" and target.dtype == "fp32"]
-        runs_onnx = any(backend.is_installed and backend.target(manifest) == "onnx" for backend in chosen)
-        if folder is not None and runs_onnx and alike:
-            whole, reason = _whole(name, manifest, folder / str(number), say)
-        for backend in chosen:
-            known = Contender(name, backend.name, manifest.source.sha256, "measured")
-            target = backend.target(manifest)
-            if not backend.is_installed:
-                known = msgspec.structs.replace(known, status="absent", says=f"not installed: {backend.install}")
-            elif backend.targets and target is None:
-                says = f"runs {' or '.join(backend.targets)} graphs, the bundle has {', '.join(there)}"
-                known = msgspec.structs.replace(known, status="absent", says=says)
-            task = msgspec.structs.replace(asked, bundle=name, backend=backend.name)
-            needs = _needs(manifest)
-            without = reason if target == "onnx" and known.status == "measured" else ""
-            yield _Runner(known, task, needs, without=without)
-            has_whole = folder is not None if not backend.targets else target == "onnx" and whole is not None
-            if known.status == "measured" and has_whole:
-                yield _Runner(known, msgspec.structs.replace(task, undivided=True, whole=whole), needs)
-
-
-def _environment(threads: int | None) -> dict[str, str]:
-    return {**os.environ, **({} if threads is None else dict.fromkeys(THREADS, str(threads)))}
-
-
-def _needs(manifest: Manifest) -> int:
-    parameters = manifest.cost["full"].parameters + manifest.cost["adaptor"].parameters
-    return BASE_BYTES + int(4 * WEIGHTS_TIMES * parameters)
-
-
-def _whole(name: str, manifest: Manifest, folder: Path, say: Say) -> tuple[Whole | None, str]:
-    """The undivided UNet in ONNX, written by a process of its own; None and the reason where it cannot be had."""
-    folder.mkdir()
-    known = Contender(name, "export", manifest.source.sha256, "measured")
-    runner = _Runner(known, Task(name, export_to=str(folder)), EXPORT_TIMES * _needs(manifest))
-    say(f"exporting the undivided UNet of {name}")
-    try:
-        runner.start(say)
-    finally:
-        runner.close()
-    return runner.heard[0].whole if runner.heard else None, runner.contender.says
-
-
-def _ledger(
-    runners: Sequence[_Runner], manifests: dict[str, Manifest], peak: float | None, settings: Settings
-) -> Ledger:
-    """Sums everything up."""
+def _ledger(entries: Sequence[_Entry], peak: float | None, settings: Settings) -> Ledger:
     contenders: list[Contender] = []
     rows: list[Row] = []
     saved: dict[str, float] = {}
-    whole = {(r.contender.bundle, r.contender.backend): r for r in runners if r.is_whole}
-    for runner in runners:
-        known = runner.contender
-        if runner.is_whole:
-            continue
-        key = known.bundle, known.backend
-        beside = whole.get(key)
-        parts = _together(runner)
-        # Beside a contender that was never asked, the undivided UNet has nothing to be compared with.
-        asked = bool(parts.get("loop"))
-        beside_parts = _together(beside) if beside is not None and asked else {}
-        if asked:
-            known = _judged(runner, parts, beside_parts, manifests[known.bundle], peak)
-        without = runner.without if beside is None else beside.contender.says
-        if known.status == "measured" and without:
-            known = msgspec.structs.replace(known, says=f"the undivided UNet: {without}")
+    for entry in entries:
+        known = _contender(entry, peak)
         contenders.append(known)
-        rows += rows_of(*key, parts, known.peak_mib)
-        wanted = {name: samples for name, samples in beside_parts.items() if name in ("undivided", "undivided_loop")}
-        rows += rows_of(*key, wanted, beside.heard[-1].peak_mib if beside is not None and beside.heard else None)
+        rows += rows_of(known.bundle, known.backend, entry.runner.parts, known.peak_mib)
+        beside = entry.undivided
+        # Beside a contender that was never asked, the undivided UNet has nothing to be compared with.
+        if beside is not None and beside.heard and known.mask:
+            parts = {name: samples for name, samples in beside.parts.items() if name.startswith("undivided")}
+            rows += rows_of(known.bundle, known.backend, parts, beside.heard[-1].peak_mib)
         if known.ratio is not None:
-            label = known.backend if len(manifests) == 1 else f"{known.backend} ({known.bundle})"
-            saved[label] = round(known.ratio, 4)
+            alone = len({each.bundle for each in entries}) == 1
+            saved[known.backend if alone else f"{known.backend} ({known.bundle})"] = round(known.ratio, 4)
     return Ledger(
         machine=describe_machine(),
         settings=settings,
@@ -306,44 +172,43 @@ def _ledger(
     )
 
 
-def _together(runner: _Runner) -> dict[str, list[float]]:
-    parts: dict[str, list[float]] = {}
-    for said in runner.heard:
-        for name, samples in said.parts.items():
-            parts.setdefault(name, []).extend(samples)
-    return parts
-
-
-def _judged(
-    runner: _Runner,
-    parts: dict[str, list[float]],
-    beside: dict[str, list[float]],
-    manifest: Manifest,
-    peak: float | None,
-) -> Contender:
+def _contender(entry: _Entry, peak: float | None) -> Contender:
     """What the clock saved, and how near the machine's peak the steps came."""
+    runner, beside = entry.runner, entry.undivided
+    known = Contender(
+        entry.bundle,
+        entry.backend.name,
+        entry.manifest.source.sha256,
+        runner.status,
+        runner.says,
+        runner.psnr_db,
+    )
+    without = entry.why_not_undivided if beside is None else beside.says
+    if known.status == "measured" and without:
+        known = msgspec.structs.replace(known, says=f"the undivided UNet: {without}")
+    parts = runner.parts
+    if not parts.get("loop"):
+        return known
     last = runner.heard[-1]
-    cost = {name: manifest.cost[name] for name in ("full", "cached")}
-    macs = {name: found.macs + found.macs_attention for name, found in cost.items()}
+    macs = {name: cost.macs + cost.macs_attention for name, cost in entry.manifest.cost.items()}
     flops_saved = 1 - sum(macs["full" if full else "cached"] for full in last.mask) / (len(last.mask) * macs["full"])
-    always = beside.get("undivided_loop") or parts["loop_clock1"]
+    whole = [] if beside is None else beside.parts.get("undivided_loop", [])
     # Each round against itself: what a machine does in the course of a run would not be the clock's doing. A process
     # that died has fewer rounds.
-    saved = tuple(round(1 - loop / whole, 4) for loop, whole in zip(parts["loop"], always, strict=False))
-    gflop = {name: 2e-9 * last.rows * count for name, count in macs.items()}
+    pairs = zip(parts["loop"], whole or parts["loop_clock1"], strict=False)
+    saved = tuple(round(1 - loop / always, 4) for loop, always in pairs)
     return msgspec.structs.replace(
-        runner.contender,
-        psnr_db=runner.heard[0].psnr_db,
+        known,
         mask=last.mask,
         rows=last.rows,
         peak_mib=last.peak_mib,
-        undivided="undivided" if "undivided_loop" in beside else "own",
+        undivided="undivided" if whole else "own",
         flops_saved=round(flops_saved, 4),
         time_saved=round(median(saved), 4),
         time_saved_spread=spread(saved) if len(saved) > 1 else None,
         share_of_peak={
-            name: round(gflop[name] / (1e-3 * median(parts[name])) / peak, 4)
+            name: round(2e-9 * last.rows * macs[name] / (1e-3 * median(parts[name])) / peak, 4)
             for name in ("full", "cached")
-            if peak is not None and parts.get(name) and named(runner.contender.backend).on_cpu
+            if peak is not None and parts.get(name) and entry.backend.on_cpu
         },
     )

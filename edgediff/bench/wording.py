@@ -6,19 +6,12 @@ from edgediff.bench.ledger import Contender, Ledger, Machine, Row
 from edgediff_runtime.clock import letters
 from edgediff_runtime.loop import OUTSIDE
 
-# The graphs of a step stand between these.
+# The graphs of a step come after these.
 BEFORE = ("load", "first_call", "loop", "loop_clock1", "undivided_loop", "full", "cached", "undivided")
 
 
 def machine_line(machine: Machine) -> str:
-    """The machine and its tools on one line.
-
-    Args:
-        machine: As a ledger names it.
-
-    Returns:
-        Processor, cores, system and versions.
-    """
+    """Processor, cores, system and versions on one line."""
     tools = ", ".join(f"{tool} {version}" for tool, version in machine.versions.items())
     flags = f" ({' '.join(machine.flags)})" if machine.flags else ""
     return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}, Python {machine.python}; {tools}"
@@ -30,10 +23,7 @@ def peak_words(ledger: Ledger) -> str:
 
 
 def figure_cells(known: Contender) -> tuple[str, ...]:
-    """What leads: for a contender that was measured.
-
-    Args:
-        known: The contender.
+    """The figures that lead, of a contender that was measured.
 
     Returns:
         Clock, time saved, FLOPs saved, their ratio and on a second line its spread, a full and a cached step's share of
@@ -52,14 +42,7 @@ def figure_cells(known: Contender) -> tuple[str, ...]:
 
 
 def ratio_words(known: Contender) -> tuple[str, str]:
-    """Time saved over FLOPs saved, and its spread over the rounds.
-
-    Args:
-        known: The contender.
-
-    Returns:
-        Both as text; the spread is empty where there is none.
-    """
+    """Time saved over FLOPs saved, and its spread over the rounds, empty where there is none."""
     spread = "" if known.ratio_spread is None else "[{:.2f}, {:.2f}]".format(*known.ratio_spread)
     return "-" if known.ratio is None else f"{known.ratio:.2f}", spread
 
@@ -72,14 +55,7 @@ def part_names(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def milliseconds(row: Row | None) -> tuple[str, str]:
-    """A row's median and its spread.
-
-    Args:
-        row: None where a backend has no such part.
-
-    Returns:
-        Both as text; the spread is empty where there is one sample.
-    """
+    """A row's median and its spread, empty of one sample; a dash where a backend has no such part."""
     if row is None:
         return "-", ""
     spread = "" if len(row.samples_ms) == 1 else f"[{number(row.p10_ms)}, {number(row.p90_ms)}]"
@@ -87,7 +63,7 @@ def milliseconds(row: Row | None) -> tuple[str, str]:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number with as many digits as say something, and never an exponent where it is large.
+    """A number with that many significant digits, and no exponent where it is large.
 
     >>> number(3.14159), number(0.0813), number(41467.8), number(123.4, 3)
     ('3.142', '0.0813', '41,468', '123')

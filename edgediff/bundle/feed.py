@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from edgediff.bundle.reference import Recorded, step_inputs
+from edgediff_runtime import Bundle
 from edgediff_runtime.manifest import SAMPLE, TIMESTEP, Graph, share_rows
 from edgediff_runtime.sessions import Session
 
@@ -133,3 +135,12 @@ def count_rows(given: Mapping[str, np.ndarray]) -> int:
         How many.
     """
     return next(len(array) for name, array in given.items() if name != TIMESTEP)
+
+
+def undivided_step(bundle: Bundle, target: str) -> Bundle | None:
+    """The bundle with one graph in a target, the undivided step that other tools open; None where there is none."""
+    entry = bundle.manifest.target(target)
+    if entry.unet.model is None:
+        return None
+    alone = entry.with_unet(graphs=(entry.unet.model,))
+    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, targets=(alone,)))

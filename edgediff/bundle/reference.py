@@ -7,7 +7,7 @@ and the last step, the conditioning, and the final latents. With it a bundle is 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import TIMESTEP, Graph
 
 REFERENCE = "evidence/reference.safetensors"
 
@@ -67,7 +67,7 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
         Arguments for `EdgePipeline.stream`.
     """
     point = manifest.operating_point
-    request: dict[str, Any] = {"num_images": point.num_images, "seed": point.seed, "clock": point.mask}
+    request: dict[str, Any] = {"num_images": point.num_images, "seed": int(point.seed), "clock": point.mask}
     if manifest.conditioning.kind == "text":
         request |= prompt_arguments(conditioning)
     return request
@@ -91,7 +91,7 @@ def record(
     Returns:
         The reference.
     """
-    whole = pipe.manifest.verified == "full"
+    whole = pipe.manifest.evidence.verified == "full"
     wanted = _wanted(pipe.manifest)
     last = max(wanted)
     steps: list[Recorded] = []
@@ -119,7 +119,7 @@ def _wanted(manifest: Manifest) -> set[int]:
     """The steps that are recorded: the first full, the first cached and, of a whole trajectory, the last."""
     mask = manifest.operating_point.mask
     first_cached = mask.index(0) if 0 in mask else 0
-    return {0, first_cached, len(mask) - 1 if manifest.verified == "full" else 0}
+    return {0, first_cached, len(mask) - 1 if manifest.evidence.verified == "full" else 0}
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
@@ -132,7 +132,12 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
     Returns:
         Arrays by name, [rows, ...].
     """
-    return {tensor.name: step.tensors[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+    inputs = {}
+    for tensor in graph.inputs:
+        value = step.tensors[tensor.name].astype(tensor.dtype)
+        # The undivided model of an ecosystem may take the timestep as a scalar.
+        inputs[tensor.name] = value.reshape(cast(Any, tensor.shape)) if tensor.name == TIMESTEP else value
+    return inputs
 
 
 def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
@@ -168,16 +173,16 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
         raise BundleError(f"{REFERENCE} holds the steps {_spell(found)}; the manifest asks for {_spell(expected)}")
     sample = manifest.sample
     images = (manifest.operating_point.num_images, sample.channels, sample.height, sample.width)
-    if manifest.verified == "full":
+    if manifest.evidence.verified == "full":
         if reference.latents is None:
             raise BundleError(f"{REFERENCE} has no latents")
         _check_array("latents", reference.latents, "float32", images)
     for step in reference.steps:
         rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
         for target in manifest.targets:
-            for graph in target.graphs:
+            for graph in target.unet.graphs:
                 if graph.runs(step.full):
-                    _check_graph(step, graph, rows, reference.half, half_wanted=target.floors.program is not None)
+                    _check_graph(step, graph, rows, reference.half, half_wanted=target.unet.floors.program is not None)
 
 
 def _check_graph(

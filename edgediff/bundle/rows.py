@@ -1,4 +1,4 @@
-"""What verification found: numbers and whether they hold."""
+"""What verification found: numbers, and whether each reaches its floor."""
 
 import math
 from collections.abc import Iterable
@@ -10,19 +10,18 @@ Check = Literal["graph", "program", "composed", "trajectory", "caching"]
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One number and whether it holds.
+    """One number and whether it reaches its floor.
 
     Attributes:
         check: ``graph``, ``program`` (an fp16 graph in fp32 arithmetic), ``composed``, ``trajectory`` or ``caching``.
         part: A graph's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching.
         backend: What ran the graphs.
-        output: The output that was worst, or None where nothing was measured.
+        output: The worst output, or None where nothing was measured.
         psnr_db: The worst PSNR over outputs and steps; None where nothing was measured or the result was not finite.
         floor_db: What it must reach; None is not judged.
         ok: Whether it does; None where it is not judged or was not measured.
-        status: ``measured`` or ``not_run``.
         note: Why it was not run, or what it was compared with.
-        target: What the backend ran: ``onnx``, ``coreml``, ``executorch`` or ``openvino``.
+        target: The file format that the backend ran.
     """
 
     check: Check
@@ -43,8 +42,6 @@ class Finding(msgspec.Struct, frozen=True):
     Attributes:
         kind: ``overflow`` (results that are not finite), ``headroom`` (one of the largest) or ``small-constant`` (one
             that fp16 holds only as a subnormal number, which some hardware takes for zero).
-        graph: The graph.
-        tensor: Name of the tensor.
         op: Type of the operation that makes it.
         value: How many numbers are not finite; the largest magnitude as a share of fp16's 65504; the constant's largest
             magnitude.
@@ -63,9 +60,7 @@ class ParityReport(msgspec.Struct, frozen=True):
     """All rows of a verification.
 
     Attributes:
-        rows: In the order of the checks.
         verified: What the export verified: ``full`` or ``graphs``.
-        targets: The targets that were verified.
         findings: Warnings, the worst first.
     """
 
@@ -76,7 +71,7 @@ class ParityReport(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """No row is false, and of every target all was measured that the export measured."""
+        """No row is below its floor, and all that the export measured was measured for every target."""
         needed = {"graph", "composed"} | ({"trajectory"} if self.verified == "full" else set())
         measured = {(row.target, row.check) for row in self.rows if row.status == "measured"}
         wanted = {(target, check) for target in self.targets for check in needed}
@@ -99,19 +94,7 @@ def judged(
     floor: float | None,
     note: str = "",
 ) -> Row:
-    """Makes a row of measured numbers.
-
-    Args:
-        check: What was checked.
-        part: Of what.
-        backend: In what.
-        numbers: PSNR in dB and the output's name, for each output and step; the worst is kept.
-        floor: What it must reach in dB, or None.
-        note: What it was compared with.
-
-    Returns:
-        The row.
-    """
+    """Makes a row of PSNRs in dB and outputs' names, of which the worst is kept; `floor` None is not judged."""
     number, output = min(numbers)
     finite = math.isfinite(number)
     ok = (finite and number >= floor) if floor is not None else (None if finite else False)
@@ -120,16 +103,5 @@ def judged(
 
 
 def not_run(check: Check, part: str, backend: str, floor: float | None, note: str) -> Row:
-    """Makes a row of what was not measured.
-
-    Args:
-        check: What would have been checked.
-        part: Of what.
-        backend: In what.
-        floor: What it would have had to reach in dB, or None.
-        note: Why it was not.
-
-    Returns:
-        The row.
-    """
+    """Makes a row of what was not measured, with the reason."""
     return Row(check, part, backend, None, None, floor, None, "not_run", note)

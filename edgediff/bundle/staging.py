@@ -13,13 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from edgediff.bundle.files import unlisted
 from edgediff.errors import TargetError
+from edgediff.outputs import check_folder, lock, unlock
 from edgediff_runtime.bundle import MANIFEST, SUMS
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.manifest_json import parse_manifest
@@ -36,8 +32,9 @@ def check_place(target: Path, force: bool) -> None:
         TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder, or
             a bundle with other files in it, which is never replaced; or its parent cannot be written.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if target.is_symlink():
         raise TargetError(f"{target} exists and is no directory; choose another output")
+    check_folder(target, replaced=True)
     if target.is_dir() and any(target.iterdir()):
         if not _looks_like_a_bundle(target):
             raise TargetError(f"{target} is a folder with other things in it, never replaced; choose another output")
@@ -46,11 +43,6 @@ def check_place(target: Path, force: bool) -> None:
             raise TargetError(f"{target} holds {strays[0]}, which is not the bundle's; choose another output")
         if not force:
             raise TargetError(f"{target} holds another bundle; pass --force to replace it, or choose another output")
-    for parent in target.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise TargetError(f"cannot write {target}: {parent} is not a folder that can be written")
-            return
 
 
 def _looks_like_a_bundle(folder: Path) -> bool:
@@ -89,9 +81,9 @@ def staged(target: Path) -> Iterator[Path]:
         scratch.mkdir()
     except OSError as e:
         raise TargetError(f"cannot write beside {target}: {e.strerror or e}") from e
-    lock = None
+    held = None
     try:
-        lock = _lock(scratch)
+        held = lock(scratch)
         yield scratch
         if target.exists() and not existed:
             raise TargetError(f"{target} has come into being while the bundle was made; nothing was replaced")
@@ -102,7 +94,7 @@ def staged(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        _unlock(lock)
+        unlock(held)
 
 
 def _swap(scratch: Path, target: Path) -> None:
@@ -111,7 +103,7 @@ def _swap(scratch: Path, target: Path) -> None:
         return
     old = scratch.with_name(scratch.name + ".old")
     try:
-        lock = _lock(target)
+        held = lock(target)
     except BlockingIOError as e:
         raise TargetError(f"another export is just putting a bundle at {target}") from e
     try:
@@ -123,7 +115,7 @@ def _swap(scratch: Path, target: Path) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        _unlock(lock)
+        unlock(held)
 
 
 def _prefix(target: Path) -> str:
@@ -143,7 +135,7 @@ def clear_stale(target: Path) -> None:
         if not left.name.removeprefix(_prefix(target)).removesuffix(".old").isdigit():
             continue
         try:
-            lock = _lock(left)
+            held = lock(left)
         except OSError:  # another export is at work there, or another user was
             continue
         try:
@@ -152,29 +144,4 @@ def clear_stale(target: Path) -> None:
             else:
                 shutil.rmtree(left, ignore_errors=True)
         finally:
-            _unlock(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Locks a folder until the descriptor is closed or the process ends.
-
-    Raises BlockingIOError where it is locked. None where the file system has no locks: exports to one place at one time
-    are then the user's own affair.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
+            unlock(held)

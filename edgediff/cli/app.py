@@ -1,6 +1,8 @@
 """The Typer application and what its commands share: consoles, options, progress, errors as one line."""
 
+import gc
 import importlib
+import io
 import json
 import logging
 import math
@@ -27,8 +29,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+# In less, tables lose cells, with COLUMNS=0 all of them; a narrower terminal wraps lines itself.
+NARROWEST = 80
+
+
+def _console(**where: Any) -> Console:
+    """A console that prints text as it is: a file may be named ``[red]`` or ``:smile:``."""
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False, **where)
+    if console.width < NARROWEST:
+        console.width = NARROWEST
+    return console
+
+
+out = _console()
+err = _console(stderr=True)
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle: the directory that export wrote.", metavar="BUNDLE")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -42,7 +56,7 @@ GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guid
 # Typer carries click within itself since 0.26 and takes the installed one before: the base of what it raises is asked.
 UsageFault: Any = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
-# What comes with ExecuTorch is imported by diffusers in every command, and tells what it was not built for.
+# ExecuTorch brings torchao, which diffusers imports in every command and which logs what it was not built for.
 OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 SHARES_EVERY_S = 10
 
@@ -51,6 +65,9 @@ def main() -> None:
     """Runs the command line; what the user can put right is one line on standard error."""
     for name in OF_TORCHAO:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal cannot show is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings_told(_say_warning):
             code = app(standalone_mode=False)
@@ -73,7 +90,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out.print(f"edgediff {metadata.version('edgediff')}", highlight=False)
+        out.print(f"edgediff {metadata.version('edgediff')}")
         raise typer.Exit
 
 
@@ -86,20 +103,23 @@ def _options(
 
 
 def _say_error(message: object, code: int) -> int:
-    err.print("[red]error:[/red]", end=" ")
-    err.print(" ".join(str(message).split()), markup=False)
+    err.print("error:", style="red", end=" ")
+    err.print(" ".join(str(message).split()))
     return code
 
 
 def _say_warning(message: str) -> None:
-    err.print("[yellow]warning:[/yellow]", end=" ")
-    err.print(message, markup=False)
+    err.print("warning:", style="yellow", end=" ")
+    err.print(message)
 
 
 def toolchain(module: str, command: str, extra: str = "export") -> Any:
     """Imports a part of the toolchain, or says which extra the command needs."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # half a million objects that stay, which each collection would go through again
+        return found
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] in ("edgediff", "edgediff_runtime"):
             raise
@@ -119,16 +139,16 @@ def progress() -> Iterator[Callable[..., None]]:
             nonlocal last
             if share is None or share >= 1 or time.monotonic() - last >= SHARES_EVERY_S:
                 last = time.monotonic()
-                err.print(what, markup=False)
+                err.print(what)
 
         yield say
         return
     with Progress(
-        TextColumn("[cyan]{task.description}"),
+        TextColumn("{task.description}", style="cyan", markup=False),
         BarColumn(bar_width=20),
         TimeElapsedColumn(),
         # The stream as it is now: converters that are kept quiet have theirs redirected for minutes.
-        console=Console(file=sys.stderr, soft_wrap=True, highlight=False),
+        console=_console(file=sys.stderr),
         transient=True,
     ) as bar:
         task = bar.add_task("starting", total=None)

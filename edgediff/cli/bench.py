@@ -18,7 +18,7 @@ from edgediff.errors import VerificationError
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles: directories that export wrote.", metavar="BUNDLE...")],
     backend: Annotated[
-        list[str] | None, typer.Option(help="May be given more than once; left out, all that there are.")
+        list[str] | None, typer.Option(help="May be given more than once; left out, every one but mil-reference.")
     ] = None,
     steps: StepsOption = None,
     clock: Annotated[str | None, typer.Option(help="Period or mask; left out, each bundle's own.")] = None,
@@ -29,12 +29,10 @@ def bench(
     ] = 10,
     threads: Annotated[int | None, typer.Option(help="How many a backend may use; left out, its own choice.")] = None,
     undivided: Annotated[
-        bool, typer.Option(help="Also run the UNet as it was before it was cut; large ones take minutes to export.")
+        bool, typer.Option(help="Also run the UNet before it was cut; large ones take minutes to export.")
     ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the ledger, every sample in it.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page that needs nothing beside it, and its pictures as PNGs.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page, and its pictures as PNGs.")] = None,
     compare: Annotated[
         Path | None, typer.Option(help="An earlier ledger of this machine: says what has changed beyond the noise.")
     ] = None,
@@ -42,9 +40,8 @@ def bench(
         list[Path] | None, typer.Option("--import", help="A ledger of another machine, shown beside this one.")
     ] = None,
 ) -> None:
-    """Time bundles in every backend there is, in one run and in turns; each is held to the reference first."""
-    from edgediff.bench.compare import compare_ledgers
-    from edgediff.bench.ledger import read_ledger, write_ledger
+    """Time bundles in every backend, in one run and in turns; each is checked against the reference first."""
+    from edgediff.bench.ledger import compare_ledgers, read_ledger, write_ledger
     from edgediff.bench.page import check_page, write_page
     from edgediff.bench.run_bench import run_bench
     from edgediff.cli.render.bench_tables import bench_tables, compare_table

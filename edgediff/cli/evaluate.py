@@ -17,6 +17,7 @@ from edgediff.cli.app import (
     progress,
     toolchain,
 )
+from edgediff.zoo import check_source
 
 evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
@@ -44,17 +45,17 @@ def distance(
     train: Annotated[
         Path | None,
         typer.Option(
-            help="Photographs that the model was trained on. All of --images, which it has not seen, are then the "
-            "reference, and each image's nearest training photograph is looked for."
+            help="Photographs that the model was trained on: finds the nearest of them to each image; the reference is "
+            "then all of --images, which the model must not have seen."
         ),
     ] = None,
     clock: Annotated[
         list[str] | None,
-        typer.Option(help="Of a bundle: period or mask; may be given more than once. Left out: 1 and its own."),
+        typer.Option(help="Of a bundle: period or mask; may be given more than once. Default: 1 and its own."),
     ] = None,
     num_images: Annotated[
         int,
-        typer.Option(help="Images to generate; without --train as far as the folder has twice as many photographs."),
+        typer.Option(help="Images to generate; without --train at most half as many as the folder has."),
     ] = 1000,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
@@ -63,21 +64,22 @@ def distance(
     batch: Annotated[int, typer.Option(help="Images generated at once; the images do not depend on it.")] = 50,
     backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Folder of a classifier; left out, the built-in one of the classes.")
+        Path | None, typer.Option(help="Folder of a classifier. Default: the built-in one of the classes.")
     ] = None,
     grid: Annotated[
         Path | None,
-        typer.Option(help="A .png: the images nearest to training photographs, above those; with --train."),
+        typer.Option(help="A .png to write, with --train: the images nearest to training photographs, above those."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far images are from photographs: distances of features, power by frequency; a line for each clock.
+    """Measure how far images are from photographs: distances of features, power by frequency; a line for each clock.
 
-    Under accelerate launch the images are divided over processes.
+    accelerate launch spreads the images over processes.
     """
-    found = toolchain("edgediff.evaluate.distance", "evaluate distance")
+    check_source(source)
+    module = toolchain("edgediff.evaluate.distance", "evaluate distance")
     with progress() as say:
-        done = found.evaluate_distance(
+        found = module.evaluate_distance(
             source,
             images,
             train=train,
@@ -93,16 +95,16 @@ def distance(
             grid=grid,
             progress=say,
         )
-    if done is None:
+    if found is None:  # not the main process
         return
-    if done.skipped:
-        err.print(done.skipped, markup=False)
+    if found.skipped:
+        err.print(found.skipped, markup=False)
     if as_json:
-        print_json(done.to_dict())
+        print_json(found.to_dict())
         return
     from edgediff.cli.render.evaluate_tables import distance_tables
 
-    for table in distance_tables(done):
+    for table in distance_tables(found):
         out.print(table)
     if grid is not None:
         out.print(f"the nearest of them: {grid}", markup=False)
@@ -125,17 +127,17 @@ def spectrum(
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all noise, and of the order of photographs.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images at once; nothing else depends on it.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of all noise and of the order of photographs.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images at once; results do not depend on it.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a model does to each frequency: power of its images, error and response of its denoising, gates."""
-    diagnose = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
-    files = toolchain("edgediff.evaluate.spectrum_files", "evaluate spectrum")
+    """Measure a model by frequency: power of its images, error and response of its denoising, gates."""
+    check_source(model)
+    module = toolchain("edgediff.evaluate.spectrum", "evaluate spectrum")
     outputs.check_drawing("drawing spectra")
     outputs.check_folder(output)
     with progress() as say:
-        found = diagnose.evaluate_spectrum(
+        found = module.evaluate_spectrum(
             model,
             images,
             teacher=teacher,
@@ -148,7 +150,7 @@ def spectrum(
             progress=say,
         )
         say("drawing the overview")
-        written = files.write_diagnosis(found, output)
+        written = found.write(output)
     if found.report.skipped:
         err.print(found.report.skipped, markup=False)
     if as_json:

@@ -50,7 +50,7 @@ def export(
         str | None, typer.Option(help="Precision of ONNX and Core ML: fp32, or fp16 for Core ML (its default).")
     ] = None,
     quantize_nbits: Annotated[
-        int | None, typer.Option(help="8: ONNX graphs and OpenVINO's models with weights and products of eight bits.")
+        int | None, typer.Option(help="8: weights and matmuls of ONNX and OpenVINO in int8.")
     ] = None,
     layout: Annotated[
         str | None,
@@ -73,7 +73,9 @@ def export(
     """Export a model as a verified bundle."""
     import msgspec
 
+    from edgediff.bundle.staging import check_place
     from edgediff.export.export_config import ExportConfig, config_from, load_config
+    from edgediff.zoo import check_source
 
     recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
     given = {
@@ -93,6 +95,9 @@ def export(
     checked = config_from(recipe)
     if checked.model is None:
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
+    # Before torch is imported, and a large model loaded.
+    check_source(checked.model)
+    check_place(output, force=True)
     pipeline = toolchain("edgediff.export.export_bundle", "export")
     load = toolchain("edgediff.models.load", "export")
     try:
@@ -107,10 +112,10 @@ def export(
         print_json({"bundle": str(done.path), "exported": done.report is not None}
                     | (done.report.to_dict() if done.report else {}))  # fmt: skip
     elif done.report is None:
-        out.print(f"{done.path} is already there and valid: nothing was exported", markup=False)
+        out.print(f"{done.path} is already there and valid: nothing was exported")
     else:
         _show_report(done.report, as_json)
-        out.print(f"bundle: {done.path}", markup=False)
+        out.print(f"bundle: {done.path}")
 
 
 def _set_in_sections(recipe: dict[str, Any], key: str, value: object) -> None:
@@ -144,7 +149,7 @@ def verify(
         report = verify_bundle(bundle, model, progress=say, targets=target)
     _show_report(report, as_json)
     if not report.ok:
-        raise VerificationError(f"{bundle} does not hold")
+        raise VerificationError(f"{bundle} does not hold: a number above is below its floor; export it again")
 
 
 def _show_report(report: "ParityReport", as_json: bool) -> None:

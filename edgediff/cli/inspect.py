@@ -23,6 +23,8 @@ from edgediff_runtime.errors import EdgeRuntimeError
 if TYPE_CHECKING:
     from edgediff.inspect.placement import Note
 
+COMPARISONS = ("clockwork", "spectral")
+
 
 @app.command(
     epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json   |   "
@@ -50,14 +52,16 @@ def inspect(
     Of a bundle also what is known to fall off the Neural Engine or ONNX Runtime's mobile accelerators, with a source
     for each line.
     """
-    from edgediff.inspect.survey import survey_bundle
+    from edgediff.inspect.survey import check_batch, survey_bundle
+    from edgediff.zoo import check_source
+    from edgediff_runtime import clock_mask
 
     if compare is not None:
         options = {"--level": level, "--point": point, "--clock": clock, "--steps": steps, "--batch": batch,
                    "--adaptor": adaptor}  # fmt: skip
         given = [name for name, value in {"MODEL|BUNDLE": model, **options}.items() if value is not None]
         if given:
-            raise ConfigError(f"--compare counts a paper's own table as it stands and takes no {', '.join(given)}")
+            raise ConfigError(f"--compare counts a paper's own table and takes no {', '.join(given)}; leave that out")
         _compare(compare, as_json)
         return
     if model is None:
@@ -69,6 +73,9 @@ def inspect(
         notes = _placement(Path(model))
     else:
         notes = None
+        check_source(model)
+        check_batch(1 if batch is None else batch)
+        clock_mask(2 if clock is None else clock, 8 if steps is None else steps)
         survey = toolchain("edgediff.inspect.model_survey", "inspect MODEL")
         found = survey.survey_model(model, level, point, clock, steps, batch, adaptor)
     if as_json:
@@ -84,6 +91,8 @@ def inspect(
 
 def _compare(name: str, as_json: bool) -> None:
     """Prints a paper's table beside our counts."""
+    if name not in COMPARISONS:
+        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
     rows = toolchain("edgediff.inspect.comparison", "inspect --compare").compare(name)
     if as_json:
         print_json({"rows": [row.to_dict() for row in rows]})
@@ -100,5 +109,5 @@ def _placement(bundle: Path) -> "tuple[Note, ...] | None":
     try:
         return lint_bundle(bundle)
     except (EdgediffError, EdgeRuntimeError) as e:
-        err.print(f"no placement: {e}", markup=False)
+        err.print(f"no placement: {e}")
         return None

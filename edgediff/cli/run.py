@@ -52,6 +52,9 @@ def run(
     guidance_scale: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     scale: Annotated[int, typer.Option(help="Each pixel becomes a square of this many.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the backend; left out, its own choice. Core ML has none.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
@@ -62,16 +65,16 @@ def run(
 
     request: dict[str, Any] = {"label": label, "prompt": prompt, "num_images": num_images, "seed": seed}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
+    opened = open_bundle(bundle)
+    check_output(output, scale, opened.manifest.sample.space)
     if conditioning is not None:
         from edgediff.data.arrays import load_arrays, prompt_arguments
 
         request |= prompt_arguments(load_arrays(conditioning))
     with progress() as say:
         say(f"opening {bundle}")
-        opened = open_bundle(bundle)
         chosen = usual_backend(opened) if backend is None else backend
-        pipe = EdgePipeline(opened.manifest, open_session(opened, chosen, compute_units))
-        check_output(output, scale, pipe.manifest.sample.space)
+        pipe = EdgePipeline(opened.manifest, open_session(opened, chosen, compute_units, threads))
         result = Result.of(_telling(pipe.stream(**request), say), pipe.manifest)
     write_output(result, output, scale)
     if as_json:
@@ -81,7 +84,7 @@ def run(
         from edgediff.cli.render.tables import ledger_table
 
         out.print(ledger_table(result))
-        out.print(f"{num_images} images: {output}", markup=False)
+        out.print(f"{num_images} images: {output}")
 
 
 def _telling(steps: Iterable["Step"], say: Callable[[str], None]) -> Iterator["Step"]:

@@ -1,5 +1,7 @@
 """``edgediff train``."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from edgediff.cli.app import (
     toolchain,
 )
 from edgediff.errors import ConfigError
+from edgediff.zoo import check_source
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the model is to be, a diffusers directory.")]
 ConfigOption = Annotated[
@@ -66,38 +69,25 @@ def adaptor(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adaptor on unrolled trajectories; an interrupted training goes on where it stopped."""
-    settings = toolchain("edgediff.train.settings", "train adaptor")
-    import msgspec
-
-    asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config))
+    if model is not None:
+        check_source(model)
     given = {
         "model": model, "adaptor": kind, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "rollout": rollout, "rounds": rounds, "images": images, "seed": seed,
-        "conditioning": None if conditioning is None else str(conditioning),
+        "conditioning": conditioning, "cut": {"level": level, "point": point},
     }  # fmt: skip
-    asked.update({key: value for key, value in given.items() if value is not None})
-    for key, value in (("level", level), ("point", point)):
-        if value is not None:
-            asked.setdefault("cut", {})[key] = value
-    checked = settings.training_from(asked)
-    if checked.model is None:
+    asked = _asked("adaptor", config, given)
+    if asked.model is None:
         raise ConfigError("no model: name a diffusers directory, a built-in one, or settings with a model")
     trainer = toolchain("edgediff.train.adaptor", "train adaptor", "train")
     load = toolchain("edgediff.models.load", "train adaptor")
-    try:
-        with progress() as say:
-            say(f"loading {checked.model}")
-            done = trainer.train_adaptor(load.load_model(checked.model), output, checked, progress=say)
-    except KeyboardInterrupt:
-        err.print("the same command goes on from the last checkpoint", markup=False)
-        raise
-    if not trainer.is_main_process():
-        return
-    if as_json:
-        print_json({"adaptor": str(output), "trained": done is not None} | ({} if done is None else done.to_dict()))
-    elif done is None:
-        out.print(f"{output} is already there, trained with the same settings: nothing to do", markup=False)
-    else:
+
+    def run(say: Callable[..., None]) -> Any:
+        say(f"loading {asked.model}")
+        return trainer.train_adaptor(load.load_model(asked.model), output, asked, progress=say)
+
+    done = _train("adaptor", run, output, as_json, key="adaptor")
+    if done is not None:
         gain = done.gain
         out.print(f"{done.updates} updates, loss {done.loss:.4f} of the identity adaptor's")
         out.print(
@@ -128,7 +118,7 @@ def teacher(
 ) -> None:
     """Train a UNet of any geometry on a folder of images; an interrupted training goes on where it stopped."""
     given = {"model": model, "data": data, "held_out": held_out, "size": size, "updates": updates, "batch": batch}
-    _train_unet("teacher", "TeacherTraining", output, config, {**given, "seed": seed}, as_json)
+    _train_unet("teacher", output, config, {**given, "seed": seed}, as_json)
 
 
 @train.command(
@@ -157,34 +147,49 @@ def student(
         "teacher": teacher, "data": data, "held_out": held_out, "width": width, "gating": gating, "wavelet": wavelet,
         "spatial": spatial, "frequency": frequency, "alpha": alpha, "updates": updates, "batch": batch, "seed": seed,
     }  # fmt: skip
-    _train_unet("student", "StudentTraining", output, config, given, as_json)
+    _train_unet("student", output, config, given, as_json)
 
 
-def _train_unet(what: str, kind: str, output: Path, config: Path | None, given: dict[str, Any], as_json: bool) -> None:
-    """Trains a teacher or a student and says what became of it."""
-    settings = toolchain("edgediff.train.unet_settings", f"train {what}")
+def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:
+    """The settings of a file, changed by the options that were given."""
     import msgspec
 
-    struct = getattr(settings, kind)
-    asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config, struct))
+    settings = toolchain("edgediff.train.settings", f"train {what}")
+    kinds = {"adaptor": "AdaptorTraining", "teacher": "TeacherTraining", "student": "StudentTraining"}
+    kind = getattr(settings, kinds[what])
+    asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config, kind))
     for name, value in given.items():
-        if value is not None:
+        if isinstance(value, dict):
+            asked[name] = asked.get(name, {}) | {key: part for key, part in value.items() if part is not None}
+        elif value is not None:
             asked[name] = str(value) if isinstance(value, Path) else value
-    checked = settings.training_from(asked, struct)
-    trainer = toolchain(f"edgediff.train.{what}", f"train {what}", "train")
+    return settings.training_from(asked, kind)
+
+
+def _train(what: str, run: Callable[..., Any], output: Path, as_json: bool, key: str) -> Any:
+    """Runs a training; what became of it, where there is still something to say."""
     try:
         with progress() as say:
-            done = getattr(trainer, f"train_{what}")(output, checked, progress=say)
+            done = run(say)
     except KeyboardInterrupt:
         err.print("the same command goes on from the last checkpoint", markup=False)
         raise
-    if not toolchain("edgediff.train.adaptor", f"train {what}", "train").is_main_process():
-        return
+    if not toolchain("edgediff.train.claim", f"train {what}", "train").is_main_process():
+        return None
     if as_json:
-        print_json({"model": str(output), "trained": done is not None} | ({} if done is None else done.to_dict()))
-    elif done is None:
+        print_json({key: str(output), "trained": done is not None} | ({} if done is None else done.to_dict()))
+        return None
+    if done is None:
         out.print(f"{output} is already there, trained with the same settings: nothing to do", markup=False)
-    else:
+    return done
+
+
+def _train_unet(what: str, output: Path, config: Path | None, given: dict[str, Any], as_json: bool) -> None:
+    asked = _asked(what, config, given)
+    trainer = toolchain(f"edgediff.train.{what}", f"train {what}", "train")
+    run = partial(getattr(trainer, f"train_{what}"), output, asked)
+    done = _train(what, lambda say: run(progress=say), output, as_json, key="model")
+    if done is not None:
         if done.skipped:
             err.print(done.skipped, markup=False)
         out.print(f"{done.updates} updates on {done.images} images: loss {done.loss:.4f}, held out {done.held_out:.4f}")

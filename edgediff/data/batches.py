@@ -44,7 +44,7 @@ class Batches:
         Args:
             first: The first place.
             size: How many.
-            flips: bool [size], which to mirror; None for none.
+            flips: bool [size], which to mirror; None mirrors none.
 
         Returns:
             float32 [size, C, H, W] in [-1, 1] for images, and int64 [size] or None.
@@ -66,38 +66,17 @@ class Batches:
 
 
 def scaled(x: torch.Tensor) -> torch.Tensor:
-    """Puts uint8 images into [-1, 1]; what is float already stays.
-
-    Args:
-        x: [N, C, H, W].
-
-    Returns:
-        float32 [N, C, H, W].
-    """
+    """Puts uint8 images into [-1, 1], float32; what is float already stays."""
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 def as_channels_first(images: NDArray[np.uint8]) -> torch.Tensor:
-    """Images as torch has them.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-
-    Returns:
-        uint8 [N, 3, H, W].
-    """
+    """From uint8 [N, H, W, 3] to uint8 [N, 3, H, W]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def hash_of(data: ImageSet) -> str:
-    """What tells one set of images from another.
-
-    Args:
-        data: The images.
-
-    Returns:
-        sha256 over images, classes and names.
-    """
+    """sha256 over images, classes and names, which tells one set from another."""
     digest = hashlib.sha256(np.ascontiguousarray(data.images).data)
     digest.update(data.labels.tobytes())
     digest.update("\0".join(data.names).encode())

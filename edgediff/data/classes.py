@@ -8,18 +8,15 @@ from edgediff.errors import DataError
 
 
 def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) -> NDArray[np.int64] | None:
-    """The class that a sampler has for each real image.
+    """The class that a model or a bundle has for each image, int64 [N].
 
     Args:
-        labels: The sampler's classes; None where there is no condition.
-        real: The images; their classes bear the sampler's names.
+        labels: Its classes; None where it has no condition, which gives None.
+        real: The images; their classes have the same names.
         whose: What has the classes, for the message: ``bundle`` or ``model``.
 
-    Returns:
-        int64 [N]; None where there is no condition.
-
     Raises:
-        DataError: A class of the folder is none of the sampler's, or the folder has none.
+        DataError: A class of the folder is none of these, or the folder has none.
     """
     if labels is None:
         return None

@@ -1,4 +1,4 @@
-"""Chance in trainings: what is drawn follows from the seed and a number, so that a training can go on anywhere."""
+"""Random numbers of a training: they follow from its seed and a number, so that it can be resumed anywhere."""
 
 import torch
 
@@ -9,14 +9,11 @@ _BITS = 2**32
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """A source of chance.
+    """A generator on the CPU, another one for each seed and number.
 
     Args:
         seed: The training's.
         number: Of the update or the pass, below 2^32.
-
-    Returns:
-        A generator on the CPU; another one for each seed and number.
 
     >>> first, other = (torch.rand(2, generator=generator(seed, 7)) for seed in (0, 1))
     >>> bool((first == other).any())
@@ -26,13 +23,5 @@ def generator(seed: int, number: int) -> torch.Generator:
 
 
 def mixed(seed: int, number: int) -> int:
-    """One seed of a training's and a number.
-
-    Args:
-        seed: The training's.
-        number: Of the update or the pass, below 2^32.
-
-    Returns:
-        0 to 2^32 - 1.
-    """
+    """One seed, 0 to 2^32 - 1, of a training's and a number below 2^32."""
     return (number + seed * _APART) % _BITS

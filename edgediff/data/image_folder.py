@@ -4,30 +4,35 @@ How an image is brought to size is part of what it is compared with: a sharper r
 frequencies. So there is one way, that of the built-in model's own data (its card): cut out the centre, Lanczos to twice
 the size where it is larger, then the mean of each square of four pixels.
 
-Folders are as people have them. What can be made RGB is: grey, palettes, CMYK, 16 bits, transparency on white. What
-cannot be read, or is too small, is left out and said. One image is decoded at a time; beside it there is the array.
+Folders are as people have them. A file is an image by its content, whatever its name; a class folder may have folders
+in it. What can be made RGB is: grey, palettes, CMYK, 16 bits, transparency on white. What cannot be read, is of another
+format, or is too small, is left out, counted and named. One image is decoded at a time; beside it there is the array.
 """
 
+import mimetypes
+import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from edgediff.errors import DataError
+from edgediff.outputs import as_text
 from edgediff_runtime import noise
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# By content, whatever the suffix says. Not all of Pillow's: PostScript, say, would be run.
+# By content, whatever the name says. Not all of Pillow's: PostScript, say, would be run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 # A draw that no generation comes to: the noise that orders images is never an image's own.
 _ORDER = 2**32 - 1
 _NAMED = 3
 _READ_AT_ONCE = 256
 _SIXTEEN_BITS = 65535
+# Not the machine's own: what is counted as an image is the same everywhere.
+_TYPES = mimetypes.MimeTypes()
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,7 @@ class Skipped:
 
     @classmethod
     def of(cls, faults: Iterable[tuple[str, str]]) -> "Skipped":
-        """Counts faults.
-
-        Args:
-            faults: What is wrong with a file, and its name.
-
-        Returns:
-            The same by reason.
+        """Counts faults, each what is wrong with a file and its name, by reason.
 
         >>> Skipped.of([("broken", "a/1.png"), ("small", "a/2.png"), ("broken", "b/1.png")]).in_words()
         '3 images skipped: 2 broken (a/1.png, b/1.png), 1 small (a/2.png)'
@@ -110,14 +109,7 @@ class ImageSet:
         return len(self.images)
 
     def take(self, indices: NDArray[np.int64]) -> "ImageSet":
-        """Some of the images.
-
-        Args:
-            indices: int64 [M], which.
-
-        Returns:
-            Those, in that order, with all the names.
-        """
+        """The images of these indices, int64 [M], in their order and with all the names."""
         return ImageSet(self.images[indices], self.labels[indices], self.names)
 
 
@@ -134,11 +126,12 @@ def read_images(
 ) -> ImageSet:
     """Reads an image folder.
 
-    Hidden files and files of other kinds are passed over. Images that cannot be read or are too small are left out and
-    counted in `skipped`, which the caller shows.
+    Hidden files and files that are no images are passed over. Images that cannot be used are left out and counted in
+    `skipped`, which the caller shows.
 
     Args:
-        folder: It has a subfolder for each class, or images alone: then there are no classes.
+        folder: It has a subfolder for each class, which may have folders in it, or images alone: then there are no
+            classes.
         size: Height and width wanted, in pixels.
         minimum: How many images there must be.
         progress: Told what is being done, and the share of it that is done.
@@ -148,28 +141,32 @@ def read_images(
 
     Raises:
         DataError: There is no such folder, it has images beside class folders, a class without images (that can be
-            read), too few images, or more than there is memory for.
+            read) or whose name is not UTF-8, too few images, or more than there is memory for.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"no images at {folder}: no such folder")
+        what = "a file; expected a folder" if folder.exists() else "no such folder"
+        raise DataError(f"no images at {as_text(folder)}: {what}")
     entries = _entries(folder)
-    classes = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
-    loose = [path for path in entries if _is_image(path)]
+    classes = [path for path in entries if path.is_dir()]
+    loose = [path for path in entries if not path.is_dir() and _is_image(path)]
     if classes and loose:
         raise DataError(
-            f"{folder} has images ({loose[0].name}) beside folders ({classes[0].name}); expected a subfolder for each "
-            "class, or images alone"
+            f"{as_text(folder)} has images ({as_text(loose[0].name)}) beside folders ({as_text(classes[0].name)}); "
+            "expected a subfolder for each class, or images alone"
         )
     if not classes and not loose:
-        raise DataError(f"no images in {folder}: expected a subfolder for each class, or images")
-    found = {path: [file for file in _entries(path) if _is_image(file)] for path in classes} or {folder: loose}
+        raise DataError(f"no images in {as_text(folder)}: expected a subfolder for each class, or images")
+    for path in classes:
+        if as_text(path.name) != path.name:
+            raise DataError(f"{as_text(path)}: the name of this class is not UTF-8; rename the folder")
+    found = {path: list(_images_in(path)) for path in classes} or {folder: loose}
     for path, files in found.items():
         if not files:
-            raise DataError(f"no images in {path}; expected files that end in {', '.join(SUFFIXES)}")
+            raise DataError(f"no images in {as_text(path)}; expected files of the formats {', '.join(FORMATS)}")
     count = sum(len(files) for files in found.values())
     if count < minimum:
-        raise DataError(f"{folder} has {count} images; expected {minimum} or more")
+        raise DataError(f"{as_text(folder)} has {count} images; expected {minimum} or more")
     return _read_all(folder, found, size, minimum, progress)
 
 
@@ -199,27 +196,55 @@ def _read_all(
                 images[len(labels)] = read_image(file, size)
                 labels.append(label)
             except _Unfit as e:
-                faults.append((e.what, file.relative_to(folder).as_posix()))
+                faults.append((e.what, as_text(file.relative_to(folder).as_posix())))
         if len(labels) == before[0]:
-            raise DataError(f"no images left in {path}: {Skipped.of(faults[before[1] :]).in_words()}")
+            raise DataError(f"no images left in {as_text(path)}: {Skipped.of(faults[before[1] :]).in_words()}")
     skipped = Skipped.of(faults)
     if len(labels) < minimum:
         raise DataError(
-            f"{folder} has {len(labels)} images that can be used; expected {minimum} or more; {skipped.in_words()}"
+            f"{as_text(folder)} has {len(labels)} images that can be used; expected {minimum} or more; "
+            f"{skipped.in_words()}"
         )
     names = () if folder in found else tuple(path.name for path in found)
     return ImageSet(images[: len(labels)], np.array(labels, dtype=np.int64), names, skipped)
 
 
 def _entries(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, in the order of the names."""
     try:
-        return sorted(folder.iterdir())
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as e:
-        raise DataError(f"{folder} cannot be read ({e.strerror or e})") from e
+        raise DataError(f"{as_text(folder)} cannot be read ({e.strerror or e})") from e
+
+
+def _images_in(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The images of a folder and of those in it; a link to a folder that is being read ends there."""
+    above = (*above, os.path.realpath(folder))
+    for path in _entries(folder):
+        if path.is_dir():
+            if os.path.realpath(path) not in above:
+                yield from _images_in(path, above)
+        elif _is_image(path):
+            yield path
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    """Whether a file is an image: by its name, also of a format that is not read, or by its content."""
+    if file.exists() and not file.is_file():
+        return False  # a pipe would be waited for
+    kind = _TYPES.guess_type(file.name, strict=False)[0]
+    if (kind or "").startswith("image/") or _format_by_name(file) in Image.OPEN:
+        return True
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Exception:  # a damaged header raises whatever its reader runs into
+        return False
+
+
+def _format_by_name(file: Path) -> str | None:
+    """The format that Pillow would write under this name."""
+    return Image.registered_extensions().get(file.suffix.lower())
 
 
 def read_image(file: Path, size: int) -> NDArray[np.uint8]:
@@ -228,10 +253,6 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     Photographs are turned as their EXIF says, transparency is laid on white, of moving pictures the first is taken.
     16-bit values are divided by 257. 32-bit integers are taken for 16-bit values and floats for 0 to 1, where that is
     what they hold; other ranges mean nothing without their source.
-
-    Args:
-        file: The image.
-        size: Height and width wanted, in pixels.
 
     Returns:
         uint8 [size, size, 3].
@@ -247,14 +268,16 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
             with Image.open(file, formats=FORMATS) as opened:
                 if min(opened.size) < size:
                     what = f"{opened.width}x{opened.height}; expected {size}x{size} or larger"
-                    raise _Unfit(f"smaller than {size}x{size}", f"{file} is {what}")
+                    raise _Unfit(f"smaller than {size}x{size}", f"{as_text(file)} is {what}")
                 image = _to_rgb(ImageOps.exif_transpose(opened), file)
     except _Unfit:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-        raise _Unfit("too large to decode", f"{file} is too large to decode: {_one_line(e)}") from e
+        raise _Unfit("too large to decode", f"{as_text(file)} is too large to decode: {_one_line(e)}") from e
     except Exception as e:  # a damaged file raises whatever its decoder runs into
-        raise _Unfit("cannot be read", f"{file} cannot be read as an image: {_one_line(e)}") from e
+        known = not isinstance(e, UnidentifiedImageError) or _format_by_name(file) in FORMATS
+        what = "cannot be read" if known else "of a format that is not read"
+        raise _Unfit(what, f"{as_text(file)} cannot be read as an image: {_one_line(e)}") from e
     return np.asarray(_to_size(image, size))
 
 
@@ -282,7 +305,9 @@ def _to_bytes(image: Image.Image, file: Path) -> NDArray[np.uint8]:
     if image.mode == "I" and not (low >= 0 and 255 < high <= _SIXTEEN_BITS):
         expected = f"0 to {_SIXTEEN_BITS}, and above 255 somewhere"
     if expected is not None:
-        raise _Unfit("of an unknown range of values", f"{file} has values of {low:g} to {high:g}; expected {expected}")
+        raise _Unfit(
+            "of an unknown range of values", f"{as_text(file)} has values of {low:g} to {high:g}; expected {expected}"
+        )
     if image.mode == "F":
         return np.asarray(np.rint(255 * values), dtype=np.uint8)
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -303,14 +328,7 @@ def _to_size(image: Image.Image, size: int) -> Image.Image:
 
 
 def shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    """Puts numbers in a seeded order, the same with every version of every library.
-
-    Args:
-        count: How many.
-        seed: 0 to 2^64 - 1.
-
-    Returns:
-        int64 [count]: 0 to count - 1, each once.
+    """Puts 0 to count - 1 in a seeded order, int64 [count], the same with every version of every library.
 
     >>> [int(i) for i in shuffled(5, seed=0)]
     [3, 2, 4, 0, 1]
@@ -324,7 +342,7 @@ def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]
     Args:
         data: The images.
         share: Of each class, 0 to 1; rounded, and at least one image of a class of two or more.
-        seed: Which ones.
+        seed: Decides which ones.
 
     Returns:
         The rest, and what is held out, both in the order of `data`.

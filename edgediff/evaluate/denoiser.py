@@ -1,39 +1,39 @@
-"""A model as a denoiser: its guess of the clean image from a noisy one, whatever its output stands for."""
+"""A model as a denoiser: its guess of the clean image from a noisy one, and what its gates let pass meanwhile."""
+
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from edgediff.errors import UnsupportedError
-from edgediff.evaluate.comparable import check_model
+from edgediff.evaluate.sampler import check_model
 from edgediff.models.load import Model
 from edgediff.models.sampling import PREDICTIONS
-from edgediff.models.whole import predict
+from edgediff.models.spectral import BANDS, BandGate
+from edgediff.models.undivided import predict
 from edgediff_runtime.errors import NotFiniteError
 
 
 class Denoiser:
-    """Guesses clean images, each with the prediction of its own class and without guidance.
+    """Guesses clean images, each with its own class and without guidance.
 
     Attributes:
         name: The model's.
         alphas_cumprod: float64 [T], the schedule's: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
-        prediction_type: What the model's output stands for.
+        prediction_type: What the model's output is.
         unet: The network, on its device.
     """
 
     def __init__(self, model: Model, device: torch.device) -> None:
-        """Takes a model.
-
-        Args:
-            model: Its UNet is moved to the device.
-            device: Where it runs.
+        """Takes a model; its UNet is moved to the device.
 
         Raises:
-            ConfigError: It is a geometry without weights.
+            ConfigError: It has no weights.
             ModelError: It has no scheduler.
-            UnsupportedError: It makes no photographs, its scheduler has no such schedule, or its output stands for
-                something else.
+            UnsupportedError: It makes no photographs, or its schedule or prediction type is not handled.
         """
         check_model(model)
         schedule = getattr(model.scheduler, "alphas_cumprod", None)
@@ -47,13 +47,13 @@ class Denoiser:
             raise UnsupportedError(
                 f"{model.name}: prediction_type {self.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}"
             )
-        self.shape = model.sample_shape
         self.unet = model.unet.to(device)
+        self._shape = "x".join(map(str, model.sample_shape))
         self._device = device
 
     @torch.no_grad()
     def clean(self, x_t: NDArray[np.float64], t: int, classes: NDArray[np.int64] | None) -> NDArray[np.float64]:
-        """Guesses the clean images; nothing is clipped.
+        """Guesses x_0, unclipped.
 
         Args:
             x_t: float64 [B, 3, H, W].
@@ -61,7 +61,7 @@ class Denoiser:
             classes: int64 [B]; None where there is no condition.
 
         Returns:
-            float64 [B, 3, H, W], x_0 as the model has it.
+            float64 [B, 3, H, W].
 
         Raises:
             NotFiniteError: The model's output is not finite.
@@ -69,8 +69,8 @@ class Denoiser:
         alpha, sigma = np.sqrt(self.alphas_cumprod[t]), np.sqrt(1 - self.alphas_cumprod[t])
         sample = torch.from_numpy(x_t).float().to(self._device)
         cond = {} if classes is None else {"class_labels": torch.from_numpy(classes).to(self._device)}
-        said = predict(self.unet, sample, torch.tensor([float(t)], device=self._device), cond)
-        out: NDArray[np.float64] = said.cpu().double().numpy()
+        predicted = predict(self.unet, sample, torch.tensor([float(t)], device=self._device), cond)
+        out: NDArray[np.float64] = predicted.cpu().double().numpy()
         if not np.isfinite(out).all():
             raise NotFiniteError(f"{self.name}'s output is not finite at t = {t}")
         if self.prediction_type == "epsilon":
@@ -80,16 +80,13 @@ class Denoiser:
         return out
 
     def check_teacher(self, teacher: "Denoiser") -> None:
-        """Refuses a teacher whose guesses could not be laid beside these.
-
-        Args:
-            teacher: The other one.
+        """Refuses a teacher whose guesses cannot be compared with these.
 
         Raises:
-            UnsupportedError: It differs in what is denoised, in what its output stands for, or in the schedule.
+            UnsupportedError: It differs in samples, prediction type or schedule.
         """
         for what, mine, theirs in (
-            ("samples", _spell(self.shape), _spell(teacher.shape)),
+            ("samples", self._shape, teacher._shape),
             ("prediction_type", self.prediction_type, teacher.prediction_type),
         ):
             if mine != theirs:
@@ -103,5 +100,44 @@ class Denoiser:
             )
 
 
-def _spell(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+class GateRecorder:
+    """Records the gates of a wavelet-gated network while it runs, within `with` (Spectral Diffusion, section 4.1).
+
+    Attributes:
+        modules: The gates by their module's name; empty where the network has none.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.modules = {name: module for name, module in unet.named_modules() if isinstance(module, BandGate)}
+        self._heard: dict[str, list[torch.Tensor]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "GateRecorder":
+        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def take(self) -> dict[str, NDArray[np.float64]]:
+        """The mean gates since the last call, over images and channels.
+
+        Returns:
+            float64 [4] by module, in the order LL, LH, HL, HH; gates that did not run are missing.
+        """
+        means = {
+            name: np.sum([part.sum(dim=0).numpy() for part in parts], axis=0) / sum(map(len, parts))
+            for name, parts in self._heard.items()
+        }
+        self._heard.clear()
+        return means
+
+    def _hook(self, name: str) -> Any:
+        def record(module: nn.Module, given: Any, gates: torch.Tensor) -> None:
+            means = gates.detach().cpu().double().reshape(len(gates), len(BANDS), -1).mean(dim=2)
+            self._heard.setdefault(name, []).append(means)
+
+        return record

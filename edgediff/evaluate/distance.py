@@ -1,29 +1,29 @@
 """``edgediff evaluate distance``: images of a bundle or a model, compared with photographs, clock by clock."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.data.classes import class_indices
-from edgediff.errors import ConfigError, UnsupportedError
-from edgediff.evaluate.distances import MIN_IMAGES
-from edgediff.evaluate.neighbours import SUSPICIOUS, Nearest, closeness
-from edgediff.evaluate.photographs import Photographs
+from edgediff.data.image_folder import ImageSet, read_images, shuffled
+from edgediff.errors import ConfigError, DataError, UnsupportedError
+from edgediff.evaluate.charts import Group, draw_suspects
+from edgediff.evaluate.frequency import band_gap, radial_spectrum, spectrum_error, top_octaves
+from edgediff.evaluate.metrics import MIN_IMAGES, Features, frechet_distance, kernel_distance, precision_recall
+from edgediff.evaluate.neighbours import SUSPICIOUS, Nearest, nearest_neighbours
 from edgediff.evaluate.processes import Processes
-from edgediff.evaluate.report import ClockRow, Evaluation, Reference, Yardstick
-from edgediff.evaluate.row import Row
-from edgediff.evaluate.sampler import Sampler, open_sampler
-from edgediff.evaluate.suspects import Group, check_picture, draw_suspects, most_suspicious
-from edgediff.evaluate.traits import Examiner, Traits
-from edgediff.models.classifier import Classifier, accuracy_of, built_in_classifier, load_classifier
+from edgediff.evaluate.report import ClockResult, Distances, Evaluation, Yardstick
+from edgediff.evaluate.sampler import BATCH, Mask, Sampler, check_counts, chunks, open_sampler
+from edgediff.models.classifier import Classifier, accuracy_of, built_in_classifier, features_of, load_classifier
+from edgediff.outputs import check_drawing, check_file, write_whole
 
 NUM_IMAGES = 1000
-BATCH = 50
 
 Say = Callable[[str], None]
-Masks = dict[str, tuple[bool, ...]]
 
 
 def evaluate_distance(
@@ -46,51 +46,45 @@ def evaluate_distance(
     """Generates images with each clock and compares them with photographs.
 
     Without `train` the photographs are put in a seeded order: the first `num_images` of them are the floor, the next
-    the reference; a folder that has fewer than twice `num_images` makes all sets smaller: they stay of one size. With
-    `train` all photographs of `images`, which the model has not seen, are the reference; as many of the training
-    photographs, the first in a seeded order, are the floor; and the nearest training photograph of each image is looked
-    for.
+    the reference; with fewer than twice `num_images` photographs all sets get smaller. With `train` all photographs of
+    `images`, which the model must not have seen, are the reference; as many training photographs, the first in a seeded
+    order, are the floor; and the nearest training photograph of each image is found.
 
     Image i of every clock has the noise of image i under the seed, and the class of the i-th photograph in the order
     that the floor begins, whatever the batch and the number of processes.
 
     Args:
-        source: A bundle, a diffusers directory or a built-in name; of a model that makes images.
+        source: A bundle, a diffusers directory or a built-in name.
         images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
         train: Another, of the photographs that the model was trained on.
-        clocks: Periods or masks of the full steps; clock 1 and the bundle's own where None, of a model clock 1.
+        clocks: Periods or masks. None: 1 and the bundle's own; of a model, 1.
         num_images: Images of each set; with `train`, of each generated one.
-        steps: Denoising steps; the bundle's where None, 8 of a model.
-        guidance_scale: Classifier-free guidance; the bundle's, or what is usual for the model, where None.
-        scheduler: Of a model; dpmpp_2m where None.
+        steps: None: the bundle's; of a model, 8.
+        guidance_scale: None: the bundle's, or what is usual for the model.
+        scheduler: Of a model. None: dpmpp_2m.
         seed: Of the noise, of the choice of photographs and of the spread.
-        batch: Images generated at once; what it changes is memory.
-        backend: What runs a bundle's graphs; the usual one where None.
-        features: A classifier's folder; the built-in one of the classes where None.
-        grid: A .png to be: the images that are nearest to training photographs, and those.
+        batch: Images generated at once; changes memory alone.
+        backend: Of a bundle. None: the usual one.
+        features: A classifier's folder. None: the built-in one of the classes.
+        grid: A .png to write: the images nearest to training photographs, above those.
         progress: Told what is being done.
 
     Returns:
         The distances; None on all processes but the main one.
 
     Raises:
-        BundleError: The bundle is damaged.
-        ConfigError: `num_images` or `batch` is too small, or an option does not fit the source.
+        BundleError, ModelError: The bundle or the model cannot be read, or there are no features.
+        ConfigError, RequestError: An option is out of range or does not fit the source.
         DataError: A folder cannot be read, or does not fit the source.
-        MissingExtraError: accelerate or matplotlib is not installed and needed.
-        ModelError: There are no features, or the model cannot be read.
-        RequestError: Something else that was asked does not fit the source.
-        TargetError: The grid cannot be written where it is to be.
+        MissingExtraError: accelerate or matplotlib is needed and not installed.
+        TargetError: The grid cannot be written.
         UnsupportedError: The source makes no images, or of another size than the classifier's.
     """
-    if num_images < MIN_IMAGES:
-        raise ConfigError(f"num_images is {num_images}; expected {MIN_IMAGES} or more")
-    if batch < 1:
-        raise ConfigError(f"batch is {batch}; expected a whole number above 0")
+    check_counts(num_images, batch)
     if grid is not None:
-        check_picture(Path(grid), train)
+        _check_grid(Path(grid), train)
     processes = Processes.launched()
-    say = progress if processes.is_main else _silent
+    say = progress if processes.is_main else (lambda what: None)
     say(f"opening {source}")
     sampler = open_sampler(
         source, backend=backend, scheduler=scheduler, device=processes.device, warn=processes.is_main
@@ -100,38 +94,57 @@ def evaluate_distance(
     asked = [str(clock) for clock in (sampler.clocks if clocks is None else clocks)]
     masks = {clock: sampler.check(clock, steps, guidance_scale, seed) for clock in asked}
     home = built_in_classifier(sampler.labels, sampler.size) if features is None else Path(features)
-    classifier = _classifier(home, sampler).to(processes.device)
+    classifier = _load_features(home, sampler).to(processes.device)
     say(f"loading images: {images}")
     if train is None:
-        photographs = Photographs.halves(images, sampler.size, num_images, seed)
+        photographs = _halves(images, sampler.size, num_images, seed)
         num_images = len(photographs.floor)
     else:
-        photographs = Photographs.with_train(images, train, sampler.size, seed)
-    row = Row(sampler, num_images, _classes(sampler, photographs, num_images), guidance_scale, seed)
-    examiner = Examiner(classifier, None if photographs.train is None else photographs.train.images)
-    made = {clock: _generate(row, clock, mask, batch, examiner, processes, say) for clock, mask in masks.items()}
+        photographs = _with_train(images, train, sampler.size, seed)
+    seen = None if photographs.train is None else photographs.train.images
+    classes = _classes(sampler, photographs, num_images)
+    draw = partial(sampler.draw, classes=classes, guidance_scale=guidance_scale, seed=seed)
+    mine = processes.share(chunks(num_images, batch))
+    where = "" if processes.count == 1 else f" of the first of {processes.count} processes"
+
+    def generate(clock: str) -> Examined:
+        found, done = [], 0
+        for numbers in mine:
+            found.append(examine(draw(numbers, masks[clock]), classifier, seen))
+            done += len(numbers)
+            say(f"drawing with clock {clock}: {done} of {sum(map(len, mine))} images{where}")
+        return _joined(processes.gather(found))
+
+    made = {clock: generate(clock) for clock in masks}
     processes.leave()
     if not processes.is_main:
         return None
-    real, floor = examiner.examine(photographs.reference.images), examiner.examine(photographs.floor.images, False)
-    num_equal = min(num_images, len(real), len(floor))
-    reference = Reference(real, sampler.size, num_equal, seed)
+    real = examine(photographs.reference.images, classifier, seen)
+    floor = examine(photographs.floor.images, classifier)
+    num_equal = min(num_images, len(real.features), len(floor.features))
+    against = partial(compare, reference=real, size=sampler.size, num_equal=num_equal, seed=seed)
     yardstick = None
     if photographs.train is not None and real.nearest is not None:
-        near = real.nearest.distance
-        threshold = float(np.quantile(near, SUSPICIOUS))
-        yardstick = Yardstick(str(train), len(photographs.train), closeness(near, threshold), threshold)
+        threshold = float(np.quantile(real.nearest.distance, SUSPICIOUS))
+        yardstick = Yardstick(str(train), len(photographs.train), real.nearest.closeness(threshold), threshold)
         if grid is not None:
             say("drawing the grid")
-            groups = [_held_out(photographs, real.nearest), *_groups(row, masks, made)]
-            draw_suspects(groups, photographs.train.images, threshold, sampler.name, Path(grid))
+            numbers = [each.image for each in real.nearest.suspects()]
+            groups = [Group("photographs held out", photographs.reference.images[numbers], real.nearest)]
+            for clock, each in made.items():
+                if each.nearest is not None:
+                    # The images were not kept: these few are made again.
+                    again = draw([suspect.image for suspect in each.nearest.suspects()], masks[clock])
+                    groups.append(Group(f"clock {clock}", again, each.nearest))
+            picture = partial(draw_suspects, groups, photographs.train.images, threshold, sampler.name)
+            write_whole(Path(grid), picture)
     return Evaluation(
         model=sampler.name,
         backend=sampler.backend,
         scheduler=sampler.scheduler_name,
         num_images=num_images,
-        num_reference=len(real),
-        num_floor=len(floor),
+        num_reference=len(real.features),
+        num_floor=len(floor.features),
         num_equal=num_equal,
         available=photographs.available,
         features=str(home),
@@ -141,18 +154,23 @@ def evaluate_distance(
         guidance_scale=guidance_scale,
         seed=seed,
         processes=processes.count,
-        floor=reference.distances(floor),
+        floor=against(floor),
         yardstick=yardstick,
-        rows=_rows(masks, made, reference, yardstick),
+        rows=_results(masks, made, {clock: against(each) for clock, each in made.items()}, yardstick),
         skipped=photographs.skipped,
     )
 
 
-def _silent(what: str) -> None:
-    """Tells nobody."""
+def _check_grid(path: Path, train: str | Path | None) -> None:
+    if train is None:
+        raise ConfigError("the grid shows the nearest training photographs; name their folder: --train DIR")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"the grid is a picture; expected a name that ends in .png, not {path}")
+    check_file(path)
+    check_drawing("the grid")
 
 
-def _classifier(home: Path, sampler: Sampler) -> Classifier:
+def _load_features(home: Path, sampler: Sampler) -> Classifier:
     classifier = load_classifier(home)
     known, size = classifier.shape.size, sampler.size
     if known != size:
@@ -162,68 +180,127 @@ def _classifier(home: Path, sampler: Sampler) -> Classifier:
     return classifier
 
 
-def _classes(sampler: Sampler, photographs: Photographs, num_images: int) -> NDArray[np.int64] | None:
-    """The class of each image of the row: those of photographs, in turns."""
+@dataclass(frozen=True, eq=False)
+class _Photographs:
+    """The sets of photographs; generated images have the classes of `classes_of`, which begins with the floor."""
+
+    reference: ImageSet
+    floor: ImageSet
+    classes_of: ImageSet
+    train: ImageSet | None
+    available: int
+    skipped: str
+
+
+def _halves(images: str | Path, size: int, num_images: int, seed: int) -> _Photographs:
+    """Divides one folder into floor and reference, of one size."""
+    real = read_images(images, size, minimum=2 * MIN_IMAGES)
+    order = shuffled(len(real), seed)
+    count = min(num_images, len(real) // 2)
+    floor = real.take(order[:count])
+    return _Photographs(real.take(order[count : 2 * count]), floor, floor, None, len(real), real.skipped.in_words())
+
+
+def _with_train(images: str | Path, train: str | Path, size: int, seed: int) -> _Photographs:
+    """Takes the photographs that the model was not trained on as the reference, and some of the others as the floor."""
+    if Path(images).resolve() == Path(train).resolve():
+        raise DataError(f"{images} is also the folder of the training photographs; expected photographs held out")
+    real, seen = (read_images(folder, size, minimum=MIN_IMAGES) for folder in (images, train))
+    ordered = seen.take(shuffled(len(seen), seed))
+    floor = ordered.take(np.arange(min(len(real), len(ordered))))
+    skipped = [f"{f}: {each.skipped.in_words()}" for f, each in ((images, real), (train, seen)) if each.skipped.count]
+    return _Photographs(real.take(shuffled(len(real), seed)), floor, ordered, seen, len(real), "; ".join(skipped))
+
+
+def _classes(sampler: Sampler, photographs: _Photographs, num_images: int) -> NDArray[np.int64] | None:
+    """The class of each image to generate: those of photographs, in turns."""
     if photographs.reference.names:
         class_indices(sampler.labels, photographs.reference, sampler.kind)
     classes = class_indices(sampler.labels, photographs.classes_of, sampler.kind)
     return None if classes is None else np.resize(classes, num_images)
 
 
-def _generate(
-    row: Row, clock: str, mask: tuple[bool, ...], batch: int, examiner: Examiner, processes: Processes, say: Say
-) -> Traits:
-    """Makes this process's share of a row, chunk by chunk, and brings what all processes keep together."""
-    mine = processes.share(row.chunks(batch))
-    total, done = sum(map(len, mine)), 0
-    where = "" if processes.count == 1 else f" of the first of {processes.count} processes"
-    found = []
-    for numbers in mine:
-        found.append(examiner.examine(row.draw(numbers, mask)))
-        done += len(numbers)
-        say(f"drawing with clock {clock}: {done} of {total} images{where}")
-    return Traits.joined(processes.gather(found))
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What is kept of a set of images.
+
+    Attributes:
+        features: float64 [N, F], the classifier's.
+        spectrum: float64 [bands], mean power by radial frequency.
+        nearest: The nearest training photographs, where there are any.
+    """
+
+    features: Features
+    spectrum: NDArray[np.float64]
+    nearest: Nearest | None
 
 
-def _rows(
-    masks: Masks, made: dict[str, Traits], reference: Reference, yardstick: Yardstick | None
-) -> tuple[ClockRow, ...]:
-    distances = {clock: reference.distances(traits) for clock, traits in made.items()}
+def examine(images: NDArray[np.uint8], classifier: Classifier, train: NDArray[np.uint8] | None = None) -> Examined:
+    """Takes from images, uint8 [N, H, W, 3], what they are compared by."""
+    return Examined(
+        features=features_of(classifier, images),
+        spectrum=radial_spectrum(images),
+        nearest=None if train is None else nearest_neighbours(images, train),
+    )
+
+
+def _joined(parts: Sequence[Examined]) -> Examined:
+    """One set of several, in their order."""
+    near = [part.nearest for part in parts if part.nearest is not None]
+    return Examined(
+        features=np.concatenate([part.features for part in parts]),
+        spectrum=np.average([part.spectrum for part in parts], axis=0, weights=[len(part.features) for part in parts]),
+        nearest=Nearest(
+            distance=np.concatenate([each.distance for each in near]),
+            index=np.concatenate([each.index for each in near]),
+            mirrored=np.concatenate([each.mirrored for each in near]),
+        )
+        if near
+        else None,
+    )
+
+
+def compare(examined: Examined, reference: Examined, *, size: int, num_equal: int, seed: int) -> Distances:
+    """Compares a set of images, of size x size pixels, with the reference; `num_equal` of each where numbers matter.
+
+    Raises:
+        DataError: A set has fewer than four images or fewer than `num_equal`, or a feature is not finite.
+    """
+    kernel = kernel_distance(examined.features, reference.features, seed)
+    made, real = examined.features[:num_equal], reference.features[:num_equal]
+    cover = precision_recall(made, real)
+    spectra = examined.spectrum, reference.spectrum
+    return Distances(
+        kernel_distance=kernel.value,
+        kernel_spread=kernel.spread,
+        frechet_distance=frechet_distance(made, real),
+        precision=cover.precision,
+        recall=cover.recall,
+        spectrum_error=spectrum_error(*spectra),
+        spectrum_error_top=spectrum_error(*spectra, top_octaves(size)),
+        band_gap=tuple(band_gap(*spectra).tolist()),
+    )
+
+
+def _results(
+    masks: dict[str, Mask], made: dict[str, Examined], distances: dict[str, Distances], yardstick: Yardstick | None
+) -> tuple[ClockResult, ...]:
     always = next((distances[clock].kernel_distance for clock, mask in masks.items() if all(mask)), 0.0)
     return tuple(
-        ClockRow(
+        ClockResult(
             clock=clock,
             mask=tuple(int(full) for full in masks[clock]),
             distances=distances[clock],
             ratio=distances[clock].kernel_distance / always if always > 0 else None,
-            closeness=None
-            if traits.nearest is None or yardstick is None
-            else closeness(traits.nearest.distance, yardstick.threshold),
-            suspects=() if traits.nearest is None else most_suspicious(traits.nearest),
+            closeness=None if near is None or yardstick is None else near.closeness(yardstick.threshold),
+            suspects=() if near is None else near.suspects(),
         )
-        for clock, traits in made.items()
+        for clock, near in ((clock, each.nearest) for clock, each in made.items())
     )
 
 
-def _held_out(photographs: Photographs, nearest: Nearest) -> Group:
-    suspects = most_suspicious(nearest)
-    shown = photographs.reference.images[[each.image for each in suspects]]
-    return Group("photographs held out", shown, suspects, nearest.distance)
-
-
-def _groups(row: Row, masks: Masks, made: dict[str, Traits]) -> list[Group]:
-    """What the grid shows of each clock: its images were not kept, so those few are made again."""
-    groups = []
-    for clock, traits in made.items():
-        assert traits.nearest is not None
-        suspects = most_suspicious(traits.nearest)
-        drawn = row.draw([each.image for each in suspects], masks[clock])
-        groups.append(Group(f"clock {clock}", drawn, suspects, traits.nearest.distance))
-    return groups
-
-
-def _accuracy(classifier: Classifier, photographs: Photographs) -> float | None:
-    """How well the classifier does on photographs that were held out; not known of a folder that it may have seen."""
+def _accuracy(classifier: Classifier, photographs: _Photographs) -> float | None:
+    """The classifier's accuracy on photographs held out; None where it may have been trained on them."""
     real = photographs.reference
     if photographs.train is None or not real.names or not {*real.names} <= {*classifier.shape.labels}:
         return None

@@ -1,21 +1,23 @@
 """The nearest training photograph of each image: whether a model repeats what it was trained on.
 
-Distances are taken over pixels, where a copy is near and a new picture of the same things is not. A smooth image is
-near to everything, so the yardstick is what photographs that were held out come to, and suspicious is what is nearer
-than nearly all of those. A training photograph's mirror image counts as the photograph: models are trained on both.
+Distances are over pixels, where a copy is near and a new picture of the same things is not. A smooth image is near to
+everything, so images are compared with photographs held out: suspicious is what is nearer than nearly all of those. A
+training photograph's mirror image counts as the photograph, since models are trained on both.
 """
 
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.errors import DataError
+from edgediff.evaluate.report import Closeness, Suspect
 
-# Of the held-out photographs: what is nearer to a training photograph than this share of them is suspicious.
+# Images as near as the nearest 1 % of the photographs held out are suspicious.
 SUSPICIOUS = 0.01
-# Numbers of training photographs that are in memory as float32 at once.
+# Suspects listed and drawn of each set.
+SHOWN = 8
+# Numbers of training photographs in memory as float32 at once.
 _CHUNK = 2**25
 
 
@@ -24,29 +26,30 @@ class Nearest:
     """The nearest training photograph of each image of a set.
 
     Attributes:
-        distance: float64 [N], root of the mean squared difference over pixels and channels, in steps of 8 bits.
+        distance: float64 [N], root mean squared difference over pixels and channels, in steps of 8 bits.
         index: int64 [N], which training photograph.
-        mirrored: bool [N], whether it is nearest as its mirror image.
+        mirrored: bool [N], whether its mirror image is the nearest.
     """
 
     distance: NDArray[np.float64]
     index: NDArray[np.int64]
     mirrored: NDArray[np.bool_]
 
+    def suspects(self) -> tuple[Suspect, ...]:
+        """The images nearest to a training photograph, the nearest first."""
+        first = np.argsort(self.distance, kind="stable")[:SHOWN]
+        return tuple(
+            Suspect(int(i), float(self.distance[i]), int(self.index[i]), bool(self.mirrored[i])) for i in first
+        )
 
-class Closeness(msgspec.Struct, frozen=True):
-    """How near the images of a set are to training photographs, in steps of 8 bits.
+    def closeness(self, threshold: float) -> Closeness:
+        """Sums the distances up.
 
-    Attributes:
-        median: Half of the images are nearer.
-        quantile_5: 5 % of the images are nearer.
-        share_nearer: Share of the images that are as near as the nearest 1 % of the held-out photographs; about 0.01
-            of a model that repeats nothing.
-    """
-
-    median: float
-    quantile_5: float
-    share_nearer: float
+        Args:
+            threshold: The `SUSPICIOUS` quantile of the distances of photographs held out.
+        """
+        median, low = (float(value) for value in np.quantile(self.distance, (0.5, 0.05)))
+        return Closeness(median, low, share_nearer=float((self.distance <= threshold).mean()))
 
 
 def nearest_neighbours(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Nearest:
@@ -56,9 +59,6 @@ def nearest_neighbours(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> N
         images: uint8 [N, H, W, C].
         train: uint8 [T, H, W, C].
 
-    Returns:
-        The nearest ones.
-
     Raises:
         DataError: There are no images or training photographs, or they are of different sizes.
     """
@@ -67,44 +67,28 @@ def nearest_neighbours(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> N
             f"images of shape {list(images.shape)} and training photographs of {list(train.shape)}; expected one or "
             "more of each, of one size"
         )
-    size = images[0].size
     # To mirror the image is to mirror the photograph.
-    both = np.concatenate([_flat(images), _flat(images[:, :, ::-1])])
+    both = np.concatenate([images, images[:, :, ::-1]])
+    flat = _flat(both)
     least = np.full(len(both), np.inf, dtype=np.float32)
     index = np.zeros(len(both), dtype=np.int64)
-    at_once = max(_CHUNK // size, 1)
+    at_once = max(_CHUNK // images[0].size, 1)
     for start in range(0, len(train), at_once):
         photographs = _flat(train[start : start + at_once])
         # Half of the squared distance, but for the image's own square, which is the same for all photographs.
-        halves = 0.5 * (photographs**2).sum(axis=1) - both @ photographs.T
+        halves = 0.5 * (photographs**2).sum(axis=1) - flat @ photographs.T
         found = halves.argmin(axis=1)
         halves = halves[np.arange(len(both)), found]
         index[halves < least] = start + found[halves < least]
         least = np.minimum(least, halves)
-    # What float32 found is measured anew: a copy is at 0, and neighbours as good as equal are told apart no further.
-    flipped = np.concatenate([images, images[:, :, ::-1]])
-    exact = np.array([_distance(image, train[i]) for image, i in zip(flipped, index, strict=True)])
-    plain, mirror = np.split(exact, 2)
+    # Measured again in float64: a copy is at 0.
+    plain, mirror = np.split(np.array([_distance(image, train[i]) for image, i in zip(both, index, strict=True)]), 2)
     mirrored = mirror < plain
     return Nearest(
         distance=np.where(mirrored, mirror, plain),
         index=np.where(mirrored, index[len(images) :], index[: len(images)]),
         mirrored=mirrored,
     )
-
-
-def closeness(distance: NDArray[np.float64], threshold: float) -> Closeness:
-    """Sums up how near a set is.
-
-    Args:
-        distance: float64 [N], to the nearest training photographs.
-        threshold: The `SUSPICIOUS` quantile of the held-out photographs' distances.
-
-    Returns:
-        Median, 5 % quantile and the share up to the threshold.
-    """
-    median, low = (float(value) for value in np.quantile(distance, (0.5, 0.05)))
-    return Closeness(median=median, quantile_5=low, share_nearer=float((distance <= threshold).mean()))
 
 
 def _flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
-"""The processes that an evaluation is spread over: one, or as many as `accelerate launch` started.
+"""The processes that an evaluation runs on: one, or as many as `accelerate launch` or `torchrun` started.
 
-Work is divided in turns, what comes of it is gathered in order, and the main process goes on alone. accelerate is asked
-only where something was launched: on one process nothing needs it.
+Work is dealt in turns, results are gathered in order, and the main process goes on alone. accelerate is imported only
+where processes were launched.
 """
 
 import os
@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from edgediff.errors import MissingExtraError
+from edgediff.errors import ConfigError, MissingExtraError
 
-# What launchers leave in the environment: how many processes there are, and whether the CPU was asked for.
+# Launchers set these: how many processes there are, and whether the CPU was asked for.
 LAUNCHED = ("WORLD_SIZE", "ACCELERATE_USE_CPU")
 
 CPU = torch.device("cpu")
@@ -37,12 +37,10 @@ class Processes:
 
     @classmethod
     def launched(cls) -> "Processes":
-        """Finds out, and joins the others.
-
-        Returns:
-            This process: on a GPU where there is one.
+        """Joins the other processes, if any; on a GPU where there is one.
 
         Raises:
+            ConfigError: The environment is not what a launcher sets.
             MissingExtraError: Several were started, and accelerate is not installed.
         """
         if not any(name in os.environ for name in LAUNCHED):
@@ -52,23 +50,24 @@ class Processes:
             from accelerate.utils import parse_flag_from_env
         except ModuleNotFoundError as e:
             raise MissingExtraError("an evaluation on several processes", "train") from e
-        # Left to itself, PartialState takes processes without a GPU for one each.
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+        try:
+            # Without `cpu`, PartialState takes processes without a GPU for one each.
+            state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+        except ValueError as e:
+            found = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED if name in os.environ)
+            raise ConfigError(
+                f"the environment has {found}, but is not a launcher's ({e}); start the command with accelerate launch "
+                "or torchrun, or unset them"
+            ) from e
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that goes on and speaks."""
+        """Whether this process compares and reports."""
         return self.index == 0
 
     def share(self, work: Sequence[T]) -> list[T]:
-        """What of the work is this process's.
-
-        Args:
-            work: The same on all processes.
-
-        Returns:
-            Every `count`-th piece, beginning with its own.
+        """This process's share of the work: every `count`-th piece, beginning with its own.
 
         >>> Processes(1, 3).share([0, 1, 2, 3, 4])
         [1, 4]
@@ -76,14 +75,7 @@ class Processes:
         return list(work[self.index :: self.count])
 
     def gather(self, results: Sequence[T]) -> list[T]:
-        """Brings the results of all processes together; all of them call this.
-
-        Args:
-            results: One for each piece of this process's share, in order.
-
-        Returns:
-            The results in the order of the work, on every process.
-        """
+        """Brings the results of all shares together, in the order of the work; every process must call this."""
         if self.count == 1:
             return list(results)
         from accelerate.utils import gather_object

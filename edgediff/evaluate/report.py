@@ -1,28 +1,23 @@
-"""What an evaluation comes to: how far sets of images are from photographs, as plain numbers."""
+"""The numbers that ``edgediff evaluate`` finds: an `Evaluation` by distance, a `SpectrumReport` by frequency."""
 
 from typing import Any
 
 import msgspec
 
-from edgediff.evaluate.distances import frechet_distance, kernel_distance
-from edgediff.evaluate.neighbours import Closeness
-from edgediff.evaluate.precision import precision_recall
-from edgediff.evaluate.spectra import band_gap, spectrum_error, top_octaves
-from edgediff.evaluate.traits import Traits
+Rows = tuple[tuple[float, ...], ...]
 
 
 class Distances(msgspec.Struct, frozen=True):
     """How far one set of images is from the reference.
 
     Attributes:
-        kernel_distance: Unbiased, so that sets of one distribution come out around 0, on either side.
-        kernel_spread: Its standard error, from subsets.
-        frechet_distance: In squared units of the features; grows as sets get smaller.
+        kernel_spread: Standard error of the kernel distance.
+        frechet_distance: In squared units of the features.
         precision: Share of the images that lie among the reference's, 0 to 1.
         recall: Share of the reference that lies among the images, 0 to 1.
         spectrum_error: Mean over the bands of |log10(power / reference power)|.
         spectrum_error_top: The same over the top two octaves: the bands above a quarter of the Nyquist frequency.
-        band_gap: log10(power / reference power) of each band; band 0, the brightness, has no part in the means.
+        band_gap: log10(power / reference power) of each band; band 0, the brightness, is not in the means.
     """
 
     kernel_distance: float
@@ -35,15 +30,28 @@ class Distances(msgspec.Struct, frozen=True):
     band_gap: tuple[float, ...]
 
 
+class Closeness(msgspec.Struct, frozen=True):
+    """How near the images of a set are to training photographs, in steps of 8 bits.
+
+    Attributes:
+        quantile_5: 5 % of the images are nearer.
+        share_nearer: Share of the images as near as the nearest 1 % of the photographs held out; about 0.01 of a model
+            that repeats nothing.
+    """
+
+    median: float
+    quantile_5: float
+    share_nearer: float
+
+
 class Suspect(msgspec.Struct, frozen=True):
-    """An image that is as near to a training photograph as any of its set.
+    """One of the images of a set nearest to a training photograph.
 
     Attributes:
         image: Its number; the same seed, clock and class make it again.
         distance: Root mean squared difference, in steps of 8 bits.
-        neighbour: The photograph's number, of those that could be read; classes and the files of each are in the order
-            of their names.
-        mirrored: Whether the photograph is nearest as its mirror image.
+        neighbour: The photograph's number among those that could be read, by class and then by file name.
+        mirrored: Whether the photograph's mirror image is the nearest.
     """
 
     image: int
@@ -52,16 +60,14 @@ class Suspect(msgspec.Struct, frozen=True):
     mirrored: bool
 
 
-class ClockRow(msgspec.Struct, frozen=True):
-    """What one clock's images come to.
+class ClockResult(msgspec.Struct, frozen=True):
+    """The images of one clock against the reference.
 
     Attributes:
         clock: As it was asked for.
-        mask: Spelt out, 1 = full.
-        distances: From the reference.
+        mask: 1 = full.
         ratio: Its kernel distance over clock 1's; None where that was not measured or is not above 0.
-        closeness: To the training photographs; None where none were named.
-        suspects: The images nearest to one, the nearest first.
+        closeness: None where no training photographs were named; `suspects` are then empty.
     """
 
     clock: str
@@ -73,12 +79,10 @@ class ClockRow(msgspec.Struct, frozen=True):
 
 
 class Yardstick(msgspec.Struct, frozen=True):
-    """How near photographs come to the training ones that were not among them.
+    """How near photographs held out come to the training photographs.
 
     Attributes:
-        train: The folder of the training photographs.
-        available: How many there are.
-        held_out: The reference's own closeness.
+        train: The folder of the training photographs, of which there are `available`.
         threshold: 1 % of the reference is as near as this to a training photograph, in steps of 8 bits.
     """
 
@@ -92,27 +96,19 @@ class Evaluation(msgspec.Struct, frozen=True):
     """Distances of the images of a bundle or a model from photographs.
 
     Attributes:
-        model: The bundle's source, or the model.
-        backend: What ran the graphs.
-        scheduler: The sampler's name.
-        num_images: Images of each clock's set.
+        num_images: Images generated with each clock.
         num_reference: Photographs that they are compared with.
-        num_floor: Other photographs, of the same folder or of the training ones, that are compared with those as well.
-        num_equal: Images of each set, the first ones, that Frechet distance, precision and recall take: they depend on
-            the number of images.
+        num_floor: Other photographs, of the same folder or of the training ones, compared in the same way.
+        num_equal: Frechet distance, precision and recall depend on the number of images: they take so many of each set.
         available: Images in the folder.
-        features: The folder of the classifier that they are compared by.
-        num_features: How many it has.
-        accuracy: Share of the reference whose class the classifier names, 0 to 1; None where it may have seen them in
-            training, or does not know the classes.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance.
-        seed: Of the noise, of the choice of photographs and of the spread.
+        features: The folder of the classifier.
+        accuracy: Share of the reference whose class the classifier names, 0 to 1; None where it may have been trained
+            on them, or does not know the classes.
         processes: How many made the images.
         floor: The other photographs against the reference.
-        yardstick: What closeness is measured by; None where no training photographs were named.
-        rows: In the order in which the clocks were given.
-        skipped: Files of the folders that were left out, and why; empty where there are none.
+        yardstick: None where no training photographs were named.
+        rows: One for each clock, in the order given.
+        skipped: Files left out, and why; empty where there are none.
     """
 
     model: str
@@ -132,7 +128,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     processes: int
     floor: Distances
     yardstick: Yardstick | None
-    rows: tuple[ClockRow, ...]
+    rows: tuple[ClockResult, ...]
     skipped: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,47 +137,83 @@ class Evaluation(msgspec.Struct, frozen=True):
         return data
 
 
-class Reference:
-    """A set of images that others are compared with."""
+class Spectra(msgspec.Struct, frozen=True):
+    """Power by band: band b has b cycles per image, and the last ones lie in the transform's corners.
 
-    def __init__(self, traits: Traits, size: int, num_equal: int | None = None, seed: int = 0) -> None:
-        """Takes the set.
+    Attributes:
+        generated: Mean power per coefficient of generated images, of the Hann-windowed orthonormal transform.
+        photographs: The same of the photographs.
+        gap: log10(generated / photographs).
+        error: Mean of |gap| over all bands but band 0, the brightness.
+        error_top: The same over the top two octaves: the bands above a quarter of the Nyquist frequency.
+    """
 
-        Args:
-            traits: What is kept of it.
-            size: Height and width of the images, in pixels.
-            num_equal: How many images of each set are taken where sets must be of one size; this one's number if None.
-            seed: Of the spread.
-        """
-        self._traits = traits
-        self._first = top_octaves(size)
-        self._num_equal = len(traits) if num_equal is None else num_equal
-        self._seed = seed
+    generated: tuple[float, ...]
+    photographs: tuple[float, ...]
+    gap: tuple[float, ...]
+    error: float
+    error_top: float
 
-    def distances(self, traits: Traits) -> Distances:
-        """Compares a set.
 
-        Args:
-            traits: What is kept of it.
+class Denoising(msgspec.Struct, frozen=True):
+    """The denoiser on noised photographs: a row for each time step, a column for each band; no window.
 
-        Returns:
-            Its distances.
+    Attributes:
+        alphas_cumprod: abar of each time step: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
+        num_images: Photographs that were noised.
+        error: |X0_hat - X_0|^2 over |X_0|^2, summed over the band.
+        response: Least-squares gain of X0_hat on X_t.
+        wiener: The gain of the optimal linear denoiser.
+        response_error: Mean over time steps and bands, but band 0, of |response - wiener|.
+        teacher_gap: |X0_hat - X0_hat of the teacher|^2 over |X_0|^2; None without a teacher.
+    """
 
-        Raises:
-            DataError: There are fewer than four images, fewer than are to be taken of each set, or they are of another
-                size.
-        """
-        mine, theirs = self._traits, traits
-        kernel = kernel_distance(theirs.features, mine.features, self._seed)
-        made, real = theirs.features[: self._num_equal], mine.features[: self._num_equal]
-        cover = precision_recall(made, real)
-        return Distances(
-            kernel_distance=kernel.value,
-            kernel_spread=kernel.spread,
-            frechet_distance=frechet_distance(made, real),
-            precision=cover.precision,
-            recall=cover.recall,
-            spectrum_error=spectrum_error(theirs.spectrum, mine.spectrum),
-            spectrum_error_top=spectrum_error(theirs.spectrum, mine.spectrum, self._first),
-            band_gap=tuple(float(value) for value in band_gap(theirs.spectrum, mine.spectrum)),
-        )
+    timesteps: tuple[int, ...]
+    alphas_cumprod: tuple[float, ...]
+    num_images: int
+    error: Rows
+    response: Rows
+    wiener: Rows
+    response_error: float
+    teacher_gap: Rows | None
+
+
+class GateCurves(msgspec.Struct, frozen=True):
+    """The mean gates of one resampler by time step: of the approximation, horizontal, vertical and diagonal detail."""
+
+    module: str
+    LL: tuple[float, ...]
+    LH: tuple[float, ...]
+    HL: tuple[float, ...]
+    HH: tuple[float, ...]
+
+
+class SpectrumReport(msgspec.Struct, frozen=True):
+    """A model by frequency; spectrum.json.
+
+    Attributes:
+        size: Height and width of the images, in pixels.
+        num_images: How many were generated.
+        available: Photographs in the folder, whose spectrum is taken.
+        guidance_scale: Of the generated images.
+        gates: Of a wavelet-gated model, one entry for each resampler; None of any other.
+    """
+
+    model: str
+    teacher: str | None
+    size: int
+    num_images: int
+    available: int
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    spectra: Spectra
+    denoising: Denoising
+    gates: tuple[GateCurves, ...] | None
+    skipped: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        data: dict[str, Any] = msgspec.to_builtins(self)
+        return data

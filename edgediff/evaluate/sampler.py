@@ -1,19 +1,29 @@
-"""What makes images: a bundle in a backend, or a model in torch; they differ in the session behind the one loop."""
+"""What makes images: a bundle in a backend, or a model in torch; they differ in the session behind the one loop.
+
+Noise is drawn by the image's number among all images, whatever is made at once: image i is the same for any batch and
+any number of processes (but for rounding, where a backend adds up in another order), and is image i of `edgediff run`
+with the same seed and class.
+"""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from edgediff.errors import ConfigError, ModelError
-from edgediff.evaluate.comparable import check_manifest, check_model
+from edgediff.errors import ConfigError, ModelError, UnsupportedError
+from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.whole import WholeSession
+from edgediff.models.undivided import undivided_session
 from edgediff.targets.backends import BACKENDS, open_session, usual_backend
-from edgediff_runtime import EdgePipeline, clock_mask, make_scheduler, noise, open_bundle
+from edgediff_runtime import EdgePipeline, Result, clock_mask, denoise, make_scheduler, noise, open_bundle
 from edgediff_runtime.bundle import MANIFEST
+from edgediff_runtime.loop import Request
 from edgediff_runtime.manifest import Manifest
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.schedulers import SchedulerConfig
@@ -21,80 +31,116 @@ from edgediff_runtime.sessions import Session
 
 SCHEDULER = "dpmpp_2m"
 STEPS = 8
+BATCH = 50
+MAX_IMAGES = 1_000_000
 TORCH = "torch"
 
+Mask = tuple[bool, ...]
 
+
+def check_counts(num_images: int, batch: int) -> None:
+    """Raises ConfigError for numbers of images out of range."""
+    if not MIN_IMAGES <= num_images <= MAX_IMAGES:
+        raise ConfigError(f"num_images is {num_images}; expected {MIN_IMAGES} or more, up to {MAX_IMAGES}")
+    if batch < 1:
+        raise ConfigError(f"batch is {batch}; expected a whole number above 0")
+
+
+def chunks(count: int, batch: int) -> list[range]:
+    """Divides 0 to count - 1 into ranges of `batch` numbers, the last of which may be shorter."""
+    return [range(i, min(i + batch, count)) for i in range(0, count, batch)]
+
+
+def check_model(model: Model) -> None:
+    """Refuses a model whose images cannot be compared with photographs.
+
+    Raises:
+        ConfigError: It has no weights.
+        ModelError: It has no scheduler.
+        UnsupportedError: It makes latents, or images that are not square or not RGB, is conditioned on text, or
+            predicts something besides the image.
+    """
+    _check_images(model.name, model.conditioning.kind, model.space, model.sample_shape)
+    if model.unet.config.out_channels != 3:
+        raise UnsupportedError(f"{model.name} gives {model.unet.config.out_channels} channels; expected the 3 it takes")
+    if not model.has_weights:
+        raise ConfigError(f"{model.name} is a geometry without weights, which makes no images; give a trained model")
+    model.check_schedule()
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Refuses a bundle whose images cannot be compared with photographs.
+
+    Raises:
+        UnsupportedError: It makes latents, or images that are not square or not RGB, is conditioned on text, or draws
+            fresh noise in each step.
+    """
+    sample = manifest.sample
+    shape = (sample.channels, sample.height, sample.width)
+    _check_images("the bundle's model", manifest.conditioning.kind, sample.space, shape)
+    if manifest.scheduler.eta > 0:
+        raise UnsupportedError("the bundle's sampler draws fresh noise in every step (eta above 0); expected eta 0")
+
+
+def _check_images(subject: str, conditioning: str, space: str, shape: tuple[int, ...]) -> None:
+    if conditioning == "text":
+        raise UnsupportedError(f"{subject} is conditioned on text; expected classes, or no condition")
+    if space != "pixel":
+        raise UnsupportedError(f"{subject} works on latents and has no decoder; expected a model that makes images")
+    channels, height, width = shape
+    if channels != 3 or height != width:
+        raise UnsupportedError(f"{subject} makes {channels}x{height}x{width}; expected square images of 3 channels")
+
+
+@dataclass(frozen=True, eq=False)
 class Sampler:
-    """Makes images, and says what it is and how it is sampled where nothing else is asked for.
+    """Makes images, and has the settings for where nothing else is asked for.
 
     Attributes:
-        name: Built-in name, or the directory's name.
-        built_in: Whether it is, or was made of, a built-in model.
-        kind: ``bundle`` or ``model``, for messages.
-        backend: What runs the graphs.
-        session: The same, opened.
-        scheduler: How it is sampled.
         size: Height and width of the images, in pixels.
         labels: Names of the classes; None where there is no condition.
         null_label: Index of the class that stands for none, where there is one.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is off.
+        guidance_scale: 1 is off.
         clocks: Periods or masks.
+        pipe: Of a bundle: it checks requests.
     """
 
     name: str
-    built_in: bool
-    kind = "model"
     backend: str
     session: Session
     scheduler: SchedulerConfig
     size: int
     labels: tuple[str, ...] | None
     null_label: int | None
-    steps = STEPS
+    steps: int
     guidance_scale: float
-    clocks: tuple[str, ...] = ("1",)
+    clocks: tuple[str, ...]
+    pipe: EdgePipeline | None = None
 
-    def __init__(self, model: Model, scheduler: str | None = None, device: torch.device | None = None) -> None:
-        """Takes a model, whose every step is full.
+    @property
+    def kind(self) -> str:
+        """``bundle`` or ``model``, for messages."""
+        return "model" if self.pipe is None else "bundle"
 
-        Args:
-            model: The model; its UNet is moved to the device.
-            scheduler: One of `edgediff.models.sampling.SCHEDULERS`; dpmpp_2m where None.
-            device: Where it runs; the CPU where None.
+    @property
+    def scheduler_name(self) -> str:
+        """The scheduler's name in options."""
+        return self.scheduler.name + ("_karras" if self.scheduler.use_karras_sigmas else "")
 
-        Raises:
-            ConfigError: It is a geometry without weights.
-            ModelError: It has no scheduler.
-            UnsupportedError: It makes no photographs, or the scheduler is unknown or cannot be carried over.
-        """
-        self.size = check_model(model)
-        known = model.conditioning
-        self.name = model.name
-        self.backend = TORCH
-        self.scheduler = scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler)
-        self.session = WholeSession(model, torch.device("cpu") if device is None else device)
-        self.labels = known.labels if known.kind == "class" else None
-        self.null_label = known.null_label
-        self.guidance_scale = usual_guidance(known)
-
-    def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> tuple[bool, ...]:
-        """Refuses what does not fit, before anything runs.
-
-        Args:
-            clock: Period or mask of the full steps.
-            steps: Denoising steps.
-            guidance_scale: Classifier-free guidance; 1 is off.
-            seed: 0 to 2^64 - 1.
-
-        Returns:
-            The clock spelt out, True = full.
+    def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> Mask:
+        """Refuses what does not fit, before anything runs; returns the clock's mask, True = full.
 
         Raises:
-            ConfigError: The guidance is no number above 0 or lacks a null class, or the clock leaves steps out.
-            RequestError: The clock, the number of steps or the seed is none.
+            ConfigError: Of a model: the guidance is out of range or needs a null class, or the clock skips steps.
+            RequestError: The clock, the number of steps or the seed is out of range, or does not fit the bundle.
         """
         mask = clock_mask(clock, steps)
+        if self.pipe is not None:
+            label = None if self.labels is None else 0
+            self.pipe.stream(
+                label=label, num_inference_steps=steps, clock=clock, guidance_scale=guidance_scale, seed=seed
+            )
+            return mask
         if not all(mask):
             raise ConfigError(
                 f"clock {clock}: a model is sampled with every step full; export a bundle to compare clocks"
@@ -107,54 +153,98 @@ class Sampler:
             raise ConfigError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
         return mask
 
-    @property
-    def scheduler_name(self) -> str:
-        """The scheduler by the name that options have for it."""
-        return self.scheduler.name + ("_karras" if self.scheduler.use_karras_sigmas else "")
-
-
-class BundleSampler(Sampler):
-    """A bundle, through one of its backends."""
-
-    kind = "bundle"
-
-    def __init__(self, path: str | Path, backend: str | None = None, *, warn: bool = True) -> None:
-        """Opens a bundle.
+    def draw(
+        self, numbers: Sequence[int], mask: Mask, *, classes: NDArray[np.int64] | None, guidance_scale: float, seed: int
+    ) -> NDArray[np.uint8]:
+        """Makes the images of these numbers, uint8 [len(numbers), H, W, 3], with what `check` has seen.
 
         Args:
-            path: The bundle.
-            backend: What runs the graphs; the usual one where None.
-            warn: Give a warning where a generation is not what the bundle's adaptor was trained for.
+            numbers: Which images.
+            mask: The clock's, True = full.
+            classes: int64, of all images, not just these; None where there is no condition.
+            guidance_scale: 1 is off.
+            seed: Of the noise.
 
         Raises:
-            BundleError: It is damaged.
-            RequestError: The backend is unknown, or not to be had on this machine.
-            UnsupportedError: It makes no photographs.
+            NotFiniteError: The model's output is not finite.
         """
-        opened = open_bundle(path)
-        self._manifest: Manifest = opened.manifest
-        self.size = check_manifest(self._manifest)
-        self.backend = usual_backend(opened) if backend is None else backend
-        self.session = open_session(opened, self.backend)
-        self._pipe = EdgePipeline(self._manifest, self.session, warn=warn)
-        source, known, point = self._manifest.source, self._manifest.conditioning, self._manifest.operating_point
-        self.name = source.name
-        self.scheduler = self._manifest.scheduler
-        self.labels = known.labels if known.kind == "class" else None
-        self.null_label = known.null_label
-        self.steps, self.guidance_scale = point.num_inference_steps, point.guidance_scale
-        self.clocks = ("1", str(point.clock))
+        graphs = self.session.graphs
+        scheduler = make_scheduler(self.scheduler, len(mask))
+        latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
+        cond, uncond = {}, {}
+        if classes is not None:
+            dtype = next(tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels")
+            cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
+            if guidance_scale > 1:
+                uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
+        request = Request(
+            graphs=graphs,
+            scheduler=scheduler,
+            clock=mask,
+            guidance=(guidance_scale,) * len(mask),
+            latents=latents * np.float32(scheduler.init_noise_sigma),
+            cond=cond,
+            uncond=uncond,
+            seed=seed,
+        )
+        *_, last = denoise(request, self.session)
+        return Result(last.latents, (), "pixel").images
 
-    def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> tuple[bool, ...]:
-        """Refuses what does not fit, in the pipeline's words.
 
-        Raises:
-            RequestError: What was asked does not fit the bundle.
-        """
-        mask = clock_mask(clock, steps)
-        label = None if self.labels is None else 0
-        self._pipe.stream(label=label, num_inference_steps=steps, clock=clock, guidance_scale=guidance_scale, seed=seed)
-        return mask
+def sample_model(model: Model, scheduler: str | None = None, device: torch.device | None = None) -> Sampler:
+    """A sampler of a model in torch, every step full; its UNet is moved to the device, the CPU where None.
+
+    Raises:
+        ConfigError: It has no weights.
+        ModelError: It has no scheduler.
+        UnsupportedError: It makes no photographs, or the scheduler is unknown or cannot be carried over.
+    """
+    check_model(model)
+    known = model.conditioning
+    model.unet.to(torch.device("cpu") if device is None else device)
+    return Sampler(
+        name=model.name,
+        backend=TORCH,
+        session=undivided_session(model),
+        scheduler=scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler),
+        size=model.sample_shape[1],
+        labels=known.labels if known.kind == "class" else None,
+        null_label=known.null_label,
+        steps=STEPS,
+        guidance_scale=usual_guidance(known),
+        clocks=("1",),
+    )
+
+
+def sample_bundle(path: str | Path, backend: str | None = None, *, warn: bool = True) -> Sampler:
+    """A sampler of a bundle in a backend, the usual one where None.
+
+    `warn` says whether the pipeline warns where a generation is not what the bundle's adaptor was trained for.
+
+    Raises:
+        BundleError: It is damaged.
+        RequestError: The backend is unknown, or not available on this machine.
+        UnsupportedError: It makes no photographs.
+    """
+    opened = open_bundle(path)
+    manifest = opened.manifest
+    check_manifest(manifest)
+    backend = usual_backend(opened) if backend is None else backend
+    session = open_session(opened, backend)
+    known, point = manifest.conditioning, manifest.operating_point
+    return Sampler(
+        name=manifest.source.name,
+        backend=backend,
+        session=session,
+        scheduler=manifest.scheduler,
+        size=manifest.sample.height,
+        labels=known.labels if known.kind == "class" else None,
+        null_label=known.null_label,
+        steps=point.num_inference_steps,
+        guidance_scale=point.guidance_scale,
+        clocks=("1", str(point.clock)),
+        pipe=EdgePipeline(manifest, session, warn=warn),
+    )
 
 
 def open_sampler(
@@ -165,30 +255,18 @@ def open_sampler(
     device: torch.device | None = None,
     warn: bool = True,
 ) -> Sampler:
-    """Opens what makes the images.
-
-    Args:
-        source: A bundle, a diffusers directory, or a built-in name.
-        backend: Of a bundle; a model's is torch.
-        scheduler: Of a model; a bundle brings its own.
-        device: Where a model runs; the CPU where None.
-        warn: Give a warning where a generation is not what a bundle's adaptor was trained for.
-
-    Returns:
-        The sampler.
+    """A sampler of a bundle, a diffusers directory or a built-in model; `backend` is for the first, `scheduler` not.
 
     Raises:
-        BundleError: The bundle is damaged.
-        ConfigError: An option is for the other of the two, or the model has no weights.
+        ConfigError: An option is for the other kind of source, or the model has no weights.
         ModelError: There is no such model, it cannot be read, or has no scheduler.
-        RequestError: The backend is unknown, or not to be had on this machine.
-        UnsupportedError: It makes no photographs, or its scheduler is not handled.
+        BundleError, RequestError, UnsupportedError: As `sample_bundle` and `sample_model`.
     """
     folder = Path(source)
     if (folder / MANIFEST).is_file():
         if scheduler is not None:
             raise ConfigError(f"scheduler {scheduler} was given, but a bundle brings its own; leave it out")
-        return BundleSampler(folder, backend, warn=warn)
+        return sample_bundle(folder, backend, warn=warn)
     if folder.is_dir() and not any((folder / name).exists() for name in ("unet", "config.json")):
         raise ModelError(
             f"{source} is neither a bundle, which has a {MANIFEST}, nor a model, which has unet/config.json"
@@ -196,4 +274,4 @@ def open_sampler(
     if backend not in (None, TORCH):
         known = f"{backend!r} is for bundles" if backend in BACKENDS else f"no backend {backend!r}"
         raise ConfigError(f"{known}; a model is sampled in torch")
-    return Sampler(load_model(source), scheduler, device)
+    return sample_model(load_model(source), scheduler, device)

@@ -5,31 +5,38 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.data.classes import class_indices
 from edgediff.data.image_folder import ImageSet, read_images, shuffled
 from edgediff.errors import ConfigError, DataError
-from edgediff.evaluate.denoiser import Denoiser
-from edgediff.evaluate.distances import MIN_IMAGES
-from edgediff.evaluate.gate_recorder import GateRecorder
+from edgediff.evaluate.charts import draw_overview
+from edgediff.evaluate.denoiser import Denoiser, GateRecorder
+from edgediff.evaluate.frequency import (
+    Response,
+    band_gap,
+    measure_response,
+    radial_spectrum,
+    spectrum_error,
+    top_octaves,
+)
+from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.evaluate.processes import Processes
-from edgediff.evaluate.response import Response, measure_response
-from edgediff.evaluate.row import Row
-from edgediff.evaluate.sampler import Sampler
-from edgediff.evaluate.spectra import band_gap, radial_spectrum, spectrum_error, top_octaves
-from edgediff.evaluate.spectrum_report import Denoising, GateCurves, Rows, Spectra, SpectrumReport
+from edgediff.evaluate.report import Denoising, GateCurves, Spectra, SpectrumReport
+from edgediff.evaluate.sampler import BATCH, check_counts, chunks, sample_model
 from edgediff.models.load import Model, load_model
 from edgediff.models.spectral import BANDS
+from edgediff.outputs import write_whole
 from edgediff_runtime.bundle import MANIFEST
 
 NUM_IMAGES = 256
-BATCH = 50
-# Time steps that photographs are noised to, each in the middle of its share of the schedule.
+# Time steps that photographs are noised to.
 NUM_TIMES = 10
-# Images of either kind that the overview shows.
+# Images of either kind in the overview.
 SHOWN = 20
+NUMBERS, OVERVIEW = "spectrum.json", "spectrum.png"
 
 Say = Callable[[str], None]
 
@@ -48,6 +55,18 @@ class Diagnosis:
     generated: NDArray[np.uint8]
     photographs: NDArray[np.uint8]
 
+    def write(self, folder: Path) -> dict[str, Path]:
+        """Writes spectrum.json and spectrum.png into a folder; other files in it stay.
+
+        Returns:
+            The files by what they are: ``numbers`` and ``overview``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        data = msgspec.json.format(msgspec.json.encode(self.report), indent=1) + b"\n"
+        write_whole(folder / NUMBERS, lambda path: path.write_bytes(data))
+        write_whole(folder / OVERVIEW, partial(draw_overview, self.report, self.generated, self.photographs))
+        return {"numbers": folder / NUMBERS, "overview": folder / OVERVIEW}
+
 
 def evaluate_spectrum(
     model: str | Path,
@@ -62,7 +81,7 @@ def evaluate_spectrum(
     batch: int = BATCH,
     progress: Say = lambda what: None,
 ) -> Diagnosis:
-    """Looks at a model by frequency.
+    """Measures a model by frequency.
 
     Photographs are put in a seeded order; the first `num_images`, or all where there are fewer, are noised. Generated
     images have their classes, in turns.
@@ -70,65 +89,58 @@ def evaluate_spectrum(
     Args:
         model: A diffusers directory or a built-in name; with classes or unconditional, of pixels.
         images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
-        teacher: Another model, which is given the same.
+        teacher: Another model, which denoises the same.
         num_images: Images to generate, and photographs to noise at most.
-        steps: Denoising steps of the generated images; 8 where None.
-        guidance_scale: Classifier-free guidance of the generated images; what is usual for the model where None.
-        scheduler: dpmpp_2m where None.
+        steps: Denoising steps of the generated images. None: 8.
+        guidance_scale: Classifier-free guidance of the generated images. None: what is usual for the model.
+        scheduler: None: dpmpp_2m.
         seed: Of all noise, and of the order of the photographs.
-        batch: Images at once; what it changes is memory.
+        batch: Images at once; changes memory alone.
         progress: Told what is being done.
 
-    Returns:
-        What was found.
-
     Raises:
-        ConfigError: `num_images`, `batch` or the guidance is out of range, the model is a bundle, or several processes
+        ConfigError: `num_images`, `batch` or the guidance is out of range, a model is a bundle, or several processes
             were launched.
         DataError: The folder cannot be read, or has a class that a model lacks.
         ModelError: A model cannot be read.
-        RequestError: The number of steps or the seed is none.
+        RequestError: The number of steps or the seed is out of range.
         UnsupportedError: A model is of another kind, the teacher does not fit, or the scheduler is unknown.
     """
-    if num_images < MIN_IMAGES:
-        raise ConfigError(f"num_images is {num_images}; expected {MIN_IMAGES} or more")
-    if batch < 1:
-        raise ConfigError(f"batch is {batch}; expected a whole number above 0")
+    check_counts(num_images, batch)
     processes = Processes.launched()
     if processes.count > 1:
         raise ConfigError(f"evaluate spectrum runs on one process, not on {processes.count}; evaluate distance spreads")
-    if (Path(model) / MANIFEST).is_file():
-        raise ConfigError(f"{model} is a bundle; expected the model that it was made of")
+    for source in (model, teacher):
+        if source is not None and (Path(source) / MANIFEST).is_file():
+            raise ConfigError(f"{source} is a bundle; expected the model that it was made of")
     progress(f"opening {model}")
     loaded = load_model(model)
     denoiser = Denoiser(loaded, processes.device)
-    sampler = Sampler(loaded, scheduler, processes.device)
+    sampler = sample_model(loaded, scheduler, processes.device)
     steps = sampler.steps if steps is None else steps
     guidance_scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     mask = sampler.check("1", steps, guidance_scale, seed)
-    known = [loaded]
-    guide = None
+    models, denoisers = [loaded], [denoiser]
     if teacher is not None:
         progress(f"opening {teacher}")
-        known.append(load_model(teacher))
-        guide = Denoiser(known[-1], processes.device)
-        denoiser.check_teacher(guide)
+        models.append(load_model(teacher))
+        denoisers.append(Denoiser(models[-1], processes.device))
+        denoiser.check_teacher(denoisers[-1])
     progress(f"loading images: {images}")
     real = read_images(images, sampler.size, minimum=MIN_IMAGES)
     skipped = real.skipped.in_words()
     real = real.take(shuffled(len(real), seed))
-    classes = [_classes(each, real) for each in known]
-    row = Row(sampler, num_images, None if classes[0] is None else np.resize(classes[0], num_images),
-              guidance_scale, seed)  # fmt: skip
+    classes = [_classes(each, real) for each in models]
+    wanted = None if classes[0] is None else np.resize(classes[0], num_images)
     made: list[NDArray[np.uint8]] = []
-    for numbers in row.chunks(batch):
-        made.append(row.draw(numbers, mask))
-        progress(f"drawing images: {sum(map(len, made))} of {num_images}")
+    for numbers in chunks(num_images, batch):
+        made.append(sampler.draw(numbers, mask, classes=wanted, guidance_scale=guidance_scale, seed=seed))
+        progress(f"drawing images: {numbers.stop} of {num_images}")
     generated = np.concatenate(made)
-    denoising, gates = _denoise(denoiser, guide, real.images[:num_images], classes, seed, batch, progress)
+    denoising, gates = _denoise(denoisers, real.images[:num_images], classes, seed, batch, progress)
     report = SpectrumReport(
         model=loaded.name,
-        teacher=None if guide is None else guide.name,
+        teacher=None if teacher is None else denoisers[-1].name,
         size=sampler.size,
         num_images=num_images,
         available=len(real),
@@ -145,14 +157,7 @@ def evaluate_spectrum(
 
 
 def spread_times(length: int, count: int = NUM_TIMES) -> tuple[int, ...]:
-    """Time steps all over a schedule: the middle of each of its equal shares.
-
-    Args:
-        length: Of the schedule.
-        count: How many, as far as there are as many.
-
-    Returns:
-        Different time steps, from little noise to much.
+    """The middle of each of `count` equal shares of a schedule; fewer where the schedule is shorter.
 
     >>> spread_times(1000, 4)
     (125, 375, 625, 875)
@@ -172,71 +177,57 @@ def _classes(model: Model, real: ImageSet) -> NDArray[np.int64] | None:
 def _spectra(generated: NDArray[np.uint8], photographs: NDArray[np.uint8]) -> Spectra:
     made, real = radial_spectrum(generated), radial_spectrum(photographs)
     return Spectra(
-        generated=_numbers(made),
-        photographs=_numbers(real),
-        gap=_numbers(band_gap(made, real)),
+        generated=tuple(made.tolist()),
+        photographs=tuple(real.tolist()),
+        gap=tuple(band_gap(made, real).tolist()),
         error=spectrum_error(made, real),
         error_top=spectrum_error(made, real, top_octaves(photographs.shape[1])),
     )
 
 
 def _denoise(
-    denoiser: Denoiser,
-    teacher: Denoiser | None,
+    denoisers: list[Denoiser],
     photographs: NDArray[np.uint8],
     classes: list[NDArray[np.int64] | None],
     seed: int,
     batch: int,
     progress: Say,
 ) -> tuple[Denoising, tuple[GateCurves, ...] | None]:
-    """Noises photographs, and listens to the gates meanwhile."""
+    """Noises photographs and records the gates; the second denoiser, if any, is the teacher."""
+    denoiser = denoisers[0]
     times = spread_times(len(denoiser.alphas_cumprod))
     alphas = denoiser.alphas_cumprod[list(times)]
+
+    def clean(which: int, x_t: NDArray[np.float64], k: int, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        known = classes[which]
+        return denoisers[which].clean(x_t, times[k], None if known is None else known[numbers])
+
+    teacher = partial(clean, 1) if len(denoisers) > 1 else None
+    responses: list[Response] = []
     taken: list[dict[str, NDArray[np.float64]]] = []
-
-    def clean(
-        whose: Denoiser, known: NDArray[np.int64] | None, x_t: NDArray[np.float64], k: int, numbers: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        return whose.clean(x_t, times[k], None if known is None else known[numbers])
-
     with GateRecorder(denoiser.unet) as gates:
-
-        def after(k: int) -> None:
+        measured = measure_response(partial(clean, 0), photographs, alphas, teacher=teacher, seed=seed, batch=batch)
+        for k, response in enumerate(measured):
+            responses.append(response)
             taken.append(gates.take())
             progress(f"step {k + 1} of {len(times)}: photographs noised to t = {times[k]}")
-
-        response = measure_response(
-            partial(clean, denoiser, classes[0]),
-            photographs,
-            alphas,
-            teacher=None if teacher is None else partial(clean, teacher, classes[-1]),
-            seed=seed,
-            batch=batch,
-            after=after,
-        )
+    error, gain, wiener, gap = (np.array(values) for values in zip(*responses, strict=True))
+    denoising = Denoising(
+        timesteps=times,
+        alphas_cumprod=tuple(alphas.tolist()),
+        num_images=len(photographs),
+        error=_rows(error),
+        response=_rows(gain),
+        wiener=_rows(wiener),
+        response_error=float(np.abs(gain - wiener)[:, 1:].mean()),
+        teacher_gap=None if teacher is None else _rows(gap),
+    )
     curves = tuple(
         GateCurves(name, *(tuple(float(each[name][i]) for each in taken) for i in range(len(BANDS))))
         for name in gates.modules
     )
-    return _denoising(response, times, alphas, len(photographs)), curves if curves else None
+    return denoising, curves if curves else None
 
 
-def _denoising(response: Response, times: tuple[int, ...], alphas: NDArray[np.float64], count: int) -> Denoising:
-    return Denoising(
-        timesteps=times,
-        alphas_cumprod=_numbers(alphas),
-        num_images=count,
-        error=_rows(response.error),
-        response=_rows(response.gain),
-        wiener=_rows(response.wiener),
-        response_error=float(np.abs(response.gain - response.wiener)[:, 1:].mean()),
-        teacher_gap=None if response.teacher_gap is None else _rows(response.teacher_gap),
-    )
-
-
-def _numbers(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
-def _rows(values: NDArray[np.float64]) -> Rows:
-    return tuple(_numbers(row) for row in values)
+def _rows(values: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in values.tolist())

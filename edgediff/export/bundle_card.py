@@ -42,7 +42,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
         f"conditioned on: {manifest.conditioning.kind}.",
         f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "
-        f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.conditioning.source}. "
+        f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.evidence.conditioning}. "
         "The figures stand in evidence/parity.json; `edgediff verify` measures them again.",
         "- **Intended use**: generating images on a device within what the source's licence and card allow.",
         f"- **Patents**: {PATENT_NOTE}",
@@ -56,7 +56,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
 
 
 def _precisions(manifest: Manifest) -> str:
-    return ", ".join(f"{entry.dtype} for {TARGETS[entry.target].title}" for entry in manifest.targets)
+    return ", ".join(f"{entry.unet.dtype} for {TARGETS[entry.target].title}" for entry in manifest.targets)
 
 
 def _how_to_run(manifest: Manifest) -> list[str]:

@@ -11,7 +11,7 @@ from edgediff.export.export_config import ExportConfig, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
-from edgediff.models.graphs import graph_list
+from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
@@ -70,15 +70,17 @@ def draft_manifest(
     counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     known = model.conditioning
     point = operating_point(model, config)
-    channels, height, width = model.sample_shape
-    if model.unet.config.out_channels != channels:
+    in_channels, height, width = model.sample_shape
+    channels = model.out_channels
+    if channels > in_channels:
         raise UnsupportedError(
-            f"the UNet takes {channels} channels and gives {model.unet.config.out_channels}; supported: as many "
-            "out as in (no inpainting, no learned variance)"
+            f"the UNet takes {in_channels} channels and gives {channels}: it predicts a variance besides, which no "
+            "sampler here uses; supported: as many channels out as the latent has"
         )
     assert model.scheduler is not None
     # As the manifest's JSON gives it back, so that the two can be compared.
     recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
+    recipe |= {"seed": str(config.seed), "random_weights": _text(config.random_weights)}
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
     tools = dict.fromkeys((*TOOLS, *(tool for name in config.targets for tool in TARGETS[name].packages)))
     return Manifest(
@@ -88,29 +90,23 @@ def draft_manifest(
             name=model.name,
             path=None if model.is_built_in else str(model.path),
             sha256=model.sha256,
-            random_weights=config.random_weights,
+            random_weights=_text(config.random_weights),
         ),
         license=model.card.license if config.license is None else config.license,
         cut=m.Cut(level=config.cut.level, point=config.cut.point),
         adaptor=m.Adaptor(kind="identity") if adaptor is None else adaptor,
-        sample=m.Sample(channels=channels, height=height, width=width, space=model.space),
+        sample=m.Sample(channels, in_channels, height, width, model.space),
         conditioning=m.Conditioning(
             kind=known.kind,
+            tensors=conditioning_tensors(model),
             labels=known.labels,
             null_label=known.null_label,
-            source=conditioning_source,
-            sha256=file_hash,
         ),
         scheduler=scheduler_config(model.scheduler, config.scheduler),
         operating_point=m.OperatingPoint(
-            num_inference_steps=config.steps,
-            clock=config.clock,
-            mask=point.mask,
-            guidance_scale=point.guidance_scale,
-            seed=config.seed,
-            num_images=1 if known.kind == "text" else 2,
+            **msgspec.structs.asdict(point), seed=str(config.seed), num_images=1 if known.kind == "text" else 2
         ),
-        verified=config.verify.mode,
+        evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash),
         cost=counts.parts,
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
         targets=_targets(model, divided, config, guided=point.guidance_scale > 1),
@@ -129,6 +125,10 @@ def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: boo
         )
         for name in config.targets
     )
+
+
+def _text(seed: int | None) -> str | None:
+    return None if seed is None else str(seed)
 
 
 def essence(manifest: Manifest) -> Manifest:

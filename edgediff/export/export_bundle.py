@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
-from edgediff.bundle.files import check_files, list_files
+from edgediff.bundle.files import check_files, component_files, list_files
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, Reference, record, save_reference
 from edgediff.bundle.rows import ParityReport
@@ -24,12 +24,12 @@ from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
 from edgediff.export.draft import draft_manifest, essence, operating_point
-from edgediff.export.export_config import ExportConfig, check_config
+from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
-from edgediff.models.load import Model, random_weights
+from edgediff.models.load import Model, random_weights, unet_config
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided
@@ -114,8 +114,8 @@ def export_bundle(
         entries = []
         for entry in draft.targets:
             section = config.section(entry.target)
-            parts = modules(divided, entry.layout)
-            job = Job(folder, entry, parts, reference, pipe, section, config.verify, say)
+            parts = modules(divided, layout_of(config, entry.target))
+            job = Job(folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say)
             entries.append(TARGETS[entry.target].write(job))
         manifest = msgspec.structs.replace(draft, targets=tuple(entries))
 
@@ -129,7 +129,7 @@ def export_bundle(
 
         # Verify. What needs no torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
-        source = model if draft.verified == "full" else None
+        source = model if draft.evidence.verified == "full" else None
         del model, divided, adaptor, pipe, reference, job, parts
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
@@ -189,9 +189,10 @@ def _warn_of_adaptor(draft: Manifest) -> None:
 
 
 def _seal(folder: Path, manifest: Manifest) -> None:
-    """Lists every file in the manifest and writes SHA256SUMS."""
+    """Lists every file in the manifest, and in the component that it belongs to, and writes SHA256SUMS."""
     files = {name: file for name, file in list_files(folder).items() if name not in (MANIFEST, SUMS, PARITY)}
-    data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files))
+    targets = tuple(entry.with_unet(files=component_files(entry.unet, files)) for entry in manifest.targets)
+    data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files, targets=targets))
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))
 

@@ -1,17 +1,20 @@
-"""What torch computes with weights rounded to fp16: the sharp half of an fp16 graph's reference.
+"""What torch computes with weights and constants rounded to fp16: the sharp half of an fp16 graph's reference.
 
 A graph whose results are rounded to fp16 is some 50 to 70 dB of fp32 torch whether it is right or slightly wrong. The
-same graph in fp32 arithmetic, held to torch on equally rounded weights and inputs, is as exact as fp32 is: a wrong
-constant shows.
+same graph in fp32 arithmetic, checked against torch on equally rounded constants and inputs, is as exact as fp32 is: a
+wrong constant shows.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.embeddings import GaussianFourierProjection
+from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
+from torch.overrides import TorchFunctionMode
 
 from edgediff.bundle.reference import Reference, step_inputs
 from edgediff.models.clockwork import SplitUNet
@@ -20,31 +23,77 @@ from edgediff.models.spectral import WaveletGating
 from edgediff.targets.layout import modules
 from edgediff_runtime import Manifest
 
+# Systems whose programs have attention as one op, which holds no scale of its own.
+FUSED_ATTENTION = ("iOS18",)
+MULTIPLICATIONS = ("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
+DIVISIONS = ("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
+NORMS = ("group_norm", "layer_norm")
 
-@torch.no_grad()
-def with_half_weights(module: Part) -> Part:
-    """Copies a module and rounds its weights to fp16, as an fp16 graph has them.
 
-    Args:
-        module: Left as it was.
+class HalfScalars(TorchFunctionMode):
+    """Rounds numbers that a module's code holds as an fp16 program stores them: as constants of their own.
 
-    Returns:
-        The copy, in fp32 arithmetic, the taps of wavelets rounded too. The frequencies of Fourier features stay exact:
-        they are on the timestep's path.
+    A division is stored as a multiplication by the inverse.
     """
-    rounded = copy.deepcopy(module)
-    exact = {id(p) for m in rounded.modules() if isinstance(m, GaussianFourierProjection) for p in m.parameters()}
-    for parameter in rounded.parameters():
-        if id(parameter) not in exact:
-            parameter.copy_(parameter.half().float())
-    for gating in (m for m in rounded.modules() if isinstance(m, WaveletGating)):
-        gating.taps = torch.float16
-    return rounded
+
+    def __init__(self, fused_attention: bool) -> None:
+        super().__init__()
+        self.fused_attention = fused_attention
+        self.is_exact = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function of torch with rounded numbers."""
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if self.is_exact:
+            return func(*args, **kwargs)
+        if name in MULTIPLICATIONS:
+            args = [_half(value) if _is_number(value) else value for value in args]
+        elif name in DIVISIONS and _is_number(args[1]):
+            return func(args[0], 1 / _half(1 / args[1]), **kwargs)
+        elif name in NORMS:
+            # eps is the fifth argument of both where it is not named.
+            if "eps" in kwargs:
+                kwargs["eps"] = _half(kwargs["eps"])
+            else:
+                args = [*args[:4], _half(args[4] if len(args) > 4 else 1e-5), *args[5:]]
+        elif name == "scaled_dot_product_attention":
+            scale = kwargs.get("scale")
+            if scale is not None or not self.fused_attention:
+                kwargs["scale"] = _half(1 / math.sqrt(args[0].shape[-1]) if scale is None else scale)
+        return func(*args, **kwargs)
+
+
+class HalfPart(Part):
+    """A copy of a part with weights and constants rounded to fp16, in fp32 arithmetic.
+
+    The timestep's frequencies, and what is computed of them up to sine and cosine, stay exact, as they do in a program.
+    """
+
+    def __init__(self, part: Part, deployment_target: str) -> None:
+        super().__init__(part.inputs, part.outputs)
+        self.part = copy.deepcopy(part)
+        self.scalars = HalfScalars(deployment_target in FUSED_ATTENTION)
+        exact = [m for m in self.part.modules() if isinstance(m, GaussianFourierProjection | Timesteps)]
+        kept = {id(parameter) for module in exact for parameter in module.parameters()}
+        with torch.no_grad():
+            for parameter in self.part.parameters():
+                if id(parameter) not in kept:
+                    parameter.copy_(parameter.half().float())
+        for module in exact:
+            module.register_forward_pre_hook(lambda *_: setattr(self.scalars, "is_exact", True))
+            module.register_forward_hook(lambda *_: setattr(self.scalars, "is_exact", False))
+        for gating in (m for m in self.part.modules() if isinstance(m, WaveletGating)):
+            gating.taps = torch.float16
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs the part with rounded constants."""
+        with self.scalars:
+            return self.part.compute(tensors)
 
 
 @torch.no_grad()
 def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, say: Callable[[str], None]) -> Reference:
-    """Adds to a reference what the graphs of fp16 targets give in fp32 arithmetic on rounded weights.
+    """Adds to a reference what the graphs of fp16 targets give in fp32 arithmetic on rounded constants.
 
     Args:
         manifest: The draft.
@@ -57,14 +106,15 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
     """
     found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for target in manifest.targets:
-        if target.dtype != "fp16":
+        unet = target.unet
+        if unet.dtype != "fp16" or unet.layout is None:
             continue
-        parts = modules(divided, target.layout)
-        for graph in target.graphs:
+        parts = modules(divided, unet.layout)
+        for graph in unet.graphs:
             if graph.file is None:
                 continue
-            say(f"reference with weights of fp16: {graph.name}")
-            module = with_half_weights(parts[graph.name])
+            say(f"reference with constants of fp16: {graph.name}")
+            module = HalfPart(parts[graph.name], str(getattr(target, "deployment_target", "")))
             for step in reference.steps:
                 if graph.runs(step.full):
                     inputs = step_inputs(step, graph)
@@ -74,3 +124,11 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
                     found[step.index, graph.name] = {name: value.numpy() for name, value in made}
             del module
     return replace(reference, half=found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _half(value: float) -> float:
+    return float(np.float16(value))

@@ -253,7 +253,7 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
     bundle = open_bundle(path)
     notes: list[Note] = []
     for entry in bundle.manifest.targets:
-        for graph in entry.graphs:
+        for graph in entry.unet.graphs:
             if graph.file is None:
                 continue
             try:

@@ -122,9 +122,9 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}",
         "adaptor": adaptor_in_words(manifest.adaptor),
-        "targets": "; ".join(f"{t.target} {t.dtype}, {t.layout}{_version(t)}" for t in manifest.targets),
+        "targets": "; ".join(f"{t.target} {t.unet.dtype}, {t.unet.layout}{_version(t)}" for t in manifest.targets),
         "size": f"{size / 1e6:,.1f} MB in {len(manifest.files)} files",
-        "verified by its export": manifest.verified,
+        "verified by its export": manifest.evidence.verified,
     }
     if known.labels:
         facts["labels"] = ", ".join(known.labels)
@@ -168,6 +168,5 @@ def check_batch(batch: int) -> int:
 
 def _version(target: Target) -> str:
     """What a target's graphs ask of what runs them, where they say."""
-    if target.deployment_target is not None:
-        return f", {target.deployment_target}"
-    return "" if target.opset is None else f", opset {target.opset}"
+    asked = [getattr(target, "deployment_target", None), getattr(target, "opset", None)]
+    return "".join(f", {'opset ' if isinstance(each, int) else ''}{each}" for each in asked if each is not None)

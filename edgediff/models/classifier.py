@@ -1,10 +1,9 @@
-"""A small convolutional classifier, whose features say what an image shows.
+"""A small convolutional classifier, by whose features images are compared.
 
-Networks trained on ImageNet want images of 224 or 299 pixels and licences of their own; small images of one kind are
-told apart better by a network trained on that kind. Its figures compare with one another, not with published ones.
+Networks trained on ImageNet expect 224 or 299 pixels and have licences of their own; a network trained on one kind of
+small images tells those apart better. Its distances compare with one another, not with published ones.
 
-The features are normalised by their mean and variance over the training images, so that distances have a unit: one
-standard deviation of a feature.
+Features are normalised by mean and variance over the training images: the unit of a distance is one standard deviation.
 """
 
 from pathlib import Path
@@ -22,11 +21,12 @@ from torch import nn
 from edgediff.data.batches import as_channels_first, scaled
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import DataError, ModelError
+from edgediff.models.load import one_line
 from edgediff.zoo import FOLDER
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-# Of a built-in model's folder.
+# Within a built-in model's folder.
 BESIDE_THE_MODEL = "classifier"
 _BATCH = 250
 
@@ -36,7 +36,7 @@ Count = Annotated[int, Meta(ge=1, le=4096)]
 class ClassifierShape(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="_class_name", tag="Classifier"
 ):
-    """What a classifier looks at, and how wide it is; its config.json.
+    """A classifier's config.json.
 
     Attributes:
         size: Height and width of its images, in pixels.
@@ -50,11 +50,7 @@ class ClassifierShape(
 
 
 class Classifier(nn.Module):
-    """Levels of two convolutions, the mean over the map, a normalisation, and one linear layer on top.
-
-    Attributes:
-        shape: What it looks at, and how wide it is.
-    """
+    """Levels of two convolutions, the mean over the map, a normalisation, and one linear layer on top."""
 
     def __init__(self, shape: ClassifierShape) -> None:
         super().__init__()
@@ -69,14 +65,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(shape.widths[-1], len(shape.labels))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last layer decides by.
-
-        Args:
-            images: float32 [B, 3, H, W] in [-1, 1].
-
-        Returns:
-            float32 [B, F], F the last width; mean 0 and variance 1 over the training images.
-        """
+        """From float32 [B, 3, H, W] in [-1, 1] to the last layer's input, float32 [B, F], F the last width."""
         x = self.stem(images)
         for level in self.levels:
             x = level(x)
@@ -84,14 +73,7 @@ class Classifier(nn.Module):
         return normed
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores of the classes.
-
-        Args:
-            images: float32 [B, 3, H, W] in [-1, 1].
-
-        Returns:
-            float32 [B, K], before the softmax.
-        """
+        """From float32 [B, 3, H, W] in [-1, 1] to the logits of the classes, float32 [B, K]."""
         scores: torch.Tensor = self.head(self.features(images))
         return scores
 
@@ -116,28 +98,13 @@ def _convolution(channels: int, width: int) -> nn.Sequential:
 
 
 def as_input(images: NDArray[np.uint8]) -> torch.Tensor:
-    """Puts images in the form that a classifier takes.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-
-    Returns:
-        float32 [N, 3, H, W] in [-1, 1].
-    """
+    """From uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
     return scaled(as_channels_first(images))
 
 
 @torch.no_grad()
 def features_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The features of images.
-
-    Args:
-        classifier: In evaluation mode; where it is, they are computed.
-        images: uint8 [N, H, W, 3].
-
-    Returns:
-        float64 [N, F].
-    """
+    """The features of images, uint8 [N, H, W, 3], as float64 [N, F]; computed on the classifier's device."""
     device = classifier.head.weight.device
     chunks = (as_input(images[i : i + _BATCH]).to(device) for i in range(0, len(images), _BATCH))
     return torch.cat([classifier.features(chunk) for chunk in chunks]).cpu().double().numpy()
@@ -145,14 +112,7 @@ def features_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np
 
 @torch.no_grad()
 def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
-    """Share of images whose class has the highest score.
-
-    Args:
-        classifier: In evaluation mode.
-        data: Images of its size; its classes, by name.
-
-    Returns:
-        0 to 1.
+    """Share of the images, 0 to 1, whose class has the highest score.
 
     Raises:
         DataError: A class is none of the classifier's.
@@ -167,12 +127,7 @@ def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
 
 
 def save_classifier(classifier: Classifier, folder: str | Path) -> None:
-    """Writes config.json and, in fp16, model.safetensors.
-
-    Args:
-        classifier: What to write.
-        folder: Where to; made if it is not there.
-    """
+    """Writes config.json and, in fp16, model.safetensors; makes the folder if needed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {
@@ -184,13 +139,7 @@ def save_classifier(classifier: Classifier, folder: str | Path) -> None:
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """Reads what `save_classifier` wrote.
-
-    Args:
-        folder: Where from.
-
-    Returns:
-        The classifier in evaluation mode, float32.
+    """Reads what `save_classifier` wrote, in float32 and evaluation mode.
 
     Raises:
         ModelError: Something is missing, damaged, or does not fit together.
@@ -206,36 +155,28 @@ def load_classifier(folder: str | Path) -> Classifier:
             for name, tensor in load_file(folder / WEIGHTS).items()
         }
     except (SafetensorError, OSError, ValueError) as e:
-        raise ModelError(f"{folder / WEIGHTS} cannot be read as weights: {' '.join(str(e).split())}") from e
+        raise ModelError(f"{folder / WEIGHTS} cannot be read as weights: {one_line(e)}") from e
     with torch.device("meta"):
         classifier = Classifier(shape)
     try:
         classifier.load_state_dict(state, assign=True)
     except RuntimeError as e:
-        raise ModelError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(e).split())[:300]}") from e
+        raise ModelError(f"{folder / WEIGHTS} does not fit {CONFIG}: {one_line(e)[:300]}") from e
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         raise ModelError(f"{folder / WEIGHTS} holds NaN or infinity")
     return classifier.eval().requires_grad_(False)
 
 
 def built_in_classifier(labels: tuple[str, ...] | None, size: int) -> Path:
-    """Finds the built-in classifier of some classes, whoever makes the images.
-
-    Args:
-        labels: Names of the classes, in any order; None where there are none.
-        size: Height and width of the images, in pixels.
-
-    Returns:
-        Its folder.
+    """The folder of the built-in classifier of these classes, in any order, for images of size x size pixels.
 
     Raises:
         ModelError: There is none.
     """
-    homes = sorted(path.parent for path in FOLDER.glob(f"*/{BESIDE_THE_MODEL}/{CONFIG}"))
-    for home in homes:
-        shape = _read_shape(home)
+    for path in sorted(FOLDER.glob(f"*/{BESIDE_THE_MODEL}/{CONFIG}")):
+        shape = _read_shape(path.parent)
         if shape.size == size and set(shape.labels) == set(labels or ()):
-            return home
+            return path.parent
     raise ModelError(
         f"no features: no built-in classifier knows these {len(labels or ())} classes at {size}x{size}; "
         "name the folder of one (--features)"

@@ -48,14 +48,7 @@ class HighresIn(Part):
         self.num_skips = num_skips
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Embeds the conditioning and runs the way down to the cut.
-
-        Args:
-            tensors: ``sample`` [B, C, H, W], ``timestep`` [1] or [B], and the conditioning.
-
-        Returns:
-            ``highres_feature``, the skip connections that cross the cut, ``emb`` [B, E].
-        """
+        """Embeds the conditioning and runs the way down to the cut."""
         sample = tensors["sample"]
         if self.embedding.center_input:
             sample = 2 * sample - 1.0
@@ -85,14 +78,7 @@ class Lowres(Part):
         self.carries_skip = carries_skip
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the low-resolution levels.
-
-        Args:
-            tensors: ``highres_feature`` [B, C, H, W], ``emb`` [B, E] and the text where a layer looks at it.
-
-        Returns:
-            ``lowres_feature``, the cache.
-        """
+        """Runs the low-resolution levels."""
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
         for layer in self.layers:
@@ -120,14 +106,7 @@ class HighresOut(Part):
         self.num_skips = num_skips
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the way up from the cut.
-
-        Args:
-            tensors: ``lowres_feature``, the skip connections, ``emb`` [B, E]; ``timestep`` and text where needed.
-
-        Returns:
-            ``out_sample`` [B, C, H, W].
-        """
+        """Runs the way up from the cut."""
         x = tensors["lowres_feature"]
         skips = [tensors[name] for name in skip_names(self.num_skips)]
         for layer in self.layers:
@@ -149,6 +128,7 @@ class SplitUNet(nn.Module):
         cut: Where the UNet is divided.
         factor: Height and width of a sample must be multiples of it.
         ignored: What the UNet asks for and never looks at: the text of a conditional one without attention.
+        traces: Steps without numbers that `edgediff.models.macs.trace` has run, by the shapes of their inputs.
         highres_in, lowres, adaptor, highres_out: The four parts.
     """
 
@@ -157,6 +137,7 @@ class SplitUNet(nn.Module):
         self.cut = cut
         self.factor = factor
         self.ignored: tuple[str, ...] = ()
+        self.traces: dict[Any, Any] = {}
         self.highres_in = highres_in
         self.lowres = lowres
         self.adaptor = adaptor
@@ -196,7 +177,7 @@ class SplitUNet(nn.Module):
                 ``added_cond_kwargs`` (a mapping with ``text_embeds`` [B, P] and ``time_ids`` [B, K]).
 
         Returns:
-            ``out_sample`` [B, C, H, W] and the cache, ``lowres_feature``.
+            ``out_sample`` [B, C', H, W] and the cache, ``lowres_feature``.
 
         Raises:
             UnsupportedError: The size is not a multiple of what the levels divide by, or conditioning is missing or
@@ -209,17 +190,8 @@ class SplitUNet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs a cached step: the adaptor stands in for the low-resolution part.
 
-        Args:
-            sample: [B, C, H, W].
-            timestep: A number, or a tensor of shape [], [1] or [B].
-            cache: What the step before returned, [B, C', H', W'].
-            **cond: As in `full`.
-
-        Returns:
-            ``out_sample`` [B, C, H, W] and the cache, which is what came out of the adaptor.
-
-        Raises:
-            UnsupportedError: As in `full`.
+        Arguments, results and errors as of `full`, and ``cache``: what the step before returned. What comes out of the
+        adaptor is the new one.
         """
         return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), CACHE: cache})
 
@@ -256,13 +228,12 @@ class SplitUNet(nn.Module):
 def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is left as it was.
 
+    ``split(unet).full(...)`` equals ``unet(...)`` bit for bit.
+
     Args:
         unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
         cut: Where to divide; the paper's cut (level 1, before the upsampler) if None.
         adaptor: Stands in for the low-resolution part on cached steps; the identity if None.
-
-    Returns:
-        The divided UNet; ``split(unet).full(...)`` equals ``unet(...)`` bit for bit.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -323,16 +294,7 @@ def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> t
 
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Refuses a size that the levels do not divide.
-
-    Args:
-        height: Pixels (of the latent, where there is one).
-        width: Pixels.
-        factor: What the levels divide by.
-
-    Raises:
-        UnsupportedError: With the size and the factor.
-    """
+    """Refuses a sample's height or width that the levels do not divide, with an UnsupportedError."""
     if height % factor or width % factor:
         raise UnsupportedError(
             f"a sample of {height}x{width} cannot be cut: the levels divide by {factor}; expected multiples of {factor}"
@@ -340,7 +302,7 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def skip_names(count: int) -> list[str]:
-    """Names the skip connections that cross the cut.
+    """The names of skip connections that cross the cut.
 
     >>> skip_names(2)
     ['skip_0', 'skip_1']

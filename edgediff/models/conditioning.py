@@ -1,7 +1,7 @@
 """What a UNet is conditioned on, and the shapes that come with it.
 
-A UNet's configuration gives the width of its text input but not the length, and says nothing of labels: those lie
-beside it, in the text encoder's configuration and in ``classes.json``.
+A UNet's configuration gives the width of its text input but not the length, and nothing of labels: those lie beside it,
+in the configurations of tokenizer and text encoder and in ``classes.json``.
 """
 
 import json
@@ -14,18 +14,18 @@ import torch
 from edgediff.errors import ModelError, UnsupportedError
 
 Kind = Literal["none", "class", "text"]
+# CLIP's, as transformers has them where a text encoder's configuration leaves them out.
 CLIP_TOKENS = 77
-SDXL_TIME_IDS = 6
+CLIP_PROJECTION = 512
+MAX_TOKENS = 2**16
+# Pooled text of every published SDXL UNet; beside it six time ids, or five (the refiner's).
+SDXL_POOLED = 1280
+VECTORS = ("timestep", "identity", "projection", "simple_projection")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a conditioning tensor, without its batch.
-
-    Attributes:
-        shape: Sizes after the batch dimension.
-        dtype: torch's dtype.
-    """
+    """Shape and dtype of a conditioning tensor, without its batch."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,14 +50,7 @@ class Conditioning:
 
 
 def usual_guidance(known: Conditioning) -> float:
-    """The guidance that a model is sampled with where nothing else is said.
-
-    Args:
-        known: What the model is conditioned on.
-
-    Returns:
-        2.0 for classes with a null class, 7.5 for text, 1.0 (off) for the rest.
-    """
+    """The guidance that a model is sampled with by default: 2.0 with a null class, 7.5 with text, else 1.0 (off)."""
     if known.kind == "class":
         return 1.0 if known.null_label is None else 2.0
     return 7.5 if known.kind == "text" else 1.0
@@ -66,16 +59,15 @@ def usual_guidance(known: Conditioning) -> float:
 def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     """Finds out what a UNet is conditioned on.
 
+    Classes without names are called by their index; a null class is known only where ``classes.json`` names one class
+    fewer than the UNet embeds.
+
     Args:
         path: The model's directory, with ``classes.json``, ``text_encoder/`` or ``text_encoder_2/`` where they exist.
         config: The UNet's configuration.
 
-    Returns:
-        The conditioning. Classes without names are called by their index; a null class is known only where
-        ``classes.json`` names one class fewer than the UNet embeds.
-
     Raises:
-        ModelError: ``classes.json`` is not a list of distinct names, or longer than the UNet's classes.
+        ModelError: A file beside the UNet does not fit it, or one that is needed to know a shape is missing.
         UnsupportedError: The conditioning is of a kind that edgediff does not handle.
     """
     tensors: dict[str, TensorSpec] = {}
@@ -86,11 +78,9 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     if config.get("addition_embed_type") == "text_time":
         tensors["text_embeds"], tensors["time_ids"] = _added(path, config)
     count = config.get("num_class_embeds")
-    if config.get("class_embed_type") in ("identity", "projection", "simple_projection"):
-        width = _class_width(config)
-        tensors["class_labels"] = TensorSpec((width,), torch.float32)
-    elif config.get("class_embed_type") == "timestep":
-        tensors["class_labels"] = TensorSpec((), torch.float32)
+    if config.get("class_embed_type") in VECTORS:
+        shape = () if config["class_embed_type"] == "timestep" else (_class_width(config),)
+        tensors["class_labels"] = TensorSpec(shape, torch.float32)
     elif count is not None:
         tensors["class_labels"] = TensorSpec((), torch.int64)
         labels = _labels(path / "classes.json", count)
@@ -109,9 +99,6 @@ def looks_at_text(config: dict[str, Any]) -> bool:
 
     Args:
         config: Its whole configuration, ``_class_name`` among it.
-
-    Returns:
-        True where one does.
     """
     if not config["_class_name"].endswith("UNet2DConditionModel"):  # spectral ones have a word before it
         return False
@@ -123,17 +110,14 @@ def _class_width(config: dict[str, Any]) -> int:
     """Width of a class given as a vector: what the projection takes, or the time embedding's where there is none."""
     width = config.get("projection_class_embeddings_input_dim")
     if config["class_embed_type"] == "identity" or width is None:
-        width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+        width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]  # diffusers' own default
     return int(width)
 
 
 def _labels(path: Path, count: int) -> tuple[str, ...]:
     if not path.exists():
         return tuple(str(i) for i in range(count))
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path} cannot be read as JSON") from e
+    labels = _json(path)
     if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
         raise ModelError(f"{path} is not a list of names")
     if len(set(labels)) != len(labels) or not count - 1 <= len(labels) <= count:
@@ -145,21 +129,38 @@ def _labels(path: Path, count: int) -> tuple[str, ...]:
 
 
 def _tokens(path: Path) -> int:
-    return _setting(path / "text_encoder" / "config.json", "max_position_embeddings", CLIP_TOKENS)
+    """Tokens of a prompt: what the tokenizer pads to, and at most what the text encoder has positions for."""
+    for suffix in ("", "_2"):
+        encoder = path / f"text_encoder{suffix}" / "config.json"
+        padded = _setting(path / f"tokenizer{suffix}" / "tokenizer_config.json", "model_max_length")
+        positions = _setting(encoder, "max_position_embeddings")
+        if encoder.exists() and positions is None and str(_json(encoder).get("model_type", "clip")).startswith("clip"):
+            positions = CLIP_TOKENS
+        # transformers writes 10^30 for a tokenizer without a limit.
+        sizes = [size for size in (padded, positions) if size is not None and size <= MAX_TOKENS]
+        if sizes:
+            return min(sizes)
+        if encoder.exists():
+            raise ModelError(f"{encoder} has no max_position_embeddings; expected it, or a tokenizer with a limit")
+    return CLIP_TOKENS
 
 
-def _setting(file: Path, name: str, default: int) -> int:
-    """A size out of a text encoder's configuration; the default where there is no such file or setting."""
+def _setting(file: Path, name: str) -> int | None:
+    """A size out of a configuration beside the UNet; None where there is no such file or setting."""
     if not file.exists():
-        return default
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{file} cannot be read as JSON") from e
-    value = settings.get(name, default) if isinstance(settings, dict) else None
+        return None
+    settings = _json(file)
+    value = settings.get(name, 1) if isinstance(settings, dict) else None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"{file}: {name} is {value!r}; expected a whole number above 0")
-    return value
+    return value if name in settings else None
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{file} cannot be read as JSON") from e
 
 
 def _text_width(config: dict[str, Any]) -> int:
@@ -175,9 +176,17 @@ def _text_width(config: dict[str, Any]) -> int:
 
 def _added(path: Path, config: dict[str, Any]) -> tuple[TensorSpec, TensorSpec]:
     """SDXL's pooled text and time ids: their widths add up to the projection's, so one is needed to know the other."""
-    total = config["projection_class_embeddings_input_dim"]
-    each = config["addition_time_embed_dim"]
-    pooled = _setting(path / "text_encoder_2" / "config.json", "projection_dim", total - SDXL_TIME_IDS * each)
+    total, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    encoder = path / "text_encoder_2" / "config.json"
+    if encoder.exists():
+        pooled = _setting(encoder, "projection_dim") or CLIP_PROJECTION
+    elif total - SDXL_POOLED in (5 * each, 6 * each):
+        pooled = SDXL_POOLED
+    else:
+        raise ModelError(
+            f"the UNet's added conditioning is {total} wide, and how much of it is pooled text is not known; expected "
+            f"{encoder} with projection_dim"
+        )
     ids, rest = divmod(total - pooled, each)
     if pooled < 1 or ids < 1 or rest:
         raise ModelError(

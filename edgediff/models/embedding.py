@@ -13,15 +13,15 @@ from torch import nn
 
 from edgediff.errors import UnsupportedError
 
+# A learned one is a table of whole time steps, which samplers do not keep to.
+TIME_KINDS = ("positional", "fourier")
 CLASS_KINDS = (None, "timestep", "identity", "projection", "simple_projection")
 ADDED_KINDS = (None, "text", "text_time")
 TEXT_KINDS = (None, "text_proj")
 
 
 class StepEmbedding(nn.Module):
-    """The embedding of time, class and added conditioning, as the UNet itself computes it.
-
-    The submodules are the UNet's own; nothing is copied.
+    """The embedding of time, class and added conditioning, by the UNet's own modules; nothing is copied.
 
     Attributes:
         inputs: Names of the tensors that `forward` needs besides ``sample``.
@@ -30,9 +30,6 @@ class StepEmbedding(nn.Module):
 
     def __init__(self, unet: UNet2DModel | UNet2DConditionModel) -> None:
         """Takes the embedding layers of a UNet.
-
-        Args:
-            unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
 
         Raises:
             UnsupportedError: The UNet embeds something that is not handled, named with the choices.
@@ -48,8 +45,8 @@ class StepEmbedding(nn.Module):
                 "supported: UNets without it"
             )
         self.center_input = bool(config.center_input_sample)
-        self.learned_time = config.time_embedding_type == "learned"
         self.concat_class = bool(config.get("class_embeddings_concat", False))
+        _one_of(config, "time_embedding_type", TIME_KINDS)
         self.time_proj = unet.time_proj
         self.time_embedding = unet.time_embedding
         self.class_embedding: Any = unet.class_embedding
@@ -90,8 +87,7 @@ class StepEmbedding(nn.Module):
             ``emb``: [B, E].
         """
         t = timestep.expand(sample.shape[0])
-        t_emb = self.time_proj(t.to(torch.int64) if self.learned_time else t)
-        emb: torch.Tensor = self.time_embedding(t_emb.to(sample.dtype))
+        emb: torch.Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype))
         if self.class_embedding is not None:
             if self.class_kind == "timestep":
                 class_labels = self.time_proj(class_labels).to(sample.dtype)
@@ -110,14 +106,7 @@ class StepEmbedding(nn.Module):
         return emb
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Projects the text as the attention layers want it.
-
-        Args:
-            encoder_hidden_states: [B, S, D].
-
-        Returns:
-            [B, S, D'], the input itself where the UNet does not project it.
-        """
+        """Text as the attention layers want it: [B, S, D] -> [B, S, D'], itself where the UNet does not project it."""
         if self.projects_text:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         return encoder_hidden_states

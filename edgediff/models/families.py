@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from edgediff.errors import UnsupportedError
+from edgediff.models.spectral import SpectralUNet2DConditionModel, keep_divided
 
 # The highest level's blocks, and the same without their transformers.
 WITH_TRANSFORMERS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
@@ -23,12 +24,7 @@ def efficient(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     Of SD v1.5's sixteen transformers that leaves five out, two on the way down and three on the way up. What stays was
     trained with them and wants training without.
 
-    Args:
-        unet: A conditional UNet whose first block on the way down and last on the way up have transformers. It is left
-            as it was.
-
-    Returns:
-        A new UNet of the same modules but those transformers, with a configuration that says so.
+    The given UNet is left as it was; the new one's configuration says what it left out.
 
     Raises:
         UnsupportedError: It is no ``UNet2DConditionModel``, or its highest level has no transformers.
@@ -55,6 +51,8 @@ def efficient(unet: UNet2DConditionModel) -> UNet2DConditionModel:
             setattr(slim, name, module)
     slim.down_blocks = nn.ModuleList([_take_over(slim.down_blocks[0], down), *unet.down_blocks[1:]])
     slim.up_blocks = nn.ModuleList([*unet.up_blocks[:-1], _take_over(slim.up_blocks[-1], up)])
+    if isinstance(slim, SpectralUNet2DConditionModel):
+        keep_divided(slim)
     own = {id(module) for module in unet.modules()}
     for module in slim.modules():
         if id(module) not in own:

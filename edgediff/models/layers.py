@@ -54,17 +54,7 @@ class Layer(nn.Module):
     def forward(
         self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
     ) -> torch.Tensor:
-        """Runs the layer; `skips` is the stack, changed in place.
-
-        Args:
-            x: [B, C, H, W].
-            skips: Each [B, C', H, W].
-            emb: [B, E].
-            text: [B, S, D] or None.
-
-        Returns:
-            [B, C'', H, W].
-        """
+        """Runs the layer on x [B, C, H, W], emb [B, E], text [B, S, D]; `skips` is the stack, changed in place."""
         if self.pops:
             x = torch.cat([x, skips.pop()], dim=1)
         x = self.resnet(x, emb)
@@ -98,11 +88,7 @@ class Resample(nn.Module):
     def forward(
         self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
     ) -> torch.Tensor:
-        """Resamples; arguments as in `Layer.forward`.
-
-        Returns:
-            [B, C, H/2, W/2] on the way down, [B, C, 2H, 2W] on the way up.
-        """
+        """Halves or doubles height and width; arguments as of `Layer.forward`."""
         x = self.module(x, temb=emb) if self.takes_emb else self.module(x)
         if self.pushes:
             skips.append(x)
@@ -123,13 +109,9 @@ class Mid(nn.Module):
     def forward(
         self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
     ) -> torch.Tensor:
-        """Runs the block; arguments as in `Layer.forward`, the stack is left alone.
-
-        Returns:
-            [B, C, H, W].
-        """
-        x = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
-        return x
+        """Runs the block; arguments as of `Layer.forward`, the stack is left alone."""
+        out: torch.Tensor = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
+        return out
 
 
 AnyLayer = Layer | Resample | Mid
@@ -140,9 +122,6 @@ def flatten(
 ) -> tuple[list[list[AnyLayer]], Mid | None, list[list[AnyLayer]]]:
     """Flattens a UNet's blocks into lists of layers.
 
-    Args:
-        unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
-
     Returns:
         The levels on the way down (highest resolution first), the mid block, and the levels on the way up (lowest
         resolution first); in each level its layers in order, the resampler last.
@@ -150,6 +129,7 @@ def flatten(
     Raises:
         UnsupportedError: A block is of a kind that cannot be cut, or FreeU is switched on.
     """
+    refuse_freeu(unet)
     down = [list(_layers(block, "down")) for block in unet.down_blocks]
     up = [list(_layers(block, "up")) for block in unet.up_blocks]
     mid = unet.mid_block
@@ -160,12 +140,16 @@ def flatten(
     return down, None if mid is None else Mid(mid), up
 
 
+def refuse_freeu(unet: Any) -> None:
+    """Refuses a UNet with FreeU switched on, which its blocks see to and layers do not."""
+    if any(getattr(block, scale, None) for block in unet.up_blocks for scale in ("s1", "s2", "b1", "b2")):
+        raise UnsupportedError("FreeU is switched on, which cannot be cut; call unet.disable_freeu() first")
+
+
 def _layers(block: Any, way: str) -> Iterator[AnyLayer]:
     name = type(block).__name__
     if name not in ATTENTION_OF_BLOCK:
         raise UnsupportedError(f"cannot cut a UNet with a {name}; supported blocks: {', '.join(ATTENTION_OF_BLOCK)}")
-    if any(getattr(block, scale, None) for scale in ("s1", "s2", "b1", "b2")):
-        raise UnsupportedError("FreeU is switched on, which cannot be cut; call unet.disable_freeu() first")
     kind = ATTENTION_OF_BLOCK[name]
     attentions = block.attentions if kind is not None else [None] * len(block.resnets)
     for resnet, attention in zip(block.resnets, attentions, strict=True):

@@ -1,7 +1,7 @@
 """A trained model from disk: a UNet with what it needs to be sampled.
 
 Weights are read from safetensors first, from ``.bin`` only with ``weights_only=True``, and from no other pickle. The
-network is built on the meta device and takes the loaded tensors as they are, so that loading costs the weights once.
+network is built and tried on the meta device and takes the loaded tensors as they are: loading costs the weights once.
 """
 
 import hashlib
@@ -20,14 +20,24 @@ from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
 from edgediff.models.conditioning import Conditioning, read_conditioning
 from edgediff.models.spectral import SPECTRAL
+from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
 WEIGHTS = "diffusion_pytorch_model"
+VARIANTS = ("", ".fp16", ".bf16")
 SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
 # How torch and diffusers fail over settings of the wrong kind.
-BAD_SETTINGS = (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError)
+BAD_SETTINGS = (
+    TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError, AssertionError,
+    ImportError, MemoryError,
+)  # fmt: skip
+# Settings that say how often something is built: a huge one would build for hours.
+COUNTS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+MAX_COUNT = 100
+MAX_SIDE = 2**16
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -35,16 +45,16 @@ class Model:
     """A trained diffusion UNet, ready to be split, exported and sampled.
 
     Attributes:
-        name: Built-in name, or the directory's name.
+        name: Built-in name, the repository's in the Hugging Face cache, or the directory's.
         unet: The network in evaluation mode, float32; on the meta device where a geometry has no weights.
-        scheduler: diffusers' scheduler, set as the model was saved with it; None where the directory has none, which is
-            enough to count the model and too little to sample it.
-        conditioning: What the UNet is conditioned on, with labels where there are any.
+        scheduler: diffusers' scheduler as the model was saved with it; None where the directory has none: such a model
+            can be counted, not sampled.
+        conditioning: What the UNet is conditioned on.
         space: ``pixel`` where the UNet works on images, ``latent`` where a decoder comes after it.
         card: Licence and description of the source.
-        sha256: Hash over configuration and weights; what a bundle is compared with.
+        sha256: Hash over configuration and weights; a bundle is compared with it.
         path: The directory that it came from.
-        home: The directory of the whole: where schedule, autoencoder and card lie. ``path``, or the one around it.
+        home: Where schedule, autoencoder and card lie: ``path``, or the directory around it.
     """
 
     name: str
@@ -69,24 +79,35 @@ class Model:
 
     @property
     def has_weights(self) -> bool:
-        """False for a geometry card, whose parameters lie on the meta device."""
+        """False for a geometry, whose parameters lie on the meta device."""
         return not any(parameter.is_meta for parameter in self.unet.parameters())
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one sample."""
+        """Channels, height and width of what the UNet takes."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of what the UNet gives: fewer than it takes where an image or a mask comes beside the sample."""
+        return int(self.unet.config.out_channels)
+
     def check_schedule(self) -> None:
-        """Refuses to sample or train by a schedule that is not known.
+        """Refuses to sample or train what cannot be.
 
         Raises:
             ModelError: The directory has no scheduler.
+            UnsupportedError: The UNet predicts a variance too.
         """
         if self.scheduler is None:
             raise ModelError(f"{self.path} has no scheduler/scheduler_config.json; a wrong schedule would give noise")
+        if self.out_channels > self.sample_shape[0]:
+            raise UnsupportedError(
+                f"{self.name}: the UNet takes {self.sample_shape[0]} channels and gives {self.out_channels}, a learned "
+                "variance beside the prediction; expected a UNet without learned variance"
+            )
 
 
 def load_model(source: str | Path) -> Model:
@@ -95,31 +116,26 @@ def load_model(source: str | Path) -> Model:
     Args:
         source: A path, or one of the names of the zoo. A path that exists comes before a name.
 
-    Returns:
-        The model. Built-in geometries without weights have their parameters on the meta device.
-
     Raises:
         ModelError: The directory is missing, empty, or its files cannot be read.
         UnsupportedError: The model is of a class that edgediff does not handle.
     """
+    choices = f"a diffusers directory or one of: {', '.join(ZOO)}"
     if not str(source):
-        raise ModelError(f"the model has no name; expected a diffusers directory or one of: {', '.join(ZOO)}")
+        raise ModelError(f"the model has no name; expected {choices}")
     path = Path(source)
-    if not path.is_dir():
-        if path.exists():
-            raise ModelError(f"{source} is a file; expected a diffusers directory or one of: {', '.join(ZOO)}")
-        return load_built_in(str(source))
-    return _load(path, name=path.resolve().name, weights_required=True)
+    if path.is_dir():
+        return _load(path, name=repository_name(path), weights_required=True)
+    if path.exists():
+        raise ModelError(
+            f"{source} is a file; expected {choices}. A single-file checkpoint is converted by diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY)"
+        )
+    return load_built_in(str(source))
 
 
 def load_built_in(name: str) -> Model:
     """Loads a model of the zoo, whatever lies in the working directory under its name.
-
-    Args:
-        name: One of the zoo's.
-
-    Returns:
-        The model; of a geometry without weights, with parameters on the meta device.
 
     Raises:
         ModelError: There is none of this name.
@@ -133,12 +149,7 @@ def load_built_in(name: str) -> Model:
 def random_weights(model: Model, seed: int) -> Model:
     """Gives a geometry random weights, torch's default initialisation under a seed.
 
-    Args:
-        model: Usually one without weights.
-        seed: Seed of the initialisation.
-
-    Returns:
-        A model with the same geometry; its hash names the seed, so that it is never taken for a trained one.
+    The new hash names the seed, so that the result is never taken for a trained model.
     """
     config = {key: value for key, value in model.unet.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(devices=[]):
@@ -148,11 +159,17 @@ def random_weights(model: Model, seed: int) -> Model:
     return replace(model, unet=unet, sha256=digest)
 
 
+def repository_name(path: Path) -> str:
+    """A directory's name, or its repository's in the Hugging Face cache (models--ORG--NAME/snapshots/COMMIT)."""
+    *_, repository, folder, name = ("", "", *path.resolve().parts)
+    if folder == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return name
+
+
 def _load(path: Path, name: str, weights_required: bool) -> Model:
     unet_path = path / "unet" if (path / "unet").is_dir() else path
-    if not any(unet_path.iterdir()):
-        raise ModelError(f"{unet_path} is empty; expected config.json and weights of a diffusers UNet")
-    config = read_json(unet_path / "config.json")
+    config = _unet_config(unet_path)
     unet_class = UNETS.get(str(config.get("_class_name")))
     if unet_class is None:
         raise UnsupportedError(
@@ -160,38 +177,82 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
         )
     files = _weight_files(unet_path)
     if not files and weights_required:
-        raise ModelError(f"{unet_path} has a config.json but no weights; expected {WEIGHTS}.safetensors")
-    try:
-        with torch.device("meta"):
-            unet = unet_class.from_config(config)
-    except (EdgediffError, *BAD_SETTINGS) as e:
-        raise ModelError(f"{unet_path}/config.json does not describe a {unet_class.__name__}: {one_line(e)}") from e
-    size = unet.config.sample_size
-    if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, list | tuple) else (size,))):
-        raise ModelError(f"{unet_path}/config.json has sample_size {size!r}; expected a size, or height and width")
+        others = sorted(file.name for file in unet_path.glob(f"{WEIGHTS}.*") if file.is_file())
+        found = f" of a known name (found: {', '.join(others)})" if others else ""
+        raise ModelError(f"{unet_path} has a config.json but no weights{found}; expected {WEIGHTS}.safetensors")
+    # A UNet's folder within a pipeline's: what the UNet is sampled with lies beside it.
+    home = path.parent if unet_path == path and (path.parent / "scheduler").is_dir() else path
+    unet = _build(unet_class, config, unet_path)
+    conditioning = _conditioning(home, unet, unet_path)
     digest = hashlib.sha256()
     for file in (unet_path / "config.json", *files):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     if files:
         _fill(unet, files, unet_path)
-    # A UNet's folder within a pipeline's: what the UNet is sampled with lies beside it.
-    home = path.parent if unet_path == path and (path.parent / "scheduler").is_dir() else path
     pipeline = read_json(home / "model_index.json") if (home / "model_index.json").exists() else {}
     scheduler_path = next((home / name for name in SCHEDULER_FILES if (home / name).exists()), None)
     if scheduler_path is not None:
         digest.update(scheduler_path.read_bytes())
     return Model(
-        name=home.resolve().name if home != path else name,
+        name=repository_name(home) if home != path else name,
         unet=unet.eval().requires_grad_(False),
         scheduler=None if scheduler_path is None else _scheduler(scheduler_path),
-        conditioning=read_conditioning(home, unet.config),
-        space="latent" if _is_latent(pipeline, unet.config.in_channels) else "pixel",
+        conditioning=conditioning,
+        space="latent" if _is_latent(pipeline, unet.config.out_channels) else "pixel",
         card=read_card(home),
         sha256=digest.hexdigest(),
         path=path,
         home=home,
     )
+
+
+def _unet_config(path: Path) -> dict[str, Any]:
+    """The UNet's configuration; where there is none, says what lies there instead."""
+    if not any(path.iterdir()):
+        raise ModelError(f"{path} is empty; expected config.json and weights of a diffusers UNet")
+    if not (path / "config.json").exists():
+        if (path / "transformer").is_dir():
+            raise UnsupportedError(f"{path} is a pipeline with a transformer in the place of a UNet; supported: UNets")
+        if (path / "snapshots").is_dir():
+            raise ModelError(
+                f"{path} is a repository of the Hugging Face cache; name one of its snapshots: {path}/snapshots/COMMIT"
+            )
+        if (path / "model_index.json").exists():
+            raise ModelError(f"{path} is a pipeline without a folder unet/; expected one with config.json and weights")
+    return read_json(path / "config.json")
+
+
+def _build(unet_class: Any, config: dict[str, Any], path: Path) -> Any:
+    """The UNet of a configuration, on the meta device."""
+    for name in COUNTS:
+        counts = config.get(name)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int) and count > MAX_COUNT:
+                raise ModelError(f"{path}/config.json has {name} {count}; expected {MAX_COUNT} at most")
+    try:
+        with torch.device("meta"):
+            unet = unet_class.from_config(config)
+    except (EdgediffError, *BAD_SETTINGS) as e:
+        raise ModelError(f"{path}/config.json does not describe a {unet_class.__name__}: {one_line(e)}") from e
+    size = unet.config.sample_size
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MAX_SIDE for side in sides):
+        raise ModelError(f"{path}/config.json has sample_size {size!r}; expected a size, or height and width")
+    return unet
+
+
+def _conditioning(home: Path, unet: Any, path: Path) -> Conditioning:
+    """What the UNet is conditioned on, tried in a step without numbers: diffusers builds UNets that cannot run."""
+    try:
+        known = read_conditioning(home, unet.config)
+        side = 2 ** len(unet.config.block_out_channels)
+        with torch.device("meta"), torch.no_grad():
+            cond = {name: torch.empty(2, *spec.shape, dtype=spec.dtype) for name, spec in known.tensors.items()}
+            predict(unet, torch.empty(2, unet.config.in_channels, side, side), torch.empty(1), cond)
+    except BAD_SETTINGS as e:
+        raise UnsupportedError(f"{path}/config.json describes a UNet that cannot run: {one_line(e)[:300]}") from e
+    return known
 
 
 def _scheduler(path: Path) -> SchedulerMixin:
@@ -201,18 +262,20 @@ def _scheduler(path: Path) -> SchedulerMixin:
         raise ModelError(f"{path} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
     try:
         return kind.from_config(config)
-    except (ImportError, *BAD_SETTINGS) as e:
+    except BAD_SETTINGS as e:
         raise ModelError(f"{path} does not describe a {kind.__name__}: {one_line(e)}") from e
 
 
 def _is_latent(pipeline: dict[str, Any], channels: int) -> bool:
-    return "vae" in pipeline or "vqvae" in pipeline or channels not in (1, 3)
+    # A component that a pipeline does without is listed as [null, null].
+    decoders = (pipeline.get(name) not in (None, [None, None]) for name in ("vae", "vqvae"))
+    return any(decoders) or channels not in (1, 3)
 
 
 def _weight_files(path: Path) -> list[Path]:
     """The files that hold the weights: one or an index's shards, safetensors before .bin, fp32 before fp16."""
     for suffix in ("safetensors", "bin"):
-        for variant in ("", ".fp16"):
+        for variant in VARIANTS:
             single = path / f"{WEIGHTS}{variant}.{suffix}"
             index = path / f"{WEIGHTS}.{suffix}.index{variant}.json"
             if single.exists():
@@ -231,28 +294,46 @@ def _fill(unet: UNet2DModel | UNet2DConditionModel, files: list[Path], path: Pat
     """Puts the tensors of the files in the place of the meta parameters, as float32."""
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        try:
-            tensors = (
-                load_file(file)
-                if file.suffix == ".safetensors"
-                else torch.load(file, map_location="cpu", weights_only=True)
-            )
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError) as e:
-            raise ModelError(f"{file} cannot be read as weights, it is damaged or truncated: {one_line(e)}") from e
-        except Exception as e:  # pickle's own errors share no base class
-            # torch's own message goes on to say how to run the file's code.
-            raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
-        named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
-        if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ModelError(f"{file} holds something else than tensors by name")
-        state.update({_modern(key): tensor.float() for key, tensor in tensors.items()})
+        state.update({_modern(key): tensor.float() for key, tensor in _tensors(file).items()})
     try:
         unet.load_state_dict(state, assign=True)
     except RuntimeError as e:
-        raise ModelError(f"the weights in {path} do not fit its config.json: {one_line(e)[:300]}") from e
+        reason = _known_misfit({*state}, {*unet.state_dict()}) or one_line(e)[:300]
+        raise ModelError(f"the weights in {path} do not fit its config.json: {reason}") from e
     not_finite = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise ModelError(f"{path}: weights are not finite in {', '.join(not_finite[:3])}")
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(f"{file} is a Git LFS pointer and holds no weights; run `git lfs pull` in its repository")
+    try:
+        tensors = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError) as e:
+        raise ModelError(f"{file} cannot be read as weights, it is damaged or truncated: {one_line(e)}") from e
+    except Exception as e:  # pickle's own errors share no base class
+        # torch's own message goes on to say how to run the file's code.
+        raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
+    named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{file} holds something else than tensors by name")
+    return tensors
+
+
+def _known_misfit(given: set[str], wanted: set[str]) -> str | None:
+    """Why names do not fit, where the names themselves say so."""
+    if any(".base_layer." in name or ".lora_" in name for name in given):
+        return "they hold LoRA layers of PEFT; fuse them (merge_and_unload() or fuse_lora()) and save the UNet again"
+    prefix = next(iter(given), "").partition(".")[0] + "."
+    if {name.removeprefix(prefix) for name in given if name.startswith(prefix)} == wanted:
+        return f"every name begins with {prefix!r}, as a module around the UNet saves them; save the UNet inside of it"
+    return None
 
 
 def _modern(key: str) -> str:
@@ -265,12 +346,6 @@ def _modern(key: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file of a model.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds, by name.
 
     Raises:
         ModelError: It is missing, not JSON, or not an object.
@@ -287,5 +362,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_line(e: BaseException) -> str:
-    """Puts an exception's message on one line."""
+    """An exception's message on one line."""
     return " ".join(str(e).split()) or type(e).__name__
+
+
+def unet_config(model: Model) -> dict[str, Any]:
+    """The UNet's configuration as diffusers saves it, without where it was loaded from."""
+    config = json.loads(model.unet.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}

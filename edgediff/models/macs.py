@@ -1,8 +1,8 @@
 """Operations and parameters of each part, counted and not measured.
 
 Both papers leave the attention matmuls out of their counts, which hides a sixth of SD v1.5; here the two are counted
-apart and shown side by side. Counting runs the parts on the meta device: shapes without numbers, so that a geometry
-needs no weights.
+apart and shown side by side. The parts run on the meta device, shapes without numbers, so that a geometry needs no
+weights; once for each split, since everything that wants shapes or counts asks for the same step.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgediff.errors import UnsupportedError
 from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.conditioning import TensorSpec
 from edgediff_runtime.loop import CACHE, LOWRES_FEATURE
@@ -34,37 +35,58 @@ class Tally:
     cache_elements: int
 
 
+@dataclass(frozen=True)
+class Trace:
+    """One step of a split UNet on the meta device: every tensor by name, for one sample, and the counts."""
+
+    tensors: dict[str, torch.Tensor]
+    tally: Tally
+
+
 def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Tally:
-    """Counts the parts of a split UNet for one sample.
+    """Counts the parts of a split UNet for one sample; arguments and errors as of `trace`."""
+    return trace(split, sample_shape, cond).tally
+
+
+def trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Trace:
+    """Runs a copy of the parts on the meta device; a second call with the same shapes gives the first one's result.
 
     Args:
-        split: The divided UNet; it is copied to the meta device, not run.
+        split: The divided UNet.
         sample_shape: Channels, height, width.
         cond: The conditioning tensors by name.
 
-    Returns:
-        The counts.
-
     Raises:
-        UnsupportedError: The levels do not divide the sample's size.
+        UnsupportedError: The levels do not divide the sample's size, or two parts disagree on a tensor.
     """
+    key = (sample_shape, *cond.items())
+    if key not in split.traces:
+        split.traces[key] = _trace(split, sample_shape, cond)
+    found: Trace = split.traces[key]
+    return found
+
+
+def _trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Trace:
     check_size(sample_shape[1], sample_shape[2], split.factor)
     parts = split.on_meta().parts
-    # torch runs a linear layer on a transposed input as a batched product, which would count as attention.
+    # torch runs a linear layer on a transposed input as a batched matmul, which would count as attention.
     for module in (module for part in parts.values() for module in part.modules()):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    tensors: dict[str, torch.Tensor] = {
+    tensors = {
         "sample": torch.empty(1, *sample_shape, device="meta"),
         "timestep": torch.empty(1, device="meta"),
+        **{n: torch.empty(1, *s.shape, dtype=s.dtype, device="meta") for n, s in cond.items()},
     }
-    tensors.update({n: torch.empty(1, *s.shape, dtype=s.dtype, device="meta") for n, s in cond.items()})
     counts: dict[str, Cost] = {}
     for name, part in parts.items():
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            outputs = part(*(tensors[key] for key in part.inputs))
-        tensors.update(zip(part.outputs, outputs, strict=True))
+            outputs = dict(zip(part.outputs, part(*(tensors[key] for key in part.inputs)), strict=True))
+        for key in outputs.keys() & tensors.keys():
+            if outputs[key].shape != tensors[key].shape or outputs[key].dtype != tensors[key].dtype:
+                raise UnsupportedError(f"{name} makes {key} of another shape or dtype than the graph before it")
+        tensors.update(outputs)
         if name == "lowres":
             tensors[CACHE] = tensors[LOWRES_FEATURE]
         counts[name] = Cost(sum(p.numel() for p in part.parameters()), *_split_flops(counter))
@@ -73,11 +95,11 @@ def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[st
         counts[step] = Cost(
             sum(c.parameters for c in run), sum(c.macs for c in run), sum(c.macs_attention for c in run)
         )
-    return Tally(counts, tensors[LOWRES_FEATURE].numel())
+    return Trace(tensors, Tally(counts, tensors[LOWRES_FEATURE].numel()))
 
 
 def _split_flops(counter: Any) -> tuple[int, int]:
-    """Multiply-adds of convolutions and linear layers, and of everything else: batched products, attention."""
+    """Multiply-adds of convolutions and linear layers, and of everything else: attention's batched matmuls."""
     plain = attention = 0
     for op, flops in counter.get_flop_counts().get("Global", {}).items():
         if str(op).split(".")[-1] in CONVOLUTION_AND_LINEAR:

@@ -1,13 +1,11 @@
-"""From a diffusers scheduler to the runtime's: which settings travel, and which are refused by name.
+"""From a diffusers scheduler to the runtime's: what is carried over, and what is refused by name.
 
-Constraints that shaped this file:
-
-- diffusers' ``from_config`` is the one authority on what a model's scheduler settings mean to another kind
-  (it drops what was only a default and renames what is old), so settings are read from the object that it
-  builds.
-- A bundle that quietly samples otherwise than its source is worse than none: every setting of diffusers'
-  class is either carried over, known to change nothing, or refused unless it stands at its default. A
-  setting that a later diffusers adds falls into the last group by itself.
+- diffusers' ``from_config`` decides what a scheduler's settings mean to another kind (it drops the sampler's defaults
+  and renames old settings), so settings are read from the object that it builds.
+- The noise process is the model's, not the sampler's: its settings are carried over also where they are the source
+  class's defaults, which differ from class to class. A class of another process is refused.
+- Every other setting is carried over, is known to change nothing, or is refused unless it is at its default. One that
+  a later diffusers adds is refused without a change here.
 """
 
 import inspect
@@ -15,7 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+import diffusers
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 
 from edgediff.errors import UnsupportedError
 from edgediff_runtime.errors import RequestError
@@ -30,13 +29,20 @@ SCHEDULERS: dict[str, Any] = {
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
+_PROCESS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
+# How a sampler takes its steps: another sampler does without.
+_OF_ONE_SAMPLER = {
+    "algorithm_type", "clip_sample", "clip_sample_range", "corrector_order", "disable_corrector", "eta",
+    "euler_at_final", "final_sigmas_type", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+    "predict_x0", "predictor_order", "set_alpha_to_one", "skip_prk_steps", "solver_order", "solver_p", "solver_type",
+    "steps_offset", "tau_func", "timestep_spacing", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
+    "use_lu_lambdas", "variance_type",
+}  # fmt: skip
 # Read only together with a setting that is itself refused.
-_WITHOUT_EFFECT = {
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "flow_shift",
-    "time_shift_type",
-}
+_WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 # What the class takes besides its default to the same effect.
 _AS_GOOD_AS_DEFAULT: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("deis",),
@@ -52,13 +58,11 @@ def scheduler_config(source: Any, name: str) -> SchedulerConfig:
     Args:
         source: A diffusers scheduler of any kind, or its configuration as a mapping.
         name: One of ``SCHEDULERS``. A source that asks for Karras sigmas gets them under plain ``dpmpp_2m``
-            and ``euler`` as well.
-
-    Returns:
-        The settings; ``dpmpp_2m_karras`` is ``dpmpp_2m`` with ``use_karras_sigmas``.
+            and ``euler`` as well; ``dpmpp_2m_karras`` is ``dpmpp_2m`` with ``use_karras_sigmas``.
 
     Raises:
-        UnsupportedError: If the name is unknown, or a setting is one that no runtime implements.
+        UnsupportedError: The name is unknown, the source's noise process is another, or no runtime implements a
+            setting.
 
     >>> scheduler_config({"beta_schedule": "scaled_linear"}, "dpmpp_2m_karras").use_karras_sigmas
     True
@@ -67,18 +71,7 @@ def scheduler_config(source: Any, name: str) -> SchedulerConfig:
 
 
 def diffusers_scheduler(source: Any, name: str) -> Any:
-    """Build diffusers' own scheduler of that name, with the settings of ``source``.
-
-    Args:
-        source: A diffusers scheduler of any kind, or its configuration as a mapping.
-        name: One of ``SCHEDULERS``.
-
-    Returns:
-        A new instance of ``SCHEDULERS[name]``, which the runtime's scheduler is held to.
-
-    Raises:
-        UnsupportedError: If the name is unknown, or a setting is one that no runtime implements.
-    """
+    """The scheduler of that name, diffusers' own, with the settings of ``source``; arguments and errors as above."""
     if name not in SCHEDULERS:
         raise UnsupportedError(f"scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
     given = source if isinstance(source, Mapping) else getattr(source, "config", None)
@@ -86,23 +79,38 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
         raise UnsupportedError(
             f"scheduler source of type {type(source).__name__}: expected a diffusers scheduler or its config"
         )
-    settings = dict(given)
-    only_defaults = set(settings.pop("_use_default_values", ()))
-    settings = {key: value for key, value in settings.items() if key not in only_defaults}
+    kind = type(source) if isinstance(source, SchedulerMixin) else _named_class(given)
+    target = SCHEDULERS[name]
+    if kind is not None and target.__name__ not in (kind.__name__, *kind._compatibles):
+        raise UnsupportedError(
+            f"scheduler {kind.__name__}: {name} does not follow its noise process; expected a model saved with a "
+            "scheduler that diffusers lists as compatible (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, ...)"
+        )
+    defaults = {*given.get("_use_default_values", ())} - {*_PROCESS}
+    settings = {key: value for key, value in given.items() if key[:1] != "_" and key not in defaults}
+    own = {} if kind is None else _parameters(kind)
+    settings = {key: own[key] for key in _PROCESS if key in own} | settings
     if name.endswith("_karras"):
         settings["use_karras_sigmas"] = True
     # Before diffusers sees them, whose own refusals do not always name the setting.
     _refuse_unimplemented(settings, name)
+    read = settings if kind is None else {key: given.get(key, default) for key, default in own.items()}
+    _refuse_foreign(read, name)
     _read(settings, name)
     try:
-        return SCHEDULERS[name].from_config(settings)
+        return target.from_config(settings)
     except (ValueError, TypeError, NotImplementedError) as e:
         raise UnsupportedError(f"scheduler {name}: diffusers refuses these settings: {e}") from e
 
 
+def _named_class(given: Mapping[str, Any]) -> Any:
+    found: Any = getattr(diffusers, str(given.get("_class_name")), None)
+    return found if SchedulerMixin in getattr(found, "__mro__", ()) else None
+
+
 def _read(settings: Mapping[str, Any], name: str) -> SchedulerConfig:
     # A built scheduler's config also keeps what its source said to other kinds.
-    known = _parameters(name)
+    known = _parameters(SCHEDULERS[name])
     fields: dict[str, Any] = {
         field: _plain(field, settings[field])
         for field in SchedulerConfig.__struct_fields__
@@ -116,12 +124,13 @@ def _read(settings: Mapping[str, Any], name: str) -> SchedulerConfig:
 
 
 def _refuse_unimplemented(settings: Mapping[str, Any], name: str) -> None:
+    """Refuses settings of the target's class that the runtime does not implement."""
     # ddim and euler do not know the setting, but the UNet's output has twice the channels all the same.
     if settings.get("variance_type") in _LEARNED_VARIANCE:
         raise UnsupportedError(
             f"{name}: scheduler variance_type {settings['variance_type']!r}: expected a UNet that predicts no variance"
         )
-    for key, supported in _parameters(name).items():
+    for key, supported in _parameters(SCHEDULERS[name]).items():
         if key not in settings or key in SchedulerConfig.__struct_fields__ or key in _WITHOUT_EFFECT:
             continue
         given = settings[key]
@@ -131,9 +140,20 @@ def _refuse_unimplemented(settings: Mapping[str, Any], name: str) -> None:
             raise UnsupportedError(f"{name}: scheduler {key} {given!r}: expected {supported!r}")
 
 
-def _parameters(name: str) -> dict[str, Any]:
-    """Each setting of diffusers' class, with its default."""
-    parameters = inspect.signature(SCHEDULERS[name].__init__).parameters.values()
+def _refuse_foreign(settings: Mapping[str, Any], name: str) -> None:
+    """Refuses what the source's class reads and the target's does not, unless it is off or only another's way."""
+    neutral = {key: value for kind in SCHEDULERS.values() for key, value in _parameters(kind).items()}
+    for key, given in settings.items():
+        let_pass = key in _parameters(SCHEDULERS[name]) or key in _OF_ONE_SAMPLER or key in _WITHOUT_EFFECT
+        if not let_pass and given not in (None, False) and given != neutral.get(key):
+            raise UnsupportedError(
+                f"{name}: scheduler {key} {given!r}: {name} does not read it; expected {neutral.get(key)!r}"
+            )
+
+
+def _parameters(kind: Any) -> dict[str, Any]:
+    """Each setting of a scheduler's class, with its default."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from edgediff.config.choices import Cut
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.clockwork import split
-from edgediff.models.layers import flatten
+from edgediff.models.layers import flatten, refuse_freeu
 from edgediff.models.slim import check_unet, plain_config, slim_config
 from edgediff.models.wavelet import HAAR, check_wavelet, dwt2, idwt2
 
@@ -257,6 +257,7 @@ class SpectralUNet2DModel(UNet2DModel):  # type: ignore[misc]
         super().__init__(*args, **settings)
         self.register_to_config(wavelet=wavelet, gate_takes_time=gate_takes_time)
         gate_resampling(self, wavelet, gate_takes_time)
+        keep_divided(self)
 
     __init__.__signature__ = _signature(UNet2DModel)  # type: ignore[attr-defined]
 
@@ -275,6 +276,7 @@ class SpectralUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
         super().__init__(*args, **settings)
         self.register_to_config(wavelet=wavelet, gate_takes_time=gate_takes_time)
         gate_resampling(self, wavelet, gate_takes_time)
+        keep_divided(self)
 
     __init__.__signature__ = _signature(UNet2DConditionModel)  # type: ignore[attr-defined]
 
@@ -296,7 +298,15 @@ class SpectralUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
 def _run_layers(unet: Any, sample: torch.Tensor, timestep: Any, **cond: Any) -> torch.Tensor:
     """Runs a UNet layer by layer: diffusers' blocks call resamplers without the time embedding."""
     given = {name: value for name, value in cond.items() if value is not None}
-    return split(unet, Cut()).full(sample, timestep, **given)[0]
+    refuse_freeu(unet)
+    out: torch.Tensor = unet.divided.full(sample, timestep, **given)[0]
+    return out
+
+
+def keep_divided(unet: Any) -> None:
+    """Divides a UNet whose gates look at the time, for `_run_layers`; again where its blocks were replaced."""
+    # No submodule: its weights are the UNet's own, and would be saved twice.
+    object.__setattr__(unet, "divided", split(unet, Cut()) if unet.config.gate_takes_time else None)
 
 
 SPECTRAL = {"SpectralUNet2DModel": SpectralUNet2DModel, "SpectralUNet2DConditionModel": SpectralUNet2DConditionModel}

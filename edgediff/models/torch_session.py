@@ -1,44 +1,54 @@
 """torch behind the runtime's `Session`: the same loop, with the UNet itself in place of exported graphs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from edgediff.models.part import Part
-from edgediff.models.tensors import TorchTensors
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import Graph, Tensor
+
+DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {torch.float32: "float32", torch.int64: "int64"}
+
+
+class TorchTensors:
+    """How sessions that compute in torch take arrays in and give them back."""
+
+    device = torch.device("cpu")
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """Takes a C-contiguous array to the session's device; on the CPU it is wrapped without a copy."""
+        return torch.from_numpy(array).to(self.device)
+
+    def get(self, value: torch.Tensor) -> np.ndarray:
+        """Gives a tensor back as an array, on the CPU on the tensor's memory: graphs make new outputs in every call."""
+        return value.cpu().numpy()
 
 
 class TorchSession(TorchTensors):
-    """Runs parts of a UNet in torch, without gradients.
+    """Runs parts of a UNet in torch, without gradients, where the first weights are.
 
     Attributes:
-        graphs: The parts as `edgediff.models.graphs.graph_list` lists them.
-        batch: None: any number of rows.
-        device: Where the UNet's weights are.
+        graphs: What runs, in the order of a step.
+        batch: Rows that go through a part at once; None for all of them.
     """
 
-    batch: int | None = None
-
-    def __init__(self, parts: Mapping[str, Part], graphs: tuple[Graph, ...]) -> None:
-        """Takes what is there.
-
-        Args:
-            parts: What runs, by the graphs' names.
-            graphs: In the order in which a step runs them.
-        """
+    def __init__(self, parts: Mapping[str, Part], graphs: tuple[Graph, ...], batch: int | None = None) -> None:
+        """Takes the parts by the names of their graphs."""
         self.parts = dict(parts)
         self.graphs = graphs
+        self.batch = batch
         self.device = next(tensor for part in self.parts.values() for tensor in part.parameters()).device
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs the part of the graph's name.
-
-        Args:
-            graph: One of the session's.
-            tensors: By name; the outputs are added.
-        """
+        """Runs the part of the graph's name; its outputs are added to `tensors`."""
         part = self.parts[graph.name]
         tensors.update(zip(part.outputs, part(*(tensors[name] for name in part.inputs)), strict=True))
+
+
+def graph_tensor(name: str, value: torch.Tensor) -> Tensor:
+    """A tensor as graphs list it: any number of rows, but one ``timestep``."""
+    shape = tuple(value.shape) if name == "timestep" else ("batch", *value.shape[1:])
+    return Tensor(name=name, dtype=DTYPES[value.dtype], shape=shape)

@@ -1,58 +1,80 @@
-"""The undivided UNet as a part: what a full step of the divided one is held to, and what a clock saves time against."""
+"""The undivided UNet behind the runtime's interfaces: full steps are checked against it, training samples with it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from edgediff.models.part import Part
+from edgediff.models.torch_session import TorchSession, graph_tensor
 from edgediff_runtime.manifest import Graph
+
+if TYPE_CHECKING:
+    from edgediff.models.load import Model
 
 NAME = "undivided"
 ADDED = ("text_embeds", "time_ids")
 
 
+def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Runs one of diffusers' UNets on named tensors.
+
+    Args:
+        unet: The UNet.
+        sample: [B, C, H, W].
+        timestep: [1] or [B].
+        cond: The conditioning by name: ``class_labels``, ``encoder_hidden_states``, ``text_embeds``, ``time_ids``.
+
+    Returns:
+        [B, C', H, W].
+    """
+    given: dict[str, Any] = {name: value for name, value in cond.items() if name not in ADDED}
+    added = {name: cond[name] for name in ADDED if name in cond}
+    if added:
+        given["added_cond_kwargs"] = added
+    if isinstance(unet, UNet2DConditionModel):
+        given.setdefault("encoder_hidden_states", None)  # asked for, also where no layer looks at it
+    out: torch.Tensor = unet(sample, timestep, **given, return_dict=False)[0]
+    return out
+
+
 class Undivided(Part):
-    """A diffusers UNet with named tensors in the place of its keywords; weights are shared."""
+    """A diffusers UNet as a part; weights are shared."""
 
     def __init__(self, unet: Any, inputs: tuple[str, ...]) -> None:
-        """Takes a UNet as it is.
-
-        Args:
-            unet: One of diffusers' classes.
-            inputs: What it takes: ``sample``, ``timestep`` and the conditioning, as `SplitUNet.inputs` lists them.
-        """
+        """Takes ``sample``, ``timestep`` and the conditioning by the names in `inputs`."""
         super().__init__(inputs, ("out_sample",))
         self.unet = unet
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the UNet; ``out_sample`` is [B, C, H, W]."""
-        given: dict[str, Any] = {name: value for name, value in tensors.items() if name not in ADDED}
-        added = {name: tensors[name] for name in ADDED if name in tensors}
-        if added:
-            given["added_cond_kwargs"] = added
-        if isinstance(self.unet, UNet2DConditionModel):
-            given.setdefault("encoder_hidden_states", None)  # asked for, also where no layer looks at it
-        return {"out_sample": self.unet(**given, return_dict=False)[0]}
+        """Runs the UNet; ``out_sample`` is [B, C', H, W]."""
+        cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep")}
+        return {"out_sample": predict(self.unet, tensors["sample"], tensors["timestep"], cond)}
 
 
-def undivided_graph(graphs: tuple[Graph, ...], inputs: tuple[str, ...], file: str = NAME) -> Graph:
-    """The undivided UNet as the manifest would list it.
-
-    Args:
-        graphs: The graphs of the divided one, which know the shapes.
-        inputs: As of `Undivided`.
-        file: Where it lies.
-
-    Returns:
-        A graph that every step runs.
-    """
-    tensors: Mapping[str, Any] = {tensor.name: tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
+def undivided_graph(model: "Model", file: str = NAME) -> Graph:
+    """The undivided UNet as the manifest would list it: a graph that every step runs."""
+    channels, height, width = model.sample_shape
+    given = {"sample": torch.empty(1, channels, height, width, device="meta"), "timestep": torch.empty(1)}
+    for name, spec in model.conditioning.tensors.items():
+        given[name] = torch.empty(1, *spec.shape, dtype=spec.dtype, device="meta")
+    out = torch.empty(1, model.out_channels, height, width, device="meta")
     return Graph(
         name=NAME,
         file=file,
         frequency="step",
-        inputs=tuple(tensors[name] for name in inputs),
-        outputs=(tensors["out_sample"],),
+        inputs=tuple(graph_tensor(name, value) for name, value in given.items()),
+        outputs=(graph_tensor("out_sample", out),),
     )
+
+
+def undivided_session(model: "Model", batch: int | None = None) -> TorchSession:
+    """The undivided UNet behind the runtime's `Session`: every step is full.
+
+    Args:
+        model: Its UNet runs where its weights are.
+        batch: Rows that go through the UNet at once; None for all of them.
+    """
+    graph = undivided_graph(model)
+    return TorchSession({NAME: Undivided(model.unet, tuple(t.name for t in graph.inputs))}, (graph,), batch)

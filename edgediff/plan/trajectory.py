@@ -5,7 +5,6 @@ figure here can be looked at as a picture. One image at a time, as a phone makes
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,43 +13,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.errors import ConfigError
-from edgediff.plan.replay import ReplaySession
-from edgediff_runtime import EdgePipeline, Manifest, OperatingPointWarning, Result, Step
-from edgediff_runtime.clock import ClockSpec
-from edgediff_runtime.sessions import Session
+from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime.manifest import Graph
+from edgediff_runtime.sessions import Array, Session
 
 Mask = tuple[bool, ...]
 Errors = NDArray[np.float64]
 
 
-def spell(mask: Iterable[bool]) -> str:
-    """A mask as options and recipes take it.
-
-    Args:
-        mask: One entry for each step, True = full.
-
-    Returns:
-        Such as ``1,0,1,0``.
-
-    >>> spell((True, False, True))
-    '1,0,1'
-    """
-    return ",".join("1" if full else "0" for full in mask)
-
-
 def psnr_db(error: float) -> float:
-    """A mean squared error as PSNR, the peak being 1: an image's range, or the deviation of the reference's latents.
+    """A mean squared error as PSNR in dB, the peak being 1: an image's range, or the deviation of latents.
 
-    Args:
-        error: Above 0, or 0.
-
-    Returns:
-        dB; infinity for 0.
-
-    >>> psnr_db(0.001)
-    30.0
+    >>> psnr_db(0.001), psnr_db(0)
+    (30.0, inf)
     """
     return math.inf if error <= 0 else 10 * math.log10(1 / error)
+
+
+class ReplaySession:
+    """A session that runs a graph only from where a generation first differs from the one before it.
+
+    Two generations from the same request (but for the clock) are the same as long as they run the same graphs in the
+    same order: a mask that caches step 5 alone does until then what clock 1 does. Masks in the order of `sorted` share
+    the most; the tensors of one generation stay in memory. One generation at a time.
+
+    Attributes:
+        graphs: As in the session behind it.
+        batch: The same.
+        runs: How many graphs were run, and not taken from before.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.graphs = session.graphs
+        self.batch = session.batch
+        self.put, self.get = session.put, session.get
+        self.runs = 0
+        self._session = session
+        self._calls: list[tuple[Graph, dict[str, Any]]] = []
+        self._request: object = None
+        self._at = 0
+        self._alike = False
+
+    def begin(self, request: object) -> None:
+        """Tells that a generation begins; one whose `request` equals the last differs from it by its clock alone."""
+        if request != self._request:
+            self._calls.clear()
+        self._request, self._at, self._alike = request, 0, True
+
+    def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
+        """Runs a graph, or puts what it gave in the last generation among the tensors."""
+        self._alike = self._alike and self._at < len(self._calls) and self._calls[self._at][0] is graph
+        if self._alike:
+            tensors.update(self._calls[self._at][1])
+        else:
+            del self._calls[self._at :]
+            self._session.run(graph, tensors)
+            self.runs += 1
+            self._calls.append((graph, {tensor.name: tensors[tensor.name] for tensor in graph.outputs}))
+        self._at += 1
 
 
 @dataclass
@@ -82,21 +102,15 @@ class Trajectories:
         if self.num_images < 1:
             raise ConfigError(f"num_images is {self.num_images}; expected a whole number above 0")
         self._replay = ReplaySession(self.session)
-        self._pipe = EdgePipeline(self.manifest, self._replay)
-        self._references: dict[int, NDArray[Any]] = {}
+        # An adaptor was trained for one clock, and the others are what is measured here.
+        self._pipe = EdgePipeline(self.manifest, self._replay, warn=False)
+        self._references: dict[int, Array] = {}
         self._errors: dict[Mask, Errors] = {}
         for image in (0, self.num_images - 1):
             self._pipe.stream(**self.request(image), clock=1)  # whatever does not fit is said now; nothing runs
 
     def request(self, image: int) -> dict[str, Any]:
-        """What makes an image, but for the clock.
-
-        Args:
-            image: Its number.
-
-        Returns:
-            Arguments of `EdgePipeline.stream`.
-        """
+        """Arguments of `EdgePipeline.stream` that make an image, but for the clock."""
         request: dict[str, Any] = {
             "num_images": 1,
             "num_inference_steps": self.steps,
@@ -110,11 +124,9 @@ class Trajectories:
     def errors(self, masks: Iterable[Mask]) -> dict[Mask, Errors]:
         """Measures masks; those that were measured before are not run again.
 
-        Args:
-            masks: One entry for each step, True = full.
-
         Returns:
-            For each mask the error of every image, float64 [N].
+            For each mask how far every image is from clock 1's, float64 [N]: the mean squared difference, in pixel
+            space of the uint8 images scaled to [0, 1], in latent space of the latents over the variance of clock 1's.
         """
         masks = list(dict.fromkeys(masks))
         # In this order each mask has the most in common with the one before it.
@@ -122,44 +134,24 @@ class Trajectories:
         found = np.zeros((len(new), self.num_images))
         for image in range(self.num_images if new else 0):
             self.say(f"planning: image {image + 1} of {self.num_images}, {len(new)} masks of {self.steps} steps")
-            self._reference(image)
+            if image not in self._references:
+                self._references[image] = self._run(image, (True,) * self.steps)
+            reference = self._references[image]
+            scale = 255.0**2 if self._in_pixels else max(float(np.var(reference)), 1e-12)
             for k, mask in enumerate(new):
-                found[k, image], _ = self.error(image, mask)
+                found[k, image] = np.mean((self._run(image, mask) - reference) ** 2) / scale
         self._errors |= dict(zip(new, found, strict=True))
         return {mask: self._errors[mask] for mask in masks}
 
-    def error(self, image: int, clock: ClockSpec) -> tuple[float, tuple[Step, ...]]:
-        """Measures one image.
+    @property
+    def _in_pixels(self) -> bool:
+        return self.manifest.sample.space == "pixel"
 
-        Args:
-            image: Its number.
-            clock: Any clock that the runtime takes.
-
-        Returns:
-            How far the image is from clock 1's: the mean squared difference, in pixel space of the uint8 images scaled
-            to [0, 1], in latent space of the latents over the variance of clock 1's. And the steps as they were run.
-        """
-        reference = self._reference(image)
-        result = self._run(image, clock)
-        difference = np.mean((_final(result).astype(np.float64) - reference) ** 2)
-        scale = 255.0**2 if result.space == "pixel" else max(float(np.var(reference)), 1e-12)
-        return float(difference) / scale, result.ledger
-
-    def _reference(self, image: int) -> NDArray[Any]:
-        if image not in self._references:
-            self._references[image] = _final(self._run(image, 1)).astype(np.float64)
-        return self._references[image]
-
-    def _run(self, image: int, clock: ClockSpec) -> Result:
+    def _run(self, image: int, mask: Mask) -> Array:
+        """What a clock makes of an image, as float64."""
         self._replay.begin(self.seed + image)
-        with warnings.catch_warnings():
-            # An adaptor was trained for one clock, and the others are what is measured here.
-            warnings.simplefilter("ignore", OperatingPointWarning)
-            return self._pipe(**self.request(image), clock=clock)
-
-
-def _final(result: Result) -> NDArray[Any]:
-    return result.images if result.space == "pixel" else result.latents
+        result = self._pipe(**self.request(image), clock=mask)
+        return (result.images if self._in_pixels else result.latents).astype(np.float64)
 
 
 def _row(value: Any, image: int) -> Any:

@@ -5,6 +5,7 @@ table of targets on installations that have none of the converters.
 """
 
 import contextlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class Outline:
     rows: int
     verify: VerifyConfig
 
+    def unet(self, graphs: tuple[m.Graph, ...], dtype: Any, batch: int | None) -> m.Component:
+        """The UNet's entry, with these graphs and the floors that go with a dtype."""
+        return m.Component("step", dtype, batch, self.verify.floors(dtype), graphs, self.layout)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -73,6 +78,7 @@ class Job:
     Attributes:
         folder: The bundle that is being written.
         target: The target's entry in the draft of the manifest.
+        unet_config: The UNet's configuration, as diffusers saves it.
         modules: The modules by the names of their graphs.
         reference: What torch computed: real inputs of every graph.
         pipe: A pipeline over torch, for further trajectories.
@@ -83,6 +89,7 @@ class Job:
 
     folder: Path
     target: m.Target
+    unet_config: dict[str, Any]
     modules: "Mapping[str, Part]"
     reference: "Reference"
     pipe: "EdgePipeline"
@@ -98,7 +105,8 @@ class Job:
         """
         from edgediff.bundle.reference import recorded_inputs
 
-        examples = {graph.name: recorded_inputs(self.reference, graph) for graph in self.target.graphs if graph.file}
+        written = [graph for graph in self.target.unet.graphs if graph.file is not None]
+        examples = {graph.name: recorded_inputs(self.reference, graph) for graph in written}
         for name, inputs in examples.items():
             if not inputs:
                 raise ConfigError(
@@ -161,11 +169,12 @@ class Target(ABC):
     def describe(self, outline: Outline, config: Any) -> m.Target:
         """The target's entry in the manifest before any file exists."""
 
-    def essence(self, entry: m.Target) -> m.Target:
+    def essence(self, entry: Any) -> m.Target:
         """The entry without what only writing fills in: two exports with equal essences are the same bundle."""
-        return entry
+        target: m.Target = entry.with_unet(model=None, files=())
+        return target
 
-    def run_hint(self, entry: m.Target) -> str:
+    def run_hint(self, entry: Any) -> str:
         """How to run these graphs, one line for the bundle's README."""
         return f"{self.title}: `edgediff run . -o out.png --backend {self.backends[0]}`."
 
@@ -239,6 +248,13 @@ def fixed(tensors: Iterable[m.Tensor], rows: int) -> tuple[m.Tensor, ...]:
         msgspec.structs.replace(t, shape=tuple(rows if isinstance(size, str) else size for size in t.shape))
         for t in tensors
     )
+
+
+def write_unet_config(job: Job, folder: Path) -> None:
+    """Writes config.json beside the UNet's graphs, as diffusers and the tools around it look for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(job.unet_config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,14 +1,17 @@
-"""The folder of a training: what is trained there, so that nothing else goes on from its checkpoints."""
+"""The folder of a training: what is trained there, and that no other training writes there at the same time."""
 
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from accelerate import Accelerator, PartialState
 
 from edgediff.errors import TargetError
+from edgediff.outputs import as_text, check_folder, lock, unlock, write_whole
 
 SETTINGS = "training.json"
 CHECKPOINTS = "checkpoints"
@@ -20,20 +23,17 @@ class Claim:
     """What a training wants its folder for.
 
     Attributes:
-        settings: What is asked for.
+        settings: What is asked for; its `free` may change when a training goes on, its `free_after` also once it is
+            finished.
         sources: Hash of each thing that is learnt from, by what another one would be called: ``another model``.
         processes: How many train together.
         product: The file that a finished training leaves.
-        free: Settings that a training that has begun may change: how it goes on, not what it learns from.
-        free_after: Those of them that make no other result, and may differ from a finished one's.
     """
 
-    settings: msgspec.Struct
+    settings: Any
     sources: dict[str, str]
     processes: int
     product: str
-    free: tuple[str, ...]
-    free_after: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """What the folder's file holds."""
@@ -43,86 +43,104 @@ class Claim:
             "settings": msgspec.to_builtins(self.settings),
         }
 
+    def is_finished(self, path: Path) -> bool:
+        """Whether the training's result is in a folder."""
+        return (path / self.product).is_file()
+
+
+def check_output(path: Path) -> None:
+    """Refuses a folder that cannot be written or that another training writes, before anything is read.
+
+    Raises:
+        TargetError: It is a file, cannot be written, has a name that is not UTF-8, or another training runs there.
+    """
+    if as_text(path.resolve()) != str(path.resolve()):
+        raise TargetError(f"{as_text(path.resolve())}: the name is not UTF-8; choose another folder")
+    check_folder(path)
+    if path.is_dir() and is_main_process():
+        unlock(_lock(path))
+
 
 def check_place(path: Path, claim: Claim) -> None:
     """Refuses a folder that holds something else.
 
-    Args:
-        path: Where the training's result is to be.
-        claim: What for.
-
     Raises:
         TargetError: The folder holds a training of other settings or other sources, or files that are none of ours.
     """
-    file = path / SETTINGS
+    check_folder(path)
     if not path.exists():
         return
-    if not path.is_dir():
-        raise TargetError(f"{path} is a file; choose another folder")
-    names = {entry.name for entry in path.iterdir()}
-    finished = is_finished(path, claim)
+    file = path / SETTINGS
+    # A kill may have left this one half written.
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{SETTINGS}.")}
+    finished = claim.is_finished(path)
     if SETTINGS not in names:
-        if names - {f"{SETTINGS}.partial"}:
+        if names:
             what = f"a result without its {SETTINGS}" if finished else "something else"
             raise TargetError(f"{path} holds {what}; choose another folder")
         return
-    if not finished and not names - {SETTINGS, f"{SETTINGS}.partial"}:
+    if not finished and names == {SETTINGS}:
         return  # nothing has come of it yet
     try:
         found = msgspec.json.decode(file.read_bytes())
         old = {name: found[name] for name in ("sources", "processes", "settings")}
-    except (msgspec.DecodeError, TypeError, KeyError) as e:
+    except (OSError, msgspec.DecodeError, ValueError, TypeError, KeyError) as e:
         raise TargetError(f"{file} is damaged; remove {path} or choose another folder") from e
     differs = _differences(old, claim, finished)
     if differs:
         raise TargetError(f"{path} holds a training with {differs}; choose another folder")
 
 
-def claim_place(path: Path, claim: Claim) -> None:
-    """Writes into the folder what is trained there.
+@contextmanager
+def claimed(path: Path, claim: Claim, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps a training's folder for as long as the block takes: says there what is trained, and locks it.
 
-    Args:
-        path: Made where it is missing.
-        claim: What for.
+    The lock ends with the process, however it ends.
 
     Raises:
-        TargetError: It cannot be written.
+        TargetError: The folder holds something else, cannot be written, or another training runs there.
     """
+    held = None
+    accelerator.wait_for_everyone()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        partial = path / f"{SETTINGS}.partial"
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(claim.to_dict()), indent=1) + b"\n")
-        os.replace(partial, path / SETTINGS)
-    except OSError as e:
-        raise TargetError(f"{path} cannot be written: {e.strerror or e}") from e
+        if accelerator.is_main_process:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                held = _lock(path)
+                check_place(path, claim)
+                data = msgspec.json.format(msgspec.json.encode(claim.to_dict()), indent=1) + b"\n"
+                write_whole(path / SETTINGS, lambda scratch: scratch.write_bytes(data))
+            except OSError as e:
+                raise TargetError(f"{path} cannot be written: {e.strerror or e}") from e
+        accelerator.wait_for_everyone()
+        yield
+    finally:
+        unlock(held)
 
 
-def is_finished(path: Path, claim: Claim) -> bool:
-    """Whether the training's result is there.
-
-    Args:
-        path: The folder.
-        claim: What for.
-
-    Returns:
-        True where it is.
-    """
-    return (path / claim.product).is_file()
+def clear_place(path: Path, accelerator: Accelerator) -> None:
+    """Removes what a finished training no longer needs."""
+    if accelerator.is_main_process:
+        for name in (CHECKPOINTS, STORE):
+            shutil.rmtree(path / name, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
-def clear_place(path: Path) -> None:
-    """Removes what a finished training no longer needs.
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks: of several that train together, the first."""
+    return bool(PartialState().is_main_process)
 
-    Args:
-        path: Its folder.
-    """
-    for name in (CHECKPOINTS, STORE):
-        shutil.rmtree(path / name, ignore_errors=True)
+
+def _lock(path: Path) -> int | None:
+    try:
+        return lock(path)
+    except BlockingIOError as e:
+        raise TargetError(f"{path}: another training runs there; wait for it to end, or choose another folder") from e
 
 
 def _differences(old: dict[str, Any], claim: Claim, finished: bool) -> str:
     """In what another training differs."""
-    free = claim.free_after if finished else claim.free
+    free = claim.settings.free_after if finished else claim.settings.free
     # As it comes back from the file: a tuple is a list there.
     was, wanted = old["settings"], msgspec.json.decode(msgspec.json.encode(claim.settings))
     if not isinstance(was, dict) or not isinstance(old["sources"], dict):

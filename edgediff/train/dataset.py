@@ -1,8 +1,11 @@
 """What a UNet learns from: images, what is held out of them, and the model's class of each."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from edgediff.data.batches import Batches, as_channels_first
@@ -10,21 +13,16 @@ from edgediff.data.classes import class_indices
 from edgediff.data.image_folder import ImageSet, divide, read_images
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.load import Model
-from edgediff.train.space import LatentSpace
-from edgediff.train.unet_settings import UNetTraining
+from edgediff.train.latents import encode
+from edgediff.train.settings import UNetTraining
 
 HELD_BACK = 0.1
 
 
-def read_data(settings: UNetTraining, size: int) -> tuple[ImageSet, ImageSet]:
-    """Reads what is learnt from and what is not.
-
-    Args:
-        settings: Name the folders.
-        size: Height and width, in pixels.
-
-    Returns:
-        The images and the held-out images, of the same classes.
+def read_data(
+    settings: UNetTraining, size: int, progress: Callable[[str, float], None] | None
+) -> tuple[ImageSet, ImageSet]:
+    """Reads the images that are learnt from and those held out, of the same classes, `size` pixels high and wide.
 
     Raises:
         ConfigError: No folder is named.
@@ -32,7 +30,7 @@ def read_data(settings: UNetTraining, size: int) -> tuple[ImageSet, ImageSet]:
     """
     if settings.data is None:
         raise ConfigError("no images: name a folder, --data DIR or 'data' in the settings")
-    data = read_images(settings.data, size, minimum=2)
+    data = read_images(settings.data, size, minimum=2, progress=progress)
     if settings.held_out is None:
         kept, held_back = divide(data, HELD_BACK, seed=0)
         if not len(held_back):
@@ -40,7 +38,7 @@ def read_data(settings: UNetTraining, size: int) -> tuple[ImageSet, ImageSet]:
                 f"{settings.data} has one image of each class; expected more, or held-out images of their own"
             )
         return replace(kept, skipped=data.skipped), held_back
-    held_out = read_images(settings.held_out, size)
+    held_out = read_images(settings.held_out, size, progress=progress)
     strange = sorted(set(held_out.names) - set(data.names))
     if strange or bool(held_out.names) != bool(data.names):
         what = ", ".join(strange[:5]) or "none"
@@ -49,14 +47,7 @@ def read_data(settings: UNetTraining, size: int) -> tuple[ImageSet, ImageSet]:
 
 
 def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
-    """The model's class of each image.
-
-    Args:
-        model: The model.
-        data: Images whose classes bear the model's names.
-
-    Returns:
-        int64 [N]; None where the model is not conditioned.
+    """The model's class of each image, int64 [N]; None where the model is not conditioned.
 
     Raises:
         ConfigError: The model is conditioned on something else.
@@ -68,24 +59,17 @@ def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
     return class_indices(known.labels if known.kind == "class" else None, data, "model")
 
 
-def batches_of(data: ImageSet, model: Model, space: LatentSpace | None, settings: UNetTraining) -> Batches:
-    """Images in the form that updates draw them in.
-
-    Args:
-        data: The images.
-        model: What learns from them.
-        space: Whose latents it works on; None for pixels.
-        settings: Whether images are mirrored, and the order's seed.
-
-    Returns:
-        The batches.
+def batches_of(data: ImageSet, model: Model, vae: AutoencoderKL | None, settings: UNetTraining) -> Batches:
+    """Images, or their latents by an autoencoder, in the form that updates draw them in.
 
     Raises:
         ConfigError: The autoencoder's levels do not divide the images, or the model's conditioning does not fit.
         DataError: The images' classes do not fit the model.
     """
     labels = classes_of(model, data)
-    if space is None:
+    if vae is None:
         return Batches(as_channels_first(data.images), None, labels, settings.seed)
-    mirrored = space.encode(np.ascontiguousarray(data.images[:, :, ::-1])) if settings.flip else None
-    return Batches(space.encode(data.images), mirrored, labels, settings.seed)
+    mirrored: torch.Tensor | None = None
+    if settings.flip:
+        mirrored = encode(vae, np.ascontiguousarray(data.images[:, :, ::-1]))
+    return Batches(encode(vae, data.images), mirrored, labels, settings.seed)

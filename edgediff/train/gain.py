@@ -11,6 +11,7 @@ from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.torch_session import TorchSession
 from edgediff.train.rollout import Rollouts
+from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import denoise, initial_latents
 
 IMAGES = 16
@@ -37,13 +38,7 @@ class Gain:
 def measure_gain(model: Model, learned: SplitUNet, rollouts: Rollouts) -> Gain:
     """Generates the same samples at clock 1, with the identity and with the learned adaptor.
 
-    Args:
-        model: The model.
-        learned: The same, divided, with the adaptor.
-        rollouts: What it was trained with: sampler, clock, guidance and prompts.
-
-    Returns:
-        The gain.
+    `rollouts`, which the adaptor was trained with, give sampler, clock, guidance and prompts.
     """
     identity = split(model.unet, learned.cut).to(next(learned.parameters()).device)
     always = (True,) * len(rollouts.mask)
@@ -80,13 +75,10 @@ def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[
 def _psnr(reference: np.ndarray, samples: np.ndarray, space: str) -> np.ndarray:
     """PSNR of each sample, [N]."""
     axes = (1, 2, 3)
+    peak: np.ndarray | float = np.abs(reference).max(axis=axes)
     if space == "pixel":
-        reference, samples = (
-            np.rint(255 * np.clip(x.astype(np.float64) / 2 + 0.5, 0, 1)) for x in (reference, samples)
-        )
-        peak: np.ndarray | float = 255.0
-    else:
-        peak = np.abs(reference).max(axis=axes)
+        reference, samples = (to_uint8(x).astype(np.float64) for x in (reference, samples))
+        peak = 255.0
     error = np.mean((reference - samples) ** 2, axis=axes)
     result: np.ndarray = 20 * np.log10(peak / np.sqrt(np.maximum(error, 1e-10)))
     return result

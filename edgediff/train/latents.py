@@ -1,7 +1,10 @@
 """Latents of images and images of latents, by a KL autoencoder of diffusers."""
 
 import hashlib
+import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +15,17 @@ from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
-from edgediff.models.load import one_line, read_json
+from edgediff.models.load import Model, one_line, read_json
+from edgediff_runtime.image import to_uint8
 
 CONFIG = "config.json"
+FOLDER = "vae"
+_INDEX = "model_index.json"
 _AT_ONCE = 64
 
 
 def load_autoencoder(path: str | Path) -> AutoencoderKL:
-    """Reads an autoencoder.
-
-    Args:
-        path: Its folder, or that of a pipeline with a ``vae``.
+    """Reads an autoencoder from its folder, or from that of a pipeline with a ``vae``.
 
     Returns:
         The autoencoder in evaluation mode, float32, on the CPU.
@@ -31,7 +34,7 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
         ModelError: There is none, its files cannot be read, or it is not one of RGB images.
     """
     path = Path(path)
-    path = path / "vae" if (path / "vae").is_dir() else path
+    path = path / FOLDER if (path / FOLDER).is_dir() else path
     config = read_json(path / CONFIG)
     if config.get("_class_name") != "AutoencoderKL":
         raise ModelError(f"{path / CONFIG} is of class {config.get('_class_name')!r}; expected AutoencoderKL")
@@ -48,7 +51,7 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> torch.Tensor:
-    """Makes latents: the mean of each image's posterior, scaled.
+    """Makes latents: the mean of each image's posterior, scaled to about unit variance.
 
     Args:
         vae: In evaluation mode.
@@ -75,34 +78,17 @@ def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE)
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = _AT_ONCE) -> NDArray[np.uint8]:
-    """Makes images of latents.
-
-    Args:
-        vae: In evaluation mode.
-        latents: float32 [N, C, h, w], scaled as `encode` does.
-        batch: Images at once.
-
-    Returns:
-        uint8 [N, H, W, 3].
-    """
+    """Makes images, uint8 [N, H, W, 3], of latents, float32 [N, C, h, w], scaled as `encode` does."""
     shift, scale = _affine(vae)
     made = []
     for first in range(0, len(latents), batch):
         z = latents[first : first + batch].to(vae.device) / scale + shift
-        x = vae.decode(z).sample.float().permute(0, 2, 3, 1).cpu().numpy()
-        made.append(np.rint(127.5 * (np.clip(x, -1, 1) + 1)).astype(np.uint8))
+        made.append(to_uint8(vae.decode(z).sample.float().cpu().numpy()))
     return np.concatenate(made)
 
 
 def hash_of_autoencoder(vae: AutoencoderKL) -> str:
-    """What tells one autoencoder from another.
-
-    Args:
-        vae: On the CPU.
-
-    Returns:
-        sha256 over its weights and what scales its latents.
-    """
+    """sha256 over the weights, on the CPU, and what scales the latents."""
     digest = hashlib.sha256(repr(_affine(vae)).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode())
@@ -111,15 +97,34 @@ def hash_of_autoencoder(vae: AutoencoderKL) -> str:
 
 
 def factor_of(vae: AutoencoderKL) -> int:
-    """By how much an autoencoder divides height and width.
-
-    Args:
-        vae: The autoencoder.
-
-    Returns:
-        A power of 2.
-    """
+    """By how much an autoencoder divides height and width: a power of 2."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> float:
+    """How near images, uint8 [N, H, W, 3], come back: ``20 log10(255 / rmse)`` over all of them, in dB."""
+    squares = 0.0
+    for first in range(0, len(images), batch):
+        some = images[first : first + batch]
+        squares += float(np.sum((decode(vae, encode(vae, some)).astype(np.float64) - some) ** 2))
+    rmse = math.sqrt(squares / images.size)
+    return 20 * math.log10(255 / rmse) if rmse > 0 else math.inf
+
+
+def save_beside(vae: AutoencoderKL, path: Path, model: Model) -> None:
+    """Writes an autoencoder, whole, into a model's folder, and an index that tells that the model works on latents.
+
+    An autoencoder that was trained there stays as it is.
+    """
+    if not (path / FOLDER).exists():
+        partial = path / f"{FOLDER}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        vae.save_pretrained(partial)
+        os.replace(partial, path / FOLDER)
+    parts = {"scheduler": model.scheduler, "unet": model.unet, FOLDER: vae}
+    index: dict[str, object] = {"_class_name": "DiffusionPipeline"}
+    index |= {name: [_library(type(part).__module__), type(part).__name__] for name, part in parts.items()}
+    (path / _INDEX).write_text(f"{json.dumps(index, indent=1)}\n", encoding="utf-8")
 
 
 def _affine(vae: AutoencoderKL) -> tuple[float, float]:
@@ -128,20 +133,6 @@ def _affine(vae: AutoencoderKL) -> tuple[float, float]:
     return 0.0 if shift is None else shift, vae.config.scaling_factor
 
 
-def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> float:
-    """How near images come back: ``20 log10(255 / rmse)`` over all of them.
-
-    Args:
-        vae: In evaluation mode.
-        images: uint8 [N, H, W, 3].
-        batch: Images at once.
-
-    Returns:
-        dB; infinity where all come back as they were.
-    """
-    squares = 0.0
-    for first in range(0, len(images), batch):
-        some = images[first : first + batch]
-        squares += float(np.sum((decode(vae, encode(vae, some)).astype(np.float64) - some) ** 2))
-    rmse = math.sqrt(squares / images.size)
-    return 20 * math.log10(255 / rmse) if rmse > 0 else math.inf
+def _library(module: str) -> str:
+    """Where a pipeline's index looks for a class: diffusers by its name, others by their module."""
+    return "diffusers" if module.startswith("diffusers.") else module

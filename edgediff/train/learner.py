@@ -1,4 +1,4 @@
-"""A UNet that learns: the terms of its loss, by name."""
+"""A UNet that learns: noised images and what it is to predict of them, a teacher, the terms of the loss."""
 
 from typing import Any
 
@@ -6,15 +6,62 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgediff.errors import ConfigError
+from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.load import Model
-from edgediff.models.whole import predict
+from edgediff.models.sampling import PREDICTIONS
+from edgediff.models.undivided import predict
 from edgediff.train.distillation import OUT, Distillation, tapped
-from edgediff.train.noising import Noising
 
 DDPM = "ddpm"
 SPATIAL = "spatial"
 FREQUENCY = "frequency"
+
+
+class Noising:
+    """A noise schedule, ready to noise with.
+
+    Attributes:
+        prediction: What the UNet predicts.
+        steps: Time steps that there are.
+    """
+
+    def __init__(self, scheduler: Any, device: torch.device) -> None:
+        """Reads the schedule of a scheduler of diffusers; `device` is where the images are.
+
+        Raises:
+            UnsupportedError: The scheduler has no such schedule, or predicts something else.
+        """
+        self.prediction = str(scheduler.config.get("prediction_type", "epsilon"))
+        if self.prediction not in PREDICTIONS:
+            raise UnsupportedError(
+                f"scheduler prediction_type {self.prediction!r} cannot be trained; choices: {', '.join(PREDICTIONS)}"
+            )
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UnsupportedError(f"a {type(scheduler).__name__} has no noise schedule of its own to train with")
+        alphas = scheduler.alphas_cumprod.to(device, torch.float32)
+        self.steps = len(alphas)
+        self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
+
+    def is_like(self, other: "Noising") -> bool:
+        """Whether another schedule, on the same device, noises alike."""
+        return self.steps == other.steps and torch.allclose(self._signal, other._signal)
+
+    def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noises clean images.
+
+        Args:
+            x_0: [B, C, H, W].
+            noise: Standard normal, the same shape.
+            t: Time steps, int64 [B].
+
+        Returns:
+            x_t and what the UNet is to predict, both [B, C, H, W].
+        """
+        a, s = (values[t].reshape(-1, 1, 1, 1) for values in (self._signal, self._noise))
+        x_t = a * x_0 + s * noise
+        if self.prediction == "epsilon":
+            return x_t, noise
+        return x_t, x_0 if self.prediction == "sample" else a * noise - s * x_0
 
 
 class Learner(nn.Module):
@@ -67,27 +114,13 @@ class Teacher:
     """A trained UNet whose features are learnt from."""
 
     def __init__(self, unet: Any, points: tuple[str, ...]) -> None:
-        """Takes the UNet.
-
-        Args:
-            unet: In evaluation mode, where it is to run.
-            points: Where its features are taken.
-        """
+        """Takes a UNet in evaluation mode; `points` is where its features are taken."""
         self.unet = unet
         self.points = points
 
     @torch.no_grad()
     def features(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the teacher.
-
-        Args:
-            x_t: Noised images, [B, C, H, W].
-            t: Time steps, [B].
-            cond: Conditioning by name.
-
-        Returns:
-            Its features by place, [B, C', H', W'].
-        """
+        """The features by place, [B, C', H', W'], of noised images [B, C, H, W] at time steps [B]."""
         with tapped(self.unet, self.points) as found:
             prediction = predict(self.unet, x_t, t, cond)
         if OUT in self.points:
@@ -97,10 +130,6 @@ class Teacher:
 
 def check_pair(teacher: Model, student: Model) -> None:
     """Refuses a student that cannot learn from a teacher.
-
-    Args:
-        teacher: The teacher.
-        student: The student.
 
     Raises:
         ConfigError: Channels, size, classes, schedule or what is predicted differ; all of it is named.

@@ -1,23 +1,29 @@
-"""Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance, through the one loop.
+"""Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance, and a store of them.
 
 No images are needed, labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3). Everything drawn
 follows from the seed, the round and the process, so that an interrupted training goes on as if it had not been.
 """
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from edgediff.data.arrays import load_arrays
-from edgediff.errors import ConfigError
+from edgediff.errors import ConfigError, TargetError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_session import TorchSession
+from edgediff.outputs import write_whole
 from edgediff.train.settings import AdaptorTraining
 from edgediff_runtime import clock_mask
 from edgediff_runtime.loop import Request, denoise, initial_latents
@@ -26,6 +32,7 @@ from edgediff_runtime.schedulers import make_scheduler
 TARGET = "target"
 # Far from the small seeds that users take: what is trained on is not what is looked at.
 FIRST_SEED = 2**52
+GB = 1e9
 
 Samples = dict[str, torch.Tensor]
 Rows = dict[str, np.ndarray]
@@ -47,16 +54,13 @@ class Prompts:
 
     @classmethod
     def of(cls, model: Model, guided: bool, path: str | None) -> "Prompts":
-        """Collects them.
+        """Collects what a model is conditioned on.
 
         Args:
             model: The model.
             guided: Whether unconditional rows are needed.
             path: The file of a text model's embeddings: ``encoder_hidden_states`` [P, S, D],
                 ``negative_encoder_hidden_states`` [1, S, D] and what else the model takes.
-
-        Returns:
-            The prompts.
 
         Raises:
             ConfigError: The file is missing, not wanted, lacks a tensor or has one of another shape; or there is no
@@ -94,15 +98,7 @@ class Prompts:
         return cls(*rows, count)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Rows, Rows]:
-        """Draws prompts.
-
-        Args:
-            rng: Source of randomness.
-            count: How many.
-
-        Returns:
-            Conditional and unconditional rows, [count, ...].
-        """
+        """Draws so many prompts: conditional and unconditional rows, [count, ...]."""
         chosen = rng.integers(self.count, size=count)
         cond = {name: rows[chosen % len(rows)] for name, rows in self.cond.items()}
         return cond, {name: np.repeat(rows[:1], count, axis=0) for name, rows in self.uncond.items()}
@@ -112,12 +108,7 @@ class Rollouts:
     """Draws trajectories and keeps what an adaptor learns from."""
 
     def __init__(self, model: Model, split: SplitUNet, settings: AdaptorTraining) -> None:
-        """Prepares the loop.
-
-        Args:
-            model: The model.
-            split: The same, divided, with the adaptor that learns; on the device where it is to run.
-            settings: What is trained.
+        """Takes a model, and the same divided, with the adaptor that learns, on the device where it is to run.
 
         Raises:
             ConfigError: The conditioning does not fit the model.
@@ -138,23 +129,12 @@ class Rollouts:
             self.names = tuple(dict.fromkeys((*self.names, *split.highres_out.inputs, "out_sample")))
 
     def request(self, session: TorchSession, **rest: Any) -> Request:
-        """A generation at the operating point.
-
-        Args:
-            session: What runs it.
-            **rest: What else a `Request` has: clock, latents, prompts and seed.
-
-        Returns:
-            The request.
-        """
+        """A generation at the operating point; `rest` is clock, latents, prompts and seed of a `Request`."""
         guidance = (self.guidance,) * self.settings.steps
         return Request(graphs=session.graphs, scheduler=self.scheduler, guidance=guidance, **rest)
 
     def draw(self, index: int) -> Samples:
-        """Draws the trajectories of a round and of a process.
-
-        Args:
-            index: Number of the round and process.
+        """Draws the trajectories of a round and of a process, which have a number together.
 
         Returns:
             Tensors by name, [samples, ...], a sample being a row of a cached step: the adaptor's inputs and ``target``;
@@ -187,6 +167,57 @@ class Rollouts:
             for name, value in {**given, TARGET: tensors["lowres_feature"]}.items():
                 found[name].append(value.expand(rows) if name == "timestep" else value)
         return {name: torch.cat(values) for name, values in found.items() if values}
+
+
+class Store:
+    """A folder with one file for each round of trajectories.
+
+    What an interrupted training left is used again: a file is there whole or not at all.
+    """
+
+    def __init__(self, folder: Path, bound_gb: float, rounds: int) -> None:
+        """Opens a store for so many rounds, which may take `bound_gb` GB; the folder is made with the first."""
+        self.folder = folder
+        self.bound = int(bound_gb * GB)
+        self.rounds = rounds
+
+    def get(self, index: int, draw: Callable[[], Samples], device: torch.device) -> Samples:
+        """Reads a round, or draws and stores it.
+
+        Args:
+            index: Its number.
+            draw: Draws it.
+            device: Where its tensors are to be.
+
+        Raises:
+            ConfigError: All rounds would take more than the bound; nothing is stored then.
+            TargetError: The disk has less room than they take.
+        """
+        path = self.folder / f"round-{index:06d}.safetensors"
+        if path.exists():
+            try:
+                return load_file(path, device=str(device))
+            except SafetensorError as e:
+                raise TargetError(f"{path} is damaged ({e}); remove the file, it is drawn anew") from e
+        samples = draw()
+        self._check(sum(tensor.nbytes for tensor in samples.values()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = save({name: tensor.cpu().contiguous() for name, tensor in samples.items()})
+        write_whole(path, lambda scratch: scratch.write_bytes(data))
+        return samples
+
+    def _check(self, size: int) -> None:
+        total = size * self.rounds
+        if total > self.bound:
+            raise ConfigError(
+                f"{self.rounds} rounds of {size / GB:.3g} GB take {total / GB:.3g} GB, more than store_gb: "
+                f"{self.bound / GB:.3g}; raise it, ask for fewer rounds or images, or leave it out: trajectories are "
+                "then made anew in each round"
+            )
+        held = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder.is_dir() else 0
+        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.is_dir())).free
+        if total - held > free:
+            raise TargetError(f"the trajectories take {total / GB:.3g} GB; the disk has {free / GB:.3g} GB left")
 
 
 def _spell(shape: tuple[int, ...]) -> str:

@@ -5,14 +5,13 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from edgediff.errors import UnsupportedError
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
-from edgediff.models.whole import WholeSession
+from edgediff.models.undivided import undivided_session
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.image import grid, write_png
 from edgediff_runtime.loop import Request, denoise, initial_latents
@@ -24,12 +23,6 @@ SCHEDULER = "dpmpp_2m"
 
 def make_sampler(model: Model) -> Scheduler:
     """The sampler that grids are drawn with: `STEPS` steps, or fewer where the schedule is shorter.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The scheduler.
 
     Raises:
         UnsupportedError: The model's own cannot be carried over.
@@ -45,7 +38,8 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
     """Samples a model with its usual guidance, every step in full.
 
     Args:
-        model: Of classes or of nothing; its UNet is where it is to run. Image i has class i mod the number of classes.
+        model: Of classes or of nothing; its UNet is where it is to run, in evaluation mode. Image i has class i mod the
+            number of classes.
         count: How many.
         seed: Of the noise.
         at_once: Most rows that go through the UNet together, two for an image with guidance; None for all.
@@ -67,7 +61,7 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
     rows = count * (2 if guidance > 1 else 1)
     # As many in each part, since the loop fills up parts that are not full.
     even = None if at_once is None else math.ceil(rows / math.ceil(rows / at_once))
-    session = WholeSession(model, model.unet.device, even)
+    session = undivided_session(model, even)
     scheduler = make_sampler(model)
     steps = scheduler.num_inference_steps
     request = Request(
@@ -84,44 +78,6 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
     return made
 
 
-def as_pixels(samples: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Puts samples of a pixel model in the form of images.
-
-    Args:
-        samples: float32 [N, C, H, W], about [-1, 1].
-
-    Returns:
-        uint8 [N, H, W, C].
-    """
-    scaled = np.rint(255 * np.clip(samples.astype(np.float64) / 2 + 0.5, 0, 1))
-    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
-
-
 def write_grid(images: NDArray[np.uint8], path: Path) -> None:
-    """Writes images as one PNG, small ones enlarged.
-
-    Args:
-        images: uint8 [N, H, W, C].
-        path: A ``.png``.
-    """
+    """Writes images, uint8 [N, H, W, C], as one PNG, small ones enlarged."""
     write_png(path, grid(images), scale=max(1, 128 // images.shape[1]))
-
-
-@torch.no_grad()
-def take_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
-    """As `draw_samples`, with the UNet in evaluation mode for as long as it takes.
-
-    Args:
-        model: The model; its UNet is left in the mode that it was in.
-        count: How many.
-        at_once: Most rows that go through the UNet together.
-
-    Returns:
-        float32 [count, C, H, W].
-    """
-    training = model.unet.training
-    model.unet.eval()
-    try:
-        return draw_samples(model, count, at_once=at_once)
-    finally:
-        model.unet.train(training)

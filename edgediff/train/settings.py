@@ -1,23 +1,62 @@
-"""What a training of an adaptor is asked to do: a frozen struct, read from strict YAML."""
+"""What a training is asked to do: frozen structs, read from strict YAML. README.md has a table of each."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
 from edgediff.config.choices import Cut, SchedulerName
+from edgediff.config.recipes import find_recipe
 from edgediff.config.strict import check_ranges, read_yaml, retyped, spell_clock, strict
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import Kind
+from edgediff.models.wavelet import check_wavelet
+from edgediff.outputs import as_text
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.pipeline import MAX_IMAGES
 
-POSITIVE = ("rounds", "images", "passes", "batch", "learning_rate", "checkpoint_minutes", "store_gb", "guidance_scale")
+# Where features are compared: what each level hands on on the way down (after its downsampler), after the mid block,
+# what each level makes on the way up (before its upsampler), and the prediction itself. A cut is at such places.
+POINTS = ("down", "mid", "up", "out")
+# More is a slip of the pen, and would be found out only after hours or out of memory.
+MOST = {
+    "updates": 100_000_000, "batch": 65_536, "size": 8_192, "num_train_timesteps": 100_000, "width": 65_536,
+    "images": MAX_IMAGES, "rounds": 2**20 - 1,
+}  # fmt: skip
+ABOVE_0 = (
+    "updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip", "rounds", "images", "passes",
+    "store_gb", "guidance_scale", "latent_channels", "layers_per_block", "norm_num_groups", "size",
+)  # fmt: skip
+FROM_0 = ("warmup", "weight_decay", "output_weight", "spatial", "frequency", "kl_weight")
+SHARES = ("ema", "label_dropout")
 
 
-class AdaptorTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One training (Clockwork Diffusion, section 3.3; the paper's: Adam, 1e-4, batch 16, plain L2 on r_out).
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all trainings have in common.
+
+    Attributes:
+        batch: Samples of an update, in each process.
+        learning_rate: The optimizer's highest.
+        ema: Decay of the averaged weights, which are what is kept.
+        checkpoint_minutes: Between checkpoints.
+        seed: Of weights, order and noise.
+        free: Settings that a training that has begun may change.
+        free_after: Those of them that make no other weights, and may differ from a finished training's.
+    """
+
+    batch: int = 64
+    learning_rate: float = 4e-4
+    ema: float = 0.999
+    checkpoint_minutes: float = 5.0
+    seed: int = 0
+
+    free: ClassVar[tuple[str, ...]] = ("learning_rate", "checkpoint_minutes")
+    free_after: ClassVar[tuple[str, ...]] = ("checkpoint_minutes",)
+
+
+class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An adaptor's (Clockwork Diffusion, section 3.3; the paper's: Adam, 1e-4, batch 16, plain L2 on r_out).
 
     Attributes:
         model: A diffusers directory or a built-in name.
@@ -26,7 +65,6 @@ class AdaptorTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         cut: Where the UNet is divided.
         clock: Period or mask; the loss is taken where it says cached.
         steps: Denoising steps.
-        scheduler: The sampler.
         guidance_scale: Classifier-free guidance; None takes what the model is usually sampled with.
         rollout: Whose trajectories are learnt from: ``teacher`` runs every step in full, as the paper does; ``student``
             runs the clock with the adaptor as it is, so that its own outputs are fed back, which clocks with
@@ -35,14 +73,10 @@ class AdaptorTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         images: Trajectories of a round, for each process.
         passes: How often what is drawn is learnt from.
         batch: Samples (rows of a cached step) of an update.
-        learning_rate: Adam's.
         schedule: ``constant``, or ``cosine`` down to zero at the end.
         output_weight: Weight of a second loss on ``out_sample``, relative to the identity's; 0 leaves it out.
-        ema: Decay of the averaged weights, which are what is kept.
-        seed: Of weights, labels, noise and order.
         store_gb: Bound in GB (1e9 bytes) of trajectories stored on disk and learnt from again in each pass; None makes
             them anew in each round.
-        checkpoint_minutes: Between checkpoints.
         conditioning: A file with the embeddings of prompts, for models with text.
     """
 
@@ -62,66 +96,193 @@ class AdaptorTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     output_weight: float = 0.0
-    ema: float = 0.999
-    seed: int = 0
     store_gb: float | None = None
-    checkpoint_minutes: float = 5.0
     conditioning: str | None = None
 
+    free: ClassVar[tuple[str, ...]] = ("learning_rate", "checkpoint_minutes", "store_gb")
+    free_after: ClassVar[tuple[str, ...]] = ("checkpoint_minutes", "store_gb")
 
-def load_training(path: str | Path) -> AdaptorTraining:
+
+class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A small KL autoencoder's, by AdamW.
+
+    Attributes:
+        block_out_channels: Channels of each level; every level but the first halves the map.
+        layers_per_block: Residual blocks of a level.
+        norm_num_groups: Groups of the normalisations; divides the channels of every level.
+        learning_rate: Its highest; it falls to 0 along a cosine.
+        kl_weight: Weight of a latent's divergence from the standard normal beside the absolute error of a pixel's
+            channel, both summed, as in latent diffusion.
+        flip: Whether images are mirrored at random.
+    """
+
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (32, 64)
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    updates: int = 5000
+    batch: int = 16
+    learning_rate: float = 1e-3
+    kl_weight: float = 1e-6
+    flip: bool = True
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one of a latent."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What trainings of teachers and of students have in common; both by AdamW.
+
+    Attributes:
+        data: A folder of images, a subfolder for each class where there are classes.
+        held_out: A folder of images that are not learnt from; None holds back a tenth of each class of `data`.
+        warmup: Updates in which the learning rate rises from 0.
+        schedule: ``cosine`` down to zero at the end, or ``constant``.
+        clip: Largest norm of the gradient.
+        flip: Whether images are mirrored at random.
+        label_dropout: Share of the images whose class is replaced by the null class, for guidance.
+        precision: ``bf16`` mixes precisions, which pays on accelerators and not on most CPUs.
+        sample_every: Updates between sample grids and held-out losses; None makes them at the end only.
+    """
+
+    data: str | None = None
+    held_out: str | None = None
+    updates: int = 10_000
+    warmup: int = 200
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    flip: bool = True
+    label_dropout: float = 0.1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    sample_every: int | None = None
+
+    free: ClassVar[tuple[str, ...]] = ("data", "held_out", "checkpoint_minutes", "sample_every")
+    free_after: ClassVar[tuple[str, ...]] = free
+
+
+class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A slim UNet and its distillation (Spectral Diffusion, section 4; lambdas and alpha are the paper's).
+
+    With both lambdas at 0 there is no distillation: what is learnt is the data alone, and the teacher lends its
+    geometry, schedule and classes.
+
+    Attributes:
+        teacher: A diffusers directory or a built-in name.
+        student: A model to go on from, by directory or name, with a schedule of its own; None makes a new one of the
+            teacher's geometry, which `width`, `gating`, `wavelet` and `gate_takes_time` then shape.
+        width: Channels of the student's highest level; None keeps the teacher's.
+        gating: Wavelet gating; without it the student is the plain small UNet.
+        wavelet: The gating's filter.
+        gate_takes_time: Whether gates look at the time embedding.
+        spatial: Lambda of the spatial term.
+        frequency: Lambda of the frequency term.
+        alpha: Exponent of the frequency weights; 0 weighs all frequencies alike.
+        points: Where features are compared: ``down``, ``mid``, ``up`` (after each level) and ``out`` (the prediction).
+    """
+
+    teacher: str | None = None
+    student: str | None = None
+    width: int | None = None
+    gating: bool = True
+    wavelet: str = "haar"
+    gate_takes_time: bool = False
+    spatial: float = 0.1
+    frequency: float = 0.1
+    alpha: float = -1.0
+    points: tuple[Literal["down", "mid", "up", "out"], ...] = POINTS  # type: ignore[assignment]
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher's features are learnt from."""
+        return self.spatial > 0 or self.frequency > 0
+
+
+class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A UNet trained from scratch.
+
+    Attributes:
+        model: Whose geometry is trained: a diffusers directory or a built-in name, without its weights.
+        unet: Or the geometry itself: settings of a diffusers UNet, ``_class_name`` among them.
+        size: Height and width of the images in pixels; None takes what the geometry has.
+        classes: Whether the folder's classes are learnt; without, the model is conditioned on nothing.
+        num_train_timesteps: Time steps of the noise.
+        autoencoder: Settings of a small KL autoencoder whose latents are learnt in the place of pixels, or a directory
+            of one; None learns pixels.
+    """
+
+    model: str | None = None
+    unet: dict[str, Any] | None = None
+    size: int | None = None
+    classes: bool = True
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    num_train_timesteps: int = 1000
+    autoencoder: str | dict[str, Any] | None = None
+
+
+T = TypeVar("T", bound=Training)
+
+
+def load_training(path: str | Path, kind: type[T]) -> T:
     """Reads a YAML file of settings strictly.
 
     Args:
-        path: The file.
-
-    Returns:
-        The checked settings.
+        path: The file; for teachers and students also the name of a built-in recipe.
+        kind: The struct.
 
     Raises:
         ConfigError: The file cannot be read, or a key in it is unknown, mistyped or out of range.
     """
-    return read_yaml(Path(path), training_from, "settings")
+    file = find_recipe(path, "train") if issubclass(kind, UNetTraining) else Path(path)
+    return read_yaml(file, lambda data: training_from(data, kind), "settings")
 
 
-def training_from(data: Any) -> AdaptorTraining:
+def training_from(data: Any, kind: type[T]) -> T:
     """Builds checked settings from plain data.
-
-    Args:
-        data: A mapping as YAML gives it.
-
-    Returns:
-        The checked settings.
 
     Raises:
         ConfigError: A key is unknown (the nearest valid one is named), mistyped or out of range.
 
-    >>> training_from({"clock": 4, "rollout": "student"}).rounds
+    >>> training_from({"alpha": 0}, StudentTraining).alpha
+    0.0
+    >>> training_from({"clock": 4, "rollout": "student"}, AdaptorTraining).rounds
     200
     """
-    return check_training(strict(spell_clock(data), AdaptorTraining))
+    return check_training(strict(spell_clock(data) if issubclass(kind, AdaptorTraining) else data, kind))
 
 
-def check_training(settings: AdaptorTraining) -> AdaptorTraining:
-    """Holds the rules that types cannot.
-
-    Args:
-        settings: Any settings, also built by hand.
-
-    Returns:
-        The same, of the declared types throughout.
+def check_training(settings: T) -> T:
+    """Checks what types cannot; gives the same settings, of the declared types throughout.
 
     Raises:
         ConfigError: With the field, its value and what was expected.
     """
     settings = retyped(settings)
-    if isinstance(settings.clock, str) and settings.clock.isdecimal():
+    if isinstance(settings, AdaptorTraining) and isinstance(settings.clock, str) and settings.clock.isdecimal():
         settings = msgspec.structs.replace(settings, clock=int(settings.clock[:20]))
-    check_ranges(settings, POSITIVE, ("output_weight",), ("ema",))
-    if settings.images > MAX_IMAGES:
-        raise ConfigError(f"'images' is {settings.images}; expected {MAX_IMAGES} at most")
-    if settings.rounds >= 2**20:
-        raise ConfigError(f"'rounds' is {settings.rounds}; expected fewer than 2^20")
+    fields = settings.__struct_fields__
+    check_ranges(settings, *(tuple(n for n in names if n in fields) for names in (ABOVE_0, FROM_0, SHARES)))
+    for name in fields:
+        value = getattr(settings, name)
+        if name in MOST and value is not None and value > MOST[name]:
+            raise ConfigError(f"'{name}' is {value}; expected at most {MOST[name]}")
+        if isinstance(value, str) and as_text(value) != value:
+            raise ConfigError(f"'{name}' is {as_text(value)}, which is not UTF-8; rename it")
+    if isinstance(settings, AdaptorTraining):
+        _check_adaptor(settings)
+    if isinstance(settings, AutoencoderTraining):
+        _check_autoencoder(settings)
+    if isinstance(settings, StudentTraining):
+        _check_student(settings)
+    if isinstance(settings, TeacherTraining):
+        _check_teacher(settings)
+    return settings
+
+
+def _check_adaptor(settings: AdaptorTraining) -> None:
     if settings.store_gb is not None and settings.rollout == "student":
         raise ConfigError(
             "'store_gb' with rollout student: its trajectories change with the adaptor and cannot be stored; "
@@ -136,4 +297,28 @@ def check_training(settings: AdaptorTraining) -> AdaptorTraining:
             f"clock {settings.clock} over {settings.steps} steps has no cached step: there is nothing to train; "
             "expected a clock with one, such as 2"
         )
-    return settings
+
+
+def _check_autoencoder(settings: AutoencoderTraining) -> None:
+    widths, groups = settings.block_out_channels, settings.norm_num_groups
+    if not widths or any(width < 1 or width % groups for width in widths):
+        expected = f"one or more multiples of norm_num_groups: {groups}"
+        raise ConfigError(f"'block_out_channels' is {list(widths)}; expected {expected}")
+
+
+def _check_student(settings: StudentTraining) -> None:
+    check_wavelet(settings.wavelet)
+    if settings.student is not None and settings.width is not None:
+        raise ConfigError("'student' and 'width' were given: a student that is there has its width; leave one out")
+    if not -4 <= settings.alpha <= 4:
+        raise ConfigError(f"'alpha' is {settings.alpha}; expected -4 to 4 (the paper's is -1)")
+    if not settings.points or len(set(settings.points)) != len(settings.points):
+        raise ConfigError(f"'points' is {list(settings.points)}; expected one or more of {', '.join(POINTS)}")
+
+
+def _check_teacher(settings: TeacherTraining) -> None:
+    if (settings.model is None) == (settings.unet is None):
+        given = "neither" if settings.model is None else "both"
+        raise ConfigError(f"'model' and 'unet': {given} given; expected one geometry, by name or by its settings")
+    if settings.num_train_timesteps < 2:
+        raise ConfigError(f"'num_train_timesteps' is {settings.num_train_timesteps}; expected 2 or more")

@@ -10,13 +10,13 @@ from edgediff.errors import ConfigError, ModelError
 from edgediff.models.load import Model, load_model
 from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
+from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import factor_of, hash_of_autoencoder, load_autoencoder
+from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.learner import check_pair
-from edgediff.train.progress import Say
-from edgediff.train.space import FOLDER, LatentSpace
+from edgediff.train.loop import Say
+from edgediff.train.settings import StudentTraining, check_training
 from edgediff.train.unet import UNetTrained, train_unet
-from edgediff.train.unet_settings import StudentTraining, check_training
 
 
 def train_student(path: str | Path, settings: StudentTraining, *, progress: Say | None = None) -> UNetTrained | None:
@@ -42,6 +42,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     if settings.teacher is None:
         raise ConfigError("no teacher: name a diffusers directory or a built-in model, 'teacher' in the settings")
     path = Path(path)
+    check_output(path)
     teacher = load_model(settings.teacher)
     teacher.check_schedule()
     if settings.distils and not teacher.has_weights:
@@ -68,26 +69,21 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         sources["another student"] = model.sha256
     return train_unet(
         replace(model, name=path.resolve().name),
-        read_data(settings, factor * height),
+        read_data(settings, factor * height, progress),
         path,
         settings,
         accelerator=accelerator,
         teacher=teacher,
-        space=None if vae is None else lambda: LatentSpace(vae.to(accelerator.device)),
+        autoencoder=None if vae is None else lambda: vae.to(accelerator.device),
         sources=sources,
         progress=progress,
     )
 
 
 def student_of(teacher: Model, settings: StudentTraining) -> Model:
-    """The student that a training begins with.
+    """The student that a training begins with: one that is there, or a new one, its weights drawn by the seed.
 
-    Args:
-        teacher: Lends geometry, schedule and classes.
-        settings: Width and gating; or a student that is there.
-
-    Returns:
-        The model, its weights drawn by the seed.
+    The teacher lends geometry, schedule and classes.
 
     Raises:
         ConfigError: The width does not fit.

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler
 
-from edgediff.config.strict import strict
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError
 from edgediff.models.card import Card
@@ -17,14 +16,14 @@ from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
 from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
 from edgediff.models.slim import plain_config
-from edgediff.models.whole import predict
-from edgediff.train.autoencoder import AutoencoderTraining, check_autoencoder, train_autoencoder
+from edgediff.models.undivided import predict
+from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
+from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import factor_of, hash_of_autoencoder, load_autoencoder
-from edgediff.train.progress import Say
-from edgediff.train.space import FOLDER, LatentSpace
+from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
+from edgediff.train.loop import Say
+from edgediff.train.settings import MOST, AutoencoderTraining, TeacherTraining, check_training, training_from
 from edgediff.train.unet import UNetTrained, train_unet
-from edgediff.train.unet_settings import MOST, TeacherTraining, check_training
 
 # A geometry's own conditioning that images in folders do not bring.
 _UNCLASSED = {"class_embed_type": None, "num_class_embeds": None}
@@ -51,32 +50,31 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     """
     settings = check_training(settings)
     path = Path(path)
+    check_output(path)
     kind, config = geometry_of(settings)
     accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
     own = settings.autoencoder
     given = load_autoencoder(own) if isinstance(own, str) else None
-    asked = check_autoencoder(strict(own, AutoencoderTraining)) if isinstance(own, dict) else None
+    asked = training_from(own, AutoencoderTraining) if isinstance(own, dict) else None
     factor = factor_of(given) if given is not None else asked.factor if asked is not None else 1
     size = factor * _side(config) if settings.size is None else settings.size
     if size % factor:
         raise ConfigError(f"'size' is {size}; expected a multiple of {factor}, which the autoencoder divides by")
     if asked is not None:
         check_autoencoder(asked, size)
-    data = read_data(settings, size)
+    data = read_data(settings, size, progress)
     latent = given.config.latent_channels if given is not None else asked.latent_channels if asked is not None else None
     model = _teacher(path.resolve().name, path, kind, config, data[0], settings, size // factor, latent)
-
     sources = {"another geometry": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
     if given is not None:
         sources["another autoencoder"] = hash_of_autoencoder(given)
 
-    def space() -> LatentSpace:
+    def autoencoder() -> AutoencoderKL:
         if given is not None:
-            return LatentSpace(given.to(accelerator.device))
-        vae = train_autoencoder(
+            return given.to(accelerator.device)
+        return train_autoencoder(
             data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=progress
         )
-        return LatentSpace(vae)
 
     return train_unet(
         model,
@@ -84,20 +82,14 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         path,
         settings,
         accelerator=accelerator,
-        space=None if latent is None else space,
+        autoencoder=None if latent is None else autoencoder,
         sources=sources,
         progress=progress,
     )
 
 
 def geometry_of(settings: TeacherTraining) -> tuple[Any, dict[str, Any]]:
-    """The UNet's class and its settings.
-
-    Args:
-        settings: Name a model, or hold the settings themselves.
-
-    Returns:
-        The class and what it takes.
+    """The UNet's class and what it takes, of a model that is named or of the settings themselves.
 
     Raises:
         ConfigError: The class is unknown.

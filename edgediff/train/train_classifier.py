@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.classifier import Classifier, ClassifierShape, as_input
+from edgediff.train.loop import LOSS, Loop, Task, cosine
 
 _WARM_UP = 100
 _SHIFT = 3
@@ -72,13 +75,12 @@ def train_classifier(
         recipe: How; the default one where None.
         progress: Told what is being done, once for each epoch.
 
-    Returns:
-        The classifier and how long it took.
-
     Raises:
         ConfigError: A number of the recipe is out of range.
         DataError: There are fewer images than a step takes, or fewer than two classes.
+        TrainingError: The loss is not finite.
     """
+    accelerator = Accelerator()
     recipe = _checked(ClassifierRecipe() if recipe is None else recipe)
     if len(data.names) < 2 or len(data) < recipe.batch:
         raise DataError(
@@ -87,40 +89,63 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         classifier = Classifier(ClassifierShape(data.images.shape[1], recipe.widths, data.names))
-    rng = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=recipe.weight_decay)
-    images, labels = as_input(data.images), torch.from_numpy(data.labels)
-    per_epoch = len(data) // recipe.batch
-    total = recipe.epochs * per_epoch
-    start = monotonic()
-    losses: list[float] = []
-    classifier.train()
-    for step in range(total):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(data), generator=rng)
-        spent = 0.0 if recipe.minutes is None else (monotonic() - start) / (60 * recipe.minutes)
-        if spent >= 1:
-            break
-        rate = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * max(step / total, spent)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / _WARM_UP, 1)
-        rows = order[recipe.batch * (step % per_epoch) :][: recipe.batch]
-        scores = classifier(augment(images[rows], rng))
-        loss = F.cross_entropy(scores, labels[rows], label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        losses.append(loss.item())
-        if len(losses) % per_epoch == 0:
-            recent = sum(losses[-per_epoch:]) / per_epoch
-            progress(f"epoch {len(losses) // per_epoch} of {recipe.epochs}: loss {recent:.3f}")
-    recent_losses = losses[-per_epoch:]
+    task = _ClassifierTask(accelerator, classifier, data, recipe, progress)
+    Loop(accelerator, task).run()
+    last = task.state.losses[-task.per_epoch :]
     return Trained(
-        classifier=classifier.eval().requires_grad_(False),
-        epochs=math.ceil(len(losses) / per_epoch),
-        steps=len(losses),
-        loss=sum(recent_losses) / len(recent_losses),
+        classifier=classifier.requires_grad_(False).cpu(),
+        epochs=math.ceil(task.state.updates / task.per_epoch),
+        steps=task.state.updates,
+        loss=sum(last) / len(last),
     )
+
+
+class _ClassifierTask(Task):
+    """A visit is one update. All is drawn from one generator, so there are no checkpoints to go on from."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        classifier: Classifier,
+        data: ImageSet,
+        recipe: ClassifierRecipe,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.per_epoch = len(data) // recipe.batch
+        optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=recipe.weight_decay)
+        super().__init__(classifier, optimizer, classifier, recipe, recipe.epochs * self.per_epoch)
+        self.device = accelerator.device
+        self.images, self.labels = as_input(data.images), torch.from_numpy(data.labels)
+        self.progress = progress
+        self.rng = torch.Generator().manual_seed(recipe.seed)
+        self.order = torch.empty(0)
+        self.start = monotonic()
+
+    def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
+        recipe, place = self.settings, batch % self.per_epoch
+        if place == 0:
+            self.order = torch.randperm(len(self.images), generator=self.rng)
+        rows = self.order[recipe.batch * place :][: recipe.batch]
+        scores = model(augment(self.images[rows], self.rng).to(self.device))
+        labels = self.labels[rows].to(self.device)
+        return {LOSS: F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing)}
+
+    def _spent(self) -> float:
+        """The share of the time that is spent."""
+        minutes = self.settings.minutes
+        return 0.0 if minutes is None else (monotonic() - self.start) / (60 * minutes)
+
+    def is_over(self) -> bool:
+        return self._spent() >= 1
+
+    def rate(self, update: int, total: int) -> float:
+        return cosine(min(max(update / total, self._spent()), 1)) * min((update + 1) / _WARM_UP, 1)
+
+    def after_visit(self, loop: Loop) -> None:
+        done = self.state.updates
+        if done % self.per_epoch == 0:
+            loss = sum(self.state.losses[-self.per_epoch :]) / self.per_epoch
+            self.progress(f"epoch {done // self.per_epoch} of {self.settings.epochs}: loss {loss:.3f}")
 
 
 def augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

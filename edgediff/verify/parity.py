@@ -1,9 +1,9 @@
 """Verification: three numbers, never mixed.
 
-Each graph against the same module in torch; a step composed from the graphs against torch (a full one: the undivided
-UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against torch, same
-clock) stands apart from the caching error (clock N against clock 1, same backend). The inputs are real ones, taken
-along a real trajectory.
+Each graph against the same module in torch; a step composed from the graphs against torch (a full one against the
+undivided UNet, which the split equals bit for bit); and the trajectory, where the conversion error (backend against
+torch, same clock) is separate from the caching error (clock N against clock 1, same backend). Inputs are recorded along
+a real trajectory.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edgediff.bundle.feed import count_rows, groups, guided, run_rows, run_step
+from edgediff.bundle.feed import count_rows, groups, guided, run_rows, run_step, undivided_step
 from edgediff.bundle.files import PARITY_SCRATCH, check_files
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import (
@@ -41,7 +41,7 @@ from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import Target, share_rows
+from edgediff_runtime.manifest import TIMESTEP, Target, share_rows
 from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,10 @@ def verify_bundle(
     Args:
         path: The bundle.
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
-            it is not at hand, or torch is not installed, the trajectory is held to the evidence's final latents.
-        progress: Told what is being done.
+            there is none, or no torch, the trajectory is compared with the evidence's final latents.
+        progress: Called with what is being done.
         record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
         targets: Which targets to verify; None verifies all.
-
-    Returns:
-        The report.
 
     Raises:
         BundleError: A file is damaged, missing, not listed or unsafe, or a target is not in the bundle.
@@ -91,7 +88,7 @@ def verify_bundle(
     for entry in wanted:
         form = TARGETS[entry.target]
         for backend in form.backends:
-            target = msgspec.structs.replace(entry, floors=form.floors_on(backend, entry.floors))
+            target = entry.with_unet(floors=form.floors_on(backend, entry.unet.floors))
             say(f"{backend}: loading")
             try:
                 session = open_session(bundle, backend)
@@ -105,8 +102,10 @@ def verify_bundle(
                     *_trajectory_rows(target, source, session, backend),
                 ]
                 del session
+                if backend == form.backends[0]:
+                    found += _undivided_rows(bundle, target, reference, backend, say)
             rows += [msgspec.structs.replace(row, target=target.target) for row in found]
-    report = ParityReport(tuple(rows), manifest.verified, tuple(t.target for t in wanted), tuple(findings))
+    report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
     if record and len(wanted) == len(all_targets):
         _write(bundle, report)
     return report
@@ -114,7 +113,7 @@ def verify_bundle(
 
 @dataclass
 class _Source:
-    """The trajectory that every backend is held to; computed anew once, where the source is at hand."""
+    """The trajectory that backends are compared with; computed once in torch, where the source is found."""
 
     manifest: Manifest
     reference: Reference
@@ -127,18 +126,19 @@ class _Source:
         self.say("trajectory of the source")
         request = reference_request(self.manifest, self.reference.conditioning)
         anew, note = torch_latents(self.manifest, request, self.model)
-        return [latents for latents in (anew, self.reference.latents) if latents is not None], note
+        found = [latents for latents in (anew, self.reference.latents) if latents is not None]
+        return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
 def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
-    floors = target.floors
-    if share_rows(target.graphs):
+    floors = target.unet.floors
+    if share_rows(target.unet.graphs):
         # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
-    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.graphs}
+    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
     unrounded = TARGETS[target.target].unrounded(backend, session)
     if floors.program is not None and unrounded is not None:
@@ -152,13 +152,34 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
     return rows + _composed_rows(target, reference, session, backend, alone)
 
 
+def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
+    """The undivided step that other tools open, against torch in the recorded full steps."""
+    whole, model = undivided_step(bundle, target.target), target.unet.model
+    if whole is None or model is None:
+        return []
+    say(f"{backend}: the undivided step")
+    steps = [step for step in reference.steps if step.full]
+    whole_times = any(tensor.name == TIMESTEP and "int" in tensor.dtype for tensor in model.inputs)
+    kept = [step for step in steps if not whole_times or float(step.tensors[TIMESTEP][0]).is_integer()]
+    floor = target.unet.floors.graph
+    if not kept:
+        return [not_run("graph", model.name, backend, floor, "it takes whole timesteps, the sampler gives fractions")]
+    session = open_session(whole, backend)
+    numbers = [
+        (psnr_db(step.tensors[name], value), name)
+        for step in kept
+        for name, value in run_rows(session, (model,), step_inputs(step, model), ("out_sample",)).items()
+    ]
+    return [judged("graph", model.name, backend, numbers, floor)]
+
+
 def _run_alone(target: Target, reference: Reference, session: Session) -> Outputs:
     """Every graph on its recorded inputs, in each recorded step in which it runs."""
     return {
         (step.index, graph.name): run_rows(
             session, (graph,), step_inputs(step, graph), [tensor.name for tensor in graph.outputs]
         )
-        for graph in target.graphs
+        for graph in target.unet.graphs
         for step in reference.steps
         if graph.file is not None and graph.runs(step.full)
     }
@@ -168,7 +189,7 @@ def _graph_rows(
     check: Check, target: Target, backend: str, made: Outputs, want: Outputs, floor: float, note: str = ""
 ) -> list[Row]:
     rows = []
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         numbers = [
             (psnr_db(want[key][name], value), name)
             for key, outputs in made.items()
@@ -185,7 +206,7 @@ def _graph_rows(
 def _composed_rows(target: Target, reference: Reference, session: Session, backend: str, alone: Outputs) -> list[Row]:
     composed: dict[bool, list[tuple[float, str]]] = {}
     for step in reference.steps:
-        graphs = tuple(graph for graph in target.graphs if graph.file is not None and graph.runs(step.full))
+        graphs = tuple(graph for graph in target.unet.graphs if graph.file is not None and graph.runs(step.full))
         if len(graphs) == 1:
             made = alone[step.index, graphs[0].name]
         else:
@@ -193,18 +214,18 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
         numbers = [(psnr_db(step.tensors[name], value), name) for name, value in made.items()]
         composed.setdefault(step.full, []).extend(numbers)
     return [
-        judged("composed", "full" if full else "cached", backend, composed[full], target.floors.composed)
+        judged("composed", "full" if full else "cached", backend, composed[full], target.unet.floors.composed)
         for full in sorted(composed, reverse=True)
     ]
 
 
 def _findings(target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
     """What fp16 may damage, on the first recorded step in which each graph runs."""
-    if target.dtype != "fp16":
+    if target.unet.dtype != "fp16":
         return []
     say(f"{target.target}: headroom")
     found: list[Finding] = []
-    for graph in target.graphs:
+    for graph in target.unet.graphs:
         steps = [step for step in reference.steps if graph.runs(step.full)]
         if graph.file is not None and steps:
             inputs = step_inputs(steps[0], graph)
@@ -214,17 +235,19 @@ def _findings(target: Target, reference: Reference, session: Session, say: Progr
 
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
-    floors, manifest = target.floors, source.manifest
-    if manifest.verified == "graphs" and source.model is None:
+    floors, manifest = target.unet.floors, source.manifest
+    checks: tuple[tuple[Check, float | None], ...] = (("trajectory", floors.trajectory), ("caching", floors.caching))
+    if manifest.evidence.verified == "graphs" and source.model is None:
         note = "the bundle was exported with --verify graphs"
-        return [
-            not_run("trajectory", "latents", backend, floors.trajectory, note),
-            not_run("caching", "latents", backend, floors.caching, note),
-        ]
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
+    want, note = source.latents
+    if not want:
+        note = f"no latents to compare with: {note}"
+        return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    # What the adaptor was trained for is the user's concern, not that of a comparison.
+    # A comparison need not be what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
         latents = pipe(**request).latents
@@ -232,7 +255,6 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     except NotFiniteError as e:
         rows = [judged("trajectory", "latents", backend, [(-math.inf, "latents")], floors.trajectory, str(e))]
         return [*rows, not_run("caching", "latents", backend, floors.caching, str(e))]
-    want, note = source.latents
     numbers = [(psnr_db(each, latents), "latents") for each in want]
     rows = [judged("trajectory", "latents", backend, numbers, floors.trajectory, note)]
     if always is None:
@@ -244,8 +266,8 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
 
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
     """A row for everything that a backend would have measured."""
-    floors = target.floors
-    names = [graph.name for graph in target.graphs if graph.file is not None]
+    floors = target.unet.floors
+    names = [graph.name for graph in target.unet.graphs if graph.file is not None]
     rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
     if backend == TARGETS[target.target].backends[0] and floors.program is not None:
         rows += [not_run("program", name, backend, floors.program, note) for name in names]

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from edgediff.models.clockwork import SplitUNet
     from edgediff.models.load import Model
 
-FROM_EVIDENCE = "against the evidence's latents"
-
 
 def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) -> tuple[np.ndarray | None, str]:
     """Runs the bundle's trajectory in torch from its source.
@@ -36,7 +34,7 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
     """
     found, reason = open_source(manifest, model)
     if found is None:
-        return None, f"{FROM_EVIDENCE}: {reason}"
+        return None, reason
     from edgediff.models.graphs import graph_list
     from edgediff.models.torch_session import TorchSession
 
@@ -79,7 +77,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
                 raise
             return None, "the source is not at hand"
         if source.random_weights is not None:
-            loaded = random_weights(loaded, source.random_weights)
+            loaded = random_weights(loaded, int(source.random_weights))
     if loaded.sha256 != source.sha256:
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")

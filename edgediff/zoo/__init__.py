@@ -2,17 +2,25 @@
 
 from pathlib import Path
 
+from edgediff.errors import ModelError
+
 FOLDER = Path(__file__).parent
 ZOO = tuple(sorted(path.name for path in FOLDER.iterdir() if (path / "unet").is_dir()))
 
 
 def built_in(name: str) -> Path | None:
-    """Finds a built-in model.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        Its directory, or None where there is none of that name.
-    """
+    """The directory of a built-in model, or None where there is none of that name."""
     return FOLDER / name if name in ZOO else None
+
+
+def check_source(source: str) -> None:
+    """Refuses a model that is neither a path that exists nor a built-in name, before torch is imported.
+
+    Raises:
+        ModelError: With the built-in names.
+    """
+    if built_in(source) is None and not (source and Path(source).exists()):
+        choices = ", ".join(ZOO)
+        raise ModelError(
+            f"no model at {source or repr(source)}: no such directory, and no built-in name (choices: {choices})"
+        )

@@ -5,18 +5,15 @@ import json
 import sys
 from pathlib import Path
 
-from edgediff_runtime import EdgePipeline, EdgeRuntimeError
+from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, write_output
+from edgediff_runtime.sessions import open_session
 
 
 def main() -> int:
-    """Generates a grid of images from a bundle.
-
-    Returns:
-        0, or 2 with one line on standard error where something asked for does not fit.
-    """
+    """Generates a grid of images from a bundle; 0, or 2 with one line on standard error."""
     parser = argparse.ArgumentParser(prog="edgediff_runtime", description="Generate images from an edgediff bundle.")
     parser.add_argument("bundle", help="the bundle's directory")
     parser.add_argument("-o", "--output", default="out.png", help="a .png, or .npy for the latents (default: out.png)")
@@ -26,6 +23,7 @@ def main() -> int:
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the backend's own choice)")
     backends = (
         "onnxruntime (default), onnxruntime-cuda on an NVIDIA GPU, openvino, openvino-bf16 (of ONNX graphs too), "
         "or coreml on a Mac"
@@ -34,9 +32,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the ledger as JSON")
     args = parser.parse_args()
     try:
-        pipe = EdgePipeline.from_pretrained(args.bundle, backend=args.backend)
-        output = Path(args.output)
-        check_output(output, scale=1, space=pipe.manifest.sample.space)
+        bundle, output = open_bundle(args.bundle), Path(args.output)
+        check_output(output, scale=1, space=bundle.manifest.sample.space)
+        pipe = EdgePipeline(bundle.manifest, open_session(bundle, args.backend, threads=args.threads))
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
                 label=args.label,
@@ -60,9 +58,8 @@ def main() -> int:
         ledger = [step.to_dict() for step in result.ledger]
         print(json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1))
     else:
-        total = sum(sum(step.ms.values()) for step in result.ledger)
         mask = letters(result.mask)
-        print(f"{args.num_images} images in {total:.0f} ms (steps {mask}; F full, c cached): {args.output}")
+        print(f"{args.num_images} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}")
     return 0
 
 

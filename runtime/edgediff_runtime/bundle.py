@@ -1,8 +1,8 @@
-"""A bundle on disk, opened with distrust.
+"""A bundle on disk, which may come from anybody.
 
 manifest.json lists size and hash of every other file; SHA256SUMS holds the same hashes and the manifest's own. The
-text of SHA256SUMS follows from the manifest completely, so it is compared as a whole: a byte changed in either is
-seen. A runtime checks these two and each file that it opens; nothing is followed out of the bundle.
+text of SHA256SUMS follows from the manifest, so it is compared as a whole. A runtime checks these two and each file
+that it opens, and follows no path out of the bundle but the links of a Hugging Face cache into its own blobs.
 """
 
 import hashlib
@@ -19,46 +19,31 @@ from edgediff_runtime.manifest_json import parse_manifest
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 PARITY = "evidence/parity.json"
+AGAIN = "download or copy the bundle again"
+# What Finder, Windows, zip and the Hugging Face Hub leave in a folder; nothing reads it.
+LEFTOVERS = {".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX", ".gitattributes", ".cache"}
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle.
-
-    Attributes:
-        path: The directory.
-        manifest: What it holds.
-    """
+    """An opened bundle: its directory and its manifest."""
 
     path: Path
     manifest: Manifest
 
     def file(self, name: str) -> Path:
-        """Finds a file of the bundle and checks it.
-
-        Args:
-            name: Its path in the bundle, as the manifest gives it.
-
-        Returns:
-            Where it lies.
+        """Checks a file, given by its path in the bundle, and says where it lies.
 
         Raises:
-            BundleError: The path leaves the bundle, the file is not listed, missing, a symlink, or other than the
-                manifest says.
+            BundleError: The path leaves the bundle, or the file is not listed, missing, or not what the manifest says.
         """
         path = self._listed(name)
         if sha256_of(path) != self.manifest.files[name].sha256:
-            raise BundleError(f"{name} does not have the hash that {MANIFEST} says: it is damaged")
+            raise BundleError(f"{name} does not have the hash in {MANIFEST}: it is damaged; {AGAIN}")
         return path
 
     def folder(self, name: str) -> set[str]:
-        """Finds a folder of the bundle and checks every file in it, for readers that open more than they are told.
-
-        Args:
-            name: Its path in the bundle.
-
-        Returns:
-            Paths in the bundle of the files that were checked.
+        """Checks every file in a folder, for readers that open more than they are told; the paths in the bundle.
 
         Raises:
             BundleError: As in `file`.
@@ -70,16 +55,13 @@ class Bundle:
 
     @contextmanager
     def hold(self, graphs: tuple[Graph, ...]) -> Iterator[None]:
-        """Checks every file that a backend may read where it is given these graphs, before and while it loads them.
+        """Checks every file that a backend may read when the block loads these graphs of one target.
 
-        It reads whatever weights a graph names within its folder: all of that is checked. Weights that lie beside the
-        graphs are numbers, which no reader follows; hashing gigabytes of them takes seconds, in which they are loaded.
-
-        Args:
-            graphs: Of one target; the block loads them.
+        A backend reads whatever weights a graph names in its folder, so all of the folder is checked. Weights in files
+        of their own are only numbers: they are hashed, which takes seconds for gigabytes, while the block loads them.
 
         Raises:
-            BundleError: As in `file`; when the block is left, where it is the weights' hash.
+            BundleError: As in `file`; of weights' hashes at the end of the block.
         """
         files = {graph.file for graph in graphs if graph.file is not None}
         weights = {graph.external_data for graph in graphs if graph.external_data is not None} - files
@@ -93,85 +75,77 @@ class Bundle:
             hashed = [beside.submit(self.file, name) for name in weights]
             try:
                 yield
-            finally:  # where loading failed too, this is why
+            finally:  # damaged weights are also why loading fails
                 for each in hashed:
                     each.result()
 
     def _listed(self, name: str) -> Path:
-        """Finds a file and holds all but its bytes to the manifest."""
+        """Checks all of a file but its content."""
         path = inside(self.path, name)
         entry = self.manifest.files.get(name)
         if entry is None:
-            raise BundleError(f"{name} is not listed in {MANIFEST}")
+            raise BundleError(f"{name} is not listed in {MANIFEST}; delete it")
         if not path.is_file():
-            raise BundleError(f"{name} is missing from the bundle {self.path}")
+            raise BundleError(f"{name} is missing from the bundle {self.path}; {AGAIN}")
         if path.stat().st_size != entry.size:
-            raise BundleError(f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {entry.size}: it is damaged")
+            size = path.stat().st_size
+            raise BundleError(f"{name} has {size} bytes, {entry.size} in {MANIFEST}: it is damaged; {AGAIN}")
         return path
 
     def _files_in(self, name: str) -> set[str]:
-        """Paths in the bundle of all files in a folder, links and what is no plain file among them."""
+        """Paths in the bundle of all that lies in a folder, links too, leftovers not."""
         found = inside(self.path, name).rglob("*")
-        return {file.relative_to(self.path).as_posix() for file in found if file.is_symlink() or not file.is_dir()}
+        paths = {file.relative_to(self.path).as_posix() for file in found if file.is_symlink() or not file.is_dir()}
+        return {path for path in paths if not is_leftover(self.path, path)}
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Opens a bundle and checks its manifest against SHA256SUMS.
-
-    Args:
-        path: The directory.
-
-    Returns:
-        The bundle; its other files are checked when they are opened.
+    """Opens a bundle and checks its manifest against SHA256SUMS; other files are checked when they are opened.
 
     Raises:
         BundleError: There is no bundle, or manifest.json or SHA256SUMS is damaged, of a newer version or unsafe.
     """
     path = Path(path)
     if not path.is_dir():
-        raise BundleError(f"no bundle at {path}: no such directory")
+        raise BundleError(f"no bundle at {path}: no such directory; expected a folder that export wrote")
     data = _read(path, MANIFEST)
     sums = _read(path, SUMS)
     recorded = [line for line in sums.split(b"\n") if line.endswith(b"  " + MANIFEST.encode())]
     if not recorded:
-        raise BundleError(f"{SUMS} does not name {MANIFEST}: it is damaged")
+        raise BundleError(f"{SUMS} does not list {MANIFEST}: it is damaged; {AGAIN}")
     if recorded[0][:64] != hashlib.sha256(data).hexdigest().encode():
-        parse_manifest(data)  # a newer version is said first: its sums are its own affair
-        raise BundleError(f"{MANIFEST} does not have the hash that {SUMS} says: one of the two is damaged")
+        parse_manifest(data)  # a newer version comes first: its sums may be of another form
+        raise BundleError(f"{MANIFEST} does not have the hash in {SUMS}: one of the two is damaged; {AGAIN}")
     manifest = parse_manifest(data)
     for name in _names(manifest):
         inside(path, name)
     if sums != render_sums(manifest, data):
-        raise BundleError(f"{SUMS} does not agree with {MANIFEST}: it is damaged")
+        raise BundleError(f"{SUMS} does not agree with {MANIFEST}: it is damaged; {AGAIN}")
     return Bundle(path, manifest)
 
 
 def _read(path: Path, name: str) -> bytes:
     file = inside(path, name)
     if not file.is_file():
-        raise BundleError(f"{path} is not a bundle: {name} is missing")
+        within = sorted(path.glob(f"*/{MANIFEST}"))  # unpacking a zip adds a folder
+        hint = f"did you mean {within[0].parent}?" if within else "expected a folder that export wrote"
+        raise BundleError(f"{path} is not a bundle: {name} is missing; {hint}")
     return file.read_bytes()
 
 
 def _names(manifest: Manifest) -> list[str]:
-    graphs = [graph for target in manifest.targets for graph in target.graphs]
+    components = [component for target in manifest.targets for component in target.components.values()]
+    graphs = [graph for each in components for graph in (*each.graphs, each.model) if graph is not None]
     named = [name for graph in graphs for name in (graph.file, graph.external_data) if name is not None]
     return [*manifest.files, *named]
 
 
 def inside(root: Path, name: str) -> Path:
-    """Resolves a path in a bundle, never out of it.
-
-    Args:
-        root: The bundle's directory.
-        name: A relative path with forward slashes.
-
-    Returns:
-        The path under `root`.
+    """Resolves a path in a bundle, never out of it: relative, in its plain form with forward slashes.
 
     Raises:
         BundleError: The name is empty, absolute, climbs with ``..``, is not in its plain form, or goes through a
-            symlink.
+            symlink that is not one of a Hugging Face cache.
     """
     parts = PurePosixPath(name).parts
     plain = bool(parts) and "/".join(parts) == name
@@ -180,34 +154,33 @@ def inside(root: Path, name: str) -> Path:
     path = root
     for part in parts:
         path = path / part
-        if path.is_symlink():
-            raise BundleError(f"{name} is a symlink; a bundle holds plain files")
+        if path.is_symlink() and not _is_blob(root, path):
+            raise BundleError(f"{name} is a symlink out of the bundle; put the file itself in its place")
     return path
 
 
+def _is_blob(root: Path, link: Path) -> bool:
+    """Whether a link leads to a file of the Hugging Face cache that the bundle is a snapshot of."""
+    snapshots = next((folder for folder in root.resolve().parents if folder.name == "snapshots"), None)
+    target = link.resolve()
+    return snapshots is not None and target.parent == snapshots.parent / "blobs" and target.is_file()
+
+
+def is_leftover(root: Path, name: str) -> bool:
+    """Whether a path in a bundle is something that a system or a tool leaves in folders, and no link."""
+    parts = PurePosixPath(name).parts
+    known = any(part in LEFTOVERS or part.startswith("._") for part in parts)
+    return known and not (root / name).is_symlink()
+
+
 def render_sums(manifest: Manifest, data: bytes) -> bytes:
-    """Writes SHA256SUMS as ``sha256sum -c`` reads it.
-
-    Args:
-        manifest: The manifest, with the hashes of all other files.
-        data: The bytes of manifest.json.
-
-    Returns:
-        One line for each file, sorted by path.
-    """
+    """Writes SHA256SUMS as ``sha256sum -c`` reads it, sorted by path; `data` is the bytes of manifest.json."""
     hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
     hashes[MANIFEST] = hashlib.sha256(data).hexdigest()
     return "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()
 
 
 def sha256_of(path: Path) -> str:
-    """Hashes a file without reading it into memory as a whole.
-
-    Args:
-        path: The file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Hashes a file without reading it into memory as a whole: 64 hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -34,11 +34,7 @@ class CoreMLSession:
     """
 
     def __init__(self, bundle: Bundle, compute_units: str = "all") -> None:
-        """Checks and loads the packages of a bundle.
-
-        Args:
-            bundle: The bundle.
-            compute_units: One of `COMPUTE_UNITS`.
+        """Checks and loads the packages of a bundle; `compute_units` is one of `COMPUTE_UNITS`.
 
         Raises:
             RequestError: This is not macOS, coremltools is missing, this system's Core ML cannot load the packages,
@@ -49,17 +45,19 @@ class CoreMLSession:
             raise RequestError(f"no compute units {compute_units!r}; choices: {', '.join(COMPUTE_UNITS)}")
         if sys.platform != "darwin":
             raise RequestError(
-                "backend 'coreml' is Apple's runtime and needs macOS; elsewhere --backend mil-reference evaluates the "
-                "same packages in torch"
+                "backend 'coreml' needs macOS, which this is not; --backend mil-reference evaluates the same packages "
+                "in torch"
             )
         target = bundle.manifest.target("coreml")
         with quiet():
             try:
                 import coremltools as ct
             except ImportError as e:
-                raise RequestError("backend 'coreml' needs coremltools: pip install coremltools") from e
-        self.graphs = target.graphs
-        self.batch = target.batch
+                raise RequestError(
+                    "backend 'coreml' needs coremltools, which is not installed; pip install coremltools"
+                ) from e
+        self.graphs = target.unet.graphs
+        self.batch = target.unet.batch
         self._models: dict[str, Any] = {}
         checked: set[str] = set()
         for graph in self.graphs:
@@ -78,42 +76,23 @@ class CoreMLSession:
             except Exception as e:  # coremltools' errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
             _check_tensors(graph, model.get_spec())
-            # What this system cannot load (its framework is missing, or older than the package), coremltools opens all
-            # the same, and fails at the first prediction.
+            # coremltools opens what this system cannot load, too, and fails at the first prediction.
             if model.__proxy__ is None:
                 why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
                 raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {' '.join(str(why).split())[:400]}")
             self._models[graph.name] = model
 
     def put(self, array: Array) -> Any:
-        """Takes an array as it is.
-
-        Args:
-            array: Any array.
-
-        Returns:
-            The same.
-        """
+        """Takes an array as it is."""
         return array
 
     def get(self, value: Any) -> Array:
-        """Gives an array back.
-
-        Args:
-            value: What `put` or `run` gave.
-
-        Returns:
-            The same; predictions make new arrays.
-        """
+        """Gives an array back as it is: predictions make new ones."""
         array: Array = value
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph.
-
-        Args:
-            graph: One of `graphs`.
-            tensors: By name; the outputs are added, in the dtypes that the manifest declares.
+        """Runs a graph on tensors by name and adds its outputs, in the dtypes that the manifest declares.
 
         Raises:
             BundleError: The prediction failed, or lacks an output.
@@ -126,12 +105,14 @@ class CoreMLSession:
         for tensor in graph.outputs:
             if tensor.name not in made or np.shape(made[tensor.name]) != tensor.shape:
                 found = {name: list(np.shape(value)) for name, value in made.items()}
-                raise BundleError(f"{graph.file} gave {found}; the manifest says {tensor.name} {list(tensor.shape)}")
+                raise BundleError(
+                    f"{graph.file} gave {found}; the manifest says {tensor.name} {list(tensor.shape)}; export again"
+                )
             tensors[tensor.name] = np.asarray(made[tensor.name], dtype=tensor.dtype)
 
 
 def _check_tensors(graph: Graph, spec: Any) -> None:
-    """Holds what a package says of a function to the manifest."""
+    """Checks what a package says of a function against the manifest."""
     described = spec.description
     if graph.function is not None:
         named = {function.name: function for function in described.functions}
@@ -147,20 +128,17 @@ def _check_tensors(graph: Graph, spec: Any) -> None:
 
 
 def hold_tensors(graph: Graph, inputs: Features, outputs: Features) -> None:
-    """Holds the tensors that a package has to those that the manifest says.
+    """Checks a package's tensors, dtype and shape by name, against the manifest's graph.
 
-    Args:
-        graph: The manifest's entry.
-        inputs: Dtype and shape of each input by name.
-        outputs: The same of each output; Core ML needs no shape of them, and none, (), fits any.
+    Core ML needs no shape of outputs: none, (), fits any.
 
     Raises:
-        BundleError: They are others.
+        BundleError: They differ.
     """
     for said, found in ((graph.inputs, inputs), (graph.outputs, outputs)):
         want = {t.name: (t.dtype, t.shape if found.get(t.name, ("", t.shape))[1] else ()) for t in said}
         if want != dict(found):
-            raise BundleError(f"{graph.file} has {_spell(found)}; the manifest says {_spell(want)}")
+            raise BundleError(f"{graph.file} has {_spell(found)}; the manifest says {_spell(want)}; export again")
 
 
 def _spell(tensors: Features) -> str:

@@ -1,8 +1,7 @@
-"""What a user of the runtime can put right.
+"""Errors that a user of the runtime can correct.
 
-Constraints: the runtime is embedded in programs that show these messages as they are, so each one is a single
-line that says what was given and what was expected; and a caller who knows nothing of this package catches
-``ValueError`` and is served. Errors of the program itself keep their own types.
+Programs show these messages as they are, so each is one line that says what was given and what was expected. All are
+a ``ValueError``. Errors of the program itself keep their own types.
 """
 
 import warnings
@@ -12,7 +11,7 @@ from typing import TextIO
 
 
 class EdgeRuntimeError(ValueError):
-    """Something that a user of the runtime can put right; the message is one line."""
+    """Something that a user of the runtime can correct; the message is one line."""
 
 
 class BundleError(EdgeRuntimeError):
@@ -20,11 +19,11 @@ class BundleError(EdgeRuntimeError):
 
 
 class NotFiniteError(BundleError):
-    """A bundle's model gave NaN or infinity on the way: its weights or its precision are wrong."""
+    """A bundle's model gave NaN or infinity: its weights or its precision are wrong."""
 
 
 class RequestError(EdgeRuntimeError):
-    """What was asked does not fit the bundle: a label, a clock, a number of steps, a guidance scale."""
+    """A request does not fit the bundle: a label, a clock, a number of steps, a guidance scale."""
 
 
 class OperatingPointWarning(UserWarning):
@@ -33,14 +32,7 @@ class OperatingPointWarning(UserWarning):
 
 @contextmanager
 def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
-    """Hands each `OperatingPointWarning` on as one line while the block runs, whatever the filters; for command lines.
-
-    Args:
-        tell: Gets the line, at once.
-
-    Yields:
-        Nothing.
-    """
+    """Gives each `OperatingPointWarning` to `tell` as one line while the block runs; for command lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", OperatingPointWarning)
         usual = warnings.showwarning

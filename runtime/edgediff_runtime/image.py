@@ -1,25 +1,41 @@
 """Images on disk: a grid as one PNG through Pillow, or the latents."""
 
+import contextlib
 import io
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.pipeline import Result
 from edgediff_runtime.sessions import Array
+
+if TYPE_CHECKING:
+    from edgediff_runtime.pipeline import Result
+
+SUFFIXES = (".png", ".npy")
+
+
+def to_uint8(pixels: Array) -> Array:
+    """Turns what a model or a decoder gives into images; halves are rounded to the even neighbour.
+
+    Args:
+        pixels: float32 [N, C, H, W]; what lies outside of [-1, 1] is clipped.
+
+    Returns:
+        uint8 [N, H, W, C].
+
+    >>> to_uint8(np.array([-2, -1, 0, 1], dtype=np.float32).reshape(1, 1, 2, 2)).ravel().tolist()
+    [0, 0, 128, 255]
+    """
+    scaled = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+    return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def grid(images: Array) -> Array:
-    """Lays images out in rows, as square as they will go.
-
-    Args:
-        images: uint8 [N, H, W, C].
-
-    Returns:
-        uint8 [rows * H, columns * W, C]; places without an image are black.
+    """Lays images out as square as possible: uint8 [N, H, W, C] to [rows * H, columns * W, C], the rest black.
 
     >>> grid(np.zeros((3, 8, 8, 3), dtype=np.uint8)).shape
     (16, 16, 3)
@@ -37,61 +53,56 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
     """Writes a PNG.
 
     Args:
-        path: Where to; the folder must exist.
+        path: The file.
         image: uint8 [H, W, C] with 1 or 3 channels.
         scale: Each pixel becomes a square of this many.
 
     Raises:
-        RequestError: The image has another number of channels, or the folder does not exist.
+        RequestError: The image has another number of channels.
     """
     from PIL import Image
 
-    path = Path(path)
     if image.shape[-1] not in (1, 3):
-        raise RequestError(f"an image of {image.shape[-1]} channels cannot be a PNG; expected 1 or 3")
-    if not path.parent.is_dir():
-        raise RequestError(f"cannot write {path}: the folder {path.parent} does not exist")
+        raise RequestError(f"the image has {image.shape[-1]} channels; a PNG takes 1 or 3, write .npy")
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
 
 
-SUFFIXES = (".png", ".npy")
-
-
 def check_output(path: Path, scale: int, space: str) -> None:
-    """Refuses an output that could not be written, before anything is generated.
+    """Refuses an output that could not be written, before graphs are opened.
 
     Args:
-        path: Where to.
+        path: The file.
         scale: Size of a pixel.
         space: ``pixel`` or ``latent``, from the manifest.
 
     Raises:
-        RequestError: The suffix is unknown, the folder does not exist, the scale is not above 0, or latents were asked
-            for as a picture.
+        RequestError: The suffix is unknown, the place cannot be written, the scale is not 1 to 64, or latents were
+            asked for as a picture.
     """
     if path.suffix not in SUFFIXES:
-        raise RequestError(f"cannot write {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+        raise RequestError(f"cannot write {path}: the suffix is unknown; expected {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise RequestError(f"cannot write {path}: the folder {path.parent} does not exist")
+        raise RequestError(f"cannot write {path}: the folder {path.parent} does not exist; create it")
     if path.is_dir():
-        raise RequestError(f"cannot write {path}: it is a folder")
+        raise RequestError(f"cannot write {path}: it is a folder; choose another name")
+    if not os.access(path.parent, os.W_OK):
+        raise RequestError(f"cannot write {path}: the folder {path.parent} is read-only; choose another")
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()  # an OSError where the name is too long
     if not 1 <= scale <= 64:
         raise RequestError(f"--scale is {scale}; expected 1 to 64")
     if space != "pixel" and path.suffix == ".png":
         raise RequestError("the bundle's model works on latents and has no decoder; write them with -o out.npy")
 
 
-def write_output(result: Result, path: Path, scale: int) -> None:
-    """Writes a generation.
+def write_output(result: "Result", path: Path, scale: int) -> None:
+    """Writes a generation: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
 
-    Args:
-        result: What was generated.
-        path: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
-        scale: Each pixel of a PNG becomes a square of this many.
+    Each pixel of a PNG becomes a square of `scale`.
 
     Raises:
-        RequestError: The bundle has no images to show.
+        RequestError: The bundle's model works on latents, which are no picture.
     """
     # Beside its place and then renamed: a full disk or an interrupt leaves what was there.
     scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")

@@ -46,6 +46,9 @@ class Request:
         cond: Conditional rows of each conditioning tensor, [N, ...].
         uncond: Unconditional rows, [N, ...]; empty where no step is guided.
         seed: Seed of the noise that a stochastic sampler draws on its way.
+        concat: Channels that the UNet takes after the latent's, [N, C', H, W]; a mask and a masked image in inpainting.
+            The scheduler does not scale them.
+        start: Index of the first step that is run, for editing: `latents` are at that step's noise level then.
     """
 
     graphs: tuple[Graph, ...]
@@ -56,6 +59,8 @@ class Request:
     cond: Mapping[str, Array]
     uncond: Mapping[str, Array] = field(default_factory=dict)
     seed: int = 0
+    concat: Array | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,15 +117,20 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     start = perf_counter()
     timesteps = [session.put(np.array([t], dtype=np.float32)) for t in scheduler.timesteps]
     for i, t in enumerate(scheduler.timesteps):
-        if i > 0:  # what came before the first step is that step's
+        if i < request.start:
+            continue
+        is_first = i == request.start
+        if not is_first:  # what came before the first step is that step's
             start = perf_counter()
         guided = request.guidance[i] > 1
         # There is no cache yet, or none of unconditional rows that join: such a step is full.
-        full = request.clock[i] or i == 0 or (guided and not was_guided)
-        if i == 0 or guided != was_guided:
+        full = request.clock[i] or is_first or (guided and not was_guided)
+        if is_first or guided != was_guided:
             chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
+        if request.concat is not None:
+            x_in = np.concatenate([x_in, request.concat], axis=1)
         rows = np.concatenate([x_in, x_in]) if guided and not shared else np.ascontiguousarray(x_in)
         for chunk in chunks:
             chunk.tensors[SAMPLE] = session.put(rows if chunk.whole else rows[chunk.rows])
@@ -208,9 +218,6 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
         tensors = {name: session.put(np.ascontiguousarray(values[rows])) for name, values in named.items()}
         if cache is not None:
             tensors[LOWRES_FEATURE] = session.put(np.ascontiguousarray(cache[rows]))
-        for graph in request.graphs:
-            if graph.frequency == "generation":
-                session.run(graph, tensors)
         chunks.append(_Chunk(rows, whole=batch is None, tensors=tensors))
     return chunks
 

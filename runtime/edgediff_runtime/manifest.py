@@ -5,18 +5,21 @@ taking inputs from and putting outputs into a table of tensors by name. The JSON
 generated from these structs.
 """
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Self
 
 import msgspec
 
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.schedulers import SchedulerConfig
 
-Frequency = Literal["step", "full_step", "cached_step", "generation"]
+Stage = Literal["prompt", "image", "step", "decode"]
+Frequency = Literal["step", "full_step", "cached_step"]
 # Tensors that the loop itself looks at: what a step leaves, and what the next takes.
 LOWRES_FEATURE = "lowres_feature"
 CACHE = "cache"
+# Of Core ML's model format, by the oldest system that reads it.
+SPECIFICATION_OF = {"iOS16": 7, "iOS17": 8, "iOS18": 9}
 # What a step is handed; and how many rows a sample has that is handed over once for each image.
 SAMPLE = "sample"
 TIMESTEP = "timestep"
@@ -49,7 +52,8 @@ class Graph(Struct, frozen=True):
         name: ``highres_in``, ``lowres``, ``adaptor``, ``highres_out``; ``full`` and ``cached`` in the ``pair`` layout.
         file: Path in the bundle, an ``.mlpackage`` being a directory; None where there is nothing to run (the identity
             adaptor).
-        frequency: ``step``, ``full_step``, ``cached_step`` or ``generation``.
+        frequency: In the ``step`` stage: ``step``, ``full_step`` or ``cached_step``; None in the others, whose graphs
+            run whenever the stage does.
         inputs: In the graph's order.
         outputs: In the graph's order.
         external_data: Path in the bundle of the weights that lie outside of `file`, or None.
@@ -59,7 +63,7 @@ class Graph(Struct, frozen=True):
 
     name: str
     file: str | None
-    frequency: Frequency
+    frequency: Frequency | None
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     external_data: str | None = None
@@ -73,7 +77,7 @@ class Graph(Struct, frozen=True):
             full: Of which of the two.
 
         Returns:
-            False also for graphs that run once in a generation.
+            False for graphs of other stages.
         """
         return self.frequency in ("step", "full_step" if full else "cached_step")
 
@@ -120,61 +124,120 @@ class Floors(Struct, frozen=True):
     program: float | None = None
 
 
-class SessionSettings(Struct, frozen=True):
-    """How ONNX Runtime is set where these graphs are fastest and take the least memory, as it was measured.
+class Component(Struct, frozen=True):
+    """A component of a pipeline, as diffusers has them, in one target.
 
     Attributes:
-        rows_apart: Where there are equally many rows for every thread, each takes its own through a graph of its own,
-            alone, instead of sharing every operation with the others. The graphs are in memory twice then.
-        memory_arena: Memory of tensors that are done with is kept for those to come.
-        memory_pattern: Memory is laid out by the shapes of earlier runs.
-        stop_spinning: Threads stop waiting awake when a run ends. Each graph has threads of its own: the next graph
-            would run against them.
-        exact_int8: Where kernels of eight bits add pairs of products in 16 bits, as on x64 without VNNI, slower ones
-            that do not overflow. Elsewhere a runtime leaves them out, and graphs of fp32 have no use for them.
-    """
-
-    rows_apart: bool = False
-    memory_arena: bool = True
-    memory_pattern: bool = True
-    stop_spinning: bool = True
-    exact_int8: bool = True
-
-
-class Target(Struct, frozen=True):
-    """The graphs for one kind of backend.
-
-    Attributes:
-        target: The file format: ONNX, Core ML's ML Program, an ExecuTorch program, or OpenVINO's IR.
-        layout: How the graphs are packed: ``split``, the four parts; or ``pair``, a whole full and a whole cached step.
-        dtype: Precision of weights and features. In ``int8`` it is that of weights and products: what goes into a graph
+        stage: When it runs: ``prompt`` (once for each distinct prompt), ``image`` (once for an input image), ``step``
+            (the loop) or ``decode`` (once for each finished latent).
+        dtype: Precision of weights and features. In ``int8`` it is that of weights and matmuls: what goes into a graph
             and what crosses between graphs is float32.
         batch: Rows that each graph takes, or None where the batch is symbolic.
         floors: What verification asks of these graphs.
-        graphs: In the order in which a step runs them.
-        opset: ONNX operator set; None for others.
-        ir_version: ONNX file version; None for others.
-        session: How ONNX Runtime is best set; None for others.
-        deployment_target: Oldest system that runs Core ML's graphs, such as ``iOS18``; None for others.
-        specification_version: Of Core ML's model format; None for others.
+        graphs: In the order in which the stage runs them.
+        layout: How the graphs of the ``step`` stage are packed: ``split``, the four parts; or ``pair``, a whole full
+            and a whole cached step. None in other stages.
+        model: The component as the target's own ecosystem opens it, of the UNet the undivided step; None where there
+            is none. edgediff's runtimes leave it alone.
+        files: Paths in the bundle of everything that the component consists of.
+        peak_bytes: Peak resident memory of running it, where it was measured.
     """
 
-    target: Literal["onnx", "coreml", "executorch", "openvino"]
-    layout: Literal["split", "pair"]
+    stage: Stage
     dtype: Literal["fp32", "fp16", "int8"]
     batch: int | None
     floors: Floors
     graphs: tuple[Graph, ...]
-    opset: int | None = None
-    ir_version: int | None = None
-    session: SessionSettings | None = None
-    deployment_target: str | None = None
-    specification_version: int | None = None
+    layout: Literal["split", "pair"] | None = None
+    model: Graph | None = None
+    files: tuple[str, ...] = ()
+    peak_bytes: int | None = None
+
+
+class Target(Struct, frozen=True, tag_field="target"):
+    """The components in one file format. A subclass for each format has what only that format says.
+
+    Attributes:
+        components: By their names; ``unet`` is always there.
+    """
+
+    components: dict[str, Component]
 
     @property
-    def settings(self) -> SessionSettings:
-        """How ONNX Runtime is to be set: as the target says, or by the defaults."""
-        return SessionSettings() if self.session is None else self.session
+    def target(self) -> str:
+        """The file format's name, which is the tag in JSON."""
+        return str(self.__struct_config__.tag)
+
+    @property
+    def unet(self) -> Component:
+        """The component that the loop runs."""
+        return self.components["unet"]
+
+    def with_unet(self, **changes: Any) -> Self:
+        """The entry with some fields of its UNet changed."""
+        unet = msgspec.structs.replace(self.unet, **changes)
+        return msgspec.structs.replace(self, components={**self.components, "unet": unet})
+
+    def faults(self) -> Iterator[tuple[bool, str, object, str]]:
+        """What types cannot say of this format: whether it is so, the field, its value, what is expected."""
+        yield from ()
+
+
+# The file formats that this runtime knows, by their tags. A runtime leaves out targets that it does not know.
+TARGETS: dict[str, type[Target]] = {}
+
+
+def register(kind: type[Target]) -> type[Target]:
+    """Makes a file format known to the reader of manifests."""
+    TARGETS[str(kind.__struct_config__.tag)] = kind
+    return kind
+
+
+@register
+class OnnxTarget(Target, frozen=True, tag="onnx"):
+    """ONNX graphs.
+
+    Attributes:
+        opset: Operator set.
+        ir_version: ONNX file version.
+    """
+
+    opset: int
+    ir_version: int
+
+
+@register
+class CoreMLTarget(Target, frozen=True, tag="coreml"):
+    """ML Programs.
+
+    Attributes:
+        deployment_target: Oldest system that runs them, such as ``iOS18``.
+        specification_version: Of Core ML's model format.
+    """
+
+    deployment_target: str
+    specification_version: int
+
+    def faults(self) -> Iterator[tuple[bool, str, object, str]]:
+        """The model format is that of the system."""
+        version = SPECIFICATION_OF.get(self.deployment_target)
+        yield version is not None, "deployment_target", self.deployment_target, ", ".join(SPECIFICATION_OF)
+        yield (
+            self.specification_version in (version, 0),
+            "specification_version",
+            self.specification_version,
+            f"{version}, that of {self.deployment_target}",
+        )
+
+
+@register
+class OpenVinoTarget(Target, frozen=True, tag="openvino"):
+    """OpenVINO's IR."""
+
+
+@register
+class ExecuTorchTarget(Target, frozen=True, tag="executorch"):
+    """An ExecuTorch program for each component, with a method for each graph."""
 
 
 class Source(Struct, frozen=True):
@@ -184,13 +247,13 @@ class Source(Struct, frozen=True):
         name: Built-in name or directory name.
         path: The directory as it was given; None for built-in models.
         sha256: Hash over configuration, weights and scheduler.
-        random_weights: Seed, where the weights are random and the model is a geometry only.
+        random_weights: Seed as decimal text, where the weights are random and the model is a geometry only.
     """
 
     name: str
     path: str | None
     sha256: str
-    random_weights: int | None = None
+    random_weights: str | None = None
 
 
 class Cut(Struct, frozen=True):
@@ -204,13 +267,16 @@ class Sample(Struct, frozen=True):
     """What the UNet denoises.
 
     Attributes:
-        channels: Channels of a sample.
-        height: Rows of a sample.
-        width: Columns of a sample.
-        space: ``pixel`` where a sample is an image in [-1, 1], ``latent`` where a decoder comes after it.
+        channels: Channels of a latent, and of what the UNet gives.
+        in_channels: Channels that the UNet takes: the latent's, then those of what is concatenated to it (a mask and
+            a masked image in inpainting).
+        height: Rows of a latent.
+        width: Columns of a latent.
+        space: ``pixel`` where a latent is an image in [-1, 1], ``latent`` where a decoder comes after it.
     """
 
     channels: int
+    in_channels: int
     height: int
     width: int
     space: Literal["pixel", "latent"]
@@ -221,37 +287,17 @@ class Conditioning(Struct, frozen=True):
 
     Attributes:
         kind: ``none``, ``class`` or ``text``.
+        tensors: What a step is handed besides the sample and the timestep: named tensors with a row for each row of
+            the sample, which a generation or a ``prompt`` component gives. Integers are int64 here; a graph may
+            declare int32.
         labels: Names of the classes, in the order of their indices.
         null_label: Index of the class that means 'no class' in guidance, or None.
-        source: Where the evidence's conditioning came from: ``labels``, ``file``, ``synthetic`` or ``none``.
-        sha256: Hash of that file, or None.
     """
 
     kind: Literal["none", "class", "text"]
+    tensors: tuple[Tensor, ...] = ()
     labels: tuple[str, ...] = ()
     null_label: int | None = None
-    source: Literal["none", "labels", "file", "synthetic"] = "none"
-    sha256: str | None = None
-
-
-class OperatingPoint(Struct, frozen=True):
-    """What the bundle was made and verified for; the defaults of a generation.
-
-    Attributes:
-        num_inference_steps: Denoising steps.
-        clock: Period or mask, as it was given.
-        mask: The clock's entry for each step, 1 = full.
-        guidance_scale: Classifier-free guidance; 1 is off.
-        seed: Seed of the evidence's trajectory.
-        num_images: Images in the evidence's trajectory.
-    """
-
-    num_inference_steps: int
-    clock: int | str
-    mask: tuple[int, ...]
-    guidance_scale: float
-    seed: int
-    num_images: int
 
 
 class TrainedFor(Struct, frozen=True):
@@ -261,7 +307,7 @@ class TrainedFor(Struct, frozen=True):
         num_inference_steps: Denoising steps.
         scheduler: The sampler, as a recipe names it.
         clock: Period or mask, as it was given.
-        mask: The clock's entry for each step, 1 = full.
+        mask: The clock as a mask, 1 = full.
         guidance_scale: Classifier-free guidance; 1 is off.
     """
 
@@ -270,6 +316,32 @@ class TrainedFor(Struct, frozen=True):
     clock: int | str
     mask: tuple[int, ...]
     guidance_scale: float
+
+
+class OperatingPoint(TrainedFor, frozen=True):
+    """What the bundle is made and verified for; the defaults of a generation.
+
+    Attributes:
+        seed: Seed of the evidence's trajectory, as decimal text: JSON's numbers end at 2^53 in most languages.
+        num_images: Images in the evidence's trajectory.
+    """
+
+    seed: str
+    num_images: int
+
+
+class Evidence(Struct, frozen=True):
+    """How the bundle was verified.
+
+    Attributes:
+        verified: How far: ``full`` or ``graphs`` (no trajectory).
+        conditioning: Where the trajectory's conditioning came from: ``labels``, ``file``, ``synthetic`` or ``none``.
+        sha256: Hash of that file, or None.
+    """
+
+    verified: Literal["full", "graphs"]
+    conditioning: Literal["none", "labels", "file", "synthetic"] = "none"
+    sha256: str | None = None
 
 
 class Adaptor(Struct, frozen=True):
@@ -337,12 +409,12 @@ class Manifest(Struct, frozen=True):
         sample: What the UNet denoises.
         conditioning: What it is conditioned on.
         scheduler: The sampler, completely.
-        operating_point: Defaults of a generation, and what was verified.
-        verified: How far the export was verified: ``full`` or ``graphs`` (no trajectory).
+        operating_point: Defaults of a generation.
+        evidence: How it was verified.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step.
         cache_bytes: Bytes of the cache for one sample in fp32.
-        targets: The graphs.
-        config: The recipe that the bundle was made by, as plain data.
+        targets: The graphs by file format; what a runtime does not know is left out.
+        config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
         versions: Version of every tool that had a part in it.
         files: Every other file of the bundle but SHA256SUMS and evidence/parity.json.
     """
@@ -357,7 +429,7 @@ class Manifest(Struct, frozen=True):
     conditioning: Conditioning
     scheduler: SchedulerConfig
     operating_point: OperatingPoint
-    verified: Literal["full", "graphs"]
+    evidence: Evidence
     cost: dict[str, Cost]
     cache_bytes: int
     targets: tuple[Target, ...]
@@ -369,7 +441,7 @@ class Manifest(Struct, frozen=True):
         """Finds the graphs of a target.
 
         Args:
-            names: ``onnx``, ``coreml``, ``executorch`` or ``openvino``; of several, the first that is there is taken.
+            names: File formats; of several, the first that is there is taken.
 
         Returns:
             The target.

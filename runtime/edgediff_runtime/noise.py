@@ -1,14 +1,10 @@
 """Seeded normal noise that every runtime draws alike: Philox4x32-10, then Box-Muller.
 
-Constraints that shaped this file:
-
-- The same seed gives the same picture in Python, in a browser and on a phone, so the generator is one that
-  a page of any language can hold: a counter-based one (Salmon et al. 2011, "Parallel random numbers: as
-  easy as 1, 2, 3"), with neither state nor a platform's own normal sampler.
-- Image ``i`` is the same however many images are drawn and however they are divided into chunks: the image
-  and the draw stand in the counter, not in a running position.
-- The logarithm, cosine and sine are taken in float64 and rounded once to float32, so that differences between
-  mathematical libraries stay below float32's resolution nearly everywhere.
+- The same seed gives the same picture in Python, in a browser and on a phone: the generator is a counter-based one
+  (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which is a page of code in any language.
+- Image ``i`` is the same however many images are drawn: the image and the draw are in the counter.
+- Logarithm, cosine and sine are taken in float64 and rounded once to float32, so that mathematical libraries agree
+  nearly everywhere.
 """
 
 import math
@@ -28,14 +24,7 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Philox4x32-10: four random words for each counter, a bijection of the counter under the key.
-
-    Args:
-        counter: uint32 [..., 4], one counter per row.
-        key: Two 32-bit words, low word first.
-
-    Returns:
-        uint32 [..., 4], the words in the order in which Random123 prints them.
+    """Philox4x32-10: four words for each counter, uint32 [..., 4], in Random123's order; the key's low word is first.
 
     >>> [f"{word:08x}" for word in philox(np.zeros(4, np.uint32), (0, 0))]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
@@ -56,12 +45,9 @@ def noise(seed: int, shape: Sequence[int], image: int = 0, draw: int = 0) -> NDA
 
     Args:
         seed: Any integer in [0, 2**64): it is the key.
-        shape: The array's shape, positive integers; the values fill it in C order.
+        shape: The array's shape; the float32 values fill it in C order.
         image: Which image of the generation, in [0, 2**32).
         draw: 0 is the initial latent, ``k`` the ``k``-th fresh noise, in [0, 2**32).
-
-    Returns:
-        float32 array of ``shape``.
 
     Raises:
         RequestError: If the seed, a dimension, the image or the draw is not an integer in its range.

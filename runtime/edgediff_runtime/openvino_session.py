@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,20 @@ from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Graph
 
 Array = npt.NDArray[Any]
-# OpenVINO's names of what it computes in; the graphs' own inputs and outputs stay as they are.
+# OpenVINO's names of the precisions it computes in; the graphs' inputs and outputs stay as they are.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 # A graph and the rows of each of its inputs, for which it is compiled.
 _Key = tuple[str, tuple[int, ...]]
+# For how many numbers of rows a graph stays compiled: one with guidance, one without, and those of the call before.
+KEPT = 4
 TYPES = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32"}
 
 
 class OpenVinoSession:
     """Runs a bundle in OpenVINO: its models in IR where it has them, else its ONNX graphs.
 
-    Its CPU plugin is slower on symbolic shapes: a graph is compiled anew for each number of rows that it meets. Tensors
-    are numpy arrays. One object may serve several threads.
+    Its CPU plugin is slower on symbolic shapes: a graph is compiled for each number of rows, of which the last `KEPT`
+    are kept. Tensors are numpy arrays. One object may serve several threads.
 
     Attributes:
         graphs: The graphs of that target.
@@ -38,10 +41,10 @@ class OpenVinoSession:
         Args:
             bundle: The bundle.
             precision: What to compute in, one of `PRECISIONS`.
-            threads: Threads of each graph; OpenVINO's choice where None.
+            threads: Threads of each graph; None takes OpenVINO's choice.
 
         Raises:
-            RequestError: OpenVINO is not installed, or the precision is unknown, or not to be had here.
+            RequestError: OpenVINO is not installed, or the precision is unknown or not available here.
             BundleError: There are no such graphs, or one is damaged, cannot be read, or has other inputs or outputs
                 than the manifest says.
         """
@@ -50,21 +53,23 @@ class OpenVinoSession:
         try:
             import openvino as ov
         except ImportError as e:
-            raise RequestError("backend 'openvino' needs OpenVINO: pip install openvino") from e
+            raise RequestError("backend 'openvino' needs OpenVINO, which is not installed; pip install openvino") from e
         self._core = ov.Core()
-        # The precision is a hint, which a processor without bf16 would not take, and not say so.
+        # The precision is a hint, which a processor without bf16 ignores silently.
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise RequestError("backend 'openvino-bf16' needs a processor with bf16; this one has none")
+            raise RequestError(
+                "backend 'openvino-bf16' needs a processor with bf16, which this one lacks; take 'openvino'"
+            )
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
-        self.graphs = bundle.manifest.target("openvino", "onnx").graphs
+        self.graphs = bundle.manifest.target("openvino", "onnx").unet.graphs
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
-        self._compiled: dict[_Key, Any] = {}
+        self._compiled: OrderedDict[_Key, Any] = OrderedDict()
         self._compiling = threading.Lock()
         self._requests = threading.local()
 
@@ -77,32 +82,40 @@ class OpenVinoSession:
         return value
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph.
-
-        Args:
-            graph: One of the bundle's.
-            tensors: By name; the outputs are added.
+        """Runs a graph on tensors by name and adds its outputs.
 
         Raises:
             BundleError: OpenVINO cannot compile the graph.
+            RequestError: It lacks memory.
         """
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         rows = tuple(len(feeds[tensor.name]) for tensor in graph.inputs)
         # A request holds the tensors of one run: each thread has its own.
-        known: dict[_Key, Any] = self._requests.__dict__.setdefault("known", {})
+        known: OrderedDict[_Key, Any] = self._requests.__dict__.setdefault("known", OrderedDict())
         request = known.get((graph.name, rows))
         if request is None:
-            request = known[graph.name, rows] = self._compile(graph, rows).create_infer_request()
-        made = request.infer(feeds, share_inputs=True, share_outputs=True)
-        # What came out is the request's own memory, which the next run writes over.
+            request = self._compile(graph, rows).create_infer_request()
+        self._keep(known, (graph.name, rows), request)
+        try:
+            made = request.infer(feeds, share_inputs=True, share_outputs=True)
+        except RuntimeError as e:
+            said = " ".join(str(e).split())[:400]
+            raise RequestError(f"{graph.name} cannot run: {said}; ask for fewer images at once") from e
+        # The outputs lie in the request's own memory, which the next run writes over.
         tensors.update((tensor.name, np.array(made[tensor.name])) for tensor in graph.outputs)
 
     def _read(self, bundle: Bundle, graph: Graph) -> Any:
-        """A graph as OpenVINO reads it, held to the manifest."""
+        """Reads a graph and checks it against the manifest."""
         try:
-            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)))
+            # Models in IR are over one file of weights; ONNX graphs name theirs themselves.
+            is_ir = str(graph.file).endswith(".xml")
+            weights = [os.fspath(bundle.path / str(graph.external_data))] if is_ir else []
+            model = self._core.read_model(os.fspath(bundle.path / str(graph.file)), *weights)
         except RuntimeError as e:
-            raise BundleError(f"{graph.file} cannot be read by OpenVINO: {' '.join(str(e).split())[:400]}") from e
+            said = " ".join(str(e).split())[:400]
+            raise BundleError(
+                f"{graph.file} cannot be read by OpenVINO: {said}; update openvino or export again"
+            ) from e
         _check_tensors(graph, model)
         return model
 
@@ -120,9 +133,18 @@ class OpenVinoSession:
                     found = self._core.compile_model(model, "CPU", self._settings)
                 except RuntimeError as e:
                     said = " ".join(str(e).split())[:400]
-                    raise BundleError(f"{graph.file} cannot be compiled by OpenVINO: {said}") from e
-                self._compiled[graph.name, rows] = found
+                    raise BundleError(
+                        f"{graph.file} cannot be compiled by OpenVINO: {said}; update openvino or export again"
+                    ) from e
+            self._keep(self._compiled, (graph.name, rows), found)
             return found
+
+    def _keep(self, known: OrderedDict[_Key, Any], key: _Key, value: Any) -> None:
+        """Remembers what was used last, and forgets what was not used for longest."""
+        known[key] = value
+        known.move_to_end(key)
+        while len(known) > KEPT * len(self.graphs):
+            known.popitem(last=False)
 
 
 def _check_tensors(graph: Graph, model: Any) -> None:
@@ -131,11 +153,11 @@ def _check_tensors(graph: Graph, model: Any) -> None:
         if len(names) != len(said) or any(tensor.name not in known for tensor, known in zip(said, names, strict=True)):
             raise BundleError(
                 f"{graph.file} has the {kind} {', '.join('/'.join(sorted(known)) for known in names)}; "
-                f"the manifest says {', '.join(tensor.name for tensor in said)}"
+                f"the manifest says {', '.join(tensor.name for tensor in said)}; export again"
             )
         for tensor, port in zip(said, found, strict=True):
             there = port.get_partial_shape()
-            # A size of the graph's that is no number is symbolic, or was not inferred.
+            # A size that is no number is symbolic, or was not inferred.
             fits = there.rank.is_dynamic or (
                 len(there) == len(tensor.shape)
                 and all(
@@ -147,5 +169,5 @@ def _check_tensors(graph: Graph, model: Any) -> None:
             if not fits or element != TYPES[tensor.dtype]:
                 raise BundleError(
                     f"{graph.file} has {tensor.name} as {element} {there}; "
-                    f"the manifest says {tensor.dtype} {list(tensor.shape)}"
+                    f"the manifest says {tensor.dtype} {list(tensor.shape)}; export again"
                 )

@@ -31,8 +31,7 @@ def departure(
     trained = manifest.adaptor.trained_for
     if trained is None or all(mask):
         return None
-    # As the recipe named it: a source may ask for Karras sigmas under a plain name.
-    sampler = str(manifest.config.get("scheduler", manifest.scheduler.name))
+    sampler = manifest.operating_point.scheduler
     differs = []
     if len(guidance) != trained.num_inference_steps:
         differs.append(f"{len(guidance)} steps")

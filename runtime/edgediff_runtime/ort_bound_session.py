@@ -1,7 +1,7 @@
-"""ONNX Runtime with every tensor bound to one device's memory: the way on a GPU.
+"""ONNX Runtime with every tensor bound to one device's memory, for GPUs.
 
-A tensor that ONNX Runtime is handed on the CPU crosses to the GPU and back in every run. Here the cache and the skip
-connections stay where they were made, and only the sample, what it is conditioned on and the result cross.
+A tensor on the CPU is copied to the GPU and back in every run. Here the cache and the skip connections stay on the
+device; only the sample, the conditioning and the result are copied.
 """
 
 import io
@@ -20,8 +20,7 @@ from edgediff_runtime.ort_session import CPU, load_graphs
 Array = npt.NDArray[Any]
 
 CUDA = "CUDAExecutionProvider"
-# Of each device: ONNX Runtime's providers, the one that is wanted first. TF32 would round an fp32 graph's products to
-# ten bits.
+# ONNX Runtime's providers of each device, by preference. TF32 would round an fp32 graph's products to ten bits.
 PROVIDERS: dict[str, tuple[Any, ...]] = {"cpu": (CPU,), "cuda": ((CUDA, {"use_tf32": "0"}), CPU)}
 
 
@@ -29,7 +28,7 @@ class OrtBoundSession:
     """ONNX Runtime on tensors that stay in a device's memory.
 
     One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
-    OrtValue on the device. All rows go through a graph together, whatever the manifest says of rows apart.
+    OrtValue on the device. All rows go through a graph together.
 
     Attributes:
         graphs: The bundle's ONNX graphs.
@@ -44,32 +43,32 @@ class OrtBoundSession:
 
         Args:
             bundle: The bundle.
-            device: One of `PROVIDERS`; an NVIDIA GPU is the first that there is.
-            threads: How many may be at work on the CPU; ONNX Runtime's choice where None.
+            device: One of `PROVIDERS`; of several NVIDIA GPUs the first.
+            threads: How many to use on the CPU; None takes ONNX Runtime's choice.
 
         Raises:
-            RequestError: The device is unknown or not to be had on this machine.
+            RequestError: The device is unknown or not available on this machine.
             BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
         """
         import onnxruntime as ort
 
         if device not in PROVIDERS:
             raise RequestError(f"no device {device!r}; choices: {', '.join(PROVIDERS)}")
-        said = _find_cuda() if device == "cuda" else ""
+        log = _find_cuda() if device == "cuda" else ""
         target = bundle.manifest.target("onnx")
-        self.graphs = target.graphs
+        self.graphs = target.unet.graphs
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
-        options = session_options(target.settings, threads)
+        options = session_options(target.unet.dtype == "int8", threads)
         with bundle.hold(self.graphs):
             for graph in self.graphs:
                 loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])
-                # Where a provider's libraries cannot be loaded ONNX Runtime goes on without it, and says so in its log.
+                # ONNX Runtime goes on without a provider whose libraries cannot be loaded.
                 if device == "cuda" and any(CUDA not in each.get_providers() for each in loaded.values()):
                     raise RequestError(
                         "backend 'onnxruntime-cuda' needs an NVIDIA GPU, and the libraries of CUDA and cuDNN that "
-                        f"onnxruntime-gpu names; ONNX Runtime could not start there{f': {said}' if said else ''}"
+                        f"onnxruntime-gpu names; ONNX Runtime could not start there{f': {log}' if log else ''}"
                     )
                 self._sessions |= loaded
 
@@ -83,14 +82,10 @@ class OrtBoundSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph; inputs and outputs stay on the device.
-
-        Args:
-            graph: One of the bundle's.
-            tensors: By name; the outputs are added.
+        """Runs a graph on tensors by name and adds its outputs; all stay on the device.
 
         Raises:
-            RequestError: The device cannot run it, for want of memory or of a kernel.
+            RequestError: The device lacks memory or a kernel.
         """
         session = self._sessions[graph.name]
         binding = session.io_binding()
@@ -106,7 +101,7 @@ class OrtBoundSession:
 
 
 def _find_cuda() -> str:
-    """Loads the libraries of CUDA and cuDNN where pip has put them; what ONNX Runtime says of that.
+    """Loads the libraries of CUDA and cuDNN that pip installed; returns what ONNX Runtime printed.
 
     Raises:
         RequestError: This ONNX Runtime was built without CUDA.
@@ -115,7 +110,7 @@ def _find_cuda() -> str:
 
     if CUDA not in ort.get_available_providers():
         raise RequestError(
-            "backend 'onnxruntime-cuda' needs an NVIDIA GPU, and ONNX Runtime built for CUDA in the place of this one: "
+            "backend 'onnxruntime-cuda' needs an NVIDIA GPU and an ONNX Runtime built for CUDA, which this one is not; "
             "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
         )
     with redirect_stdout(io.StringIO()) as said:

@@ -1,20 +1,17 @@
-"""How ONNX Runtime is set for a bundle's graphs: what the manifest recommends, in ONNX Runtime's own words."""
+"""ONNX Runtime's options where a bundle's graphs were measured to be fastest and to take the least memory."""
 
 from typing import Any
 
-from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_overflow import bytes_overflow
 
 
-def session_options(settings: SessionSettings, threads: int | None = None) -> Any:
-    """Makes the options of a session.
+def session_options(int8: bool, threads: int | None = None) -> Any:
+    """Makes onnxruntime's ``SessionOptions``.
 
     Args:
-        settings: The target's.
-        threads: How many may be at work; ONNX Runtime's choice where None.
-
-    Returns:
-        onnxruntime's ``SessionOptions``.
+        int8: Whether the graphs have int8 matmuls. On x64 without VNNI the usual kernels add pairs of them in 16 bits,
+            which overflows; slower ones, which are asked for there, do not.
+        threads: How many may be at work; None leaves the number to ONNX Runtime.
     """
     import onnxruntime as ort
 
@@ -22,12 +19,7 @@ def session_options(settings: SessionSettings, threads: int | None = None) -> An
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.enable_cpu_mem_arena = settings.memory_arena
-    options.enable_mem_pattern = settings.memory_pattern
-    entries = {
-        "session.force_spinning_stop": settings.stop_spinning,
-        "session.x64quantprecision": settings.exact_int8 and bytes_overflow(),
-    }
-    for entry, is_on in entries.items():
-        options.add_session_config_entry(entry, str(int(is_on)))
+    # Each graph has threads of its own: those of one would spin against the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(int8 and bytes_overflow())))
     return options

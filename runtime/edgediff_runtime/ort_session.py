@@ -1,12 +1,12 @@
 """ONNX Runtime behind the session's interface.
 
-Its threads share each operation of a graph between them and meet after every one, which a small graph spends much of
-its time on. Rows do not look at each other, so where there are equally many for every thread each takes its own
-through the whole graph, alone; where there are not, all threads share the graph. Each way is a graph of its own in
-memory: the manifest says whether that is worth it.
+Its threads share each operation of a graph and meet after every one, which takes much of a small graph's time. Rows do
+not depend on each other, so where every thread gets equally many, each takes its own rows through the whole graph
+alone. That needs the graphs in memory a second time: it is done for small ones, when such rows first come.
 """
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import BundleError
+from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import IMAGES, Graph
 from edgediff_runtime.ort_options import session_options
 
@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 
 # ONNX Runtime's execution provider.
 CPU = "CPUExecutionProvider"
+# With a row for each of two threads, each alone, a cached step of SD v1.5, 3.4 GB, takes 0.96 of the time, a full one
+# 0.98: not worth the weights in memory twice.
+APART_BYTES = 2**26
 ORT_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -39,17 +42,13 @@ class OrtSession:
     Attributes:
         graphs: The bundle's ONNX graphs.
         batch: None: they have a symbolic batch.
-        threads: How many may be at work.
+        threads: How many it uses.
     """
 
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads the ONNX graphs of a bundle.
-
-        Args:
-            bundle: The bundle.
-            threads: How many may be at work; as many as the process has cores where None.
+        """Checks and loads the ONNX graphs of a bundle; `threads` None takes as many as the process has cores.
 
         Raises:
             BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
@@ -57,78 +56,82 @@ class OrtSession:
         import onnxruntime as ort
 
         target = bundle.manifest.target("onnx")
-        self.graphs = target.graphs
+        self.graphs = target.unet.graphs
         self.threads = _cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        apart = target.settings.rows_apart and self.threads > 1
-        with bundle.hold(self.graphs):
-            self._shared = load_graphs(bundle, self.graphs, session_options(target.settings, threads))
-            self._apart = load_graphs(bundle, self.graphs, session_options(target.settings, 1)) if apart else None
+        self._bundle, self._int8 = bundle, target.unet.dtype == "int8"
+        # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
+        shares = any(graph.shares_rows for graph in self.graphs)
+        self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES
+        self._apart: dict[str, Any] | None = None
+        self._loading = threading.Lock()
+        self._shared = self._load(threads)
+
+    def _load(self, threads: int | None) -> dict[str, Any]:
+        with self._bundle.hold(self.graphs):
+            return load_graphs(self._bundle, self.graphs, session_options(self._int8, threads))
 
     def put(self, array: Array) -> Any:
-        """Wraps an array without a copy.
-
-        Args:
-            array: C-contiguous, rows first.
-
-        Returns:
-            An OrtValue on the array's memory, or one for each thread's rows where all have as many.
-        """
+        """Wraps a C-contiguous array, rows first, without a copy: one OrtValue, or one for each thread's rows."""
+        if not array.ndim:
+            return self._from_numpy(array)
         each, left = divmod(len(array), self.threads)
-        if self._apart is None or left:
+        if left or not each or not self._may_divide:
             return self._from_numpy(array)
         return tuple(self._from_numpy(array[i * each : (i + 1) * each]) for i in range(self.threads))
 
     def get(self, value: Any) -> Array:
-        """Copies a tensor out.
-
-        Args:
-            value: What `put` or `run` gave.
-
-        Returns:
-            A numpy array.
-        """
+        """Copies a tensor out."""
         array: Array = np.concatenate([each.numpy() for each in value]) if isinstance(value, tuple) else value.numpy()
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph; inputs and outputs stay OrtValues.
+        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues.
 
-        Args:
-            graph: One of the bundle's.
-            tensors: By name; the outputs are added.
+        Raises:
+            RequestError: It lacks memory.
         """
         names = self._outputs[graph.name]
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         if not any(isinstance(value, tuple) for value in feeds.values()):
-            session = self._shared[graph.name]
-            tensors.update(zip(names, session.run_with_ort_values(names, feeds), strict=True))
+            made = _run(self._shared[graph.name], graph, names, feeds)
+            tensors.update(zip(names, made, strict=True))
             return
-        assert self._apart is not None
+        with self._loading:
+            if self._apart is None:
+                self._apart = self._load(1)
         session = self._apart[graph.name]
 
         def run_rows(i: int) -> Any:
             # What has no rows (the timestep) is the same for all.
             mine = {name: value[i] if isinstance(value, tuple) else value for name, value in feeds.items()}
-            return session.run_with_ort_values(names, mine)
+            return _run(session, graph, names, mine)
 
         others = [self._workers.submit(run_rows, i) for i in range(1, self.threads)]
-        made = [run_rows(0), *(other.result() for other in others)]
-        tensors.update(zip(names, zip(*made, strict=True), strict=True))
+        rows = [run_rows(0), *(other.result() for other in others)]
+        tensors.update(zip(names, zip(*rows, strict=True), strict=True))
+
+
+def _run(session: Any, graph: Graph, names: list[str], feeds: dict[str, Any]) -> Any:
+    try:
+        return session.run_with_ort_values(names, feeds)
+    except Exception as e:  # onnxruntime's own errors share no base class
+        said = " ".join(str(e).split())[:400]
+        raise RequestError(f"{graph.name} cannot run: {said}; ask for fewer images at once") from e
 
 
 def load_graphs(
     bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = (CPU,)
 ) -> dict[str, Any]:
-    """Loads graphs and holds them to the manifest.
+    """Loads graphs and checks them against the manifest.
 
     Args:
         bundle: The bundle.
         graphs: Of it.
         options: ONNX Runtime's.
-        providers: Its execution providers, the one that is wanted first.
+        providers: Its execution providers, by preference.
 
     Returns:
         A session of ONNX Runtime for each graph that has a file, by the graph's name.
@@ -146,10 +149,17 @@ def load_graphs(
                 # Its own fallback, to the CPU, would be printed, and take the user's choice for another.
                 session = ort.InferenceSession(file, options, providers=list(providers), enable_fallback=0)
             except Exception as e:  # onnxruntime's own errors share no base class
-                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+                said = " ".join(str(e).split())[:400]
+                raise BundleError(f"{graph.file} cannot be loaded: {said}; update onnxruntime or export again") from e
             _check_tensors(graph, session)
             sessions[graph.name] = session
     return sessions
+
+
+def weight_bytes(bundle: Bundle, graphs: tuple[Graph, ...]) -> int:
+    """Bytes of the files that graphs lie in; what they share counts once."""
+    names = {name for graph in graphs for name in (graph.file, graph.external_data) if name is not None}
+    return sum(bundle.manifest.files[name].size for name in names if name in bundle.manifest.files)
 
 
 def _cores() -> int:
@@ -167,11 +177,11 @@ def _check_tensors(graph: Graph, session: Any) -> None:
         if [tensor.name for tensor in said] != [tensor.name for tensor in found]:
             raise BundleError(
                 f"{graph.file} has the {kind} {', '.join(t.name for t in found)}; "
-                f"the manifest says {', '.join(t.name for t in said)}"
+                f"the manifest says {', '.join(t.name for t in said)}; export again"
             )
         for tensor, other in zip(said, found, strict=True):
-            # A size of the graph's that is no number is symbolic, or was not inferred. One symbol means something: rows
-            # that such a graph shares, no other can.
+            # A size that is no number is symbolic, or was not inferred. `IMAGES` must be on both sides or on neither:
+            # only such a graph can share rows.
             fits = len(other.shape) == len(tensor.shape) and all(
                 size == there or (not isinstance(there, int) and IMAGES not in (size, there))
                 for size, there in zip(tensor.shape, other.shape, strict=True)
@@ -179,5 +189,5 @@ def _check_tensors(graph: Graph, session: Any) -> None:
             if not fits or other.type != ORT_TYPES[tensor.dtype]:
                 raise BundleError(
                     f"{graph.file} has {tensor.name} as {other.type} {other.shape}; "
-                    f"the manifest says {tensor.dtype} {list(tensor.shape)}"
+                    f"the manifest says {tensor.dtype} {list(tensor.shape)}; export again"
                 )

@@ -1,10 +1,9 @@
-"""From a bundle to images: what was asked is checked here, then the loop runs.
+"""From a bundle to images: a request is checked here, then the loop runs.
 
-The arguments are diffusers' where diffusers has them. A pipeline holds nothing of any generation, so that one object
-may serve several threads.
+The arguments are diffusers' where diffusers has them. Numbers may be numpy's or torch's, and so may arrays. A pipeline
+holds nothing of any generation, so that one object may serve several threads.
 """
 
-import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from edgediff_runtime.bundle import Bundle, open_bundle
 from edgediff_runtime.clock import ClockSpec, clock_mask
 from edgediff_runtime.errors import OperatingPointWarning, RequestError
+from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
@@ -26,6 +26,7 @@ from edgediff_runtime.sessions import Array, Session, open_session
 
 # All images of a generation are in memory at once.
 MAX_IMAGES = 4096
+NO_LATENTS = np.empty((0,), dtype=np.float32)
 Label = str | int | Sequence[str | int] | None
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
 
@@ -36,7 +37,7 @@ class Result:
 
     Attributes:
         latents: float32 [N, C, H, W].
-        ledger: For each step its number, whether it was full, and the milliseconds of each part.
+        ledger: Each step without its tensors and latents, which would stay in memory.
         space: ``pixel`` or ``latent``, from the manifest.
     """
 
@@ -46,17 +47,12 @@ class Result:
 
     @classmethod
     def of(cls, steps: Iterable[Step], manifest: Manifest) -> "Result":
-        """Runs a generation to its end and keeps the ledger, not the tensors.
-
-        Args:
-            steps: What `EdgePipeline.stream` gave.
-            manifest: The bundle's manifest.
-
-        Returns:
-            The result.
-        """
-        ledger = tuple(replace(step, tensors=()) for step in steps)
-        return cls(ledger[-1].latents, ledger, manifest.sample.space)
+        """Runs what `EdgePipeline.stream` gave to its end; of the tensors only the last latents are kept."""
+        ledger = []
+        for step in steps:
+            latents = step.latents
+            ledger.append(replace(step, tensors=(), latents=NO_LATENTS))
+        return cls(latents, tuple(ledger), manifest.sample.space)
 
     @property
     def images(self) -> Array:
@@ -67,13 +63,17 @@ class Result:
         """
         if self.space != "pixel":
             raise RequestError("the bundle's model works on latents and has no decoder; take result.latents instead")
-        pixels = np.clip(self.latents * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
-        return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
+        return to_uint8(self.latents)
 
     @property
     def mask(self) -> tuple[int, ...]:
         """The steps as they were run, 1 = full."""
         return tuple(int(step.full) for step in self.ledger)
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of all steps together."""
+        return sum(sum(step.ms.values()) for step in self.ledger)
 
 
 class EdgePipeline:
@@ -85,12 +85,10 @@ class EdgePipeline:
     """
 
     def __init__(self, manifest: Manifest, session: Session, *, warn: bool = True) -> None:
-        """Makes a pipeline of what is open already.
+        """Makes a pipeline of an opened bundle.
 
-        Args:
-            manifest: A bundle's manifest.
-            session: What runs its graphs.
-            warn: Give an `OperatingPointWarning`, once, where a generation is not what the adaptor was trained for.
+        It gives an `OperatingPointWarning`, once, where a generation is not what the adaptor was trained for; not so
+        without `warn`.
         """
         self.manifest = manifest
         self.session = session
@@ -101,7 +99,11 @@ class EdgePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, backend: str = "onnxruntime", compute_units: str = "all"
+        cls,
+        path: str | Path,
+        backend: str = "onnxruntime",
+        compute_units: str = "all",
+        threads: int | None = None,
     ) -> "EdgePipeline":
         """Opens a bundle.
 
@@ -109,26 +111,18 @@ class EdgePipeline:
             path: The bundle's directory.
             backend: What runs the graphs, one of `edgediff_runtime.sessions.BACKENDS`.
             compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
-
-        Returns:
-            The pipeline.
+            threads: CPU threads of the backend; None takes its own choice. Set it in a container that has fewer cores
+                than its host. Core ML has no such choice.
 
         Raises:
             BundleError: The bundle is damaged, unsafe or of a newer version.
-            RequestError: The backend is unknown, or not to be had on this machine.
+            RequestError: The backend is unknown or not available on this machine, or `threads` is not above 0.
         """
         bundle: Bundle = open_bundle(path)
-        return cls(bundle.manifest, open_session(bundle, backend, compute_units))
+        return cls(bundle.manifest, open_session(bundle, backend, compute_units, threads))
 
     def __call__(self, **request: Any) -> Result:
-        """Generates images; arguments as in `stream`.
-
-        Returns:
-            Latents, images and the ledger.
-
-        Raises:
-            RequestError: What was asked does not fit the bundle.
-        """
+        """Generates images; arguments and errors as in `stream`."""
         return Result.of(self.stream(**request), self.manifest)
 
     def stream(
@@ -161,22 +155,21 @@ class EdgePipeline:
             num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
                 is a mask asks for one.
             clock: Period or mask of the full steps.
-            guidance_scale: One number, or one for each step; 1 or less runs without guidance.
+            guidance_scale: One number from 0, or one for each step; 1 or less runs without guidance.
             seed: 0 to 2^64 - 1.
 
-        Returns:
-            An iterator over the steps.
-
         Raises:
-            RequestError: What was asked does not fit the bundle.
+            RequestError: The request does not fit the bundle.
 
         Warns:
             OperatingPointWarning: It is not what the bundle's adaptor was trained for; once for each pipeline.
         """
         point = self.manifest.operating_point
-        steps = point.num_inference_steps if num_inference_steps is None else num_inference_steps
+        label, num_images, seed = _plain(label), _plain(num_images), _plain(seed)
+        guidance_scale = _plain(guidance_scale)
+        steps = point.num_inference_steps if num_inference_steps is None else _plain(num_inference_steps)
         scheduler = make_scheduler(self.manifest.scheduler, steps)
-        clock = point.clock if clock is None else clock
+        clock = point.clock if clock is None else _plain(clock)
         mask = clock_mask(clock, steps)
         guidance = _guidance(point.guidance_scale if guidance_scale is None else guidance_scale, steps)
         cond, uncond, count = self._conditioning(
@@ -216,17 +209,19 @@ class EdgePipeline:
         if num_images is not None:
             _check_count(num_images)
         if known.kind != "class" and label is not None:
-            raise RequestError(f"label {label!r} was given, but the model is conditioned on {_what(known)}")
+            raise RequestError(
+                f"label {label!r} was given, but the model is conditioned on {_what(known)}; leave it out"
+            )
         texts = (prompt, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond)
         if known.kind != "text" and any(text is not None for text in texts):
-            raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}")
+            raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}; leave it out")
         if prompt is not None:
             raise RequestError(
-                "the bundle has no text encoder: give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
+                "the bundle has no text encoder; give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
             )
         if known.kind == "none":
             if guided:
-                raise RequestError("guidance_scale above 1 needs a conditioned model; this one has no condition")
+                raise RequestError("guidance_scale is above 1, but the model has no condition; give 1")
             return {}, {}, 1 if num_images is None else num_images
         tensors = {tensor.name: tensor for graph in self.session.graphs for tensor in graph.inputs}
         if known.kind == "class":
@@ -234,13 +229,14 @@ class EdgePipeline:
         needed = {name: tensors[name] for name in TEXT_INPUTS if name in tensors}
         if "class_labels" in tensors:
             needed["class_labels"] = tensors["class_labels"]
-        given = {"encoder_hidden_states": prompt_embeds, **(added_cond or {})}
-        negative = {"encoder_hidden_states": negative_prompt_embeds, **(negative_added_cond or {})}
+        given = _arrays(prompt_embeds, added_cond, "")
+        negative = _arrays(negative_prompt_embeds, negative_added_cond, "negative ")
         for same in ("time_ids", "class_labels"):
             if same in given and same not in negative:
                 negative[same] = given[same]
         if num_images is None:
-            num_images = (*np.shape(prompt_embeds), 1)[0] if prompt_embeds is not None else 1
+            embeds = given.get("encoder_hidden_states")
+            num_images = 1 if embeds is None else (*embeds.shape, 1)[0]
             _check_count(num_images)
         count = num_images
         cond = _rows(needed, given, count, "")
@@ -251,21 +247,21 @@ def _classes(
     known: Conditioning, label: Label, num_images: int | None, guided: bool, dtype: str
 ) -> tuple[dict[str, Array], dict[str, Array], int]:
     labels = known.labels
-    one = isinstance(label, str | int)
-    count = num_images if num_images is not None else 1 if label is None or one else len(label)  # type: ignore[arg-type]
+    one = label is None or (isinstance(label, str | int) and not isinstance(label, bool))
+    if not one and (not isinstance(label, Sequence) or isinstance(label, bytes)):
+        raise RequestError(f"label is {label!r}; expected a name, an index, or a list with one for each image")
+    given = [label] if one else [_plain(entry) for entry in label]  # type: ignore[union-attr]
+    count = len(given) if num_images is None else num_images
     _check_count(count)
-    if label is None:
-        indices = [i % len(labels) for i in range(count)]
-    else:
-        given = [label] * count if isinstance(label, str | int) else list(label)
-        if len(given) != count:
-            raise RequestError(f"{len(given)} labels were given for {count} images; expected one each")
-        indices = [_class_index(labels, entry) for entry in given]
+    given = given * count if one else given
+    if len(given) != count:
+        raise RequestError(f"label has {len(given)} entries for {count} images; expected one each")
+    indices = [i % len(labels) for i in range(count)] if label is None else [_class_index(labels, x) for x in given]
     cond = {"class_labels": np.array(indices, dtype=dtype)}
     if not guided:
         return cond, {}, count
     if known.null_label is None:
-        raise RequestError("guidance_scale above 1 needs a null class, which this model does not have; give 1")
+        raise RequestError("guidance_scale is above 1, but the model has no null class; give 1")
     return cond, {"class_labels": np.full(count, known.null_label, dtype=dtype)}, count
 
 
@@ -277,18 +273,43 @@ def _class_index(labels: Sequence[str], label: object) -> int:
     return labels.index(str(label))
 
 
-def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array | None], count: int, which: str) -> dict[str, Array]:
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch as Python's own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _arrays(embeds: object, added: object, which: str) -> dict[str, Array]:
+    """Conditioning tensors by name, as numpy arrays; torch's may have gradients or be bfloat16."""
+    if not isinstance(added, Mapping | None):
+        raise RequestError(f"{which}added_cond is a {type(added).__name__}; expected arrays by name")
+    arrays: dict[str, Array] = {}
+    for name, value in {"encoder_hidden_states": embeds, **(added or {})}.items():
+        if value is None:
+            continue
+        tensor: Any = value
+        if hasattr(tensor, "detach"):
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+        try:
+            arrays[name] = np.asarray(tensor)
+        except (TypeError, ValueError) as e:  # rows of different lengths
+            raise RequestError(f"{which}{name} is no array ({e}); expected numbers in rows of one length") from e
+    return arrays
+
+
+def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array], count: int, which: str) -> dict[str, Array]:
     """Checks arrays against the graphs' inputs and repeats single rows for every image."""
     unknown = sorted(set(given) - set(needed))
     if unknown:
         raise RequestError(f"{which}{unknown[0]} is no input of this model; it takes {', '.join(needed)}")
     rows: dict[str, Array] = {}
     for name, tensor in needed.items():
-        value = given.get(name)
-        if value is None:
+        array = given.get(name)
+        if array is None:
             argument = {"encoder_hidden_states": "prompt_embeds"}.get(name, name)
             raise RequestError(f"the model needs {which}{argument} of shape {_spell(tensor.shape)}")
-        array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise RequestError(f"{which}{name} holds {array.dtype.name}; expected numbers")
         if array.shape[1:] != tensor.shape[1:] or array.ndim != len(tensor.shape) or len(array) not in (1, count):
@@ -311,17 +332,13 @@ def _cast(array: Array, dtype: str, name: str) -> Array:
 
 
 def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
-    scales: list[Any] = [scale] * steps if np.ndim(scale) == 0 else list(np.asarray(scale, dtype=object))
+    scales: list[Any] = list(scale) if isinstance(scale, list | tuple) else [scale] * steps
     if len(scales) != steps:
         raise RequestError(f"guidance_scale has {len(scales)} entries for {steps} steps; expected one each")
     for value in scales:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not _usable(float(value)):
-            raise RequestError(f"guidance_scale is {value!r}; expected a finite number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_GUIDANCE:
+            raise RequestError(f"guidance_scale is {value!r}; expected a finite number from 0; 1 or less is off")
     return tuple(float(value) for value in scales)
-
-
-def _usable(scale: float) -> bool:
-    return math.isfinite(scale) and 0 < scale <= MAX_GUIDANCE
 
 
 def _check_count(num_images: int) -> None:

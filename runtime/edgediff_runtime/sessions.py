@@ -55,15 +55,13 @@ def open_session(
         bundle: The bundle.
         backend: One of `BACKENDS`.
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
-        threads: How many may be at work on the CPU; the backend's own choice where None. Core ML has no such choice.
-
-    Returns:
-        The session.
+        threads: How many to use on the CPU; None takes the backend's own choice. Core ML has no such choice.
 
     Raises:
         BundleError: The backend cannot load the bundle.
-        RequestError: The backend is unknown, or not to be had on this machine.
+        RequestError: The backend is unknown or not available on this machine, or `threads` is not above 0.
     """
+    check_threads(threads)
     if backend == "coreml":
         return CoreMLSession(bundle, compute_units)
     refuse_compute_units(backend, compute_units)
@@ -77,14 +75,20 @@ def open_session(
 
 
 def refuse_compute_units(backend: str, compute_units: str) -> None:
-    """Refuses a choice of compute units where there is none.
-
-    Args:
-        backend: Any but ``coreml``.
-        compute_units: What was asked for.
+    """Refuses compute units other than ``all`` for a backend that is not Core ML.
 
     Raises:
-        RequestError: It is not ``all``.
+        RequestError: There are such.
     """
     if compute_units != "all":
-        raise RequestError(f"compute units {compute_units!r} are Core ML's; backend {backend!r} has no choice of them")
+        raise RequestError(f"compute units {compute_units!r} are for backend 'coreml'; leave them out with {backend!r}")
+
+
+def check_threads(threads: object) -> None:
+    """Refuses a number of threads that is neither None nor a whole number above 0.
+
+    Raises:
+        RequestError: It is such a number.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise RequestError(f"threads is {threads!r}; expected a whole number above 0")

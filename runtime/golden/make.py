@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import loop_cases
+import manifest_cases
 import msgspec
 import numpy as np
 import torch
 
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
+from edgediff_runtime.image import to_uint8
 from edgediff_runtime.noise import noise, philox
 
 SHAPE = (1, 2, 4, 4)
@@ -180,17 +183,27 @@ def noise_vectors() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> None:
-    """Write every golden file below a folder.
+def pixels() -> dict[str, Any]:
+    """Pixels in -1..1 and the bytes that they become: clipped, and rounded half to even in float32."""
+    ends = [-2.0, -1.0, 1.0, 1.5]
+    halves = [(byte + 0.5) / 255 * 2 - 1 for byte in (0, 1, 2, 3, 126, 127, 128, 253, 254)]
+    values = np.array([*ends, *halves, 0.0, -0.0, 1e-8, 0.0039, -0.0039, 0.999, -0.999], dtype=np.float32)
+    return {"values": values, "bytes": to_uint8(values.reshape(1, 1, 1, -1)).reshape(-1).tolist()}
 
-    Args:
-        folder: Where ``noise.json`` and ``schedulers/`` go.
-    """
-    traces = folder / "schedulers"
-    traces.mkdir(parents=True, exist_ok=True)
+
+def write(folder: Path) -> None:
+    """Writes every golden file but the bundle below a folder."""
+    for name in ("schedulers", "loop", "manifests"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "noise.json").write_text(_dump(noise_vectors()))
+    (folder / "uint8.json").write_text(_dump(pixels()))
     for name, case in CASES.items():
-        (traces / f"{name}.json").write_text(_dump(trace(case)))
+        (folder / "schedulers" / f"{name}.json").write_text(_dump(trace(case)))
+    for name, case in loop_cases.CASES.items():
+        (folder / "loop" / f"{name}.json").write_text(_dump(loop_cases.document(case)))
+    keys = ("manifest", "at", "value", "why")
+    bad = [dict(zip(keys, case, strict=True)) for case in manifest_cases.BAD]
+    (folder / "manifests" / "bad.json").write_text(_dump({"bad": bad}))
 
 
 def _sigma_max(scheduler: Any) -> float:

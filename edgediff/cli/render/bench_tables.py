@@ -1,4 +1,4 @@
-"""What ``edgediff bench`` shows, as rich tables; nothing here prints."""
+"""What ``edgediff bench`` shows, as rich tables."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -10,19 +10,11 @@ from rich.text import Text
 from edgediff.bench.wording import figure_cells, machine_line, milliseconds, part_names, peak_words
 
 if TYPE_CHECKING:
-    from edgediff.bench.compare import Change
-    from edgediff.bench.ledger import Ledger, Row
+    from edgediff.bench.ledger import Change, Ledger, Row
 
 
 def bench_tables(ledger: "Ledger") -> list[Table]:
-    """The two figures that matter for each contender, what is missing and why, then milliseconds by part.
-
-    Args:
-        ledger: The run.
-
-    Returns:
-        Tables of this machine, then those of each that was imported.
-    """
+    """The leading figures, what is missing and why, milliseconds by part; then the same of each imported ledger."""
     tables = [
         _figures(ledger),
         *([_missing(ledger)] if any(known.says for known in ledger.contenders) else []),
@@ -92,14 +84,7 @@ def _spell(row: "Row | None") -> str:
 
 
 def compare_table(changes: Iterable["Change"]) -> Table:
-    """One line for each part that two ledgers have in common.
-
-    Args:
-        changes: The later one against the earlier.
-
-    Returns:
-        The table; what is beyond the noise of both stands out.
-    """
+    """One line for each part that two ledgers have in common; what is beyond the noise of both stands out."""
     table = Table(title="against the earlier run", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("bundle", "backend", "part"):
         table.add_column(name, overflow="fold")

@@ -1,4 +1,4 @@
-"""What ``edgediff evaluate`` shows, as rich tables; nothing here prints."""
+"""The tables of ``edgediff evaluate``; nothing here prints."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,20 +7,11 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from edgediff.evaluate.neighbours import Closeness
-    from edgediff.evaluate.report import Distances, Evaluation
-    from edgediff.evaluate.spectrum_report import SpectrumReport
+    from edgediff.evaluate.report import Closeness, Distances, Evaluation, SpectrumReport
 
 
 def distance_tables(found: "Evaluation") -> list[Table]:
-    """One line for each clock, below the line of photographs against photographs.
-
-    Args:
-        found: The evaluation.
-
-    Returns:
-        The distances; where training photographs were named, also how near images come to those.
-    """
+    """Distances by clock, below those of photographs; with training photographs, also how near images come to those."""
     return [_distances(found), *([] if found.yardstick is None else [_closeness(found)])]
 
 
@@ -87,16 +78,10 @@ def _near(closeness: "Closeness") -> tuple[str, str, str]:
 
 
 def spectrum_tables(found: "SpectrumReport") -> list[Table]:
-    """One line for each octave.
-
-    Args:
-        found: The diagnosis.
-
-    Returns:
-        The table.
-    """
+    """Power, gains and errors by octave."""
     spectra, denoising = found.spectra, found.denoising
-    times = [0, len(denoising.timesteps) // 2, len(denoising.timesteps) - 1]
+    count = len(denoising.timesteps)
+    times = sorted({0, count // 2, count - 1})
     table = Table(
         title=f"{found.model} by frequency: {found.num_images} images, {found.num_inference_steps} steps of "
         f"{found.scheduler}, guidance {found.guidance_scale:g}",

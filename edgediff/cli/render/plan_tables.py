@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from edgediff.plan.budget import cached_steps
-from edgediff.plan.trajectory import psnr_db, spell
-from edgediff_runtime.clock import letters
+from edgediff.plan.trajectory import psnr_db
+from edgediff_runtime.clock import format_mask, letters
 
 if TYPE_CHECKING:
     from edgediff.plan.planner import Plan, Point
@@ -17,14 +17,7 @@ NAMED_PERIODS = 6
 
 
 def plan_tables(plan: "Plan") -> list[Table]:
-    """The frontier, the uniform clocks, and the plan.
-
-    Args:
-        plan: The plan.
-
-    Returns:
-        Three tables.
-    """
+    """The frontier, the uniform clocks, and the plan."""
     images, cost = plan.images, plan.cost
     what = "operations counted" if cost.unit == "flops" else "time measured"
     space = "images in [0, 1]" if plan.manifest.sample.space == "pixel" else "latents over their variance"
@@ -32,8 +25,8 @@ def plan_tables(plan: "Plan") -> list[Table]:
         box=box.SIMPLE_HEAD,
         title=f"{plan.manifest.source.name}, {images.steps} steps of {plan.manifest.scheduler.name}, guidance "
         f"{images.guidance_scale:g}: the best clock for each cost",
-        caption=f"cost: of clock 1's, {what}; a full step {cost.spelt(cost.full)}, a cached one "
-        f"{cost.spelt(cost.cached)}\nerror: 1000 x mean squared difference to clock 1, {space}; {images.num_images} "
+        caption=f"cost: of clock 1's, {what}; a full step {cost.format(cost.full)}, a cached one "
+        f"{cost.format(cost.cached)}\nerror: 1000 x mean squared difference to clock 1, {space}; {images.num_images} "
         f"images, {plan.measured} clocks measured",
     )
     _columns(frontier, "cached")
@@ -67,11 +60,11 @@ def _cells(point: "Point") -> tuple[str, ...]:
 
 def _answer(plan: "Plan") -> list[tuple[str, Text]]:
     chosen = plan.chosen
-    rows = [("clock", Text(spell(chosen.mask), "bold green"))]
+    rows = [("clock", Text(format_mask(chosen.mask), "bold green"))]
     rows.append(("cost", Text(f"{chosen.cost:.1%} of clock 1")))
     rows.append(("error", Text(_error(chosen.error))))
     if plan.tied is not None:
-        words = f"{spell(plan.tied.mask)}: {_error(plan.tied.error)}; these images do not tell the two apart"
+        words = f"{format_mask(plan.tied.mask)}: {_error(plan.tied.error)}; these images do not tell the two apart"
         rows.append(("as good", Text(words, "dim")))
     rows += [("warning", Text(line, "yellow")) for line in plan.warnings]
     return rows

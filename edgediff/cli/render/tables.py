@@ -16,20 +16,13 @@ from edgediff_runtime.loop import OUTSIDE
 
 if TYPE_CHECKING:
     from edgediff.bundle.rows import Finding, ParityReport
-    from edgediff.demo import Shown
+    from edgediff.cli.demo import Shown
     from edgediff.inspect.comparison import ComparisonRow, SpectralRow
     from edgediff.inspect.placement import Note
 
 
 def parity_tables(report: "ParityReport") -> list[Table]:
-    """One table for each backend that measured, one line for each number; the verdict below.
-
-    Args:
-        report: The verification.
-
-    Returns:
-        The tables. A backend that measured nothing is a line of the last one's caption.
-    """
+    """One table for each backend that measured; the verdict, and backends that did not, in the last one's caption."""
     measured = list(dict.fromkeys(row.backend for row in report.rows if row.status == "measured"))
     tables = [_backend_table(backend, report) for backend in measured] or [Table("nothing was measured")]
     verdict = Text("everything holds", "green") if report.ok else Text("DOES NOT HOLD", "bold red")
@@ -58,14 +51,7 @@ def _backend_table(backend: str, report: "ParityReport") -> Table:
 
 
 def findings_table(report: "ParityReport") -> Table | None:
-    """What comes near the ends of fp16's range: the worst tensors, and constants that some hardware takes for zero.
-
-    Args:
-        report: The verification.
-
-    Returns:
-        The table, or None where nothing computes in fp16.
-    """
+    """What comes near the ends of fp16's range; None where nothing computes in fp16."""
     if not report.findings:
         return None
     table = Table(title="fp16: the worst tensors", box=box.SIMPLE_HEAD)
@@ -88,27 +74,13 @@ def findings_table(report: "ParityReport") -> Table | None:
 
 
 def report_tables(report: "ParityReport") -> list[Table]:
-    """Everything that a verification found.
-
-    Args:
-        report: The verification.
-
-    Returns:
-        The numbers, then what comes near the ends of fp16's range.
-    """
+    """Everything that a verification found."""
     findings = findings_table(report)
     return [*([] if findings is None else [findings]), *parity_tables(report)]
 
 
 def ledger_table(result: Result) -> Table:
-    """One line for each step of a generation, in milliseconds.
-
-    Args:
-        result: The generation.
-
-    Returns:
-        The table, with the sum in its footer.
-    """
+    """One line for each step of a generation, in milliseconds."""
     spent = {name for step in result.ledger for name, ms in step.ms.items() if ms > 0}
     names = [name for name in (*PARTS, *OUTSIDE) if name in spent]
     table = Table(title="ledger, ms", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -117,9 +89,9 @@ def ledger_table(result: Result) -> Table:
     table.add_column("runs")
     for name in names:
         total = sum(step.ms.get(name, 0.0) for step in result.ledger)
-        # Both of these are cut short alike where eight columns share a narrow terminal.
+        # Both would be cut to the same text where eight columns share a narrow terminal.
         table.add_column(name.replace("highres_", "highres_\n"), f"{total:.1f}", justify="right", overflow="fold")
-    table.add_column("step", f"{sum(sum(step.ms.values()) for step in result.ledger):.1f}", justify="right")
+    table.add_column("step", f"{result.ms:.1f}", justify="right")
     for step in result.ledger:
         cells = [f"{step.ms[name]:.1f}" if name in step.ms else "-" for name in names]
         kind = "full" if step.full else "cached"
@@ -128,14 +100,7 @@ def ledger_table(result: Result) -> Table:
 
 
 def survey_tables(found: Survey) -> list[Table]:
-    """Parts and their cost; a schedule and what it saves.
-
-    Args:
-        found: The survey.
-
-    Returns:
-        Two tables; for a bundle a third before them, with what else its manifest says.
-    """
+    """Parts and their cost; a schedule and what it saves; of a bundle first what else its manifest says."""
     parts = Table(
         box=box.SIMPLE_HEAD,
         title=f"{found.name}, cut at {found.cut}: one sample",
@@ -179,14 +144,7 @@ def survey_tables(found: Survey) -> list[Table]:
 
 
 def comparison_table(rows: "Iterable[ComparisonRow]") -> Table:
-    """Clockwork Diffusion's table counted anew, beside what it printed.
-
-    Args:
-        rows: As `compare` gave them.
-
-    Returns:
-        The table; lines with Clockwork say what it saves.
-    """
+    """Clockwork Diffusion's table counted here, beside the published figures."""
     rows = list(rows)
     clocked = next(row.survey for row in rows if row.clockwork)
     table = Table(
@@ -213,14 +171,7 @@ def comparison_table(rows: "Iterable[ComparisonRow]") -> Table:
 
 
 def spectral_table(rows: "Iterable[SpectralRow]") -> Table:
-    """Spectral Diffusion's UNets counted anew, beside the figures that they are held to.
-
-    Args:
-        rows: As `compare` gave them, three for each task.
-
-    Returns:
-        The table; figures that nobody printed stand in brackets.
-    """
+    """Spectral Diffusion's UNets counted here, beside the published figures; those not published are in brackets."""
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -253,14 +204,7 @@ def spectral_table(rows: "Iterable[SpectralRow]") -> Table:
 
 
 def doctor_tables(found: Examination) -> list[Table]:
-    """Versions, abilities and known-bad pairs.
-
-    Args:
-        found: The examination.
-
-    Returns:
-        Two tables, three where a pair is known to fail.
-    """
+    """Versions, abilities and known-bad pairs."""
     versions = Table(box=box.SIMPLE_HEAD, title=", ".join(f"{key} {value}" for key, value in found.machine.items()))
     for name in ("package", "installed", "tested with"):
         versions.add_column(name)
@@ -284,46 +228,33 @@ def doctor_tables(found: Examination) -> list[Table]:
 
 
 def demo_tables(shown: "Shown") -> list[Table]:
-    """What the demo did: verification, ledger, savings, and where everything is.
-
-    Args:
-        shown: The demo's results.
-
-    Returns:
-        Four tables.
-    """
+    """What the demo did: verification, ledger, savings, and where everything is."""
+    survey, clocks = shown.survey, ("clock 1", f"clock {shown.survey.clock}")
     saved = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{shown.name}: clock {shown.clock} against clock 1, {shown.steps} steps, {shown.images} images",
+        title=f"{survey.name}: {clocks[1]} against clock 1, {len(survey.mask)} steps, "
+        f"{len(shown.clocked.latents)} images",
     )
     saved.add_column("")
-    saved.add_column("clock 1", justify="right")
-    saved.add_column(f"clock {shown.clock}", justify="right")
-    saved.add_column("saved", justify="right")
-    for name, always, clocked in (
-        ("GFLOPs per image, without attention matmuls", *shown.gflops),
-        ("GFLOPs per image, with them", *shown.gflops_attention),
-        ("UNet loop, ms", *shown.loop_ms),
-    ):
+    for name in (*clocks, "saved"):
+        saved.add_column(name, justify="right")
+    masks = ((True,) * len(survey.mask), survey.mask)
+    for name, (always, clocked) in {
+        "GFLOPs per image, without attention matmuls": [1e3 * survey.tflops(mask, False) for mask in masks],
+        "GFLOPs per image, with them": [1e3 * survey.tflops(mask, True) for mask in masks],
+        "UNet loop, ms": [shown.always.ms, shown.clocked.ms],
+    }.items():
         saved.add_row(name, f"{always:,.1f}", f"{clocked:,.1f}", f"{1 - clocked / always:.1%}")
     where = Table(show_header=False, box=box.SIMPLE)
     where.add_column("")
     where.add_column("", overflow="fold")
-    where.add_row("bundle", str(shown.bundle))
-    for what, path in shown.pictures.items():
+    for what, path in {"bundle": shown.bundle, **shown.pictures}.items():
         where.add_row(what, str(path))
-    return [*report_tables(shown.report), ledger_table(shown.result), saved, where]
+    return [*report_tables(shown.report), ledger_table(shown.clocked), saved, where]
 
 
 def placement_table(notes: Iterable["Note"]) -> Table:
-    """One line for each rule that found something: where, in which graphs, what to do about it, and who says so.
-
-    Args:
-        notes: As the lint gave them.
-
-    Returns:
-        The table; without lines where nothing is known.
-    """
+    """One line for each rule that found something: where, in which graphs, what to do about it, and who says so."""
     found: dict[str, list[Note]] = {}
     for note in notes:
         found.setdefault(note.rule.id, []).append(note)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgediff_runtime.sessions import Session
 
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
-PAIR = "coreml/unet.mlpackage"
+PAIR = "coreml/Unet.mlpackage"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
 # What Apple's runtime must reach, whatever the recipe asks of the evaluator: it adds up in fp16 where it likes.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
@@ -89,22 +89,14 @@ class CoreMLTarget(Target):
                     file, function = PAIR, graph.name
             inputs, outputs = (_typed(fixed(side, batch), config.dtype) for side in (graph.inputs, graph.outputs))
             graphs.append(msgspec.structs.replace(graph, file=file, function=function, inputs=inputs, outputs=outputs))
-        return m.Target(
-            target="coreml",
-            layout=outline.layout,
-            dtype=config.dtype,
-            batch=batch,
-            floors=outline.verify.floors(config.dtype),
-            graphs=tuple(graphs),
-            deployment_target=config.deployment_target,
-            specification_version=0,
-        )
+        unet = outline.unet(tuple(graphs), config.dtype, batch)
+        return m.CoreMLTarget({"unet": unet}, config.deployment_target, specification_version=0)
 
-    def essence(self, entry: m.Target) -> m.Target:
+    def essence(self, entry: Any) -> m.Target:
         """Without the specification version, which the converter decides."""
-        return msgspec.structs.replace(entry, specification_version=None)
+        return super().essence(msgspec.structs.replace(entry, specification_version=0))
 
-    def run_hint(self, entry: m.Target) -> str:
+    def run_hint(self, entry: Any) -> str:
         """The two backends that run packages, and the oldest system."""
         return (
             f"Core ML packages for {entry.deployment_target} and later: `edgediff run . -o out.png` with "
@@ -115,7 +107,8 @@ class CoreMLTarget(Target):
         """Converts each graph, and joins them to one package where the layout is ``pair``."""
         from edgediff.targets.coreml.write_coreml import write_coreml
 
-        return write_coreml(job.folder, job.target, job.modules, job.config, job.say)
+        version = write_coreml(job.folder, job.target.unet.graphs, job.modules, job.config, job.say)
+        return msgspec.structs.replace(job.target, specification_version=version)
 
     def usual_backend(self) -> str | None:
         """Apple's runtime on a Mac; elsewhere none, since the evaluator is for checking."""

@@ -2,17 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from edgediff.errors import ProgramError
 from edgediff.mil.function import Function
 from edgediff.mil.program import open_program
-from edgediff.models.tensors import TorchTensors
+from edgediff.models.torch_session import TorchTensors
 from edgediff_runtime import Bundle, BundleError
 from edgediff_runtime.coreml_session import hold_tensors
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import CoreMLTarget, Graph
 
 
 class MilSession(TorchTensors):
@@ -35,9 +35,9 @@ class MilSession(TorchTensors):
             BundleError: A package is damaged, cannot be read or evaluated, or has other inputs or outputs than the
                 manifest says.
         """
-        target = bundle.manifest.target("coreml")
-        self.graphs = target.graphs
-        self.batch = target.batch
+        target = cast(CoreMLTarget, bundle.manifest.target("coreml"))
+        self.graphs = target.unet.graphs
+        self.batch = target.unet.batch
         self.rounded = True
         self.functions: dict[str, Function] = {}
         programs: dict[str, Any] = {}

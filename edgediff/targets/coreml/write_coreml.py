@@ -13,11 +13,10 @@ import shutil
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -26,7 +25,7 @@ from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 from edgediff.mil.package import read_package
 from edgediff.models.part import Part
 from edgediff.targets.coreml import CoreMLConfig
-from edgediff_runtime.manifest import Graph, Target, Tensor
+from edgediff_runtime.manifest import Graph, Tensor
 
 # Core ML holds no tensor of more dimensions.
 MAX_RANK = 5
@@ -44,19 +43,19 @@ DATED = "com.github.apple.coremltools.conversion_date"
 
 
 def write_coreml(
-    folder: Path, target: Target, modules: Mapping[str, Part], config: CoreMLConfig, say: Callable[[str], None]
-) -> Target:
+    folder: Path, graphs: Iterable[Graph], modules: Mapping[str, Part], config: CoreMLConfig, say: Callable[[str], None]
+) -> int:
     """Writes every Core ML package of a target.
 
     Args:
         folder: The bundle that is being written.
-        target: What the manifest's draft says of the target.
+        graphs: Their entries in the manifest's draft.
         modules: The modules by the names of their graphs.
         config: How to write.
         say: Told what is being done.
 
     Returns:
-        The target with the specification version of its packages.
+        The specification version of the packages.
 
     Raises:
         UnsupportedError: The converter failed, or made what the deployment target cannot hold.
@@ -65,7 +64,7 @@ def write_coreml(
     ct = import_coremltools("exporting to Core ML")
     packages: dict[str, dict[str, Path]] = {}
     with _scratch(folder) as scratch:
-        for graph in target.graphs:
+        for graph in graphs:
             if graph.file is not None:
                 say(f"exporting {graph.name} to Core ML")
                 made = scratch / f"{graph.name}.mlpackage"
@@ -80,7 +79,7 @@ def write_coreml(
                 say(f"joining {' and '.join(functions)} into one package")
                 _join(ct, functions, path)
             version = _settle(path)
-    return msgspec.structs.replace(target, specification_version=version)
+    return version
 
 
 def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConfig) -> None:
@@ -218,7 +217,8 @@ def _settle(path: Path) -> int:
         },
         "rootModelIdentifier": ids["model.mlmodel"],
     }
-    (settled / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n")
+    # In the form in which coremltools writes it back when it opens the package: its hash stays.
+    (settled / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
     shutil.rmtree(path)
     settled.rename(path)
     return int(spec.specificationVersion)

@@ -63,20 +63,13 @@ class ExecuTorchTarget(Target):
             )
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
-        return m.Target(
-            target="executorch",
-            layout=outline.layout,
-            dtype="fp32",
-            batch=batch,
-            floors=outline.verify.floors("fp32"),
-            graphs=graphs,
-        )
+        return m.ExecuTorchTarget({"unet": outline.unet(graphs, "fp32", batch)})
 
     def write(self, job: Job) -> m.Target:
         """Writes the program."""
         from edgediff.targets.executorch.write_executorch import write_executorch
 
-        write_executorch(job.folder, job.target, job.modules, job.examples(), job.say)
+        write_executorch(job.folder, job.target.unet, job.modules, job.examples(), job.say)
         return job.target
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":

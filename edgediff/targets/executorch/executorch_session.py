@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from edgediff.models.tensors import TorchTensors
+from edgediff.models.torch_session import TorchTensors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff_runtime import Bundle, BundleError
 from edgediff_runtime.manifest import Graph
@@ -35,8 +35,8 @@ class ExecuTorchSession(TorchTensors):
             MissingExtraError: ExecuTorch is not installed.
         """
         target = bundle.manifest.target("executorch")
-        self.graphs = target.graphs
-        self.batch = target.batch
+        self.graphs = target.unet.graphs
+        self.batch = target.unet.batch
         lib = import_executorch("executorch.extension.pybindings.portable_lib", "running an ExecuTorch program")
         runtime = import_executorch("executorch.runtime", "running an ExecuTorch program").Runtime.get()
         if threads is not None:

@@ -19,12 +19,12 @@ from edgediff.bundle.feed import groups
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
-from edgediff_runtime.manifest import Graph, Target
+from edgediff_runtime.manifest import Component, Graph
 
 
 def write_executorch(
     folder: Path,
-    target: Target,
+    unet: Component,
     modules: Mapping[str, Part],
     examples: Mapping[str, Mapping[str, np.ndarray]],
     say: Callable[[str], None],
@@ -33,7 +33,7 @@ def write_executorch(
 
     Args:
         folder: The bundle that is being written.
-        target: What the manifest's draft says of the target.
+        unet: The UNet's entry in the manifest's draft.
         modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, any number of rows.
         say: Told what is being done.
@@ -44,11 +44,11 @@ def write_executorch(
     """
     exir = import_executorch("executorch.exir", "exporting to ExecuTorch")
     xnnpack = import_executorch("executorch.backends.xnnpack.partition.xnnpack_partitioner", "exporting to ExecuTorch")
-    written = [graph for graph in target.graphs if graph.file is not None]
+    written = [graph for graph in unet.graphs if graph.file is not None]
     programs = {}
     for graph in written:
         say(f"tracing {graph.name} for ExecuTorch")
-        programs[graph.function] = _trace(modules[graph.name], graph, examples[graph.name], target.batch)
+        programs[graph.function] = _trace(modules[graph.name], graph, examples[graph.name], unet.batch)
     say("handing graphs to XNNPACK")
     path = folder / str(written[0].file)
     path.parent.mkdir(exist_ok=True)

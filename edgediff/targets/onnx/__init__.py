@@ -5,13 +5,14 @@ from typing import Any, Literal
 import msgspec
 
 from edgediff.errors import ConfigError, MissingExtraError
-from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check, write_unet_config
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
 # The first operator set that has attention, and one that is everywhere.
 FUSED_OPSET, PORTABLE_OPSET = 23, 21
-WEIGHTS = "onnx/weights.bin"
+FOLDER = "onnx/unet"
+WEIGHTS = f"{FOLDER}/weights.bin"
 
 
 class OnnxConfig(Int8Config, frozen=True):
@@ -75,42 +76,38 @@ class OnnxTarget(Target):
         import onnxsim  # noqa: F401
 
     def describe(self, outline: Outline, config: OnnxConfig) -> m.Target:
-        """Graphs of symbolic batch with fp32 tensors; a ``pair`` over one file of weights."""
+        """Graphs of symbolic batch with fp32 tensors, over one file of weights unless they are portable."""
         from edgediff.targets.layout import pack
 
         dtype: Literal["fp32", "int8"] = config.dtype if config.quantize_nbits is None else "int8"
-        weights = WEIGHTS if outline.layout == "pair" else None
+        weights = None if config.portable else WEIGHTS
         graphs = tuple(
             graph
             if graph.file is None
-            else msgspec.structs.replace(graph, file=f"onnx/{graph.name}.onnx", external_data=weights)
+            else msgspec.structs.replace(graph, file=f"{FOLDER}/{graph.name}.onnx", external_data=weights)
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
-        return m.Target(
-            target="onnx",
-            layout=outline.layout,
-            dtype=dtype,
-            batch=None,
-            floors=outline.verify.floors(dtype),
-            graphs=graphs,
-            opset=opset_of(config),
-            ir_version=0,
-        )
+        return m.OnnxTarget({"unet": outline.unet(graphs, dtype, None)}, opset=opset_of(config), ir_version=0)
 
-    def essence(self, entry: m.Target) -> m.Target:
-        """Without versions, settings and weights' places, which the exporter decides."""
-        return msgspec.structs.replace(entry, ir_version=None, session=None, graphs=essential_graphs(entry.graphs))
+    def essence(self, entry: Any) -> m.Target:
+        """Without versions and weights' places, which the exporter decides."""
+        return essential(msgspec.structs.replace(entry, ir_version=0))
 
-    def run_hint(self, entry: m.Target) -> str:
+    def run_hint(self, entry: Any) -> str:
         """The two commands that run ONNX graphs."""
         return "Run it: `edgediff run . -o out.png`, or `python -m edgediff_runtime . -o out.png` without torch."
 
     def write(self, job: Job) -> m.Target:
-        """Writes the graphs, and their weights once where the layout is ``pair``."""
+        """Writes the graphs over one file of weights, with the undivided step beside them."""
         from edgediff.targets.onnx.calibration import calibrate_for
-        from edgediff.targets.onnx.write_onnx import write_onnx
+        from edgediff.targets.onnx.write_onnx import write_onnx, write_undivided
 
-        return write_onnx(job.folder, job.target, job.modules, job.examples(), job.config, job.say, calibrate_for(job))
+        graphs, versions = write_onnx(
+            job.folder, job.target.unet.graphs, job.modules, job.examples(), job.config, job.say, calibrate_for(job)
+        )
+        model = None if job.config.portable else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx", WEIGHTS)
+        write_unet_config(job, job.folder / FOLDER)
+        return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the graph's nodes; what lies outside is not read."""
@@ -121,9 +118,13 @@ class OnnxTarget(Target):
         return read_onnx(bundle.file(str(graph.file)))
 
 
-def essential_graphs(graphs: tuple[m.Graph, ...]) -> tuple[m.Graph, ...]:
-    """Graphs without what only writing them tells: where weights lie, what onnxsim did, which rows they share."""
-    return tuple(msgspec.structs.replace(g.with_shared_rows(), external_data=None, simplified="") for g in graphs)
+def essential(entry: m.Target) -> m.Target:
+    """The entry without what only writing tells: weights' places, what onnxsim did, which rows are shared."""
+    graphs = tuple(
+        msgspec.structs.replace(graph.with_shared_rows(), external_data=None, simplified="")
+        for graph in entry.unet.graphs
+    )
+    return entry.with_unet(graphs=graphs, model=None, files=())
 
 
 TARGET = OnnxTarget()

@@ -49,12 +49,12 @@ def calibrate_for(job: Job) -> Calibration | None:
     settings: Int8Config = job.config
     if settings.quantize_nbits is None:
         return None
-    pipe, graphs = job.pipe, job.target.graphs
+    pipe, graphs = job.pipe, job.target.unet.graphs
     point = pipe.manifest.operating_point
     wanted = {tensor.name for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
     request = reference_request(pipe.manifest, job.reference.conditioning) | {
         "num_images": settings.calibration_images,
-        "seed": (point.seed + 1) % 2**63,
+        "seed": (int(point.seed) + 1) % 2**63,
     }
     always = (1,) * point.num_inference_steps
     clocks = dict.fromkeys((request["clock"], always))

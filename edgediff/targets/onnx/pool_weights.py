@@ -33,13 +33,13 @@ def pool_weights(graphs: Iterable[Path], weights: Path) -> None:
                     data = numpy_helper.to_array(tensor).tobytes()
                     tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims))
                     tensor.raw_data = b""  # set_external_data wants the field to be there
-                    set_external_data(tensor, weights.name, *_place(data, places, pool))
+                    set_external_data(tensor, weights.name, *place_weights(data, places, pool))
                     tensor.ClearField("raw_data")
             path.write_bytes(model.SerializeToString(deterministic=True))
             path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
-def _place(data: bytes, places: dict[bytes, tuple[int, int]], pool: BinaryIO) -> tuple[int, int]:
+def place_weights(data: bytes, places: dict[bytes, tuple[int, int]], pool: BinaryIO) -> tuple[int, int]:
     """Offset and length of these bytes in the pool, written there if they are new."""
     key = hashlib.sha256(data).digest()
     if key not in places:

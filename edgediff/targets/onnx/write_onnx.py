@@ -38,15 +38,14 @@ from edgediff.targets.onnx.passes import (
 from edgediff.targets.onnx.pool_weights import pool_weights
 from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
 from edgediff.targets.onnx.shared_rows import has_shared_rows
-from edgediff_runtime.manifest import Graph, SessionSettings, Target
+from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
+from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
+from edgediff_runtime.ort_session import APART_BYTES
 
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
-# Of graphs of more bytes than this all threads share every operation. With a row for each of two threads a cached step
-# of SD v1.5, 3.4 GB, takes 0.96 of the time, a full one 0.98: not worth its weights in memory twice.
-APART_BYTES = 2**26
 # Simplifying moves constants, not arithmetic: what is left is rounding.
 HELD_DB = 100.0
 
@@ -72,42 +71,43 @@ class Written:
 
 def write_onnx(
     folder: Path,
-    target: Target,
+    graphs: Iterable[Graph],
     modules: Mapping[str, Part],
     examples: Mapping[str, Mapping[str, np.ndarray]],
     config: OnnxConfig,
     say: Callable[[str], None],
     calibration: Calibration | None = None,
     weight_levels: int = WEIGHT_LEVELS,
-) -> Target:
-    """Writes every ONNX graph of a target.
+) -> tuple[tuple[Graph, ...], dict[str, int]]:
+    """Writes ONNX graphs, and their weights once where they lie in one file.
 
     Args:
         folder: The bundle that is being written.
-        target: What the manifest's draft says of the target.
+        graphs: Their entries in the manifest's draft.
         modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
         config: How to write.
         say: Told what is being done.
-        calibration: What graphs of eight bits are made by; None leaves them in fp32.
-        weight_levels: Largest magnitude of their weights.
+        calibration: What int8 graphs are made by; None leaves them in fp32.
+        weight_levels: Largest magnitude of int8 weights.
 
     Returns:
-        The target with what is known now: where weights lie, versions, what onnxsim did.
+        The graphs with what is known now, and the versions of their format: ``opset`` and ``ir_version``.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
         VerificationError: A graph that is to be quantized is not what torch computed.
     """
-    session = recommended_session(_weights(modules.values(), config), config.quantize_nbits is not None)
-    counted = all(graph.can_count_rows for graph in target.graphs if graph.takes_sample)
-    share = counted and not session.rows_apart and not config.portable
-    graphs = []
-    for graph in target.graphs:
+    graphs = tuple(graphs)
+    counted = all(graph.can_count_rows for graph in graphs if graph.takes_sample)
+    # OrtSession runs the rows of smaller graphs apart, which saves more than sharing does.
+    share = counted and _weights(modules.values(), config) > APART_BYTES and not config.portable
+    finished = []
+    for graph in graphs:
         if graph.file is not None:
             say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             done = write_graph(modules[graph.name], graph, examples[graph.name], path, config, share)
             if calibration is not None:
                 say(f"measuring ranges and quantizing {graph.name}")
@@ -116,36 +116,28 @@ def write_onnx(
             external = beside if graph.external_data is None else graph.external_data
             written = graph.with_shared_rows() if done.shares_rows else graph
             graph = msgspec.structs.replace(written, external_data=external, simplified=done.simplified)
-        graphs.append(graph)
-    if target.layout == "pair":
+        finished.append(graph)
+    pooled = [graph for graph, drafted in zip(finished, graphs, strict=True) if drafted.external_data is not None]
+    if pooled:
         say("storing shared weights once")
-        paths = [folder / graph.file for graph in graphs if graph.file is not None]
-        pool_weights(paths, folder / str(graphs[0].external_data))
+        paths = [folder / str(graph.file) for graph in pooled]
+        pool_weights(paths, folder / str(pooled[0].external_data))
         for path in paths:
             check(str(path))
-    return msgspec.structs.replace(
-        target,
-        opset=done.opset,
-        ir_version=done.ir_version,
-        session=session,
-        graphs=tuple(graphs),
-    )
+    return tuple(finished), {"opset": done.opset, "ir_version": done.ir_version}
 
 
-def recommended_session(size: int, eight_bits: bool = False) -> SessionSettings:
-    """What was measured to be best for graphs of a size (benchmarks/README.md).
-
-    Args:
-        size: Of all weights of a target, bytes.
-        eight_bits: Whether there are kernels of eight bits, which are exact or not.
+def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: str) -> Graph:
+    """Writes the undivided step over the weights that the graphs of a full step have.
 
     Returns:
-        ONNX Runtime's settings.
-
-    >>> recommended_session(3_000_000).rows_apart, recommended_session(3_000_000_000).rows_apart
-    (True, False)
+        Its entry in the manifest.
     """
-    return SessionSettings(rows_apart=size <= APART_BYTES, exact_int8=eight_bits)
+    full = [graph for graph in graphs if graph.runs(full=True)]
+    model = join_full_step([onnx.load(folder / str(graph.file), load_external_data=False) for graph in full])
+    (folder / file).write_bytes(model.SerializeToString(deterministic=True))
+    check(str(folder / file))
+    return undivided_graph(full, file, weights, Tensor(TIMESTEP, "float32", ()))
 
 
 def write_graph(

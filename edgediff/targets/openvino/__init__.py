@@ -1,20 +1,25 @@
 """OpenVINO's IR, made from the default ONNX graphs."""
 
+from typing import Any
+
 import msgspec
 
 from edgediff.extras import import_extra
-from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check, write_unet_config
 from edgediff.targets.onnx import TARGET as ONNX
-from edgediff.targets.onnx import essential_graphs
+from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
+
+FOLDER = "openvino/unet"
+MODEL = f"{FOLDER}/openvino_model.xml"
+WEIGHTS = f"{FOLDER}/openvino_model.bin"
 
 
 class OpenVinoConfig(Int8Config, frozen=True):
     """How OpenVINO's models (IR) are written: what ONNX's default graphs say, in fp32 or int8.
 
     Attributes:
-        layout: How the graphs are packed; None takes the recipe's. In a ``pair`` each has its own weights on disk: a
-            model in IR knows only those of its own file.
+        layout: How the graphs are packed; None takes the recipe's. All of them have their weights in one file.
     """
 
     layout: Layout | None = None
@@ -40,39 +45,32 @@ class OpenVinoTarget(Target):
         import_extra("openvino", "exporting to OpenVINO", self.extra)
 
     def describe(self, outline: Outline, config: OpenVinoConfig) -> m.Target:
-        """Graphs of symbolic batch with fp32 tensors, each with weights of its own."""
+        """Graphs of symbolic batch with fp32 tensors over one file of weights."""
         from edgediff.targets.layout import pack
 
-        dtype = "fp32" if config.quantize_nbits is None else "int8"
         graphs = tuple(
             graph
             if graph.file is None
-            else msgspec.structs.replace(
-                graph, file=f"openvino/{graph.name}.xml", external_data=f"openvino/{graph.name}.bin"
-            )
+            else msgspec.structs.replace(graph, file=f"{FOLDER}/{graph.name}.xml", external_data=WEIGHTS)
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
-        return m.Target(
-            target="openvino",
-            layout=outline.layout,
-            dtype=dtype,  # type: ignore[arg-type]
-            batch=None,
-            floors=outline.verify.floors(dtype),
-            graphs=graphs,
-        )
+        dtype = "fp32" if config.quantize_nbits is None else "int8"
+        return m.OpenVinoTarget({"unet": outline.unet(graphs, dtype, None)})
 
-    def essence(self, entry: m.Target) -> m.Target:
+    def essence(self, entry: Any) -> m.Target:
         """Without what the exporter of ONNX graphs decides."""
-        return msgspec.structs.replace(entry, graphs=essential_graphs(entry.graphs))
+        return essential(entry)
 
     def write(self, job: Job) -> m.Target:
         """Exports ONNX graphs and writes what OpenVINO reads of them."""
         from edgediff.targets.onnx.calibration import calibrate_for
         from edgediff.targets.openvino.write_openvino import write_openvino
 
-        return write_openvino(
-            job.folder, job.target, job.modules, job.examples(), job.config, job.say, calibrate_for(job)
+        graphs, model = write_openvino(
+            job.folder, job.target.unet.graphs, job.modules, job.examples(), job.config, job.say, calibrate_for(job)
         )
+        write_unet_config(job, job.folder / FOLDER)
+        return job.target.with_unet(graphs=graphs, model=model)
 
 
 TARGET = OpenVinoTarget()

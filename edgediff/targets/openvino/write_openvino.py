@@ -7,50 +7,54 @@ Constraints that shaped this file:
 - Names that OpenVINO makes up count what the process has made so far: two exports would differ.
 - In eight bits, its kernels for processors without VNNI overflow unless weights have half the levels: a step of a small
   model comes to 31.5 dB of fp32 with 127 of them and to 43.3 with 63 (127 in float arithmetic: 43.5).
-- A model in IR reads the weights of its own file alone: two of them cannot share what they have in common.
+- A model in IR names its weights by their place in a file that the reader is given: several share one.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import msgspec
 import numpy as np
+import onnx
 
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
 from edgediff.models.part import Part
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.calibration import Calibration
+from edgediff.targets.onnx.pool_weights import place_weights
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
+from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
 from edgediff.targets.onnx.write_onnx import write_onnx
-from edgediff.targets.openvino import OpenVinoConfig
-from edgediff_runtime.manifest import Graph, Target
+from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
+from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
 
 
 def write_openvino(
     folder: Path,
-    target: Target,
+    graphs: Iterable[Graph],
     modules: Mapping[str, Part],
     examples: Mapping[str, Mapping[str, np.ndarray]],
     config: OpenVinoConfig,
     say: Callable[[str], None],
     calibration: Calibration | None = None,
-) -> Target:
-    """Writes every model of a target.
+) -> tuple[tuple[Graph, ...], Graph]:
+    """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
 
     Args:
         folder: The bundle that is being written.
-        target: What the manifest's draft says of the target.
+        graphs: Their entries in the manifest's draft.
         modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
         config: How to write.
         say: Told what is being done.
-        calibration: What graphs of eight bits are made by; None leaves them in fp32.
+        calibration: What int8 graphs are made by; None leaves them in fp32.
 
     Returns:
-        The target with what is known now: what onnxsim did.
+        The graphs with what is known now, and the undivided step's entry.
 
     Raises:
         UnsupportedError: The exporter, a pass or OpenVINO failed.
@@ -59,29 +63,60 @@ def write_openvino(
     """
     openvino = import_extra("openvino", "exporting to OpenVINO", "openvino")
     settings = OnnxConfig(quantize_nbits=config.quantize_nbits, quantize_attention=config.quantize_attention)
-    graphs = []
-    for graph in target.graphs:
-        if graph.file is not None:
-            path = folder / graph.file
-            path.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as scratch:
-                alone = msgspec.structs.replace(graph, file=f"onnx/{graph.name}.onnx", external_data=None)
-                as_onnx = msgspec.structs.replace(target, layout="split", graphs=(alone,))
-                done = write_onnx(
-                    Path(scratch), as_onnx, modules, examples, settings, say, calibration, HALVED_WEIGHT_LEVELS
-                )
-                say(f"writing {graph.name} for OpenVINO")
-                _write(openvino, Path(scratch) / str(alone.file), path, graph)
-            graph = msgspec.structs.replace(graph, inputs=done.graphs[0].inputs, simplified=done.graphs[0].simplified)
-        graphs.append(graph)
-    return msgspec.structs.replace(target, graphs=tuple(graphs))
+    graphs = tuple(graphs)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as name:
+        scratch = Path(name)
+        as_onnx = [
+            msgspec.structs.replace(graph, file=graph.file and f"{graph.name}.onnx", external_data=None)
+            for graph in graphs
+        ]
+        made, _ = write_onnx(scratch, as_onnx, modules, examples, settings, say, calibration, HALVED_WEIGHT_LEVELS)
+        finished = tuple(
+            msgspec.structs.replace(graph, inputs=done.inputs, simplified=done.simplified)
+            for graph, done in zip(graphs, made, strict=True)
+        )
+        say("writing OpenVINO's models")
+        full = [graph for graph in made if graph.runs(full=True)]
+        whole = join_full_step([onnx.load(scratch / str(g.file), load_external_data=False) for g in full], "int64")
+        (scratch / "undivided.onnx").write_bytes(whole.SerializeToString(deterministic=True))
+        files = {graph.name: str(graph.file) for graph in finished if graph.file is not None} | {"undivided": MODEL}
+        for graph_name, file in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            _write(openvino, scratch / f"{graph_name}.onnx", folder / file, graph_name)
+        pool_ir_weights([folder / file for file in files.values()], folder / WEIGHTS)
+    model = undivided_graph(
+        [graph for graph in finished if graph.runs(full=True)], MODEL, WEIGHTS, Tensor(TIMESTEP, "int64", (1,))
+    )
+    return finished, model
 
 
-def _write(openvino: Any, source: Path, path: Path, graph: Graph) -> None:
+def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
+    """Moves the weights of OpenVINO's models into one file; equal ones share a place.
+
+    Args:
+        models: The ``.xml`` files; each one's ``.bin`` beside it is read and removed.
+        weights: The file to write; it may be one of those.
+    """
+    places: dict[bytes, tuple[int, int]] = {}
+    pooled = weights.with_name(f"{weights.name}.pooled")
+    with pooled.open("wb") as pool:
+        for path in models:
+            tree = ElementTree.parse(path)
+            with path.with_suffix(".bin").open("rb") as own:
+                for data in tree.iterfind(".//layer[@type='Const']/data"):
+                    own.seek(int(data.attrib["offset"]))
+                    offset, _ = place_weights(own.read(int(data.attrib["size"])), places, pool)
+                    data.set("offset", str(offset))
+            path.with_suffix(".bin").unlink()
+            tree.write(path, encoding="utf-8", xml_declaration=True)
+    pooled.rename(weights)
+
+
+def _write(openvino: Any, source: Path, path: Path, name: str) -> None:
     """Reads an ONNX graph and writes it as IR, the same bytes for the same graph."""
     try:
         model = openvino.Core().read_model(source)
-        model.set_friendly_name(graph.name)
+        model.set_friendly_name(name)
         for i, op in enumerate(model.get_ordered_ops()):
             if op.get_friendly_name() == op.get_name():  # it has none from the graph
                 op.set_friendly_name(f"{op.get_type_name()}.{i}")
@@ -90,4 +125,4 @@ def _write(openvino: Any, source: Path, path: Path, graph: Graph) -> None:
             del notes[key]
         openvino.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as e:  # what all of OpenVINO's errors are
-        raise UnsupportedError(f"{graph.name}: OpenVINO cannot write it: {' '.join(str(e).split())[:400]}") from e
+        raise UnsupportedError(f"{name}: OpenVINO cannot write it: {' '.join(str(e).split())[:400]}") from e

@@ -1,0 +1,194 @@
+"""What a training leaves for readers: the card, which has all that is needed to repeat it, and the loss curves."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from accelerate import Accelerator
+
+from edgediff.config.choices import Cut
+from edgediff.data.batches import hash_of
+from edgediff.data.image_folder import ImageSet
+from edgediff.models.clockwork import split
+from edgediff.models.load import Model
+from edgediff.models.macs import tally
+from edgediff.models.trained import AdaptorRecord
+from edgediff.train.gain import Gain
+from edgediff.train.learner import DDPM
+from edgediff.train.loop import Progress, recent
+from edgediff.train.settings import AdaptorTraining, StudentTraining, UNetTraining
+from edgediff_runtime.manifest import Cost
+
+CARD = "README.md"
+LOSSES = "loss.png"
+TOOLS = ("edgediff", "torch", "diffusers", "accelerate", "numpy")
+# Dark enough for the mean; what each update gave is drawn lighter in the same colour.
+COLOURS = ("#1f4e79", "#2e7d32", "#b9770e", "#7d3c98")
+_POINTS = "#b03a2e"
+
+
+def adaptor_card(
+    record: AdaptorRecord,
+    model: Model,
+    settings: AdaptorTraining,
+    gain: Gain,
+    state: Progress,
+    accelerator: Accelerator,
+) -> str:
+    """The card of an adaptor, in Markdown: operating point, training, gain, versions."""
+    point = record.trained_for
+    known = model.conditioning
+    data = {
+        "class": f"labels alone, drawn from {len(known.labels)} classes; no images",
+        "text": f"prompt embeddings alone, from `{settings.conditioning}`; no images",
+        "none": "noise alone; no images",
+    }[known.kind]
+    what = "8-bit images" if gain.space == "pixel" else "latents"
+    lines = [
+        f"# {record.kind} adaptor for {model.name}",
+        "",
+        "Stands in for the low-resolution part on cached steps (Clockwork Diffusion, arXiv 2312.08128).",
+        "",
+        f"- **Serves**: `{model.name}`, sha256 `{model.sha256}`, divided at level {record.cut.level}, "
+        f"{record.cut.point}: {record.shape}.",
+        f"- **Operating point**: {point.num_inference_steps} steps of {point.scheduler}, clock {point.clock}, "
+        f"guidance {point.guidance_scale:g}. Elsewhere it works less well than it could.",
+        f"- **Data**: {data}.",
+        f"- **Training**: {settings.rollout} rollout; {settings.rounds} rounds of {settings.images} trajectories "
+        f"for each process, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.learning_rate:g} "
+        f"({settings.schedule}), weight {settings.output_weight:g} on the output's loss, averaged weights "
+        f"({settings.ema:g}), seed {settings.seed}: {state.updates} updates in {_where(state, accelerator)}.",
+        f"- **Loss** over the last tenth: {recent(state.losses):.4f} of the identity's ([curve]({LOSSES})).",
+        f"- **Gain**: PSNR of {gain.images} {what} of unseen seeds against clock 1: "
+        f"identity {gain.identity:.2f} dB, this {gain.learned:.2f} dB.",
+        f"- **Versions**: {_versions()}.",
+        f"- **Licence**: as the model's, {model.card.license}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def unet_card(
+    model: Model,
+    teacher: Model | None,
+    settings: UNetTraining,
+    images: tuple[ImageSet, ImageSet],
+    state: Progress,
+    accelerator: Accelerator,
+) -> str:
+    """The card of a UNet, in Markdown; `images` are those that it learnt from, and those held out."""
+    data, held_out = images
+    cost = _cost(model)
+    size = f"{data.images.shape[1]}x{data.images.shape[2]}"
+    lines = [
+        f"# {model.name}",
+        "",
+        f"- **What**: {_what(model)}, {cost.parameters:,} parameters, {cost.macs:,} multiply-adds of a sample without "
+        f"and {cost.macs_attention:,} of attention matmuls.",
+    ]
+    if isinstance(settings, StudentTraining) and teacher is not None:
+        theirs = _cost(teacher)
+        lines.append(
+            f"- **Teacher**: `{teacher.name}`, sha256 `{teacher.sha256}`, {theirs.parameters:,} parameters: "
+            f"{theirs.macs / cost.macs:.1f} times the multiply-adds. {_terms(settings)}"
+        )
+    skipped = f" {data.skipped.in_words()}" if data.skipped.count else ""
+    lines += [
+        f"- **Data**: {len(data):,} images of {len(data.names)} classes, brought to {size} (centre, Lanczos, mean of "
+        f"squares), sha256 `{hash_of(data)}`; {len(held_out):,} held out, sha256 `{hash_of(held_out)}`.{skipped}",
+        f"- **Training**: {state.updates:,} updates of {settings.batch * accelerator.num_processes} images in "
+        f"{_where(state, accelerator)}.",
+        f"- **Loss** (denoising): {recent(state.terms[DDPM]):.4f} over the last tenth, {state.held_out[-1][1]:.4f} of "
+        f"the averaged weights on held-out images ([curves]({LOSSES})).",
+        "- **Samples**: 20 steps of dpmpp_2m, classes in their order ([grid](samples.png)).",
+        f"- **Versions**: {_versions()}.",
+        "- **Licence**: not stated; what it learnt from has a say in it.",
+        "",
+        "Settings (`edgediff train` takes them as they stand, as `--config`):",
+        "",
+        "```json",
+        msgspec.json.format(msgspec.json.encode(settings), indent=1).decode(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _where(state: Progress, accelerator: Accelerator) -> str:
+    device = f"{accelerator.num_processes} process(es) on {accelerator.device.type} ({platform.machine()})"
+    return f"{state.seconds / 60:.1f} minutes, {device}"
+
+
+def _versions() -> str:
+    return f"{', '.join(f'{tool} {version(tool)}' for tool in TOOLS)}, Python {platform.python_version()}"
+
+
+def _what(model: Model) -> str:
+    config = model.unet.config
+    widths = "/".join(str(width) for width in config.block_out_channels)
+    gated = f", {config.wavelet} wavelet gating" if "wavelet" in config else ""
+    return f"{type(model.unet).__name__}, levels {widths}{gated}"
+
+
+def _terms(settings: StudentTraining) -> str:
+    if not settings.distils:
+        return "It lent geometry, schedule and classes; nothing was learnt from it."
+    return (
+        f"Distillation: spatial {settings.spatial:g}, frequency {settings.frequency:g} with alpha {settings.alpha:g}, "
+        f"at {', '.join(settings.points)}."
+    )
+
+
+def _cost(model: Model) -> Cost:
+    return tally(split(model.unet, Cut()), model.sample_shape, model.conditioning.tensors).parts["full"]
+
+
+def draw_losses(
+    curves: Mapping[str, Sequence[float]],
+    path: Path,
+    title: str,
+    what: str,
+    *,
+    level: tuple[float, str] | None = None,
+    points: tuple[str, Sequence[tuple[int, float]]] | None = None,
+) -> None:
+    """Draws the losses of a training.
+
+    Args:
+        curves: One loss for each update, by name.
+        path: A ``.png``.
+        title: Over the picture.
+        what: Beside the losses' axis.
+        level: A horizontal line and its name.
+        points: Name, then update and loss of each point of a curve that is measured now and then.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, losses), colour in zip(curves.items(), COLOURS, strict=False):
+        updates = np.arange(1, len(losses) + 1)
+        window = max(1, len(losses) // 100)
+        single = window == 1
+        axes.plot(
+            updates, losses, color=colour, alpha=1 if single else 0.25, linewidth=0.6, label=name if single else None
+        )
+        if not single:
+            mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes.plot(updates[window - 1 :], mean, color=colour, linewidth=1.6, label=f"{name}, mean of {window}")
+    if points is not None and points[1]:
+        axes.plot(*zip(*points[1], strict=True), "o-", color=_POINTS, markersize=3, linewidth=1, label=points[0])
+    if level is not None:
+        axes.axhline(level[0], color=_POINTS, linewidth=1, linestyle="--", label=level[1])
+    axes.set_yscale("log")
+    axes.set_xlabel("update")
+    axes.set_ylabel(what)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,205 @@
+"""The loop's known answers: fake graphs of small matrices, and a plain computation that knows of no batches.
+
+Every image, and every row of it, is computed alone, in the order in which the contract (runtime/README.md) says what a
+step does. A runtime computes rows together, pads them, keeps its cache in tables of its own: it must come to the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edgediff_runtime.noise import noise
+from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
+
+SHAPE = (2, 2, 2)
+SIZE = 8
+FEATURE = (3, 1, 1)
+EMBEDDING = (1, 2)
+DDIM = SchedulerConfig(name="ddim")
+DPM = SchedulerConfig(name="dpmpp_2m")
+STOCHASTIC = SchedulerConfig(name="ddim", eta=1.0)
+
+
+def _matrix(rows: int, columns: int, image: int) -> np.ndarray:
+    """Multiples of 1/64 below 1/2: float32 holds them exactly, and sums stay small."""
+    drawn = noise(7, (rows, columns), image=image)
+    made: np.ndarray = np.clip(np.rint(drawn * 8), -31, 31).astype(np.float32) / 64
+    return made
+
+
+def fake_graphs(concat: int = 0, split: bool = True) -> list[dict[str, Any]]:
+    """The four parts, or a full and a cached step: each output is a sum of matrices times flattened inputs.
+
+    Args:
+        concat: Channels that are concatenated to the sample.
+        split: Whether the parts are apart.
+    """
+    taken = SIZE + 4 * concat
+    parts = {
+        "highres_in": {
+            "highres_feature": (FEATURE, {"sample": _matrix(3, taken, 0), "timestep": _matrix(3, 1, 1) / 256}),
+            "skip_0": (SHAPE, {"sample": _matrix(SIZE, taken, 2)}),
+        },
+        "lowres": {
+            "lowres_feature": (
+                FEATURE, {"highres_feature": _matrix(3, 3, 3), "encoder_hidden_states": _matrix(3, 2, 4)},
+            )
+        },
+        "adaptor": {
+            "lowres_feature": (FEATURE, {"highres_feature": _matrix(3, 3, 5), "cache": _matrix(3, 3, 6)})
+        },
+        "highres_out": {
+            "out_sample": (SHAPE, {"skip_0": _matrix(SIZE, SIZE, 7), "lowres_feature": _matrix(SIZE, 3, 8)})
+        },
+    }  # fmt: skip
+    if split:
+        frequency = {"highres_in": "step", "lowres": "full_step", "adaptor": "cached_step", "highres_out": "step"}
+        return [_graph(name, frequency[name], [outputs]) for name, outputs in parts.items()]
+    steps = {"full": ("full_step", "lowres"), "cached": ("cached_step", "adaptor")}
+    return [
+        _graph(name, when, [parts["highres_in"], parts[inside], parts["highres_out"]])
+        for name, (when, inside) in steps.items()
+    ]
+
+
+def _graph(name: str, frequency: str, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A graph as JSON has it: what it takes, and its tensors in the order in which they are computed."""
+    made = [tensor for stage in stages for tensor in stage]
+    taken = [source for stage in stages for _, terms in stage.values() for source in terms if source not in made]
+    compute = [
+        {
+            "tensor": tensor,
+            "shape": list(shape),
+            "terms": [{"of": source, "matrix": matrix.tolist()} for source, matrix in terms.items()],
+        }
+        for stage in stages
+        for tensor, (shape, terms) in stage.items()
+    ]
+    gives = made if len(stages) == 1 else ["out_sample", "lowres_feature"]
+    return {"name": name, "frequency": frequency, "inputs": list(dict.fromkeys(taken)), "outputs": gives,
+            "compute": compute}  # fmt: skip
+
+
+def run_graph(graph: Mapping[str, Any], row: dict[str, np.ndarray]) -> None:
+    """Computes a fake graph on one row of tensors by name, and adds its outputs."""
+    table = dict(row)
+    for each in graph["compute"]:
+        total = sum(
+            np.array(term["matrix"]) @ np.asarray(table[term["of"]], dtype=np.float64).reshape(-1)
+            for term in each["terms"]
+        )
+        table[each["tensor"]] = np.reshape(total, each["shape"])
+    row.update({name: table[name] for name in graph["outputs"]})
+
+
+@dataclass(frozen=True)
+class LoopCase:
+    """One generation of the fake graphs."""
+
+    scheduler: SchedulerConfig = DDIM
+    steps: int = 5
+    mask: tuple[int, ...] = (1, 0, 1, 0, 1)
+    guidance: tuple[float, ...] = (1.0,) * 5
+    images: int = 1
+    batch: int | None = None
+    start: int = 0
+    concat: int = 0
+    split: bool = True
+    seed: int = 3
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "one_image": LoopCase(),
+    "pair": LoopCase(split=False),
+    "clock_1": LoopCase(mask=(1,) * 5),
+    "mask": LoopCase(mask=(1, 0, 0, 0, 1)),
+    "second_order": LoopCase(scheduler=DPM),
+    "guided": LoopCase(guidance=(3.0,) * 5, images=2),
+    "guided_pair": LoopCase(guidance=(3.0,) * 5, images=2, split=False),
+    "guidance_ends_on_a_cached_step": LoopCase(guidance=(3.0, 3.0, 3.0, 1.0, 1.0), images=2),
+    "guidance_begins_on_a_cached_step": LoopCase(guidance=(1.0, 3.0, 3.0, 3.0, 3.0), images=2),
+    "batch_2_of_3_images": LoopCase(images=3, batch=2),
+    "batch_2_guided": LoopCase(guidance=(2.0,) * 5, images=3, batch=2),
+    "batch_4_padded": LoopCase(guidance=(2.0,) * 5, images=3, batch=4),
+    "batch_1": LoopCase(guidance=(2.0,) * 5, images=2, batch=1),
+    "fresh_noise": LoopCase(scheduler=STOCHASTIC, images=2),
+    "starts_at_2": LoopCase(start=2, images=2),
+    "starts_on_a_cached_step": LoopCase(start=1, guidance=(2.0,) * 5, scheduler=DPM),
+    "concatenated_channels": LoopCase(concat=1, guidance=(2.0,) * 5, images=2),
+}
+
+
+def inputs_of(case: LoopCase) -> dict[str, Any]:
+    """What a case is given: latents at the start's noise level, embeddings of both halves, concatenated channels."""
+
+    def drawn(shape: tuple[int, ...], draw: int) -> np.ndarray:
+        return np.stack([noise(case.seed, shape, image=n, draw=draw) for n in range(case.images)])
+
+    return {
+        "latents": drawn(SHAPE, 0),
+        "cond": drawn(EMBEDDING, 1001),
+        "uncond": drawn(EMBEDDING, 1002),
+        "concat": drawn((case.concat, *SHAPE[1:]), 1003) if case.concat else None,
+    }
+
+
+def answer(case: LoopCase) -> dict[str, Any]:
+    """Computes a case row by row."""
+    graphs = fake_graphs(case.concat, case.split)
+    given = inputs_of(case)
+    scheduler = make_scheduler(case.scheduler, case.steps)
+    mask: list[int] = []
+    latents = []
+    for n in range(case.images):
+        x_t, state, caches, was_guided = given["latents"][n][None], None, {}, False
+        mask = []
+        steps = []
+        for i in range(case.start, len(scheduler.timesteps)):
+            guided = case.guidance[i] > 1
+            full = bool(case.mask[i]) or i == case.start or (guided and not was_guided)
+            mask.append(int(full))
+            scaled = scheduler.scale_model_input(i, x_t)[0]
+            sample = scaled if given["concat"] is None else np.concatenate([scaled, given["concat"][n]])
+            out = {}
+            for half in ("uncond", "cond") if guided else ("cond",):
+                row = {"sample": sample, "timestep": np.array([scheduler.timesteps[i]]),
+                       "encoder_hidden_states": given[half][n], **caches.get(half, {})}  # fmt: skip
+                for graph in graphs:
+                    if graph["frequency"] in ("step", "full_step" if full else "cached_step"):
+                        run_graph(graph, row)
+                caches[half] = {"cache": row["lowres_feature"], "lowres_feature": row["lowres_feature"]}
+                out[half] = row["out_sample"].astype(np.float32)
+            model_output = out["cond"]
+            if guided:
+                model_output = out["uncond"] + np.float32(case.guidance[i]) * (out["cond"] - out["uncond"])
+            was_guided = guided
+            fresh = noise(case.seed, SHAPE, image=n, draw=i + 1)[None] if scheduler.needs_noise else None
+            x_t, state = scheduler.step(i, x_t, model_output[None], state, fresh)
+            steps.append(x_t[0])
+        latents.append(np.stack(steps))
+    return {"mask": mask, "latents": np.stack(latents, axis=1)}
+
+
+def document(case: LoopCase) -> dict[str, Any]:
+    """A case as JSON has it; arrays flat in C order."""
+    given = inputs_of(case)
+    made = answer(case)
+    return {
+        "scheduler": msgspec.to_builtins(case.scheduler),
+        "num_inference_steps": case.steps,
+        "clock": list(case.mask),
+        "guidance": list(case.guidance),
+        "num_images": case.images,
+        "batch": case.batch,
+        "start": case.start,
+        "seed": str(case.seed),
+        "shape": list(SHAPE),
+        **{name: value for name, value in given.items() if value is not None},
+        "graphs": fake_graphs(case.concat, case.split),
+        "mask": made["mask"],
+        "steps": [{"latents": latents} for latents in made["latents"]],
+    }

@@ -1,0 +1,85 @@
+"""Numbers that fp16 does not hold: the reference of the `program` check has them as the program has them."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_CLASS, SMALL_TEXT
+from unets import CASES, Case, unet2d, unet2d_condition
+
+import edgediff
+from edgediff.bundle.psnr import psnr_db
+from edgediff.export.half_reference import HalfPart
+from edgediff.mil import open_program
+from edgediff.models.part import Part
+from edgediff.targets.coreml import CoreMLConfig
+from edgediff.targets.coreml.write_coreml import write_coreml
+from edgediff.targets.layout import modules
+from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
+
+PLAIN = SMALL_CLASS | {"num_class_embeds": None, "in_channels": 4, "out_channels": 4}
+SCALES = {"mid_block_scale_factor": math.sqrt(2), "norm_eps": 3e-6, "center_input_sample": True}
+HEADS = {"block_out_channels": (20, 40), "attention_head_dim": 2, "resnet_out_scale_factor": 1.41}
+SCALARS = {
+    "scales": Case(lambda: unet2d(**PLAIN | SCALES)),
+    "heads 10 and 20 wide": Case(lambda: unet2d_condition(**SMALL_TEXT | HEADS), CASES["sd15-like"].cond),
+}
+
+
+def _sharpen(part: Part) -> None:
+    """Makes attention as sharp as trained ones are, and features faint, so that a norm's epsilon counts."""
+    for name, parameter in part.named_parameters():
+        if name.endswith(("to_q.weight", "to_k.weight")):
+            parameter.mul_(5)
+        if name.endswith("conv_in.weight"):
+            parameter.mul_(0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [("scales", "iOS16"), ("scales", "iOS18"), ("heads 10 and 20 wide", "iOS17"), ("heads 10 and 20 wide", "iOS18")],
+)
+@torch.no_grad()
+def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_path: Path) -> None:
+    case, config = SCALARS[name], CoreMLConfig(dtype="fp16", deployment_target=system)
+    part = modules(edgediff.split(case.build()), "pair")["full"]
+    _sharpen(part)
+    torch.manual_seed(1)
+    values = {"sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([637.0]), **case.cond(2)}
+    made = dict(zip(part.outputs, part(*(values[key] for key in part.inputs)), strict=True))
+    kinds = {"lowres_feature": "float16"}
+    inputs, outputs = (
+        tuple(Tensor(key, kinds.get(key, "float32"), tuple(tensors[key].shape)) for key in keys)
+        for keys, tensors in ((part.inputs, values), (part.outputs, made))
+    )
+    graph = Graph("full", "coreml/full.mlpackage", "full_step", inputs, outputs)
+    target = Target(
+        target="coreml", layout="split", dtype="fp16", batch=2, floors=Floors(45, 45, 35, None, 100), graphs=(graph,),
+        deployment_target=system, specification_version=0,
+    )  # fmt: skip
+    write_coreml(tmp_path, target, {"full": part}, config, lambda what: None)
+    got = open_program(tmp_path / str(graph.file)).function().run(values, rounded=False)
+
+    def worst(reference: Part) -> float:
+        tensors = reference(*(values[key] for key in part.inputs))
+        return min(psnr_db(t.numpy(), got[key].numpy()) for key, t in zip(part.outputs, tensors, strict=True))
+
+    assert worst(HalfPart(part, system)) > 110
+    # One scalar a thousandth off is found.
+    half = HalfPart(part, system)
+    for module in half.modules():
+        if hasattr(module, "output_scale_factor"):
+            module.output_scale_factor *= 1.001
+    assert worst(half) < 90
+
+
+@torch.no_grad()
+def test_the_timestep_s_frequencies_stay_exact() -> None:
+    part = edgediff.split(unet2d(**PLAIN)).parts["highres_in"]
+    half = HalfPart(part, "iOS18")
+    (exact,), (rounded,) = ({m for m in p.modules() if type(m).__name__ == "Timesteps"} for p in (part, half))
+    want = exact(torch.tensor([637.0]))
+    with half.scalars:
+        assert torch.equal(rounded(torch.tensor([637.0])), want)
+        assert torch.ones(1) / 1.41 != 1 / 1.41

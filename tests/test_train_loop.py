@@ -1,0 +1,91 @@
+"""The one training loop, on a network of a few weights."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from edgediff.errors import TrainingError
+from edgediff.train.loop import LOSS, Loop, Task, recent
+
+
+class Line(Task):
+    """Learns y = 2 x from one batch an update."""
+
+    def __init__(self, updates: int = 4, spoil: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5))
+        settings = SimpleNamespace(seed=0, learning_rate=0.1)
+        super().__init__(module, torch.optim.SGD(module.parameters(), lr=0.1), module, settings, updates)
+        self.ema = 0.5
+        self.spoil = spoil
+        self.rates: list[float] = []
+
+    def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
+        """The squared error; spoilt at update 2, where it is to be."""
+        self.rates.append(self.optimizer.param_groups[0]["lr"] / 0.1)
+        x = torch.ones(2, 1)
+        loss = (model(x) - 2 * x).square().mean()
+        return {LOSS: self.spoil(loss) if self.spoil is not None and batch == 2 else loss}
+
+
+def nan_backwards(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, with a gradient of NaN."""
+    same = loss.clone()
+    same.register_hook(lambda gradient: gradient * torch.nan)
+    return same
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(lambda loss: loss * torch.inf, "loss"), (nan_backwards, "gradient")], ids=["loss", "gradient"]
+)
+def test_what_is_not_finite_never_reaches_the_weights(
+    tmp_path: Path, spoil: Callable[[torch.Tensor], torch.Tensor], what: str
+) -> None:
+    task = Line(spoil=spoil)
+    words = rf"the {what} is not finite at update 2; the last good checkpoint is .*visit-0+2; .* learning_rate than 0.1"
+    with pytest.raises(TrainingError, match=words):
+        Loop(Accelerator(), task, tmp_path, minutes=0).run()
+    assert all(bool(parameter.isfinite().all()) for parameter in task.module.parameters())
+    task.spoil = None
+    again, whole = Line(), Line()
+    Loop(Accelerator(), again, tmp_path, minutes=0).run()
+    Loop(Accelerator(), whole).run()  # without a folder there are no checkpoints
+    assert again.state.losses == whole.state.losses
+    assert all(map(torch.equal, again.module.parameters(), whole.module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("cosine", 0, [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+        ("cosine", 2, [0.5, 1, 1, 0.5]),
+        ("constant", 9, [0.25, 0.5, 0.75, 1]),
+    ],
+)
+def test_learning_rates(schedule: str, warmup: int, expected: list[float]) -> None:
+    task = Line()
+    task.schedule, task.warmup = schedule, warmup
+    Loop(Accelerator(), task).run()
+    assert task.rates == pytest.approx(expected)
+
+
+def test_the_module_ends_with_the_averaged_weights_and_torchs_seed_is_left_alone() -> None:
+    task = Line()
+    loop = Loop(Accelerator(), task)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    said: list[tuple[str, float]] = []
+    loop.run(lambda *args: said.append(args))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loop.ema is not None
+    assert all(map(torch.equal, task.module.parameters(), loop.ema.shadow_params))
+    assert not task.module.training
+    assert [share for _, share in said] == [0.25, 0.5, 0.75, 1]
+    assert said[-1][0] == f"update 4 of 4: loss {recent(task.state.losses):.4f}"
