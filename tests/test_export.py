@@ -28,7 +28,8 @@ def _files(path: Path, leave_out: tuple[str, ...] = ("evidence/parity.json",)) -
 def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert set(_files(class_bundle, ())) == {
         "README.md", "SHA256SUMS", "evidence/parity.json", "evidence/reference.safetensors", "manifest.json",
-        "onnx/unet/highres_in.onnx", "onnx/unet/highres_out.onnx", "onnx/unet/lowres.onnx",
+        *(f"onnx/unet/{name}.onnx" for name in ("highres_in", "highres_out", "lowres", "model")),
+        "onnx/unet/config.json", "onnx/unet/weights.bin",
     }  # fmt: skip
     manifest = open_bundle(class_bundle).manifest
     assert manifest.operating_point.mask == (1, 0, 1, 0)
@@ -67,14 +68,14 @@ def test_graphs_are_what_the_manifest_says(class_bundle: Path) -> None:
 
 def test_graphs_name_nothing_of_the_exporting_machine(class_bundle: Path) -> None:
     home = str(Path(edgediff.__file__).parent).encode()
-    for file in (class_bundle / "onnx").iterdir():
+    for file in (class_bundle / "onnx/unet").iterdir():
         assert b"stack_trace" not in file.read_bytes()
         assert home not in file.read_bytes()
 
 
 def test_weights_are_in_the_bundle_once(class_bundle: Path, class_model: Path) -> None:
     weights = (class_model / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    graphs = sum(file.stat().st_size for file in (class_bundle / "onnx").iterdir())
+    graphs = sum(file.stat().st_size for file in (class_bundle / "onnx/unet").iterdir())
     assert graphs < 1.3 * weights + 2e5
 
 
@@ -131,7 +132,7 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
     external = {graph.external_data for graph in manifest.targets[0].unet.graphs} - {None}
     assert "onnx/unet/lowres.onnx.data" in external
     assert external <= manifest.files.keys()
-    assert (tmp_path / "bundle" / "onnx" / "lowres.onnx").stat().st_size < 200_000
+    assert (tmp_path / "bundle" / "onnx/unet/lowres.onnx").stat().st_size < 200_000
 
 
 @pytest.mark.long

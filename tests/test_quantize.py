@@ -285,7 +285,7 @@ def test_weights_take_a_quarter(quantized_bundle: Path) -> None:
 def test_the_parts_are_quantized_apart_too(class_bundle: Path, name: str) -> None:
     graph = next(graph for graph in manifest_of(class_bundle).target("onnx").unet.graphs if graph.name == name)
     steps = load_reference(class_bundle / REFERENCE).steps
-    path = class_bundle / f"onnx/{name}.onnx"
+    path = class_bundle / f"onnx/unet/{name}.onnx"
     before = sorted(path.parent.iterdir())
     ranges = measure_ranges(path, graph, Calibration(steps, floor_db=100.0))
     assert sorted(path.parent.iterdir()) == before
@@ -301,11 +301,11 @@ def test_the_parts_are_quantized_apart_too(class_bundle: Path, name: str) -> Non
 def test_a_graph_that_is_wrong_before_it_is_quantized(class_bundle: Path) -> None:
     graph = manifest_of(class_bundle).target("onnx").unet.graphs[0]
     steps = load_reference(class_bundle / REFERENCE).steps
-    before = sorted((class_bundle / "onnx").iterdir())
+    before = sorted((class_bundle / "onnx/unet").iterdir())
     steps[-1].tensors["emb"][0, 0] += 0.1
     with pytest.raises(VerificationError, match=r"highres_in: before it is quantized, emb is \d+\.\d dB of torch's"):
         measure_ranges(class_bundle / "onnx/unet/highres_in.onnx", graph, Calibration(steps, floor_db=100.0))
-    assert sorted((class_bundle / "onnx").iterdir()) == before
+    assert sorted((class_bundle / "onnx/unet").iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, larg
     bundle = shutil.copytree(made, tmp_path / "bundle")
     assert len(load_reference(bundle / REFERENCE).steps[0].tensors["sample"]) == 1
     for name in ("full", "cached"):
-        file = bundle / "onnx" / f"{name}.onnx"
+        file = bundle / f"onnx/unet/{name}.onnx"
         model = onnx.load(file, load_external_data=False)
         tile = next(each for each in model.graph.node if each.op_type == "Tile")
         # The second copy is wrong; a row alone has none.
@@ -118,7 +118,7 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, export_once: Export) 
     small, bundle = export_once(text_model, config), export_once(text_model, config, {APART: 0})
     assert set(shares(bundle).values()) == {True}
     assert set(shares(small).values()) == {False}
-    cached = onnx.load(bundle / "onnx" / "cached.onnx", load_external_data=False)
+    cached = onnx.load(bundle / "onnx/unet/cached.onnx", load_external_data=False)
     assert any(node.op_type == "QuantizeLinear" for node in cached.graph.node)
     one, other = (EdgePipeline.from_pretrained(path)(**asked(path)).latents for path in (bundle, small))
     assert psnr_db(one, other) > 60
