@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
 
 import msgspec
 import pytest
@@ -42,13 +43,28 @@ def state_of(sources: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _state() -> str:
+    return state_of([ROOT / source for source in SOURCES])
+
+
+# Of what this process imports, now or later.
+STATE = _state()
+
+
 @functools.cache
 def store() -> Path:
-    """The folder of this state's artefacts; all but the newest other one are removed."""
-    return open_store(STORES, state_of([ROOT / source for source in SOURCES]))
+    """The folder of this state's artefacts."""
+    return open_store(STORES, STATE)
+
+
+def discard_if_changed() -> None:
+    """Removes what was made while somebody changed the sources: nobody knows of which state it is."""
+    if _state() != STATE:
+        shutil.rmtree(STORES / STATE, ignore_errors=True)
 
 
 def open_store(stores: Path, state: str) -> Path:
+    """The folder of a state; of the others all but the newest are removed."""
     folder = stores / state
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
@@ -82,6 +98,13 @@ def made_once(path: Path, make: Callable[[Path], object]) -> Path:
             os.replace(scratch / path.name, path)
             scratch.rmdir()
     return path
+
+
+def saved_once(name: str, save: FunctionType) -> Path:
+    """The folder of a model, at one place for as long as the file that `save` stands in is what it is."""
+    folder = store() / hashlib.sha256(Path(save.__code__.co_filename).read_bytes()).hexdigest()[:12]
+    folder.mkdir(exist_ok=True)
+    return made_once(folder / name, save)
 
 
 def traces_folder() -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import exported, made_once, store, traces_folder
+from artefacts import discard_if_changed, exported, saved_once, traces_folder
 from command_line import Command, Said, exit_code
 from photographs import folder_of_images
 from tiny_photographs import make_photographs, write_classifier, write_photographs
@@ -34,6 +34,11 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # the process that ends last
+        discard_if_changed()
 
 
 def pytest_collection_finish() -> None:
@@ -100,13 +105,13 @@ def save_text_model(unet: torch.nn.Module, folder: Path) -> None:
 @pytest.fixture(scope="session")
 def class_model() -> Path:
     """A class-conditional model of 4 labels and a null class, 16x16 RGB, on disk; copy it before a change."""
-    return made_once(store() / "tiny-class", lambda path: save_class_model(unet2d(**SMALL_CLASS), path))
+    return saved_once("tiny-class", lambda path: save_class_model(unet2d(**SMALL_CLASS), path))
 
 
 @pytest.fixture(scope="session")
 def text_model() -> Path:
     """A text-conditional latent model, 4x16x16, text of 7 x 12, on disk."""
-    return made_once(store() / "tiny-text", lambda path: save_text_model(unet2d_condition(**SMALL_TEXT), path))
+    return saved_once("tiny-text", lambda path: save_text_model(unet2d_condition(**SMALL_TEXT), path))
 
 
 @pytest.fixture(scope="session")

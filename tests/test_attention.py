@@ -122,18 +122,19 @@ def test_an_exported_graph_decomposes_attention_only_in_earlier_operator_sets(
     class_model: Path, export_once: Export, opset: int, operators: set[str]
 ) -> None:
     bundle = export_once(class_model, edgediff.ExportConfig(layout="split", steps=4, onnx=OnnxConfig(opset=opset)))
-    lowres = onnx.load(bundle / "onnx" / "lowres.onnx")
+    lowres = onnx.load(bundle / "onnx/unet/lowres.onnx")
     assert kinds(lowres).keys() & {"Attention", "Softmax"} == operators
     if opset == 23:
         node = next(node for node in lowres.graph.node if node.op_type == "Attention")
         assert "q_num_heads" in {each.name for each in node.attribute}
 
 
+@pytest.mark.long
 def test_the_operator_that_goes_block_by_block_goes_through_an_export(class_model: Path, export_once: Export) -> None:
     few = {"edgediff.targets.onnx.attention.MANY_KEYS": 1}
     bundle = export_once(class_model, edgediff.ExportConfig(steps=2), few)
     for name in ("full", "cached"):
-        found = kinds(onnx.load(bundle / "onnx" / f"{name}.onnx"))
+        found = kinds(onnx.load(bundle / f"onnx/unet/{name}.onnx"))
         assert f"{CONTRIB}:MultiHeadAttention" in found or name == "cached"
         assert "Attention" not in found
     pytest.importorskip("openvino")

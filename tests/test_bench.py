@@ -167,6 +167,7 @@ def test_an_onnxruntime_without_cuda_is_listed_with_the_command(class_bundle: Pa
     )
 
 
+@pytest.mark.long
 def test_what_does_not_compute_on_the_cpu_is_not_divided_by_its_peak(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +178,7 @@ def test_what_does_not_compute_on_the_cpu_is_not_divided_by_its_peak(
     assert [(known.status, known.share_of_peak) for known in found.contenders] == [("measured", {})]
 
 
+@pytest.mark.long
 def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
     tensors = load_file(bundle / REFERENCE)

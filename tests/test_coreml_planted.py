@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artefacts import made_once, store
+from artefacts import saved_once
 from conftest import SMALL_CLASS, Export, save_class_model
 from ml_packages import Opened, change_package
 from seals import reseal
@@ -120,7 +120,7 @@ def sound(request: pytest.FixtureRequest, export_once: Export) -> Path:
     layout, dtype = request.param
     coreml = CoreMLConfig(dtype=dtype, layout=layout)
     config = edgediff.ExportConfig(steps=2, targets=("coreml",), coreml=coreml, verify=VerifyConfig(mode="graphs"))
-    return export_once(made_once(store() / "drawn", _save), config)
+    return export_once(saved_once("drawn", _save), config)
 
 
 def _assert_found(sound: Path, bundle: Path, plant: Plant) -> None:

@@ -169,7 +169,10 @@ def test_a_package_that_describes_other_tensors_is_refused(
 
 def test_an_accelerator_is_held_to_its_own_floors(coreml_bundle: Path, mac: type[Stand], tmp_path: Path) -> None:
     bundle = shutil.copytree(coreml_bundle, tmp_path / "bundle")
-    seal_plain(bundle, lambda m: m["targets"][0]["floors"].update(graph=60.0, composed=60.0, trajectory=50.0))
+    seal_plain(
+        bundle,
+        lambda m: m["targets"][0]["components"]["unet"]["floors"].update(graph=60.0, composed=60.0, trajectory=50.0),
+    )
     floors = {(row.backend, row.check): row.floor_db for row in verify_bundle(bundle).rows}
     assert (floors["mil-reference", "graph"], floors["coreml", "graph"]) == (60, 45)
     assert (floors["mil-reference", "trajectory"], floors["coreml", "trajectory"]) == (50, 35)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from absent import hide
-from artefacts import made_once, store
+from artefacts import saved_once
 from command_line import Command, assert_error
 from conftest import SMALL_CLASS, Export, save_class_model
 from safetensors.numpy import load_file
@@ -25,7 +25,7 @@ from edgediff.targets.backends import open_session, usual_backend
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff.targets.executorch.write_executorch import group_norm, write_executorch
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
-from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
+from edgediff_runtime.manifest import Component, Floors, Graph, Tensor
 
 PROGRAM = "executorch/unet.pte"
 
@@ -34,7 +34,7 @@ PROGRAM = "executorch/unet.pte"
 def program_model() -> Path:
     """A class model without attention: each operation more is another that lowering goes over in every pass."""
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    return made_once(store() / "program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
+    return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
         )
         for name, module in modules.items()
     )  # fmt: skip
-    target = Target("executorch", "pair", "fp32", 2, Floors(100, 100, 80, None, None), graphs)
-    write_executorch(tmp_path, target, modules, dict.fromkeys(modules, values), lambda what: None)
+    unet = Component("step", "fp32", 2, Floors(100, 100, 80, None), graphs, "pair")
+    write_executorch(tmp_path, unet, modules, dict.fromkeys(modules, values), lambda what: None)
     program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(tmp_path / PROGRAM)
     for name, module in modules.items():
         given = [torch.from_numpy(values[key]) for key in module.inputs]

@@ -28,7 +28,8 @@ def _files(path: Path, leave_out: tuple[str, ...] = ("evidence/parity.json",)) -
 def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert set(_files(class_bundle, ())) == {
         "README.md", "SHA256SUMS", "evidence/parity.json", "evidence/reference.safetensors", "manifest.json",
-        "onnx/unet/highres_in.onnx", "onnx/unet/highres_out.onnx", "onnx/unet/lowres.onnx",
+        *(f"onnx/unet/{name}.onnx" for name in ("highres_in", "highres_out", "lowres", "model")),
+        "onnx/unet/config.json", "onnx/unet/weights.bin",
     }  # fmt: skip
     manifest = open_bundle(class_bundle).manifest
     assert manifest.operating_point.mask == (1, 0, 1, 0)
@@ -37,13 +38,9 @@ def test_the_bundle_holds_what_the_design_says(class_bundle: Path) -> None:
     assert manifest.license == "unknown"
     assert manifest.cache_bytes == 4 * 16 * 8 * 8
     assert manifest.cost["full"].macs > manifest.cost["cached"].macs > 0
-    assert [graph.frequency for graph in manifest.targets[0].unet.graphs] == [
-        "step",
-        "full_step",
-        "cached_step",
-        "step",
-    ]
-    assert manifest.targets[0].unet.graphs[2].file is None
+    graphs = manifest.targets[0].unet.graphs
+    assert [graph.frequency for graph in graphs] == ["step", "full_step", "cached_step", "step"]
+    assert graphs[2].file is None
 
 
 def test_sha256sum_agrees(class_bundle: Path) -> None:
@@ -71,14 +68,14 @@ def test_graphs_are_what_the_manifest_says(class_bundle: Path) -> None:
 
 def test_graphs_name_nothing_of_the_exporting_machine(class_bundle: Path) -> None:
     home = str(Path(edgediff.__file__).parent).encode()
-    for file in (class_bundle / "onnx").iterdir():
+    for file in (class_bundle / "onnx/unet").iterdir():
         assert b"stack_trace" not in file.read_bytes()
         assert home not in file.read_bytes()
 
 
 def test_weights_are_in_the_bundle_once(class_bundle: Path, class_model: Path) -> None:
     weights = (class_model / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    graphs = sum(file.stat().st_size for file in (class_bundle / "onnx").iterdir())
+    graphs = sum(file.stat().st_size for file in (class_bundle / "onnx/unet").iterdir())
     assert graphs < 1.3 * weights + 2e5
 
 
@@ -123,6 +120,7 @@ def test_a_bundle_with_other_files_in_it_is_never_replaced(
     assert (there / "onnx" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +132,7 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
     external = {graph.external_data for graph in manifest.targets[0].unet.graphs} - {None}
     assert "onnx/unet/lowres.onnx.data" in external
     assert external <= manifest.files.keys()
-    assert (tmp_path / "bundle" / "onnx" / "lowres.onnx").stat().st_size < 200_000
+    assert (tmp_path / "bundle" / "onnx/unet/lowres.onnx").stat().st_size < 200_000
 
 
 @pytest.mark.long
@@ -156,7 +154,8 @@ def test_other_cuts_samplers_and_clocks(
     assert open_bundle(tmp_path / "bundle").manifest.evidence.conditioning == "synthetic"
 
 
-def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
+@pytest.fixture
+def sdxl(tmp_path: Path) -> edgediff.Model:
     unet = unet2d_condition(
         **SMALL,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -165,32 +164,55 @@ def test_sdxl_conditioning_and_a_file_of_embeddings(tmp_path: Path) -> None:
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=34,
     )
-    model = edgediff.load_model(save_model(unet, tmp_path / "sdxl"))
-    assert model.conditioning.tensors["text_embeds"].shape == (10,)
+    return edgediff.load_model(save_model(unet, tmp_path / "sdxl"))
+
+
+EMBEDDINGS = {"encoder_hidden_states": (1, 77, 12), "text_embeds": (1, 10), "time_ids": (1, 6)}
+
+
+@pytest.mark.long
+def test_sdxl_conditioning_and_a_file_of_embeddings(sdxl: edgediff.Model, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {"encoder_hidden_states": (1, 77, 12), "text_embeds": (1, 10), "time_ids": (1, 6)}
-    given = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in arrays.items()}
-    given |= {f"negative_{n}": rng.standard_normal(arrays[n]).astype(np.float32) for n in list(arrays)[:2]}
+    given = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in EMBEDDINGS.items()}
+    given |= {f"negative_{n}": rng.standard_normal(EMBEDDINGS[n]).astype(np.float32) for n in list(EMBEDDINGS)[:2]}
     np.savez(tmp_path / "prompt.npz", **given)
     config = edgediff.ExportConfig(steps=2, layout="split", conditioning=str(tmp_path / "prompt.npz"))
-    edgediff.export_bundle(model, tmp_path / "bundle", config)
+    edgediff.export_bundle(sdxl, tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.evidence.conditioning == "file"
     graphs = {graph.name: [tensor.name for tensor in graph.inputs] for graph in manifest.targets[0].unet.graphs}
     assert graphs["highres_in"] == ["sample", "timestep", "text_embeds", "time_ids"]
     assert "encoder_hidden_states" in graphs["lowres"]
-    np.savez(tmp_path / "short.npz", encoder_hidden_states=given["encoder_hidden_states"])
+
+
+def test_a_file_that_lacks_embeddings_is_refused(sdxl: edgediff.Model, tmp_path: Path) -> None:
+    assert sdxl.conditioning.tensors["text_embeds"].shape == (10,)
+    short = tmp_path / "short.npz"
+    np.savez(short, encoder_hidden_states=np.zeros(EMBEDDINGS["encoder_hidden_states"], np.float32))
     with pytest.raises(ConfigError, match="lacks text_embeds, time_ids"):
-        edgediff.export_bundle(model, tmp_path / "b2", edgediff.ExportConfig(conditioning=str(tmp_path / "short.npz")))
+        edgediff.export_bundle(sdxl, tmp_path / "b2", edgediff.ExportConfig(conditioning=str(short)))
 
 
-def test_a_geometry_needs_random_weights_and_a_model_refuses_them(class_model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def geometry(class_model: Path) -> edgediff.Model:
+    """The class model without its weights."""
     model = edgediff.load_model(class_model)
-    geometry = dataclasses.replace(model, unet=type(model.unet)(**_plain(model.unet.config)).to("meta"))
+    return dataclasses.replace(model, unet=type(model.unet)(**_plain(model.unet.config)).to("meta"))
+
+
+def test_a_geometry_needs_random_weights_and_a_model_refuses_them(
+    geometry: edgediff.Model, class_model: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="--random-weights SEED"):
         edgediff.export_bundle(geometry, tmp_path / "b")
     with pytest.raises(ConfigError, match="has weights of its own"):
-        edgediff.export_bundle(model, tmp_path / "b", edgediff.ExportConfig(random_weights=0))
+        edgediff.export_bundle(
+            edgediff.load_model(class_model), tmp_path / "b", edgediff.ExportConfig(random_weights=0)
+        )
+
+
+@pytest.mark.long
+def test_a_bundle_of_random_weights_says_so(geometry: edgediff.Model, tmp_path: Path) -> None:
     config = edgediff.ExportConfig(random_weights=3, steps=2, verify=VerifyConfig(mode="graphs"))
     done = edgediff.export_bundle(geometry, tmp_path / "b", config)
     assert done.report is not None

@@ -10,9 +10,9 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from artefacts import made_once, store
+from artefacts import saved_once
 from command_line import snapshot
-from conftest import SMALL, save_model
+from conftest import SMALL, Export, save_model
 from unets import unet2d
 
 import edgediff
@@ -30,7 +30,7 @@ WRITING = ("bundle", "export", "onnx/write_onnx", "onnx/pool_weights", "coreml/w
 def smallest_model() -> Path:
     """As few operations as a UNet has that can be cut."""
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
-    return made_once(store() / "smallest", lambda path: save_model(unet2d(**SMALL | blocks), path))
+    return saved_once("smallest", lambda path: save_model(unet2d(**SMALL | blocks), path))
 
 
 @contextmanager
@@ -57,32 +57,41 @@ def moments(place: Path, kept: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize("target", ["onnx", pytest.param("coreml", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("target", "over_a_bundle"),
+    [("onnx", True), *(pytest.param(*case, marks=pytest.mark.long) for case in (("onnx", False), ("coreml", True)))],
+)
 def test_an_export_that_is_killed_at_any_moment_leaves_no_half_bundle_and_loses_none(
-    target: Any, smallest_model: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Any,
+    over_a_bundle: bool,
+    smallest_model: Path,
+    export_once: Export,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def recipe(steps: int) -> edgediff.ExportConfig:
+        return edgediff.ExportConfig(targets=(target,), steps=steps, verify=VerifyConfig(mode="graphs"))
+
     (place / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
-    old: dict[str, Any] | None = None
-    for steps in (2, 3):  # where there is nothing, and over a bundle that is there
-        (place / ".out.edgediff-1").mkdir()  # left by an earlier one
-        config = edgediff.ExportConfig(targets=(target,), steps=steps, verify=VerifyConfig(mode="graphs"))
-        with moments(place, tmp_path / f"moments-{steps}"):
-            edgediff.export_bundle(edgediff.load_model(smallest_model), place / "out", config, force=True)
-        assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "out", "tmp"]
-        new = snapshot(place / "out")
-        kept = sorted((tmp_path / f"moments-{steps}").iterdir())
-        assert len(kept) > 5
-        for moment in kept:
-            out = moment / "out"
-            if not out.exists():  # what was there is not lost: it lies aside until the next export puts it back
-                assert old is None or list(moment.glob(".out.edgediff-*.old"))
-            clear_stale(out)
-            assert sorted(path.name for path in moment.iterdir()) == ["mine.txt", *["out"] * out.exists(), "tmp"]
-            assert list((moment / "tmp").iterdir()) == []
-            if out.exists():
-                check_files(open_bundle(out))
-                assert snapshot(out) in (old, new)
-            else:
-                assert old is None
-        old = new
+    (place / ".out.edgediff-1").mkdir()  # left by an earlier export
+    old = None
+    if over_a_bundle:
+        old = snapshot(shutil.copytree(export_once(smallest_model, recipe(2)), place / "out"))
+    with moments(place, tmp_path / "moments"):
+        edgediff.export_bundle(edgediff.load_model(smallest_model), place / "out", recipe(3), force=True)
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "out", "tmp"]
+    new = snapshot(place / "out")
+    kept = sorted((tmp_path / "moments").iterdir())
+    assert len(kept) > 5
+    for moment in kept:
+        out = moment / "out"
+        if not out.exists():  # what was there is not lost: it lies aside until the next export puts it back
+            assert old is None or list(moment.glob(".out.edgediff-*.old"))
+        clear_stale(out)
+        assert sorted(path.name for path in moment.iterdir()) == ["mine.txt", *["out"] * out.exists(), "tmp"]
+        assert list((moment / "tmp").iterdir()) == []
+        if out.exists():
+            check_files(open_bundle(out))
+        assert (snapshot(out) if out.exists() else None) in (old, new)

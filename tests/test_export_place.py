@@ -56,9 +56,9 @@ def test_another_bundle_and_a_damaged_one_need_force(
     export = ("export", class_model, "-o", place / "out", "--layout", "split")
     with unchanged(place):
         assert_error(command(*export, "--steps", "3"), "holds another bundle; pass --force")
-    flip_bit(place / "out" / "onnx" / "lowres.onnx")
+    flip_bit(place / "out" / "onnx/unet/lowres.onnx")
     with unchanged(place):
-        assert_error(command(*export, "--steps", "4"), "not valid (onnx/lowres.onnx does not", "--force")
+        assert_error(command(*export, "--steps", "4"), "not valid (onnx/unet/lowres.onnx does not", "--force")
     said = command(*export, "--steps", "4", "--force")
     assert (said.code, said.errors) == (0, [])
     assert command("verify", place / "out").code == 0
@@ -129,6 +129,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_disk_that_is_really_full(
     command: Command, class_model: Path, class_bundle: Path, disk: Callable[[int], Path]
 ) -> None:

@@ -189,6 +189,7 @@ def test_every_card_is_held_to_something() -> None:
     assert PUBLISHED.keys() == {*CARDS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CARDS)
 def test_cards(name: str, cards: Cards) -> None:
     model, parts = cards[name]
@@ -204,12 +205,14 @@ def test_cards(name: str, cards: Cards) -> None:
         assert counted == pytest.approx(published, rel=rel)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", GMACS)
 def test_operations_of_cards(name: str, cards: Cards) -> None:
     cost = cards[name][1]["full"]
     assert (1e-9 * cost.macs, 1e-9 * cost.macs_attention) == pytest.approx(GMACS[name], abs=0.006)
 
 
+@pytest.mark.long
 def test_operations_of_the_efficient_unet(cards: Cards) -> None:
     parts = cards["sd15-efficient"][1]
     assert 2e-9 * parts["full"].macs == pytest.approx(593.5, rel=0.005)
@@ -217,6 +220,7 @@ def test_operations_of_the_efficient_unet(cards: Cards) -> None:
     assert 2e-9 * parts["full"].macs == pytest.approx(592.96, abs=0.005)
 
 
+@pytest.mark.long
 def test_the_table_of_the_zoo(cards: Cards) -> None:
     lines = re.findall(r"^\| \[(.+?)\]\(\1/README\.md\) \| .+? \| (.+?) \|$", (FOLDER / "README.md").read_text(), re.M)
     shown = {name: cells.split(" | ") for name, cells in lines}
@@ -228,6 +232,7 @@ def test_the_table_of_the_zoo(cards: Cards) -> None:
     assert shown == want
 
 
+@pytest.mark.long
 def test_what_cards_are_conditioned_on(cards: Cards) -> None:
     shapes = {
         name: {key: spec.shape for key, spec in model.conditioning.tensors.items()}

@@ -35,10 +35,12 @@ def test_shared_weights_are_stored_once(pair_bundle: Path, class_bundle: Path) -
         ("full", "onnx/unet/full.onnx", "full_step", WEIGHTS),
         ("cached", "onnx/unet/cached.onnx", "cached_step", WEIGHTS),
     ]
-    assert sorted(file.name for file in (pair_bundle / "onnx").iterdir()) == ["cached.onnx", "full.onnx", "weights.bin"]
+    assert sorted(file.name for file in (pair_bundle / "onnx/unet").iterdir()) == [
+        "cached.onnx", "config.json", "full.onnx", "model.onnx", "weights.bin",
+    ]  # fmt: skip
     places: dict[str, set[tuple[str, str]]] = {}
     for name in ("full", "cached"):
-        model = onnx.load(pair_bundle / "onnx" / f"{name}.onnx", load_external_data=False)
+        model = onnx.load(pair_bundle / f"onnx/unet/{name}.onnx", load_external_data=False)
         for tensor in model.graph.initializer:
             inside = tensor.data_location != TensorProto.EXTERNAL
             assert inside == (np.prod(tensor.dims) * 4 < POOLED_BYTES), tensor.name
@@ -49,7 +51,7 @@ def test_shared_weights_are_stored_once(pair_bundle: Path, class_bundle: Path) -
     assert places["cached"] < places["full"]
     size = (pair_bundle / WEIGHTS).stat().st_size
     assert size <= sum(int(length) for _, length in places["full"]) + 64 * len(places["full"])
-    assert size <= sum(file.stat().st_size for file in (class_bundle / "onnx").iterdir())
+    assert size <= sum(file.stat().st_size for file in (class_bundle / "onnx/unet").iterdir())
 
 
 def test_the_images_are_those_of_the_parts(pair_bundle: Path, class_bundle: Path) -> None:
@@ -102,10 +104,10 @@ def test_graphs_are_held_before_they_are_loaded_and_weights_at_the_latest_then(
     with pytest.raises(BundleError, match=f"{WEIGHTS} has 5 bytes"), bundle.hold(graphs):
         entered.append("short weights")
     shutil.copy(pair_bundle / WEIGHTS, copy / WEIGHTS)
-    (copy / "onnx/more.bin").write_bytes(b"1")
+    (copy / "onnx/unet/more.bin").write_bytes(b"1")
     with pytest.raises(BundleError, match=r"more\.bin is not listed"), bundle.hold(graphs):
         entered.append("what is not listed")
-    (copy / "onnx/more.bin").unlink()
+    (copy / "onnx/unet/more.bin").unlink()
     flip_bit(copy / "onnx/unet/full.onnx")
     with pytest.raises(BundleError, match=r"full\.onnx does not have the hash"), bundle.hold(graphs):
         entered.append("a graph")

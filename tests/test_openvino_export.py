@@ -33,7 +33,8 @@ from edgediff_runtime.openvino_session import KEPT, OpenVinoSession
 
 pytest.importorskip("openvino")
 
-FILES = ("cached.bin", "cached.xml", "full.bin", "full.xml")
+FILES = ("cached.xml", "full.xml", "openvino_model.bin", "openvino_model.xml")
+UNET = "openvino/unet"
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,12 @@ def changed(ir_bundle: Path, tmp_path: Path) -> Path:
 def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
     target = manifest_of(ir_bundle).target("openvino")
     assert [(g.file, g.external_data) for g in target.unet.graphs] == [
-        (f"openvino/{name}.xml", f"openvino/{name}.bin") for name in ("full", "cached")
+        (f"{UNET}/{name}.xml", f"{UNET}/openvino_model.bin") for name in ("full", "cached")
     ]
     assert (target.unet.layout, target.unet.batch, target.unet.dtype, target.opset, target.ir_version) == (
         "pair", None, "fp32", None, None,
     )  # fmt: skip
-    assert sorted(file.name for file in (ir_bundle / "openvino").iterdir()) == list(FILES)
+    assert sorted(file.name for file in (ir_bundle / UNET).iterdir()) == sorted([*FILES, "config.json"])
     assert not list(ir_bundle.glob(".*"))
     core = import_extra("openvino", "a test", "openvino").Core()
     for graph in target.unet.graphs:
@@ -100,7 +101,7 @@ def test_files_are_the_same_again_and_stand_beside_onnx_graphs(
         ("onnx", "onnxruntime"), ("openvino", "openvino"),
     }  # fmt: skip
     for name in FILES:
-        assert (done.path / "openvino" / name).read_bytes() == (ir_bundle / "openvino" / name).read_bytes(), name
+        assert (done.path / UNET / name).read_bytes() == (ir_bundle / UNET / name).read_bytes(), name
     bundle = open_bundle(done.path)
     assert usual_backend(bundle) == "onnxruntime"
     # OpenVINO runs what was made for it, and the ONNX graphs where there is nothing else: the same numbers.
@@ -126,8 +127,8 @@ def test_eight_bits_in_four_graphs_are_smaller(
     assert (target.unet.dtype, target.unet.layout, target.unet.floors.graph) == ("int8", "split", 35.0)
     assert [graph.name for graph in target.unet.graphs if graph.file] == ["highres_in", "lowres", "highres_out"]
     assert b'element_type="i8"' in (place / "int8/openvino/unet/lowres.xml").read_bytes()
-    whole = (ir_bundle / "openvino/full.bin").stat().st_size
-    assert sum(file.stat().st_size for file in (place / "int8/openvino").glob("*.bin")) < 0.5 * whole
+    whole = (ir_bundle / UNET / "openvino_model.bin").stat().st_size
+    assert sum(file.stat().st_size for file in (place / "int8" / UNET).glob("*.bin")) < 0.5 * whole
 
 
 def test_it_verifies_and_runs_on_the_command_line(
@@ -169,32 +170,32 @@ def test_bench_times_it_against_itself_and_names_what_cannot_run_it(ir_bundle: P
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_damaged_is_not_read(changed: Path, command: Command, tmp_path: Path, name: str) -> None:
-    flip_bit(changed / "openvino" / name)
+    flip_bit(changed / UNET / name)
     assert_refused(changed, name, run=False)
     for args in (("verify", changed), ("run", changed, "-o", tmp_path / "out.png")):
-        assert_error(command(*args), f"openvino/{name} does not have the hash", "damaged")
+        assert_error(command(*args), f"{UNET}/{name} does not have the hash", "damaged")
 
 
 def test_what_lies_beside_a_model_unlisted_is_not_read(changed: Path) -> None:
-    (changed / "openvino" / "full.onnx").write_bytes(b"more")
-    with pytest.raises(BundleError, match=r"openvino/full\.onnx is not listed"):
+    (changed / UNET / "full.onnx").write_bytes(b"more")
+    with pytest.raises(BundleError, match=r"openvino/unet/full\.onnx is not listed"):
         OpenVinoSession(open_bundle(changed))
 
 
 @pytest.mark.parametrize("data", [b"", b"<?xml version='1.0'?><net", b"not a model"])
 def test_what_is_no_model_is_one_line(changed: Path, data: bytes) -> None:
-    (changed / "openvino" / "full.xml").write_bytes(data)
+    (changed / UNET / "full.xml").write_bytes(data)
     reseal(changed)
-    with pytest.raises(BundleError, match=r"openvino/full\.xml cannot be read by OpenVINO: ") as caught:
+    with pytest.raises(BundleError, match=r"openvino/unet/full\.xml cannot be read by OpenVINO: ") as caught:
         OpenVinoSession(open_bundle(changed))
     assert "\n" not in str(caught.value)
 
 
 def test_weights_that_are_cut_off_are_one_line(changed: Path) -> None:
-    weights = changed / "openvino" / "full.bin"
+    weights = changed / UNET / "openvino_model.bin"
     weights.write_bytes(weights.read_bytes()[:1000])
     reseal(changed)
-    with pytest.raises(BundleError, match=r"openvino/full\.xml cannot be read by OpenVINO: ") as caught:
+    with pytest.raises(BundleError, match=r"openvino/unet/full\.xml cannot be read by OpenVINO: ") as caught:
         OpenVinoSession(open_bundle(changed))
     assert "\n" not in str(caught.value)
 
@@ -216,7 +217,7 @@ def test_a_model_of_other_tensors_than_the_manifests_is_refused(changed: Path) -
         ),
     ):
         seal(changed, replace_graph(manifest, 0, **change))
-        with pytest.raises(BundleError, match=rf"openvino/full\.xml {says}"):
+        with pytest.raises(BundleError, match=rf"openvino/unet/full\.xml {says}"):
             OpenVinoSession(open_bundle(changed))
 
 

@@ -34,26 +34,20 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_new_place_is_filled_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    with staged(tmp_path / "out") as folder:
-        assert not (tmp_path / "out").exists()
-        (folder / "a").write_text("x")
-    assert _names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "x"
-
-
-def test_missing_parents_are_made(tmp_path: Path) -> None:
-    check_place(tmp_path / "a" / "b" / "out", force=False)
-    with staged(tmp_path / "a" / "b" / "out") as folder:
-        (folder / "a").touch()
-    assert _names(tmp_path / "a" / "b") == ["out"]
-
-
-def test_a_relative_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["out", "a/b/out", "empty"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_free_place_is_filled_and_nothing_is_left_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, relative: bool
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with staged(Path("out")) as folder:
-        (folder / "a").touch()
-    assert _names(tmp_path) == ["out"]
+    (tmp_path / "empty").mkdir()
+    target = Path(name) if relative else tmp_path / name
+    check_place(target, force=False)
+    with staged(target) as folder:
+        assert not (target / "a").exists()
+        (folder / "a").write_text("x")
+    assert (tmp_path / name / "a").read_text() == "x"
+    assert set(_names((tmp_path / name).parent)) <= {"out", "empty"}
 
 
 def test_an_existing_bundle_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -185,15 +179,6 @@ def test_a_process_killed_at_any_line_loses_nothing(tmp_path: Path, before: str)
     assert _holds(target) == "new"
 
 
-def test_what_was_moved_aside_goes_when_the_target_is_there(tmp_path: Path) -> None:
-    target = _bundle(tmp_path / "out", "new")
-    _bundle(tmp_path / ".out.edgediff-7.old", "old")
-    with pytest.raises(ValueError, match="its own"):
-        _export(target, ValueError("its own"))
-    assert _names(tmp_path) == ["out"]
-    assert (target / "weights").read_text() == "new"
-
-
 def test_a_name_with_wildcards_means_itself_alone(tmp_path: Path) -> None:
     other = _bundle(tmp_path / ".o1.edgediff-7.old")
     with pytest.raises(ValueError, match="its own"):
@@ -242,14 +227,6 @@ def test_other_folders_files_and_symlinks_are_never_replaced(tmp_path: Path, for
             check_place(tmp_path / name, force)
     with pytest.raises(TargetError, match="file is not a folder that can be written"):
         check_place(tmp_path / "file" / "out", force)
-
-
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    check_place(tmp_path / "out", force=False)
-    with staged(tmp_path / "out") as folder:
-        (folder / "a").touch()
-    assert _names(tmp_path / "out") == ["a"]
 
 
 def test_a_name_too_long_for_a_sibling_is_one_clear_error(tmp_path: Path) -> None:

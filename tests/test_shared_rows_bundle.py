@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from artefacts import made_once, store
+from artefacts import saved_once
 from conftest import SMALL_TEXT, Export, save_text_model
 from onnx import helper
 from seals import assert_refused, manifest_of, replace_graph, reseal, seal, seal_plain
@@ -56,7 +56,7 @@ def shares(bundle: Path, target: str = "onnx") -> dict[str, bool]:
     return {graph.name: graph.shares_rows for graph in graphs if any(t.name == "sample" for t in graph.inputs)}
 
 
-@pytest.mark.parametrize("layout", ["pair", "split"])
+@pytest.mark.parametrize("layout", ["pair", pytest.param("split", marks=pytest.mark.long)])
 def test_a_bundle_that_shares_rows_makes_the_same_images(
     layout: Any, text_model: Path, text_bundle: Path, large: Export, handed: list[int]
 ) -> None:
@@ -80,7 +80,7 @@ def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, larg
     bundle = shutil.copytree(made, tmp_path / "bundle")
     assert len(load_reference(bundle / REFERENCE).steps[0].tensors["sample"]) == 1
     for name in ("full", "cached"):
-        file = bundle / "onnx" / f"{name}.onnx"
+        file = bundle / f"onnx/unet/{name}.onnx"
         model = onnx.load(file, load_external_data=False)
         tile = next(each for each in model.graph.node if each.op_type == "Tile")
         # The second copy is wrong; a row alone has none.
@@ -96,6 +96,7 @@ def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, larg
     assert {row.part for row in report.rows if row.ok is False} == {"full", "cached"}
 
 
+@pytest.mark.long
 def test_openvino_is_handed_a_sample_once(text_model: Path, text_bundle: Path, large: Export, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     bundle = shutil.copytree(large(text_model, layout="pair", targets=("onnx", "openvino")), tmp_path / "bundle")
@@ -117,7 +118,7 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, export_once: Export) 
     small, bundle = export_once(text_model, config), export_once(text_model, config, {APART: 0})
     assert set(shares(bundle).values()) == {True}
     assert set(shares(small).values()) == {False}
-    cached = onnx.load(bundle / "onnx" / "cached.onnx", load_external_data=False)
+    cached = onnx.load(bundle / "onnx/unet/cached.onnx", load_external_data=False)
     assert any(node.op_type == "QuantizeLinear" for node in cached.graph.node)
     one, other = (EdgePipeline.from_pretrained(path)(**asked(path)).latents for path in (bundle, small))
     assert psnr_db(one, other) > 60
@@ -148,7 +149,7 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
     large: Export, monkeypatch: pytest.MonkeyPatch, handed: list[int]
 ) -> None:
     unet = unet2d_condition(**WITHOUT_ATTENTION_FIRST)
-    model = made_once(store() / "attention-below", lambda path: save_text_model(unet, path))
+    model = saved_once("attention-below", lambda path: save_text_model(unet, path))
     bundle = large(model, layout="pair")
     cached = next(graph for graph in manifest_of(bundle).target("onnx").unet.graphs if graph.name == "cached")
     assert "encoder_hidden_states" not in {tensor.name for tensor in cached.inputs}
