@@ -264,24 +264,6 @@ def test_text_rows_are_repeated_and_checked(text_bundle: Path) -> None:
         _ = pipe(**asked).images
 
 
-def test_a_generation_graph_runs_once_before_the_steps(torch_pipe: EdgePipeline) -> None:
-    class Counting(TorchSession):
-        calls: list[str] = []  # noqa: RUF012
-
-        def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-            self.calls.append(graph.name)
-            if graph.frequency != "generation":
-                super().run(graph, tensors)
-
-    graphs = torch_pipe.manifest.target("onnx").unet.graphs
-    once = Graph(name="once", file="x", frequency="generation", inputs=(), outputs=())
-    request = _request(torch_pipe, (once, *graphs))
-    session = Counting(torch_pipe.session.parts, torch_pipe.session.graphs)
-    list(denoise(request, session))
-    assert session.calls.count("once") == 1
-    assert session.calls[0] == "once"
-
-
 def test_output_that_is_not_finite_is_an_error(torch_pipe: EdgePipeline) -> None:
     class Broken(TorchSession):
         def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
