@@ -1,3 +1,4 @@
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(
         *({"guidance_scale": bad} for bad in (-1, True, "2", np.nan, [[1], [2]], [1, 2], {2.0}, np.inf, [None] * 4,
                                               10**400)),
     ],
-    ids=str,
+    ids=lambda given: re.sub(" at 0x[0-9a-f]+", "", str(given)),
 )  # fmt: skip
 def test_what_is_no_such_number_is_refused_in_one_line(ort_pipe: EdgePipeline, given: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
