@@ -27,8 +27,6 @@ class Recorded:
     """One step of the reference trajectory.
 
     Attributes:
-        index: Number of the step.
-        full: Whether the low-resolution part ran.
         tensors: Every tensor of the step by name, as the step left it, [rows, ...]; of a cached one also the ``cache``
             that it began with.
     """
@@ -43,7 +41,6 @@ class Reference:
     """What torch computed.
 
     Attributes:
-        steps: The recorded steps.
         latents: Final latents [N, C, H, W]; None where only the first steps were run.
         conditioning: Embeddings that the trajectory was conditioned on, by name; empty for classes.
         half: For each recorded step and graph of an fp16 target, its outputs in fp32 arithmetic on weights and inputs
@@ -60,7 +57,6 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     """The generation that the reference is taken along: the bundle's operating point.
 
     Args:
-        manifest: The bundle's manifest, or its draft.
         conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
 
     Returns:
@@ -82,14 +78,6 @@ def record(
 
     To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
     time and memory.
-
-    Args:
-        pipe: A pipeline over torch.
-        conditioning: Embeddings by name.
-        progress: Told the number of steps done and to do.
-
-    Returns:
-        The reference.
     """
     whole = pipe.manifest.evidence.verified == "full"
     wanted = _wanted(pipe.manifest)
@@ -127,7 +115,6 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
 
     Args:
         step: A recorded step in which the graph runs.
-        graph: The graph.
 
     Returns:
         Arrays by name, [rows, ...].
@@ -143,10 +130,6 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
 def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
     """Real inputs of a graph as they were recorded, from the first step in which it runs.
 
-    Args:
-        reference: What torch computed.
-        graph: The graph.
-
     Returns:
         Arrays by name; empty where the clock never runs it, as an adaptor without a file.
     """
@@ -158,10 +141,6 @@ def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]
 
 def check_reference(reference: Reference, manifest: Manifest) -> None:
     """Holds a reference to the manifest: its steps, and each tensor's dtype and shape.
-
-    Args:
-        reference: What was read.
-        manifest: The bundle's manifest.
 
     Raises:
         BundleError: Something that verification needs is missing or of another kind.
@@ -216,12 +195,7 @@ def _spell(steps: list[tuple[int, bool]]) -> str:
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Writes a reference.
-
-    Args:
-        reference: What torch computed.
-        path: The file.
-    """
+    """Writes a reference."""
     flat = {f"conditioning/{name}": value for name, value in reference.conditioning.items()}
     if reference.latents is not None:
         flat["latents"] = reference.latents
@@ -236,12 +210,6 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 def load_reference(path: Path) -> Reference:
     """Reads a reference.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What torch computed.
 
     Raises:
         BundleError: The file is no such reference.

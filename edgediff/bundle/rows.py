@@ -15,13 +15,11 @@ class Row(msgspec.Struct, frozen=True):
     Attributes:
         check: ``graph``, ``program`` (an fp16 graph in fp32 arithmetic), ``composed``, ``trajectory`` or ``caching``.
         part: A graph's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching.
-        backend: What ran the graphs.
         output: The worst output, or None where nothing was measured.
         psnr_db: The worst PSNR over outputs and steps; None where nothing was measured or the result was not finite.
         floor_db: What it must reach; None is not judged.
         ok: Whether it does; None where it is not judged or was not measured.
         note: Why it was not run, or what it was compared with.
-        target: The file format that the backend ran.
     """
 
     check: Check

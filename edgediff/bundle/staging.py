@@ -24,10 +24,6 @@ from edgediff_runtime.manifest_json import parse_manifest
 def check_place(target: Path, force: bool) -> None:
     """Refuses to write where something is that must not be lost.
 
-    Args:
-        target: Where the bundle is to be.
-        force: Whether an existing bundle may be replaced.
-
     Raises:
         TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder, or
             a bundle with other files in it, which is never replaced; or its parent cannot be written.
@@ -126,9 +122,6 @@ def clear_stale(target: Path) -> None:
     """Removes what killed exports to the same place left; a bundle that one had moved aside is put back.
 
     Comes before anybody looks at what is there.
-
-    Args:
-        target: Where the bundle is to be.
     """
     target = target.absolute()
     for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):

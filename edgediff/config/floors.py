@@ -13,8 +13,6 @@ class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         program_db: Floor of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is
             the right program. Rounding hides a wrong constant, this does not.
         graph_db: Floor of each graph, every result rounded to fp16, against fp32 torch: whether fp16 is enough.
-        composed_db: The same for composed steps.
-        trajectory_db: The same for the final latents.
     """
 
     program_db: float = 100.0
@@ -24,13 +22,7 @@ class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What graphs of eight bits must hold, in dB of PSNR: the ecosystem's usual floor.
-
-    Attributes:
-        graph_db: Floor of each graph against fp32 torch.
-        composed_db: The same for composed steps.
-        trajectory_db: The same for the final latents.
-    """
+    """What graphs of eight bits must hold, in dB of PSNR: the ecosystem's usual floor."""
 
     graph_db: float = 35.0
     composed_db: float = 35.0
@@ -64,11 +56,7 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     int8: QuantizedFloors = QuantizedFloors()
 
     def floors(self, dtype: str) -> m.Floors:
-        """The floors of a target's graphs.
-
-        Args:
-            dtype: ``fp32``, ``fp16`` or ``int8``.
-        """
+        """The floors of a target's graphs."""
         chosen: VerifyConfig | HalfFloors | QuantizedFloors = {"fp16": self.fp16, "int8": self.int8}.get(dtype, self)  # type: ignore[assignment]
         return m.Floors(
             graph=chosen.graph_db,

@@ -22,12 +22,7 @@ def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") ->
     """Reads a YAML file of settings.
 
     Args:
-        path: The file.
         build: Makes the settings of plain data; its ConfigError gets the file's name.
-        what: What the file is, for messages.
-
-    Returns:
-        What `build` gave.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or `build` refuses it.
@@ -52,10 +47,6 @@ def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") ->
 def strict(data: object, kind: type[S]) -> S:
     """Makes settings of plain data.
 
-    Args:
-        data: A mapping as YAML or JSON give it.
-        kind: The struct.
-
     Returns:
         The settings, of the declared types; ranges are not looked at.
 
@@ -74,12 +65,6 @@ def strict(data: object, kind: type[S]) -> S:
 def retyped(settings: S) -> S:
     """Holds settings that were built by hand to their declared types.
 
-    Args:
-        settings: Any struct.
-
-    Returns:
-        The same settings, of the declared types throughout.
-
     Raises:
         ConfigError: With the field and what was expected.
     """
@@ -97,7 +82,6 @@ def check_ranges(
     """Holds numbers to their ranges, and ``seed`` to what every generator takes.
 
     Args:
-        settings: Settings with a `seed`.
         above_0: Fields that are above 0, or None.
         from_0: Fields that are 0 or more.
         shares: Fields that are 0 or more, and below 1.
@@ -123,12 +107,6 @@ def check_ranges(
 
 def spell_clock(data: object) -> object:
     """Writes a clock that is given as a list, as YAML likes to, as the mask's text.
-
-    Args:
-        data: Settings as plain data.
-
-    Returns:
-        The same, with ``clock`` as text.
 
     Raises:
         ConfigError: The list is no mask.

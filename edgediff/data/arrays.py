@@ -19,9 +19,6 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     Args:
         path: A ``.safetensors`` or ``.npz`` file.
 
-    Returns:
-        The arrays.
-
     Raises:
         ConfigError: It cannot be read.
     """

@@ -14,7 +14,6 @@ class Batches:
     """Images (or latents) and classes, drawn without replacement within each pass.
 
     Attributes:
-        count: How many there are.
         x_0: float32 or uint8 [N, C, H, W].
         labels: int64 [N], the model's class of each; None where it has none.
     """
@@ -25,11 +24,8 @@ class Batches:
         """Takes the data.
 
         Args:
-            x_0: uint8 images or float32 latents, [N, C, H, W].
             mirrored: The same of the mirrored images, where they are learnt from too and mirroring `x_0` itself would
                 not give them.
-            labels: int64 [N], or None.
-            seed: Of the order.
         """
         self.x_0 = x_0
         self.mirrored = mirrored
@@ -42,8 +38,6 @@ class Batches:
         """Takes the images at some places of the endless row of shuffled passes.
 
         Args:
-            first: The first place.
-            size: How many.
             flips: bool [size], which to mirror; None mirrors none.
 
         Returns:

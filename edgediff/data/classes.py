@@ -12,8 +12,6 @@ def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) ->
 
     Args:
         labels: Its classes; None where it has no condition, which gives None.
-        real: The images; their classes have the same names.
-        whose: What has the classes, for the message: ``bundle`` or ``model``.
 
     Raises:
         DataError: A class of the folder is none of these, or the folder has none.

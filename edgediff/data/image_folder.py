@@ -40,8 +40,6 @@ class Reason:
     """Why files were left out.
 
     Attributes:
-        what: The fault that they share.
-        count: How many they are.
         names: The first three, with their class's folder.
     """
 
@@ -52,11 +50,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Files of an image folder that were left out.
-
-    Attributes:
-        reasons: Why, in the order in which they were met.
-    """
+    """Files of an image folder that were left out."""
 
     reasons: tuple[Reason, ...] = ()
 
@@ -133,8 +127,6 @@ def read_images(
         folder: It has a subfolder for each class, which may have folders in it, or images alone: then there are no
             classes.
         size: Height and width wanted, in pixels.
-        minimum: How many images there must be.
-        progress: Told what is being done, and the share of it that is done.
 
     Returns:
         The images; classes and the files of each in the order of their names.
@@ -340,9 +332,7 @@ def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]
     """Divides the images of each class into those that are learnt from and those held out.
 
     Args:
-        data: The images.
         share: Of each class, 0 to 1; rounded, and at least one image of a class of two or more.
-        seed: Decides which ones.
 
     Returns:
         The rest, and what is held out, both in the order of `data`.

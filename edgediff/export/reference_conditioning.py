@@ -18,9 +18,7 @@ def reference_conditioning(known: Conditioning, path: str | None, seed: int) -> 
     """Finds the embeddings that the reference trajectory is conditioned on.
 
     Args:
-        known: What the UNet is conditioned on.
         path: A ``.safetensors`` or ``.npz`` file, or None.
-        seed: Seed of synthetic embeddings.
 
     Returns:
         Arrays by name, unconditional ones as ``negative_*``; and where they came from: ``none``, ``labels``, ``file``

@@ -25,13 +25,7 @@ def survey_model(
     """Counts a model's parts at a cut; weights are not needed.
 
     Args:
-        source: A diffusers directory or a built-in name.
-        level: High-resolution levels; None takes 1.
-        point: Where lowres ends; None takes the paper's.
-        clock: Period or mask; None takes 2.
-        steps: Denoising steps; None takes 8.
         batch: UNet rows in a step; None takes 2 where the model is guided.
-        adaptor: Kind of adaptor to count; None takes the identity.
 
     Raises:
         ModelError: The model cannot be read.

@@ -53,13 +53,10 @@ class Rule:
     """One line of the table.
 
     Attributes:
-        id: Its name.
         where: What an operation falls off: ``ane`` is looked for in ML Programs, the others in ONNX graphs.
         hits: What is wrong with an operation ("" where its type says all); None where nothing is.
         says: What happens, and whether the source documents it or somebody observed it.
         rewrite: What to do about it.
-        title: Of the thread or document.
-        source: Its URL.
     """
 
     id: str
@@ -76,8 +73,6 @@ class Note:
     """What a rule found in a graph.
 
     Attributes:
-        rule: The rule.
-        target: ``onnx`` or ``coreml``.
         graph: Name of the graph; of its file or function, where there is no bundle around it.
         ops: Types of the operations that are hit, and how many of each.
         names: Of the first three.
@@ -239,9 +234,6 @@ RULES = (
 def lint_bundle(path: str | Path) -> tuple[Note, ...]:
     """Looks at every graph of every target of a bundle.
 
-    Args:
-        path: The bundle.
-
     Returns:
         The notes, by target and graph as the manifest has them, then in the order of the table.
 
@@ -272,9 +264,7 @@ def lint(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
     """Looks for what falls off the accelerators that a target's graphs are for.
 
     Args:
-        ops: The graph's operations, as the target reads them.
         target: The target's name: rules for the Neural Engine look at Core ML, the others at ONNX.
-        graph: What the notes call the graph.
 
     Returns:
         One note for each rule that found something, in the order of the table.

@@ -15,7 +15,6 @@ class Constant:
     """A constant of a program; its fp32 copy is made when a function first wants it as a tensor.
 
     Attributes:
-        dtype: What it is declared to be.
         array: As it is stored, on the mapped weight file where it lies in one; or a string.
         key: Equal for constants of equal content, whichever function they belong to.
     """

@@ -41,12 +41,6 @@ def without_validation() -> Iterator[None]:
 def import_coremltools(what: str) -> Any:
     """Imports coremltools.
 
-    Args:
-        what: What needs it, for the message.
-
-    Returns:
-        The module.
-
     Raises:
         MissingExtraError: It is not installed.
     """

@@ -27,11 +27,7 @@ class Spec:
     shape: Shape
 
     def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of a shape is what is declared.
-
-        >>> Spec("float32", (None, 3)).takes((2, 3))
-        True
-        """
+        """Whether a tensor of a shape is what is declared."""
         return len(shape) == len(self.shape) and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
 
 
@@ -45,12 +41,6 @@ class Values:
 
     def spec(self, kind: Any) -> Spec:
         """Reads a ``ValueType``.
-
-        Args:
-            kind: The protobuf.
-
-        Returns:
-            Dtype and shape.
 
         Raises:
             ProgramError: It is no tensor, or of a dtype that the evaluator does not know.
@@ -70,9 +60,6 @@ class Values:
 
     def array(self, value: Any) -> np.ndarray | str:
         """Decodes a ``Value``.
-
-        Args:
-            value: The protobuf.
 
         Returns:
             An array of the declared shape, on the mapped file where it lies in one; or a string.

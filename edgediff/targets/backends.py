@@ -13,8 +13,6 @@ def open_session(
     """Opens a bundle in a backend.
 
     Args:
-        bundle: The bundle.
-        backend: One of `BACKENDS`.
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
         threads: How many may be at work on the CPU; the backend's own choice where None.
 

@@ -53,11 +53,7 @@ class Outline:
     """What a target's entry in the manifest follows from.
 
     Attributes:
-        parts: The four parts of the UNet as graphs.
-        divided: The divided UNet.
-        layout: How its graphs are packed.
         rows: Rows of one image: 2 where the operating point is guided.
-        verify: The recipe's floors.
     """
 
     parts: tuple[m.Graph, ...]
@@ -78,13 +74,8 @@ class Job:
     Attributes:
         folder: The bundle that is being written.
         target: The target's entry in the draft of the manifest.
-        unet_config: The UNet's configuration, as diffusers saves it.
-        modules: The modules by the names of their graphs.
-        reference: What torch computed: real inputs of every graph.
         pipe: A pipeline over torch, for further trajectories.
         config: The target's section of the recipe.
-        verify: The recipe's floors.
-        say: Told what is being done.
     """
 
     folder: Path
@@ -120,11 +111,8 @@ class Target(ABC):
     """One file format.
 
     Attributes:
-        name: As recipes and the manifest name it.
-        title: As people name it.
         files: What its files are called in messages.
         config: Its section of a recipe.
-        extra: The extra that brings its packages.
         packages: What has to be installed to write it, by the names that pip knows.
         backends: What verification runs its graphs in, in this order; one of them must have measured.
         tools_to_run: The packages whose versions a verification records.
@@ -188,9 +176,6 @@ class Target(ABC):
     def write(self, job: Job) -> m.Target:
         """Writes every graph of the target.
 
-        Returns:
-            The entry with what is known now.
-
         Raises:
             UnsupportedError: A converter failed.
             VerificationError: A graph is not what torch computed.
@@ -225,11 +210,7 @@ class Target(ABC):
 
 
 def int8_check(target: Target, config: Int8Config) -> None:
-    """Checks the int8 settings of a section.
-
-    Raises:
-        ConfigError: With the field, its value and what is expected.
-    """
+    """Checks the int8 settings of a section."""
     if config.quantize_attention and config.quantize_nbits is None:
         raise ConfigError(f"'{target.name}.quantize_attention' needs '{target.name}.quantize_nbits'")
     if config.calibration_images < 1:
@@ -237,11 +218,7 @@ def int8_check(target: Target, config: Int8Config) -> None:
 
 
 def batch_check(target: Target, batch: int | None) -> None:
-    """Checks the fixed batch of a section.
-
-    Raises:
-        ConfigError: With its value.
-    """
+    """Checks the fixed batch of a section."""
     if batch is not None and not 1 <= batch <= 2:
         raise ConfigError(f"'{target.name}.batch' is {batch}; expected 1, 2 or nothing")
 
@@ -263,11 +240,7 @@ def write_unet_config(job: Job, folder: Path) -> None:
 
 @contextlib.contextmanager
 def converter_errors(what: str) -> Iterator[None]:
-    """Turns what a converter raises into an error of ours; a full disk stays what it is.
-
-    Raises:
-        UnsupportedError: The converter failed.
-    """
+    """Turns what a converter raises into an error of ours; a full disk stays what it is."""
     try:
         yield
     except (OSError, UnsupportedError, MissingExtraError):

@@ -54,11 +54,6 @@ def _join(divided: SplitUNet, packed: Packed) -> Part:
 def pack(parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout) -> tuple[Graph, ...]:
     """The graphs of a layout, in the order of a step, with fp32 tensors and a symbolic batch.
 
-    Args:
-        parts: The four parts as graphs, as `graph_list` gives them.
-        divided: The divided UNet.
-        layout: How the graphs are packed.
-
     Returns:
         A graph whose `file` is its name is to be written; None is the identity adaptor.
     """

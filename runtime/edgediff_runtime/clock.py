@@ -68,18 +68,10 @@ def _parse(text: str) -> int | list[int]:
 
 
 def format_mask(mask: Iterable[object]) -> str:
-    """A mask as options, recipes and messages have it.
-
-    >>> format_mask((True, False, True))
-    '1,0,1'
-    """
+    """A mask as options, recipes and messages have it."""
     return ",".join(str(int(bit) if isinstance(bit, bool) else bit) for bit in mask)
 
 
 def letters(mask: Iterable[int]) -> str:
-    """A mask as tables and pictures show it: F full, c cached.
-
-    >>> letters((True, False, True))
-    'FcF'
-    """
+    """A mask as tables and pictures show it: F full, c cached."""
     return "".join("F" if full else "c" for full in mask)

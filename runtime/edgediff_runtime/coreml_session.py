@@ -27,10 +27,6 @@ class CoreMLSession:
     """Runs a bundle's Core ML packages with ``MLModel.predict``.
 
     Tensors are numpy arrays: predictions go through them anyway. One object may serve several threads.
-
-    Attributes:
-        graphs: The bundle's Core ML graphs.
-        batch: Rows that each graph takes: they are fixed throughout.
     """
 
     def __init__(self, bundle: Bundle, compute_units: str = "all") -> None:

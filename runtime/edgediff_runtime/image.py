@@ -35,11 +35,7 @@ def to_uint8(pixels: Array) -> Array:
 
 
 def grid(images: Array) -> Array:
-    """Lays images out as square as possible: uint8 [N, H, W, C] to [rows * H, columns * W, C], the rest black.
-
-    >>> grid(np.zeros((3, 8, 8, 3), dtype=np.uint8)).shape
-    (16, 16, 3)
-    """
+    """Lays images out as square as possible: uint8 [N, H, W, C] to [rows * H, columns * W, C], the rest black."""
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -53,7 +49,6 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
     """Writes a PNG.
 
     Args:
-        path: The file.
         image: uint8 [H, W, C] with 1 or 3 channels.
         scale: Each pixel becomes a square of this many.
 
@@ -70,11 +65,6 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
 
 def check_output(path: Path, scale: int, space: str) -> None:
     """Refuses an output that could not be written, before graphs are opened.
-
-    Args:
-        path: The file.
-        scale: Size of a pixel.
-        space: ``pixel`` or ``latent``, from the manifest.
 
     Raises:
         RequestError: The suffix is unknown, the place cannot be written, the scale is not 1 to 64, or latents were

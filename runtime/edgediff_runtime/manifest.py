@@ -73,9 +73,6 @@ class Graph(Struct, frozen=True):
     def runs(self, full: bool) -> bool:
         """Whether the graph belongs to a full or a cached step.
 
-        Args:
-            full: Of which of the two.
-
         Returns:
             False for graphs of other stages.
         """
@@ -198,7 +195,6 @@ class OnnxTarget(Target, frozen=True, tag="onnx"):
     """ONNX graphs.
 
     Attributes:
-        opset: Operator set.
         ir_version: ONNX file version.
     """
 
@@ -304,7 +300,6 @@ class TrainedFor(Struct, frozen=True):
     """The operating point that an adaptor was trained for.
 
     Attributes:
-        num_inference_steps: Denoising steps.
         scheduler: The sampler, as a recipe names it.
         clock: Period or mask, as it was given.
         mask: The clock as a mask, 1 = full.
@@ -366,7 +361,6 @@ class Cost(Struct, frozen=True):
     """What a part costs for one sample, counted.
 
     Attributes:
-        parameters: Number of weights.
         macs: Multiply-adds in convolutions and linear layers.
         macs_attention: Multiply-adds in attention matmuls, which both papers leave out.
     """
@@ -386,9 +380,6 @@ class File(Struct, frozen=True):
 def share_rows(graphs: Iterable[Graph]) -> bool:
     """Whether graphs are to be handed a sample once for each image: all that take one can repeat it.
 
-    Args:
-        graphs: Those of a step, or of a target.
-
     Returns:
         False where none takes a sample.
     """
@@ -400,17 +391,11 @@ class Manifest(Struct, frozen=True):
     """Everything that a runtime needs to know about a bundle.
 
     Attributes:
-        format_version: Version of this format.
         generator: Name and version of what wrote the bundle.
-        source: Where the model came from.
         license: Licence of the model, or ``unknown``.
-        cut: Where the UNet is divided.
         adaptor: What stands in for lowres on cached steps.
-        sample: What the UNet denoises.
-        conditioning: What it is conditioned on.
         scheduler: The sampler, completely.
         operating_point: Defaults of a generation.
-        evidence: How it was verified.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step.
         cache_bytes: Bytes of the cache for one sample in fp32.
         targets: The graphs by file format; what a runtime does not know is left out.
@@ -442,9 +427,6 @@ class Manifest(Struct, frozen=True):
 
         Args:
             names: File formats; of several, the first that is there is taken.
-
-        Returns:
-            The target.
 
         Raises:
             BundleError: The bundle has none of these names.

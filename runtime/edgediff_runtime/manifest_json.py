@@ -232,9 +232,6 @@ def _document() -> type[msgspec.Struct]:
 def render_manifest(manifest: Manifest) -> bytes:
     """Writes a manifest, the same bytes for the same content.
 
-    Args:
-        manifest: The manifest.
-
     Returns:
         Indented UTF-8 JSON with sorted mappings and a newline at its end.
     """

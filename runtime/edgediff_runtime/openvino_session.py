@@ -27,10 +27,6 @@ class OpenVinoSession:
 
     Its CPU plugin is slower on symbolic shapes: a graph is compiled for each number of rows, of which the last `KEPT`
     are kept. Tensors are numpy arrays. One object may serve several threads.
-
-    Attributes:
-        graphs: The graphs of that target.
-        batch: None: any number of rows.
     """
 
     batch: int | None = None
@@ -39,7 +35,6 @@ class OpenVinoSession:
         """Checks and reads the graphs of a bundle; they are compiled when the number of rows is known.
 
         Args:
-            bundle: The bundle.
             precision: What to compute in, one of `PRECISIONS`.
             threads: Threads of each graph; None takes OpenVINO's choice.
 

@@ -29,11 +29,6 @@ class OrtBoundSession:
 
     One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
     OrtValue on the device. All rows go through a graph together.
-
-    Attributes:
-        graphs: The bundle's ONNX graphs.
-        batch: None: they have a symbolic batch.
-        device: Where tensors are.
     """
 
     batch: int | None = None
@@ -42,9 +37,7 @@ class OrtBoundSession:
         """Checks and loads the ONNX graphs of a bundle.
 
         Args:
-            bundle: The bundle.
             device: One of `PROVIDERS`; of several NVIDIA GPUs the first.
-            threads: How many to use on the CPU; None takes ONNX Runtime's choice.
 
         Raises:
             RequestError: The device is unknown or not available on this machine.

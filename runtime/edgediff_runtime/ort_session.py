@@ -38,11 +38,6 @@ class OrtSession:
 
     One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
     OrtValue, or a tuple of them where each thread has its own rows.
-
-    Attributes:
-        graphs: The bundle's ONNX graphs.
-        batch: None: they have a symbolic batch.
-        threads: How many it uses.
     """
 
     batch: int | None = None
@@ -126,12 +121,6 @@ def load_graphs(
     bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = (CPU,)
 ) -> dict[str, Any]:
     """Loads graphs and checks them against the manifest.
-
-    Args:
-        bundle: The bundle.
-        graphs: Of it.
-        options: ONNX Runtime's.
-        providers: Its execution providers, by preference.
 
     Returns:
         A session of ONNX Runtime for each graph that has a file, by the graph's name.

@@ -28,16 +28,9 @@ _TERMINAL_ALPHA = 2.0**-24
 def alphas_cumprod(config: SchedulerConfig) -> NDArray[np.float32]:
     """Share of signal left at each training timestep: the cumulative product of ``1 - beta``.
 
-    Args:
-        config: The scheduler's settings.
-
     Returns:
         float32 [num_train_timesteps], falling. Rescaled to zero terminal SNR, ddim's ends at 0 and the
         others' at 2**-24.
-
-    >>> table = alphas_cumprod(SchedulerConfig(name="ddim"))
-    >>> table.shape, bool(table[0] > 0.999), bool(table[-1] < 1e-4)
-    ((1000,), True, True)
     """
     alphas = np.float32(1.0) - _betas(config)
     if config.rescale_betas_zero_snr:
@@ -52,8 +45,6 @@ def spaced_timesteps(config: SchedulerConfig, num_inference_steps: int, last: in
     """Training timesteps at which the UNet is asked, falling, before Karras spacing.
 
     Args:
-        config: The scheduler's settings.
-        num_inference_steps: Number of steps, N.
         last: One past the highest timestep that may be used; below ``num_train_timesteps`` only where
             dpmpp_2m clips lambda, and ``trailing`` then takes fewer than N steps.
 
@@ -94,10 +85,6 @@ def sigma_schedule(
     config: SchedulerConfig, num_inference_steps: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Timesteps and noise levels of the kinds that step in sigma = sqrt((1 - alpha) / alpha).
-
-    Args:
-        config: The settings of dpmpp_2m or euler.
-        num_inference_steps: Number of steps, N.
 
     Returns:
         timesteps: float32 [N], as fed to the UNet.

@@ -64,10 +64,6 @@ class Scheduler(ABC):
     def scale_model_input(self, i: int, x_t: Array) -> Array:
         """The UNet's input at step i.
 
-        Args:
-            i: Step, 0 to N - 1.
-            x_t: float32 [B, C, H, W].
-
         Returns:
             float32 [B, C, H, W]; ``x_t`` itself where the kind does not scale.
         """
@@ -217,23 +213,11 @@ def make_scheduler(config: SchedulerConfig, num_inference_steps: int) -> Schedul
     """A scheduler with every coefficient of its steps computed.
 
     Args:
-        config: The settings, as the manifest holds them.
         num_inference_steps: Number of steps, N, from 1 to ``config.num_train_timesteps``. Under dpmpp_2m with
             ``trailing`` spacing and ``lambda_min_clipped`` the scheduler has fewer, as diffusers' has.
 
-    Returns:
-        The scheduler of ``config.name``.
-
     Raises:
         RequestError: If the number of steps is not such an integer, or these settings admit no such schedule.
-
-    >>> scheduler = make_scheduler(SchedulerConfig(name="dpmpp_2m"), 4)
-    >>> scheduler.timesteps.tolist()
-    [999.0, 749.0, 500.0, 250.0]
-    >>> x_t, model_output = np.ones((2, 1, 1, 2, 2), np.float32)
-    >>> x_prev, state = scheduler.step(0, x_t, model_output)
-    >>> x_prev.shape
-    (1, 1, 2, 2)
     """
     steps = _steps(num_inference_steps, config.num_train_timesteps)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

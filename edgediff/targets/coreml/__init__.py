@@ -38,7 +38,6 @@ class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         deployment_target: Oldest system that is to run them. The ``pair`` layout needs iOS18's multifunction packages.
         batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
             unconditional and the conditional row of an image), 1 where it is not.
-        layout: How the graphs are packed; None takes the recipe's.
     """
 
     dtype: Literal["fp16", "fp32"] = "fp16"

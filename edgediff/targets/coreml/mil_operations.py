@@ -13,7 +13,6 @@ def read_mlprogram(path: Path, function: str | None = None) -> list[Op]:
     """Reads the operations of a function, and how large the package's weights are.
 
     Args:
-        path: The .mlpackage.
         function: Which function of it; None takes the default one.
 
     Raises:
@@ -29,10 +28,6 @@ def read_mlprogram(path: Path, function: str | None = None) -> list[Op]:
 
 def mil_ops(spec: Any, name: str) -> Iterator[Op]:
     """Reads a function of an ML Program.
-
-    Args:
-        spec: The model's protobuf.
-        name: The function.
 
     Yields:
         Inputs, operations that are no constants, outputs.

@@ -47,13 +47,6 @@ def write_coreml(
 ) -> int:
     """Writes every Core ML package of a target.
 
-    Args:
-        folder: The bundle that is being written.
-        graphs: Their entries in the manifest's draft.
-        modules: The modules by the names of their graphs.
-        config: How to write.
-        say: Told what is being done.
-
     Returns:
         The specification version of the packages.
 

@@ -21,7 +21,6 @@ class ExecuTorchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
             unconditional and the conditional row of an image), 1 where it is not.
-        layout: How the graphs are packed; None takes the recipe's.
     """
 
     batch: int | None = None

@@ -15,18 +15,12 @@ DTYPES = {4: "int64", 6: "float32"}
 
 
 class ExecuTorchSession(TorchTensors):
-    """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory.
-
-    Attributes:
-        graphs: The bundle's ExecuTorch graphs.
-        batch: Rows that each graph takes: they are fixed throughout.
-    """
+    """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Checks and loads the program of a bundle.
 
         Args:
-            bundle: The bundle.
             threads: How many may be at work, of this whole process; ExecuTorch's choice where None.
 
         Raises:
@@ -60,10 +54,6 @@ class ExecuTorchSession(TorchTensors):
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Runs a graph.
-
-        Args:
-            graph: One of `graphs`.
-            tensors: By name; the outputs are added.
 
         Raises:
             BundleError: The program failed.

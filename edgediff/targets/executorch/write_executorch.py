@@ -32,11 +32,7 @@ def write_executorch(
     """Writes the program of a target.
 
     Args:
-        folder: The bundle that is being written.
-        unet: The UNet's entry in the manifest's draft.
-        modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, any number of rows.
-        say: Told what is being done.
 
     Raises:
         UnsupportedError: The exporter failed.
@@ -80,14 +76,9 @@ def group_norm(
 
     Args:
         x: [B, C, ...].
-        num_groups: Divides C.
         weight: [C], or None.
         bias: [C], or None.
-        eps: Added to the variance.
         cudnn_enabled: Of no effect.
-
-    Returns:
-        The normalized tensor, of x's shape.
 
     >>> x = torch.randn(2, 8, 3, 5)
     >>> torch.allclose(group_norm(x, 4), torch.nn.functional.group_norm(x, 4), atol=1e-5)

@@ -21,7 +21,6 @@ class OnnxConfig(Int8Config, frozen=True):
     Attributes:
         opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones have it
             decomposed. None takes 23, or 21 where the graphs are to be portable.
-        dtype: Precision of weights and features, of what is not quantized.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Otherwise graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own

@@ -32,9 +32,6 @@ def fuse_attention(model: ModelProto) -> ModelProto:
 
     Args:
         model: Of operator set 23 or later; in earlier ones there is no such operator, and nothing is done.
-
-    Returns:
-        The changed model.
     """
     if not any(node.op_type == "Attention" for node in model.graph.node):
         return model
@@ -50,9 +47,6 @@ def spell_out_attention(model: ModelProto) -> ModelProto:
 
     Args:
         model: With ``MultiHeadAttention`` as `fuse_attention` leaves it; changed in place.
-
-    Returns:
-        The model. Fewer keys' attention stays one operator.
     """
     rewriting = Rewriting(model)
     nodes: list[NodeProto] = []

@@ -79,11 +79,6 @@ def calibrate_for(job: Job) -> Calibration | None:
 def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[str, Range]:
     """Runs an exported graph over the calibration and looks at the tensors that quantization needs.
 
-    Args:
-        path: The graph's file, in fp32.
-        graph: Its entry in the manifest.
-        calibration: What torch computed.
-
     Returns:
         Lowest and highest value of each tensor.
 

@@ -20,7 +20,6 @@ class Convolution:
     """A convolution of 3 x 3, stride 1, with a pixel of zeros around.
 
     Attributes:
-        node: The node.
         outputs: Channels that it makes.
         inputs: Channels that it takes.
     """
@@ -37,10 +36,6 @@ class Convolution:
 
 def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
     """Reads a node.
-
-    Args:
-        node: Of any kind.
-        rewriting: Its graph.
 
     Returns:
         The convolution that it is; None where it is another, or its kernel is no weight or another node's too.
@@ -63,11 +58,8 @@ def kernels(
     """New kernels from a convolution's own.
 
     Args:
-        of: The convolution.
-        name: What the sums are called.
         sums: [K, H * W, 9]: weights of the K new kernels, as sums of the old one's.
         shape: H and W, the size of each.
-        rewriting: The graph.
 
     Returns:
         The names of the K new kernels, [O, C, H, W] each, and the nodes that compute them.

@@ -21,9 +21,6 @@ def read_onnx(path: Path) -> list[Op]:
 def onnx_ops(graph: Any) -> Iterator[Op]:
     """Reads an ONNX graph.
 
-    Args:
-        graph: The protobuf.
-
     Yields:
         Inputs, outputs, weights that lie outside, then the operations.
     """

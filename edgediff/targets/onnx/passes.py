@@ -32,7 +32,6 @@ class Pass:
     """A named change.
 
     Attributes:
-        name: What messages call it.
         apply: Takes a model, returns the changed one.
     """
 
@@ -41,14 +40,7 @@ class Pass:
 
 
 def strip_metadata(model: ModelProto) -> ModelProto:
-    """Removes the exporter's stack traces and module paths: they name files of the exporting machine.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        The model.
-    """
+    """Removes the exporter's stack traces and module paths: they name files of the exporting machine."""
     graph = model.graph
     for holder in (
         model,
@@ -74,11 +66,7 @@ def simplify(model: ModelProto, skipped: tuple[str, ...] = ()) -> ModelProto:
     Those are the models that would not fit into one protobuf, nor twice into memory.
 
     Args:
-        model: The model, weights inside or as references to external data.
         skipped: Which of onnxsim's optimizers to leave out.
-
-    Returns:
-        The simplified model.
 
     Raises:
         UnsupportedError: onnxsim failed.
@@ -98,26 +86,12 @@ def simplify(model: ModelProto, skipped: tuple[str, ...] = ()) -> ModelProto:
 
 
 def weight_bytes(model: ModelProto) -> int:
-    """Counts the bytes of a model's weights, wherever they lie.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Bytes.
-    """
+    """Counts the bytes of a model's weights, wherever they lie."""
     return sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
-    """Counts the bytes of one tensor, wherever they lie.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Bytes.
-    """
+    """Counts the bytes of one tensor, wherever they lie."""
     count = 1
     for size in tensor.dims:
         count *= size
@@ -153,13 +127,6 @@ def _as_input(tensor: TensorProto) -> ValueInfoProto:
 
 def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
     """Runs passes in order.
-
-    Args:
-        model: The exported model.
-        passes: What to run.
-
-    Returns:
-        The changed model.
 
     Raises:
         UnsupportedError: One failed; the message names it and those that ran before it.
@@ -199,9 +166,6 @@ SHARED_ROWS = Pass("shared-rows", share_rows)
 
 def check(model: ModelProto | str) -> None:
     """Runs onnx.checker over a model or a file, which large models need.
-
-    Args:
-        model: The model, or the path of its file.
 
     Raises:
         UnsupportedError: The checker found a fault.

@@ -36,14 +36,7 @@ SCALING = ("Add", "Sub", "Mul", "Div", "Cast")
 
 
 def quantized_nodes(model: ModelProto) -> list[NodeProto]:
-    """Chooses what is quantized: convolutions and matrix products with constant weights, but for the sensitive ones.
-
-    Args:
-        model: The graph.
-
-    Returns:
-        Its nodes, in their order.
-    """
+    """Chooses what is quantized: convolutions and matrix products with constant weights, but for the sensitive ones."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     given = {value.name for value in model.graph.input}
     ends = _ends(model)
@@ -81,9 +74,6 @@ def _is_inner(conv: NodeProto, weight: TensorProto) -> bool:
 def observed_tensors(model: ModelProto) -> list[str]:
     """Names the tensors whose ranges quantization needs.
 
-    Args:
-        model: The graph.
-
     Returns:
         Each once: inputs of all quantized nodes, outputs of convolutions, and what attentions that are spelt out take
         and weigh by.
@@ -96,9 +86,6 @@ def observed_tensors(model: ModelProto) -> list[str]:
 
 def attended(model: ModelProto) -> dict[str, tuple[str, str, str, str]]:
     """Finds the attentions that are spelt out.
-
-    Args:
-        model: The graph.
 
     Returns:
         By the name of the result: query, key and value with their heads apart, and the weights that the softmax gives.
@@ -115,9 +102,6 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range], weight_levels: int 
         model: The graph, weights inside; changed in place.
         ranges: Of each of its `observed_tensors`.
         weight_levels: Largest magnitude of a weight, 127 or less.
-
-    Returns:
-        The graph.
     """
     rewritten = _Quantizing(model, ranges, weight_levels)
     chosen = {node.output[0] for node in quantized_nodes(model)}
@@ -191,9 +175,6 @@ class _Quantizing(Rewriting):
 def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point by which uint8 covers a range, zero included, which stays exact.
 
-    Args:
-        extent: Lowest and highest value.
-
     Returns:
         Scale, float32 [], and zero point, uint8 [].
 
@@ -208,9 +189,6 @@ def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
 
 def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point by which int8 covers a range and its mirror image.
-
-    Args:
-        extent: Lowest and highest value.
 
     Returns:
         Scale, float32 [], and zero point, int8 [].
@@ -231,8 +209,6 @@ def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS)
     """Rounds a weight to int8 with a scale for each slice along an axis.
 
     Args:
-        weight: float32, any shape.
-        axis: That of the output channels.
         levels: Largest magnitude of what comes out.
 
     Returns:
@@ -250,13 +226,5 @@ def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS)
 
 
 def quantizing(ranges: Mapping[str, Range], weight_levels: int = WEIGHT_LEVELS) -> Pass:
-    """The pass that quantizes with these ranges.
-
-    Args:
-        ranges: Of each of the graph's `observed_tensors`.
-        weight_levels: Largest magnitude of a weight.
-
-    Returns:
-        The pass.
-    """
+    """The pass that quantizes with these ranges."""
     return Pass("quantize", lambda model: quantize(model, ranges, weight_levels))

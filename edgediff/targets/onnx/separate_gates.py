@@ -20,9 +20,6 @@ def separate_gates(model: ModelProto) -> ModelProto:
 
     Args:
         model: Weights inside; changed in place.
-
-    Returns:
-        The model.
     """
     made = {name: node for node in model.graph.node for name in node.output}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -67,7 +64,6 @@ def is_halvable(linear: Sequence[NodeProto], rewriting: Rewriting) -> bool:
 
     Args:
         linear: A Gemm or a MatMul, what adds a bias to its result, what reshapes that.
-        rewriting: The graph.
 
     Returns:
         Whether the weight has two axes, features last, and nothing is added but constants.
@@ -84,7 +80,6 @@ def halved(linear: Sequence[NodeProto], split: NodeProto, rewriting: Rewriting, 
     """Computes both halves of a linear layer's result each for itself.
 
     Args:
-        linear: A layer that `is_halvable`.
         split: What cuts its result in the middle of its features.
         rewriting: The graph; where the result is reshaped, it knows the shape of each half.
         halves: Makes the halves of a weight.

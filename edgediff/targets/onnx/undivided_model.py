@@ -53,14 +53,7 @@ def join_full_step(models: Sequence[ModelProto], timestep: Literal["float", "int
 
 
 def undivided_graph(full: Sequence[Graph], file: str, weights: str | None, timestep: Tensor) -> Graph:
-    """The manifest's entry of that model.
-
-    Args:
-        full: The graphs that it was joined of.
-        file: Where it lies in the bundle.
-        weights: Where its weights lie.
-        timestep: How it takes the timestep.
-    """
+    """The manifest's entry of that model."""
     made = {tensor.name for graph in full for tensor in graph.outputs}
     inputs = {tensor.name: tensor for graph in full for tensor in graph.inputs if tensor.name not in made}
     outputs = tuple(tensor for graph in full for tensor in graph.outputs if tensor.name == OUTPUT)

@@ -48,9 +48,6 @@ def filter_rows(model: ModelProto) -> ModelProto:
     Args:
         model: Changed in place; weights may lie outside. Convolutions whose input's size is not known, or whose rows
             four does not divide, stay.
-
-    Returns:
-        The model.
     """
     rewriting = Rewriting(model)
     nodes: list[NodeProto] = []
@@ -102,10 +99,6 @@ def sums_of_rows(rows: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         [6 * rows / 4, rows] for the pixels, with zeros around the map, and [rows, 6 * rows / 4] for the results, both
         float32. The six kinds of sums lie one after the other, so that each is a map of its own.
-
-    >>> spread, gather = sums_of_rows(8)
-    >>> spread.shape, gather.shape
-    ((12, 8), (8, 12))
     """
     tiles = rows // TILE
     spread, gather = np.zeros((PRODUCTS, tiles, rows)), np.zeros((tiles, TILE, PRODUCTS, tiles))

@@ -57,8 +57,6 @@ class Written:
     Attributes:
         shares_rows: Whether the graph takes a sample once for each image.
         external_data: File name of the weights that lie outside of the graph's file, or None.
-        opset: Operator set.
-        ir_version: ONNX file version.
         simplified: Whether onnxsim's result was taken, or why it was left out.
     """
 
@@ -82,12 +80,7 @@ def write_onnx(
     """Writes ONNX graphs, and their weights once where they lie in one file.
 
     Args:
-        folder: The bundle that is being written.
-        graphs: Their entries in the manifest's draft.
-        modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
-        config: How to write.
-        say: Told what is being done.
         calibration: What int8 graphs are made by; None leaves them in fp32.
         weight_levels: Largest magnitude of int8 weights.
 
@@ -128,11 +121,7 @@ def write_onnx(
 
 
 def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: str) -> Graph:
-    """Writes the undivided step over the weights that the graphs of a full step have.
-
-    Returns:
-        Its entry in the manifest.
-    """
+    """Writes the undivided step over the weights that the graphs of a full step have."""
     full = [graph for graph in graphs if graph.runs(full=True)]
     model = join_full_step([onnx.load(folder / str(graph.file), load_external_data=False) for graph in full])
     (folder / file).write_bytes(model.SerializeToString(deterministic=True))
@@ -146,15 +135,10 @@ def write_graph(
     """Exports a module to an ONNX file.
 
     Args:
-        part: The module.
-        graph: Its entry in the manifest.
         inputs: Real inputs by name, for tracing and for the check of the simplified graph.
         path: The file; external data lies beside it.
         config: How to write; of eight bits, what is written is in fp32 and ready to be quantized.
         share: Whether rows of one image may share what they have in common.
-
-    Returns:
-        What was written.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.

@@ -45,12 +45,6 @@ def write_openvino(
     """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
 
     Args:
-        folder: The bundle that is being written.
-        graphs: Their entries in the manifest's draft.
-        modules: The modules by the names of their graphs.
-        examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
-        config: How to write.
-        say: Told what is being done.
         calibration: What int8 graphs are made by; None leaves them in fp32.
 
     Returns:
