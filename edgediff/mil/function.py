@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.constant import Constant
 from edgediff.mil.dtypes import settle
-from edgediff.mil.values import Spec
+from edgediff.mil.values import Constant, Spec
 
 Watch = Callable[[str, str, Tensor, str], None]
 # What torch raises where a program asks for something impossible.

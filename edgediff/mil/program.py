@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.constant import Constant
 from edgediff.mil.function import Function, Step
 from edgediff.mil.ops import MOVES, OPS
 from edgediff.mil.package import Package, read_package
-from edgediff.mil.values import Spec, Values
+from edgediff.mil.values import Constant, Spec, Values
 
 CONSTEXPR = "constexpr_"
 
