@@ -14,6 +14,7 @@ import msgspec
 
 from edgediff.errors import ConfigError, MissingExtraError
 from edgediff_runtime.clock import format_mask
+from edgediff_runtime.errors import one_line
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -37,7 +38,7 @@ def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") ->
     except OSError as e:
         raise ConfigError(f"{what} {path}: cannot be read ({e.strerror or e})") from e
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{what} {path}: not YAML ({' '.join(str(e).split())})") from e
+        raise ConfigError(f"{what} {path}: not YAML ({one_line(e)})") from e
     try:
         return build(data if data is not None else {})
     except ConfigError as e:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgediff.errors import ConfigError
+from edgediff_runtime.errors import one_line
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -31,8 +32,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
                 return {name: archive[name] for name in archive.files}
         return dict(load_file(path))
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as e:
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"conditioning {path} cannot be read as .safetensors or .npz: {reason}") from e
+        raise ConfigError(f"conditioning {path} cannot be read as .safetensors or .npz: {one_line(e)}") from e
 
 
 def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from edgediff.errors import DataError
 from edgediff.outputs import as_text
 from edgediff_runtime import noise
+from edgediff_runtime.errors import one_line
 
 # By content, whatever the name says. Not all of Pillow's: PostScript, say, would be run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
@@ -265,16 +266,12 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     except _Unfit:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-        raise _Unfit("too large to decode", f"{as_text(file)} is too large to decode: {_one_line(e)}") from e
+        raise _Unfit("too large to decode", f"{as_text(file)} is too large to decode: {one_line(e)}") from e
     except Exception as e:  # a damaged file raises whatever its decoder runs into
         known = not isinstance(e, UnidentifiedImageError) or _format_by_name(file) in FORMATS
         what = "cannot be read" if known else "of a format that is not read"
-        raise _Unfit(what, f"{as_text(file)} cannot be read as an image: {_one_line(e)}") from e
+        raise _Unfit(what, f"{as_text(file)} cannot be read as an image: {one_line(e)}") from e
     return np.asarray(_to_size(image, size))
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
 
 
 def _to_rgb(image: Image.Image, file: Path) -> Image.Image:

@@ -16,6 +16,7 @@ from edgediff.errors import EdgediffError, ProgramError
 from edgediff.targets import TARGETS
 from edgediff.targets.operations import Op, Value
 from edgediff_runtime import EdgeRuntimeError, open_bundle
+from edgediff_runtime.errors import one_line
 
 
 def _names(text: str) -> frozenset[str]:
@@ -253,9 +254,7 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
             except (EdgediffError, EdgeRuntimeError):
                 raise
             except Exception as e:  # what a damaged protobuf raises on the way shares no base class
-                raise ProgramError(
-                    f"{graph.file} cannot be read: {type(e).__name__} {' '.join(str(e).split())[:200]}"
-                ) from e
+                raise ProgramError(f"{graph.file} cannot be read: {type(e).__name__} {one_line(e)}") from e
             notes += lint(found, entry.target, graph.name)
     return tuple(notes)
 

@@ -18,6 +18,7 @@ import numpy as np
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, MissingExtraError, UnsupportedError
 from edgediff_runtime import manifest as m
+from edgediff_runtime.errors import one_line
 
 if TYPE_CHECKING:
     from edgediff.bundle.reference import Reference
@@ -240,10 +241,10 @@ def write_unet_config(job: Job, folder: Path) -> None:
 
 @contextlib.contextmanager
 def converter_errors(what: str) -> Iterator[None]:
-    """Turns what a converter raises into an error of ours; a full disk stays what it is."""
+    """Turns what a converter raises into an UnsupportedError; a full disk stays what it is."""
     try:
         yield
     except (OSError, UnsupportedError, MissingExtraError):
         raise
     except Exception as e:  # converters' errors share no base class
-        raise UnsupportedError(f"{what} failed: {' '.join(str(e).split())[:400]}") from e
+        raise UnsupportedError(f"{what} failed: {one_line(e)}") from e

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import BundleError, RequestError
+from edgediff_runtime.errors import BundleError, RequestError, one_line
 from edgediff_runtime.manifest import Graph
 
 Array = npt.NDArray[Any]
@@ -70,12 +70,12 @@ class CoreMLSession:
                         function_name=graph.function,
                     )
             except Exception as e:  # coremltools' errors share no base class
-                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+                raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
             _check_tensors(graph, model.get_spec())
             # coremltools opens what this system cannot load, too, and fails at the first prediction.
             if model.__proxy__ is None:
                 why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
-                raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {' '.join(str(why).split())[:400]}")
+                raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {one_line(why)}")
             self._models[graph.name] = model
 
     def put(self, array: Array) -> Any:
@@ -97,7 +97,7 @@ class CoreMLSession:
         try:
             made = self._models[graph.name].predict(feeds)
         except Exception as e:
-            raise BundleError(f"{graph.file}: the prediction failed: {' '.join(str(e).split())[:400]}") from e
+            raise BundleError(f"{graph.file}: the prediction failed: {one_line(e)}") from e
         for tensor in graph.outputs:
             if tensor.name not in made or np.shape(made[tensor.name]) != tensor.shape:
                 found = {name: list(np.shape(value)) for name, value in made.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import RequestError
+from edgediff_runtime.errors import RequestError, one_line
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.ort_options import session_options
 from edgediff_runtime.ort_session import CPU, load_graphs
@@ -89,7 +89,7 @@ class OrtBoundSession:
         try:
             session.run_with_iobinding(binding)
         except Exception as e:  # onnxruntime's own errors share no base class
-            raise RequestError(f"{graph.name} cannot run on {self.device}: {' '.join(str(e).split())[:400]}") from e
+            raise RequestError(f"{graph.name} cannot run on {self.device}: {one_line(e)}") from e
         tensors.update(zip((tensor.name for tensor in graph.outputs), binding.get_outputs(), strict=True))
 
 

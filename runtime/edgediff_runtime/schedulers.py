@@ -69,7 +69,6 @@ class Scheduler(ABC):
         """
         return x_t
 
-    @abstractmethod
     def step(
         self,
         i: int,
@@ -96,15 +95,22 @@ class Scheduler(ABC):
         Raises:
             RequestError: If the step, a shape, the state or the noise does not fit.
         """
-
-    def _row(self, i: int, x_t: Array, model_output: Array) -> Row:
-        if not 0 <= i < len(self._rows):
-            raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
+        self._check(i)
         if model_output.shape != x_t.shape:
             raise RequestError(
                 f"model output of shape {list(model_output.shape)}: expected the latent's, {list(x_t.shape)}"
             )
-        return self._rows[i]
+        return self._step(i, x_t, model_output, state, noise, first)
+
+    def _check(self, i: int) -> None:
+        if not 0 <= i < len(self._rows):
+            raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
+
+    @abstractmethod
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
+    ) -> tuple[Array, State]:
+        """Takes a step that was checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,17 +123,10 @@ class DDIMScheduler(Scheduler):
 
     clip: np.float32 | None
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
     ) -> tuple[Array, State]:
-        """Take step i; see ``Scheduler.step``."""
-        x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._row(i, x_t, model_output)
+        x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._rows[i]
         x_prev = x_t * of_x
         x_prev += model_output * of_out
         if self.clip is not None:
@@ -153,17 +152,10 @@ class DPMScheduler(Scheduler):
     state is x_0 as the last step predicted it.
     """
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
     ) -> tuple[Array, State]:
-        """Take step i; see ``Scheduler.step``."""
-        x0_x, x0_out, of_x, of_x0, of_before = self._row(i, x_t, model_output)
+        x0_x, x0_out, of_x, of_x0, of_before = self._rows[i]
         if x0_x:
             x_0 = x_t * x0_x
             x_0 += model_output * x0_out
@@ -191,19 +183,13 @@ class EulerScheduler(Scheduler):
 
     def scale_model_input(self, i: int, x_t: Array) -> Array:
         """Divide by sqrt(sigma**2 + 1); see ``Scheduler.scale_model_input``."""
-        return x_t * self._row(i, x_t, x_t)[0]
+        self._check(i)
+        return x_t * self._rows[i][0]
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
     ) -> tuple[Array, State]:
-        """Take step i; see ``Scheduler.step``."""
-        _, of_x, of_out = self._row(i, x_t, model_output)
+        _, of_x, of_out = self._rows[i]
         x_prev = x_t * of_x
         x_prev += model_output * of_out
         return x_prev, None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.errors import ConfigError
+from edgediff.extras import needing
 from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -119,12 +120,8 @@ class CoreMLTarget(Target):
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
         """Opens the evaluator; it has no choice of threads."""
-        try:
+        with needing(self.extra, "evaluating Core ML packages"):
             from edgediff.targets.coreml.mil_session import MilSession
-        except ModuleNotFoundError as e:
-            if e.name is None or e.name.partition(".")[0] == "edgediff":
-                raise
-            raise MissingExtraError("evaluating Core ML packages", self.extra) from e
         return MilSession(bundle)
 
     def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
@@ -153,10 +150,9 @@ class CoreMLTarget(Target):
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the operations of the graph's function."""
-        try:
+        with needing(self.extra, "reading an ML Program"):
             from edgediff.targets.coreml.mil_operations import read_mlprogram
-        except ModuleNotFoundError as e:
-            raise MissingExtraError("reading an ML Program", self.extra) from e
+
         bundle.folder(str(graph.file))
         return read_mlprogram(bundle.path / str(graph.file), graph.function)
 

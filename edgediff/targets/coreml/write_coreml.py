@@ -25,6 +25,7 @@ from edgediff.mil.coremltools_quiet import import_coremltools, quiet, without_va
 from edgediff.mil.package import read_package
 from edgediff.models.part import Part
 from edgediff.targets.coreml import CoreMLConfig
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph, Tensor
 
 # Core ML holds no tensor of more dimensions.
@@ -181,7 +182,7 @@ def _faults(what: str, folder: Path) -> Iterator[None]:
         if no_room:
             e.with_traceback(None)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-        raise UnsupportedError(f"{what}: {' '.join(str(e).split())[:400]}") from e
+        raise UnsupportedError(f"{what}: {one_line(e)}") from e
 
 
 def _settle(path: Path) -> int:

@@ -8,6 +8,7 @@ import torch
 from edgediff.models.torch_session import TorchTensors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff_runtime import Bundle, BundleError
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph
 
 # ExecuTorch's numbers of scalar types.
@@ -40,14 +41,13 @@ class ExecuTorchSession(TorchTensors):
         for graph in self.graphs:
             if graph.file is None:
                 continue
-            path = os.fspath(bundle.file(graph.file))
             try:
                 with quiet():
                     if graph.file not in programs:
-                        programs[graph.file] = runtime.load_program(path)
+                        programs[graph.file] = runtime.load_program(os.fspath(bundle.file(graph.file)))
                     method = programs[graph.file].load_method(graph.function)
             except (RuntimeError, KeyError) as e:
-                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+                raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
             self._methods[graph.name] = method
             _hold(graph, method.metadata)
 
@@ -61,7 +61,7 @@ class ExecuTorchSession(TorchTensors):
         try:
             made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
         except RuntimeError as e:
-            raise BundleError(f"{graph.file}: {graph.function} failed: {' '.join(str(e).split())[:400]}") from e
+            raise BundleError(f"{graph.file}: {graph.function} failed: {one_line(e)}") from e
         tensors.update((tensor.name, value) for tensor, value in zip(graph.outputs, made, strict=True))
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from edgediff.bundle.feed import groups
-from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
+from edgediff.targets.base import converter_errors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff_runtime.manifest import Component, Graph
 
@@ -48,16 +48,12 @@ def write_executorch(
     say("handing graphs to XNNPACK")
     path = folder / str(written[0].file)
     path.parent.mkdir(exist_ok=True)
-    try:
+    with converter_errors(f"{path.name}: ExecuTorch's exporter"):
         with quiet():
             lowered = exir.to_edge_transform_and_lower(programs, partitioner=[xnnpack.XnnpackPartitioner()])
             program = lowered.to_executorch()
         with path.open("wb") as file:
             program.write_to_file(file)
-    except OSError:  # a full disk is no fault of the model
-        raise
-    except Exception as e:  # the exporter's errors share no base class
-        raise UnsupportedError(f"{path.name}: ExecuTorch's exporter failed: {' '.join(str(e).split())[:400]}") from e
 
 
 def group_norm(
@@ -105,12 +101,9 @@ def _trace(
 ) -> torch.export.ExportedProgram:
     assert batch is not None  # of this target, graphs are fixed
     first = next(groups(inputs, batch))
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
-            spelt_out: torch.export.ExportedProgram = program.run_decompositions(
-                {torch.ops.aten.group_norm.default: group_norm}
-            )
-            return spelt_out
-    except Exception as e:  # torch.export's errors share no base class
-        raise UnsupportedError(f"{graph.name}: torch.export failed: {' '.join(str(e).split())[:400]}") from e
+    with converter_errors(f"{graph.name}: torch.export"), quiet(), torch.no_grad():
+        program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
+        decomposed: torch.export.ExportedProgram = program.run_decompositions(
+            {torch.ops.aten.group_norm.default: group_norm}
+        )
+    return decomposed

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.errors import ConfigError
+from edgediff.extras import needing
 from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check, write_unet_config
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -102,22 +103,18 @@ class OnnxTarget(Target):
 
     def write(self, job: Job) -> m.Target:
         """Writes the graphs over one file of weights, with the undivided step beside them."""
-        from edgediff.targets.onnx.calibration import calibrate_for
         from edgediff.targets.onnx.write_onnx import write_onnx, write_undivided
 
-        graphs, versions = write_onnx(
-            job.folder, job.target.unet.graphs, job.modules, job.examples(), job.config, job.say, calibrate_for(job)
-        )
+        graphs, versions = write_onnx(job, job.folder, job.target.unet.graphs, job.config)
         model = None if job.config.portable else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx", WEIGHTS)
         write_unet_config(job, job.folder / FOLDER)
         return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the graph's nodes; what lies outside is not read."""
-        try:
+        with needing(self.extra, "reading an ONNX graph"):
             from edgediff.targets.onnx.onnx_operations import read_onnx
-        except ModuleNotFoundError as e:
-            raise MissingExtraError("reading an ONNX graph", self.extra) from e
+
         return read_onnx(bundle.file(str(graph.file)))
 
 

@@ -90,7 +90,7 @@ def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[s
     watched = path.with_name(f".watched-{path.name}")
     try:
         watched.write_bytes(_watching(model, names).SerializeToString())
-        session = _session(watched)
+        session = open_graph(os.fspath(watched))
     finally:
         watched.unlink(missing_ok=True)
     outputs = [tensor.name for tensor in graph.outputs]
@@ -119,13 +119,14 @@ def _watching(model: ModelProto, names: Sequence[str]) -> ModelProto:
     return model
 
 
-def _session(path: Path) -> Any:
+def open_graph(model: str | bytes) -> Any:
+    """Opens a graph, by its path or its bytes, in ONNX Runtime, to be run a few times."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
-    return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _hold(graph: Graph, made: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], floor_db: float) -> None:
