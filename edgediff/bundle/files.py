@@ -14,11 +14,7 @@ PARITY_SCRATCH = "evidence/.parity.json.new"
 
 
 def check_files(bundle: Bundle) -> None:
-    """Checks every file of a bundle against the manifest.
-
-    Raises:
-        BundleError: A file is damaged, missing, not listed, or a symlink out of the bundle.
-    """
+    """Checks every file against the manifest; a BundleError where one is damaged, missing, not listed or a link out."""
     for name in bundle.manifest.files:
         bundle.file(name)
     for name in unlisted(bundle.path, bundle.manifest):

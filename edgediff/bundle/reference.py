@@ -54,14 +54,7 @@ class Reference:
 
 
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The generation that the reference is taken along: the bundle's operating point.
-
-    Args:
-        conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
-
-    Returns:
-        Arguments for `EdgePipeline.stream`.
-    """
+    """Arguments for `EdgePipeline.stream`: the reference is taken along the bundle's operating point."""
     point = manifest.operating_point
     request: dict[str, Any] = {"num_images": point.num_images, "seed": int(point.seed), "clock": point.mask}
     if manifest.conditioning.kind == "text":
@@ -111,14 +104,7 @@ def _wanted(manifest: Manifest) -> set[int]:
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
-    """Real inputs of a graph, in the dtypes that it declares.
-
-    Args:
-        step: A recorded step in which the graph runs.
-
-    Returns:
-        Arrays by name, [rows, ...].
-    """
+    """Real inputs of a graph, [rows, ...] in the dtypes that it declares, from a step in which it runs."""
     inputs = {}
     for tensor in graph.inputs:
         value = step.tensors[tensor.name].astype(tensor.dtype)
@@ -128,11 +114,7 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
 
 
 def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
-    """Real inputs of a graph as they were recorded, from the first step in which it runs.
-
-    Returns:
-        Arrays by name; empty where the clock never runs it, as an adaptor without a file.
-    """
+    """Real inputs of a graph from the first step in which it runs; empty where the clock never runs it."""
     for step in reference.steps:
         if graph.runs(step.full):
             return step_inputs(step, graph)
@@ -140,11 +122,7 @@ def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]
 
 
 def check_reference(reference: Reference, manifest: Manifest) -> None:
-    """Holds a reference to the manifest: its steps, and each tensor's dtype and shape.
-
-    Raises:
-        BundleError: Something that verification needs is missing or of another kind.
-    """
+    """Checks a reference's steps, and each tensor's dtype and shape, against the manifest; else a BundleError."""
     mask = manifest.operating_point.mask
     expected = [(index, bool(mask[index])) for index in sorted(_wanted(manifest))]
     found = [(step.index, step.full) for step in reference.steps]
@@ -209,11 +187,7 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def load_reference(path: Path) -> Reference:
-    """Reads a reference.
-
-    Raises:
-        BundleError: The file is no such reference.
-    """
+    """Reads a reference; a BundleError where the file is none."""
     try:
         flat = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as e:

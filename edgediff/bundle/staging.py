@@ -58,13 +58,9 @@ def _strays(bundle: Path) -> list[str]:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Gives a temporary sibling to write into and puts it in place when the block ends well.
+    """Gives a temporary sibling, an empty directory, to write into and puts it in place when the block ends well.
 
-    Args:
-        target: Where the directory is to be. What is there already is replaced: `check_place` comes first.
-
-    Yields:
-        The temporary sibling, an empty directory.
+    What is there already is replaced: `check_place` comes first.
 
     Raises:
         TargetError: The disk is full, or the place cannot be written. What was there is as it was.
@@ -119,10 +115,7 @@ def _prefix(target: Path) -> str:
 
 
 def clear_stale(target: Path) -> None:
-    """Removes what killed exports to the same place left; a bundle that one had moved aside is put back.
-
-    Comes before anybody looks at what is there.
-    """
+    """Removes what killed exports to this place left, first of all; a bundle that one moved aside is put back."""
     target = target.absolute()
     for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):
         if not left.name.removeprefix(_prefix(target)).removesuffix(".old").isdigit():

@@ -9,10 +9,9 @@ from edgediff_runtime import manifest as m
 class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What graphs that compute in fp16 must hold, in dB of PSNR.
 
-    Attributes:
-        program_db: Floor of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is
-            the right program. Rounding hides a wrong constant, this does not.
-        graph_db: Floor of each graph, every result rounded to fp16, against fp32 torch: whether fp16 is enough.
+    `program_db` is of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is the right
+    program. Rounding hides a wrong constant, this does not. The others have every result rounded: whether fp16 is
+    enough.
     """
 
     program_db: float = 100.0
@@ -37,14 +36,11 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         mode: ``full`` runs whole trajectories; ``graphs`` stops after the composed steps.
-        graph_db: Floor of each graph against the same module in torch.
+        graph_db: Floor of each graph against the same module in torch; an int8 graph must reach it before quantization.
         composed_db: Floor of a step composed from the graphs against torch (a full one: the undivided UNet).
         trajectory_db: Floor of the final latents against torch with the same clock: the conversion error.
         caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
             the method, shown and not judged.
-        fp16: Floors for targets that compute in fp16.
-        int8: Floors for targets whose weights and products are of eight bits; before it is quantized each graph is held
-            to `graph_db`.
     """
 
     mode: VerifyMode = "full"

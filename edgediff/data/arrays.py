@@ -15,14 +15,7 @@ from edgediff_runtime.errors import one_line
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads arrays by name.
-
-    Args:
-        path: A ``.safetensors`` or ``.npz`` file.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
+    """Reads arrays by name from a ``.safetensors`` or ``.npz`` file; a ConfigError where it cannot."""
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -36,13 +29,9 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Sorts embeddings into the arguments that `EdgePipeline.stream` takes.
+    """Sorts embeddings into the arguments that `EdgePipeline.stream` takes, also ``added_cond``.
 
-    Args:
-        arrays: By name; names beginning with ``negative_`` are the unconditional ones.
-
-    Returns:
-        ``prompt_embeds``, ``negative_prompt_embeds``, ``added_cond`` and ``negative_added_cond``.
+    Names beginning with ``negative_`` are the unconditional ones.
     """
     negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
     positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}

@@ -9,11 +9,7 @@ _BITS = 2**32
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """A generator on the CPU, another one for each seed and number.
-
-    Args:
-        number: Of the update or the pass, below 2^32.
-    """
+    """A generator on the CPU, another one for each seed and number (of the update or the pass, below 2^32)."""
     return torch.Generator().manual_seed(mixed(seed, number))
 
 

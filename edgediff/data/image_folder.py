@@ -38,11 +38,7 @@ _TYPES = mimetypes.MimeTypes()
 
 @dataclass(frozen=True)
 class Reason:
-    """Why files were left out.
-
-    Attributes:
-        names: The first three, with their class's folder.
-    """
+    """Why files were left out; `names` are the first three, with their class's folder."""
 
     what: str
     count: int
@@ -86,13 +82,9 @@ def _some(names: tuple[str, ...], count: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and their classes.
+    """Images, uint8 [N, H, W, 3], and their classes.
 
-    Attributes:
-        images: uint8 [N, H, W, 3].
-        labels: int64 [N], indices into `names`; all 0 where there are no classes.
-        names: Names of the classes; empty where there are none.
-        skipped: What of the folder is not among the images.
+    `labels`, int64 [N], are indices into `names`: all 0, and the names empty, where there are no classes.
     """
 
     images: NDArray[np.uint8]
@@ -119,18 +111,11 @@ class _Unfit(DataError):
 def read_images(
     folder: str | Path, size: int, minimum: int = 1, *, progress: Callable[[str, float], None] | None = None
 ) -> ImageSet:
-    """Reads an image folder.
+    """Reads an image folder and brings each image to `size` x `size` pixels.
 
-    Hidden files and files that are no images are passed over. Images that cannot be used are left out and counted in
-    `skipped`, which the caller shows.
-
-    Args:
-        folder: It has a subfolder for each class, which may have folders in it, or images alone: then there are no
-            classes.
-        size: Height and width wanted, in pixels.
-
-    Returns:
-        The images; classes and the files of each in the order of their names.
+    It has a subfolder for each class, which may have folders in it, or images alone: then there are no classes. Classes
+    and the files of each are in the order of their names. Hidden files and files that are no images are passed over.
+    Images that cannot be used are left out and counted in `skipped`, which the caller shows.
 
     Raises:
         DataError: There is no such folder, it has images beside class folders, a class without images (that can be
@@ -326,13 +311,9 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Divides the images of each class into those that are learnt from and those held out.
+    """Divides the images of each class into the rest and a `share`, 0 to 1, held out, in the order of `data`.
 
-    Args:
-        share: Of each class, 0 to 1; rounded, and at least one image of a class of two or more.
-
-    Returns:
-        The rest, and what is held out, both in the order of `data`.
+    The share is rounded, and at least one image of a class of two or more.
     """
     order = shuffled(len(data), seed)
     held_out = np.zeros(len(data), dtype=bool)

@@ -30,13 +30,7 @@ class CoreMLSession:
     """
 
     def __init__(self, bundle: Bundle, compute_units: str = "all") -> None:
-        """Checks and loads the packages of a bundle; `compute_units` is one of `COMPUTE_UNITS`.
-
-        Raises:
-            RequestError: This is not macOS, coremltools is missing, this system's Core ML cannot load the packages,
-                or the compute units are unknown.
-            BundleError: A package is damaged, cannot be read, or has other inputs or outputs than the manifest says.
-        """
+        """Checks and loads the packages of a bundle; `compute_units` is one of `COMPUTE_UNITS`."""
         if compute_units not in COMPUTE_UNITS:
             raise RequestError(f"no compute units {compute_units!r}; choices: {', '.join(COMPUTE_UNITS)}")
         if sys.platform != "darwin":
@@ -88,11 +82,7 @@ class CoreMLSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs, in the dtypes that the manifest declares.
-
-        Raises:
-            BundleError: The prediction failed, or lacks an output.
-        """
+        """Runs a graph on tensors by name and adds its outputs, in the dtypes that the manifest declares."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         try:
             made = self._models[graph.name].predict(feeds)
@@ -127,9 +117,6 @@ def hold_tensors(graph: Graph, inputs: Features, outputs: Features) -> None:
     """Checks a package's tensors, dtype and shape by name, against the manifest's graph.
 
     Core ML needs no shape of outputs: none, (), fits any.
-
-    Raises:
-        BundleError: They differ.
     """
     for said, found in ((graph.inputs, inputs), (graph.outputs, outputs)):
         want = {t.name: (t.dtype, t.shape if found.get(t.name, ("", t.shape))[1] else ()) for t in said}

@@ -91,14 +91,7 @@ class Step:
 
 
 def denoise(request: Request, session: Session) -> Iterator[Step]:
-    """Denoises step by step.
-
-    Yields:
-        Each step when it is done.
-
-    Raises:
-        NotFiniteError: The model's output is not finite.
-    """
+    """Denoises step by step; a NotFiniteError where the model's output is not finite."""
     scheduler = request.scheduler
     num_images = len(request.latents)
     graphs = {full: [graph for graph in request.graphs if graph.runs(full)] for full in (True, False)}
@@ -156,11 +149,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
-    """Draws the latents that a generation begins with; image i is the same whatever their number.
-
-    Returns:
-        float32 [N, C, H, W].
-    """
+    """Draws float32 [N, C, H, W] that a generation begins with; image i is the same whatever N is."""
     drawn = [noise(seed, tuple(shape), image=i) for i in range(num_images)]
     return np.stack(drawn) * np.float32(sigma)
 

@@ -33,17 +33,7 @@ class OpenVinoSession:
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
-        """Checks and reads the graphs of a bundle; they are compiled when the number of rows is known.
-
-        Args:
-            precision: What to compute in, one of `PRECISIONS`.
-            threads: Threads of each graph; None takes OpenVINO's choice.
-
-        Raises:
-            RequestError: OpenVINO is not installed, or the precision is unknown or not available here.
-            BundleError: There are no such graphs, or one is damaged, cannot be read, or has other inputs or outputs
-                than the manifest says.
-        """
+        """Checks and reads the graphs, to compute in one of `PRECISIONS`; compiled once the number of rows is known."""
         if precision not in PRECISIONS:
             raise RequestError(f"no precision {precision!r}; choices: {', '.join(PRECISIONS)}")
         try:
@@ -78,12 +68,7 @@ class OpenVinoSession:
         return value
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs.
-
-        Raises:
-            BundleError: OpenVINO cannot compile the graph.
-            RequestError: It lacks memory.
-        """
+        """Runs a graph on tensors by name and adds its outputs."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         rows = tuple(len(feeds[tensor.name]) for tensor in graph.inputs)
         # A request holds the tensors of one run: each thread has its own.

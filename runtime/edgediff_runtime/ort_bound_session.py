@@ -34,15 +34,7 @@ class OrtBoundSession:
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, device: str = "cuda", threads: int | None = None) -> None:
-        """Checks and loads the ONNX graphs of a bundle.
-
-        Args:
-            device: One of `PROVIDERS`; of several NVIDIA GPUs the first.
-
-        Raises:
-            RequestError: The device is unknown or not available on this machine.
-            BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
-        """
+        """Checks and loads a bundle's ONNX graphs on one of `PROVIDERS`; of several NVIDIA GPUs on the first."""
         import onnxruntime as ort
 
         if device not in PROVIDERS:
@@ -75,11 +67,7 @@ class OrtBoundSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs; all stay on the device.
-
-        Raises:
-            RequestError: The device lacks memory or a kernel.
-        """
+        """Runs a graph on tensors by name and adds its outputs; all stay on the device."""
         session = self._sessions[graph.name]
         binding = session.io_binding()
         for tensor in graph.inputs:
@@ -94,11 +82,7 @@ class OrtBoundSession:
 
 
 def _find_cuda() -> str:
-    """Loads the libraries of CUDA and cuDNN that pip installed; returns what ONNX Runtime printed.
-
-    Raises:
-        RequestError: This ONNX Runtime was built without CUDA.
-    """
+    """Loads the libraries of CUDA and cuDNN that pip installed; returns what ONNX Runtime printed."""
     import onnxruntime as ort
 
     if CUDA not in ort.get_available_providers():

@@ -44,11 +44,7 @@ class OrtSession:
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads the ONNX graphs of a bundle; `threads` None takes as many as the process has cores.
-
-        Raises:
-            BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
-        """
+        """Checks and loads a bundle's ONNX graphs; `threads` None takes as many as the process has cores."""
         import onnxruntime as ort
 
         target = bundle.manifest.target("onnx")
@@ -84,11 +80,7 @@ class OrtSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues.
-
-        Raises:
-            RequestError: It lacks memory.
-        """
+        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues."""
         names = self._outputs[graph.name]
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         if not any(isinstance(value, tuple) for value in feeds.values()):
@@ -120,10 +112,7 @@ def _run(session: Any, graph: Graph, names: list[str], feeds: dict[str, Any]) ->
 def load_graphs(
     bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = (CPU,)
 ) -> dict[str, Any]:
-    """Loads graphs and checks them against the manifest.
-
-    Returns:
-        A session of ONNX Runtime for each graph that has a file, by the graph's name.
+    """Loads and checks the graphs that have a file: sessions of ONNX Runtime by the graphs' names.
 
     Raises:
         BundleError: One cannot be loaded, or has other inputs or outputs than the manifest says.

@@ -62,11 +62,7 @@ class Scheduler(ABC):
         return len(self._rows)
 
     def scale_model_input(self, i: int, x_t: Array) -> Array:
-        """The UNet's input at step i.
-
-        Returns:
-            float32 [B, C, H, W]; ``x_t`` itself where the kind does not scale.
-        """
+        """The UNet's input at step i, of x_t's shape; ``x_t`` itself where the kind does not scale."""
         return x_t
 
     def step(

@@ -39,7 +39,7 @@ class Session(Protocol):
         ...
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on the named tensors and puts its outputs among them."""
+        """Runs a graph on the named tensors and adds its outputs; a RequestError or BundleError where it fails."""
         ...
 
 

@@ -30,11 +30,7 @@ class Found:
 
 
 def check_tensors(graph: Graph, inputs: Sequence[Found], outputs: Sequence[Found]) -> None:
-    """Checks the inputs and outputs that a backend found in a graph, in their order.
-
-    Raises:
-        BundleError: They have other names, dtypes or shapes than the manifest says.
-    """
+    """Checks the inputs and outputs that a backend found in a graph, in order; a BundleError where they differ."""
     for kind, said, found in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
         if len(said) != len(found) or any(t.name not in f.names for t, f in zip(said, found, strict=True)):
             raise BundleError(

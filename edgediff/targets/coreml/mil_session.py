@@ -24,12 +24,7 @@ class MilSession(TorchTensors):
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        """Checks and reads the packages of a bundle.
-
-        Raises:
-            BundleError: A package is damaged, cannot be read or evaluated, or has other inputs or outputs than the
-                manifest says.
-        """
+        """Checks and reads the packages of a bundle; a BundleError where one cannot be evaluated or is another."""
         target = cast(CoreMLTarget, bundle.manifest.target("coreml"))
         self.graphs = target.unet.graphs
         self.batch = target.unet.batch
@@ -69,11 +64,7 @@ class MilSession(TorchTensors):
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Evaluates a graph.
-
-        Raises:
-            BundleError: An operation cannot be evaluated on these tensors.
-        """
+        """Evaluates a graph; a BundleError where an operation cannot be."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         try:
             tensors.update(self.functions[graph.name].run(feeds, rounded=self.rounded))

@@ -46,10 +46,7 @@ DATED = "com.github.apple.coremltools.conversion_date"
 def write_coreml(
     folder: Path, graphs: Iterable[Graph], modules: Mapping[str, Part], config: CoreMLConfig, say: Callable[[str], None]
 ) -> int:
-    """Writes every Core ML package of a target.
-
-    Returns:
-        The specification version of the packages.
+    """Writes every Core ML package of a target and gives their specification version.
 
     Raises:
         UnsupportedError: The converter failed, or made what the deployment target cannot hold.

@@ -19,16 +19,7 @@ class ExecuTorchSession(TorchTensors):
     """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads the program of a bundle.
-
-        Args:
-            threads: How many may be at work, of this whole process; ExecuTorch's choice where None.
-
-        Raises:
-            BundleError: The program is damaged, cannot be loaded, or has other inputs or outputs than the manifest
-                says.
-            MissingExtraError: ExecuTorch is not installed.
-        """
+        """Checks and loads a bundle's program; `threads` are of the whole process, ExecuTorch's choice if None."""
         target = bundle.manifest.target("executorch")
         self.graphs = target.unet.graphs
         self.batch = target.unet.batch
@@ -53,11 +44,7 @@ class ExecuTorchSession(TorchTensors):
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph.
-
-        Raises:
-            BundleError: The program failed.
-        """
+        """Runs a graph."""
         try:
             made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
         except RuntimeError as e:

@@ -64,21 +64,11 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> torch.Tensor:
-    """Group normalization in operations that XNNPACK has, as ``aten.group_norm`` is called.
+    """Group normalization of [B, C, ...] in operations that XNNPACK has, as ``aten.group_norm`` is called.
 
     Mean and variance are each channel's own first, which XNNPACK pools in the layout of the convolutions around; those
     of a group follow from a number for each of its channels: its variance is the mean of theirs and of the squares by
     which their means lie apart.
-
-    Args:
-        x: [B, C, ...].
-        weight: [C], or None.
-        bias: [C], or None.
-        cudnn_enabled: Of no effect.
-
-    >>> x = torch.randn(2, 8, 3, 5)
-    >>> torch.allclose(group_norm(x, 4), torch.nn.functional.group_norm(x, 4), atol=1e-5)
-    True
     """
     rows, channels = x.shape[:2]
     of_channels, of_groups = (rows, channels, 1, 1), (rows, num_groups, channels // num_groups, 1)

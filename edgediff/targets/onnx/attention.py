@@ -28,11 +28,7 @@ ATTENTION_WEIGHTS = ".weights"
 
 
 def fuse_attention(model: ModelProto) -> ModelProto:
-    """Lets every attention operator take the heads apart itself.
-
-    Args:
-        model: Of operator set 23 or later; in earlier ones there is no such operator, and nothing is done.
-    """
+    """Lets every attention operator, which there are from operator set 23 on, take the heads apart itself."""
     if not any(node.op_type == "Attention" for node in model.graph.node):
         return model
     rule = _JoinHeads.rule()  # type: ignore[no-untyped-call]

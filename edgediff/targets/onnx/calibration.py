@@ -77,10 +77,7 @@ def calibrate_for(job: Job) -> Calibration | None:
 
 
 def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[str, Range]:
-    """Runs an exported graph over the calibration and looks at the tensors that quantization needs.
-
-    Returns:
-        Lowest and highest value of each tensor.
+    """Runs an exported graph over the calibration: lowest and highest value of each tensor that quantization needs.
 
     Raises:
         VerificationError: The graph itself is not what torch computed.

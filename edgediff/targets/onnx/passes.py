@@ -32,11 +32,7 @@ MERGES = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batc
 
 @dataclass(frozen=True)
 class Pass:
-    """A named change.
-
-    Attributes:
-        apply: Takes a model, returns the changed one.
-    """
+    """A named change of a model."""
 
     name: str
     apply: Callable[[ModelProto], ModelProto]
@@ -54,15 +50,9 @@ def strip_metadata(model: ModelProto) -> ModelProto:
 
 
 def simplify(model: ModelProto, skipped: tuple[str, ...] = ()) -> ModelProto:
-    """Runs onnxsim; a model whose weights lie outside is simplified without them.
+    """Runs onnxsim without the optimizers in `skipped`; a model whose weights lie outside is simplified without them.
 
     Those are the models that would not fit into one protobuf, nor twice into memory.
-
-    Args:
-        skipped: Which of onnxsim's optimizers to leave out.
-
-    Raises:
-        UnsupportedError: onnxsim failed.
     """
     import onnxsim
 
@@ -116,11 +106,7 @@ def _as_input(tensor: TensorProto) -> ValueInfoProto:
 
 
 def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
-    """Runs passes in order.
-
-    Raises:
-        UnsupportedError: One failed; the message names it and those that ran before it.
-    """
+    """Runs passes in order; an UnsupportedError names the one that failed and those that ran before it."""
     done: list[str] = []
     for step in passes:
         try:
@@ -155,11 +141,7 @@ SHARED_ROWS = Pass("shared-rows", share_rows)
 
 
 def check(model: ModelProto | str) -> None:
-    """Runs onnx.checker over a model or a file, which large models need.
-
-    Raises:
-        UnsupportedError: The checker found a fault.
-    """
+    """Runs onnx.checker over a model or a file, which large models need; a fault is an UnsupportedError."""
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as e:

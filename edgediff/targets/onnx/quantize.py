@@ -85,11 +85,7 @@ def observed_tensors(model: ModelProto) -> list[str]:
 
 
 def attended(model: ModelProto) -> dict[str, tuple[str, str, str, str]]:
-    """Finds the attentions that are spelt out.
-
-    Returns:
-        By the name of the result: query, key and value with their heads apart, and the weights that the softmax gives.
-    """
+    """Finds decomposed attentions: by the result's name, query, key and value by heads, and the softmax's weights."""
     weights = (node.output[0] for node in model.graph.node if node.op_type == "Softmax")
     results = [name.removesuffix(ATTENTION_WEIGHTS) for name in weights if name.endswith(ATTENTION_WEIGHTS)]
     return {out: (f"{out}.q", f"{out}.k", f"{out}.v", f"{out}{ATTENTION_WEIGHTS}") for out in results}
@@ -173,10 +169,7 @@ class _Quantizing(Rewriting):
 
 
 def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point by which uint8 covers a range, zero included, which stays exact.
-
-    Returns:
-        Scale, float32 [], and zero point, uint8 [].
+    """Scale, float32 [], and zero point, uint8 [], by which uint8 covers a range and zero, which stays exact.
 
     >>> scale, zero = affine((-1.0, 1.55))
     >>> float(scale), int(zero)
@@ -188,15 +181,7 @@ def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
 
 
 def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point by which int8 covers a range and its mirror image.
-
-    Returns:
-        Scale, float32 [], and zero point, int8 [].
-
-    >>> scale, zero = symmetric((-1.27, 0.5))
-    >>> round(float(scale), 4), int(zero)
-    (0.01, 0)
-    """
+    """Scale, float32 [], and zero point, int8 [], by which int8 covers a range and its mirror image."""
     return np.array(_usable(max(map(abs, extent)) / WEIGHT_LEVELS), np.float32), np.array(0, np.int8)
 
 
@@ -206,13 +191,7 @@ def _usable(scale: float) -> float:
 
 
 def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds a weight to int8 with a scale for each slice along an axis.
-
-    Args:
-        levels: Largest magnitude of what comes out.
-
-    Returns:
-        int8 in the shape of `weight`, and scales, float32 [channels].
+    """A weight in int8, of magnitudes up to `levels`, and its scales along an axis, float32 [channels].
 
     >>> rounded, scale = quantized_weight(np.array([[1.27, -0.64], [0.0, 0.0]], np.float32), axis=0)
     >>> rounded.tolist(), [round(float(each), 4) for each in scale]

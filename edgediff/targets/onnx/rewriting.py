@@ -34,22 +34,14 @@ class Rewriting:
         return self._shapes.get(name, [])
 
     def constant(self, name: str, values: np.ndarray) -> str:
-        """Adds an initialiser, once.
-
-        Args:
-            values: What it holds, the same for the same name.
-        """
+        """Adds an initialiser, once: the same name holds the same values."""
         if name not in self.weights:
             self.weights[name] = list(values.shape)
             self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
         return name
 
     def reshape(self, name: str, sizes: Sequence[int]) -> str:
-        """Gives an initialiser other sizes; its bytes stay where they are.
-
-        Args:
-            name: Its name; no node is left that takes it as it was.
-        """
+        """Gives an initialiser, which no node is left to take as it was, other sizes; its bytes stay where they are."""
         tensor = next(tensor for tensor in self.model.graph.initializer if tensor.name == name)
         tensor.dims[:] = sizes
         self.weights[name] = list(sizes)
@@ -68,11 +60,7 @@ class Rewriting:
 
 
 def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """A copy of a node between other tensors, called by what it makes.
-
-    Args:
-        names: New names by the old ones, of all that it makes and of what it takes that is not to stay.
-    """
+    """A copy of a node with other names for all that it makes, and for what it takes where `names` has one."""
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.input[:] = [names.get(name, name) for name in node.input]

@@ -28,9 +28,8 @@ _ROWS, _IMAGES, _COPIES = f"{_SHARED}.rows", f"{_SHARED}.images", f"{_SHARED}.co
 def share_rows(model: ModelProto) -> ModelProto:
     """Lets a graph take its sample once for each image, and compute once what does not depend on the condition.
 
-    Returns:
-        The model. It is as it was where nothing else has rows to be counted by, where rows part at once, or where the
-        graph counts them in more places than it has to.
+    It is as it was where nothing else has rows to be counted by, where rows part at once, or where the graph counts
+    them in more places than it has to.
     """
     given = {value.name for value in model.graph.input}
     others = sorted(given - {SAMPLE, TIMESTEP})

@@ -20,11 +20,7 @@ def join_full_step(models: Sequence[ModelProto], timestep: Literal["float", "int
     Args:
         models: In the order in which a step runs them; equal names of inputs and outputs are the same tensor. Weights
             may lie outside; they stay where they are.
-        timestep: ``float`` takes a float32 scalar, as optimum hands it over; ``int64`` an int64 [1], as OpenVINO GenAI
-            does.
-
-    Returns:
-        A model with the first one's operator sets.
+        timestep: ``float`` takes a float32 scalar, as optimum hands it over; ``int64`` an int64 [1], as GenAI does.
     """
     joined = copy.deepcopy(models[0])
     graph = joined.graph

@@ -127,12 +127,11 @@ def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: s
 def write_graph(
     part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig, share: bool = False
 ) -> Written:
-    """Exports a module to an ONNX file.
+    """Exports a module to an ONNX file, large weights beside it.
 
     Args:
         inputs: Real inputs by name, for tracing and for the check of the simplified graph.
-        path: The file; external data lies beside it.
-        config: How to write; of eight bits, what is written is in fp32 and ready to be quantized.
+        config: How to write; with int8, what is written is in fp32 and ready to be quantized.
         share: Whether rows of one image may share what they have in common.
 
     Raises:

@@ -74,12 +74,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
 
 
 def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
-    """Moves the weights of OpenVINO's models into one file; equal ones share a place.
-
-    Args:
-        models: The ``.xml`` files; each one's ``.bin`` beside it is read and removed.
-        weights: The file to write; it may be one of those.
-    """
+    """Moves the weights of .xml models, each in a .bin beside it, into one file; equal ones share a place."""
     places: dict[bytes, tuple[int, int]] = {}
     pooled = weights.with_name(f"{weights.name}.pooled")
     with pooled.open("wb") as pool:
