@@ -262,16 +262,13 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
 def lint(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
     """Looks for what falls off the accelerators that a target's graphs are for.
 
-    Args:
-        target: The target's name: rules for the Neural Engine look at Core ML, the others at ONNX.
-
     Returns:
         One note for each rule that found something, in the order of the table.
     """
     notes = []
     for rule in RULES:
         hit = [(op, words) for op in ops if (words := rule.hits(op)) is not None]
-        if hit and (rule.where == "ane") == (target == "coreml"):
+        if hit and rule.where in TARGETS[target].accelerators:
             counts = sorted(Counter(op.type for op, _ in hit).items(), key=lambda item: (-item[1], item[0]))
             details = tuple(dict.fromkeys(words for _, words in hit if words))
             notes.append(Note(rule, target, graph, dict(counts), tuple(op.name for op, _ in hit[:3]), details[:3]))

@@ -76,10 +76,7 @@ class Survey:
 
 
 def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch: int | None) -> Survey:
-    """Reads the costs out of a bundle's manifest.
-
-    Args:
-        batch: UNet rows in a step; None takes 2 where the bundle is guided.
+    """Reads the costs out of a bundle's manifest; None takes the bundle's clock and steps, and 2 rows where it is guided.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -135,11 +132,7 @@ def adaptor_in_words(adaptor: Adaptor) -> str:
 
 
 def check_batch(batch: int) -> int:
-    """Refuses a batch below 1.
-
-    Raises:
-        RequestError: With the value.
-    """
+    """Refuses a batch below 1 with a RequestError."""
     if batch < 1:
         raise RequestError(f"batch is {batch}; expected a whole number above 0")
     return batch

@@ -39,8 +39,8 @@ class Int8Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         quantize_nbits: 8 gives convolutions and matmuls int8 weights and inputs, with ranges measured along whole
             trajectories; everything between them stays fp32. None leaves all of it fp32.
-        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it:
-            OpenVINO has kernels for them, ONNX Runtime computes its own operator faster.
+        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it.
+            ONNX Runtime has no kernels for them and computes its own operator faster.
         calibration_images: How many images those trajectories are of.
     """
 
@@ -117,6 +117,7 @@ class Target(ABC):
         packages: What has to be installed to write it, by the names that pip knows.
         backends: What verification runs its graphs in, in this order; one of them must have measured.
         tools_to_run: The packages whose versions a verification records.
+        accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
         own_backends: Backends that the runtime does not have, opened by `open_session`.
     """
 
@@ -129,6 +130,7 @@ class Target(ABC):
     backends: tuple[str, ...]
     own_backends: tuple[str, ...] = ()
     tools_to_run: tuple[str, ...] = ()
+    accelerators: tuple[str, ...] = ()
 
     # The recipe
 

@@ -55,6 +55,7 @@ class CoreMLTarget(Target):
     packages = ("coremltools",)
     backends = (EVALUATOR, DEVICE)
     own_backends = (EVALUATOR,)
+    accelerators = ("ane",)
 
     def check(self, config: CoreMLConfig, layout: Layout) -> None:
         """Checks the batch, and that the system can load several functions in one package."""

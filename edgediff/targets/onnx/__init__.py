@@ -49,12 +49,13 @@ def opset_of(config: OnnxConfig) -> int:
 
 
 class OnnxTarget(Target):
-    """ONNX graphs for ONNX Runtime, and for OpenVINO, with a symbolic batch."""
+    """ONNX graphs with a symbolic batch."""
 
     name, title, files = "onnx", "ONNX", "ONNX graphs"
     config = OnnxConfig
     packages = ("onnx", "onnxscript", "onnxsim", "onnxruntime")
     backends = ("onnxruntime",)
+    accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
         """Checks the operator set and the int8 settings."""
