@@ -24,7 +24,7 @@ def survey_model(
 ) -> Survey:
     """Counts a model's parts at a cut; weights are not needed.
 
-    None takes level 1, the paper's point, clock 2, 8 steps, the identity adaptor, and 2 UNet rows in a step (`batch`) where
+    None takes level 1, the paper's point, clock 2, 8 steps, the identity adaptor, and a `batch` of 2 UNet rows where
     the model is guided.
 
     Raises:

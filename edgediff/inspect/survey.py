@@ -76,7 +76,7 @@ class Survey:
 
 
 def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch: int | None) -> Survey:
-    """Reads the costs out of a bundle's manifest; None takes the bundle's clock and steps, and 2 rows where it is guided.
+    """Reads the costs out of a bundle's manifest; None takes its clock and steps, and 2 rows where it is guided.
 
     Raises:
         BundleError: The bundle is damaged.
