@@ -21,11 +21,7 @@ SIZE = 64
 
 @cache
 def bytes_overflow() -> bool:
-    """Multiplies the largest unsigned by the largest signed bytes, and looks at the sum.
-
-    Returns:
-        Whether it is wrong.
-    """
+    """Multiplies the largest unsigned by the largest signed bytes, and looks at the sum."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
