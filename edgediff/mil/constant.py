@@ -29,7 +29,7 @@ class Constant:
     def tensor(self) -> Tensor:
         """The constant as ops take it."""
         if isinstance(self.array, str):
-            raise ProgramError(f"the string {self.array!r} where a tensor is expected")
+            raise ProgramError(f"the string {self.array!r} instead of a tensor")
         return hold(self.array)
 
     @property
