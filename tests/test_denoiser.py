@@ -26,9 +26,12 @@ class FixedUNet(torch.nn.Module):
         self.config = unet.config
         self.answer = answer
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: Any = None) -> Any:
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: Any = None, return_dict: bool = True
+    ) -> tuple[torch.Tensor]:
+        assert not return_dict
         self.asked = (timestep.tolist(), None if class_labels is None else class_labels.tolist())
-        return type("Output", (), {"sample": self.answer})
+        return (self.answer,)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

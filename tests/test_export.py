@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SMALL, SMALL_TEXT, save_model
+from conftest import SMALL, SMALL_TEXT, save_model, save_text_model
 from unets import unet2d_condition
 
 import edgediff
@@ -17,7 +17,7 @@ from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, TargetError, UnsupportedError, VerificationError
 from edgediff.targets.onnx import OnnxConfig, passes
 from edgediff.targets.onnx import write_onnx as onnx_module
-from edgediff_runtime import EdgePipeline, open_bundle
+from edgediff_runtime import EdgePipeline, RequestError, open_bundle
 
 
 def _files(path: Path, leave_out: tuple[str, ...] = ("evidence/parity.json",)) -> dict[str, bytes]:
@@ -257,10 +257,26 @@ def test_parts_that_are_not_the_unet_are_not_exported(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_unet_that_gives_other_channels_than_it_takes_is_refused(tmp_path: Path) -> None:
-    model = edgediff.load_model(save_model(unet2d_condition(**SMALL_TEXT, in_channels=9), tmp_path / "inpainting"))
-    with pytest.raises(UnsupportedError, match="takes 9 channels and gives 4"):
-        edgediff.export_bundle(model, tmp_path / "bundle")
+@pytest.mark.long
+def test_channels_that_are_concatenated_go_all_the_way(tmp_path: Path) -> None:
+    save_text_model(unet2d_condition(**SMALL_TEXT, in_channels=9), tmp_path / "inpainting")
+    config = edgediff.ExportConfig(steps=4)
+    assert edgediff.export_bundle(edgediff.load_model(tmp_path / "inpainting"), tmp_path / "bundle", config).report.ok
+    sample = open_bundle(tmp_path / "bundle").manifest.sample
+    assert (sample.channels, sample.in_channels) == (4, 9)
+    pipe = EdgePipeline.from_pretrained(tmp_path / "bundle")
+    embeds = {
+        "prompt_embeds": np.ones((1, 7, 12), np.float32),
+        "negative_prompt_embeds": np.zeros((1, 7, 12), np.float32),
+    }
+    masked = np.ones((1, 5, 16, 16), np.float32)
+    made = [pipe(**embeds, concat_latents=value, num_images=2).latents for value in (masked, -masked)]
+    assert made[0].shape == (2, 4, 16, 16)
+    assert np.abs(made[0] - made[1]).max() > 0.01
+    with pytest.raises(RequestError, match=r"the model needs concat_latents of shape \[batch, 5, 16, 16\]"):
+        pipe(**embeds)
+    with pytest.raises(RequestError, match=r"concat_latents has shape \[1, 4, 16, 16\]"):
+        pipe(**embeds, concat_latents=masked[:, :4])
 
 
 def test_another_text_length_is_another_bundle(text_bundle: Path, text_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgediff_runtime import ort_options, ort_overflow
-from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_options import session_options
 from edgediff_runtime.ort_overflow import PRODUCT, SIZE, bytes_overflow
 
@@ -67,5 +66,5 @@ def test_exact_kernels_are_asked_for_where_others_overflow(
     wanted: bool, overflows: bool, entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort_options, "bytes_overflow", lambda: overflows)
-    options = session_options(SessionSettings(exact_int8=wanted))
+    options = session_options(wanted)
     assert options.get_session_config_entry("session.x64quantprecision") == entry

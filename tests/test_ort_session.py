@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from edgediff_runtime import Bundle, EdgePipeline, RequestError, open_bundle, ort_options, ort_session
-from edgediff_runtime.manifest import SessionSettings
 from edgediff_runtime.ort_session import OrtSession
 
 # Rows in another grouping go through other kernels: what is left is the order of additions.
@@ -65,20 +64,16 @@ def test_threads_are_the_callers(class_bundle: Path) -> None:
             EdgePipeline.from_pretrained(class_bundle, threads=bad)  # type: ignore[arg-type]
 
 
-def test_settings_are_the_manifests(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_int8_kernels_are_for_int8_graphs(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_options, "bytes_overflow", lambda: True)
     bundle = open_bundle(class_bundle)
-    target = bundle.manifest.target("onnx")
-    assert target.session == SessionSettings(exact_int8=False)
-    other = SessionSettings(memory_arena=False, memory_pattern=False, stop_spinning=False, exact_int8=False)
-    for settings, on in ((other, False), (SessionSettings(), True), (None, True)):
-        targets = (msgspec.structs.replace(target, session=settings),)
+    for dtype, entry in (("fp32", "0"), ("int8", "1")):
+        targets = (bundle.manifest.target("onnx").with_unet(dtype=dtype),)
         session = OrtSession(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, targets=targets)), 2)
         for each in session._shared.values():
             options = each.get_session_options()
-            assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (on, on)
-            for entry in ("session.force_spinning_stop", "session.x64quantprecision"):
-                assert options.get_session_config_entry(entry) == str(int(on))
+            assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+            assert options.get_session_config_entry("session.x64quantprecision") == entry
 
 
 def test_a_threads_rows_come_out_as_if_they_were_alone(class_bundle: Path) -> None:

@@ -17,7 +17,6 @@ from seals import assert_refused, manifest_of, replace_graph, reseal, seal, seal
 from unets import unet2d_condition
 
 from edgediff import verify_bundle
-from edgediff.bench.contenders import export_undivided
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, reference_request
 from edgediff.config.floors import QuantizedFloors, VerifyConfig
@@ -129,13 +128,10 @@ def test_a_portable_graph_and_a_small_one_take_every_row(class_model: Path, text
     assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}
 
 
-def test_the_undivided_unet_beside_it_shares_rows_too(text_model: Path, large: Export, tmp_path: Path) -> None:
-    path = large(text_model, layout="pair")
-    bundle = open_bundle(path)
-    (tmp_path / "whole").mkdir()
-    first = load_reference(path / REFERENCE).steps[0].tensors
-    whole = export_undivided(bundle, first, tmp_path / "whole")
-    assert whole.graph.shares_rows
+def test_the_undivided_step_beside_it_shares_rows_too(text_model: Path, large: Export) -> None:
+    model = manifest_of(large(text_model, layout="pair")).target("onnx").unet.model
+    assert model is not None
+    assert model.shares_rows
 
 
 WITHOUT_ATTENTION_FIRST = SMALL_TEXT | {

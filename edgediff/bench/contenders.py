@@ -8,24 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from edgediff.bench.machine import peak_gflops
 from edgediff.bench.turns import Said
-from edgediff.bundle.feed import run_step
+from edgediff.bundle.feed import run_step, undivided_step
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, Reference, load_reference, reference_request
-from edgediff.errors import EdgediffError, UnsupportedError
+from edgediff.errors import UnsupportedError
 from edgediff.targets.backends import open_session
 from edgediff.verify.source import open_source
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
-from edgediff_runtime.manifest import File, Graph, share_rows
 from edgediff_runtime.ort_bound_session import CUDA
 from edgediff_runtime.sessions import Session
 
 # The bundle's own floor is for fp32: a step in bf16 is checked against less.
 BF16_DB = 35.0
-WHOLE = "whole.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,6 @@ def time_bundle(
     backend: str,
     *,
     undivided: bool = False,
-    whole: str | None = None,
     threads: int | None = None,
     num_images: int = 1,
     **request: Any,
@@ -121,7 +116,6 @@ def time_bundle(
         bundle: Its directory, or itself.
         backend: The backend's name.
         undivided: Run the undivided UNet instead: a turn is one generation at clock 1.
-        whole: Where `export_whole` wrote that; backends that run the source do without.
         threads: How many may be at work; the backend's own choice if None.
         num_images: Images at once.
         request: ``num_inference_steps``, ``clock``, ``guidance_scale``; where None, the bundle's.
@@ -130,7 +124,7 @@ def time_bundle(
     reference = load_reference(bundle.file(REFERENCE))
     chosen = named(backend)
     start = time.perf_counter()
-    session = _open(bundle, chosen, threads, undivided, whole)
+    session = _open(bundle, chosen, threads, undivided)
     load_ms = 1e3 * (time.perf_counter() - start)
     pipe = EdgePipeline(bundle.manifest, session, warn=False)
     asked = reference_request(bundle.manifest, reference.conditioning) | {"num_images": num_images, "seed": 0}
@@ -157,15 +151,6 @@ def time_bundle(
         names = (*clocked.parts, "loop_clock1")
         parts = {name: [*clocked.parts.get(name, []), *always.parts.get(name, [])] for name in names}
         yield Said(parts=parts, mask=clocked.mask, rows=clocked.rows)
-
-
-def export_whole(bundle: str, folder: str) -> Iterator[Said]:
-    """Writes the undivided UNet into an empty folder, for `time_bundle`."""
-    opened = open_bundle(Path(bundle))
-    inputs = load_reference(opened.file(REFERENCE)).steps[0].tensors
-    whole = export_undivided(opened, inputs, Path(folder))
-    (Path(folder) / WHOLE).write_bytes(msgspec.json.encode(whole))
-    yield Said()
 
 
 def check(session: Session, reference: Reference, only_full: bool = False) -> float:
@@ -212,27 +197,14 @@ def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:
 # How it is opened
 
 
-class Whole(msgspec.Struct, frozen=True):
-    """The undivided UNet in ONNX.
-
-    Attributes:
-        graph: As the manifest would list it.
-        files: Size and hash of each file in its folder.
-    """
-
-    graph: Graph
-    files: dict[str, File]
-
-
-def _open(bundle: Bundle, backend: Backend, threads: int | None, undivided: bool, whole: str | None) -> Session:
-    if not backend.targets:
+def _open(bundle: Bundle, backend: Backend, threads: int | None, undivided: bool) -> Session:
+    target = backend.target(bundle.manifest)
+    if target is None:
         return _open_source(bundle.manifest, backend.name == "torch-compile", undivided)
-    if whole is not None:
-        found = msgspec.json.decode((Path(whole) / WHOLE).read_bytes(), type=Whole)
-        target = bundle.manifest.target("onnx").with_unet(graphs=(found.graph,))
-        manifest = msgspec.structs.replace(bundle.manifest, targets=(target,), files=found.files)
-        bundle = Bundle(Path(whole), manifest)
-    return open_session(bundle, backend.name, threads=threads)
+    whole = undivided_step(bundle, target) if undivided else bundle
+    if whole is None:
+        raise UnsupportedError(f"the bundle has no undivided step in {target}")
+    return open_session(whole, backend.name, threads=threads)
 
 
 def _open_source(manifest: Manifest, compile_parts: bool, undivided: bool) -> Session:
@@ -252,41 +224,3 @@ def _open_source(manifest: Manifest, compile_parts: bool, undivided: bool) -> Se
         compiler: Callable[..., Any] = torch.compile
         session.parts = {name: compiler(part) for name, part in session.parts.items()}
     return session
-
-
-def export_undivided(bundle: Bundle, inputs: dict[str, Any], folder: Path) -> Whole:
-    """Exports the undivided UNet of a bundle's source to ONNX, as the bundle's graphs were.
-
-    Args:
-        bundle: The bundle.
-        inputs: Real inputs of a full step by name, for tracing.
-        folder: An empty directory.
-
-    Raises:
-        UnsupportedError: The source is not available, or cannot be exported.
-    """
-    try:
-        from edgediff.bundle.files import list_files
-        from edgediff.models.undivided import NAME, Undivided, undivided_graph
-        from edgediff.targets.onnx import OnnxConfig
-        from edgediff.targets.onnx.write_onnx import write_graph
-    except ModuleNotFoundError as e:
-        raise UnsupportedError(f"exporting the undivided UNet needs {e.name}") from e
-    found, reason = open_source(bundle.manifest)
-    if found is None:
-        raise UnsupportedError(reason)
-    model, _ = found
-    file = f"onnx/{NAME}.onnx"
-    (folder / "onnx").mkdir()
-    graph = undivided_graph(model, file)
-    settings = msgspec.convert(bundle.manifest.config["onnx"], OnnxConfig)
-    given = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
-    share = share_rows(bundle.manifest.target("onnx").unet.graphs)
-    try:
-        part = Undivided(model.unet, tuple(given))
-        done = write_graph(part, graph, given, folder / file, settings, share)
-    except EdgediffError as e:
-        raise UnsupportedError(f"the undivided UNet cannot be exported: {e}") from e
-    beside = None if done.external_data is None else f"onnx/{done.external_data}"
-    graph = msgspec.structs.replace(graph.with_shared_rows() if done.shares_rows else graph, external_data=beside)
-    return Whole(graph, list_files(folder))

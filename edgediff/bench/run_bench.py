@@ -1,6 +1,5 @@
 """One run of `edgediff bench`: bundles in backends, beside each the undivided UNet, in turns."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from edgediff.bench.contenders import (
     BACKENDS,
     NOT_BY_DEFAULT,
     Backend,
-    export_whole,
     named,
     time_bundle,
     time_peak,
@@ -27,7 +25,6 @@ from edgediff_runtime import Bundle, Manifest, clock_mask, make_scheduler, open_
 # Runtimes keep weights a second time, laid out for their kernels.
 WEIGHTS_TIMES = 2.2
 # Tracing a model takes it twice.
-EXPORT_TIMES = 2
 BASE_BYTES = 300 * 2**20
 
 
@@ -40,7 +37,6 @@ class _Entry:
     backend: Backend
     runner: Runner
     undivided: Runner | None = None
-    why_not_undivided: str = ""
 
 
 def run_bench(
@@ -67,8 +63,8 @@ def run_bench(
         guidance_scale: Each bundle's own if None; 1 halves the rows.
         rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
         threads: How many a backend may use; its own choice if None.
-        undivided: Whether to export the undivided UNet and run it too; else time is saved against the bundles' own
-            graphs at clock 1.
+        undivided: Whether to run the undivided UNet too where a bundle has it; else time is saved against the bundles'
+            own graphs at clock 1.
         progress: Told what is being done.
 
     Returns:
@@ -96,36 +92,23 @@ def run_bench(
         clock_mask(point.clock if clock is None else clock, count)
     asked = {"num_inference_steps": steps, "clock": clock, "num_images": num_images, "guidance_scale": guidance_scale}
     asked["threads"] = threads
-    with tempfile.TemporaryDirectory(prefix="edgediff-bench-") as scratch:
-        entries = []
-        for number, (name, bundle) in enumerate(opened):
-            folder = Path(scratch) / str(number) if undivided else None
-            entries += _entries(name, bundle, chosen, asked, folder, progress)
-        peak = Runner("the machine's peak", Call.of(time_peak), threads=threads)
-        runners = [runner for entry in entries for runner in (entry.runner, entry.undivided) if runner is not None]
-        take_turns([peak, *runners], rounds, progress)
+    entries = [entry for name, bundle in opened for entry in _entries(name, bundle, chosen, asked, undivided)]
+    peak = Runner("the machine's peak", Call.of(time_peak), threads=threads)
+    runners = [runner for entry in entries for runner in (entry.runner, entry.undivided) if runner is not None]
+    take_turns([peak, *runners], rounds, progress)
     gflops = peak.parts.get("gflops")
     settings = Settings(steps, clock, num_images, guidance_scale, rounds, threads)
     return _ledger(entries, median(gflops) if gflops else None, settings)
 
 
 def _entries(
-    name: str, bundle: Bundle, chosen: Sequence[Backend], asked: dict[str, Any], folder: Path | None, say: Say
+    name: str, bundle: Bundle, chosen: Sequence[Backend], asked: dict[str, Any], undivided: bool
 ) -> list[_Entry]:
-    """A bundle in each backend; `folder` is for the undivided UNet, None where it is not wanted."""
+    """A bundle in each backend, and the undivided UNet beside it where that is wanted and there is one."""
     manifest = bundle.manifest
     needs = BASE_BYTES + int(
         4 * WEIGHTS_TIMES * (manifest.cost["full"].parameters + manifest.cost["adaptor"].parameters)
     )
-    # The undivided UNet is fp32: beside it, int8 graphs would have saved what the clock did not.
-    alike = any(target.target == "onnx" and target.unet.dtype == "fp32" for target in manifest.targets)
-    whole, why_not = None, ""
-    if folder is not None and alike and any(b.is_installed and b.target(manifest) == "onnx" for b in chosen):
-        folder.mkdir()
-        exporter = Runner(name, Call.of(export_whole, bundle=name, folder=str(folder)), EXPORT_TIMES * needs)
-        say(f"exporting the undivided UNet of {name}")
-        take_turns([exporter], 0)
-        whole, why_not = (str(folder) if exporter.heard else None), exporter.says
     entries = []
     for backend in chosen:
         target = backend.target(manifest)
@@ -138,11 +121,9 @@ def _entries(
         elif backend.targets and target is None:
             there = ", ".join(target.target for target in manifest.targets)
             runner.status, runner.says = "absent", f"runs {' or '.join(backend.targets)} graphs, the bundle has {there}"
-        elif folder is not None and (not backend.targets or (target == "onnx" and whole is not None)):
-            call = Call.of(time_bundle, **given, undivided=True, whole=whole)
+        elif undivided and (target is None or manifest.target(target).unet.model is not None):
+            call = Call.of(time_bundle, **given, undivided=True)
             entry.undivided = Runner(f"{runner.name}, undivided", call, needs, asked["threads"])
-        elif target == "onnx":
-            entry.why_not_undivided = why_not
     return entries
 
 
@@ -183,7 +164,7 @@ def _contender(entry: _Entry, peak: float | None) -> Contender:
         runner.says,
         runner.psnr_db,
     )
-    without = entry.why_not_undivided if beside is None else beside.says
+    without = "" if beside is None else beside.says
     if known.status == "measured" and without:
         known = msgspec.structs.replace(known, says=f"the undivided UNet: {without}")
     parts = runner.parts

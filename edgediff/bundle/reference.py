@@ -68,8 +68,11 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     """
     point = manifest.operating_point
     request: dict[str, Any] = {"num_images": point.num_images, "seed": int(point.seed), "clock": point.mask}
+    given = prompt_arguments(conditioning)
     if manifest.conditioning.kind == "text":
-        request |= prompt_arguments(conditioning)
+        request |= given
+    elif given["concat_latents"] is not None:
+        request["concat_latents"] = given["concat_latents"]
     return request
 
 

@@ -28,9 +28,7 @@ def bench(
         int, typer.Option(help="Turns of each contender: a generation at the clock and one at clock 1.")
     ] = 10,
     threads: Annotated[int | None, typer.Option(help="How many a backend may use; left out, its own choice.")] = None,
-    undivided: Annotated[
-        bool, typer.Option(help="Also run the UNet before it was cut; large ones take minutes to export.")
-    ] = True,
+    undivided: Annotated[bool, typer.Option(help="Also run the undivided UNet.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the ledger, every sample in it.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page, and its pictures as PNGs.")] = None,
     compare: Annotated[

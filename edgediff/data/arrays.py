@@ -45,11 +45,13 @@ def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         arrays: By name; names beginning with ``negative_`` are the unconditional ones.
 
     Returns:
-        ``prompt_embeds``, ``negative_prompt_embeds``, ``added_cond`` and ``negative_added_cond``.
+        ``prompt_embeds``, ``negative_prompt_embeds``, ``added_cond``, ``negative_added_cond`` and ``concat_latents``.
     """
     negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
     positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}
+    concat = positive.pop("concat_latents", None)
     return {
+        "concat_latents": concat,
         "prompt_embeds": positive.pop("encoder_hidden_states", None),
         "negative_prompt_embeds": negative.pop("encoder_hidden_states", None),
         "added_cond": positive,

@@ -21,8 +21,9 @@ from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
 from edgediff.targets.backends import BACKENDS, open_session, usual_backend
-from edgediff_runtime import EdgePipeline, Result, clock_mask, denoise, make_scheduler, noise, open_bundle
+from edgediff_runtime import EdgePipeline, clock_mask, denoise, make_scheduler, noise, open_bundle
 from edgediff_runtime.bundle import MANIFEST
+from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request
 from edgediff_runtime.manifest import Manifest
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
@@ -199,7 +200,7 @@ class Sampler:
             seed=seed,
         )
         *_, last = denoise(request, self.session)
-        return Result(last.latents, (), "pixel").images
+        return to_uint8(last.latents)
 
 
 def sample_model(model: Model, scheduler: str | None = None, device: torch.device | None = None) -> Sampler:

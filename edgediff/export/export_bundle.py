@@ -88,7 +88,9 @@ def export_bundle(
 
     # Load: weights, and what the reference is conditioned on.
     model = _with_weights(model, config, say)
-    conditioning, conditioning_source = reference_conditioning(model.conditioning, config.conditioning, config.seed)
+    conditioning, conditioning_source = reference_conditioning(
+        model.conditioning, config.conditioning, config.seed, _concatenated(model)
+    )
 
     # Split.
     say("dividing the UNet")
@@ -148,6 +150,13 @@ def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:
         raise ConfigError(f"{model.name} is a geometry without weights; pass --random-weights SEED to export it")
     model.check_schedule()
     return model
+
+
+def _concatenated(model: Model) -> tuple[int, int, int] | None:
+    """Shape of the channels that the UNet takes after the latent's; None where it takes the latent alone."""
+    channels, height, width = model.sample_shape
+    extra = channels - model.out_channels
+    return (extra, height, width) if extra > 0 else None
 
 
 @torch.no_grad()

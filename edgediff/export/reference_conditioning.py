@@ -14,13 +14,17 @@ Source = Literal["none", "labels", "file", "synthetic"]
 TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
-def reference_conditioning(known: Conditioning, path: str | None, seed: int) -> tuple[dict[str, np.ndarray], Source]:
+def reference_conditioning(
+    known: Conditioning, path: str | None, seed: int, concat: tuple[int, int, int] | None = None
+) -> tuple[dict[str, np.ndarray], Source]:
     """Finds the embeddings that the reference trajectory is conditioned on.
 
     Args:
         known: What the UNet is conditioned on.
         path: A ``.safetensors`` or ``.npz`` file, or None.
         seed: Seed of synthetic embeddings.
+        concat: Shape of the channels that the UNet takes after the latent's, or None: they are seeded normal ones where
+            no file has them as ``concat_latents``.
 
     Returns:
         Arrays by name, unconditional ones as ``negative_*``; and where they came from: ``none``, ``labels``, ``file``
@@ -29,6 +33,7 @@ def reference_conditioning(known: Conditioning, path: str | None, seed: int) -> 
     Raises:
         ConfigError: The file cannot be read, lacks a tensor, or the model takes no embeddings.
     """
+    extra = {} if concat is None else {"concat_latents": noise(seed, concat, image=0, draw=1_000)[None]}
     if path is not None:
         if known.kind != "text":
             raise ConfigError(f"conditioning {path} was given, but the model is not conditioned on text")
@@ -36,12 +41,12 @@ def reference_conditioning(known: Conditioning, path: str | None, seed: int) -> 
         missing = [name for name in known.tensors if name not in arrays]
         if missing:
             raise ConfigError(f"conditioning {path} lacks {', '.join(missing)}; it has {', '.join(arrays)}")
-        return arrays, "file"
+        return extra | arrays, "file"
     if known.kind == "class":
-        return {}, "labels"
+        return extra, "labels"
     if known.kind == "none":
-        return {}, "none"
-    arrays = {}
+        return extra, "none"
+    arrays = extra
     for draw, (name, spec) in enumerate(known.tensors.items()):
         if name == "time_ids":
             ids = np.resize(np.array(TIME_IDS, dtype=np.float32), spec.shape)

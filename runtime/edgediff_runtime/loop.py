@@ -5,7 +5,7 @@ the last step left under ``lowres_feature`` is this step's ``cache``. All state 
 generations never meet, and leaving the generator cancels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -115,7 +115,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     chunks: list[_Chunk] = []
     was_guided = False
     start = perf_counter()
-    timesteps = [session.put(np.array([t], dtype=np.float32)) for t in scheduler.timesteps]
+    timesteps = [session.put(_as_timestep(t, request.graphs)) for t in scheduler.timesteps]
     for i, t in enumerate(scheduler.timesteps):
         if i < request.start:
             continue
@@ -175,6 +175,12 @@ def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: flo
     """
     drawn = [noise(seed, tuple(shape), image=i) for i in range(num_images)]
     return np.stack(drawn) * np.float32(sigma)
+
+
+def _as_timestep(t: float, graphs: Iterable[Graph]) -> Array:
+    """A timestep as the graphs take it: float32 [1]; the undivided step of another tool may take a scalar, or int64."""
+    taken = next(tensor for graph in graphs for tensor in graph.inputs if tensor.name == TIMESTEP)
+    return np.full([size for size in taken.shape if isinstance(size, int)], t, dtype=taken.dtype)
 
 
 def _fresh_noise(request: Request, i: int) -> Array:

@@ -134,6 +134,7 @@ class EdgePipeline:
         negative_prompt_embeds: Array | None = None,
         added_cond: Mapping[str, Array] | None = None,
         negative_added_cond: Mapping[str, Array] | None = None,
+        concat_latents: Array | None = None,
         num_images: int | None = None,
         num_inference_steps: int | None = None,
         clock: ClockSpec | None = None,
@@ -151,6 +152,7 @@ class EdgePipeline:
             negative_prompt_embeds: The same for guidance.
             added_cond: ``text_embeds`` [1 or N, P] and ``time_ids`` [1 or N, K] of SDXL.
             negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
+            concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
             num_images: N; 1 if left out, or the number of labels or prompt embeddings given.
             num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
                 is a mask asks for one.
@@ -187,11 +189,25 @@ class EdgePipeline:
             cond=cond,
             uncond=uncond,
             seed=seed,
+            concat=self._concat(concat_latents, count),
         )
         differs = departure(self.manifest, mask, guidance, clock)
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=2)
         return denoise(request, self.session)
+
+    def _concat(self, given: Array | None, count: int) -> Array | None:
+        """Rows of the channels that are concatenated to the latents; None where the UNet takes none."""
+        sample = self.manifest.sample
+        channels = sample.in_channels - sample.channels
+        if not channels:
+            if given is not None:
+                raise RequestError("concat_latents were given, but the UNet takes the latent alone; leave them out")
+            return None
+        name = "concat_latents"
+        tensor = Tensor(name, "float32", ("batch", channels, sample.height, sample.width))
+        arrays = {} if given is None else _arrays(None, {name: given}, "")
+        return _rows({name: tensor}, arrays, count, "")[name]
 
     def _conditioning(
         self,
