@@ -34,7 +34,7 @@ def check_folder(folder: Path, *, replaced: bool = False) -> None:
         TargetError: It is a file, or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise TargetError(f"{folder} exists and is no directory; choose another output")
+        raise TargetError(f"{folder} is not a directory; choose another output")
     here = folder.absolute() if replaced else folder.resolve()
     there = next(place for place in (here, *here.parents)[replaced:] if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

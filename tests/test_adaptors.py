@@ -138,7 +138,7 @@ def test_adaptors_that_do_not_fit() -> None:
         make_adaptor("unet", AdaptorShape((8, 4, 4), (16, 4, 4), 32))
     with pytest.raises(UnsupportedError, match="no multiple of highres_feature"):
         make_adaptor("resnet", AdaptorShape((8, 8, 8), (16, 12, 12), 32))
-    with pytest.raises(UnsupportedError, match="the UNet looks at none"):
+    with pytest.raises(UnsupportedError, match="the UNet takes no text"):
         make_adaptor("resnet", AdaptorShape((8, 8, 8), (16, 8, 8), 32), takes_text=True)
     assert isinstance(make_adaptor(ADAPTORS[0], AdaptorShape((8, 5, 5), (16, 5, 5), 32)), IdentityAdaptor)
 
@@ -338,7 +338,7 @@ def test_a_bundle_without_latents_whose_adaptor_is_lost_says_what_was_not_run(
     rows = {row["check"]: row for row in json.loads(said.out)["rows"]}
     for check in ("trajectory", "caching"):
         assert rows[check]["status"] == "not_run"
-        assert rows[check]["note"] == "no latents to compare with: the adaptor is not at hand"
+        assert rows[check]["note"] == "no latents to compare with: the adaptor is not available"
     assert rows["graph"]["ok"]
 
 

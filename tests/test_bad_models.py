@@ -176,7 +176,7 @@ def test_a_plain_pickle_that_would_run_code_is_not_run(folder: Path, tmp_path: P
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"conv_in.bias": torch.zeros(8)}}, {1: torch.zeros(8)}])
 def test_a_bin_of_something_else(folder: Path, content: object) -> None:
     torch.save(content, as_bin(folder))
-    refused(folder, ModelError, BIN, "holds something else than tensors by name")
+    refused(folder, ModelError, BIN, "does not contain tensors by name")
 
 
 @pytest.mark.parametrize("keep", [0, -100])
@@ -190,14 +190,14 @@ def test_a_truncated_bin(folder: Path, keep: int) -> None:
 def test_shards_that_are_missing_or_lie_elsewhere(folder: Path, name: str) -> None:
     (folder / SAFE).rename(folder / "outside.safetensors")
     write(folder / INDEX, json.dumps({"weight_map": {"conv_in.bias": name}}))
-    refused(folder, ModelError, INDEX, f"names shards that are not there: {name}")
+    refused(folder, ModelError, INDEX, f"names shards that are missing: {name}")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": ["a"]}])
 def test_an_index_without_shards(folder: Path, index: object) -> None:
     (folder / SAFE).unlink()
     write(folder / INDEX, json.dumps(index))
-    refused(folder, ModelError, INDEX, "names shards that are not there: none")
+    refused(folder, ModelError, INDEX, "names shards that are missing: none")
 
 
 def test_weights_of_an_unknown_variant_are_named(folder: Path) -> None:
@@ -227,7 +227,7 @@ def test_names_with_a_prefix(folder: Path, prefix: str) -> None:
 
 def test_a_pipeline_with_a_transformer(folder: Path) -> None:
     (folder / "unet").rename(folder / "transformer")
-    refused(folder, UnsupportedError, "a transformer in the place of a UNet; supported: UNets")
+    refused(folder, UnsupportedError, "a transformer instead of a UNet; supported: UNets")
 
 
 def test_a_pipeline_without_a_unet(folder: Path) -> None:

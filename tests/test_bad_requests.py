@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ BAD_EMBEDDINGS: dict[str, tuple[Any, str]] = {
     "none": (np.zeros((0, 7, 12), np.float32), "has shape [0, 7, 12]"),
     "scalar": (np.float32(1), "has shape []"),
     "NaN": (np.full((1, 7, 12), np.nan, np.float32), "holds NaN or infinity"),
-    "too large": (np.full((1, 7, 12), 1e300), "numbers that float32 cannot"),
+    "too large": (np.full((1, 7, 12), 1e300), "numbers beyond the range of float32"),
     "text": (np.full((1, 7, 12), "a"), "expected numbers"),
     "complex": (np.zeros((1, 7, 12), np.complex64), "expected numbers"),
     "pickle": (np.array([{}], dtype=object), "cannot be read"),
@@ -110,7 +111,7 @@ def test_embeddings_with_foreign_names(command: Command, text_bundle: Path, plac
     np.savez(place / "text.npz", encoder_hidden_states=good, negative_encoder_hidden_states=good, pooled=good)
     with unchanged(place):
         said = command("run", text_bundle, "-o", place / "out.npy", "--conditioning", place / "text.npz")
-    assert_error(said, "pooled is no input of this model; it takes encoder_hidden_states")
+    assert_error(said, "pooled is not an input of this model; it takes encoder_hidden_states")
 
 
 @pytest.mark.parametrize(
@@ -217,12 +218,13 @@ def test_a_damaged_bundle(command: Command, class_bundle: Path, place: Path, nam
             assert_error(command("run", bundle, "-o", place / "out.png"), name)
 
 
-def test_a_number_that_does_not_hold_is_a_failed_check(command: Command, class_bundle: Path, place: Path) -> None:
+def test_a_number_below_its_floor_is_a_failed_check(command: Command, class_bundle: Path, place: Path) -> None:
     bundle = shutil.copytree(class_bundle, place / "bundle")
-    seal_plain(bundle, lambda m: m["targets"][0]["floors"].update(graph=500.0))
+    seal_plain(bundle, lambda m: m["targets"][0]["components"]["unet"]["floors"].update(graph=500.0))
     said = command("verify", bundle)
     assert said.code == 1
-    assert said.errors == [f"error: {bundle} does not hold: a number above is below its floor; export it again"]
+    assert len(said.errors) == 1
+    assert re.match(rf"error: {bundle}: \d of \d+ numbers are below their floor, the worst: graph ", said.errors[0])
     said = command("verify", bundle, "--json")
     assert (said.code, json.loads(said.out)["ok"]) == (1, False)
 

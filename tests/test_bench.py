@@ -278,7 +278,7 @@ def test_where_the_source_is_gone_the_bundle_stands_for_itself(
         moved.rename(class_model)
     ort, eager = found.contenders
     assert (ort.status, ort.undivided, ort.says) == ("measured", "undivided", "")
-    assert (eager.status, "source is not at hand" in eager.says) == ("refused", True)
+    assert (eager.status, "source is not available" in eager.says) == ("refused", True)
 
 
 def test_threads_reach_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +386,7 @@ def test_bad_input_is_one_line(command: Command, class_bundle: Path, place: Path
         (command("bench", class_bundle, "--json", place / "none" / "a.json"), ("not a folder",)),
         (command("bench", class_bundle, "--json", place), ("is a directory",)),
         (command("bench", class_bundle, "--html", place), ("is a directory",)),
-        (command("bench", class_bundle, "--compare", place / "text"), ("no ledger of edgediff bench",)),
+        (command("bench", class_bundle, "--compare", place / "text"), ("is not a ledger of edgediff bench",)),
         (command("bench", class_bundle, "--import", place / "nothing"), ("cannot be read",)),
     ):
         assert_error(said, *parts)

@@ -38,7 +38,7 @@ def test_evidence_without_its_steps_is_refused(bundle: Path, kept: str) -> None:
 @pytest.mark.parametrize("key", ["more", "steps/x/full/sample", "steps/0/half/sample", "steps/0/full", "a/b/c/d/e"])
 def test_evidence_with_foreign_keys_is_refused(bundle: Path, key: str) -> None:
     _change(bundle, key, np.zeros(1, np.float32))
-    assert_refused(bundle, f"holds '{key}', which is nothing that a reference holds", run=False)
+    assert_refused(bundle, f"holds '{key}', which no reference has; export again", run=False)
 
 
 @pytest.mark.parametrize(

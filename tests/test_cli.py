@@ -70,7 +70,7 @@ def test_verify_prints_the_numbers(
 ) -> None:
     assert exit_code(monkeypatch, "verify", class_bundle) == 0
     table = capsys.readouterr().out
-    assert "everything holds" in table
+    assert "every number is above its floor" in table
     assert all(check in table for check in ("graph", "composed", "trajectory", "caching"))
     assert exit_code(monkeypatch, "verify", class_bundle, "--json") == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True

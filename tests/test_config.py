@@ -196,7 +196,7 @@ def test_a_choice_that_is_not_there_names_those_that_are(
         ("seed: 9223372036854775808", ["'seed' is 9223372036854775808", "0 to 2^63 - 1"]),
         ("random_weights: -1", ["'random_weights' is -1", "0 to 2^63 - 1"]),
         ("targets: []", ["'targets' is empty", "at least one of: onnx"]),
-        ("targets: [onnx, onnx]", ["'targets' names one twice: onnx, onnx"]),
+        ("targets: [onnx, onnx]", ["'targets' has a duplicate: onnx, onnx"]),
     ],
 )
 def test_out_of_range(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -284,7 +284,7 @@ def test_a_config_by_hand_comes_back_as_it_was() -> None:
         ({"targets": ("tflite",)}, ["'targets[0]'", "'tflite'", "expected one of: onnx, coreml"]),
         ({"guidance_scale": float("nan")}, ["'guidance_scale' is nan", "finite"]),
         ({"clock": "1,0"}, ["clock mask 1,0 has 2 entries for 8 steps"]),
-        ({"model": Path("sd15")}, ["a type that no recipe can hold", "PosixPath"]),
+        ({"model": Path("sd15")}, ["a type that no recipe can have", "PosixPath"]),
     ],
 )
 def test_a_config_by_hand_is_checked_too(given: dict[str, Any], words: list[str]) -> None:

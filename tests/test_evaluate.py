@@ -92,7 +92,7 @@ def test_classes_go_by_name(tiny_set: ImageSet) -> None:
     assert found is not None
     assert found.tolist() == [3 - label for label in tiny_set.labels]
     strange = ImageSet(tiny_set.images, tiny_set.labels, ("Apple", "Banana", "Kiwi", "Plum"))
-    with pytest.raises(DataError, match="'Plum' is none of the bundle's; choices: Apple"):
+    with pytest.raises(DataError, match="'Plum' is not one of the bundle's; choices: Apple"):
         class_indices(LABELS, strange, "bundle")
     assert class_indices(None, strange, "bundle") is None
 

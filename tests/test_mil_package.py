@@ -70,7 +70,7 @@ def _named(path: str) -> dict[str, Any]:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not there": (shutil.rmtree, "is not there; expected an .mlpackage directory"),
     "a file": (lambda p: (shutil.rmtree(p), p.write_text("x")), "is a file; expected an .mlpackage directory"),
-    "no manifest": (lambda p: (p / "Manifest.json").unlink(), "is no .mlpackage: it has no Manifest.json"),
+    "no manifest": (lambda p: (p / "Manifest.json").unlink(), "is not an .mlpackage: it has no Manifest.json"),
     "manifest no JSON": (lambda p: write_manifest(p, "{"), "is not JSON"),
     "manifest no text": (lambda p: (p / "Manifest.json").write_bytes(b"\xff\xfe\xff"), "is not JSON"),
     "manifest a list": (lambda p: write_manifest(p, []), "names no root model"),
@@ -100,7 +100,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:200]),
         "is cut off at 200 bytes",
     ),
-    "weights short": (lambda p: (p / WEIGHTS).write_bytes(b""), "0 bytes are no weights file"),
+    "weights short": (lambda p: (p / WEIGHTS).write_bytes(b""), "0 bytes are not a weights file"),
     "weights a symlink": (
         lambda p: ((p / WEIGHTS).rename(p.parent / "w"), (p / WEIGHTS).symlink_to(p.parent / "w")),
         "weight.bin is a symlink",
@@ -154,11 +154,11 @@ PROTOS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "an undefined name": (
         lambda m: _swap(operation(m, "conv"), "x", "nobody"),
-        "conv conv_0: nothing before it makes nobody, its input x",
+        "conv conv_0: no earlier operation computes nobody, its input x",
     ),
     "an undefined output": (
         lambda m: m.mlProgram.functions["main"].block_specializations["CoreML7"].outputs.append("nobody"),
-        "nothing makes the output nobody",
+        "no operation computes the output nobody",
     ),
     "another opset": (
         lambda m: setattr(m.mlProgram.functions["main"], "opset", "CoreML1"),
@@ -201,8 +201,8 @@ def test_foreign_program_is_refused(name: str, package: Path, saved: tuple[Path,
 
 def test_inputs_are_held_to_the_program(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, feeds = saved
-    refused(path, {}, "main takes y_in0; given were none")
-    refused(path, {**feeds, "other": feeds["y_in0"]}, "main takes y_in0; given were y_in0, other")
+    refused(path, {}, "main takes y_in0; got none")
+    refused(path, {**feeds, "other": feeds["y_in0"]}, "main takes y_in0; got y_in0, other")
     refused(path, {"y_in0": feeds["y_in0"][:, :2]}, r"input y_in0 has shape \[1, 2, 6, 6\]; expected \[1, 3, 6, 6\]")
     refused(path, {"y_in0": np.full((1, 3, 6, 6), "a")}, "input y_in0 is an array of <U1; expected float16")
     refused(path, feeds, "has no function 'other'; choices: main", function="other")

@@ -198,7 +198,7 @@ def test_a_damaged_bundle_is_told_from_other_things(tmp_path: Path, lost: str) -
     target = _bundle(tmp_path / "out")
     (target / lost).unlink()
     if lost == "manifest.json":
-        with pytest.raises(TargetError, match="other things in it, never replaced"):
+        with pytest.raises(TargetError, match="not a bundle, never replaced"):
             check_place(target, force=True)
     else:
         check_place(target, force=True)
@@ -209,7 +209,7 @@ def test_a_damaged_bundle_is_told_from_other_things(tmp_path: Path, lost: str) -
 def test_a_web_page_with_its_own_manifest_is_never_replaced(tmp_path: Path, force: bool) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "my page", "icons": []}')
     (tmp_path / "index.html").touch()
-    with pytest.raises(TargetError, match="other things in it, never replaced"):
+    with pytest.raises(TargetError, match="not a bundle, never replaced"):
         check_place(tmp_path, force)
 
 
@@ -220,10 +220,10 @@ def test_other_folders_files_and_symlinks_are_never_replaced(tmp_path: Path, for
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(_bundle(tmp_path / "bundle"))
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(TargetError, match="folder with other things in it, never replaced"):
+    with pytest.raises(TargetError, match="folder that is not a bundle, never replaced"):
         check_place(tmp_path / "folder", force)
     for name in ("file", "link", "dangling"):
-        with pytest.raises(TargetError, match=f"{name} exists and is no directory"):
+        with pytest.raises(TargetError, match=f"{name} is not a directory"):
             check_place(tmp_path / name, force)
     with pytest.raises(TargetError, match="file is not a folder that can be written"):
         check_place(tmp_path / "file" / "out", force)
@@ -241,7 +241,7 @@ def test_what_came_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None:
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "thesis.tex").touch()
 
-    with pytest.raises(TargetError, match="has come into being while the bundle was made"):
+    with pytest.raises(TargetError, match="appeared while the bundle was written"):
         export_beside_a_user()
     assert _names(tmp_path) == ["out"]
     assert _names(tmp_path / "out") == ["thesis.tex"]

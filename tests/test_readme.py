@@ -35,7 +35,7 @@ def test_every_line_of_the_shell_runs(
             assert done.returncode == 0, done.stderr
     assert (tmp_path / "orange.png").stat().st_size > 1000
     assert (tmp_path / "grid.png").stat().st_size > 1000
-    assert "everything holds" in capsys.readouterr().out
+    assert "every number is above its floor" in capsys.readouterr().out
 
 
 @pytest.mark.long

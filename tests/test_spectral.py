@@ -199,7 +199,7 @@ def test_what_is_given_by_position_arrives() -> None:
     text, labels = cond["encoder_hidden_states"], cond["class_labels"]
     want = unet(sample, T, **cond).sample
     assert torch.equal(unet(sample, T, text, labels).sample, want)
-    with pytest.raises(UnsupportedError, match=r"given were .*attention_mask"):
+    with pytest.raises(UnsupportedError, match=r"got .*attention_mask"):
         unet(sample, T, text, labels, None, torch.ones(2, 5))
     classes, images, given = spectral("2d-class", gate_takes_time=True)
     assert torch.equal(classes(images, T, given["class_labels"], False)[0], classes(images, T, **given).sample)

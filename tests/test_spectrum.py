@@ -154,7 +154,7 @@ def test_many_gates_have_lines_of_their_own(images: Path, tmp_path: Path) -> Non
         ({"--teacher": "nothing-here"}, ("no model at nothing-here",)),
         ({"--teacher": "grocery-32"}, ("teacher grocery-32 has samples 3x32x32, tiny-class 3x16x16",)),
         ({"--teacher": "ddpm-cifar10"}, ("ddpm-cifar10 is a geometry without weights",)),
-        ({"-o": __file__}, ("exists and is no directory",)),
+        ({"-o": __file__}, ("is not a directory",)),
         ({"-o": f"{__file__}/below"}, ("cannot write",)),
     ],
 )
@@ -186,10 +186,10 @@ def test_models_and_folders_that_do_not_fit(
     assert_error(say(class_model, "--teacher", other), "prediction_type epsilon, tiny-class v_prediction")
     strange = write_photographs(make_photographs(), tmp_path / "strange")
     (strange / "Kiwi").rename(strange / "Plum")
-    assert_error(say(class_model, images=strange), "tiny-class: the folder's class 'Plum' is none of the model's")
+    assert_error(say(class_model, images=strange), "tiny-class: the folder's class 'Plum' is not one of the model's")
     change_json(folder / "scheduler" / "scheduler_config.json")
     (folder / "classes.json").write_text(json.dumps(["Apple", "Banana", "Kiwi", "Plum"]))
-    assert_error(say(class_model, "--teacher", folder), "model: the folder's class 'Orange' is none of the model's")
+    assert_error(say(class_model, "--teacher", folder), "model: the folder's class 'Orange' is not one of the model's")
     small = write_photographs(make_photographs(size=8), tmp_path / "small")
     assert_error(say(class_model, images=small), "no images left in", "smaller than 16x16")
     few = write_photographs(make_photographs((1, 1, 1, 0)), tmp_path / "few")

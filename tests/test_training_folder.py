@@ -45,7 +45,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     for path, words in (
-        (tmp_path / "file", "file exists and is no directory"),
+        (tmp_path / "file", "file is not a directory"),
         (tmp_path / "file" / "out", "file is not a folder that can be written"),
         (tmp_path / os.fsdecode(b"\xe9"), r"\\udce9: the name is not UTF-8; choose another folder"),
     ):

@@ -73,7 +73,7 @@ def test_without_the_source_the_evidence_is_the_reference(class_bundle: Path, mo
     row = next(row for row in report.rows if row.check == "trajectory")
     assert report.ok
     assert row.status == "measured"
-    assert row.note == "against the evidence's latents: the source is not at hand"
+    assert row.note == "against the evidence's latents: the source is not available"
 
 
 def test_a_source_that_cannot_be_read_is_not_at_hand(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +132,22 @@ def test_the_verdict(rows: list[tuple[str, bool | None]], ok: bool) -> None:
     assert ParityReport(tuple(_row(*row) for row in rows), "graphs", ("onnx",)).ok is ok
 
 
-def test_a_full_bundle_whose_trajectory_was_not_measured_does_not_hold() -> None:
+def test_a_failure_names_the_worst_number() -> None:
+    low = msgspec.structs.replace(_row("composed", False), psnr_db=20.0)
+    infinite = msgspec.structs.replace(_row("caching", False), psnr_db=None, floor_db=None)
+    assert ParityReport((_row("graph", True), low), "graphs", ("onnx",)).failure == (
+        "1 of 2 numbers are below their floor, the worst: composed full (out_sample, somewhere) is 20.0 dB, "
+        "expected 35.0 dB"
+    )
+    worst = ParityReport((low, infinite), "graphs", ("onnx",)).failure
+    assert worst.endswith("the worst: caching full (out_sample, somewhere) is not finite, expected a finite number")
+
+
+def test_a_full_bundle_whose_trajectory_was_not_measured_fails() -> None:
     rows = (_row("graph", True), _row("composed", True), _row("trajectory", None, "not_run"))
-    assert not ParityReport(rows, "full", ("onnx",)).ok
+    report = ParityReport(rows, "full", ("onnx",))
+    assert not report.ok
+    assert report.failure == "not measured: onnx trajectory; install the backend that the report names"
     assert ParityReport(rows, "graphs", ("onnx",)).ok
 
 

@@ -200,7 +200,7 @@ def read_ledger(path: Path) -> Ledger:
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}") from e
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} is no ledger of edgediff bench: {e}") from e
+        raise DataError(f"{path} is not a ledger of edgediff bench: {e}") from e
     if ledger.format != FORMAT:
         raise DataError(f"{path} is of format {ledger.format}; expected {FORMAT}")
     return ledger

@@ -210,6 +210,6 @@ def load_reference(path: Path) -> Reference:
             case ["half", index, graph, name] if index.isdigit():
                 half.setdefault((int(index), graph), {})[name] = value
             case _:
-                raise BundleError(f"{REFERENCE} holds {key!r}, which is nothing that a reference holds")
+                raise BundleError(f"{REFERENCE} holds {key!r}, which no reference has; export again")
     steps = [Recorded(index, full, tensors) for (index, full), tensors in sorted(found.items())]
     return Reference(tuple(steps), latents, conditioning, half)

@@ -62,10 +62,29 @@ class ParityReport(msgspec.Struct, frozen=True):
     @property
     def ok(self) -> bool:
         """No row is below its floor, and all that the export measured was measured for every target."""
-        needed = {"graph", "composed"} | ({"trajectory"} if self.verified == "full" else set())
+        return bool(self.targets) and not self._unmeasured and not any(row.ok is False for row in self.rows)
+
+    @property
+    def failure(self) -> str:
+        """Why the report is not `ok`, in one line: the worst row below its floor, or what was not measured."""
+        failed = [row for row in self.rows if row.ok is False]
+        if not failed:
+            unmeasured = ", ".join(self._unmeasured) or "any target"
+            return f"not measured: {unmeasured}; install the backend that the report names"
+        worst = min(failed, key=lambda row: -math.inf if row.psnr_db is None else row.psnr_db)
+        number = "not finite" if worst.psnr_db is None else f"{worst.psnr_db} dB"
+        floor = "a finite number" if worst.floor_db is None else f"{worst.floor_db} dB"
+        return (
+            f"{len(failed)} of {len(self.rows)} numbers are below their floor, the worst: {worst.check} {worst.part} "
+            f"({worst.output}, {worst.backend}) is {number}, expected {floor}"
+        )
+
+    @property
+    def _unmeasured(self) -> list[str]:
+        """The checks of each target that the export measured and this verification did not."""
+        needed = ("graph", "composed", "trajectory") if self.verified == "full" else ("graph", "composed")
         measured = {(row.target, row.check) for row in self.rows if row.status == "measured"}
-        wanted = {(target, check) for target in self.targets for check in needed}
-        return bool(wanted) and wanted <= measured and not any(row.ok is False for row in self.rows)
+        return [f"{target} {check}" for target in self.targets for check in needed if (target, check) not in measured]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ``ok`` first."""

@@ -29,11 +29,11 @@ def check_place(target: Path, force: bool) -> None:
             a bundle with other files in it, which is never replaced; or its parent cannot be written.
     """
     if target.is_symlink():
-        raise TargetError(f"{target} exists and is no directory; choose another output")
+        raise TargetError(f"{target} is not a directory; choose another output")
     check_folder(target, replaced=True)
     if target.is_dir() and any(target.iterdir()):
         if not _looks_like_a_bundle(target):
-            raise TargetError(f"{target} is a folder with other things in it, never replaced; choose another output")
+            raise TargetError(f"{target} is a folder that is not a bundle, never replaced; choose another output")
         strays = _strays(target)
         if strays:
             raise TargetError(f"{target} holds {strays[0]}, which is not the bundle's; choose another output")
@@ -78,7 +78,7 @@ def staged(target: Path) -> Iterator[Path]:
         held = lock(scratch)
         yield scratch
         if target.exists() and not existed:
-            raise TargetError(f"{target} has come into being while the bundle was made; nothing was replaced")
+            raise TargetError(f"{target} appeared while the bundle was written; nothing was replaced, export again")
         _swap(scratch, target)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -97,7 +97,7 @@ def _swap(scratch: Path, target: Path) -> None:
     try:
         held = lock(target)
     except BlockingIOError as e:
-        raise TargetError(f"another export is just putting a bundle at {target}") from e
+        raise TargetError(f"{target}: another export is writing it; wait for it to end") from e
     try:
         os.rename(target, old)
         try:

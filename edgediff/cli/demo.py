@@ -61,7 +61,7 @@ def demo(
     for table in demo_tables(shown):
         out.print(table)
     if not shown.report.ok:
-        raise VerificationError(f"{shown.bundle} does not hold: a number above is below its floor; export it again")
+        raise VerificationError(f"{shown.bundle}: {shown.report.failure}")
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def verify(
         report = verify_bundle(bundle, model, progress=say, targets=target)
     _show_report(report, as_json)
     if not report.ok:
-        raise VerificationError(f"{bundle} does not hold: a number above is below its floor; export it again")
+        raise VerificationError(f"{bundle}: {report.failure}")
 
 
 def _show_report(report: "ParityReport", as_json: bool) -> None:

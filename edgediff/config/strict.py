@@ -64,7 +64,7 @@ def retyped(settings: S) -> S:
     except msgspec.ValidationError as e:
         raise ConfigError(_one_line(e, type(settings))) from e
     except TypeError as e:
-        raise ConfigError(f"a setting is of a type that no recipe can hold: {e}") from e
+        raise ConfigError(f"a setting has a type that no recipe can have: {e}") from e
 
 
 def check_ranges(

@@ -19,5 +19,5 @@ def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) ->
         raise DataError(f"the folder has no classes, which the {whose} has; expected a subfolder for each")
     strange = [name for name in real.names if name not in labels]
     if strange:
-        raise DataError(f"the folder's class {strange[0]!r} is none of the {whose}'s; choices: {', '.join(labels)}")
+        raise DataError(f"the folder's class {strange[0]!r} is not one of the {whose}'s; choices: {', '.join(labels)}")
     return np.array([labels.index(name) for name in real.names], dtype=np.int64)[real.labels]

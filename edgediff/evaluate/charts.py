@@ -240,7 +240,7 @@ def draw_suspects(groups: Sequence[Group], train: NDArray[np.uint8], threshold: 
     Args:
         groups: The sets; the first is the photographs held out.
         train: uint8 [T, H, W, 3].
-        threshold: The nearest 1 % of the photographs held out are as near as this, in steps of 8 bits.
+        threshold: The nearest 1 % of the photographs held out are as near as this, in 8-bit levels.
         model: What made the images.
         path: Where to.
     """
@@ -277,7 +277,7 @@ def _draw_shares(axes: Any, groups: Sequence[Group], threshold: float) -> None:
     )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
-    axes.set_xlabel("root mean squared difference to the nearest training photograph, steps of 8 bits", fontsize=9)
+    axes.set_xlabel("root mean squared difference to the nearest training photograph, 8-bit levels", fontsize=9)
     axes.set_ylabel("share that is nearer, %", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(color=GRID, linewidth=0.6)

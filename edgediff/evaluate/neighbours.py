@@ -26,7 +26,7 @@ class Nearest:
     """The nearest training photograph of each image of a set.
 
     Attributes:
-        distance: float64 [N], root mean squared difference over pixels and channels, in steps of 8 bits.
+        distance: float64 [N], root mean squared difference over pixels and channels, in 8-bit levels.
         index: int64 [N], which training photograph.
         mirrored: bool [N], whether its mirror image is the nearest.
     """

@@ -31,7 +31,7 @@ class Distances(msgspec.Struct, frozen=True):
 
 
 class Closeness(msgspec.Struct, frozen=True):
-    """How near the images of a set are to training photographs, in steps of 8 bits.
+    """How near the images of a set are to training photographs, in 8-bit levels.
 
     Attributes:
         quantile_5: 5 % of the images are nearer.
@@ -49,7 +49,7 @@ class Suspect(msgspec.Struct, frozen=True):
 
     Attributes:
         image: Its number; the same seed, clock and class make it again.
-        distance: Root mean squared difference, in steps of 8 bits.
+        distance: Root mean squared difference, in 8-bit levels.
         neighbour: The photograph's number among those that could be read, by class and then by file name.
         mirrored: Whether the photograph's mirror image is the nearest.
     """
@@ -83,7 +83,7 @@ class Yardstick(msgspec.Struct, frozen=True):
 
     Attributes:
         train: The folder of the training photographs, of which there are `available`.
-        threshold: 1 % of the reference is as near as this to a training photograph, in steps of 8 bits.
+        threshold: 1 % of the reference is as near as this to a training photograph, in 8-bit levels.
     """
 
     train: str

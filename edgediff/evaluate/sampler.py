@@ -174,7 +174,7 @@ class Sampler:
             return self._draw(numbers, mask, classes, guidance_scale, seed)
         except (MemoryError, torch.OutOfMemoryError) as e:
             raise ConfigError(
-                f"batch of {len(numbers)} images: more than the memory of {self.backend} holds; give a smaller --batch"
+                f"batch of {len(numbers)} images: too many for the memory of {self.backend}; give a smaller --batch"
             ) from e
 
     def _draw(
@@ -277,7 +277,7 @@ def open_sampler(
     folder = Path(source)
     if (folder / MANIFEST).is_file():
         if scheduler is not None:
-            raise ConfigError(f"scheduler {scheduler} was given, but a bundle brings its own; leave it out")
+            raise ConfigError(f"scheduler {scheduler} was given, but a bundle has its own; leave it out")
         return sample_bundle(folder, backend, warn=warn)
     if folder.is_dir() and not any((folder / name).exists() for name in ("unet", "config.json")):
         raise ModelError(

@@ -7,7 +7,6 @@ device does, with torch behind it.
 
 import gc
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +132,7 @@ def export_bundle(
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
-            raise VerificationError(_verdict(report), report)
+            raise VerificationError(f"{report.failure}; nothing was written", report)
     return Exported(path, report)
 
 
@@ -164,7 +163,9 @@ def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None
     (whole,) = Undivided(model.unet, divided.inputs)(*(torch.from_numpy(first[name]) for name in divided.inputs))
     if not np.array_equal(whole.numpy(), first["out_sample"]):
         number = psnr_db(whole.numpy(), first["out_sample"])
-        raise VerificationError(f"the divided UNet is not the undivided one: out_sample is {number:.1f} dB of it")
+        raise VerificationError(
+            f"the divided UNet differs from the undivided one: its out_sample is {number:.1f} dB of it"
+        )
 
 
 def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
@@ -201,16 +202,3 @@ def _seal(folder: Path, manifest: Manifest) -> None:
     data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files, targets=targets))
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))
-
-
-def _verdict(report: ParityReport) -> str:
-    """The worst row below its floor, in one line."""
-    failed = [row for row in report.rows if row.ok is False]
-    if not failed:
-        return "verification measured too little to judge; nothing was written"
-    worst = min(failed, key=lambda row: -math.inf if row.psnr_db is None else row.psnr_db)
-    number = "not finite" if worst.psnr_db is None else f"{worst.psnr_db} dB"
-    return (
-        f"{len(failed)} of {len(report.rows)} numbers are below their floor, the worst: {worst.check} {worst.part} "
-        f"({worst.output}, {worst.backend}) is {number}, expected {worst.floor_db} dB; nothing was written"
-    )

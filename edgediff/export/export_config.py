@@ -124,7 +124,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         if name not in TARGETS:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
-        raise ConfigError(f"'targets' names one twice: {', '.join(config.targets)}")
+        raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
     if config.cut.level < 1:
         raise ConfigError(f"'cut.level' is {config.cut.level}; expected 1 or more")
     block = block_of(config.cut.point)

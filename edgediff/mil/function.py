@@ -83,7 +83,7 @@ class Step:
             try:
                 settled.append(settle(value, spec.dtype, rounded and not self.moves))
             except FAULTS as e:
-                raise ProgramError(f"{self}: {name} cannot be brought to {spec.dtype}") from e
+                raise ProgramError(f"{self}: {name} cannot be converted to {spec.dtype}") from e
         return tuple(settled)
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ class Function:
     def _take(self, inputs: Mapping[str, np.ndarray | Tensor], rounded: bool) -> dict[str, Tensor]:
         if set(inputs) != set(self.inputs):
             raise ProgramError(
-                f"{self.name} takes {', '.join(self.inputs) or 'nothing'}; given were {', '.join(inputs) or 'none'}"
+                f"{self.name} takes {', '.join(self.inputs) or 'nothing'}; got {', '.join(inputs) or 'none'}"
             )
         values = {}
         for name, spec in self.inputs.items():

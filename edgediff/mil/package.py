@@ -60,9 +60,7 @@ class Package:
         number = opset.removeprefix("CoreML")
         # CoreML5 came with version 6, and each since with the next.
         if not number.isdigit() or int(number) + 1 > self.specification_version:
-            raise ProgramError(
-                f"the opset {opset!r} does not go with specification version {self.specification_version}"
-            )
+            raise ProgramError(f"the opset {opset!r} does not match specification version {self.specification_version}")
 
     def check_description(self, function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Holds what the package says of a function, by which Core ML goes, to what the program says.
@@ -120,7 +118,7 @@ def read_package(path: str | Path) -> Package:
     except Exception as e:  # protobuf's DecodeError: its module differs between protobuf's implementations
         if type(e).__name__ != "DecodeError":
             raise
-        raise ProgramError(f"{root} is no Core ML model: it is not a protobuf") from e
+        raise ProgramError(f"{root} is not a Core ML model: it is not a protobuf") from e
     known = max(coremltools._OPSET)
     if spec.specificationVersion > known:
         raise ProgramError(
@@ -141,7 +139,7 @@ def _root(path: Path) -> Path:
     """The model file that the manifest names."""
     manifest = path / MANIFEST
     if not manifest.is_file():
-        raise ProgramError(f"{path} is no .mlpackage: it has no {MANIFEST}")
+        raise ProgramError(f"{path} is not an .mlpackage: it has no {MANIFEST}")
     try:
         content = json.loads(manifest.read_bytes())
         item = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]

@@ -92,7 +92,7 @@ class Program:
                 raise ProgramError(f"{label}: {e}") from e
         missing = [output for output in block.outputs if output not in specs]
         if missing:
-            raise ProgramError(f"nothing makes the output {missing[0]}")
+            raise ProgramError(f"no operation computes the output {missing[0]}")
         gives = {output: specs[output] for output in block.outputs}
         self.package.check_description(name, inputs, gives)
         return Function(name, inputs, gives, steps, constants)
@@ -177,7 +177,7 @@ class Program:
                 elif binding.name in known:
                     sources.append(binding.name)
                 else:
-                    raise ProgramError(f"nothing before it makes {binding.name}, its input {key}")
+                    raise ProgramError(f"no earlier operation computes {binding.name}, its input {key}")
         for key, value in sorted(op.attributes.items()):
             if key != "name":
                 given.setdefault(key, []).append(hold(value))

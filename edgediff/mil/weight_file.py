@@ -35,7 +35,7 @@ class WeightFile:
             raise ProgramError(f"{path}: the weights file is missing")
         self._size = path.stat().st_size
         if self._size < HEADER.size:
-            raise ProgramError(f"{path}: {self._size} bytes are no weights file; its header alone takes {HEADER.size}")
+            raise ProgramError(f"{path}: {self._size} bytes are not a weights file, whose header takes {HEADER.size}")
         # Copy-on-write: torch wants writable memory, and what it shares is never written to the file.
         self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
         _, version = HEADER.unpack(self._bytes[: HEADER.size].tobytes())

@@ -81,7 +81,7 @@ class LearnedAdaptor(Part):
         inputs = list(INPUTS)
         if takes_text:
             if shape.text is None:
-                raise UnsupportedError(f"adaptor {kind} is to look at the text, but the UNet looks at none")
+                raise UnsupportedError(f"adaptor {kind}: takes_text is set, but the UNet takes no text; leave it out")
             inputs.append(shape.text[0])
         super().__init__(tuple(inputs), ("lowres_feature",))
         self.kind = kind

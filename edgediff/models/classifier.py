@@ -120,7 +120,7 @@ def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
     known = classifier.shape.labels
     strange = [name for name in data.names if name not in known]
     if strange:
-        raise DataError(f"class {strange[0]!r} is none of the classifier's; choices: {', '.join(known)}")
+        raise DataError(f"class {strange[0]!r} is not one of the classifier's; choices: {', '.join(known)}")
     wanted = torch.tensor([known.index(name) for name in data.names])[torch.from_numpy(data.labels)]
     chunks = torch.split(as_input(data.images), _BATCH)
     return float((torch.cat([classifier(chunk).argmax(1) for chunk in chunks]) == wanted).float().mean())

@@ -221,7 +221,7 @@ class SplitUNet(nn.Module):
         for name in self.ignored:
             tensors.pop(name, None)
         if set(tensors) != set(self.inputs):
-            raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; given were {', '.join(sorted(tensors))}")
+            raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; got {', '.join(sorted(tensors))}")
         return tensors
 
 

@@ -228,7 +228,7 @@ def _unet_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is empty; expected config.json and weights of a diffusers UNet")
     if not (path / "config.json").exists():
         if (path / "transformer").is_dir():
-            raise UnsupportedError(f"{path} is a pipeline with a transformer in the place of a UNet; supported: UNets")
+            raise UnsupportedError(f"{path} is a pipeline with a transformer instead of a UNet; supported: UNets")
         if (path / "snapshots").is_dir():
             raise ModelError(
                 f"{path} is a repository of the Hugging Face cache; name one of its snapshots: {path}/snapshots/COMMIT"
@@ -297,7 +297,7 @@ def _weight_files(path: Path) -> list[Path]:
                 shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else []
                 bad = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
                 if bad or not shards:
-                    raise ModelError(f"{index} names shards that are not there: {', '.join(bad) or 'none'}")
+                    raise ModelError(f"{index} names shards that are missing: {', '.join(bad) or 'none'}")
                 return [path / shard for shard in shards]
     return []
 
@@ -334,7 +334,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
     named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ModelError(f"{file} holds something else than tensors by name")
+        raise ModelError(f"{file} does not contain tensors by name")
     return tensors
 
 

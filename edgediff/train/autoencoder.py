@@ -171,7 +171,7 @@ def _standardise(vae: AutoencoderKL, images: NDArray[np.uint8], settings: Autoen
     mean, std = latents.mean((0, 2, 3)), float(latents.std((0, 2, 3), correction=0).square().mean().sqrt())
     if not (math.isfinite(std) and std > 1e-6):
         raise TrainingError(
-            f"the autoencoder's latents are all alike (their standard deviation is {std:g}); choose another folder and "
+            f"the autoencoder's latents are constant (their standard deviation is {std:g}); choose another folder and "
             f"a kl_weight below {settings.kl_weight:g}, or other images"
         )
     mean = mean.to(vae.device)

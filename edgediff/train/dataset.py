@@ -40,7 +40,7 @@ def read_data(settings: UNetTraining, size: int, say: Say) -> tuple[ImageSet, Im
     strange = sorted(set(held_out.names) - set(data.names))
     if strange or bool(held_out.names) != bool(data.names):
         what = ", ".join(strange[:5]) or "none"
-        raise DataError(f"{settings.held_out} has classes that {settings.data} has not: {what}")
+        raise DataError(f"{settings.held_out} has classes that {settings.data} lacks: {what}")
     return data, held_out
 
 

@@ -78,7 +78,7 @@ class Prompts:
             uncond = {"class_labels": np.array([known.null_label])} if guided else {}
             return cls({"class_labels": labels}, uncond, len(labels))
         if path is None:
-            raise ConfigError("the model is conditioned on text: --conditioning FILE brings the prompts' embeddings")
+            raise ConfigError("the model is conditioned on text; pass the prompts' embeddings with --conditioning FILE")
         arrays = load_arrays(path)
         rows: tuple[Rows, Rows] = ({}, {})
         for found, prefix in zip(rows, ("", "negative_") if guided else ("",), strict=False):

@@ -287,7 +287,7 @@ def _check_autoencoder(settings: AutoencoderTraining) -> None:
 def _check_student(settings: StudentTraining) -> None:
     check_wavelet(settings.wavelet)
     if settings.student is not None and settings.width is not None:
-        raise ConfigError("'student' and 'width' were given: a student that is there has its width; leave one out")
+        raise ConfigError("'student' and 'width' were given: an existing student has its own width; leave one out")
     if not -4 <= settings.alpha <= 4:
         raise ConfigError(f"'alpha' is {settings.alpha}; expected -4 to 4 (the paper's is -1)")
     if not settings.points or len(set(settings.points)) != len(settings.points):

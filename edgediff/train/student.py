@@ -94,7 +94,7 @@ def student_of(teacher: Model, settings: StudentTraining) -> Model:
     if settings.student is not None:
         student = load_model(settings.student)
         if student.scheduler is None or not student.has_weights:
-            raise ModelError(f"{student.path} has no scheduler or no weights; expected a whole model to go on from")
+            raise ModelError(f"{student.path} has no scheduler or no weights; expected a whole model to continue from")
         return student
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -131,7 +131,7 @@ def _teacher(
         raise ConfigError(f"the geometry does not make a {kind.__name__}: {one_line(e)[:200]}") from e
     whole = {**unet.config, "_class_name": kind.__name__}
     if whole.get("addition_embed_type") is not None or looks_at_text(whole):
-        raise ConfigError("the geometry looks at text; expected one that is conditioned on classes, or on nothing")
+        raise ConfigError("the geometry is conditioned on text; expected classes, or no condition")
     check_size(side, side, 2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None))
     _try(unet, channels, side, len(labels))
     scheduler = DDPMScheduler(

@@ -66,19 +66,19 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         except (EdgediffError, OSError):
             if model is not None:
                 raise
-            return None, "the source is not at hand"
+            return None, "the source is not available"
         if source.random_weights is not None:
             loaded = random_weights(loaded, int(source.random_weights))
     if loaded.sha256 != source.sha256:
         if model is not None:
-            raise ModelError(f"{loaded.name} is not the bundle's source: its hash is another")
+            raise ModelError(f"{loaded.name} is not the bundle's source: its hash differs; name the bundle's source")
         return None, "the source has changed"
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
     try:
         point = said.trained_for
         adaptor = choose_adaptor(said.path or said.name, loaded, cut, point) if point else None
     except (EdgediffError, OSError):
-        return None, "the adaptor is not at hand"
+        return None, "the adaptor is not available"
     if adaptor is not None and adaptor.sha256 != said.sha256:
         return None, "the adaptor has changed"
     return (loaded, split(loaded.unet, cut, None if adaptor is None else adaptor.part)), ""

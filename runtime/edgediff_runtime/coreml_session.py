@@ -35,8 +35,8 @@ class CoreMLSession:
             raise RequestError(f"no compute units {compute_units!r}; choices: {', '.join(COMPUTE_UNITS)}")
         if sys.platform != "darwin":
             raise RequestError(
-                "backend 'coreml' needs macOS, which this is not; --backend mil-reference evaluates the same packages "
-                "in torch"
+                "backend 'coreml' needs macOS, which this machine does not run; --backend mil-reference evaluates "
+                "the same packages in torch"
             )
         target = bundle.manifest.target("coreml")
         with quiet():

@@ -304,7 +304,7 @@ def _arrays(embeds: object, added: object, which: str) -> dict[str, Array]:
         try:
             arrays[name] = np.asarray(tensor)
         except (TypeError, ValueError) as e:  # rows of different lengths
-            raise RequestError(f"{which}{name} is no array ({e}); expected numbers in rows of one length") from e
+            raise RequestError(f"{which}{name} is not an array ({e}); expected numbers in rows of one length") from e
     return arrays
 
 
@@ -312,7 +312,7 @@ def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array], count: int, 
     """Checks arrays against the graphs' inputs and repeats single rows for every image."""
     unknown = sorted(set(given) - set(needed))
     if unknown:
-        raise RequestError(f"{which}{unknown[0]} is no input of this model; it takes {', '.join(needed)}")
+        raise RequestError(f"{which}{unknown[0]} is not an input of this model; it takes {', '.join(needed)}")
     rows: dict[str, Array] = {}
     for name, tensor in needed.items():
         array = given.get(name)
@@ -336,7 +336,7 @@ def _cast(array: Array, dtype: str, name: str) -> Array:
     with np.errstate(over="ignore"):
         cast: Array = array.astype(dtype)
     if not np.isfinite(cast).all():
-        raise RequestError(f"{name} holds numbers that {dtype} cannot")
+        raise RequestError(f"{name} has numbers beyond the range of {dtype}")
     return cast
 
 

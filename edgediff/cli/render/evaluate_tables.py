@@ -58,7 +58,7 @@ def _numbers(distances: "Distances") -> tuple[str, ...]:
 def _closeness(found: "Evaluation") -> Table:
     assert found.yardstick is not None
     table = Table(
-        title=f"distance to the nearest of {found.yardstick.available} training photographs, steps of 8 bits",
+        title=f"distance to the nearest of {found.yardstick.available} training photographs, 8-bit levels",
         caption=f"nearer: as near as {found.yardstick.threshold:.1f}, where the nearest 1 % of the photographs held "
         "out are; far more of a model's images there would be copies",
         box=box.SIMPLE_HEAD,

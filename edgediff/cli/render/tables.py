@@ -25,7 +25,7 @@ def parity_tables(report: "ParityReport") -> list[Table]:
     """One table for each backend that measured; the verdict, and backends that did not, in the last one's caption."""
     measured = list(dict.fromkeys(row.backend for row in report.rows if row.status == "measured"))
     tables = [_backend_table(backend, report) for backend in measured] or [Table("nothing was measured")]
-    verdict = Text("everything holds", "green") if report.ok else Text("DOES NOT HOLD", "bold red")
+    verdict = Text("every number is above its floor", "green") if report.ok else Text("FAILED", "bold red")
     absent = dict.fromkeys(row.note for row in report.rows if row.backend not in measured)
     tables[-1].caption = Text("\n").join([verdict, *(Text(f"not run: {note}", "dim") for note in absent)])
     return tables
@@ -41,7 +41,11 @@ def _backend_table(backend: str, report: "ParityReport") -> Table:
     for row in report.rows:
         if row.backend != backend:
             continue
-        shown = {True: Text("ok", "green"), False: Text("FAILS", "bold red"), None: Text("shown", "dim")}[row.ok]
+        shown = {
+            True: Text("ok", "green"),
+            False: Text("below its floor", "bold red"),
+            None: Text("shown", "dim"),
+        }[row.ok]
         if row.status == "not_run":
             shown = Text("not run", "dim")
         number = "-" if row.status == "not_run" else "not finite" if row.psnr_db is None else f"{row.psnr_db:.1f}"

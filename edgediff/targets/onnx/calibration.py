@@ -131,5 +131,5 @@ def _hold(graph: Graph, made: Mapping[str, np.ndarray], want: Mapping[str, np.nd
         number = psnr_db(value, made[name])
         if not number >= floor_db:
             raise VerificationError(
-                f"{graph.name}: before it is quantized, {name} is {number:.1f} dB of torch's; asked for {floor_db} dB"
+                f"{graph.name}: before it is quantized, {name} is {number:.1f} dB of torch's; expected {floor_db} dB"
             )
