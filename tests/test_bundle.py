@@ -59,7 +59,7 @@ def test_one_flipped_byte_anywhere_is_refused(bundle: Path, name: str) -> None:
         data[position] = old
         for opens in (open_bundle,) if name == SUMS else (EdgePipeline.from_pretrained, verify_bundle):
             if opens == EdgePipeline.from_pretrained and name in UNOPENED:
-                assert opens(bundle).manifest.format_version == 1
+                assert opens(bundle).manifest.format_version == 2
                 continue
             with pytest.raises(BundleError) as caught:
                 opens(bundle)
@@ -102,7 +102,7 @@ def test_a_symlink_in_the_place_of_a_file_is_refused(bundle: Path, name: str, tm
 def test_a_folder_that_is_a_symlink_is_refused(bundle: Path, tmp_path: Path) -> None:
     shutil.move(bundle / "onnx", tmp_path / "outside")
     (bundle / "onnx").symlink_to(tmp_path / "outside")
-    assert_refused(bundle, r"onnx/\w+.onnx is a symlink")
+    assert_refused(bundle, r"onnx/unet/[\w.]+ is a symlink")
 
 
 def test_a_symlink_that_is_not_listed_is_refused_by_verify(bundle: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_symlink_that_is_not_listed_is_refused_by_verify(bundle: Path, tmp_pat
 
 @pytest.mark.parametrize("name", [".DS_Store", "._model", "Thumbs.db", "desktop.ini", ".gitattributes",
                                   "__MACOSX/._onnx", ".cache/huggingface/download/x.metadata"])  # fmt: skip
-@pytest.mark.parametrize("folder", ["", "onnx", "evidence"])
+@pytest.mark.parametrize("folder", ["", "onnx/unet", "evidence"])
 def test_what_systems_and_tools_leave_is_no_part_of_a_bundle(bundle: Path, name: str, folder: str) -> None:
     left = bundle / folder / name
     left.parent.mkdir(parents=True, exist_ok=True)
@@ -201,22 +201,22 @@ def test_what_is_no_bundle(tmp_path: Path, what: str) -> None:
 
 
 def test_a_newer_version_says_to_install_a_newer_one_whatever_else_it_holds(bundle: Path) -> None:
-    seal_bytes(bundle, b'{"format_version": 2, "all": "new"}')
-    assert_refused(bundle, "format version 2, this runtime reads up to 1; install a newer edgediff")
+    seal_bytes(bundle, b'{"format_version": 3, "all": "new"}')
+    assert_refused(bundle, "format version 3, this runtime reads version 2; install a newer edgediff")
     (bundle / SUMS).write_text("0" * 64 + f"  {MANIFEST}\n")
     assert_refused(bundle, "install a newer edgediff")
 
 
-@pytest.mark.parametrize("version", ["0", "-1"])
+@pytest.mark.parametrize("version", ["1", "0", "-1"])
 def test_a_version_that_never_was(bundle: Path, version: str) -> None:
     seal_bytes(bundle, f'{{"format_version": {version}}}'.encode())
-    assert_refused(bundle, f"format version {version}; expected 1 to 1")
+    assert_refused(bundle, f"format version {version}, this runtime reads version 2; export the model again")
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff\xfe", b"{", b"[]", b"null", b"1", b'"x"', b"{}", b'{"format_version": "1"}', b'{"format_version": 1}',
-     b'{"format_version": 1.5}', b'{"format_version": null}', b"NaN", b"[" * 100_000],
+    [b"", b"\xff\xfe", b"{", b"[]", b"null", b"1", b'"x"', b"{}", b'{"format_version": "2"}', b'{"format_version": 2}',
+     b'{"format_version": 2.5}', b'{"format_version": null}', b"NaN", b"[" * 100_000],
 )  # fmt: skip
 def test_what_is_no_manifest(bundle: Path, data: bytes) -> None:
     seal_bytes(bundle, data)
@@ -228,8 +228,11 @@ def test_what_is_no_manifest(bundle: Path, data: bytes) -> None:
     [
         (lambda m: m.update(extra=1), "unknown field `extra`"),
         (lambda m: m.pop("sample"), "missing required field `sample`"),
-        (lambda m: m["targets"][0]["graphs"][0].update(frequency="often"), "Invalid enum value 'often'"),
-        (lambda m: m["targets"][0].update(target="exe"), "Invalid enum value 'exe'"),
+        (lambda m: _unet(m)["graphs"][0].update(frequency="often"), "Invalid enum value 'often'"),
+        (lambda m: m["targets"][0].pop("opset"), "missing required field `opset`"),
+        (lambda m: m["targets"][0].update(deployment_target="iOS18"), "unknown field `deployment_target`"),
+        (lambda m: m["targets"][0].update(opset=None), "Expected `int`, got `null`"),
+        (lambda m: _point(seed=5)(m), "Expected `str`, got `int`"),
         (lambda m: m["sample"].update(height="16"), "Expected `int`, got `str`"),
         (lambda m: m.update(files=[]), "Expected `object`, got `array`"),
         (lambda m: m["scheduler"].update(beta_start=-1), "beta_start -1"),
@@ -243,12 +246,16 @@ def test_a_manifest_of_another_shape_is_refused(
     assert_refused(bundle, f"manifest.json is not a manifest: .*{match}")
 
 
+def _unet(m: dict[str, Any]) -> dict[str, Any]:
+    return m["targets"][0]["components"]["unet"]
+
+
 def _point(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda m: m["operating_point"].update(values)
 
 
 def _graph(number: int, **values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda m: m["targets"][0]["graphs"][number].update(values)
+    return lambda m: _unet(m)["graphs"][number].update(values)
 
 
 @pytest.mark.parametrize(
@@ -263,31 +270,37 @@ def _graph(number: int, **values: Any) -> Callable[[dict[str, Any]], None]:
         (_point(guidance_scale=-1.0), "guidance_scale is -1.0"),
         (_point(guidance_scale=1e300), "guidance_scale"),
         (_point(num_images=0), "num_images is 0"),
-        (_point(seed=-1), "seed is -1"),
+        (_point(seed="-1"), "seed is '-1'; expected 0 to 2\\^64 - 1 as decimal text"),
+        (_point(seed="07"), "seed is '07'"),
+        (_point(seed=str(2**64)), "seed is '18446744073709551616'"),
         (lambda m: m["sample"].update(channels=0), "channels is 0"),
         (lambda m: m["sample"].update(width=-16), "width is -16"),
         (lambda m: m["cut"].update(level=0), "cut.level is 0"),
         (lambda m: m.update(cache_bytes=-1), "cache_bytes is -1"),
-        (lambda m: m["targets"][0]["floors"].update(graph=-1000.0), "floors.graph is -1000.0"),
-        (lambda m: m["targets"][0]["floors"].update(caching=0.0), "floors.caching is 0.0"),
+        (lambda m: _unet(m)["floors"].update(graph=-1000.0), "floors.graph is -1000.0"),
+        (lambda m: _unet(m)["floors"].update(caching=0.0), "floors.caching is 0.0"),
         (lambda m: m["conditioning"].update(labels=[]), "labels"),
         (lambda m: m["conditioning"].update(null_label=5), "null_label is 5; expected 0 to 4"),
         (lambda m: m["conditioning"].update(null_label=-1), "null_label is -1"),
-        (lambda m: m["conditioning"].update(kind="none"), "inputs of highres_in is .*class_labels"),
+        (lambda m: m["conditioning"].update(kind="none"), "conditioning.tensors is .*class_labels"),
+        (lambda m: m["conditioning"]["tensors"][0].update(name="text"), "inputs of highres_in is .*class_labels"),
         (lambda m: m["cost"].pop("full"), "cost"),
         (lambda m: m["files"]["README.md"].update(size=-1), "size of README.md is -1"),
         (lambda m: m["files"]["README.md"].update(sha256="x"), "sha256 of README.md is 'x'"),
         (lambda m: m.update(targets=[]), r"targets is \[\]; expected one of a kind"),
         (lambda m: m["targets"].append(m["targets"][0]), "targets is .*; expected one of a kind"),
-        (lambda m: m["targets"][0].update(opset=None), "opset is None"),
-        (lambda m: m["targets"][0].update(deployment_target="iOS18"), "deployment_target is 'iOS18'; expected a value"),
-        (lambda m: m["targets"][0].update(batch=0), "batch is 0"),
-        (lambda m: m["targets"][0].update(batch=2), "shape of sample is .*; expected 2 first"),
-        (lambda m: m["targets"][0].update(graphs=[]), "outputs of a step"),
-        (lambda m: m["targets"][0]["graphs"].reverse(), "inputs of highres_out"),
-        (lambda m: m["targets"][0]["graphs"].append(m["targets"][0]["graphs"][0]), "distinct names"),
+        (lambda m: m["targets"][0].update(target="exe"), r"targets is \[\]; expected one of a kind"),
+        (lambda m: m["targets"][0]["components"].update(unet2=_unet(m)), "components of stage step in onnx"),
+        (lambda m: _unet(m).update(stage="decode"), "components of stage step in onnx"),
+        (lambda m: _unet(m).update(layout=None), "layout is None; expected a value for the unet alone"),
+        (lambda m: _unet(m)["files"].append("gone"), r"files of a component is \['gone'\]"),
+        (lambda m: _unet(m).update(batch=0), "batch is 0"),
+        (lambda m: _unet(m).update(batch=2), "shape of sample is .*; expected 2 first"),
+        (lambda m: _unet(m).update(graphs=[]), "outputs of a step"),
+        (lambda m: _unet(m)["graphs"].reverse(), "inputs of highres_out"),
+        (lambda m: _unet(m)["graphs"].append(_unet(m)["graphs"][0]), "distinct names"),
         (_graph(1, frequency="cached_step"), "inputs of highres_out is .*lowres_feature"),
-        (_graph(0, frequency="generation"), "inputs of highres_in is .*; expected tensors that a generation"),
+        (_graph(0, frequency=None), "frequency of highres_in is None; expected a value for graphs of the unet alone"),
         (_graph(1, file=None), "file of lowres is None"),
         (_graph(0, inputs=[{"name": "x", "dtype": "float32", "shape": [0]}]), r"shape of x is \(0,\)"),
     ],

@@ -34,7 +34,7 @@ def trained(manifest: Manifest, **values: Any) -> Manifest:
     """The manifest as if its adaptor had been trained."""
     adaptor = msgspec.structs.replace(ADAPTOR, trained_for=msgspec.structs.replace(TRAINED, **values))
     targets = tuple(
-        msgspec.structs.replace(target, graphs=tuple(
+        target.with_unet(graphs=tuple(
             msgspec.structs.replace(g, file="adaptor.onnx") if g.name == "adaptor" and g.file is None else g
             for g in target.unet.graphs
         ))
@@ -150,7 +150,8 @@ def test_the_sampler_is_the_recipe_s(identity: EdgePipeline) -> None:
     manifest = msgspec.structs.replace(trained(identity.manifest), scheduler=karras)
     # The source asks for them, at the training as now.
     assert told(EdgePipeline(manifest, identity.session)) == []
-    manifest = msgspec.structs.replace(manifest, config={**manifest.config, "scheduler": "dpmpp_2m_karras"})
+    point = msgspec.structs.replace(manifest.operating_point, scheduler="dpmpp_2m_karras")
+    manifest = msgspec.structs.replace(manifest, operating_point=point)
     assert told(EdgePipeline(manifest, identity.session))[0].endswith("; this is dpmpp_2m_karras: images may be worse")
 
 
@@ -227,7 +228,7 @@ def _adaptor(**values: Any) -> Callable[[Manifest], Manifest]:
         (_adaptor(trained_for=None), "adaptor.trained_for is None; expected a value"),
         (
             lambda m: trained(m, mask=(1, 0)),
-            r"adaptor.trained_for.mask is \(1, 0\); expected clock 2 over 4 steps",
+            r"adaptor.trained_for.mask is \(1, 0\); expected the mask of clock 2",
         ),
         (lambda m: trained(m, num_inference_steps=5), "adaptor.trained_for.mask"),
         (lambda m: trained(m, clock="0,0,1,0", mask=(0, 0, 1, 0)), "begins with 0"),
