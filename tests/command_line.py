@@ -25,7 +25,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # What the commands say on the way where there is no terminal, one line for each thing.
 PROGRESS = (
     "loading ", "opening ", "step ", "dividing ", "drawing ", "reference trajectory", "exporting ", "verifying: ",
-    "hashing ", "holding ", "reading ", "onnxruntime: ", "mil-reference: ", "coreml: ", "trajectory of the source",
+    "hashing ", "comparing ", "reading ", "onnxruntime: ", "mil-reference: ", "coreml: ", "trajectory of the source",
     "reference with weights", "joining ", "storing ", "openvino: ", "writing ", "calibrating ", "measuring ",
 )  # fmt: skip
 

@@ -123,7 +123,7 @@ def test_what_is_missing_or_in_the_way_is_said_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "page-saved.png").mkdir()
-    with pytest.raises(TargetError, match=r"page-saved\.png is a directory; expected a file"):
+    with pytest.raises(TargetError, match=r"page-saved\.png: it is a directory; expected a file"):
         check_page(tmp_path / "page.html")
     with pytest.raises(TargetError, match=r"cannot write .*page\.html"):
         check_page(tmp_path / "none" / "page.html")

@@ -15,6 +15,7 @@ from seals import flip_bit
 import edgediff.export.export_bundle as pipeline
 from edgediff.bundle.reference import Reference, save_reference
 from edgediff.bundle.rows import ParityReport, Row
+from edgediff.targets.onnx import OnnxTarget
 
 # Where the bundle goes.
 
@@ -88,8 +89,9 @@ def test_what_ends_an_export_leaves_what_was_there(
     name: str,
 ) -> None:
     if name != "write_onnx":  # the graphs take the time, and are not what fails here
-        monkeypatch.setattr(pipeline, "_write_targets", lambda folder, draft, *_: draft)
-    monkeypatch.setattr(pipeline, name, _fails(fault))
+        monkeypatch.setattr(OnnxTarget, "write", lambda self, job: job.target)
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.write_onnx" if name == "write_onnx" else
+                        f"edgediff.export.export_bundle.{name}", _fails(fault))  # fmt: skip
     shutil.copytree(class_bundle, place / "out")
     for output in ("out", "deep/new"):
         with unchanged(place):
@@ -164,13 +166,13 @@ def test_a_number_that_does_not_hold_puts_nothing_in_place(
     command: Command, class_model: Path, class_bundle: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = Row("graph", "lowres", "onnxruntime", "lowres_feature", 12.5, 35.0, False, "measured")
-    monkeypatch.setattr(pipeline, "_write_targets", lambda folder, draft, *_: draft)
+    monkeypatch.setattr(OnnxTarget, "write", lambda self, job: job.target)
     monkeypatch.setattr(pipeline, "verify_bundle", lambda *_, **__: ParityReport((row,), "full", ("onnx",)))
     shutil.copytree(class_bundle, place / "out")
     with unchanged(place):
         said = command("export", class_model, "-o", place / "out", "--steps", "3", "--force")
     assert "below its floor" in said.out
-    words = "graph lowres (lowres_feature, onnxruntime) is 12.5 dB, asked for 35.0 dB"
+    words = "graph lowres (lowres_feature, onnxruntime) is 12.5 dB, expected 35.0 dB"
     assert_error(dataclasses.replace(said, out=""), words, code=1)
 
 

@@ -21,7 +21,15 @@ from trainings import UNET, changed, goes_on, refused, same
 from unets import unet2d, unet2d_condition
 
 from edgediff.data.batches import Batches
-from edgediff.errors import ConfigError, DataError, EdgediffError, ModelError, TargetError, TrainingError
+from edgediff.errors import (
+    ConfigError,
+    DataError,
+    EdgediffError,
+    ModelError,
+    TargetError,
+    TrainingError,
+    UnsupportedError,
+)
 from edgediff.models.spectral import SpectralUNet2DModel
 from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.settings import StudentTraining, TeacherTraining, training_from
@@ -236,8 +244,8 @@ def test_teachers_that_do_not_fit(
     refused(
         tmp_path,
         changed(student_training, teacher=str(variance)),
-        ConfigError,
-        "in_channels 3 and out_channels 6; expected 3, as images have",
+        UnsupportedError,
+        "takes 3 channels and gives 6, a learned variance beside the prediction",
     )
 
 
