@@ -160,7 +160,7 @@ def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]
 
 
 def check_reference(reference: Reference, manifest: Manifest) -> None:
-    """Holds a reference to the manifest: its steps, and each tensor's dtype and shape.
+    """Checks a reference against the manifest: its steps, and each tensor's dtype and shape.
 
     Args:
         reference: What was read.
@@ -191,7 +191,7 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
 def _check_graph(
     step: Recorded, graph: Graph, rows: int, half: dict[tuple[int, str], dict[str, np.ndarray]], half_wanted: bool
 ) -> None:
-    """Holds the tensors that one graph takes and gives."""
+    """Checks the tensors that one graph takes and gives."""
     there = {tensor.name: (tensor, step.tensors) for tensor in (*graph.inputs, *graph.outputs)}
     rounded = half.get((step.index, graph.name), {})
     halves = {tensor.name: (tensor, rounded) for tensor in graph.outputs} if half_wanted and graph.file else {}

@@ -72,7 +72,7 @@ def strict(data: object, kind: type[S]) -> S:
 
 
 def retyped(settings: S) -> S:
-    """Holds settings that were built by hand to their declared types.
+    """Checks the types of settings that were built by hand.
 
     Args:
         settings: Any struct.
@@ -94,7 +94,7 @@ def retyped(settings: S) -> S:
 def check_ranges(
     settings: msgspec.Struct, above_0: tuple[str, ...] = (), from_0: tuple[str, ...] = (), shares: tuple[str, ...] = ()
 ) -> None:
-    """Holds numbers to their ranges, and ``seed`` to what every generator takes.
+    """Checks the ranges of numbers, and that every generator takes the ``seed``.
 
     Args:
         settings: Settings with a `seed`.

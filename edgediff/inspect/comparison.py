@@ -1,4 +1,4 @@
-"""Both papers' tables of operations, counted anew on the same geometries and shown beside the published ones."""
+"""Both papers' tables of operations, counted on the same geometries and shown beside the published ones."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,7 +95,7 @@ class SpectralRow:
         role: ``teacher``, ``plain`` (a small UNet of its structure) or ``student``.
         model: Name in the zoo.
         cost: Our counts for one sample.
-        published_parameters: The figure that ours is held to.
+        published_parameters: The figure to compare ours with.
         published_macs: The same of multiply-adds, attention matmuls left out.
         source: Where those two come from: ``published``, or ``counted`` on the configurations of CompVis.
         teacher_macs: Multiply-adds of the task's teacher, attention matmuls left out.

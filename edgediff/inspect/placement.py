@@ -23,7 +23,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 GRAPH = _names("input output weights")  # what the graph has, besides operations
-# The next three as onnxruntime carries them (onnxruntime/tools/mobile_helpers), which a test holds them to.
+# The next three are onnxruntime's own lists (onnxruntime/tools/mobile_helpers); a test compares them.
 NEURALNETWORK = _names(
     "Add ArgMax AveragePool BatchNormalization Cast Clip Concat Conv DepthToSpace Div Flatten Gather Gemm "
     "GlobalAveragePool GlobalMaxPool LRN LeakyRelu MatMul MaxPool Mul PRelu Pad Pow Reciprocal ReduceSum Relu Reshape "

@@ -58,7 +58,7 @@ class Step:
         """Computes the op.
 
         Args:
-            values: The tensors at hand, by name.
+            values: The tensors computed so far, by name.
             rounded: Whether float16 results are rounded.
 
         Returns:

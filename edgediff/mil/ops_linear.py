@@ -1,4 +1,4 @@
-"""Matrix products and attention."""
+"""Matmuls and attention."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
-    """Products of the last two axes, which may be transposed before; the others are broadcast."""
+    """Matmul of the last two axes, which may be transposed before; the others are broadcast."""
     if transpose_x and x.ndim > 1:
         x = x.transpose(-1, -2)
     if transpose_y and y.ndim > 1:

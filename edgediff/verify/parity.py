@@ -134,7 +134,7 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.unet.floors
     if share_rows(target.unet.graphs):
-        # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
+        # Graphs that share rows are checked on shared rows even where the reference has none.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)

@@ -20,7 +20,7 @@ from edgediff_runtime.ort_session import CPU, load_graphs
 Array = npt.NDArray[Any]
 
 CUDA = "CUDAExecutionProvider"
-# ONNX Runtime's providers of each device, by preference. TF32 would round an fp32 graph's products to ten bits.
+# ONNX Runtime's providers of each device, by preference. TF32 would round an fp32 graph's matmul inputs to ten bits.
 PROVIDERS: dict[str, tuple[Any, ...]] = {"cpu": (CPU,), "cuda": ((CUDA, {"use_tf32": "0"}), CPU)}
 
 

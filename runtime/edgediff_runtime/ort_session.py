@@ -1,8 +1,8 @@
 """ONNX Runtime behind the session's interface.
 
-Its threads share each operation of a graph and meet after every one, which takes much of a small graph's time. Rows do
-not depend on each other, so where every thread gets equally many, each takes its own rows through the whole graph
-alone. That needs the graphs in memory a second time: it is done for small ones, when such rows first come.
+Its threads share each operation of a graph and synchronize after every one, which takes much of a small graph's time.
+Rows are independent, so where every thread gets equally many, each runs its own rows through the whole graph. That
+needs the graphs in memory a second time, so only small graphs are loaded twice, when such rows first come.
 """
 
 import os

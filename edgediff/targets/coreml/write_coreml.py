@@ -1,7 +1,7 @@
 """Core ML packages through torch.export: ML Programs of fixed shapes, made on any machine.
 
 A package comes out the same for the same input: coremltools' own files carry random identifiers, the date and map
-entries in no order, so its manifest and its model are written anew.
+entries in no fixed order, so its manifest and its model are rewritten.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from edgediff.models.part import Part
 from edgediff.targets.coreml import CoreMLConfig
 from edgediff_runtime.manifest import Graph, Tensor
 
-# Core ML holds no tensor of more dimensions.
+# Core ML has no tensors of more dimensions.
 MAX_RANK = 5
 # What the sine and cosine of a time embedding are taken of goes into the thousands, where fp16 counts in whole steps:
 # in fp16 the embedding of t >= 500 is noise at 24 to 32 dB.

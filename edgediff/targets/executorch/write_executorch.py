@@ -117,9 +117,9 @@ def _trace(
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
-            spelt_out: torch.export.ExportedProgram = program.run_decompositions(
+            decomposed: torch.export.ExportedProgram = program.run_decompositions(
                 {torch.ops.aten.group_norm.default: group_norm}
             )
-            return spelt_out
+            return decomposed
     except Exception as e:  # torch.export's errors share no base class
         raise UnsupportedError(f"{graph.name}: torch.export failed: {' '.join(str(e).split())[:400]}") from e

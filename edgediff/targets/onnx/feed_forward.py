@@ -1,10 +1,10 @@
 """Gated feed-forwards (GEGLU) a slice of the tokens at a time.
 
-Between its two products a feed-forward holds eight times what it is given: 42 MB for an image at the highest resolution
-of Stable Diffusion v1.5, written to memory and read again four times. Tokens do not look at each other there, so a
-slice of them goes through all of it before the next one does, and what is in between stays in the processor's cache.
-Its value and its gate are products of their own, so that no result is cut: the graph cuts the weight instead, which
-whoever loads it does once and for all. Files keep the weights that the model has.
+Between its two matmuls a feed-forward holds eight times its input: 42 MB for an image at the highest resolution of
+Stable Diffusion v1.5, written to memory and read again four times. Tokens are independent there, so each slice of them
+runs through the whole feed-forward, and the intermediate values stay in the processor's cache. Value and gate are
+separate matmuls, so that no result is split: the graph splits the weight instead, once when it is loaded. Files keep
+the model's weights.
 """
 
 import logging
@@ -19,7 +19,7 @@ from edgediff.targets.onnx.separate_gates import PRODUCTS, Halves, halved, is_ha
 
 log = logging.getLogger(__name__)
 
-# What a slice may hold between the products, of one row of the batch. Smaller slices are slower: so are small products.
+# Bytes of a slice between the matmuls, for one row of the batch. Smaller slices are slower, as small matmuls are.
 SLICE_BYTES = 12 * 2**20
 _LINEAR = (*PRODUCTS, "Reshape", "Add")
 

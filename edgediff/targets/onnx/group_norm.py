@@ -1,8 +1,8 @@
 """Group normalization in operators that ONNX Runtime has kernels for.
 
 ONNX's own ``GroupNormalization`` has none on CPUs: a session expands it into about thirty operators, which in a slim
-UNet take longer than the convolutions. As instance normalization of the groups, and a batch normalization whose
-statistics are 0 and 1 for the scale and the shift of each channel, it is four, and two of them move nothing.
+UNet take longer than the convolutions. Instance normalization of the groups, and a batch normalization with statistics
+0 and 1 for the scale and the shift of each channel, take four operators, two of which copy nothing.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""Convolutions of 3 x 3 whose kernels a pass writes anew.
+"""Convolutions of 3 x 3 whose kernels a pass replaces.
 
-New kernels are sums of the old one's weights. The graph says which sums, and whoever loads it computes them once and
-for all: files keep the weights that the model has, which graphs with and without the pass share. What is copied then is
-what takes time, so that a kernel is one product with the weights where it can be, and nothing is cut.
+New kernels are sums of the old one's weights. The graph computes the sums, once when it is loaded: files keep the
+model's weights, which graphs with and without the pass share. Copies take most of that time, so a kernel is one matmul
+with the weights where possible, and nothing is split.
 """
 
 from dataclasses import dataclass
