@@ -1,21 +1,15 @@
 """Packages of extras, imported where they are needed."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from edgediff.errors import MissingExtraError
 
 
 def import_extra(module: str, what: str, package: str) -> Any:
-    """Imports a module that only an extra brings.
-
-    Args:
-        module: Its full name.
-        what: What needs it, for the message.
-        package: Whose it is; the extra has its name.
-
-    Returns:
-        The module.
+    """Imports a module that only an extra brings, which has the name of its package; `what` needs it.
 
     Raises:
         MissingExtraError: Its package is not installed. What that package itself lacks is raised as it is.
@@ -26,3 +20,14 @@ def import_extra(module: str, what: str, package: str) -> Any:
         if e.name is None or e.name.partition(".")[0] != package:
             raise
         raise MissingExtraError(what, package) from e
+
+
+@contextlib.contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Turns a failed import of what is not edgediff's own into a MissingExtraError: `what` needs the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] == "edgediff":
+            raise
+        raise MissingExtraError(what, extra) from e

@@ -59,7 +59,7 @@ def test_dtypes_and_shapes_that_are_not_the_models(bundle: Path, change: dict[st
 def test_shapes_that_are_not_the_graphs(bundle: Path) -> None:
     manifest = manifest_of(bundle)
     seal(bundle, replace_graph(manifest, 1, inputs=_of_16_channels(manifest.targets[0].unet.graphs[1].inputs)))
-    said = r"lowres.onnx has highres_feature as tensor.*'batch', 8, 8, 8.*; the manifest says .*'batch', 16, 8, 8"
+    said = r"lowres.onnx has highres_feature as float32 .*'batch', 8, 8, 8.*; the manifest says .*'batch', 16, 8, 8"
     assert_refused(bundle, said, verify=r"highres_feature of step 0 is float32 \[4, 8, 8, 8\]; expected .*4, 16, 8, 8")
 
 

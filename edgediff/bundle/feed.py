@@ -15,16 +15,9 @@ from edgediff_runtime.sessions import Session
 def run_rows(
     session: Session, graphs: Iterable[Graph], given: Mapping[str, np.ndarray], wanted: Iterable[str]
 ) -> dict[str, np.ndarray]:
-    """Runs graphs one after the other on any number of rows.
+    """Runs graphs, each of which has a file, one after the other on any number of rows; gives the wanted tensors back.
 
-    Args:
-        session: What runs them.
-        graphs: In the order in which they run; each has a file.
-        given: Inputs by name in the dtypes that the graphs declare, [rows, ...]; ``timestep`` [1] has none.
-        wanted: Names of the tensors to give back.
-
-    Returns:
-        The wanted tensors, [rows, ...].
+    `given` are inputs by name in the dtypes that the graphs declare, [rows, ...]; ``timestep`` [1] has none.
     """
     graphs, wanted = tuple(graphs), tuple(wanted)
     made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
@@ -41,14 +34,7 @@ def run_rows(
 def run_step(session: Session, step: Recorded, graphs: Iterable[Graph], wanted: Iterable[str]) -> dict[str, np.ndarray]:
     """Runs a whole recorded step on what it took from outside: what one graph makes, the next one is given.
 
-    Args:
-        session: What runs the graphs.
-        step: The recorded step.
-        graphs: The session's; those that have no file, or do not run in such a step, are left out.
-        wanted: Names of the tensors to give back.
-
-    Returns:
-        The wanted tensors, [rows, ...].
+    Of the session's graphs, those that have no file or do not run in such a step are left out.
     """
     running = [graph for graph in graphs if graph.file is not None and graph.runs(step.full)]
     inside = {tensor.name for graph in running for tensor in graph.outputs}
@@ -57,15 +43,7 @@ def run_step(session: Session, step: Recorded, graphs: Iterable[Graph], wanted: 
 
 
 def handed_over(graphs: Iterable[Graph], given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the loop would hand to graphs of all these rows: a sample that rows of an image share, once.
-
-    Args:
-        graphs: Those that run.
-        given: Inputs by name, [rows, ...].
-
-    Returns:
-        The inputs.
-    """
+    """What the loop would hand to graphs of all these rows: a sample that rows of an image share, once."""
     if not (share_rows(graphs) and is_guided(given[SAMPLE])):
         return dict(given)
     return {**given, SAMPLE: given[SAMPLE][: len(given[SAMPLE]) // 2]}
@@ -73,12 +51,6 @@ def handed_over(graphs: Iterable[Graph], given: Mapping[str, np.ndarray]) -> dic
 
 def is_guided(sample: np.ndarray) -> bool:
     """Whether each image's sample is there twice, as guidance lays rows out.
-
-    Args:
-        sample: [rows, ...].
-
-    Returns:
-        Whether the second half is the first one again.
 
     >>> is_guided(np.array([1, 2, 1, 2])), is_guided(np.array([1, 1, 2, 2])), is_guided(np.array([1]))
     (True, False, False)
@@ -88,14 +60,7 @@ def is_guided(sample: np.ndarray) -> bool:
 
 
 def guided(step: Recorded) -> Recorded:
-    """Every row twice, as guidance would lay out a step that was recorded without.
-
-    Args:
-        step: The recorded step.
-
-    Returns:
-        The step; itself where its rows are laid out so.
-    """
+    """Every row twice, as guidance would lay out a step that was recorded without; itself where it is so already."""
     if is_guided(step.tensors[SAMPLE]):
         return step
     tensors = {
@@ -105,14 +70,7 @@ def guided(step: Recorded) -> Recorded:
 
 
 def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np.ndarray]]:
-    """Divides rows; the last group is filled up with its last row, as the loop does.
-
-    Args:
-        given: Arrays by name, [rows, ...]; ``timestep`` [1] has none.
-        batch: Rows of each group.
-
-    Yields:
-        Arrays by name, [batch, ...].
+    """Divides [rows, ...] by name into [batch, ...]; the last group is filled up with the last row, as in the loop.
 
     >>> [group["x"].tolist() for group in groups({"x": np.arange(3)}, 2)]
     [[0, 1], [2, 2]]
@@ -126,14 +84,7 @@ def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np
 
 
 def count_rows(given: Mapping[str, np.ndarray]) -> int:
-    """Counts the rows of tensors.
-
-    Args:
-        given: Arrays by name, [rows, ...]; ``timestep`` [1] has none.
-
-    Returns:
-        How many.
-    """
+    """The rows of tensors by name; ``timestep`` [1] has none."""
     return next(len(array) for name, array in given.items() if name != TIMESTEP)
 
 

@@ -14,11 +14,7 @@ PARITY_SCRATCH = "evidence/.parity.json.new"
 
 
 def check_files(bundle: Bundle) -> None:
-    """Checks every file of a bundle against the manifest.
-
-    Raises:
-        BundleError: A file is damaged, missing, not listed, or a symlink out of the bundle.
-    """
+    """Checks every file against the manifest; a BundleError where one is damaged, missing, not listed or a link out."""
     for name in bundle.manifest.files:
         bundle.file(name)
     for name in unlisted(bundle.path, bundle.manifest):
@@ -59,12 +55,7 @@ def _leads_out(folder: Path, name: str) -> bool:
 
 
 def component_files(component: Component, files: Iterable[str]) -> tuple[str, ...]:
-    """The files that a component consists of: its graphs, their weights, packages' contents and config.json.
-
-    Args:
-        component: Its entry in the manifest.
-        files: Paths in the bundle.
-    """
+    """The files that a component consists of: its graphs, their weights, packages' contents and config.json."""
     graphs = [graph for graph in (*component.graphs, component.model) if graph is not None]
     named = {name for graph in graphs for name in (graph.file, graph.external_data) if name is not None}
     named |= {str(PurePosixPath(name).with_name("config.json")) for name in named}

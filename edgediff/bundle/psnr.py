@@ -8,10 +8,6 @@ import numpy as np
 def psnr_db(reference: np.ndarray, value: np.ndarray) -> float:
     """Compares an array with what it should be: ``20 log10((max|ref| + 1e-5) / (rmse + 1e-10))``.
 
-    Args:
-        reference: What it should be, of any shape.
-        value: What it is.
-
     Returns:
         dB; equal arrays of ordinary size give about 200. Minus infinity where `value` has another shape, or either
         holds NaN or infinity.

@@ -27,8 +27,6 @@ class Recorded:
     """One step of the reference trajectory.
 
     Attributes:
-        index: Number of the step.
-        full: Whether the low-resolution part ran.
         tensors: Every tensor of the step by name, as the step left it, [rows, ...]; of a cached one also the ``cache``
             that it began with.
     """
@@ -43,7 +41,6 @@ class Reference:
     """What torch computed.
 
     Attributes:
-        steps: The recorded steps.
         latents: Final latents [N, C, H, W]; None where only the first steps were run.
         conditioning: Embeddings that the trajectory was conditioned on, by name; empty for classes.
         half: For each recorded step and graph of an fp16 target, its outputs in fp32 arithmetic on weights and inputs
@@ -57,15 +54,7 @@ class Reference:
 
 
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The generation that the reference is taken along: the bundle's operating point.
-
-    Args:
-        manifest: The bundle's manifest, or its draft.
-        conditioning: Embeddings by name; names beginning with ``negative_`` are the unconditional ones.
-
-    Returns:
-        Arguments for `EdgePipeline.stream`.
-    """
+    """Arguments for `EdgePipeline.stream`: the reference is taken along the bundle's operating point."""
     point = manifest.operating_point
     request: dict[str, Any] = {"num_images": point.num_images, "seed": int(point.seed), "clock": point.mask}
     given = prompt_arguments(conditioning)
@@ -85,14 +74,6 @@ def record(
 
     To its end; or, where the bundle says ``verified: graphs``, to the first cached step and without guidance: half the
     time and memory.
-
-    Args:
-        pipe: A pipeline over torch.
-        conditioning: Embeddings by name.
-        progress: Told the number of steps done and to do.
-
-    Returns:
-        The reference.
     """
     whole = pipe.manifest.evidence.verified == "full"
     wanted = _wanted(pipe.manifest)
@@ -126,15 +107,7 @@ def _wanted(manifest: Manifest) -> set[int]:
 
 
 def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
-    """Real inputs of a graph, in the dtypes that it declares.
-
-    Args:
-        step: A recorded step in which the graph runs.
-        graph: The graph.
-
-    Returns:
-        Arrays by name, [rows, ...].
-    """
+    """Real inputs of a graph, [rows, ...] in the dtypes that it declares, from a step in which it runs."""
     inputs = {}
     for tensor in graph.inputs:
         value = step.tensors[tensor.name].astype(tensor.dtype)
@@ -144,15 +117,7 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
 
 
 def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]:
-    """Real inputs of a graph as they were recorded, from the first step in which it runs.
-
-    Args:
-        reference: What torch computed.
-        graph: The graph.
-
-    Returns:
-        Arrays by name; empty where the clock never runs it, as an adaptor without a file.
-    """
+    """Real inputs of a graph from the first step in which it runs; empty where the clock never runs it."""
     for step in reference.steps:
         if graph.runs(step.full):
             return step_inputs(step, graph)
@@ -160,15 +125,7 @@ def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]
 
 
 def check_reference(reference: Reference, manifest: Manifest) -> None:
-    """Checks a reference against the manifest: its steps, and each tensor's dtype and shape.
-
-    Args:
-        reference: What was read.
-        manifest: The bundle's manifest.
-
-    Raises:
-        BundleError: Something that verification needs is missing or of another kind.
-    """
+    """Checks a reference's steps, and each tensor's dtype and shape, against the manifest; else a BundleError."""
     mask = manifest.operating_point.mask
     expected = [(index, bool(mask[index])) for index in sorted(_wanted(manifest))]
     found = [(step.index, step.full) for step in reference.steps]
@@ -219,12 +176,7 @@ def _spell(steps: list[tuple[int, bool]]) -> str:
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Writes a reference.
-
-    Args:
-        reference: What torch computed.
-        path: The file.
-    """
+    """Writes a reference."""
     flat = {f"conditioning/{name}": value for name, value in reference.conditioning.items()}
     if reference.latents is not None:
         flat["latents"] = reference.latents
@@ -238,17 +190,7 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def load_reference(path: Path) -> Reference:
-    """Reads a reference.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What torch computed.
-
-    Raises:
-        BundleError: The file is no such reference.
-    """
+    """Reads a reference; a BundleError where the file is none."""
     try:
         flat = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as e:

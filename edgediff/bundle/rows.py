@@ -15,13 +15,9 @@ class Row(msgspec.Struct, frozen=True):
     Attributes:
         check: ``graph``, ``program`` (an fp16 graph in fp32 arithmetic), ``composed``, ``trajectory`` or ``caching``.
         part: A graph's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching.
-        backend: What ran the graphs.
         output: The worst output, or None where nothing was measured.
         psnr_db: The worst PSNR over outputs and steps; None where nothing was measured or the result was not finite.
-        floor_db: What it must reach; None is not judged.
-        ok: Whether it does; None where it is not judged or was not measured.
-        note: Why it was not run, or what it was compared with.
-        target: The file format that the backend ran.
+        ok: Whether it reaches `floor_db`; None where that is None, or nothing was measured.
     """
 
     check: Check
@@ -42,7 +38,6 @@ class Finding(msgspec.Struct, frozen=True):
     Attributes:
         kind: ``overflow`` (results that are not finite), ``headroom`` (one of the largest) or ``small-constant`` (one
             that fp16 holds only as a subnormal number, which some hardware takes for zero).
-        op: Type of the operation that makes it.
         value: How many numbers are not finite; the largest magnitude as a share of fp16's 65504; the constant's largest
             magnitude.
         warns: Whether there is something to do about it: a headroom of less than one half is only shown.
@@ -57,12 +52,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class ParityReport(msgspec.Struct, frozen=True):
-    """All rows of a verification.
-
-    Attributes:
-        verified: What the export verified: ``full`` or ``graphs``.
-        findings: Warnings, the worst first.
-    """
+    """All rows of a verification; findings are the worst first."""
 
     rows: tuple[Row, ...]
     verified: str

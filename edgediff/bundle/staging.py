@@ -24,10 +24,6 @@ from edgediff_runtime.manifest_json import parse_manifest
 def check_place(target: Path, force: bool) -> None:
     """Refuses to write where something is that must not be lost.
 
-    Args:
-        target: Where the bundle is to be.
-        force: Whether an existing bundle may be replaced.
-
     Raises:
         TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder, or
             a bundle with other files in it, which is never replaced; or its parent cannot be written.
@@ -62,13 +58,9 @@ def _strays(bundle: Path) -> list[str]:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Gives a temporary sibling to write into and puts it in place when the block ends well.
+    """Gives a temporary sibling, an empty directory, to write into and puts it in place when the block ends well.
 
-    Args:
-        target: Where the directory is to be. What is there already is replaced: `check_place` comes first.
-
-    Yields:
-        The temporary sibling, an empty directory.
+    What is there already is replaced: `check_place` comes first.
 
     Raises:
         TargetError: The disk is full, or the place cannot be written. What was there is as it was.
@@ -123,13 +115,7 @@ def _prefix(target: Path) -> str:
 
 
 def clear_stale(target: Path) -> None:
-    """Removes what killed exports to the same place left; a bundle that one had moved aside is put back.
-
-    Comes before anybody looks at what is there.
-
-    Args:
-        target: Where the bundle is to be.
-    """
+    """Removes what killed exports to this place left, first of all; a bundle that one moved aside is put back."""
     target = target.absolute()
     for left in sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*")):
         if not left.name.removeprefix(_prefix(target)).removesuffix(".old").isdigit():

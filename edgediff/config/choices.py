@@ -25,13 +25,7 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def block_of(point: str) -> int | None:
-    """The N of a cut point ``block:N``.
-
-    Args:
-        point: A cut point.
-
-    Returns:
-        N, or None where the point is another.
+    """The N of a cut point ``block:N``; None of another.
 
     >>> block_of("block:2"), block_of("before_upsample")
     (2, None)

@@ -9,12 +9,9 @@ from edgediff_runtime import manifest as m
 class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Floors of graphs that compute in fp16, in dB of PSNR.
 
-    Attributes:
-        program_db: Floor of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is
-            the right program. Rounding hides a wrong constant, this does not.
-        graph_db: Floor of each graph, every result rounded to fp16, against fp32 torch: whether fp16 is enough.
-        composed_db: The same for composed steps.
-        trajectory_db: The same for the final latents.
+    `program_db` is of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is the right
+    program. Rounding hides a wrong constant, this does not. The others have every result rounded: whether fp16 is
+    enough.
     """
 
     program_db: float = 100.0
@@ -24,13 +21,7 @@ class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Floors of int8 graphs, in dB of PSNR: the ecosystem's usual one.
-
-    Attributes:
-        graph_db: Floor of each graph against fp32 torch.
-        composed_db: The same for composed steps.
-        trajectory_db: The same for the final latents.
-    """
+    """Floors of int8 graphs, in dB of PSNR: the ecosystem's usual one."""
 
     graph_db: float = 35.0
     composed_db: float = 35.0
@@ -45,14 +36,11 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         mode: ``full`` runs whole trajectories; ``graphs`` stops after the composed steps.
-        graph_db: Floor of each graph against the same module in torch.
+        graph_db: Floor of each graph against the same module in torch; an int8 graph must reach it before quantization.
         composed_db: Floor of a step composed from the graphs against torch (a full one: the undivided UNet).
         trajectory_db: Floor of the final latents against torch with the same clock: the conversion error.
         caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
             the method, shown and not judged.
-        fp16: Floors for targets that compute in fp16.
-        int8: Floors for targets whose weights and products are of eight bits; before it is quantized each graph is held
-            to `graph_db`.
     """
 
     mode: VerifyMode = "full"
@@ -64,11 +52,7 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     int8: QuantizedFloors = QuantizedFloors()
 
     def floors(self, dtype: str) -> m.Floors:
-        """The floors of a target's graphs.
-
-        Args:
-            dtype: ``fp32``, ``fp16`` or ``int8``.
-        """
+        """The floors of a target's graphs."""
         chosen: VerifyConfig | HalfFloors | QuantizedFloors = {"fp16": self.fp16, "int8": self.int8}.get(dtype, self)  # type: ignore[assignment]
         return m.Floors(
             graph=chosen.graph_db,

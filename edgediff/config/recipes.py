@@ -6,14 +6,7 @@ from edgediff.errors import ConfigError
 
 
 def find_recipe(name: str | Path, kind: str = "") -> Path:
-    """Finds a recipe by its path or by the name of a built-in one.
-
-    Args:
-        name: A file, or a name such as ``grocery-32-onnx``.
-        kind: Subfolder of the recipes; ``train`` has those of trainings.
-
-    Returns:
-        The file.
+    """Finds a recipe by its path or by the name of a built-in one; `kind` ``train`` is for those of trainings.
 
     Raises:
         ConfigError: There is neither; the built-in ones are named.

@@ -14,20 +14,13 @@ import msgspec
 
 from edgediff.errors import ConfigError, MissingExtraError
 from edgediff_runtime.clock import format_mask
+from edgediff_runtime.errors import one_line
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
 def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") -> S:
-    """Reads a YAML file of settings.
-
-    Args:
-        path: The file.
-        build: Makes the settings of plain data; its ConfigError gets the file's name.
-        what: What the file is, for messages.
-
-    Returns:
-        What `build` gave.
+    """Reads a YAML file of settings, which `build` makes of plain data; its errors get the file's name.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or `build` refuses it.
@@ -42,7 +35,7 @@ def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") ->
     except OSError as e:
         raise ConfigError(f"{what} {path}: cannot be read ({e.strerror or e})") from e
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{what} {path}: not YAML ({' '.join(str(e).split())})") from e
+        raise ConfigError(f"{what} {path}: not YAML ({one_line(e)})") from e
     try:
         return build(data if data is not None else {})
     except ConfigError as e:
@@ -50,14 +43,7 @@ def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") ->
 
 
 def strict(data: object, kind: type[S]) -> S:
-    """Makes settings of plain data.
-
-    Args:
-        data: A mapping as YAML or JSON give it.
-        kind: The struct.
-
-    Returns:
-        The settings, of the declared types; ranges are not looked at.
+    """Makes settings of the declared types of plain data; ranges are not looked at.
 
     Raises:
         ConfigError: A key is unknown (the nearest valid one is named), missing or mistyped.
@@ -72,17 +58,7 @@ def strict(data: object, kind: type[S]) -> S:
 
 
 def retyped(settings: S) -> S:
-    """Checks the types of settings that were built by hand.
-
-    Args:
-        settings: Any struct.
-
-    Returns:
-        The same settings, of the declared types throughout.
-
-    Raises:
-        ConfigError: With the field and what was expected.
-    """
+    """Settings that were built by hand, of their declared types throughout; a ConfigError names what is not."""
     try:
         return msgspec.convert(msgspec.to_builtins(settings), type(settings))
     except msgspec.ValidationError as e:
@@ -94,17 +70,7 @@ def retyped(settings: S) -> S:
 def check_ranges(
     settings: msgspec.Struct, above_0: tuple[str, ...] = (), from_0: tuple[str, ...] = (), shares: tuple[str, ...] = ()
 ) -> None:
-    """Checks the ranges of numbers, and that every generator takes the ``seed``.
-
-    Args:
-        settings: Settings with a `seed`.
-        above_0: Fields that are above 0, or None.
-        from_0: Fields that are 0 or more.
-        shares: Fields that are 0 or more, and below 1.
-
-    Raises:
-        ConfigError: With the field, its value and what was expected.
-    """
+    """Checks fields: above 0 or None, 0 or more, shares from 0 to below 1, and a ``seed`` of 31 bits."""
     for name in above_0:
         value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -122,20 +88,7 @@ def check_ranges(
 
 
 def spell_clock(data: object) -> object:
-    """Writes a clock that is given as a list, as YAML likes to, as the mask's text.
-
-    Args:
-        data: Settings as plain data.
-
-    Returns:
-        The same, with ``clock`` as text.
-
-    Raises:
-        ConfigError: The list is no mask.
-
-    >>> spell_clock({"clock": [1, 0]})
-    {'clock': '1,0'}
-    """
+    """Writes a clock that is given as a list, as YAML likes to, as the mask's text: ``1,0`` for [1, 0]."""
     clock = data.get("clock") if isinstance(data, Mapping) else None
     if not isinstance(clock, list):
         return data

@@ -11,20 +11,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edgediff.errors import ConfigError
+from edgediff_runtime.errors import one_line
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads arrays by name.
-
-    Args:
-        path: A ``.safetensors`` or ``.npz`` file.
-
-    Returns:
-        The arrays.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
+    """Reads arrays by name from a ``.safetensors`` or ``.npz`` file; a ConfigError where it cannot."""
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -34,18 +25,13 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
                 return {name: archive[name] for name in archive.files}
         return dict(load_file(path))
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as e:
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"conditioning {path} cannot be read as .safetensors or .npz: {reason}") from e
+        raise ConfigError(f"conditioning {path} cannot be read as .safetensors or .npz: {one_line(e)}") from e
 
 
 def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Sorts embeddings into the arguments that `EdgePipeline.stream` takes.
 
-    Args:
-        arrays: By name; names beginning with ``negative_`` are the unconditional ones.
-
-    Returns:
-        ``prompt_embeds``, ``negative_prompt_embeds``, ``added_cond``, ``negative_added_cond`` and ``concat_latents``.
+    Names beginning with ``negative_`` are the unconditional ones.
     """
     negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
     positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}

@@ -11,25 +11,14 @@ from edgediff.data.image_folder import ImageSet
 
 
 class Batches:
-    """Images (or latents) and classes, drawn without replacement within each pass.
-
-    Attributes:
-        count: How many there are.
-        x_0: float32 or uint8 [N, C, H, W].
-        labels: int64 [N], the model's class of each; None where it has none.
-    """
+    """Images (or latents), float32 or uint8 [N, C, H, W], and classes, drawn without replacement within each pass."""
 
     def __init__(
         self, x_0: torch.Tensor, mirrored: torch.Tensor | None, labels: NDArray[np.int64] | None, seed: int
     ) -> None:
-        """Takes the data.
+        """Takes the data, `labels` int64 [N] or None.
 
-        Args:
-            x_0: uint8 images or float32 latents, [N, C, H, W].
-            mirrored: The same of the mirrored images, where they are learnt from too and mirroring `x_0` itself would
-                not give them.
-            labels: int64 [N], or None.
-            seed: Of the order.
+        `mirrored` are the mirrored images, where they are learnt from too and mirroring `x_0` would not give them.
         """
         self.x_0 = x_0
         self.mirrored = mirrored
@@ -39,12 +28,7 @@ class Batches:
         self._passes: dict[int, torch.Tensor] = {}
 
     def take(self, first: int, size: int, flips: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Takes the images at some places of the endless row of shuffled passes.
-
-        Args:
-            first: The first place.
-            size: How many.
-            flips: bool [size], which to mirror; None mirrors none.
+        """Takes the images at some places of the endless row of shuffled passes; `flips`, bool [size], are mirrored.
 
         Returns:
             float32 [size, C, H, W] in [-1, 1] for images, and int64 [size] or None.

@@ -8,12 +8,7 @@ from edgediff.errors import DataError
 
 
 def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) -> NDArray[np.int64] | None:
-    """The class that a model or a bundle has for each image, int64 [N].
-
-    Args:
-        labels: Its classes; None where it has no condition, which gives None.
-        real: The images; their classes have the same names.
-        whose: What has the classes, for the message: ``bundle`` or ``model``.
+    """The class that a model or a bundle has for each image, int64 [N]; None where it has no condition.
 
     Raises:
         DataError: A class of the folder is none of these, or the folder has none.

@@ -9,16 +9,7 @@ _BITS = 2**32
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """A generator on the CPU, another one for each seed and number.
-
-    Args:
-        seed: The training's.
-        number: Of the update or the pass, below 2^32.
-
-    >>> first, other = (torch.rand(2, generator=generator(seed, 7)) for seed in (0, 1))
-    >>> bool((first == other).any())
-    False
-    """
+    """A generator on the CPU, another one for each seed and number (of the update or the pass, below 2^32)."""
     return torch.Generator().manual_seed(mixed(seed, number))
 
 

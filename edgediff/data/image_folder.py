@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from edgediff.errors import DataError
 from edgediff.outputs import as_text
 from edgediff_runtime import noise
+from edgediff_runtime.errors import one_line
 
 # By content, whatever the name says. Not all of Pillow's: PostScript, say, would be run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
@@ -37,13 +38,7 @@ _TYPES = mimetypes.MimeTypes()
 
 @dataclass(frozen=True)
 class Reason:
-    """Why files were left out.
-
-    Attributes:
-        what: The fault that they share.
-        count: How many they are.
-        names: The first three, with their class's folder.
-    """
+    """Why files were left out; `names` are the first three, with their class's folder."""
 
     what: str
     count: int
@@ -52,11 +47,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Files of an image folder that were left out.
-
-    Attributes:
-        reasons: Why, in the order in which they were met.
-    """
+    """Files of an image folder that were left out."""
 
     reasons: tuple[Reason, ...] = ()
 
@@ -91,13 +82,9 @@ def _some(names: tuple[str, ...], count: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and their classes.
+    """Images, uint8 [N, H, W, 3], and their classes.
 
-    Attributes:
-        images: uint8 [N, H, W, 3].
-        labels: int64 [N], indices into `names`; all 0 where there are no classes.
-        names: Names of the classes; empty where there are none.
-        skipped: What of the folder is not among the images.
+    `labels`, int64 [N], are indices into `names`: all 0, and the names empty, where there are no classes.
     """
 
     images: NDArray[np.uint8]
@@ -124,20 +111,11 @@ class _Unfit(DataError):
 def read_images(
     folder: str | Path, size: int, minimum: int = 1, *, progress: Callable[[str, float], None] | None = None
 ) -> ImageSet:
-    """Reads an image folder.
+    """Reads an image folder and brings each image to `size` x `size` pixels.
 
-    Hidden files and files that are no images are passed over. Images that cannot be used are left out and counted in
-    `skipped`, which the caller shows.
-
-    Args:
-        folder: It has a subfolder for each class, which may have folders in it, or images alone: then there are no
-            classes.
-        size: Height and width wanted, in pixels.
-        minimum: How many images there must be.
-        progress: Told what is being done, and the share of it that is done.
-
-    Returns:
-        The images; classes and the files of each in the order of their names.
+    It has a subfolder for each class, which may have folders in it, or images alone: then there are no classes. Classes
+    and the files of each are in the order of their names. Hidden files and files that are no images are passed over.
+    Images that cannot be used are left out and counted in `skipped`, which the caller shows.
 
     Raises:
         DataError: There is no such folder, it has images beside class folders, a class without images (that can be
@@ -273,16 +251,12 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     except _Unfit:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-        raise _Unfit("too large to decode", f"{as_text(file)} is too large to decode: {_one_line(e)}") from e
+        raise _Unfit("too large to decode", f"{as_text(file)} is too large to decode: {one_line(e)}") from e
     except Exception as e:  # a damaged file raises whatever its decoder runs into
         known = not isinstance(e, UnidentifiedImageError) or _format_by_name(file) in FORMATS
         what = "cannot be read" if known else "of a format that is not read"
-        raise _Unfit(what, f"{as_text(file)} cannot be read as an image: {_one_line(e)}") from e
+        raise _Unfit(what, f"{as_text(file)} cannot be read as an image: {one_line(e)}") from e
     return np.asarray(_to_size(image, size))
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split()) or type(e).__name__
 
 
 def _to_rgb(image: Image.Image, file: Path) -> Image.Image:
@@ -337,15 +311,9 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Divides the images of each class into those that are learnt from and those held out.
+    """Divides the images of each class into the rest and a `share`, 0 to 1, held out, in the order of `data`.
 
-    Args:
-        data: The images.
-        share: Of each class, 0 to 1; rounded, and at least one image of a class of two or more.
-        seed: Decides which ones.
-
-    Returns:
-        The rest, and what is held out, both in the order of `data`.
+    The share is rounded, and at least one image of a class of two or more.
     """
     order = shuffled(len(data), seed)
     held_out = np.zeros(len(data), dtype=bool)

@@ -14,15 +14,7 @@ PATENT_NOTE = (
 
 
 def bundle_card(manifest: Manifest, model: Model) -> str:
-    """Writes the card: source, data, licence, what was changed, intended use, patent note.
-
-    Args:
-        manifest: The bundle's manifest.
-        model: The source.
-
-    Returns:
-        Markdown.
-    """
+    """Writes the card: source, data, licence, what was changed, intended use, patent note."""
     source, point, sample = manifest.source, manifest.operating_point, manifest.sample
     origin = f"`{source.name}`, sha256 `{source.sha256}`"
     if source.random_weights is not None:

@@ -26,15 +26,7 @@ TOOLS = ("edgediff", "torch", "diffusers", "numpy")
 
 
 def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
-    """The operating point of a recipe, as an adaptor would have been trained for it.
-
-    Args:
-        model: What is exported.
-        config: The recipe.
-
-    Returns:
-        Steps, sampler, clock and guidance.
-    """
+    """The operating point of a recipe, as an adaptor would have been trained for it."""
     return m.TrainedFor(
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
@@ -52,13 +44,6 @@ def draft_manifest(
     adaptor: m.Adaptor | None = None,
 ) -> Manifest:
     """Drafts the manifest of a bundle.
-
-    Args:
-        model: What is exported.
-        divided: Its divided UNet.
-        config: The recipe.
-        conditioning_source: Where the reference's conditioning comes from.
-        adaptor: What stands in for lowres; the identity if None.
 
     Returns:
         The manifest without files and without what only writing the graphs can tell.
@@ -133,9 +118,6 @@ def _text(seed: int | None) -> str | None:
 
 def essence(manifest: Manifest) -> Manifest:
     """Leaves what two exports must share to be the same.
-
-    Args:
-        manifest: A draft, or what a finished bundle has.
 
     Returns:
         The manifest without what writing fills in, and without where the source lies.

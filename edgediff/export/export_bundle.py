@@ -66,9 +66,6 @@ def export_bundle(
     What is already there, made from the same model by the same recipe and tools, and still valid, is left as it is.
 
     Args:
-        model: What `load_model` gave.
-        path: Where the bundle is to be.
-        config: The recipe.
         force: Replace a bundle that is already there.
         progress: Told what is being done.
 

@@ -26,19 +26,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         model: A diffusers directory or a built-in name; the command line's argument comes first.
         targets: What is written into the bundle, by the names in `edgediff.targets.TARGETS`.
-        cut: Where the UNet is divided.
         adaptor: What stands in for the low-resolution part on cached steps: ``identity``, a built-in one by its name
             or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
             operating point, and the identity where there is none.
         clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps.
-        steps: Denoising steps of the operating point.
-        scheduler: Sampler of the operating point.
         guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
             for models with text, 1.0 (off) for models with neither.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
-        verify: What the numbers must reach.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
             (``encoder_hidden_states``, ``negative_encoder_hidden_states``, ``text_embeds``, ...), or None.
         random_weights: Seed of random weights for a built-in geometry, or None: weights are loaded.
@@ -92,9 +88,6 @@ def load_config(path: str | Path) -> ExportConfig:
     Args:
         path: The file, or the name of a built-in recipe.
 
-    Returns:
-        The checked configuration.
-
     Raises:
         ConfigError: The file cannot be read, is no mapping, or a key in it is unknown, mistyped or out of range.
     """
@@ -103,12 +96,6 @@ def load_config(path: str | Path) -> ExportConfig:
 
 def config_from(data: object) -> ExportConfig:
     """Builds a checked configuration from plain data.
-
-    Args:
-        data: A mapping as YAML or JSON give it.
-
-    Returns:
-        The checked configuration.
 
     Raises:
         ConfigError: A key is unknown (the nearest valid one is named), missing, mistyped or out of range.
@@ -121,9 +108,6 @@ def config_from(data: object) -> ExportConfig:
 
 def check_config(config: ExportConfig) -> ExportConfig:
     """Checks what types cannot: ranges, finite numbers, fields that must fit each other.
-
-    Args:
-        config: Any configuration, also one built by hand.
 
     Returns:
         The same configuration, of the declared types throughout.
@@ -188,14 +172,9 @@ def layout_of(config: ExportConfig, target: str) -> Layout:
 
     Args:
         config: The recipe, with a clock that `check_config` takes.
-        target: One of `TARGETS`.
 
     Returns:
         The target's own layout, or the recipe's, or else the target's default.
-
-    >>> from edgediff.targets.coreml import CoreMLConfig
-    >>> layout_of(ExportConfig(coreml=CoreMLConfig(layout="pair")), "coreml")
-    'pair'
     """
     section = config.section(target)
     own: Layout | None = section.layout

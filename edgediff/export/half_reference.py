@@ -98,12 +98,6 @@ class HalfPart(Part):
 def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, say: Callable[[str], None]) -> Reference:
     """Adds to a reference what the graphs of fp16 targets give in fp32 arithmetic on rounded constants.
 
-    Args:
-        manifest: The draft.
-        divided: The divided UNet; left as it was.
-        reference: What fp32 torch computed.
-        say: Told what is being done.
-
     Returns:
         The reference, with `half` filled where a target is fp16.
     """

@@ -20,9 +20,7 @@ def reference_conditioning(
     """Finds the embeddings that the reference trajectory is conditioned on.
 
     Args:
-        known: What the UNet is conditioned on.
         path: A ``.safetensors`` or ``.npz`` file, or None.
-        seed: Seed of synthetic embeddings.
         concat: Shape of the channels that the UNet takes after the latent's, or None: they are seeded normal ones where
             no file has them as ``concat_latents``.
 

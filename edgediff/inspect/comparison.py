@@ -93,8 +93,6 @@ class SpectralRow:
     Attributes:
         task: What the UNets are trained on.
         role: ``teacher``, ``plain`` (a small UNet of its structure) or ``student``.
-        model: Name in the zoo.
-        cost: Our counts for one sample.
         published_parameters: The figure to compare ours with.
         published_macs: The same of multiply-adds, attention matmuls left out.
         source: Where those two come from: ``published``, or ``counted`` on the configurations of CompVis.

@@ -24,14 +24,8 @@ def survey_model(
 ) -> Survey:
     """Counts a model's parts at a cut; weights are not needed.
 
-    Args:
-        source: A diffusers directory or a built-in name.
-        level: High-resolution levels; None takes 1.
-        point: Where lowres ends; None takes the paper's.
-        clock: Period or mask; None takes 2.
-        steps: Denoising steps; None takes 8.
-        batch: UNet rows in a step; None takes 2 where the model is guided.
-        adaptor: Kind of adaptor to count; None takes the identity.
+    None takes level 1, the paper's point, clock 2, 8 steps, the identity adaptor, and a `batch` of 2 UNet rows where
+    the model is guided.
 
     Raises:
         ModelError: The model cannot be read.

@@ -16,6 +16,7 @@ from edgediff.errors import EdgediffError, ProgramError
 from edgediff.targets import TARGETS
 from edgediff.targets.operations import Op, Value
 from edgediff_runtime import EdgeRuntimeError, open_bundle
+from edgediff_runtime.errors import one_line
 
 
 def _names(text: str) -> frozenset[str]:
@@ -53,13 +54,10 @@ class Rule:
     """One line of the table.
 
     Attributes:
-        id: Its name.
         where: What an operation falls off: ``ane`` is looked for in ML Programs, the others in ONNX graphs.
         hits: What is wrong with an operation ("" where its type says all); None where nothing is.
         says: What happens, and whether the source documents it or somebody observed it.
         rewrite: What to do about it.
-        title: Of the thread or document.
-        source: Its URL.
     """
 
     id: str
@@ -76,8 +74,6 @@ class Note:
     """What a rule found in a graph.
 
     Attributes:
-        rule: The rule.
-        target: ``onnx`` or ``coreml``.
         graph: Name of the graph; of its file or function, where there is no bundle around it.
         ops: Types of the operations that are hit, and how many of each.
         names: Of the first three.
@@ -239,9 +235,6 @@ RULES = (
 def lint_bundle(path: str | Path) -> tuple[Note, ...]:
     """Looks at every graph of every target of a bundle.
 
-    Args:
-        path: The bundle.
-
     Returns:
         The notes, by target and graph as the manifest has them, then in the order of the table.
 
@@ -261,9 +254,7 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
             except (EdgediffError, EdgeRuntimeError):
                 raise
             except Exception as e:  # what a damaged protobuf raises on the way shares no base class
-                raise ProgramError(
-                    f"{graph.file} cannot be read: {type(e).__name__} {' '.join(str(e).split())[:200]}"
-                ) from e
+                raise ProgramError(f"{graph.file} cannot be read: {type(e).__name__} {one_line(e)}") from e
             notes += lint(found, entry.target, graph.name)
     return tuple(notes)
 
@@ -271,18 +262,13 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
 def lint(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
     """Looks for what falls off the accelerators that a target's graphs are for.
 
-    Args:
-        ops: The graph's operations, as the target reads them.
-        target: The target's name: rules for the Neural Engine look at Core ML, the others at ONNX.
-        graph: What the notes call the graph.
-
     Returns:
         One note for each rule that found something, in the order of the table.
     """
     notes = []
     for rule in RULES:
         hit = [(op, words) for op in ops if (words := rule.hits(op)) is not None]
-        if hit and (rule.where == "ane") == (target == "coreml"):
+        if hit and rule.where in TARGETS[target].accelerators:
             counts = sorted(Counter(op.type for op, _ in hit).items(), key=lambda item: (-item[1], item[0]))
             details = tuple(dict.fromkeys(words for _, words in hit if words))
             notes.append(Note(rule, target, graph, dict(counts), tuple(op.name for op, _ in hit[:3]), details[:3]))

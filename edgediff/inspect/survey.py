@@ -16,12 +16,10 @@ class Survey:
     """Costs of the parts of a split UNet, and of a schedule.
 
     Attributes:
-        name: Of the model.
         cut: Level and point in words.
         cost: Cost of each part for one sample.
         cache_bytes: Bytes of the cache for one sample.
         clock: As it was asked for.
-        mask: The clock's entry for each step, True = full.
         batch: UNet rows in a step.
         facts: What else a bundle's manifest says, in words; empty for a model.
     """
@@ -39,7 +37,6 @@ class Survey:
         """Adds a schedule up.
 
         Args:
-            mask: One entry for each step, True = full.
             attention: Whether the attention matmuls count.
 
         Returns:
@@ -79,16 +76,7 @@ class Survey:
 
 
 def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch: int | None) -> Survey:
-    """Reads the costs out of a bundle's manifest.
-
-    Args:
-        path: The bundle.
-        clock: Period or mask; None takes the bundle's.
-        steps: Denoising steps; None takes the bundle's.
-        batch: UNet rows in a step; None takes 2 where the bundle is guided.
-
-    Returns:
-        The survey.
+    """Reads the costs out of a bundle's manifest; None takes its clock and steps, and 2 rows where it is guided.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -133,14 +121,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
 
 
 def adaptor_in_words(adaptor: Adaptor) -> str:
-    """What stands in for lowres, and what it was trained for.
-
-    Args:
-        adaptor: The manifest's entry.
-
-    Returns:
-        One line.
-    """
+    """What stands in for lowres, and what it was trained for."""
     point = adaptor.trained_for
     if point is None:
         return adaptor.kind
@@ -151,17 +132,7 @@ def adaptor_in_words(adaptor: Adaptor) -> str:
 
 
 def check_batch(batch: int) -> int:
-    """Refuses a batch below 1.
-
-    Args:
-        batch: UNet rows in a step.
-
-    Returns:
-        The same.
-
-    Raises:
-        RequestError: With the value.
-    """
+    """Refuses a batch below 1 with a RequestError."""
     if batch < 1:
         raise RequestError(f"batch is {batch}; expected a whole number above 0")
     return batch

@@ -22,7 +22,6 @@ def evaluate(path: str | Path, inputs: Mapping[str, np.ndarray], function: str |
     """Evaluates a saved ML Program once; `open_program` keeps it for more.
 
     Args:
-        path: The .mlpackage.
         inputs: Arrays by the program's own names, of the shapes that it declares; cast to its dtypes.
         function: The function to run; the program's default if None.
 

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from edgediff.errors import MissingExtraError
+from edgediff.extras import needing
 from edgediff_runtime import coreml_session
 
 
@@ -39,19 +39,6 @@ def without_validation() -> Iterator[None]:
 
 
 def import_coremltools(what: str) -> Any:
-    """Imports coremltools.
-
-    Args:
-        what: What needs it, for the message.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        with quiet():
-            return importlib.import_module("coremltools")
-    except ModuleNotFoundError as e:
-        raise MissingExtraError(what, "export") from e
+    """Imports coremltools, which `what` needs; a MissingExtraError where it is not installed."""
+    with needing("export", what), quiet():
+        return importlib.import_module("coremltools")

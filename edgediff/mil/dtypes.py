@@ -59,9 +59,6 @@ def dtype_of(name: str) -> Dtype:
     Args:
         name: As numpy names it; below a byte as MIL does.
 
-    Returns:
-        The dtype.
-
     Raises:
         ProgramError: It is not known; the message names it and those that are.
     """
@@ -75,9 +72,6 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarra
 
     Args:
         packed: uint8 [ceil(count * bits / 8)].
-        bits: Of one element.
-        count: How many elements there are.
-        signed: Whether the highest bit is a sign.
 
     Returns:
         uint8 or int8 [count].
@@ -100,9 +94,6 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarra
 def hold(array: np.ndarray) -> torch.Tensor:
     """Makes a tensor of the dtype in which the evaluator holds an array's.
 
-    Args:
-        array: Of any shape; writable where its memory is to be shared.
-
     Returns:
         A tensor of the same shape, on the array's memory where the dtype allows it.
     """
@@ -113,12 +104,7 @@ def settle(value: torch.Tensor, dtype: str, rounded: bool = True) -> torch.Tenso
     """Brings what an op computed to the dtype that it declares.
 
     Args:
-        value: Of any shape and dtype.
-        dtype: The declared dtype.
         rounded: Whether a float16 is rounded to what float16 has; what is too large becomes infinite.
-
-    Returns:
-        A tensor of the same shape, held as `dtype` is.
     """
     if dtype == "float16":
         return value.half().float() if rounded else value.float()

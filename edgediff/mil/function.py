@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.constant import Constant
 from edgediff.mil.dtypes import settle
-from edgediff.mil.values import Spec
+from edgediff.mil.values import Constant, Spec
 
 Watch = Callable[[str, str, Tensor, str], None]
 # What torch raises where a program asks for something impossible.
@@ -28,9 +27,6 @@ class Step:
     """One op with its parameters bound.
 
     Attributes:
-        op: The op's type.
-        function: What computes it.
-        outputs: Names of the results and what they are declared to be.
         moves: Whether each number of the result is a number of an operand, so that there is nothing to round.
         fixed: Parameters that are known beforehand.
         tensors: Parameters that are tensors: their names.
@@ -56,10 +52,6 @@ class Step:
 
     def run(self, values: Mapping[str, Tensor], rounded: bool) -> tuple[Tensor, ...]:
         """Computes the op.
-
-        Args:
-            values: The tensors computed so far, by name.
-            rounded: Whether float16 results are rounded.
 
         Returns:
             One tensor for each of `outputs`.
@@ -102,9 +94,6 @@ class Function:
     """A function of a program, ready to run as often as one likes.
 
     Attributes:
-        name: Its name.
-        inputs: What it takes, by name.
-        outputs: What it returns, by name.
         steps: Its ops, without constants.
         constants: Its constants of any dtype, by name.
     """

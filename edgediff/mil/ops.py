@@ -1,49 +1,31 @@
 """Every op that the evaluator knows.
 
-An op is a function with MIL's own parameter names and defaults. How it is given a parameter its annotation says: a
-``Tensor``, a list of them, or else a plain number, string or list. Tensors of float16 come as float32 (see `dtypes`),
-and results are rounded by the caller.
+An op is a public function of an ``ops_`` file, with MIL's own name, parameter names and defaults. How it is given a
+parameter its annotation says: a ``Tensor``, a list of them, or else a plain number, string or list. Tensors of float16
+come as float32 (see `dtypes`), and results are rounded by the caller.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from edgediff.mil.ops_activation import ACTIVATIONS
-from edgediff.mil.ops_constexpr import CONSTEXPRS
-from edgediff.mil.ops_conv import CONVOLUTIONS
-from edgediff.mil.ops_elementwise import ELEMENTWISE
-from edgediff.mil.ops_fill import FILLS
-from edgediff.mil.ops_gather import GATHERS
-from edgediff.mil.ops_linear import PRODUCTS
-from edgediff.mil.ops_norm import NORMS
-from edgediff.mil.ops_reduction import REDUCTIONS
-from edgediff.mil.ops_resize import RESIZES
-from edgediff.mil.ops_shape import SHAPES
-from edgediff.mil.ops_slice import SLICES
+from edgediff.mil import ops_activation, ops_constexpr, ops_elementwise, ops_fill, ops_layer, ops_move, ops_resize
 
-OPS: dict[str, Callable[..., Any]] = {
-    **ACTIVATIONS,
-    **CONSTEXPRS,
-    **CONVOLUTIONS,
-    **ELEMENTWISE,
-    **FILLS,
-    **GATHERS,
-    **NORMS,
-    **PRODUCTS,
-    **REDUCTIONS,
-    **RESIZES,
-    **SHAPES,
-    **SLICES,
+
+def _ops_of(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    return {name: value for name, value in own.items() if callable(value) and not name.startswith("_")}
+
+
+OPS = {
+    **_ops_of(ops_activation),
+    **_ops_of(ops_constexpr),
+    **_ops_of(ops_elementwise),
+    **ops_elementwise.TABLE,
+    **_ops_of(ops_fill),
+    **_ops_of(ops_layer),
+    **_ops_of(ops_move),
+    **_ops_of(ops_resize),
 }
 # Their results hold numbers of their operands and no others.
-MOVES = frozenset(
-    {
-        *SHAPES,
-        *GATHERS,
-        "crop",
-        "slice_by_index",
-        "slice_by_size",
-        "resize_nearest_neighbor",
-        "upsample_nearest_neighbor",
-    }
-)
+MOVES = frozenset({*_ops_of(ops_move), "resize_nearest_neighbor", "upsample_nearest_neighbor"})

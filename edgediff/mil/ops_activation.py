@@ -1,7 +1,5 @@
 """Activations."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,24 +97,3 @@ def softsign(x: Tensor) -> Tensor:
 def thresholded_relu(x: Tensor, alpha: float) -> Tensor:
     """``x`` where ``x >= alpha``, else 0."""
     return torch.where(x >= alpha, x, torch.zeros_like(x))
-
-
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "clamped_relu": clamped_relu,
-    "elu": elu,
-    "gelu": gelu,
-    "leaky_relu": leaky_relu,
-    "linear_activation": linear_activation,
-    "prelu": prelu,
-    "relu": relu,
-    "relu6": relu6,
-    "scaled_tanh": scaled_tanh,
-    "sigmoid": sigmoid,
-    "sigmoid_hard": sigmoid_hard,
-    "silu": silu,
-    "softmax": softmax,
-    "softplus": softplus,
-    "softplus_parametric": softplus_parametric,
-    "softsign": softsign,
-    "thresholded_relu": thresholded_relu,
-}

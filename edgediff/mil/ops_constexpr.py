@@ -1,18 +1,44 @@
-"""Ops that unpack compressed weights; they are computed once, when a function is prepared.
+"""Quantization: ops that unpack compressed weights, once, when a function is prepared; and those of activations.
 
 iOS 16 packs indices and masks into bytes and says the shape; iOS 18 has dtypes below a byte, and blocks.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.dtypes import unpack
-from edgediff.mil.ops_fill import dequantize
+from edgediff.mil.dtypes import DTYPES, MIL_NAMES, unpack
+
+
+def _along(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
+    """A scalar, or a vector laid along an axis."""
+    if values.ndim == 0 or axis is None:
+        return values
+    sizes = [1] * like.ndim
+    sizes[axis] = -1
+    return values.reshape(sizes)
+
+
+def quantize(
+    input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: int | None = None
+) -> Tensor:
+    """``clip(round(input / scale) + zero_point)`` to int8 or uint8."""
+    x = torch.round(input / _along(scale, input, axis))
+    if zero_point is not None:
+        x = x + _along(zero_point, input, axis)
+    info = torch.iinfo(DTYPES[MIL_NAMES.get(output_dtype, output_dtype)].held)
+    return x.clamp(info.min, info.max)
+
+
+def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None) -> Tensor:
+    """``scale (input - zero_point)``."""
+    x = input.float()
+    if zero_point is not None:
+        x = x - _along(zero_point, input, axis)
+    return x * _along(scale, input, axis)
 
 
 def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -101,14 +127,3 @@ def constexpr_sparse_blockwise_shift_scale(
     """The mask and the nonzero numbers, shifted and scaled."""
     dense = constexpr_blockwise_shift_scale(constexpr_sparse_to_dense(nonzero_data, data_mask), scale, offset)
     return data_mask, dense[data_mask != 0]
-
-
-CONSTEXPRS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
-    "constexpr_affine_dequantize": constexpr_affine_dequantize,
-    "constexpr_blockwise_shift_scale": constexpr_blockwise_shift_scale,
-    "constexpr_cast": constexpr_cast,
-    "constexpr_lut_to_dense": constexpr_lut_to_dense,
-    "constexpr_lut_to_sparse": constexpr_lut_to_sparse,
-    "constexpr_sparse_blockwise_shift_scale": constexpr_sparse_blockwise_shift_scale,
-    "constexpr_sparse_to_dense": constexpr_sparse_to_dense,
-}

@@ -1,11 +1,10 @@
-"""Ops that make tensors from sizes and numbers, and quantization of activations."""
-
-from collections.abc import Callable
+"""Ops that make tensors from sizes and numbers, or put numbers around or into one."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from edgediff.mil.dtypes import DTYPES, MIL_NAMES
+from edgediff.errors import ProgramError
 
 
 def fill(shape: list[int], value: float = 0.0) -> Tensor:
@@ -28,39 +27,31 @@ def shape(x: Tensor) -> Tensor:
     return torch.tensor(x.shape, dtype=torch.int32)
 
 
-def _along(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
-    """A scalar, or a vector laid along an axis."""
-    if values.ndim == 0 or axis is None:
-        return values
-    sizes = [1] * like.ndim
-    sizes[axis] = -1
-    return values.reshape(sizes)
+def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float = 0.0) -> Tensor:
+    """Elements before and after along the last axes: a constant's, the mirrored ones, or the outermost one's."""
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))
+    if mode == "constant":
+        backwards = [size for pair in reversed(pairs) for size in pair]
+        return F.pad(x, backwards, value=constant_val)
+    if mode not in ("reflect", "replicate"):
+        raise ProgramError(f"mode {mode!r}; choices: constant, reflect, replicate")
+    for axis, (before, after) in enumerate(pairs, start=x.ndim - len(pairs)):
+        if before or after:
+            size = x.shape[axis]
+            places = torch.arange(-before, size + after)
+            if mode == "reflect":
+                places = (size - 1) - ((size - 1) - places.abs()).abs()
+            x = x.index_select(axis, places.clamp(0, size - 1) if mode == "replicate" else places)
+    return x
 
 
-def quantize(
-    input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: int | None = None
-) -> Tensor:
-    """``clip(round(input / scale) + zero_point)`` to int8 or uint8."""
-    x = torch.round(input / _along(scale, input, axis))
-    if zero_point is not None:
-        x = x + _along(zero_point, input, axis)
-    info = torch.iinfo(DTYPES[MIL_NAMES.get(output_dtype, output_dtype)].held)
-    return x.clamp(info.min, info.max)
-
-
-def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None) -> Tensor:
-    """``scale (input - zero_point)``."""
-    x = input.float()
-    if zero_point is not None:
-        x = x - _along(zero_point, input, axis)
-    return x * _along(scale, input, axis)
-
-
-FILLS: dict[str, Callable[..., Tensor]] = {
-    "dequantize": dequantize,
-    "fill": fill,
-    "fill_like": fill_like,
-    "quantize": quantize,
-    "range_1d": range_1d,
-    "shape": shape,
-}
+def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
+    """A band around the diagonal of the last two axes, zero elsewhere; a negative bound is open."""
+    rows, columns = x.shape[-2:]
+    offset = torch.arange(rows)[:, None] - torch.arange(columns)
+    band = torch.ones(rows, columns, dtype=torch.bool)
+    if lower >= 0:
+        band &= offset <= lower
+    if upper >= 0:
+        band &= -offset <= upper
+    return torch.where(band, x, torch.zeros_like(x))

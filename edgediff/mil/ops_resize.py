@@ -91,12 +91,3 @@ def resize(
                 f"{interpolation_mode} with {sampling_mode}; supported: LINEAR; NEAREST_NEIGHBOR with DEFAULT"
             )
     return x
-
-
-RESIZES: dict[str, Callable[..., Tensor]] = {
-    "resize": resize,
-    "resize_bilinear": resize_bilinear,
-    "resize_nearest_neighbor": resize_nearest_neighbor,
-    "upsample_bilinear": upsample_bilinear,
-    "upsample_nearest_neighbor": upsample_nearest_neighbor,
-}

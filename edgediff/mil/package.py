@@ -24,11 +24,7 @@ class Package:
     """A saved ML Program.
 
     Attributes:
-        path: The .mlpackage.
-        spec: Its ``Model`` protobuf.
         folder: What ``@model_path`` stands for in the program: where the protobuf lies.
-        specification_version: Core ML's specification version.
-        functions: Names of the program's functions.
         default: The function that runs where none is named.
     """
 
@@ -44,9 +40,6 @@ class Package:
 
         Args:
             name: As the program names it: ``@model_path/weights/weight.bin``.
-
-        Returns:
-            Its path.
 
         Raises:
             ProgramError: The name leads out of the package.
@@ -73,9 +66,7 @@ class Package:
         """Holds what the package says of a function, by which Core ML goes, to what the program says.
 
         Args:
-            function: Its name.
             inputs: What the program takes, each with `dtype` and `shape`.
-            outputs: What it gives.
 
         Raises:
             ProgramError: The package describes something else.
@@ -108,9 +99,6 @@ class Package:
 
 def read_package(path: str | Path) -> Package:
     """Reads an .mlpackage.
-
-    Args:
-        path: The directory.
 
     Returns:
         Its protobuf and what it says of itself; no weights yet.

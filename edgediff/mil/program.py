@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.constant import Constant
 from edgediff.mil.function import Function, Step
 from edgediff.mil.ops import MOVES, OPS
 from edgediff.mil.package import Package, read_package
-from edgediff.mil.values import Spec, Values
+from edgediff.mil.values import Constant, Spec, Values
 
 CONSTEXPR = "constexpr_"
 
@@ -28,10 +27,7 @@ class Program:
     """A saved ML Program.
 
     Attributes:
-        package: The files.
-        functions: Names of its functions.
         default: The one that runs where none is named.
-        specification_version: Core ML's specification version.
     """
 
     def __init__(self, package: Package, values: Values) -> None:
@@ -135,12 +131,6 @@ class Program:
     ) -> tuple[Step, list[Hashable]]:
         """Binds an op's parameters to those of the function that computes it.
 
-        Args:
-            op: The protobuf.
-            outputs: Its results.
-            constants: The constants before it, by name.
-            known: Names of all that is made before it.
-
         Returns:
             The step, and the keys of the constants that it takes.
         """
@@ -216,9 +206,6 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, str], tuple[str
 
 def open_program(path: str | Path) -> Program:
     """Opens a saved ML Program.
-
-    Args:
-        path: The .mlpackage.
 
     Returns:
         The program; its weights are mapped when a function is prepared.

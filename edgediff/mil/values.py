@@ -1,13 +1,16 @@
 """Values as a program's protobuf holds them, decoded into arrays: immediate ones, and blobs of a weight file."""
 
+import functools
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.dtypes import STRING, dtype_of, unpack
+from edgediff.mil.dtypes import STRING, dtype_of, hold, unpack
 from edgediff.mil.package import Package
 from edgediff.mil.weight_file import WeightFile
 
@@ -27,12 +30,34 @@ class Spec:
     shape: Shape
 
     def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of a shape is what is declared.
-
-        >>> Spec("float32", (None, 3)).takes((2, 3))
-        True
-        """
+        """Whether a tensor of a shape is what is declared."""
         return len(shape) == len(self.shape) and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
+
+
+class Constant:
+    """A constant of a program; its fp32 copy is made when a function first wants it as a tensor.
+
+    Attributes:
+        array: As it is stored, on the mapped weight file where it lies in one; or a string.
+        key: Equal for constants of equal content, whichever function they belong to.
+    """
+
+    def __init__(self, dtype: str, array: np.ndarray | str, key: Hashable) -> None:
+        self.dtype = dtype
+        self.array = array
+        self.key = key
+
+    @functools.cached_property
+    def tensor(self) -> Tensor:
+        """The constant as ops take it."""
+        if isinstance(self.array, str):
+            raise ProgramError(f"the string {self.array!r} where a tensor is expected")
+        return hold(self.array)
+
+    @property
+    def number(self) -> Any:
+        """The constant as a plain number, string, or nested list of them."""
+        return self.array if isinstance(self.array, str) else self.array.tolist()
 
 
 class Values:
@@ -45,12 +70,6 @@ class Values:
 
     def spec(self, kind: Any) -> Spec:
         """Reads a ``ValueType``.
-
-        Args:
-            kind: The protobuf.
-
-        Returns:
-            Dtype and shape.
 
         Raises:
             ProgramError: It is no tensor, or of a dtype that the evaluator does not know.
@@ -70,9 +89,6 @@ class Values:
 
     def array(self, value: Any) -> np.ndarray | str:
         """Decodes a ``Value``.
-
-        Args:
-            value: The protobuf.
 
         Returns:
             An array of the declared shape, on the mapped file where it lies in one; or a string.

@@ -22,17 +22,10 @@ NAMES = {dtype.blob: name for name, dtype in DTYPES.items() if dtype.blob is not
 
 
 class WeightFile:
-    """One file of weights.
-
-    Attributes:
-        path: Where it lies.
-    """
+    """One file of weights."""
 
     def __init__(self, path: Path) -> None:
         """Maps a file.
-
-        Args:
-            path: The file.
 
         Raises:
             ProgramError: It is missing, too short, or of another version.
@@ -54,8 +47,6 @@ class WeightFile:
 
         Args:
             offset: Of its metadata, in bytes.
-            dtype: What the program says that it is.
-            count: How many elements the program says that it has.
 
         Returns:
             [count], on the mapped file where an element is whole bytes.

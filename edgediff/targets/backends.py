@@ -10,19 +10,7 @@ BACKENDS = (*runtime.BACKENDS, *(name for target in TARGETS.values() for name in
 def open_session(
     bundle: Bundle, backend: str, compute_units: str = "all", threads: int | None = None
 ) -> runtime.Session:
-    """Opens a bundle in a backend.
-
-    Args:
-        bundle: The bundle.
-        backend: One of `BACKENDS`.
-        compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
-        threads: How many may be at work on the CPU; the backend's own choice where None.
-
-    Raises:
-        BundleError: The backend cannot load the bundle.
-        RequestError: The backend is unknown, or not available on this machine.
-        MissingExtraError: What it needs is not installed.
-    """
+    """Opens a bundle as the runtime's `open_session` does, or in a target's own backend."""
     if backend not in BACKENDS:
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
     if backend in runtime.BACKENDS:
@@ -33,11 +21,7 @@ def open_session(
 
 
 def usual_backend(bundle: Bundle) -> str:
-    """The backend that runs a bundle where none is asked for: that of the first target that runs on this machine.
-
-    Raises:
-        RequestError: None does.
-    """
+    """The backend where none is asked for: of the first target that runs here; a RequestError where none does."""
     there = [TARGETS[entry.target] for entry in bundle.manifest.targets]
     for target in TARGETS.values():
         backend = target.usual_backend() if target in there else None

@@ -18,6 +18,7 @@ import numpy as np
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, MissingExtraError, UnsupportedError
 from edgediff_runtime import manifest as m
+from edgediff_runtime.errors import one_line
 
 if TYPE_CHECKING:
     from edgediff.bundle.reference import Reference
@@ -38,8 +39,8 @@ class Int8Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         quantize_nbits: 8 gives convolutions and matmuls int8 weights and inputs, with ranges measured along whole
             trajectories; everything between them stays fp32. None leaves all of it fp32.
-        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it:
-            OpenVINO has kernels for them, ONNX Runtime computes its own operator faster.
+        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it.
+            ONNX Runtime has no kernels for them and computes its own operator faster.
         calibration_images: How many images those trajectories are of.
     """
 
@@ -53,11 +54,7 @@ class Outline:
     """What a target's entry in the manifest follows from.
 
     Attributes:
-        parts: The four parts of the UNet as graphs.
-        divided: The divided UNet.
-        layout: How its graphs are packed.
         rows: Rows of one image: 2 where the operating point is guided.
-        verify: The recipe's floors.
     """
 
     parts: tuple[m.Graph, ...]
@@ -78,13 +75,8 @@ class Job:
     Attributes:
         folder: The bundle that is being written.
         target: The target's entry in the draft of the manifest.
-        unet_config: The UNet's configuration, as diffusers saves it.
-        modules: The modules by the names of their graphs.
-        reference: What torch computed: real inputs of every graph.
         pipe: A pipeline over torch, for further trajectories.
         config: The target's section of the recipe.
-        verify: The recipe's floors.
-        say: Told what is being done.
     """
 
     folder: Path
@@ -120,14 +112,12 @@ class Target(ABC):
     """One file format.
 
     Attributes:
-        name: As recipes and the manifest name it.
-        title: As people name it.
         files: What its files are called in messages.
         config: Its section of a recipe.
-        extra: The extra that brings its packages.
         packages: What has to be installed to write it, by the names that pip knows.
         backends: What verification runs its graphs in, in this order; one of them must have measured.
         tools_to_run: The packages whose versions a verification records.
+        accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
         own_backends: Backends that the runtime does not have, opened by `open_session`.
     """
 
@@ -140,6 +130,7 @@ class Target(ABC):
     backends: tuple[str, ...]
     own_backends: tuple[str, ...] = ()
     tools_to_run: tuple[str, ...] = ()
+    accelerators: tuple[str, ...] = ()
 
     # The recipe
 
@@ -188,9 +179,6 @@ class Target(ABC):
     def write(self, job: Job) -> m.Target:
         """Writes every graph of the target.
 
-        Returns:
-            The entry with what is known now.
-
         Raises:
             UnsupportedError: A converter failed.
             VerificationError: A graph is not what torch computed.
@@ -225,11 +213,7 @@ class Target(ABC):
 
 
 def int8_check(target: Target, config: Int8Config) -> None:
-    """Checks the int8 settings of a section.
-
-    Raises:
-        ConfigError: With the field, its value and what is expected.
-    """
+    """Checks the int8 settings of a section."""
     if config.quantize_attention and config.quantize_nbits is None:
         raise ConfigError(f"'{target.name}.quantize_attention' needs '{target.name}.quantize_nbits'")
     if config.calibration_images < 1:
@@ -237,11 +221,7 @@ def int8_check(target: Target, config: Int8Config) -> None:
 
 
 def batch_check(target: Target, batch: int | None) -> None:
-    """Checks the fixed batch of a section.
-
-    Raises:
-        ConfigError: With its value.
-    """
+    """Checks the fixed batch of a section."""
     if batch is not None and not 1 <= batch <= 2:
         raise ConfigError(f"'{target.name}.batch' is {batch}; expected 1, 2 or nothing")
 
@@ -263,14 +243,10 @@ def write_unet_config(job: Job, folder: Path) -> None:
 
 @contextlib.contextmanager
 def converter_errors(what: str) -> Iterator[None]:
-    """Turns what a converter raises into an error of ours; a full disk stays what it is.
-
-    Raises:
-        UnsupportedError: The converter failed.
-    """
+    """Turns what a converter raises into an UnsupportedError; a full disk stays what it is."""
     try:
         yield
     except (OSError, UnsupportedError, MissingExtraError):
         raise
     except Exception as e:  # converters' errors share no base class
-        raise UnsupportedError(f"{what} failed: {' '.join(str(e).split())[:400]}") from e
+        raise UnsupportedError(f"{what} failed: {one_line(e)}") from e

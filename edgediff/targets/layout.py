@@ -52,16 +52,7 @@ def _join(divided: SplitUNet, packed: Packed) -> Part:
 
 
 def pack(parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout) -> tuple[Graph, ...]:
-    """The graphs of a layout, in the order of a step, with fp32 tensors and a symbolic batch.
-
-    Args:
-        parts: The four parts as graphs, as `graph_list` gives them.
-        divided: The divided UNet.
-        layout: How the graphs are packed.
-
-    Returns:
-        A graph whose `file` is its name is to be written; None is the identity adaptor.
-    """
+    """The graphs of a layout, in a step's order, in fp32 with a symbolic batch; the identity adaptor has no file."""
     tensors = {tensor.name: tensor for graph in parts for tensor in (*graph.inputs, *graph.outputs)}
     files = {graph.name: graph.file for graph in parts}
     return tuple(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import BundleError, RequestError
+from edgediff_runtime.errors import BundleError, RequestError, one_line
 from edgediff_runtime.manifest import Graph
 
 Array = npt.NDArray[Any]
@@ -27,20 +27,10 @@ class CoreMLSession:
     """Runs a bundle's Core ML packages with ``MLModel.predict``.
 
     Tensors are numpy arrays: predictions go through them anyway. One object may serve several threads.
-
-    Attributes:
-        graphs: The bundle's Core ML graphs.
-        batch: Rows that each graph takes: they are fixed throughout.
     """
 
     def __init__(self, bundle: Bundle, compute_units: str = "all") -> None:
-        """Checks and loads the packages of a bundle; `compute_units` is one of `COMPUTE_UNITS`.
-
-        Raises:
-            RequestError: This is not macOS, coremltools is missing, this system's Core ML cannot load the packages,
-                or the compute units are unknown.
-            BundleError: A package is damaged, cannot be read, or has other inputs or outputs than the manifest says.
-        """
+        """Checks and loads the packages of a bundle; `compute_units` is one of `COMPUTE_UNITS`."""
         if compute_units not in COMPUTE_UNITS:
             raise RequestError(f"no compute units {compute_units!r}; choices: {', '.join(COMPUTE_UNITS)}")
         if sys.platform != "darwin":
@@ -74,12 +64,12 @@ class CoreMLSession:
                         function_name=graph.function,
                     )
             except Exception as e:  # coremltools' errors share no base class
-                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+                raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
             _check_tensors(graph, model.get_spec())
             # coremltools opens what this system cannot load, too, and fails at the first prediction.
             if model.__proxy__ is None:
                 why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
-                raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {' '.join(str(why).split())[:400]}")
+                raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {one_line(why)}")
             self._models[graph.name] = model
 
     def put(self, array: Array) -> Any:
@@ -92,16 +82,12 @@ class CoreMLSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs, in the dtypes that the manifest declares.
-
-        Raises:
-            BundleError: The prediction failed, or lacks an output.
-        """
+        """Runs a graph on tensors by name and adds its outputs, in the dtypes that the manifest declares."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         try:
             made = self._models[graph.name].predict(feeds)
         except Exception as e:
-            raise BundleError(f"{graph.file}: the prediction failed: {' '.join(str(e).split())[:400]}") from e
+            raise BundleError(f"{graph.file}: the prediction failed: {one_line(e)}") from e
         for tensor in graph.outputs:
             if tensor.name not in made or np.shape(made[tensor.name]) != tensor.shape:
                 found = {name: list(np.shape(value)) for name, value in made.items()}
@@ -131,9 +117,6 @@ def hold_tensors(graph: Graph, inputs: Features, outputs: Features) -> None:
     """Checks a package's tensors, dtype and shape by name, against the manifest's graph.
 
     Core ML needs no shape of outputs: none, (), fits any.
-
-    Raises:
-        BundleError: They differ.
     """
     for said, found in ((graph.inputs, inputs), (graph.outputs, outputs)):
         want = {t.name: (t.dtype, t.shape if found.get(t.name, ("", t.shape))[1] else ()) for t in said}

@@ -30,6 +30,11 @@ class OperatingPointWarning(UserWarning):
     """A generation is not what the bundle's adaptor was trained for: other steps, clock, guidance or sampler."""
 
 
+def one_line(error: object) -> str:
+    """What an error says, on one line of 400 characters at the most; its class's name where it says nothing."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 @contextmanager
 def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
     """Gives each `OperatingPointWarning` to `tell` as one line while the block runs; for command lines."""
@@ -46,7 +51,7 @@ def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, OperatingPointWarning):
-                tell(" ".join(str(message).split()))
+                tell(one_line(message))
             else:
                 usual(message, category, filename, lineno, file, line)
 

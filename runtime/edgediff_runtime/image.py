@@ -19,13 +19,7 @@ SUFFIXES = (".png", ".npy")
 
 
 def to_uint8(pixels: Array) -> Array:
-    """Turns what a model or a decoder gives into images; halves are rounded to the even neighbour.
-
-    Args:
-        pixels: float32 [N, C, H, W]; what lies outside of [-1, 1] is clipped.
-
-    Returns:
-        uint8 [N, H, W, C].
+    """From float32 [N, C, H, W], clipped to [-1, 1], to uint8 [N, H, W, C]; halves go to the even neighbour.
 
     >>> to_uint8(np.array([-2, -1, 0, 1], dtype=np.float32).reshape(1, 1, 2, 2)).ravel().tolist()
     [0, 0, 128, 255]
@@ -35,11 +29,7 @@ def to_uint8(pixels: Array) -> Array:
 
 
 def grid(images: Array) -> Array:
-    """Lays images out as square as possible: uint8 [N, H, W, C] to [rows * H, columns * W, C], the rest black.
-
-    >>> grid(np.zeros((3, 8, 8, 3), dtype=np.uint8)).shape
-    (16, 16, 3)
-    """
+    """Lays images out as square as possible: uint8 [N, H, W, C] to [rows * H, columns * W, C], the rest black."""
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -50,16 +40,7 @@ def grid(images: Array) -> Array:
 
 
 def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
-    """Writes a PNG.
-
-    Args:
-        path: The file.
-        image: uint8 [H, W, C] with 1 or 3 channels.
-        scale: Each pixel becomes a square of this many.
-
-    Raises:
-        RequestError: The image has another number of channels.
-    """
+    """Writes uint8 [H, W, C], each pixel as a square of `scale`; a RequestError where C is not 1 or 3."""
     from PIL import Image
 
     if image.shape[-1] not in (1, 3):
@@ -70,11 +51,6 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
 
 def check_output(path: Path, scale: int, space: str) -> None:
     """Refuses an output that could not be written, before graphs are opened.
-
-    Args:
-        path: The file.
-        scale: Size of a pixel.
-        space: ``pixel`` or ``latent``, from the manifest.
 
     Raises:
         RequestError: The suffix is unknown, the place cannot be written, the scale is not 1 to 64, or latents were
@@ -98,8 +74,6 @@ def check_output(path: Path, scale: int, space: str) -> None:
 
 def write_output(result: "Result", path: Path, scale: int) -> None:
     """Writes a generation: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
-
-    Each pixel of a PNG becomes a square of `scale`.
 
     Raises:
         RequestError: The bundle's model works on latents, which are no picture.

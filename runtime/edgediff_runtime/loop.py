@@ -39,7 +39,6 @@ class Request:
 
     Attributes:
         graphs: The graphs in the order in which a step runs them.
-        scheduler: The sampler for this number of steps.
         clock: One entry for each step, True = full.
         guidance: Guidance scale of each step; a step at or below 1 runs the conditional rows alone.
         latents: Initial latents [N, C, H, W], already scaled by the scheduler's initial sigma.
@@ -70,7 +69,6 @@ class Step:
     Attributes:
         index: Number of the step, from 0.
         timestep: The time that the UNet was told.
-        full: Whether the low-resolution part ran.
         guided: Whether unconditional rows ran too.
         latents: Latents after the step, [N, C, H, W], read-only; a new array for each step.
         ms: Milliseconds in each graph, in ``guidance`` where there is any, in the ``scheduler`` and in everything
@@ -93,18 +91,7 @@ class Step:
 
 
 def denoise(request: Request, session: Session) -> Iterator[Step]:
-    """Denoises step by step.
-
-    Args:
-        request: What to generate.
-        session: What runs the graphs.
-
-    Yields:
-        Each step when it is done.
-
-    Raises:
-        NotFiniteError: The model's output is not finite.
-    """
+    """Denoises step by step; a NotFiniteError where the model's output is not finite."""
     scheduler = request.scheduler
     num_images = len(request.latents)
     graphs = {full: [graph for graph in request.graphs if graph.runs(full)] for full in (True, False)}
@@ -162,17 +149,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
-    """Draws the latents that a generation begins with; image i is the same whatever their number.
-
-    Args:
-        seed: Seed of the noise.
-        num_images: N.
-        shape: Channels, height, width.
-        sigma: The scheduler's initial sigma.
-
-    Returns:
-        float32 [N, C, H, W].
-    """
+    """Draws float32 [N, C, H, W] that a generation begins with; image i is the same whatever N is."""
     drawn = [noise(seed, tuple(shape), image=i) for i in range(num_images)]
     return np.stack(drawn) * np.float32(sigma)
 

@@ -71,14 +71,7 @@ class Graph(Struct, frozen=True):
     simplified: str = ""
 
     def runs(self, full: bool) -> bool:
-        """Whether the graph belongs to a full or a cached step.
-
-        Args:
-            full: Of which of the two.
-
-        Returns:
-            False for graphs of other stages.
-        """
+        """Whether the graph belongs to a full or a cached step; graphs of other stages belong to neither."""
         return self.frequency in ("step", "full_step" if full else "cached_step")
 
     @property
@@ -133,7 +126,6 @@ class Component(Struct, frozen=True):
         dtype: Precision of weights and features. In ``int8`` it is that of weights and matmuls: what goes into a graph
             and what crosses between graphs is float32.
         batch: Rows that each graph takes, or None where the batch is symbolic.
-        floors: What verification asks of these graphs.
         graphs: In the order in which the stage runs them.
         layout: How the graphs of the ``step`` stage are packed: ``split``, the four parts; or ``pair``, a whole full
             and a whole cached step. None in other stages.
@@ -198,7 +190,6 @@ class OnnxTarget(Target, frozen=True, tag="onnx"):
     """ONNX graphs.
 
     Attributes:
-        opset: Operator set.
         ir_version: ONNX file version.
     """
 
@@ -270,8 +261,6 @@ class Sample(Struct, frozen=True):
         channels: Channels of a latent, and of what the UNet gives.
         in_channels: Channels that the UNet takes: the latent's, then those of what is concatenated to it (a mask and
             a masked image in inpainting).
-        height: Rows of a latent.
-        width: Columns of a latent.
         space: ``pixel`` where a latent is an image in [-1, 1], ``latent`` where a decoder comes after it.
     """
 
@@ -304,9 +293,6 @@ class TrainedFor(Struct, frozen=True):
     """The operating point that an adaptor was trained for.
 
     Attributes:
-        num_inference_steps: Denoising steps.
-        scheduler: The sampler, as a recipe names it.
-        clock: Period or mask, as it was given.
         mask: The clock as a mask, 1 = full.
         guidance_scale: Classifier-free guidance; 1 is off.
     """
@@ -323,7 +309,6 @@ class OperatingPoint(TrainedFor, frozen=True):
 
     Attributes:
         seed: Seed of the evidence's trajectory, as decimal text: JSON's numbers end at 2^53 in most languages.
-        num_images: Images in the evidence's trajectory.
     """
 
     seed: str
@@ -352,7 +337,6 @@ class Adaptor(Struct, frozen=True):
         name: Its folder's name; None for the identity.
         path: That folder as it was given; None for the identity and for built-in adaptors.
         sha256: Hash of its weights; None for the identity.
-        trained_for: The operating point of its training; None for the identity.
     """
 
     kind: str
@@ -366,7 +350,6 @@ class Cost(Struct, frozen=True):
     """What a part costs for one sample, counted.
 
     Attributes:
-        parameters: Number of weights.
         macs: Multiply-adds in convolutions and linear layers.
         macs_attention: Multiply-adds in attention matmuls, which both papers leave out.
     """
@@ -384,14 +367,7 @@ class File(Struct, frozen=True):
 
 
 def share_rows(graphs: Iterable[Graph]) -> bool:
-    """Whether graphs are to be handed a sample once for each image: all that take one can repeat it.
-
-    Args:
-        graphs: Those of a step, or of a target.
-
-    Returns:
-        False where none takes a sample.
-    """
+    """Whether graphs are handed a sample once for each image: some take one, and all that do can repeat it."""
     taking = [graph.shares_rows for graph in graphs if graph.takes_sample]
     return bool(taking) and all(taking)
 
@@ -400,19 +376,9 @@ class Manifest(Struct, frozen=True):
     """Everything that a runtime needs to know about a bundle.
 
     Attributes:
-        format_version: Version of this format.
         generator: Name and version of what wrote the bundle.
-        source: Where the model came from.
         license: Licence of the model, or ``unknown``.
-        cut: Where the UNet is divided.
-        adaptor: What stands in for lowres on cached steps.
-        sample: What the UNet denoises.
-        conditioning: What it is conditioned on.
-        scheduler: The sampler, completely.
-        operating_point: Defaults of a generation.
-        evidence: How it was verified.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step.
-        cache_bytes: Bytes of the cache for one sample in fp32.
         targets: The graphs by file format; what a runtime does not know is left out.
         config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
         versions: Version of every tool that had a part in it.
@@ -438,17 +404,7 @@ class Manifest(Struct, frozen=True):
     files: dict[str, File]
 
     def target(self, *names: str) -> Target:
-        """Finds the graphs of a target.
-
-        Args:
-            names: File formats; of several, the first that is there is taken.
-
-        Returns:
-            The target.
-
-        Raises:
-            BundleError: The bundle has none of these names.
-        """
+        """The entry of a target, of several names the first that is there; a BundleError where none is."""
         for name in names:
             for target in self.targets:
                 if target.target == name:

@@ -35,8 +35,7 @@ def check_manifest(manifest: Manifest) -> None:
     """Checks what types cannot: ranges, and fields that must fit each other.
 
     Raises:
-        BundleError: With the field, its value and what was expected.
-        RequestError: The clock is none.
+        BundleError: With the field, its value and what was expected; of a clock, a RequestError.
     """
     sample, point, known = manifest.sample, manifest.operating_point, manifest.conditioning
     _check_point("operating_point", point)
@@ -230,23 +229,12 @@ def _document() -> type[msgspec.Struct]:
 
 
 def render_manifest(manifest: Manifest) -> bytes:
-    """Writes a manifest, the same bytes for the same content.
-
-    Args:
-        manifest: The manifest.
-
-    Returns:
-        Indented UTF-8 JSON with sorted mappings and a newline at its end.
-    """
+    """Writes a manifest as indented JSON with sorted mappings, the same bytes for the same content."""
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1) + b"\n"
 
 
 def manifest_schema() -> dict[str, Any]:
-    """Generates the JSON Schema of the manifest.
-
-    Returns:
-        The schema as plain data; runtime/manifest.schema.json holds it.
-    """
+    """The JSON Schema of the manifest as plain data; runtime/manifest.schema.json holds it."""
     schema = msgspec.json.schema(_document())
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

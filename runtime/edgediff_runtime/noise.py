@@ -51,11 +51,6 @@ def noise(seed: int, shape: Sequence[int], image: int = 0, draw: int = 0) -> NDA
 
     Raises:
         RequestError: If the seed, a dimension, the image or the draw is not an integer in its range.
-
-    >>> np.array_equal(noise(0, (2, 2)).ravel(), noise(0, (4,)))
-    True
-    >>> np.array_equal(noise(7, (3,), image=1), noise(7, (3,), image=2))
-    False
     """
     seed = _integer("seed", seed, 2**64)
     image = _integer("image", image, 2**32)

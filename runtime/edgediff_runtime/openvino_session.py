@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import LOCAL_DIR, Bundle
-from edgediff_runtime.errors import BundleError, RequestError
+from edgediff_runtime.errors import BundleError, RequestError, one_line
 from edgediff_runtime.manifest import Graph
+from edgediff_runtime.tensor_check import UNTOLD, Found, check_tensors
 
 Array = npt.NDArray[Any]
 # OpenVINO's names of the precisions it computes in; the graphs' inputs and outputs stay as they are.
@@ -19,7 +20,7 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 _Key = tuple[str, tuple[int, ...]]
 # For how many numbers of rows a graph stays compiled: one with guidance, one without, and those of the call before.
 KEPT = 4
-TYPES = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32"}
+TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 
 class OpenVinoSession:
@@ -27,27 +28,12 @@ class OpenVinoSession:
 
     Its CPU plugin is slower on symbolic shapes: a graph is compiled for each number of rows, of which the last `KEPT`
     are kept. Tensors are numpy arrays. One object may serve several threads.
-
-    Attributes:
-        graphs: The graphs of that target.
-        batch: None: any number of rows.
     """
 
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
-        """Checks and reads the graphs of a bundle; they are compiled when the number of rows is known.
-
-        Args:
-            bundle: The bundle.
-            precision: What to compute in, one of `PRECISIONS`.
-            threads: Threads of each graph; None takes OpenVINO's choice.
-
-        Raises:
-            RequestError: OpenVINO is not installed, or the precision is unknown or not available here.
-            BundleError: There are no such graphs, or one is damaged, cannot be read, or has other inputs or outputs
-                than the manifest says.
-        """
+        """Checks and reads the graphs, to compute in one of `PRECISIONS`; compiled once the number of rows is known."""
         if precision not in PRECISIONS:
             raise RequestError(f"no precision {precision!r}; choices: {', '.join(PRECISIONS)}")
         try:
@@ -82,12 +68,7 @@ class OpenVinoSession:
         return value
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs.
-
-        Raises:
-            BundleError: OpenVINO cannot compile the graph.
-            RequestError: It lacks memory.
-        """
+        """Runs a graph on tensors by name and adds its outputs."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         rows = tuple(len(feeds[tensor.name]) for tensor in graph.inputs)
         # A request holds the tensors of one run: each thread has its own.
@@ -99,8 +80,7 @@ class OpenVinoSession:
         try:
             made = request.infer(feeds, share_inputs=True, share_outputs=True)
         except RuntimeError as e:
-            said = " ".join(str(e).split())[:400]
-            raise RequestError(f"{graph.name} cannot run: {said}; ask for fewer images at once") from e
+            raise RequestError(f"{graph.name} cannot run: {one_line(e)}; ask for fewer images at once") from e
         # The outputs lie in the request's own memory, which the next run writes over.
         tensors.update((tensor.name, np.array(made[tensor.name])) for tensor in graph.outputs)
 
@@ -115,11 +95,9 @@ class OpenVinoSession:
             if graph.external_data is not None and (bundle.path / graph.external_data).is_symlink():
                 said = f"{graph.external_data} is a link, which OpenVINO does not follow"
                 raise BundleError(f"{said}; {LOCAL_DIR}, or take backend 'onnxruntime'") from e
-            said = " ".join(str(e).split())[:400]
-            raise BundleError(
-                f"{graph.file} cannot be read by OpenVINO: {said}; update openvino or export again"
-            ) from e
-        _check_tensors(graph, model)
+            what = f"{graph.file} cannot be read by OpenVINO: {one_line(e)}"
+            raise BundleError(f"{what}; update openvino or export again") from e
+        check_tensors(graph, _found(model.inputs), _found(model.outputs))
         return model
 
     def _compile(self, graph: Graph, rows: tuple[int, ...]) -> Any:
@@ -135,10 +113,8 @@ class OpenVinoSession:
                     model.reshape(shapes)
                     found = self._core.compile_model(model, "CPU", self._settings)
                 except RuntimeError as e:
-                    said = " ".join(str(e).split())[:400]
-                    raise BundleError(
-                        f"{graph.file} cannot be compiled by OpenVINO: {said}; update openvino or export again"
-                    ) from e
+                    what = f"{graph.file} cannot be compiled by OpenVINO: {one_line(e)}"
+                    raise BundleError(f"{what}; update openvino or export again") from e
             self._keep(self._compiled, (graph.name, rows), found)
             return found
 
@@ -150,27 +126,10 @@ class OpenVinoSession:
             known.popitem(last=False)
 
 
-def _check_tensors(graph: Graph, model: Any) -> None:
-    for kind, said, found in (("inputs", graph.inputs, model.inputs), ("outputs", graph.outputs, model.outputs)):
-        names = [port.get_names() for port in found]
-        if len(names) != len(said) or any(tensor.name not in known for tensor, known in zip(said, names, strict=True)):
-            raise BundleError(
-                f"{graph.file} has the {kind} {', '.join('/'.join(sorted(known)) for known in names)}; "
-                f"the manifest says {', '.join(tensor.name for tensor in said)}; export again"
-            )
-        for tensor, port in zip(said, found, strict=True):
-            there = port.get_partial_shape()
-            # A size that is no number is symbolic, or was not inferred.
-            fits = there.rank.is_dynamic or (
-                len(there) == len(tensor.shape)
-                and all(
-                    other.is_dynamic or other.get_length() == size
-                    for size, other in zip(tensor.shape, there, strict=True)
-                )
-            )
-            element = port.get_element_type().get_type_name()
-            if not fits or element != TYPES[tensor.dtype]:
-                raise BundleError(
-                    f"{graph.file} has {tensor.name} as {element} {there}; "
-                    f"the manifest says {tensor.dtype} {list(tensor.shape)}; export again"
-                )
+def _found(ports: Any) -> list[Found]:
+    found = []
+    for port in ports:
+        dtype, shape = port.get_element_type().get_type_name(), port.get_partial_shape()
+        sizes = None if shape.rank.is_dynamic else tuple(UNTOLD if n.is_dynamic else n.get_length() for n in shape)
+        found.append(Found(frozenset(port.get_names()), TYPES.get(dtype, dtype), sizes))
+    return found

@@ -20,8 +20,6 @@ def departure(
     """Says in what a generation differs from what the bundle's adaptor was trained for.
 
     Args:
-        manifest: The bundle's.
-        mask: The steps that are asked for, True = full.
         guidance: Guidance scale of each step; 1 or less is off.
         asked: The clock as it was given, for the message.
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import RequestError
+from edgediff_runtime.errors import RequestError, one_line
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.ort_options import session_options
 from edgediff_runtime.ort_session import CPU, load_graphs
@@ -29,27 +29,12 @@ class OrtBoundSession:
 
     One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
     OrtValue on the device. All rows go through a graph together.
-
-    Attributes:
-        graphs: The bundle's ONNX graphs.
-        batch: None: they have a symbolic batch.
-        device: Where tensors are.
     """
 
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, device: str = "cuda", threads: int | None = None) -> None:
-        """Checks and loads the ONNX graphs of a bundle.
-
-        Args:
-            bundle: The bundle.
-            device: One of `PROVIDERS`; of several NVIDIA GPUs the first.
-            threads: How many to use on the CPU; None takes ONNX Runtime's choice.
-
-        Raises:
-            RequestError: The device is unknown or not available on this machine.
-            BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
-        """
+        """Checks and loads a bundle's ONNX graphs on one of `PROVIDERS`; of several NVIDIA GPUs on the first."""
         import onnxruntime as ort
 
         if device not in PROVIDERS:
@@ -82,11 +67,7 @@ class OrtBoundSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs; all stay on the device.
-
-        Raises:
-            RequestError: The device lacks memory or a kernel.
-        """
+        """Runs a graph on tensors by name and adds its outputs; all stay on the device."""
         session = self._sessions[graph.name]
         binding = session.io_binding()
         for tensor in graph.inputs:
@@ -96,16 +77,12 @@ class OrtBoundSession:
         try:
             session.run_with_iobinding(binding)
         except Exception as e:  # onnxruntime's own errors share no base class
-            raise RequestError(f"{graph.name} cannot run on {self.device}: {' '.join(str(e).split())[:400]}") from e
+            raise RequestError(f"{graph.name} cannot run on {self.device}: {one_line(e)}") from e
         tensors.update(zip((tensor.name for tensor in graph.outputs), binding.get_outputs(), strict=True))
 
 
 def _find_cuda() -> str:
-    """Loads the libraries of CUDA and cuDNN that pip installed; returns what ONNX Runtime printed.
-
-    Raises:
-        RequestError: This ONNX Runtime was built without CUDA.
-    """
+    """Loads the libraries of CUDA and cuDNN that pip installed; returns what ONNX Runtime printed."""
     import onnxruntime as ort
 
     if CUDA not in ort.get_available_providers():

@@ -11,7 +11,6 @@ def session_options(int8: bool, threads: int | None = None) -> Any:
     Args:
         int8: Whether the graphs have int8 matmuls. On x64 without VNNI the usual kernels add pairs of them in 16 bits,
             which overflows; slower ones, which are asked for there, do not.
-        threads: How many may be at work; None leaves the number to ONNX Runtime.
     """
     import onnxruntime as ort
 

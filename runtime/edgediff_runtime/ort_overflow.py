@@ -21,11 +21,7 @@ SIZE = 64
 
 @cache
 def bytes_overflow() -> bool:
-    """Whether the sum of products of the largest unsigned and signed bytes is wrong.
-
-    Returns:
-        Whether it is wrong.
-    """
+    """Whether the sum of products of the largest unsigned and signed bytes is wrong."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
-from edgediff_runtime.errors import BundleError, RequestError
-from edgediff_runtime.manifest import IMAGES, Graph
+from edgediff_runtime.errors import BundleError, RequestError, one_line
+from edgediff_runtime.manifest import Graph
 from edgediff_runtime.ort_options import session_options
+from edgediff_runtime.tensor_check import Found, check_tensors
 
 Array = npt.NDArray[Any]
 
@@ -26,10 +27,10 @@ CPU = "CPUExecutionProvider"
 # 0.98: not worth the weights in memory twice.
 APART_BYTES = 2**26
 ORT_TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
 }
 
 
@@ -38,21 +39,12 @@ class OrtSession:
 
     One object may serve several threads: it holds the loaded graphs and nothing of any generation. A tensor is an
     OrtValue, or a tuple of them where each thread has its own rows.
-
-    Attributes:
-        graphs: The bundle's ONNX graphs.
-        batch: None: they have a symbolic batch.
-        threads: How many it uses.
     """
 
     batch: int | None = None
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads the ONNX graphs of a bundle; `threads` None takes as many as the process has cores.
-
-        Raises:
-            BundleError: A graph is damaged, cannot be loaded, or has other inputs or outputs than the manifest says.
-        """
+        """Checks and loads a bundle's ONNX graphs; `threads` None takes as many as the process has cores."""
         import onnxruntime as ort
 
         target = bundle.manifest.target("onnx")
@@ -88,11 +80,7 @@ class OrtSession:
         return array
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues.
-
-        Raises:
-            RequestError: It lacks memory.
-        """
+        """Runs a graph on tensors by name and adds its outputs; all stay OrtValues."""
         names = self._outputs[graph.name]
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         if not any(isinstance(value, tuple) for value in feeds.values()):
@@ -118,23 +106,13 @@ def _run(session: Any, graph: Graph, names: list[str], feeds: dict[str, Any]) ->
     try:
         return session.run_with_ort_values(names, feeds)
     except Exception as e:  # onnxruntime's own errors share no base class
-        said = " ".join(str(e).split())[:400]
-        raise RequestError(f"{graph.name} cannot run: {said}; ask for fewer images at once") from e
+        raise RequestError(f"{graph.name} cannot run: {one_line(e)}; ask for fewer images at once") from e
 
 
 def load_graphs(
     bundle: Bundle, graphs: tuple[Graph, ...], options: Any, providers: tuple[Any, ...] = (CPU,)
 ) -> dict[str, Any]:
-    """Loads graphs and checks them against the manifest.
-
-    Args:
-        bundle: The bundle.
-        graphs: Of it.
-        options: ONNX Runtime's.
-        providers: Its execution providers, by preference.
-
-    Returns:
-        A session of ONNX Runtime for each graph that has a file, by the graph's name.
+    """Loads and checks the graphs that have a file: sessions of ONNX Runtime by the graphs' names.
 
     Raises:
         BundleError: One cannot be loaded, or has other inputs or outputs than the manifest says.
@@ -149,9 +127,9 @@ def load_graphs(
                 # Its own fallback, to the CPU, would be printed, and take the user's choice for another.
                 session = ort.InferenceSession(file, options, providers=list(providers), enable_fallback=0)
             except Exception as e:  # onnxruntime's own errors share no base class
-                said = " ".join(str(e).split())[:400]
-                raise BundleError(f"{graph.file} cannot be loaded: {said}; update onnxruntime or export again") from e
-            _check_tensors(graph, session)
+                what = f"{graph.file} cannot be loaded: {one_line(e)}"
+                raise BundleError(f"{what}; update onnxruntime or export again") from e
+            check_tensors(graph, _found(session.get_inputs()), _found(session.get_outputs()))
             sessions[graph.name] = session
     return sessions
 
@@ -169,25 +147,5 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_tensors(graph: Graph, session: Any) -> None:
-    for kind, said, found in (
-        ("inputs", graph.inputs, session.get_inputs()),
-        ("outputs", graph.outputs, session.get_outputs()),
-    ):
-        if [tensor.name for tensor in said] != [tensor.name for tensor in found]:
-            raise BundleError(
-                f"{graph.file} has the {kind} {', '.join(t.name for t in found)}; "
-                f"the manifest says {', '.join(t.name for t in said)}; export again"
-            )
-        for tensor, other in zip(said, found, strict=True):
-            # A size that is no number is symbolic, or was not inferred. `IMAGES` must be on both sides or on neither:
-            # only such a graph can share rows.
-            fits = len(other.shape) == len(tensor.shape) and all(
-                size == there or (not isinstance(there, int) and IMAGES not in (size, there))
-                for size, there in zip(tensor.shape, other.shape, strict=True)
-            )
-            if not fits or other.type != ORT_TYPES[tensor.dtype]:
-                raise BundleError(
-                    f"{graph.file} has {tensor.name} as {other.type} {other.shape}; "
-                    f"the manifest says {tensor.dtype} {list(tensor.shape)}; export again"
-                )
+def _found(values: Any) -> list[Found]:
+    return [Found(frozenset({v.name}), ORT_TYPES.get(v.type, v.type), tuple(v.shape)) for v in values]

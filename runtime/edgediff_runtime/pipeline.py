@@ -38,7 +38,6 @@ class Result:
     Attributes:
         latents: float32 [N, C, H, W].
         ledger: Each step without its tensors and latents, which would stay in memory.
-        space: ``pixel`` or ``latent``, from the manifest.
     """
 
     latents: Array
@@ -77,12 +76,7 @@ class Result:
 
 
 class EdgePipeline:
-    """Makes images from a bundle.
-
-    Attributes:
-        manifest: The bundle's manifest.
-        session: What runs its graphs.
-    """
+    """Makes images from a bundle."""
 
     def __init__(self, manifest: Manifest, session: Session, *, warn: bool = True) -> None:
         """Makes a pipeline of an opened bundle.
@@ -108,7 +102,6 @@ class EdgePipeline:
         """Opens a bundle.
 
         Args:
-            path: The bundle's directory.
             backend: What runs the graphs, one of `edgediff_runtime.sessions.BACKENDS`.
             compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
             threads: CPU threads of the backend; None takes its own choice. Set it in a container that has fewer cores

@@ -26,18 +26,9 @@ _TERMINAL_ALPHA = 2.0**-24
 
 
 def alphas_cumprod(config: SchedulerConfig) -> NDArray[np.float32]:
-    """Share of signal left at each training timestep: the cumulative product of ``1 - beta``.
+    """Share of signal left at each training timestep: float32 [num_train_timesteps], falling.
 
-    Args:
-        config: The scheduler's settings.
-
-    Returns:
-        float32 [num_train_timesteps], falling. Rescaled to zero terminal SNR, ddim's ends at 0 and the
-        others' at 2**-24.
-
-    >>> table = alphas_cumprod(SchedulerConfig(name="ddim"))
-    >>> table.shape, bool(table[0] > 0.999), bool(table[-1] < 1e-4)
-    ((1000,), True, True)
+    Rescaled to zero terminal SNR, ddim's ends at 0 and the others' at 2**-24.
     """
     alphas = np.float32(1.0) - _betas(config)
     if config.rescale_betas_zero_snr:
@@ -49,16 +40,10 @@ def alphas_cumprod(config: SchedulerConfig) -> NDArray[np.float32]:
 
 
 def spaced_timesteps(config: SchedulerConfig, num_inference_steps: int, last: int) -> NDArray[np.float64]:
-    """Training timesteps at which the UNet is asked, falling, before Karras spacing.
+    """Training timesteps at which the UNet is asked, float64 [N], falling, before Karras spacing.
 
-    Args:
-        config: The scheduler's settings.
-        num_inference_steps: Number of steps, N.
-        last: One past the highest timestep that may be used; below ``num_train_timesteps`` only where
-            dpmpp_2m clips lambda, and ``trailing`` then takes fewer than N steps.
-
-    Returns:
-        float64 [N]: whole numbers, except under euler's ``linspace``.
+    They are whole numbers, except under euler's ``linspace``. `last` is one past the highest that may be used, below
+    ``num_train_timesteps`` only where dpmpp_2m clips lambda; ``trailing`` then takes fewer than N steps.
 
     Raises:
         RequestError: If the offset moves a timestep beyond the training schedule.
@@ -95,13 +80,9 @@ def sigma_schedule(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Timesteps and noise levels of the kinds that step in sigma = sqrt((1 - alpha) / alpha).
 
-    Args:
-        config: The settings of dpmpp_2m or euler.
-        num_inference_steps: Number of steps, N.
-
     Returns:
-        timesteps: float32 [N], as fed to the UNet.
-        sigmas: float64 [N + 1], rounded to float32's values; the last is where the last step arrives.
+        float32 [N] as fed to the UNet; and float64 [N + 1], rounded to float32's values, the last where the last step
+        arrives.
 
     Raises:
         RequestError: If the offset moves a timestep beyond the training schedule.

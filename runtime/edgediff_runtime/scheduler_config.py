@@ -62,7 +62,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     Attributes:
         name: ``ddim`` (Song et al. 2020), ``dpmpp_2m`` (DPM-Solver++, second-order multistep, midpoint; Lu
             et al. 2022) or ``euler`` (Karras et al. 2022, Algorithm 2 without churn).
-        num_train_timesteps: Length of the training schedule, in timesteps.
         beta_start: First beta of ``linear`` and ``scaled_linear``.
         beta_end: Last beta of ``linear`` and ``scaled_linear``.
         beta_schedule: How betas run between them; ``squaredcos_cap_v2`` reads neither.
@@ -86,9 +85,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     Raises:
         RequestError: If a setting is of the wrong type, not finite, out of its range, or not read by
         ``name``.
-
-    >>> SchedulerConfig(name="dpmpp_2m").timestep_spacing
-    'linspace'
     """
 
     name: SchedulerName

@@ -62,18 +62,9 @@ class Scheduler(ABC):
         return len(self._rows)
 
     def scale_model_input(self, i: int, x_t: Array) -> Array:
-        """The UNet's input at step i.
-
-        Args:
-            i: Step, 0 to N - 1.
-            x_t: float32 [B, C, H, W].
-
-        Returns:
-            float32 [B, C, H, W]; ``x_t`` itself where the kind does not scale.
-        """
+        """The UNet's input at step i, of x_t's shape; ``x_t`` itself where the kind does not scale."""
         return x_t
 
-    @abstractmethod
     def step(
         self,
         i: int,
@@ -100,15 +91,22 @@ class Scheduler(ABC):
         Raises:
             RequestError: If the step, a shape, the state or the noise does not fit.
         """
-
-    def _row(self, i: int, x_t: Array, model_output: Array) -> Row:
-        if not 0 <= i < len(self._rows):
-            raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
+        self._check(i)
         if model_output.shape != x_t.shape:
             raise RequestError(
                 f"model output of shape {list(model_output.shape)}: expected the latent's, {list(x_t.shape)}"
             )
-        return self._rows[i]
+        return self._step(i, x_t, model_output, state, noise, first)
+
+    def _check(self, i: int) -> None:
+        if not 0 <= i < len(self._rows):
+            raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
+
+    @abstractmethod
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
+    ) -> tuple[Array, State]:
+        """Takes a step that was checked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,17 +119,10 @@ class DDIMScheduler(Scheduler):
 
     clip: np.float32 | None
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
     ) -> tuple[Array, State]:
-        """Take step i; see ``Scheduler.step``."""
-        x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._row(i, x_t, model_output)
+        x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._rows[i]
         x_prev = x_t * of_x
         x_prev += model_output * of_out
         if self.clip is not None:
@@ -157,17 +148,10 @@ class DPMScheduler(Scheduler):
     state is x_0 as the last step predicted it.
     """
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
     ) -> tuple[Array, State]:
-        """Take step i; see ``Scheduler.step``."""
-        x0_x, x0_out, of_x, of_x0, of_before = self._row(i, x_t, model_output)
+        x0_x, x0_out, of_x, of_x0, of_before = self._rows[i]
         if x0_x:
             x_0 = x_t * x0_x
             x_0 += model_output * x0_out
@@ -195,19 +179,13 @@ class EulerScheduler(Scheduler):
 
     def scale_model_input(self, i: int, x_t: Array) -> Array:
         """Divide by sqrt(sigma**2 + 1); see ``Scheduler.scale_model_input``."""
-        return x_t * self._row(i, x_t, x_t)[0]
+        self._check(i)
+        return x_t * self._rows[i][0]
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
+    def _step(
+        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
     ) -> tuple[Array, State]:
-        """Take step i; see ``Scheduler.step``."""
-        _, of_x, of_out = self._row(i, x_t, model_output)
+        _, of_x, of_out = self._rows[i]
         x_prev = x_t * of_x
         x_prev += model_output * of_out
         return x_prev, None
@@ -217,23 +195,11 @@ def make_scheduler(config: SchedulerConfig, num_inference_steps: int) -> Schedul
     """A scheduler with every coefficient of its steps computed.
 
     Args:
-        config: The settings, as the manifest holds them.
         num_inference_steps: Number of steps, N, from 1 to ``config.num_train_timesteps``. Under dpmpp_2m with
             ``trailing`` spacing and ``lambda_min_clipped`` the scheduler has fewer, as diffusers' has.
 
-    Returns:
-        The scheduler of ``config.name``.
-
     Raises:
         RequestError: If the number of steps is not such an integer, or these settings admit no such schedule.
-
-    >>> scheduler = make_scheduler(SchedulerConfig(name="dpmpp_2m"), 4)
-    >>> scheduler.timesteps.tolist()
-    [999.0, 749.0, 500.0, 250.0]
-    >>> x_t, model_output = np.ones((2, 1, 1, 2, 2), np.float32)
-    >>> x_prev, state = scheduler.step(0, x_t, model_output)
-    >>> x_prev.shape
-    (1, 1, 2, 2)
     """
     steps = _steps(num_inference_steps, config.num_train_timesteps)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

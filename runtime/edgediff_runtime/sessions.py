@@ -39,7 +39,7 @@ class Session(Protocol):
         ...
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph on the named tensors and puts its outputs among them."""
+        """Runs a graph on the named tensors and adds its outputs; a RequestError or BundleError where it fails."""
         ...
 
 
@@ -52,8 +52,6 @@ def open_session(
     """Opens a bundle in a backend.
 
     Args:
-        bundle: The bundle.
-        backend: One of `BACKENDS`.
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
         threads: How many to use on the CPU; None takes the backend's own choice. Core ML has no such choice.
 
@@ -75,20 +73,12 @@ def open_session(
 
 
 def refuse_compute_units(backend: str, compute_units: str) -> None:
-    """Refuses compute units other than ``all`` for a backend that is not Core ML.
-
-    Raises:
-        RequestError: There are such.
-    """
+    """Refuses compute units other than ``all`` for a backend that is not Core ML."""
     if compute_units != "all":
         raise RequestError(f"compute units {compute_units!r} are for backend 'coreml'; leave them out with {backend!r}")
 
 
 def check_threads(threads: object) -> None:
-    """Refuses a number of threads that is neither None nor a whole number above 0.
-
-    Raises:
-        RequestError: It is such a number.
-    """
+    """Refuses a number of threads that is neither None nor a whole number above 0."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise RequestError(f"threads is {threads!r}; expected a whole number above 0")

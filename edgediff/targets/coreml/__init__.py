@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.errors import ConfigError
+from edgediff.extras import needing
 from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -38,7 +39,6 @@ class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         deployment_target: Oldest system that is to run them. The ``pair`` layout needs iOS18's multifunction packages.
         batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
             unconditional and the conditional row of an image), 1 where it is not.
-        layout: How the graphs are packed; None takes the recipe's.
     """
 
     dtype: Literal["fp16", "fp32"] = "fp16"
@@ -55,6 +55,7 @@ class CoreMLTarget(Target):
     packages = ("coremltools",)
     backends = (EVALUATOR, DEVICE)
     own_backends = (EVALUATOR,)
+    accelerators = ("ane",)
 
     def check(self, config: CoreMLConfig, layout: Layout) -> None:
         """Checks the batch, and that the system can load several functions in one package."""
@@ -120,12 +121,8 @@ class CoreMLTarget(Target):
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
         """Opens the evaluator; it has no choice of threads."""
-        try:
+        with needing(self.extra, "evaluating Core ML packages"):
             from edgediff.targets.coreml.mil_session import MilSession
-        except ModuleNotFoundError as e:
-            if e.name is None or e.name.partition(".")[0] == "edgediff":
-                raise
-            raise MissingExtraError("evaluating Core ML packages", self.extra) from e
         return MilSession(bundle)
 
     def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
@@ -154,10 +151,9 @@ class CoreMLTarget(Target):
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the operations of the graph's function."""
-        try:
+        with needing(self.extra, "reading an ML Program"):
             from edgediff.targets.coreml.mil_operations import read_mlprogram
-        except ModuleNotFoundError as e:
-            raise MissingExtraError("reading an ML Program", self.extra) from e
+
         bundle.folder(str(graph.file))
         return read_mlprogram(bundle.path / str(graph.file), graph.function)
 

@@ -21,10 +21,6 @@ SHOWN = 3
 def findings(function: Function, inputs: Mapping[str, np.ndarray | Tensor]) -> tuple[Finding, ...]:
     """Runs a function once and reports what float16 may damage.
 
-    Args:
-        function: A prepared function.
-        inputs: By name, as `Function.run` takes them.
-
     Returns:
         Worst first: overflows as they arise, since what follows the first may be its fault; then by headroom, all that
         use half of the range and the `SHOWN` largest in any case; then constants, the smallest first. A constant of

@@ -10,15 +10,7 @@ from edgediff.targets.operations import Op, Value
 
 
 def read_mlprogram(path: Path, function: str | None = None) -> list[Op]:
-    """Reads the operations of a function, and how large the package's weights are.
-
-    Args:
-        path: The .mlpackage.
-        function: Which function of it; None takes the default one.
-
-    Raises:
-        ProgramError: It is no ML Program, or has no such function.
-    """
+    """Reads the operations of a function, the default one if None, and how large the package's weights are."""
     package = read_package(path)
     name = package.default if function is None else function
     if name not in package.functions:
@@ -28,15 +20,7 @@ def read_mlprogram(path: Path, function: str | None = None) -> list[Op]:
 
 
 def mil_ops(spec: Any, name: str) -> Iterator[Op]:
-    """Reads a function of an ML Program.
-
-    Args:
-        spec: The model's protobuf.
-        name: The function.
-
-    Yields:
-        Inputs, operations that are no constants, outputs.
-    """
+    """A function's inputs, its operations but the constants, its outputs."""
     function = spec.mlProgram.functions[name]
     block = function.block_specializations[function.opset]
     described = next((f.input for f in spec.description.functions if f.name == name), spec.description.input)

@@ -19,22 +19,12 @@ class MilSession(TorchTensors):
     """Evaluates a bundle's Core ML packages in torch on the CPU.
 
     Attributes:
-        graphs: The bundle's Core ML graphs.
-        batch: Rows that each graph takes: they are fixed throughout.
         functions: The evaluated function of each graph by the graph's name.
         rounded: Whether results are rounded to the program's precision, as a device does.
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        """Checks and reads the packages of a bundle.
-
-        Args:
-            bundle: The bundle.
-
-        Raises:
-            BundleError: A package is damaged, cannot be read or evaluated, or has other inputs or outputs than the
-                manifest says.
-        """
+        """Checks and reads the packages of a bundle; a BundleError where one cannot be evaluated or is another."""
         target = cast(CoreMLTarget, bundle.manifest.target("coreml"))
         self.graphs = target.unet.graphs
         self.batch = target.unet.batch
@@ -74,15 +64,7 @@ class MilSession(TorchTensors):
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Evaluates a graph.
-
-        Args:
-            graph: One of `graphs`.
-            tensors: By name; the outputs are added.
-
-        Raises:
-            BundleError: An operation cannot be evaluated on these tensors.
-        """
+        """Evaluates a graph; a BundleError where an operation cannot be."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
         try:
             tensors.update(self.functions[graph.name].run(feeds, rounded=self.rounded))

@@ -25,6 +25,7 @@ from edgediff.mil.coremltools_quiet import import_coremltools, quiet, without_va
 from edgediff.mil.package import read_package
 from edgediff.models.part import Part
 from edgediff.targets.coreml import CoreMLConfig
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph, Tensor
 
 # Core ML has no tensors of more dimensions.
@@ -45,17 +46,7 @@ DATED = "com.github.apple.coremltools.conversion_date"
 def write_coreml(
     folder: Path, graphs: Iterable[Graph], modules: Mapping[str, Part], config: CoreMLConfig, say: Callable[[str], None]
 ) -> int:
-    """Writes every Core ML package of a target.
-
-    Args:
-        folder: The bundle that is being written.
-        graphs: Their entries in the manifest's draft.
-        modules: The modules by the names of their graphs.
-        config: How to write.
-        say: Told what is being done.
-
-    Returns:
-        The specification version of the packages.
+    """Writes every Core ML package of a target and gives their specification version.
 
     Raises:
         UnsupportedError: The converter failed, or made what the deployment target cannot hold.
@@ -188,7 +179,7 @@ def _faults(what: str, folder: Path) -> Iterator[None]:
         if no_room:
             e.with_traceback(None)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-        raise UnsupportedError(f"{what}: {' '.join(str(e).split())[:400]}") from e
+        raise UnsupportedError(f"{what}: {one_line(e)}") from e
 
 
 def _settle(path: Path) -> int:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgediff.errors import MissingExtraError
+from edgediff.extras import needing
 from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -21,7 +21,6 @@ class ExecuTorchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
             unconditional and the conditional row of an image), 1 where it is not.
-        layout: How the graphs are packed; None takes the recipe's.
     """
 
     batch: int | None = None
@@ -74,12 +73,9 @@ class ExecuTorchTarget(Target):
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
         """Opens the program."""
-        try:
+        with needing(self.extra, "running an ExecuTorch program"):
             from edgediff.targets.executorch.executorch_session import ExecuTorchSession
-        except ModuleNotFoundError as e:
-            if e.name is None or e.name.partition(".")[0] == "edgediff":
-                raise
-            raise MissingExtraError("running an ExecuTorch program", self.extra) from e
+
         return ExecuTorchSession(bundle, threads)
 
 

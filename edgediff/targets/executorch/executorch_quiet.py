@@ -32,17 +32,6 @@ def quiet() -> Iterator[None]:
 
 
 def import_executorch(module: str, what: str) -> Any:
-    """Imports a module of ExecuTorch.
-
-    Args:
-        module: Its full name.
-        what: What needs it, for the message.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: ExecuTorch is not installed.
-    """
+    """Imports a module of ExecuTorch, which `what` needs; a MissingExtraError where it is not installed."""
     with quiet():
         return import_extra(module, what, "executorch")

@@ -8,6 +8,7 @@ import torch
 from edgediff.models.torch_session import TorchTensors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff_runtime import Bundle, BundleError
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph
 
 # ExecuTorch's numbers of scalar types.
@@ -15,25 +16,10 @@ DTYPES = {4: "int64", 6: "float32"}
 
 
 class ExecuTorchSession(TorchTensors):
-    """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory.
-
-    Attributes:
-        graphs: The bundle's ExecuTorch graphs.
-        batch: Rows that each graph takes: they are fixed throughout.
-    """
+    """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads the program of a bundle.
-
-        Args:
-            bundle: The bundle.
-            threads: How many may be at work, of this whole process; ExecuTorch's choice where None.
-
-        Raises:
-            BundleError: The program is damaged, cannot be loaded, or has other inputs or outputs than the manifest
-                says.
-            MissingExtraError: ExecuTorch is not installed.
-        """
+        """Checks and loads a bundle's program; `threads` are of the whole process, ExecuTorch's choice if None."""
         target = bundle.manifest.target("executorch")
         self.graphs = target.unet.graphs
         self.batch = target.unet.batch
@@ -46,32 +32,23 @@ class ExecuTorchSession(TorchTensors):
         for graph in self.graphs:
             if graph.file is None:
                 continue
-            path = os.fspath(bundle.file(graph.file))
             try:
                 with quiet():
                     if graph.file not in programs:
-                        programs[graph.file] = runtime.load_program(path)
+                        programs[graph.file] = runtime.load_program(os.fspath(bundle.file(graph.file)))
                     method = programs[graph.file].load_method(graph.function)
             except (RuntimeError, KeyError) as e:
-                raise BundleError(f"{graph.file} cannot be loaded: {' '.join(str(e).split())[:400]}") from e
+                raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
             self._methods[graph.name] = method
             _hold(graph, method.metadata)
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs a graph.
-
-        Args:
-            graph: One of `graphs`.
-            tensors: By name; the outputs are added.
-
-        Raises:
-            BundleError: The program failed.
-        """
+        """Runs a graph."""
         try:
             made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
         except RuntimeError as e:
-            raise BundleError(f"{graph.file}: {graph.function} failed: {' '.join(str(e).split())[:400]}") from e
+            raise BundleError(f"{graph.file}: {graph.function} failed: {one_line(e)}") from e
         tensors.update((tensor.name, value) for tensor, value in zip(graph.outputs, made, strict=True))
 
 

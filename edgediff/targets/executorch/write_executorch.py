@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from edgediff.bundle.feed import groups
-from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
+from edgediff.targets.base import converter_errors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff_runtime.manifest import Component, Graph
 
@@ -32,11 +32,7 @@ def write_executorch(
     """Writes the program of a target.
 
     Args:
-        folder: The bundle that is being written.
-        unet: The UNet's entry in the manifest's draft.
-        modules: The modules by the names of their graphs.
         examples: Real inputs of each graph by name, any number of rows.
-        say: Told what is being done.
 
     Raises:
         UnsupportedError: The exporter failed.
@@ -52,16 +48,12 @@ def write_executorch(
     say("handing graphs to XNNPACK")
     path = folder / str(written[0].file)
     path.parent.mkdir(exist_ok=True)
-    try:
+    with converter_errors(f"{path.name}: ExecuTorch's exporter"):
         with quiet():
             lowered = exir.to_edge_transform_and_lower(programs, partitioner=[xnnpack.XnnpackPartitioner()])
             program = lowered.to_executorch()
         with path.open("wb") as file:
             program.write_to_file(file)
-    except OSError:  # a full disk is no fault of the model
-        raise
-    except Exception as e:  # the exporter's errors share no base class
-        raise UnsupportedError(f"{path.name}: ExecuTorch's exporter failed: {' '.join(str(e).split())[:400]}") from e
 
 
 def group_norm(
@@ -72,26 +64,11 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> torch.Tensor:
-    """Group normalization in operations that XNNPACK has, as ``aten.group_norm`` is called.
+    """Group normalization of [B, C, ...] in operations that XNNPACK has, as ``aten.group_norm`` is called.
 
     Mean and variance are each channel's own first, which XNNPACK pools in the layout of the convolutions around; those
     of a group follow from a number for each of its channels: its variance is the mean of theirs and of the squares by
     which their means lie apart.
-
-    Args:
-        x: [B, C, ...].
-        num_groups: Divides C.
-        weight: [C], or None.
-        bias: [C], or None.
-        eps: Added to the variance.
-        cudnn_enabled: Of no effect.
-
-    Returns:
-        The normalized tensor, of x's shape.
-
-    >>> x = torch.randn(2, 8, 3, 5)
-    >>> torch.allclose(group_norm(x, 4), torch.nn.functional.group_norm(x, 4), atol=1e-5)
-    True
     """
     rows, channels = x.shape[:2]
     of_channels, of_groups = (rows, channels, 1, 1), (rows, num_groups, channels // num_groups, 1)
@@ -114,12 +91,9 @@ def _trace(
 ) -> torch.export.ExportedProgram:
     assert batch is not None  # of this target, graphs are fixed
     first = next(groups(inputs, batch))
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
-            decomposed: torch.export.ExportedProgram = program.run_decompositions(
-                {torch.ops.aten.group_norm.default: group_norm}
-            )
-            return decomposed
-    except Exception as e:  # torch.export's errors share no base class
-        raise UnsupportedError(f"{graph.name}: torch.export failed: {' '.join(str(e).split())[:400]}") from e
+    with converter_errors(f"{graph.name}: torch.export"), quiet(), torch.no_grad():
+        program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
+        decomposed: torch.export.ExportedProgram = program.run_decompositions(
+            {torch.ops.aten.group_norm.default: group_norm}
+        )
+    return decomposed

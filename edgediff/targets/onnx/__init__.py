@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.errors import ConfigError
+from edgediff.extras import needing
 from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check, write_unet_config
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -21,7 +22,6 @@ class OnnxConfig(Int8Config, frozen=True):
     Attributes:
         opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones have it
             decomposed. None takes 23, or 21 where the graphs are to be portable.
-        dtype: Precision of weights and features, of what is not quantized.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Otherwise graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
@@ -49,12 +49,13 @@ def opset_of(config: OnnxConfig) -> int:
 
 
 class OnnxTarget(Target):
-    """ONNX graphs for ONNX Runtime, and for OpenVINO, with a symbolic batch."""
+    """ONNX graphs with a symbolic batch."""
 
     name, title, files = "onnx", "ONNX", "ONNX graphs"
     config = OnnxConfig
     packages = ("onnx", "onnxscript", "onnxsim", "onnxruntime")
     backends = ("onnxruntime",)
+    accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
         """Checks the operator set and the int8 settings."""
@@ -103,22 +104,18 @@ class OnnxTarget(Target):
 
     def write(self, job: Job) -> m.Target:
         """Writes the graphs over one file of weights, with the undivided step beside them."""
-        from edgediff.targets.onnx.calibration import calibrate_for
         from edgediff.targets.onnx.write_onnx import write_onnx, write_undivided
 
-        graphs, versions = write_onnx(
-            job.folder, job.target.unet.graphs, job.modules, job.examples(), job.config, job.say, calibrate_for(job)
-        )
+        graphs, versions = write_onnx(job, job.folder, job.target.unet.graphs, job.config)
         model = None if job.config.portable else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx", WEIGHTS)
         write_unet_config(job, job.folder / FOLDER)
         return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the graph's nodes; what lies outside is not read."""
-        try:
+        with needing(self.extra, "reading an ONNX graph"):
             from edgediff.targets.onnx.onnx_operations import read_onnx
-        except ModuleNotFoundError as e:
-            raise MissingExtraError("reading an ONNX graph", self.extra) from e
+
         return read_onnx(bundle.file(str(graph.file)))
 
 

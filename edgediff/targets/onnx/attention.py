@@ -28,14 +28,7 @@ ATTENTION_WEIGHTS = ".weights"
 
 
 def fuse_attention(model: ModelProto) -> ModelProto:
-    """Lets every attention operator take the heads apart itself.
-
-    Args:
-        model: Of operator set 23 or later; in earlier ones there is no such operator, and nothing is done.
-
-    Returns:
-        The changed model.
-    """
+    """Lets every attention operator, which there are from operator set 23 on, take the heads apart itself."""
     if not any(node.op_type == "Attention" for node in model.graph.node):
         return model
     rule = _JoinHeads.rule()  # type: ignore[no-untyped-call]
@@ -50,9 +43,6 @@ def decompose_attention(model: ModelProto) -> ModelProto:
 
     Args:
         model: With ``MultiHeadAttention`` as `fuse_attention` leaves it; changed in place.
-
-    Returns:
-        The model. Fewer keys' attention stays one operator.
     """
     rewriting = Rewriting(model)
     nodes: list[NodeProto] = []

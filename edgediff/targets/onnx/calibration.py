@@ -77,15 +77,7 @@ def calibrate_for(job: Job) -> Calibration | None:
 
 
 def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[str, Range]:
-    """Runs an exported graph over the calibration and looks at the tensors that quantization needs.
-
-    Args:
-        path: The graph's file, in fp32.
-        graph: Its entry in the manifest.
-        calibration: What torch computed.
-
-    Returns:
-        Lowest and highest value of each tensor.
+    """Runs an exported graph over the calibration: lowest and highest value of each tensor that quantization needs.
 
     Raises:
         VerificationError: The graph itself is not what torch computed.
@@ -95,7 +87,7 @@ def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[s
     watched = path.with_name(f".watched-{path.name}")
     try:
         watched.write_bytes(_watching(model, names).SerializeToString())
-        session = _session(watched)
+        session = open_graph(os.fspath(watched))
     finally:
         watched.unlink(missing_ok=True)
     outputs = [tensor.name for tensor in graph.outputs]
@@ -124,13 +116,14 @@ def _watching(model: ModelProto, names: Sequence[str]) -> ModelProto:
     return model
 
 
-def _session(path: Path) -> Any:
+def open_graph(model: str | bytes) -> Any:
+    """Opens a graph, by its path or its bytes, in ONNX Runtime, to be run a few times."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
-    return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _hold(graph: Graph, made: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], floor_db: float) -> None:

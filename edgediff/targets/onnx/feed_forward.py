@@ -51,14 +51,7 @@ class _FeedForward:
 
 
 def slice_feed_forwards(model: ModelProto) -> ModelProto:
-    """Writes every gated feed-forward that holds much as one slice of its tokens after the other.
-
-    Args:
-        model: Changed in place; weights may lie outside.
-
-    Returns:
-        The model.
-    """
+    """Writes every gated feed-forward that holds much as one slice of its tokens after the other."""
     rewriting = Rewriting(model)
     search = _Search(rewriting)
     found = [each for node in model.graph.node if node.op_type == "Split" and (each := search.around(node)) is not None]

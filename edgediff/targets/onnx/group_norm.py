@@ -26,9 +26,6 @@ def expand_group_norm(model: ModelProto, portable: bool = False) -> ModelProto:
         model: Changed in place. Channels, height and width of what is normalized must be known, the batch need not be.
         portable: Scale and shift by Mul and Add: accelerators know no batch normalization of rank 3, some none at all.
 
-    Returns:
-        The model.
-
     Raises:
         UnsupportedError: A shape is not known.
     """
@@ -43,12 +40,7 @@ def expand_group_norm(model: ModelProto, portable: bool = False) -> ModelProto:
 
 
 class _Expansion:
-    """What the expansions of one graph share.
-
-    Attributes:
-        rewriting: The graph.
-        portable: As of `expand_group_norm`.
-    """
+    """What the expansions of one graph share."""
 
     def __init__(self, model: ModelProto, portable: bool) -> None:
         self.portable = portable

@@ -17,13 +17,7 @@ _PLAIN = {"group": 1, "strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution of 3 x 3, stride 1, with a pixel of zeros around.
-
-    Attributes:
-        node: The node.
-        outputs: Channels that it makes.
-        inputs: Channels that it takes.
-    """
+    """A convolution of 3 x 3, stride 1, with a pixel of zeros around, and its numbers of channels."""
 
     node: NodeProto
     outputs: int
@@ -36,15 +30,7 @@ class Convolution:
 
 
 def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
-    """Reads a node.
-
-    Args:
-        node: Of any kind.
-        rewriting: Its graph.
-
-    Returns:
-        The convolution that it is; None where it is another, or its kernel is no weight or another node's too.
-    """
+    """Reads a node; None where it is no such convolution, or its kernel is no weight or another node's too."""
     if node.op_type != "Conv":
         return None
     sizes = rewriting.weights.get(node.input[1], [])
@@ -60,17 +46,9 @@ def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
 def kernels(
     of: Convolution, name: str, sums: np.ndarray, shape: tuple[int, int], rewriting: Rewriting
 ) -> tuple[list[str], list[NodeProto]]:
-    """New kernels from a convolution's own.
+    """New kernels [O, C, *shape] from a convolution's own, by their names, and the nodes that compute them.
 
-    Args:
-        of: The convolution.
-        name: What the sums are called.
-        sums: [K, H * W, 9]: weights of the K new kernels, as sums of the old one's.
-        shape: H and W, the size of each.
-        rewriting: The graph.
-
-    Returns:
-        The names of the K new kernels, [O, C, H, W] each, and the nodes that compute them.
+    `sums` [K, H * W, 9] are the weights of the K new kernels, as sums of the old one's.
     """
     weights = rewriting.reshape(of.node.input[1], [of.outputs, of.inputs, 1, 9])
     made = [f"{of.node.output[0]}.{name}.{k}" for k in range(len(sums))]

@@ -19,14 +19,7 @@ def read_onnx(path: Path) -> list[Op]:
 
 
 def onnx_ops(graph: Any) -> Iterator[Op]:
-    """Reads an ONNX graph.
-
-    Args:
-        graph: The protobuf.
-
-    Yields:
-        Inputs, outputs, weights that lie outside, then the operations.
-    """
+    """A graph's inputs, outputs and weights that lie outside, then its operations."""
 
     def dtype(number: int) -> str:
         return str(tensor_dtype_to_np_dtype(number).name) if number else ""

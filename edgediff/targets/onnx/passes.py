@@ -4,6 +4,7 @@ A pass takes and returns a model. One that fails names itself and those that ran
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
+from edgediff.targets.base import converter_errors
 from edgediff.targets.onnx.attention import decompose_attention, fuse_attention
 from edgediff.targets.onnx.feed_forward import slice_feed_forwards
 from edgediff.targets.onnx.group_norm import expand_group_norm
@@ -19,6 +21,7 @@ from edgediff.targets.onnx.separate_gates import separate_gates
 from edgediff.targets.onnx.shared_rows import share_rows
 from edgediff.targets.onnx.upsampling import merge_upsampling
 from edgediff.targets.onnx.winograd import filter_rows
+from edgediff_runtime.errors import one_line
 
 log = logging.getLogger(__name__)
 
@@ -29,68 +32,34 @@ MERGES = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batc
 
 @dataclass(frozen=True)
 class Pass:
-    """A named change.
-
-    Attributes:
-        name: What messages call it.
-        apply: Takes a model, returns the changed one.
-    """
+    """A named change of a model."""
 
     name: str
     apply: Callable[[ModelProto], ModelProto]
 
 
 def strip_metadata(model: ModelProto) -> ModelProto:
-    """Removes the exporter's stack traces and module paths: they name files of the exporting machine.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        The model.
-    """
+    """Removes the exporter's stack traces and module paths: they name files of the exporting machine."""
     graph = model.graph
-    for holder in (
-        model,
-        graph,
-        *graph.node,
-        *graph.value_info,
-        *graph.input,
-        *graph.output,
-        *graph.initializer,
-    ):
+    values = (*graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    inner = (each for function in model.functions for each in (function, *function.node))
+    for holder in (model, graph, *graph.node, *values, *inner):
         del holder.metadata_props[:]
         holder.ClearField("doc_string")
-    for function in model.functions:
-        for holder in (function, *function.node):
-            del holder.metadata_props[:]
-            holder.ClearField("doc_string")
     return model
 
 
 def simplify(model: ModelProto, skipped: tuple[str, ...] = ()) -> ModelProto:
-    """Runs onnxsim; a model whose weights lie outside is simplified without them.
+    """Runs onnxsim without the optimizers in `skipped`; a model whose weights lie outside is simplified without them.
 
     Those are the models that would not fit into one protobuf, nor twice into memory.
-
-    Args:
-        model: The model, weights inside or as references to external data.
-        skipped: Which of onnxsim's optimizers to leave out.
-
-    Returns:
-        The simplified model.
-
-    Raises:
-        UnsupportedError: onnxsim failed.
     """
     import onnxsim
 
     outside = any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
     weights = _take_weights(model) if outside else {}
-    try:
+    with converter_errors("onnxsim"):
         simplified: ModelProto = onnxsim.simplify(model, skipped_optimizers=list(skipped))[0]
-    except Exception as e:  # its errors share no base class
-        raise UnsupportedError(f"onnxsim failed: {' '.join(str(e).split())[:300]}") from e
     if weights:
         _put_weights(simplified, weights)
     log.info("onnxsim: %d nodes before, %d after", len(model.graph.node), len(simplified.graph.node))
@@ -98,30 +67,15 @@ def simplify(model: ModelProto, skipped: tuple[str, ...] = ()) -> ModelProto:
 
 
 def weight_bytes(model: ModelProto) -> int:
-    """Counts the bytes of a model's weights, wherever they lie.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Bytes.
-    """
+    """Counts the bytes of a model's weights, wherever they lie."""
     return sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
-    """Counts the bytes of one tensor, wherever they lie.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Bytes.
-    """
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    """Counts the bytes of one tensor, wherever they lie."""
+    count: int = math.prod(tensor.dims)
+    size: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return count * size
 
 
 def _take_weights(model: ModelProto) -> dict[str, TensorProto]:
@@ -152,18 +106,7 @@ def _as_input(tensor: TensorProto) -> ValueInfoProto:
 
 
 def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
-    """Runs passes in order.
-
-    Args:
-        model: The exported model.
-        passes: What to run.
-
-    Returns:
-        The changed model.
-
-    Raises:
-        UnsupportedError: One failed; the message names it and those that ran before it.
-    """
+    """Runs passes in order; an UnsupportedError names the one that failed and those that ran before it."""
     done: list[str] = []
     for step in passes:
         try:
@@ -198,15 +141,8 @@ SHARED_ROWS = Pass("shared-rows", share_rows)
 
 
 def check(model: ModelProto | str) -> None:
-    """Runs onnx.checker over a model or a file, which large models need.
-
-    Args:
-        model: The model, or the path of its file.
-
-    Raises:
-        UnsupportedError: The checker found a fault.
-    """
+    """Runs onnx.checker over a model or a file, which large models need; a fault is an UnsupportedError."""
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as e:
-        raise UnsupportedError(f"onnx.checker: {' '.join(str(e).split())[:300]}") from e
+        raise UnsupportedError(f"onnx.checker: {one_line(e)}") from e

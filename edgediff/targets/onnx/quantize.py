@@ -35,14 +35,7 @@ SCALING = ("Add", "Sub", "Mul", "Div", "Cast")
 
 
 def quantized_nodes(model: ModelProto) -> list[NodeProto]:
-    """Chooses what is quantized: convolutions and matmuls with constant weights, except sensitive ones.
-
-    Args:
-        model: The graph.
-
-    Returns:
-        Its nodes, in their order.
-    """
+    """Chooses what is quantized: convolutions and matmuls with constant weights, except the sensitive ones."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     given = {value.name for value in model.graph.input}
     ends = _ends(model)
@@ -80,9 +73,6 @@ def _is_inner(conv: NodeProto, weight: TensorProto) -> bool:
 def observed_tensors(model: ModelProto) -> list[str]:
     """Names the tensors whose ranges quantization needs.
 
-    Args:
-        model: The graph.
-
     Returns:
         Each once: inputs of all quantized nodes, outputs of convolutions, and what decomposed attentions take
         and weigh by.
@@ -94,14 +84,7 @@ def observed_tensors(model: ModelProto) -> list[str]:
 
 
 def attended(model: ModelProto) -> dict[str, tuple[str, str, str, str]]:
-    """Finds the decomposed attentions.
-
-    Args:
-        model: The graph.
-
-    Returns:
-        By the name of the result: query, key and value with their heads apart, and the weights that the softmax gives.
-    """
+    """Finds decomposed attentions: by the result's name, query, key and value by heads, and the softmax's weights."""
     weights = (node.output[0] for node in model.graph.node if node.op_type == "Softmax")
     results = [name.removesuffix(ATTENTION_WEIGHTS) for name in weights if name.endswith(ATTENTION_WEIGHTS)]
     return {out: (f"{out}.q", f"{out}.k", f"{out}.v", f"{out}{ATTENTION_WEIGHTS}") for out in results}
@@ -114,9 +97,6 @@ def quantize(model: ModelProto, ranges: Mapping[str, Range], weight_levels: int 
         model: The graph, weights inside; changed in place.
         ranges: Of each of its `observed_tensors`.
         weight_levels: Largest magnitude of a weight, 127 or less.
-
-    Returns:
-        The graph.
     """
     rewritten = _Quantizing(model, ranges, weight_levels)
     chosen = {node.output[0] for node in quantized_nodes(model)}
@@ -188,13 +168,7 @@ class _Quantizing(Rewriting):
 
 
 def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point by which uint8 covers a range, zero included, which stays exact.
-
-    Args:
-        extent: Lowest and highest value.
-
-    Returns:
-        Scale, float32 [], and zero point, uint8 [].
+    """Scale, float32 [], and zero point, uint8 [], by which uint8 covers a range and zero, which stays exact.
 
     >>> scale, zero = affine((-1.0, 1.55))
     >>> float(scale), int(zero)
@@ -206,18 +180,7 @@ def affine(extent: Range) -> tuple[np.ndarray, np.ndarray]:
 
 
 def symmetric(extent: Range) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point by which int8 covers a range and its mirror image.
-
-    Args:
-        extent: Lowest and highest value.
-
-    Returns:
-        Scale, float32 [], and zero point, int8 [].
-
-    >>> scale, zero = symmetric((-1.27, 0.5))
-    >>> round(float(scale), 4), int(zero)
-    (0.01, 0)
-    """
+    """Scale, float32 [], and zero point, int8 [], by which int8 covers a range and its mirror image."""
     return np.array(_usable(max(map(abs, extent)) / WEIGHT_LEVELS), np.float32), np.array(0, np.int8)
 
 
@@ -227,15 +190,7 @@ def _usable(scale: float) -> float:
 
 
 def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds a weight to int8 with a scale for each slice along an axis.
-
-    Args:
-        weight: float32, any shape.
-        axis: That of the output channels.
-        levels: Largest magnitude of what comes out.
-
-    Returns:
-        int8 in the shape of `weight`, and scales, float32 [channels].
+    """A weight in int8, of magnitudes up to `levels`, and its scales along an axis, float32 [channels].
 
     >>> rounded, scale = quantized_weight(np.array([[1.27, -0.64], [0.0, 0.0]], np.float32), axis=0)
     >>> rounded.tolist(), [round(float(each), 4) for each in scale]
@@ -249,13 +204,5 @@ def quantized_weight(weight: np.ndarray, axis: int, levels: int = WEIGHT_LEVELS)
 
 
 def quantizing(ranges: Mapping[str, Range], weight_levels: int = WEIGHT_LEVELS) -> Pass:
-    """The pass that quantizes with these ranges.
-
-    Args:
-        ranges: Of each of the graph's `observed_tensors`.
-        weight_levels: Largest magnitude of a weight.
-
-    Returns:
-        The pass.
-    """
+    """The pass that quantizes with these ranges."""
     return Pass("quantize", lambda model: quantize(model, ranges, weight_levels))

@@ -18,11 +18,7 @@ class Rewriting:
     """
 
     def __init__(self, model: ModelProto) -> None:
-        """Reads the graph.
-
-        Args:
-            model: The model.
-        """
+        """Reads the graph."""
         graph = model.graph
         self.model = model
         self.weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
@@ -38,44 +34,21 @@ class Rewriting:
         return self._shapes.get(name, [])
 
     def constant(self, name: str, values: np.ndarray) -> str:
-        """Adds an initialiser, once.
-
-        Args:
-            name: Its name.
-            values: What it holds, the same for the same name.
-
-        Returns:
-            The name.
-        """
+        """Adds an initialiser, once: the same name holds the same values."""
         if name not in self.weights:
             self.weights[name] = list(values.shape)
             self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
         return name
 
     def reshape(self, name: str, sizes: Sequence[int]) -> str:
-        """Gives an initialiser other sizes; its bytes stay where they are.
-
-        Args:
-            name: Its name; no node is left that takes it as it was.
-            sizes: As many numbers as it has.
-
-        Returns:
-            The name.
-        """
+        """Gives an initialiser, which no node is left to take as it was, other sizes; its bytes stay where they are."""
         tensor = next(tensor for tensor in self.model.graph.initializer if tensor.name == name)
         tensor.dims[:] = sizes
         self.weights[name] = list(sizes)
         return name
 
     def finish(self, nodes: Sequence[NodeProto]) -> ModelProto:
-        """Sets the graph's nodes, and leaves out the initialisers that none of them takes.
-
-        Args:
-            nodes: All of them, in order.
-
-        Returns:
-            The model.
-        """
+        """Sets the graph's nodes, and leaves out the initialisers that none of them takes."""
         graph = self.model.graph
         used = {name for node in nodes for name in node.input}
         kept = [tensor for tensor in graph.initializer if tensor.name in used]
@@ -87,15 +60,7 @@ class Rewriting:
 
 
 def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """A copy of a node between other tensors, called by what it makes.
-
-    Args:
-        node: The node.
-        names: New names by the old ones, of all that it makes and of what it takes that is not to stay.
-
-    Returns:
-        The copy.
-    """
+    """A copy of a node with other names for all that it makes, and for what it takes where `names` has one."""
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.input[:] = [names.get(name, name) for name in node.input]
@@ -105,9 +70,5 @@ def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
-    """A node's attributes by name: those that it says, defaults left out.
-
-    >>> attributes_of(helper.make_node("Split", ["x"], ["y", "z"], axis=1))
-    {'axis': 1}
-    """
+    """A node's attributes by name: those that it says, defaults left out."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -16,14 +16,7 @@ Halves = Callable[[str], Sequence[str]]
 
 
 def separate_gates(model: ModelProto) -> ModelProto:
-    """Makes every MatMul, Add and Split into two halves a MatMul and an Add for each half.
-
-    Args:
-        model: Weights inside; changed in place.
-
-    Returns:
-        The model.
-    """
+    """Makes every MatMul, Add and Split into two halves a MatMul and an Add for each half; weights lie inside."""
     made = {name: node for node in model.graph.node for name in node.output}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     rewriting = Rewriting(model)
@@ -65,12 +58,8 @@ def _is_halved(split: NodeProto, sizes: TensorProto | None, bias: TensorProto) -
 def is_halvable(linear: Sequence[NodeProto], rewriting: Rewriting) -> bool:
     """Whether halves of a linear layer's features are the layer with halves of its weight and bias.
 
-    Args:
-        linear: A Gemm or a MatMul, what adds a bias to its result, what reshapes that.
-        rewriting: The graph.
-
-    Returns:
-        Whether the weight has two axes, features last, and nothing is added but constants.
+    `linear` is a Gemm or MatMul, what adds a bias to its result, what reshapes that. The weight must have two axes,
+    features last, and nothing may be added but constants.
     """
     sizes = rewriting.weights.get(linear[0].input[1], [])
     if len(sizes) != 2 or attributes_of(linear[0]).get("transB", 0):
@@ -81,17 +70,7 @@ def is_halvable(linear: Sequence[NodeProto], rewriting: Rewriting) -> bool:
 
 
 def halved(linear: Sequence[NodeProto], split: NodeProto, rewriting: Rewriting, halves: Halves) -> list[NodeProto]:
-    """Computes both halves of a linear layer's result each for itself.
-
-    Args:
-        linear: A layer that `is_halvable`.
-        split: What cuts its result in the middle of its features.
-        rewriting: The graph; where the result is reshaped, it knows the shape of each half.
-        halves: Makes the halves of a weight.
-
-    Returns:
-        The nodes that make what the split makes.
-    """
+    """The nodes that compute each half of a linear layer's result for itself, as what `split` makes of it."""
     sizes = [node.input[1] for node in linear if node.op_type == "Reshape"]
     constants = [name for node in linear for name in node.input if name in rewriting.weights and name not in sizes]
     pairs = {name: halves(name) for name in constants}

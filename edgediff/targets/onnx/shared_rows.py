@@ -28,12 +28,8 @@ _ROWS, _IMAGES, _COPIES = f"{_SHARED}.rows", f"{_SHARED}.images", f"{_SHARED}.co
 def share_rows(model: ModelProto) -> ModelProto:
     """Lets a graph take its sample once for each image, and compute once what does not depend on the condition.
 
-    Args:
-        model: Changed in place; weights may lie outside.
-
-    Returns:
-        The model. It is as it was where nothing else has rows to be counted by, where rows part at once, or where the
-        graph counts them in more places than it has to.
+    It is as it was where nothing else has rows to be counted by, where rows part at once, or where the graph counts
+    them in more places than it has to.
     """
     given = {value.name for value in model.graph.input}
     others = sorted(given - {SAMPLE, TIMESTEP})
@@ -56,14 +52,7 @@ def share_rows(model: ModelProto) -> ModelProto:
 
 
 def has_shared_rows(model: ModelProto) -> bool:
-    """Whether a graph takes a sample once for each image.
-
-    Args:
-        model: The graph.
-
-    Returns:
-        False where it takes no sample at all.
-    """
+    """Whether a graph takes a sample once for each image."""
     return any(
         value.name == SAMPLE and value.type.tensor_type.shape.dim[0].dim_param == IMAGES for value in model.graph.input
     )

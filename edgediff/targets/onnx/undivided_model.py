@@ -20,11 +20,7 @@ def join_full_step(models: Sequence[ModelProto], timestep: Literal["float", "int
     Args:
         models: In the order in which a step runs them; equal names of inputs and outputs are the same tensor. Weights
             may lie outside; they stay where they are.
-        timestep: ``float`` takes a float32 scalar, as optimum hands it over; ``int64`` an int64 [1], as OpenVINO GenAI
-            does.
-
-    Returns:
-        A model with the first one's operator sets.
+        timestep: ``float`` takes a float32 scalar, as optimum hands it over; ``int64`` an int64 [1], as GenAI does.
     """
     joined = copy.deepcopy(models[0])
     graph = joined.graph
@@ -53,14 +49,7 @@ def join_full_step(models: Sequence[ModelProto], timestep: Literal["float", "int
 
 
 def undivided_graph(full: Sequence[Graph], file: str, weights: str | None, timestep: Tensor) -> Graph:
-    """The manifest's entry of that model.
-
-    Args:
-        full: The graphs that it was joined of.
-        file: Where it lies in the bundle.
-        weights: Where its weights lie.
-        timestep: How it takes the timestep.
-    """
+    """The manifest's entry of that model."""
     made = {tensor.name for graph in full for tensor in graph.outputs}
     inputs = {tensor.name: tensor for graph in full for tensor in graph.inputs if tensor.name not in made}
     outputs = tuple(tensor for graph in full for tensor in graph.outputs if tensor.name == OUTPUT)

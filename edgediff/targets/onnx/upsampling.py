@@ -21,14 +21,7 @@ _TWICE = [1.0, 1.0, 2.0, 2.0]
 
 
 def merge_upsampling(model: ModelProto) -> ModelProto:
-    """Writes every nearest upsampling by two whose result one convolution takes as four convolutions.
-
-    Args:
-        model: Changed in place; weights may lie outside.
-
-    Returns:
-        The model.
-    """
+    """Writes every nearest upsampling by two whose result one convolution takes as four convolutions."""
     graph = model.graph
     rewriting = Rewriting(model)
     small = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location != TensorProto.EXTERNAL}

@@ -44,12 +44,7 @@ CHANNELS, ROWS = 128, 32
 def filter_rows(model: ModelProto) -> ModelProto:
     """Writes every convolution of 3 x 3 that is large enough as six of 1 x 3 between sums of rows.
 
-    Args:
-        model: Changed in place; weights may lie outside. Convolutions whose input's size is not known, or whose rows
-            four does not divide, stay.
-
-    Returns:
-        The model.
+    Those whose input's size is not known, or whose rows four does not divide, stay.
     """
     rewriting = Rewriting(model)
     nodes: list[NodeProto] = []
@@ -93,18 +88,10 @@ def _filtered(of: Convolution, rows: int, rewriting: Rewriting) -> list[NodeProt
 
 
 def sums_of_rows(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sums before and after the products, as matrices on the rows of a whole map.
+    """The sums before and after the six convolutions, as float32 matrices on the rows, a multiple of 4, of a whole map.
 
-    Args:
-        rows: How many the map has, a multiple of 4.
-
-    Returns:
-        [6 * rows / 4, rows] for the pixels, with zeros around the map, and [rows, 6 * rows / 4] for the results, both
-        float32. The six kinds of sums lie one after the other, so that each is a map of its own.
-
-    >>> spread, gather = sums_of_rows(8)
-    >>> spread.shape, gather.shape
-    ((12, 8), (8, 12))
+    [6 * rows / 4, rows] for the pixels, with zeros around the map, and [rows, 6 * rows / 4] for the results. The six
+    kinds of sums lie one after the other, so that each is a map of its own.
     """
     tiles = rows // TILE
     spread, gather = np.zeros((PRODUCTS, tiles, rows)), np.zeros((tiles, TILE, PRODUCTS, tiles))

@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import torch
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
+from edgediff.targets.base import Job, converter_errors
 from edgediff.targets.onnx import OnnxConfig, opset_of
-from edgediff.targets.onnx.calibration import Calibration, measure_ranges
+from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
 from edgediff.targets.onnx.passes import (
     ATTENTION,
     DECOMPOSE_ATTENTION,
@@ -57,8 +58,6 @@ class Written:
     Attributes:
         shares_rows: Whether the graph takes a sample once for each image.
         external_data: File name of the weights that lie outside of the graph's file, or None.
-        opset: Operator set.
-        ir_version: ONNX file version.
         simplified: Whether onnxsim's result was taken, or why it was left out.
     """
 
@@ -70,25 +69,13 @@ class Written:
 
 
 def write_onnx(
-    folder: Path,
-    graphs: Iterable[Graph],
-    modules: Mapping[str, Part],
-    examples: Mapping[str, Mapping[str, np.ndarray]],
-    config: OnnxConfig,
-    say: Callable[[str], None],
-    calibration: Calibration | None = None,
-    weight_levels: int = WEIGHT_LEVELS,
+    job: Job, folder: Path, graphs: Iterable[Graph], config: OnnxConfig, weight_levels: int = WEIGHT_LEVELS
 ) -> tuple[tuple[Graph, ...], dict[str, int]]:
     """Writes ONNX graphs, and their weights once where they lie in one file.
 
     Args:
-        folder: The bundle that is being written.
-        graphs: Their entries in the manifest's draft.
-        modules: The modules by the names of their graphs.
-        examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
-        config: How to write.
-        say: Told what is being done.
-        calibration: What int8 graphs are made by; None leaves them in fp32.
+        job: Its modules and inputs; its own graphs may be of another target, which reads these.
+        folder: The graphs' files are named from here.
         weight_levels: Largest magnitude of int8 weights.
 
     Returns:
@@ -98,19 +85,20 @@ def write_onnx(
         UnsupportedError: The exporter, a pass or onnx.checker failed.
         VerificationError: A graph that is to be quantized is not what torch computed.
     """
+    examples, calibration = job.examples(), calibrate_for(job)
     graphs = tuple(graphs)
     counted = all(graph.can_count_rows for graph in graphs if graph.takes_sample)
     # OrtSession runs the rows of smaller graphs apart, which saves more than sharing does.
-    share = counted and _weights(modules.values(), config) > APART_BYTES and not config.portable
+    share = counted and _weights(job.modules.values(), config) > APART_BYTES and not config.portable
     finished = []
     for graph in graphs:
         if graph.file is not None:
-            say(f"exporting {graph.name} to ONNX")
+            job.say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            done = write_graph(modules[graph.name], graph, examples[graph.name], path, config, share)
+            done = write_graph(job.modules[graph.name], graph, examples[graph.name], path, config, share)
             if calibration is not None:
-                say(f"measuring ranges and quantizing {graph.name}")
+                job.say(f"measuring ranges and quantizing {graph.name}")
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
@@ -119,7 +107,7 @@ def write_onnx(
         finished.append(graph)
     pooled = [graph for graph, drafted in zip(finished, graphs, strict=True) if drafted.external_data is not None]
     if pooled:
-        say("storing shared weights once")
+        job.say("storing shared weights once")
         paths = [folder / str(graph.file) for graph in pooled]
         pool_weights(paths, folder / str(pooled[0].external_data))
         for path in paths:
@@ -128,11 +116,7 @@ def write_onnx(
 
 
 def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: str) -> Graph:
-    """Writes the undivided step over the weights that the graphs of a full step have.
-
-    Returns:
-        Its entry in the manifest.
-    """
+    """Writes the undivided step over the weights that the graphs of a full step have."""
     full = [graph for graph in graphs if graph.runs(full=True)]
     model = join_full_step([onnx.load(folder / str(graph.file), load_external_data=False) for graph in full])
     (folder / file).write_bytes(model.SerializeToString(deterministic=True))
@@ -143,18 +127,12 @@ def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: s
 def write_graph(
     part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig, share: bool = False
 ) -> Written:
-    """Exports a module to an ONNX file.
+    """Exports a module to an ONNX file, large weights beside it.
 
     Args:
-        part: The module.
-        graph: Its entry in the manifest.
         inputs: Real inputs by name, for tracing and for the check of the simplified graph.
-        path: The file; external data lies beside it.
-        config: How to write; of eight bits, what is written is in fp32 and ready to be quantized.
+        config: How to write; with int8, what is written is in fp32 and ready to be quantized.
         share: Whether rows of one image may share what they have in common.
-
-    Returns:
-        What was written.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
@@ -166,24 +144,19 @@ def write_graph(
     dynamic = tuple({0: "batch"} if tensor.shape[:1] == ("batch",) else None for tensor in graph.inputs)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
         traced = Path(scratch) / "traced.onnx"
-        try:
-            with _quiet():
-                program = torch.onnx.export(
-                    part,
-                    args,
-                    dynamo=True,
-                    opset_version=opset_of(config),
-                    input_names=names,
-                    output_names=[tensor.name for tensor in graph.outputs],
-                    dynamic_shapes=(dynamic,),
-                    verbose=False,
-                )
-                assert program is not None  # None is what the old exporter returns
-                program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
-        except OSError:  # a full disk is no fault of the model
-            raise
-        except Exception as e:  # the exporter's errors share no base class
-            raise UnsupportedError(f"{graph.name}: torch.onnx.export failed: {' '.join(str(e).split())[:400]}") from e
+        with converter_errors(f"{graph.name}: torch.onnx.export"), _quiet():
+            program = torch.onnx.export(
+                part,
+                args,
+                dynamo=True,
+                opset_version=opset_of(config),
+                input_names=names,
+                output_names=[tensor.name for tensor in graph.outputs],
+                dynamic_shapes=(dynamic,),
+                verbose=False,
+            )
+            assert program is not None  # None is what the old exporter returns
+            program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
         del program
         return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share)
 
@@ -281,11 +254,7 @@ def _how_simplified(config: OnnxConfig, large: bool) -> str:
 
 
 def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.enable_cpu_mem_arena = False
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = open_graph(model)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 

@@ -63,12 +63,9 @@ class OpenVinoTarget(Target):
 
     def write(self, job: Job) -> m.Target:
         """Exports ONNX graphs and writes what OpenVINO reads of them."""
-        from edgediff.targets.onnx.calibration import calibrate_for
         from edgediff.targets.openvino.write_openvino import write_openvino
 
-        graphs, model = write_openvino(
-            job.folder, job.target.unet.graphs, job.modules, job.examples(), job.config, job.say, calibrate_for(job)
-        )
+        graphs, model = write_openvino(job)
         write_unet_config(job, job.folder / FOLDER)
         return job.target.with_unet(graphs=graphs, model=model)
 

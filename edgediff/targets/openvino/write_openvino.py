@@ -11,47 +11,29 @@ Constraints that shaped this file:
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
-import numpy as np
 import onnx
 
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
-from edgediff.models.part import Part
+from edgediff.targets.base import Job
 from edgediff.targets.onnx import OnnxConfig
-from edgediff.targets.onnx.calibration import Calibration
 from edgediff.targets.onnx.pool_weights import place_weights
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
 from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
 
 
-def write_openvino(
-    folder: Path,
-    graphs: Iterable[Graph],
-    modules: Mapping[str, Part],
-    examples: Mapping[str, Mapping[str, np.ndarray]],
-    config: OpenVinoConfig,
-    say: Callable[[str], None],
-    calibration: Calibration | None = None,
-) -> tuple[tuple[Graph, ...], Graph]:
+def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
     """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
-
-    Args:
-        folder: The bundle that is being written.
-        graphs: Their entries in the manifest's draft.
-        modules: The modules by the names of their graphs.
-        examples: Real inputs of each graph by name, for tracing and for the check of the simplified graph.
-        config: How to write.
-        say: Told what is being done.
-        calibration: What int8 graphs are made by; None leaves them in fp32.
 
     Returns:
         The graphs with what is known now, and the undivided step's entry.
@@ -62,20 +44,21 @@ def write_openvino(
         MissingExtraError: OpenVINO is not installed.
     """
     openvino = import_extra("openvino", "exporting to OpenVINO", "openvino")
+    config: OpenVinoConfig = job.config
     settings = OnnxConfig(quantize_nbits=config.quantize_nbits, quantize_attention=config.quantize_attention)
-    graphs = tuple(graphs)
+    folder, graphs = job.folder, job.target.unet.graphs
     with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as name:
         scratch = Path(name)
         as_onnx = [
             msgspec.structs.replace(graph, file=graph.file and f"{graph.name}.onnx", external_data=None)
             for graph in graphs
         ]
-        made, _ = write_onnx(scratch, as_onnx, modules, examples, settings, say, calibration, HALVED_WEIGHT_LEVELS)
+        made, _ = write_onnx(job, scratch, as_onnx, settings, HALVED_WEIGHT_LEVELS)
         finished = tuple(
             msgspec.structs.replace(graph, inputs=done.inputs, simplified=done.simplified)
             for graph, done in zip(graphs, made, strict=True)
         )
-        say("writing OpenVINO's models")
+        job.say("writing OpenVINO's models")
         full = [graph for graph in made if graph.runs(full=True)]
         whole = join_full_step([onnx.load(scratch / str(g.file), load_external_data=False) for g in full], "int64")
         (scratch / "undivided.onnx").write_bytes(whole.SerializeToString(deterministic=True))
@@ -91,12 +74,7 @@ def write_openvino(
 
 
 def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
-    """Moves the weights of OpenVINO's models into one file; equal ones share a place.
-
-    Args:
-        models: The ``.xml`` files; each one's ``.bin`` beside it is read and removed.
-        weights: The file to write; it may be one of those.
-    """
+    """Moves the weights of .xml models, each in a .bin beside it, into one file; equal ones share a place."""
     places: dict[bytes, tuple[int, int]] = {}
     pooled = weights.with_name(f"{weights.name}.pooled")
     with pooled.open("wb") as pool:
@@ -125,4 +103,4 @@ def _write(openvino: Any, source: Path, path: Path, name: str) -> None:
             del notes[key]
         openvino.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as e:  # what all of OpenVINO's errors are
-        raise UnsupportedError(f"{name}: OpenVINO cannot write it: {' '.join(str(e).split())[:400]}") from e
+        raise UnsupportedError(f"{name}: OpenVINO cannot write it: {one_line(e)}") from e

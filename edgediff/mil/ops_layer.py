@@ -1,7 +1,6 @@
-"""Convolutions and pooling over one, two or three spatial axes."""
+"""Layers: convolutions and pooling over one to three spatial axes, matmuls and attention, normalizations."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -149,9 +148,72 @@ def max_pool(
     return MAX_POOL[rank - 1](F.pad(x, _flat(reach), value=-math.inf), kernel_sizes, strides)
 
 
-CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
-    "avg_pool": avg_pool,
-    "conv": conv,
-    "conv_transpose": conv_transpose,
-    "max_pool": max_pool,
-}
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``: [..., D] with [D', D] -> [..., D']."""
+    return F.linear(x, weight, bias)
+
+
+def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
+    """Products of the last two axes, which may be transposed before; the others are broadcast."""
+    if transpose_x and x.ndim > 1:
+        x = x.transpose(-1, -2)
+    if transpose_y and y.ndim > 1:
+        y = y.transpose(-1, -2)
+    return torch.matmul(x, y)
+
+
+def einsum(values: list[Tensor], equation: str) -> Tensor:
+    """A sum of products as the equation spells it; axes of size 1 are broadcast."""
+    return torch.einsum(equation, *values)
+
+
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """``softmax(query key^T / sqrt(E) + mask) value``: [B, ..., L, E], [B, ..., S, E], [B, ..., S, V]."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask)
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """``gamma_c (x - mean_c) / sqrt(variance_c + epsilon) + beta_c`` for channel ``c`` of [N, C, *D]."""
+    return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=epsilon)
+
+
+def instance_norm(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5) -> Tensor:
+    """Each channel of each sample of [N, C, *D] by its own mean and variance."""
+    axes = list(range(2, x.ndim))
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    shape = (1, -1, *[1] * len(axes))
+    y = (x - mean) / torch.sqrt(variance + epsilon)
+    if gamma is not None:
+        y = y * gamma.reshape(shape)
+    return y if beta is None else y + beta.reshape(shape)
+
+
+def layer_norm(
+    x: Tensor,
+    axes: list[int] | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """By mean and variance over the axes, all where none is named; `gamma` and `beta` have their sizes."""
+    places = sorted(axis % x.ndim for axis in (range(x.ndim) if axes is None else axes))
+    if places == list(range(x.ndim - len(places), x.ndim)):
+        return F.layer_norm(x, [x.shape[axis] for axis in places], gamma, beta, epsilon)
+    shape = [size if axis in places else 1 for axis, size in enumerate(x.shape)]
+    variance, mean = torch.var_mean(x, places, correction=0, keepdim=True)
+    y = (x - mean) / torch.sqrt(variance + epsilon)
+    if gamma is not None:
+        y = y * gamma.reshape(shape)
+    return y if beta is None else y + beta.reshape(shape)
+
+
+def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """``x / sqrt(sum(x^2) + epsilon)`` over the last three axes."""
+    return x / torch.sqrt(x.square().sum((-3, -2, -1), keepdim=True) + epsilon)
