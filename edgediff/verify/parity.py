@@ -145,7 +145,7 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
         say(f"{backend}: graphs in fp32 arithmetic")
         with unrounded:
             exact = _run_alone(target, reference, session)
-        # Rounding cannot hide a program that is slightly another.
+        # Without rounding a slightly wrong program shows.
         note = "fp32 arithmetic, against torch with weights of fp16"
         rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, note)
     say(f"{backend}: composed steps")
@@ -247,7 +247,7 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    # A comparison need not be what the adaptor was trained for.
+    # A comparison may differ from what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
         latents = pipe(**request).latents

@@ -91,7 +91,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
 
 
 def _example(tensor: Tensor) -> torch.Tensor:
-    # Shapes and dtypes are all that torch.export looks at; classes are indices, and 0 is one.
+    # torch.export uses only shapes and dtypes; classes are indices, and 0 is one.
     dtype = torch.int64 if tensor.dtype == "int32" else torch.float32
     return torch.zeros([size for size in tensor.shape if isinstance(size, int)], dtype=dtype)
 

@@ -91,7 +91,7 @@ class _JoinHeads(RewriteRuleClassBase):
         )
         return op.Reshape(op.Transpose(attended, perm=list(_HEADS_FIRST)), rows, _outputs=["out"])
 
-    # The matcher hands values over by the names of the parameters, which no base class could know.
+    # The matcher passes values by parameter name, which no base class could declare.
     def check(  # type: ignore[override]
         self, context: Any, q: Any, k: Any, v: Any, out: Any, **values: Any
     ) -> bool:
@@ -106,7 +106,7 @@ class _JoinHeads(RewriteRuleClassBase):
             known = all(isinstance(size, int) for size in (tokens, features, heads, width))
             if not known or tokens != tokens_apart or features != heads * width:
                 return False
-        # What else the operator can do is at its default, which is the one of its other form and of the other operator.
+        # Its other attributes must have their defaults, which both operators share.
         said = values["attended"].producer().attributes
         return not any(said.get_float(name, 0.0) for name in ("scale", "softcap")) and not said.get_int("is_causal", 0)
 

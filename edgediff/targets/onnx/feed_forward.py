@@ -85,7 +85,7 @@ class _Search:
         self._shape = rewriting.shape
         self._made = {name: node for node in graph.node for name in node.output}
         self._taken: dict[str, list[NodeProto]] = {}
-        # Whoever takes the graph's results is one more that takes them.
+        # The graph's outputs count as one more use.
         for node in (*graph.node, NodeProto(input=[value.name for value in graph.output])):
             for name in node.input:
                 self._taken.setdefault(name, []).append(node)
@@ -111,7 +111,7 @@ class _Search:
         if after is None or gelu.output[0] not in product.input:
             return None
         found = _FeedForward(tuple(flat), tuple(linear), split, (gelu, product, *after), tokens, slices)
-        # Whatever is in between must be nobody else's.
+        # Nothing else may use the tensors in between.
         within = [name for node in found.nodes for name in node.input]
         inner = [name for node in found.nodes[:-1] for name in node.output]
         return None if any(len(self._taken.get(name, [])) != within.count(name) for name in inner) else found

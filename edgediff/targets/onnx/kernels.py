@@ -35,7 +35,7 @@ def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
         return None
     sizes = rewriting.weights.get(node.input[1], [])
     said = attributes_of(node)
-    # What is left out is at its default: no zeros around, and a kernel of the weight's size.
+    # Defaults of missing attributes: no padding, and a kernel of the weight's size.
     said = {"pads": [0, 0, 0, 0], "kernel_shape": sizes[2:]} | said
     shared = rewriting.taken[node.input[1]] > 1
     if shared or len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):

@@ -25,7 +25,7 @@ from edgediff_runtime.errors import one_line
 
 log = logging.getLogger(__name__)
 
-# onnxsim needs small constants (shapes, axes) to fold with; what is larger than this is a weight.
+# onnxsim needs small constants (shapes, axes) to fold with; anything larger is a weight.
 SKELETON_BYTES = 4096
 MERGES = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv")
 

@@ -47,7 +47,7 @@ from edgediff_runtime.ort_session import APART_BYTES
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
-# Simplifying moves constants, not arithmetic: what is left is rounding.
+# Simplifying changes constants, not arithmetic: only rounding may differ.
 HELD_DB = 100.0
 
 
@@ -88,7 +88,7 @@ def write_onnx(
     examples, calibration = job.examples(), calibrate_for(job)
     graphs = tuple(graphs)
     counted = all(graph.can_count_rows for graph in graphs if graph.takes_sample)
-    # OrtSession runs the rows of smaller graphs apart, which saves more than sharing does.
+    # OrtSession runs the rows of smaller graphs on separate threads, which saves more than sharing does.
     share = counted and _weights(job.modules.values(), config) > APART_BYTES and not config.portable
     finished = []
     for graph in graphs:

@@ -99,8 +99,8 @@ def _write(openvino: Any, source: Path, path: Path, name: str) -> None:
             if op.get_friendly_name() == op.get_name():  # it has none from the graph
                 op.set_friendly_name(f"{op.get_type_name()}.{i}")
         notes = model.get_rt_info()
-        for key in list(notes.keys()):  # onnxsim's account of what it did
+        for key in list(notes.keys()):  # onnxsim's statistics
             del notes[key]
         openvino.save_model(model, path, compress_to_fp16=False)
-    except RuntimeError as e:  # what all of OpenVINO's errors are
+    except RuntimeError as e:  # all of OpenVINO's errors
         raise UnsupportedError(f"{name}: OpenVINO cannot write it: {one_line(e)}") from e
