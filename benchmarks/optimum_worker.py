@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 def main() -> None:
     """Exports, checks, then generates whenever a line comes in."""
-    # Whatever libraries print goes to the errors: answers have their own way out.
+    # What libraries print goes to standard error: answers have their own pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     given = json.loads(sys.stdin.readline())["given"]

@@ -1,4 +1,4 @@
-"""Graphs of eight bits: what is quantized, what stays, and what the numbers hold."""
+"""int8 graphs: what is quantized, what stays, and how near the numbers are."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.export_config import check_config, config_from
 from edgediff.targets.onnx import OnnxConfig
-from edgediff.targets.onnx.attention import spell_out_attention
+from edgediff.targets.onnx.attention import decompose_attention
 from edgediff.targets.onnx.calibration import Calibration, measure_ranges
 from edgediff.targets.onnx.quantize import (
     affine,
@@ -36,7 +36,7 @@ FLOAT = TensorProto.FLOAT
 
 
 def block() -> ModelProto:
-    """Convolutions of every kind and matrix products of every kind, 4 channels of 6x6."""
+    """Convolutions of every kind and matmuls of every kind, 4 channels of 6x6."""
     rng = np.random.default_rng(0)
     sizes = {
         "first": (4, 3, 3, 3), "inner": (4, 4, 3, 3), "wider": (6, 4, 3, 3), "shortcut": (6, 4, 1, 1),
@@ -170,16 +170,16 @@ def attending() -> ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def test_attention_is_spelt_out_and_its_products_quantized() -> None:
+def test_attention_is_decomposed_and_its_matmuls_quantized() -> None:
     rng = np.random.default_rng(2)
     feeds = {name: rng.standard_normal((2, n, 8)).astype(np.float32) for name, n in (("q", 3), ("k", 5), ("v", 5))}
     want = run(attending(), feeds, ["out", "kept"])
-    spelt_out = spell_out_attention(attending())
+    decomposed = decompose_attention(attending())
     kinds = ["Reshape", "Transpose"] * 3 + ["MatMul", "Mul", "Softmax", "MatMul", "Transpose", "Reshape"]
-    assert [node.op_type for node in spelt_out.graph.node] == [*kinds, "MatMul", "Identity"]
-    assert psnr_db(want["out"], run(spelt_out, feeds, ["out"])["out"]) > 110
-    assert attended(spelt_out) == {"a": ("a.q", "a.k", "a.v", "a.weights")}
-    done = quantize(spelt_out, extents(spelt_out, feeds))
+    assert [node.op_type for node in decomposed.graph.node] == [*kinds, "MatMul", "Identity"]
+    assert psnr_db(want["out"], run(decomposed, feeds, ["out"])["out"]) > 110
+    assert attended(decomposed) == {"a": ("a.q", "a.k", "a.v", "a.weights")}
+    done = quantize(decomposed, extents(decomposed, feeds))
     onnx.checker.check_model(done)
     got = run(done, feeds, ["out", "kept"])
     assert 30 < psnr_db(want["out"], got["out"]) < 70

@@ -45,7 +45,7 @@ def test_every_number_of_a_fresh_bundle(class_bundle: Path) -> None:
             assert row.psnr_db >= 100
         if key[0] == "trajectory":
             assert row.psnr_db >= 80
-            assert row.note == "against torch, computed anew"
+            assert row.note == "against torch, computed again"
     caching = rows[("caching", "latents")]
     assert caching.floor_db is None
     assert caching.ok is None

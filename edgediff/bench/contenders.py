@@ -20,7 +20,7 @@ from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.ort_bound_session import CUDA
 from edgediff_runtime.sessions import Session
 
-# The bundle's own floor is for fp32: a step in bf16 is checked against less.
+# The bundle's own floor is for fp32; bf16 has a lower one.
 BF16_DB = 35.0
 
 
@@ -63,7 +63,7 @@ class Backend:
         return next((name for name in self.targets if name in there), None)
 
 
-# Both have a package of the same name: one takes the other's place.
+# Both install the same package name: one replaces the other.
 INSTALL_CUDA = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
 BACKENDS = (
     Backend("torch", (), "torch", 'pip install "edgediff[export]"'),
@@ -76,7 +76,7 @@ BACKENDS = (
     Backend("coreml", ("coreml",), "coremltools", 'pip install "edgediff[export]", on macOS', on_cpu=False),
     Backend("mil-reference", ("coreml",), "coremltools", 'pip install "edgediff[export]"'),
 )
-# Evaluated in torch, to be right and not to be fast: timed only where it is asked for by name.
+# Evaluated in torch, for checking and not for speed: timed only by name.
 NOT_BY_DEFAULT = ("mil-reference",)
 
 

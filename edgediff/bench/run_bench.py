@@ -136,7 +136,7 @@ def _ledger(entries: Sequence[_Entry], peak: float | None, settings: Settings) -
         contenders.append(known)
         rows += rows_of(known.bundle, known.backend, entry.runner.parts, known.peak_mib)
         beside = entry.undivided
-        # Beside a contender that was never asked, the undivided UNet has nothing to be compared with.
+        # Without its contender the undivided UNet has nothing to be compared with.
         if beside is not None and beside.heard and known.mask:
             parts = {name: samples for name, samples in beside.parts.items() if name.startswith("undivided")}
             rows += rows_of(known.bundle, known.backend, parts, beside.heard[-1].peak_mib)

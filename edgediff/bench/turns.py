@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 WORKER = (sys.executable, "-m", "edgediff.bench.worker")
 # Seconds that a process is given to end by itself.
 END_S = 5.0
-# What the libraries that backends multiply with ask for their number of threads.
+# Environment variables by which maths libraries take their number of threads.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

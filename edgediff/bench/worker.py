@@ -18,7 +18,7 @@ from edgediff_runtime.errors import EdgeRuntimeError
 def main() -> None:
     """Serves one contender until its input ends."""
     with os.fdopen(os.dup(1), "wb") as answers:
-        # Whatever libraries print goes to the errors: answers have their own way out.
+        # What libraries print goes to standard error: answers have their own pipe.
         os.dup2(2, 1)
         call = msgspec.json.decode(sys.stdin.buffer.readline(), type=Call)
         try:
@@ -28,7 +28,7 @@ def main() -> None:
                     return
         except (EdgediffError, EdgeRuntimeError) as e:
             _answer(answers, Said(says=str(e)))
-        except Exception as e:  # a backend's own errors share no base class; the others are to go on
+        except Exception as e:  # a backend's own errors share no base class; the other contenders continue
             _answer(answers, Said(says=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
 
 

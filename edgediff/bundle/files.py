@@ -18,7 +18,7 @@ def check_files(bundle: Bundle) -> None:
     for name in bundle.manifest.files:
         bundle.file(name)
     for name in unlisted(bundle.path, bundle.manifest):
-        inside(bundle.path, name)  # says that a symlink is one
+        inside(bundle.path, name)  # raises for a symlink
         raise BundleError(f"{name} is in the bundle but not listed in {MANIFEST}; delete it")
 
 

@@ -148,7 +148,7 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
 def _check_graph(
     step: Recorded, graph: Graph, rows: int, half: dict[tuple[int, str], dict[str, np.ndarray]], half_wanted: bool
 ) -> None:
-    """Holds the tensors that one graph takes and gives."""
+    """Checks the tensors that one graph takes and gives."""
     there = {tensor.name: (tensor, step.tensors) for tensor in (*graph.inputs, *graph.outputs)}
     rounded = half.get((step.index, graph.name), {})
     halves = {tensor.name: (tensor, rounded) for tensor in graph.outputs} if half_wanted and graph.file else {}
@@ -156,7 +156,7 @@ def _check_graph(
         for name, (tensor, tensors) in wanted.items():
             if name not in tensors:
                 raise BundleError(f"{REFERENCE} has no {what}{name} for step {step.index}, which needs it")
-            # What was recorded is torch's, in fp32; a target casts it to its own.
+            # The record is torch's, in fp32; a target casts it to its own dtype.
             dtype = "int64" if "int" in tensor.dtype else "float32"
             shape = tensor.shape if name == "timestep" else (rows, *tensor.shape[1:])
             _check_array(f"{what}{name} of step {step.index}", tensors[name], dtype, shape)

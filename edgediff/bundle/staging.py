@@ -1,8 +1,7 @@
 """A directory that is whole or not there: written beside its place under another name, then renamed.
 
-A process that was killed leaves its temporary sibling behind; the next export to the same place clears it away first.
-What belongs to a process that still lives is known by a lock, which ends with the process, however it ends: process
-numbers are used again.
+A process that was killed leaves its temporary sibling behind; the next export there removes it first. A lock marks the
+siblings of running processes: it ends with the process, and process numbers are reused.
 """
 
 import contextlib
@@ -122,7 +121,7 @@ def clear_stale(target: Path) -> None:
             continue
         try:
             held = lock(left)
-        except OSError:  # another export is at work there, or another user was
+        except OSError:  # another export is running there, or the folder is another user's
             continue
         try:
             if left.name.endswith(".old") and not target.exists():

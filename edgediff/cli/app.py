@@ -53,7 +53,7 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 
 
-# Typer carries click within itself since 0.26 and takes the installed one before: the base of what it raises is asked.
+# Typer vendors click since 0.26 and used the installed one before: take the base class of its own errors.
 UsageFault: Any = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
 # ExecuTorch brings torchao, which diffusers imports in every command and which logs what it was not built for.
@@ -66,7 +66,7 @@ def main() -> None:
     for name in OF_TORCHAO:
         logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal cannot show is escaped, not an error
+        if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets escapes, not an error
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings_told(_say_warning):
@@ -78,7 +78,7 @@ def main() -> None:
     except (EdgediffError, EdgeRuntimeError) as e:
         code = _say_error(e, 2)
     except UsageFault as e:
-        # A bare `edgediff` shows its help and raises with nothing to say.
+        # A bare `edgediff` shows its help and raises without a message.
         code = _say_error(e.format_message(), 2) if e.format_message() else 2
     except (KeyboardInterrupt, typer.Abort):
         code = _say_error("interrupted; what was there is as it was", INTERRUPTED)
@@ -118,7 +118,7 @@ def toolchain(module: str, command: str, extra: str = "export") -> Any:
     try:
         found = importlib.import_module(module)
         gc.collect()
-        gc.freeze()  # half a million objects that stay, which each collection would go through again
+        gc.freeze()  # half a million long-lived objects, which each collection would visit again
         return found
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] in ("edgediff", "edgediff_runtime"):

@@ -65,7 +65,7 @@ def bench(
             progress=say,
         )
     ledger = msgspec.structs.replace(ledger, imported=others)
-    # Written before anything is compared: a run that took long is not lost to a ledger that does not fit.
+    # Written before anything is compared: a ledger that cannot be compared does not lose a long run.
     if json_file is not None:
         write_whole(json_file, lambda path: write_ledger(ledger, path))
     for table in bench_tables(ledger):

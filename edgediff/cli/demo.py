@@ -112,7 +112,7 @@ def run_demo(folder: Path, say: Callable[[str], None], model: str) -> Shown:
     for again in range(ROUNDS):
         say(f"generating with clock 1 and clock {config.clock}, round {again + 1} of {ROUNDS}")
         runs.append((pipe(num_images=IMAGES, clock=1), pipe(num_images=IMAGES)))
-    # The faster run of each: what else the machine does only ever adds time.
+    # The faster run of each: other load on the machine can only add time.
     always, clocked = (min(results, key=lambda result: result.ms) for results in zip(*runs, strict=True))
     left, right = grid(always.images), grid(clocked.images)
     gap = np.full((left.shape[0], 4, left.shape[2]), 255, dtype=np.uint8)

@@ -43,7 +43,7 @@ def inspect(
         str | None, typer.Option(help="Kind of adaptor to count in cached steps; left out, identity.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="In the place of a model: count a paper's table anew; clockwork or spectral.")
+        str | None, typer.Option(help="Instead of a model: count a paper's table; clockwork or spectral.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -7,7 +7,7 @@ from edgediff_runtime import manifest as m
 
 
 class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What graphs that compute in fp16 must hold, in dB of PSNR.
+    """Floors of graphs that compute in fp16, in dB of PSNR.
 
     `program_db` is of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is the right
     program. Rounding hides a wrong constant, this does not. The others have every result rounded: whether fp16 is
@@ -21,7 +21,7 @@ class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What graphs of eight bits must hold, in dB of PSNR: the ecosystem's usual floor."""
+    """Floors of int8 graphs, in dB of PSNR: the ecosystem's usual one."""
 
     graph_db: float = 35.0
     composed_db: float = 35.0
@@ -29,7 +29,7 @@ class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the numbers must hold, in dB of PSNR.
+    """The floors, in dB of PSNR.
 
     Floors for fp32 against fp32, where only the order of additions differs: the ecosystem's usual 35 dB would let a
     weight that is five percent off pass.

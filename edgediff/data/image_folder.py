@@ -1,12 +1,12 @@
 """An image folder as one array: a subfolder for each class, or images alone.
 
-How an image is brought to size is part of what it is compared with: a sharper reduction has more power at high
-frequencies. So there is one way, that of the built-in model's own data (its card): cut out the centre, Lanczos to twice
-the size where it is larger, then the mean of each square of four pixels.
+Resizing changes what images are compared with: a sharper reduction has more power at high frequencies. So there is one
+way, that of the built-in model's own data (its card): crop the centre, Lanczos to twice the size where it is larger,
+then the mean of each square of four pixels.
 
-Folders are as people have them. A file is an image by its content, whatever its name; a class folder may have folders
-in it. What can be made RGB is: grey, palettes, CMYK, 16 bits, transparency on white. What cannot be read, is of another
-format, or is too small, is left out, counted and named. One image is decoded at a time; beside it there is the array.
+The content of a file decides whether it is an image, not its name; a class folder may have folders of its own. Grey,
+palette, CMYK, 16-bit and transparent (on white) images become RGB. Files that cannot be read, are of another format or
+are too small are skipped, counted and named. One image is decoded at a time, besides the array.
 """
 
 import mimetypes
@@ -27,7 +27,7 @@ from edgediff_runtime.errors import one_line
 
 # By content, whatever the name says. Not all of Pillow's: PostScript, say, would be run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
-# A draw that no generation comes to: the noise that orders images is never an image's own.
+# A draw that no generation reaches: the noise that orders images is never an image's own.
 _ORDER = 2**32 - 1
 _NAMED = 3
 _READ_AT_ONCE = 256
@@ -209,14 +209,14 @@ def _images_in(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def _is_image(file: Path) -> bool:
     """Whether a file is an image: by its name, also of a format that is not read, or by its content."""
     if file.exists() and not file.is_file():
-        return False  # a pipe would be waited for
+        return False  # opening a pipe would block
     kind = _TYPES.guess_type(file.name, strict=False)[0]
     if (kind or "").startswith("image/") or _format_by_name(file) in Image.OPEN:
         return True
     try:
         with Image.open(file, formats=FORMATS):
             return True
-    except Exception:  # a damaged header raises whatever its reader runs into
+    except Exception:  # a damaged header may raise any error
         return False
 
 
@@ -240,7 +240,7 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     """
     try:
         with warnings.catch_warnings():
-            # What Pillow says of odd metadata is not for the user; what would fill the memory is an error.
+            # Pillow's warnings on odd metadata are hidden; its warning of a decompression bomb is an error.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as opened:
@@ -252,7 +252,7 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise _Unfit("too large to decode", f"{as_text(file)} is too large to decode: {one_line(e)}") from e
-    except Exception as e:  # a damaged file raises whatever its decoder runs into
+    except Exception as e:  # a damaged file may raise any error
         known = not isinstance(e, UnidentifiedImageError) or _format_by_name(file) in FORMATS
         what = "cannot be read" if known else "of a format that is not read"
         raise _Unfit(what, f"{as_text(file)} cannot be read as an image: {one_line(e)}") from e

@@ -18,7 +18,7 @@ SETS = ("#222222", "#1f5fa8", "#c2571a", "#1a7f37", "#7b3fa0", "#a08a1f")
 BAND_COLOURS = {"LL": "#222222", "LH": "#1f5fa8", "HL": "#c2571a", "HH": "#1a7f37"}
 WIDTH, HEIGHT, GATES_HEIGHT, DPI = 15.0, 4.6, 3.2, 120
 GRID_WIDTH, SHARES_HEIGHT, GROUP_HEIGHT, GRID_DPI = 9.0, 3.2, 2.75, 150
-# Time steps whose response is drawn as a curve.
+# Timesteps whose response is drawn as a curve.
 CURVES = 5
 GATES_IN_A_LINE = 6
 
@@ -171,7 +171,7 @@ def _draw_error(axes: Any, report: SpectrumReport, error: Sequence[Sequence[floa
 def _draw_map(axes: Any, report: SpectrumReport, values: NDArray[np.float64], colours: Any, label: str) -> None:
     """Time steps from below to above, bands from left to right without band 0."""
     times = np.array(report.denoising.timesteps, dtype=np.float64)
-    # A schedule may have a single time step.
+    # A schedule may have a single timestep.
     between = (times[1:] + times[:-1]) / 2 if len(times) > 1 else times + 0.5
     edges_t = np.array([2 * times[0] - between[0], *between[: len(times) - 1], 2 * times[-1] - between[-1]])
     edges_f = np.arange(values.shape[1]) + 0.5

@@ -32,7 +32,7 @@ from edgediff.outputs import write_whole
 from edgediff_runtime.bundle import MANIFEST
 
 NUM_IMAGES = 256
-# Time steps that photographs are noised to.
+# Timesteps that photographs are noised to.
 NUM_TIMES = 10
 # Images of either kind in the overview.
 SHOWN = 20

@@ -59,7 +59,7 @@ def draft_manifest(
     channels = model.out_channels
     if channels > in_channels:
         raise UnsupportedError(
-            f"the UNet takes {in_channels} channels and gives {channels}: it predicts a variance besides, which no "
+            f"the UNet takes {in_channels} channels and gives {channels}: it also predicts a variance, which no "
             "sampler here uses; supported: as many channels out as the latent has"
         )
     assert model.scheduler is not None

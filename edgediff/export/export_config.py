@@ -107,7 +107,7 @@ def config_from(data: object) -> ExportConfig:
 
 
 def check_config(config: ExportConfig) -> ExportConfig:
-    """Holds the rules that types cannot: ranges, finite numbers, fields that must fit each other.
+    """Checks what types cannot: ranges, finite numbers, fields that must fit each other.
 
     Returns:
         The same configuration, of the declared types throughout.
@@ -161,8 +161,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
             )
         if chosen and layout == "pair" and all(mask):
             raise ConfigError(
-                f"layout pair with clock {config.clock} over {config.steps} steps: there is no cached step by which "
-                "the cached graph could be verified; expected a clock with one, or layout split"
+                f"layout pair with clock {config.clock} over {config.steps} steps: no cached step verifies the cached "
+                "graph; expected a clock with one, or layout split"
             )
     return config
 

@@ -1,7 +1,7 @@
 """What torch computes with weights and constants rounded to fp16: the sharp half of an fp16 graph's reference.
 
-A graph whose results are rounded to fp16 is some 50 to 70 dB of fp32 torch whether it is right or slightly wrong. The
-same graph in fp32 arithmetic, checked against torch on equally rounded constants and inputs, is as exact as fp32 is: a
+A graph whose results are rounded to fp16 is about 50 to 70 dB from fp32 torch, whether it is right or slightly wrong.
+The same graph in fp32 arithmetic, compared with torch on equally rounded constants and inputs, is as exact as fp32: a
 wrong constant shows.
 """
 
@@ -23,7 +23,7 @@ from edgediff.models.spectral import WaveletGating
 from edgediff.targets.layout import modules
 from edgediff_runtime import Manifest
 
-# Systems whose programs have attention as one op, which holds no scale of its own.
+# Systems whose programs have attention as one op, which has no scale of its own.
 FUSED_ATTENTION = ("iOS18",)
 ARITHMETIC = {
     "add", "add_", "__add__", "__radd__", "sub", "sub_", "rsub", "__sub__", "__rsub__", "mul", "mul_", "multiply",

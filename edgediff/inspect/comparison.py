@@ -1,4 +1,4 @@
-"""Both papers' tables of operations, counted anew on the same geometries and shown beside the published ones."""
+"""Both papers' tables of operations, counted on the same geometries and shown beside the published ones."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,15 +22,14 @@ STEPS = 8
 CLOCK = 2
 ADAPTOR = "resnet"
 # Rows of a step, TFLOPs whole and with Clockwork, and the share saved, all as printed. Distilled has the guidance
-# distilled in, and so one row a step; what little its UNet has more to take the scale in is not stated and not counted.
+# distilled in, and so one row a step; the few weights that its UNet has for the scale are not stated and not counted.
 CLOCKWORK = {
     "SD v1.5": (2, 10.8, 7.3, 0.32),
     "Efficient": (2, 9.5, 5.9, 0.38),
     "Distilled": (1, 4.7, 2.9, 0.38),
 }
-# Spectral Diffusion's roles: what a teacher's name in the zoo goes on with, and where the figures come from that a row
-# is held to. The paper prints its students' sizes; those of teachers and plain small UNets we have from no print, but
-# from a count on CompVis' own configurations.
+# Spectral Diffusion's roles: the suffix of a teacher's name in the zoo, and the source of a row's published figures.
+# The paper prints its students' sizes; those of teachers and plain UNets are counts on CompVis' own configurations.
 ROLES = {"teacher": ("", "counted"), "plain": ("-lite", "counted"), "student": ("-spectral", "published")}
 # Teacher, then parameters and multiply-adds without attention matmuls of each role.
 SPECTRAL = {
@@ -93,7 +92,7 @@ class SpectralRow:
     Attributes:
         task: What the UNets are trained on.
         role: ``teacher``, ``plain`` (a small UNet of its structure) or ``student``.
-        published_parameters: The figure that ours is held to.
+        published_parameters: The figure to compare ours with.
         published_macs: The same of multiply-adds, attention matmuls left out.
         source: Where those two come from: ``published``, or ``counted`` on the configurations of CompVis.
         teacher_macs: Multiply-adds of the task's teacher, attention matmuls left out.
@@ -130,7 +129,7 @@ class SpectralRow:
 
 
 def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
-    """Counts a paper's table anew; a ConfigError where it is none of `COMPARISONS`."""
+    """Counts a paper's table; a ConfigError where it is not one of `COMPARISONS`."""
     if name not in COMPARISONS:
         raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
     return _clockwork() if name == "clockwork" else _spectral()

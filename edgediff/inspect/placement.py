@@ -24,7 +24,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 GRAPH = _names("input output weights")  # what the graph has, besides operations
-# The next three as onnxruntime carries them (onnxruntime/tools/mobile_helpers), which a test holds them to.
+# The next three are onnxruntime's own lists (onnxruntime/tools/mobile_helpers); a test compares them.
 NEURALNETWORK = _names(
     "Add ArgMax AveragePool BatchNormalization Cast Clip Concat Conv DepthToSpace Div Flatten Gather Gemm "
     "GlobalAveragePool GlobalMaxPool LRN LeakyRelu MatMul MaxPool Mul PRelu Pad Pow Reciprocal ReduceSum Relu Reshape "
@@ -116,7 +116,7 @@ def _not_4d(op: Op) -> str | None:
 
 def _padded(op: Op) -> str | None:
     if op.type not in ("input", "output") or len(op.outputs[0].shape) < 3:
-        return None  # what has fewer axes than a feature pads to nothing that counts
+        return None  # tensors of fewer axes than a feature are too small to matter
     value, last = op.outputs[0], op.outputs[0].shape[-1]
     line = last * (2 if value.dtype == "float16" else 4) if isinstance(last, int) else 0
     return f"{value}: {line} bytes become {-(-line // 64) * 64}" if line % 64 else None
@@ -253,7 +253,7 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
                 found = TARGETS[entry.target].operations(bundle, graph)
             except (EdgediffError, EdgeRuntimeError):
                 raise
-            except Exception as e:  # what a damaged protobuf raises on the way shares no base class
+            except Exception as e:  # the errors of a damaged protobuf share no base class
                 raise ProgramError(f"{graph.file} cannot be read: {type(e).__name__} {one_line(e)}") from e
             notes += lint(found, entry.target, graph.name)
     return tuple(notes)

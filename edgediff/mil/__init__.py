@@ -2,7 +2,7 @@
 
 Reads an .mlpackage, protobuf and weights, and computes it in torch on the CPU as a model of the device: each op in
 fp32, its result rounded to the dtype that the program declares. It shares nothing with the converter but the
-protobuf's definition, so that what the converter wrote is held to what the model computes.
+protobuf's definition, so that it checks what the converter wrote against the model.
 """
 
 from collections.abc import Mapping

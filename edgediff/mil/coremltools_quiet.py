@@ -1,7 +1,7 @@
 """coremltools, imported where it is needed and kept quiet.
 
 On anything but a Mac its import logs eight warnings about missing frameworks, and converting draws progress bars: both
-belong to its own command line, not to ours. What goes wrong is raised all the same.
+belong to its own command line, not to ours. Real errors are still raised.
 """
 
 import contextlib

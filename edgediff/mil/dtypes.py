@@ -80,7 +80,7 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarra
     array([2, 3, 0], dtype=uint8)
     """
     whole = np.empty(count, dtype=np.uint8)
-    # In pieces of whole bytes: taken apart, a bit takes a byte.
+    # In pieces of whole bytes: unpacked, a bit takes a byte.
     for first in range(0, count, UNPACKED):
         some = min(UNPACKED, count - first)
         piece = packed[first * bits // 8 : -(-(first + some) * bits // 8)]

@@ -18,7 +18,7 @@ from edgediff.mil.dtypes import settle
 from edgediff.mil.values import Constant, Spec
 
 Watch = Callable[[str, str, Tensor, str], None]
-# What torch raises where a program asks for something impossible.
+# torch's errors for an impossible operation.
 FAULTS = (RuntimeError, ValueError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError)
 
 

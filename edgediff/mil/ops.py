@@ -27,5 +27,5 @@ OPS = {
     **_ops_of(ops_move),
     **_ops_of(ops_resize),
 }
-# Their results hold numbers of their operands and no others.
+# Their results are only numbers of their operands.
 MOVES = frozenset({*_ops_of(ops_move), "resize_nearest_neighbor", "upsample_nearest_neighbor"})

@@ -65,7 +65,7 @@ def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor 
 
 
 def constexpr_cast(source_val: Tensor, output_dtype: str) -> Tensor:
-    """float16 as float32: the evaluator holds it so already."""
+    """float16 as float32, as the evaluator already stores it."""
     return source_val
 
 

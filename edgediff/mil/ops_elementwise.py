@@ -30,7 +30,7 @@ def _floor_div(x: Tensor, y: Tensor) -> Tensor:
 
 def cast(x: Tensor, dtype: str) -> Tensor:
     """``x`` in another dtype; floats to integers toward zero."""
-    # Rounding to float16 is left to the op's declared result, so that it can be left out.
+    # The op's declared result rounds to float16, so that rounding can be switched off.
     return settle(x, MIL_NAMES.get(dtype, dtype), rounded=False)
 
 

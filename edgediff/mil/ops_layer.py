@@ -85,7 +85,7 @@ def conv_transpose(
         else:
             before, after = _pairs(x, list(weight.shape[2:]), strides, pad_type, pad)[axis]
             size = whole - before - after if size is None else size
-        # Negative padding crops; beyond the full result there is nothing but the bias.
+        # Negative padding crops; outside of the full result there is only the bias.
         crops.append((-before, size - (whole - before)))
     out = F.pad(full, _flat(crops))
     return out if bias is None else out + bias.reshape(1, -1, *[1] * rank)

@@ -1,4 +1,4 @@
-"""Ops whose results hold numbers of their operands and no others: shapes, slices and gathers.
+"""Ops whose results are only numbers of their operands: shapes, slices and gathers.
 
 Up to iOS 16 a negative index of a gather counts from the end. From iOS 17 on, where these ops have `validate_indices`,
 it is out of bounds and what comes back undefined: a program that relies on it is refused.

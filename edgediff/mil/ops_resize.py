@@ -86,7 +86,7 @@ def resize(
         elif interpolation_mode == "NEAREST_NEIGHBOR" and sampling_mode == "DEFAULT":
             x = _nearest(x, axis, size)
         else:
-            # What the others do with a place halfway between two elements is documented nowhere.
+            # How the others round halfway between two elements is not documented.
             raise ProgramError(
                 f"{interpolation_mode} with {sampling_mode}; supported: LINEAR; NEAREST_NEIGHBOR with DEFAULT"
             )

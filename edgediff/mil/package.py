@@ -89,7 +89,7 @@ class Package:
                     continue
                 spec = found[item.name]
                 known = ARRAY_TYPES.get(array.dataType)
-                # Of outputs Core ML needs no shape.
+                # Core ML needs no shapes of outputs.
                 if known != spec.dtype or (array.shape and not spec.takes(tuple(array.shape))):
                     raise ProgramError(
                         f"the package describes {item.name} as {known} {list(array.shape)}; "

@@ -46,7 +46,7 @@ def _join(divided: SplitUNet, packed: Packed) -> Part:
     parts = [divided.parts[name] for name in packed.parts]
     if len(parts) == 1:
         return parts[0]
-    # The identity adaptor leaves the feature what it was: the step need not return it.
+    # The identity adaptor does not change the feature: the step need not return it.
     kept = packed.frequency == "cached_step" and isinstance(divided.adaptor, IdentityAdaptor)
     return Chain(parts, ("out_sample",) if kept else ("out_sample", LOWRES_FEATURE))
 

@@ -320,7 +320,7 @@ class Loop:
         try:
             self.accelerator.save_state(str(partial))
         except (SafetensorError, RuntimeError, OSError) as e:
-            # torch and safetensors have errors of their own for a full disk.
+            # torch and safetensors have their own errors for a full disk.
             raise TargetError(f"{partial} cannot be written: {one_line(e)[:200]}; {self.kept()}") from e
         self.accelerator.wait_for_everyone()
         if main:

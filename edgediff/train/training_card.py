@@ -25,7 +25,7 @@ from edgediff_runtime.manifest import Cost
 CARD = "README.md"
 LOSSES = "loss.png"
 TOOLS = ("edgediff", "torch", "diffusers", "accelerate", "numpy")
-# Dark enough for the mean; what each update gave is drawn lighter in the same colour.
+# Dark enough for the mean; single updates are drawn lighter in the same colour.
 COLOURS = ("#1f4e79", "#2e7d32", "#b9770e", "#7d3c98")
 _POINTS = "#b03a2e"
 

@@ -97,7 +97,7 @@ def train_unet(
         say: Told what is being done, and the share of it that is done.
     """
     check_drawing("drawing the loss curve")
-    # What could not be sampled or divided afterwards is not trained.
+    # A model that could not be sampled or divided afterwards is not trained.
     make_sampler(model)
     split(model.unet, Cut())
     images, held_out = data
@@ -118,7 +118,7 @@ def train_unet(
             try:
                 _save(path, replace(model, unet=learner.unet), card, vae)
             except (SafetensorError, RuntimeError, OSError) as e:
-                # torch and safetensors have errors of their own for a full disk.
+                # torch and safetensors have their own errors for a full disk.
                 raise TargetError(f"{path} cannot be written: {one_line(e)[:200]}; {loop.kept()}") from e
     return UNetTrained(
         path=path,

@@ -134,7 +134,7 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.unet.floors
     if share_rows(target.unet.graphs):
-        # Graphs that repeat what rows have in common are held to it, also where the reference has no such rows.
+        # Graphs that share rows are checked on shared rows even where the reference has none.
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
@@ -145,7 +145,7 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
         say(f"{backend}: graphs in fp32 arithmetic")
         with unrounded:
             exact = _run_alone(target, reference, session)
-        # Rounding cannot hide a program that is slightly another.
+        # Without rounding a slightly wrong program shows.
         note = "fp32 arithmetic, against torch with weights of fp16"
         rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, note)
     say(f"{backend}: composed steps")
@@ -247,7 +247,7 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
     request = reference_request(manifest, source.reference.conditioning)
-    # A comparison need not be what the adaptor was trained for.
+    # A comparison may differ from what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:
         latents = pipe(**request).latents

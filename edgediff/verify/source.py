@@ -1,4 +1,4 @@
-"""The source of a bundle, where it is available: its UNet, and its trajectory computed anew in torch.
+"""The source of a bundle, where it is available: its UNet, and its trajectory computed again in torch.
 
 Only this module of verification needs torch, and does without it where it is not installed.
 """
@@ -31,7 +31,7 @@ def torch_latents(manifest: Manifest, request: dict[str, Any], model: object) ->
 
     loaded, divided = found
     session = TorchSession(divided.parts, graph_list(divided, loaded))
-    return EdgePipeline(manifest, session, warn=False)(**request).latents, "against torch, computed anew"
+    return EdgePipeline(manifest, session, warn=False)(**request).latents, "against torch, computed again"
 
 
 def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model, SplitUNet] | None, str]":

@@ -77,7 +77,7 @@ class Bundle:
             hashed = [beside.submit(self.file, name) for name in weights]
             try:
                 yield
-            finally:  # damaged weights are also why loading fails
+            finally:  # damaged weights may also be why loading failed
                 for each in hashed:
                     each.result()
 
@@ -116,7 +116,7 @@ def open_bundle(path: str | Path) -> Bundle:
     if not recorded:
         raise BundleError(f"{SUMS} does not list {MANIFEST}: it is damaged; {AGAIN}")
     if recorded[0][:64] != hashlib.sha256(data).hexdigest().encode():
-        parse_manifest(data)  # a newer version comes first: its sums may be of another form
+        parse_manifest(data)  # check the version first: a newer one may have another format of sums
         raise BundleError(f"{MANIFEST} does not have the hash in {SUMS}: one of the two is damaged; {AGAIN}")
     manifest = parse_manifest(data)
     for name in _names(manifest):

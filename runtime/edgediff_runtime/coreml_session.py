@@ -66,7 +66,7 @@ class CoreMLSession:
             except Exception as e:  # coremltools' errors share no base class
                 raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
             _check_tensors(graph, model.get_spec())
-            # coremltools opens what this system cannot load, too, and fails at the first prediction.
+            # coremltools also opens what this system cannot load, and fails at the first prediction.
             if model.__proxy__ is None:
                 why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
                 raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {one_line(why)}")

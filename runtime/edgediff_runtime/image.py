@@ -78,11 +78,11 @@ def write_output(result: "Result", path: Path, scale: int) -> None:
     Raises:
         RequestError: The bundle's model works on latents, which are no picture.
     """
-    # Beside its place and then renamed: a full disk or an interrupt leaves what was there.
+    # Written beside the target and renamed: a full disk or an interrupt keeps the old file.
     scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
     try:
         if path.suffix == ".npy":
-            data = io.BytesIO()  # numpy does not say that a disk is full
+            data = io.BytesIO()  # numpy does not report a full disk
             np.save(data, result.latents)
             scratch.write_bytes(data.getvalue())
         else:

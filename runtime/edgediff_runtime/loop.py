@@ -1,8 +1,8 @@
 """The denoising loop: one, for the device, for verification and for training.
 
 In each step it runs the graphs of a full or of a cached step, on a table of tensors that lives from step to step; what
-the last step left under ``lowres_feature`` is this step's ``cache``. All state belongs to the generator: two
-generations never meet, and leaving the generator cancels.
+the last step left under ``lowres_feature`` is this step's ``cache``. All state belongs to the generator: generations
+are independent, and leaving the generator cancels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from edgediff_runtime.noise import noise
 from edgediff_runtime.schedulers import Scheduler
 from edgediff_runtime.sessions import Array, Session
 
-# A normalization squares what it is given: above this float32 overflows, and what comes out may be finite and wrong.
+# A normalization squares its input: above this float32 overflows, and the result may be finite and wrong.
 OVERFLOW = 1e18
 # What a step spends outside of its graphs; "other" is hand-off and clock.
 OUTSIDE = ("guidance", "scheduler", "other")
@@ -95,7 +95,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     scheduler = request.scheduler
     num_images = len(request.latents)
     graphs = {full: [graph for graph in request.graphs if graph.runs(full)] for full in (True, False)}
-    # Rows of one image begin with the same sample: graphs that can repeat it themselves are handed it once.
+    # Rows of one image begin with the same sample: graphs that can repeat it take it once.
     shared = share_rows(request.graphs)
     x_t = request.latents
     state: Any = None
@@ -107,10 +107,10 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         if i < request.start:
             continue
         is_first = i == request.start
-        if not is_first:  # what came before the first step is that step's
+        if not is_first:  # work before the first step counts as that step's
             start = perf_counter()
         guided = request.guidance[i] > 1
-        # There is no cache yet, or none of unconditional rows that join: such a step is full.
+        # Full, since there is no cache yet, or none for unconditional rows that join.
         full = request.clock[i] or is_first or (guided and not was_guided)
         if is_first or guided != was_guided:
             chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
@@ -130,7 +130,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         if guided:
             before = perf_counter()
             u, c = out[:num_images], out[num_images:]
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+            with np.errstate(over="ignore", invalid="ignore"):  # not finite: refused below
                 model_output = u + np.float32(request.guidance[i]) * (c - u)
             ms["guidance"] = 1e3 * (perf_counter() - before)
         before = perf_counter()
@@ -175,7 +175,7 @@ class _Chunk:
 
 
 def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool, keep_cache: bool) -> list[_Chunk]:
-    """Lays the rows out anew: [unconditional x N, conditional x N] if guided, the conditional ones alone if not.
+    """Rearranges the rows: [unconditional x N, conditional x N] if guided, the conditional ones alone if not.
 
     A graph of a fixed batch gets the rows of an image together, padded with the last row where they do not come out
     even. Where guidance has just ended, the conditional half of the cache is kept.

@@ -15,12 +15,12 @@ from edgediff_runtime.schedulers import SchedulerConfig
 
 Stage = Literal["prompt", "image", "step", "decode"]
 Frequency = Literal["step", "full_step", "cached_step"]
-# Tensors that the loop itself looks at: what a step leaves, and what the next takes.
+# Tensors that the loop itself reads: a step's output, and the next step's input.
 LOWRES_FEATURE = "lowres_feature"
 CACHE = "cache"
 # Of Core ML's model format, by the oldest system that reads it.
 SPECIFICATION_OF = {"iOS16": 7, "iOS17": 8, "iOS18": 9}
-# What a step is handed; and how many rows a sample has that is handed over once for each image.
+# Inputs of a step; and the name of the batch of a sample that is given once for each image.
 SAMPLE = "sample"
 TIMESTEP = "timestep"
 IMAGES = "images"

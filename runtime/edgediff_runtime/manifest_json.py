@@ -158,7 +158,7 @@ def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool)
     there = {SAMPLE, TIMESTEP, *given} | (set() if full else {CACHE, LOWRES_FEATURE})
     for graph in graphs:
         names = {tensor.name for tensor in graph.outputs}
-        # Where nothing runs, the cache stays under the name that the last step left it under.
+        # Where nothing runs, the cache keeps the name that the last step gave it.
         stays = {LOWRES_FEATURE if tensor.name == CACHE else tensor.name for tensor in graph.inputs}
         _hold(graph.file is not None or names <= stays, f"file of {graph.name}", graph.file,
               "a file: what it makes does not come in")  # fmt: skip
@@ -172,7 +172,7 @@ def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool)
 
 
 def _check_sizes(tensor: Tensor) -> None:
-    # What the first size may be is the component's to say.
+    # The component determines the first dimension.
     sizes = [n for i, n in enumerate(tensor.shape) if i or isinstance(n, int)]
     _hold(all(isinstance(n, int) and n > 0 for n in sizes), f"shape of {tensor.name}", tensor.shape, "sizes")
 

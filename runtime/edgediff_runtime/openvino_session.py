@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 # A graph and the rows of each of its inputs, for which it is compiled.
 _Key = tuple[str, tuple[int, ...]]
-# For how many numbers of rows a graph stays compiled: one with guidance, one without, and those of the call before.
+# For how many batch sizes a graph stays compiled: with guidance, without, and the previous call's.
 KEPT = 4
 TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
@@ -41,7 +41,7 @@ class OpenVinoSession:
         except ImportError as e:
             raise RequestError("backend 'openvino' needs OpenVINO, which is not installed; pip install openvino") from e
         self._core = ov.Core()
-        # The precision is a hint, which a processor without bf16 ignores silently.
+        # The precision is a hint: a processor without bf16 ignores it silently.
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise RequestError(
                 "backend 'openvino-bf16' needs a processor with bf16, which this one lacks; take 'openvino'"
@@ -81,13 +81,13 @@ class OpenVinoSession:
             made = request.infer(feeds, share_inputs=True, share_outputs=True)
         except RuntimeError as e:
             raise RequestError(f"{graph.name} cannot run: {one_line(e)}; ask for fewer images at once") from e
-        # The outputs lie in the request's own memory, which the next run writes over.
+        # The outputs are in the request's own memory, which the next run overwrites.
         tensors.update((tensor.name, np.array(made[tensor.name])) for tensor in graph.outputs)
 
     def _read(self, bundle: Bundle, graph: Graph) -> Any:
         """Reads a graph and checks it against the manifest."""
         try:
-            # Models in IR are over one file of weights; ONNX graphs name theirs themselves.
+            # IR models share one file of weights; ONNX graphs name their own.
             is_ir = str(graph.file).endswith(".xml")
             weights = [os.fspath(bundle.path / str(graph.external_data))] if is_ir else []
             model = self._core.read_model(os.fspath(bundle.path / str(graph.file)), *weights)

@@ -20,7 +20,7 @@ from edgediff_runtime.ort_session import CPU, load_graphs
 Array = npt.NDArray[Any]
 
 CUDA = "CUDAExecutionProvider"
-# ONNX Runtime's providers of each device, by preference. TF32 would round an fp32 graph's products to ten bits.
+# ONNX Runtime's providers of each device, by preference. TF32 would round an fp32 graph's matmul inputs to ten bits.
 PROVIDERS: dict[str, tuple[Any, ...]] = {"cpu": (CPU,), "cuda": ((CUDA, {"use_tf32": "0"}), CPU)}
 
 
@@ -49,7 +49,7 @@ class OrtBoundSession:
         with bundle.hold(self.graphs):
             for graph in self.graphs:
                 loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])
-                # ONNX Runtime goes on without a provider whose libraries cannot be loaded.
+                # ONNX Runtime continues without a provider whose libraries cannot be loaded.
                 if device == "cuda" and any(CUDA not in each.get_providers() for each in loaded.values()):
                     raise RequestError(
                         "backend 'onnxruntime-cuda' needs an NVIDIA GPU, and the libraries of CUDA and cuDNN that "

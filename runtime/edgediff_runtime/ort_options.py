@@ -18,7 +18,7 @@ def session_options(int8: bool, threads: int | None = None) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Each graph has threads of its own: those of one would spin against the next one's.
+    # Each graph has its own threads: those of one would still spin while the next one runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", str(int(int8 and bytes_overflow())))
     return options

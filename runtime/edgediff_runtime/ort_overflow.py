@@ -1,9 +1,9 @@
-"""Whether ONNX Runtime's kernels of eight bits overflow on this processor.
+"""Whether ONNX Runtime's int8 kernels overflow on this processor.
 
-On x64 without VNNI a product of unsigned by signed bytes is added to its neighbour's in 16 bits, which hold no more
-than half of the largest such sum. ONNX Runtime knows exact kernels, and uses them wherever it is told to: on a
-processor with VNNI too, where a step takes 1.6 to 1.9 times as long with them (benchmarks/README.md). It does not say
-which processor it has found, so it is asked for a sum.
+On x64 without VNNI two products of unsigned by signed bytes are added in 16 bits, which fit only half of the largest
+such sum. ONNX Runtime also has exact kernels, and uses them wherever they are requested: on a processor with VNNI too,
+where a step takes 1.6 to 1.9 times as long with them (benchmarks/README.md). It does not tell which processor it has
+found, so a small matmul is tried.
 """
 
 import base64
@@ -21,7 +21,7 @@ SIZE = 64
 
 @cache
 def bytes_overflow() -> bool:
-    """Multiplies the largest unsigned by the largest signed bytes, and looks at the sum."""
+    """Whether the sum of products of the largest unsigned and signed bytes is wrong."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

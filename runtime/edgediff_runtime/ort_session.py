@@ -1,8 +1,8 @@
 """ONNX Runtime behind the session's interface.
 
-Its threads share each operation of a graph and meet after every one, which takes much of a small graph's time. Rows do
-not depend on each other, so where every thread gets equally many, each takes its own rows through the whole graph
-alone. That needs the graphs in memory a second time: it is done for small ones, when such rows first come.
+Its threads share each operation of a graph and synchronize after every one, which takes much of a small graph's time.
+Rows are independent, so where every thread gets equally many, each runs its own rows through the whole graph. That
+needs the graphs in memory a second time, so only small graphs are loaded twice, when such rows first come.
 """
 
 import os
@@ -93,7 +93,7 @@ class OrtSession:
         session = self._apart[graph.name]
 
         def run_rows(i: int) -> Any:
-            # What has no rows (the timestep) is the same for all.
+            # Inputs without rows (the timestep) are the same for all.
             mine = {name: value[i] if isinstance(value, tuple) else value for name, value in feeds.items()}
             return _run(session, graph, names, mine)
 
@@ -124,7 +124,7 @@ def load_graphs(
         if graph.file is not None:
             try:
                 file = os.fspath(bundle.path / graph.file)
-                # Its own fallback, to the CPU, would be printed, and take the user's choice for another.
+                # ONNX Runtime's own fallback to the CPU would print, and ignore the user's choice.
                 session = ort.InferenceSession(file, options, providers=list(providers), enable_fallback=0)
             except Exception as e:  # onnxruntime's own errors share no base class
                 what = f"{graph.file} cannot be loaded: {one_line(e)}"

@@ -86,7 +86,7 @@ class EdgePipeline:
         """
         self.manifest = manifest
         self.session = session
-        # Taken by the first that warns and never given back: several threads may ask at once.
+        # Taken by the first thread that warns and never released.
         self._warning = threading.Lock()
         if not warn:
             self._warning.acquire()

@@ -4,9 +4,9 @@ Constraints that shaped this file:
 
 - A field for every setting that the runtime implements and for no other, under diffusers' names and with
   diffusers' defaults, so that a manifest can be laid beside a ``scheduler_config.json``. What is not here
-  is refused when the bundle is made.
+  is refused when the bundle is exported.
 - JSON has no infinity and not every language reads it back, so ``lambda_min_clipped`` says None for it.
-- A setting that a kind does not read must stay at its default: nobody sets one and waits for its effect.
+- A setting that a kind does not read must stay at its default: no setting is ignored silently.
 """
 
 import math

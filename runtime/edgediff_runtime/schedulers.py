@@ -3,11 +3,11 @@
 Constraints that shaped this file:
 
 - Each kind is what diffusers' class of that kind computes (DDIMScheduler, DPMSolverMultistepScheduler,
-  EulerDiscreteScheduler), held to recorded traces of it.
+  EulerDiscreteScheduler), checked against recorded traces of it.
 - A step is a linear combination with coefficients known before the first image, so they are computed once, in
-  float64, and rounded to float32; a step is then a few passes over the array, which a phone does not notice.
-- A scheduler is immutable. What one step leaves for the next is handed to the caller, so two generations at
-  once never meet, and nothing has to be reset.
+  float64, and rounded to float32; a step is then a few passes over the array, cheap on a phone.
+- A scheduler is immutable. The caller keeps the state between steps, so concurrent generations are independent, and
+  nothing has to be reset.
 - Coefficients belong to step i. A timestep is never looked up: Karras spacing repeats timesteps.
 """
 

@@ -1,4 +1,4 @@
-"""Records the traces that every runtime is held to; run it to rewrite this folder's JSON.
+"""Records the traces that every runtime is checked against; run it to rewrite this folder's JSON.
 
 Constraints that shaped this file:
 

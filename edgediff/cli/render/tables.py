@@ -93,7 +93,7 @@ def ledger_table(result: Result) -> Table:
     table.add_column("runs")
     for name in names:
         total = sum(step.ms.get(name, 0.0) for step in result.ledger)
-        # Both would be cut to the same text where eight columns share a narrow terminal.
+        # In a narrow terminal with eight columns both would be truncated to the same text.
         table.add_column(name.replace("highres_", "highres_\n"), f"{total:.1f}", justify="right", overflow="fold")
     table.add_column("step", f"{result.ms:.1f}", justify="right")
     for step in result.ledger:

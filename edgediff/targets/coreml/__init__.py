@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 PAIR = "coreml/Unet.mlpackage"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
-# What Apple's runtime must reach, whatever the recipe asks of the evaluator: it adds up in fp16 where it likes.
+# Floors of Apple's runtime, whatever the recipe asks of the evaluator: it may add in fp16.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 # What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
 # thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.

@@ -14,7 +14,7 @@ LARGEST = 65504.0
 SMALLEST_NORMAL = 2.0**-14
 # A tensor that uses more than half of the range is a warning: another prompt or seed may double it.
 HEADROOM = 0.5
-# The largest are reported in any case, to be looked at.
+# The largest are always reported.
 SHOWN = 3
 
 
@@ -35,7 +35,7 @@ def findings(function: Function, inputs: Mapping[str, np.ndarray | Tensor]) -> t
     def watch(op: str, name: str, value: Tensor, dtype: str) -> None:
         if dtype != "float16" or not value.numel():
             return
-        # NaN and infinity come through the maximum, which spares most tensors a second pass.
+        # NaN and infinity show in the maximum, so most tensors need no second pass.
         share = float(value.abs().amax()) / LARGEST
         if not np.isfinite(share):
             overflows.append(Finding("overflow", function.name, name, op, float((~torch.isfinite(value)).sum())))

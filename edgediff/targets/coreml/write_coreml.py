@@ -1,7 +1,7 @@
 """Core ML packages through torch.export: ML Programs of fixed shapes, made on any machine.
 
 A package comes out the same for the same input: coremltools' own files carry random identifiers, the date and map
-entries in no order, so its manifest and its model are written anew.
+entries in no fixed order, so its manifest and its model are rewritten.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from edgediff.targets.coreml import CoreMLConfig
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph, Tensor
 
-# Core ML holds no tensor of more dimensions.
+# Core ML has no tensors of more dimensions.
 MAX_RANK = 5
 # What the sine and cosine of a time embedding are taken of goes into the thousands, where fp16 counts in whole steps:
 # in fp16 the embedding of t >= 500 is noise at 24 to 32 dB.
@@ -91,7 +91,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
 
 
 def _example(tensor: Tensor) -> torch.Tensor:
-    # Shapes and dtypes are all that torch.export looks at; classes are indices, and 0 is one.
+    # torch.export uses only shapes and dtypes; classes are indices, and 0 is one.
     dtype = torch.int64 if tensor.dtype == "int32" else torch.float32
     return torch.zeros([size for size in tensor.shape if isinstance(size, int)], dtype=dtype)
 

@@ -1,7 +1,7 @@
 """ExecuTorch, imported where it is needed and kept quiet: it is no part of any usual extra.
 
-Its import tries what of torchao was built for other machines, and its runtime asks files of Linux on ARM about the
-processor; both say so on standard error, the second from C++. What goes wrong is raised all the same.
+Its import tries parts of torchao that were built for other machines, and its runtime reads files of Linux on ARM about
+the processor; both print to standard error, the second from C++. Real errors are still raised.
 """
 
 import contextlib

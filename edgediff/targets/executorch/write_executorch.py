@@ -89,7 +89,7 @@ def group_norm(
 def _trace(
     module: Part, graph: Graph, inputs: Mapping[str, np.ndarray], batch: int | None
 ) -> torch.export.ExportedProgram:
-    assert batch is not None  # of this target, graphs are fixed
+    assert batch is not None  # this target's graphs have a fixed batch
     first = next(groups(inputs, batch))
     with converter_errors(f"{graph.name}: torch.export"), quiet(), torch.no_grad():
         program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))

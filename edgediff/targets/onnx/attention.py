@@ -1,9 +1,9 @@
 """Attention as one operator on rows of features, without the heads taken apart in the graph.
 
-From operator set 23 on the exporter writes attention as one operator, which it hands the heads as a dimension of their
-own: each query, key and value is reshaped and transposed before, and the result after. The operator takes them apart
-itself if it is told their number. ONNX Runtime computes its own ``MultiHeadAttention`` block by block, without ever
-holding all scores: for many keys that is the faster one, and the one that needs little memory.
+From operator set 23 on the exporter writes attention as one operator on heads in a dimension of their own: it reshapes
+and transposes each query, key and value before, and the result after. Given the number of heads, the operator divides
+the features itself. ONNX Runtime computes its own ``MultiHeadAttention`` block by block, without storing all scores:
+for many keys it is faster and needs little memory.
 """
 
 import logging
@@ -20,10 +20,10 @@ from edgediff.targets.onnx.rewriting import Rewriting, attributes_of
 log = logging.getLogger(__name__)
 
 CONTRIB = "com.microsoft"
-# From so many keys on the operator that goes block by block is the faster one; for fewer it is the slower one.
+# With fewer keys the operator that computes block by block is the slower one.
 MANY_KEYS = 1024
 _HEADS_FIRST = (0, 2, 1, 3)
-# What the softmax of an attention that is spelt out is called, after its result.
+# The softmax of a decomposed attention is named after its result, with this suffix.
 ATTENTION_WEIGHTS = ".weights"
 
 
@@ -38,8 +38,8 @@ def fuse_attention(model: ModelProto) -> ModelProto:
     return changed
 
 
-def spell_out_attention(model: ModelProto) -> ModelProto:
-    """Writes attention over many keys as two products and a softmax, which can be quantized.
+def decompose_attention(model: ModelProto) -> ModelProto:
+    """Decomposes attention over many keys into two matmuls and a softmax, which can be quantized.
 
     Args:
         model: With ``MultiHeadAttention`` as `fuse_attention` leaves it; changed in place.
@@ -49,13 +49,13 @@ def spell_out_attention(model: ModelProto) -> ModelProto:
     for node in model.graph.node:
         if node.op_type == "MultiHeadAttention" and node.domain == CONTRIB:
             said = attributes_of(node)
-            nodes += _spelled_out(node, said["num_heads"], said["scale"], rewriting)
+            nodes += _decomposed(node, said["num_heads"], said["scale"], rewriting)
         else:
             nodes.append(node)
     return rewriting.finish(nodes)
 
 
-def _spelled_out(node: NodeProto, heads: int, scale: float, rewriting: Rewriting) -> list[NodeProto]:
+def _decomposed(node: NodeProto, heads: int, scale: float, rewriting: Rewriting) -> list[NodeProto]:
     out = node.output[0]
     heads_apart = rewriting.constant(f"{out}.attention.apart", np.array([0, 0, heads, -1]))
     together = rewriting.constant(f"{out}.attention.together", np.array([0, 0, -1]))
@@ -67,7 +67,7 @@ def _spelled_out(node: NodeProto, heads: int, scale: float, rewriting: Rewriting
         return name
 
     taken = {}
-    # Keys are turned on their side as well.
+    # Keys are transposed as well.
     for what, given, order in zip(("q", "k", "v"), node.input, (_HEADS_FIRST, (0, 2, 3, 1), _HEADS_FIRST), strict=True):
         apart = add("Reshape", [given, heads_apart], f"{out}.{what}.apart")
         taken[what] = add("Transpose", [apart], f"{out}.{what}", perm=list(order))
@@ -91,7 +91,7 @@ class _JoinHeads(RewriteRuleClassBase):
         )
         return op.Reshape(op.Transpose(attended, perm=list(_HEADS_FIRST)), rows, _outputs=["out"])
 
-    # The matcher hands values over by the names of the parameters, which no base class could know.
+    # The matcher passes values by parameter name, which no base class could declare.
     def check(  # type: ignore[override]
         self, context: Any, q: Any, k: Any, v: Any, out: Any, **values: Any
     ) -> bool:
@@ -106,7 +106,7 @@ class _JoinHeads(RewriteRuleClassBase):
             known = all(isinstance(size, int) for size in (tokens, features, heads, width))
             if not known or tokens != tokens_apart or features != heads * width:
                 return False
-        # What else the operator can do is at its default, which is the one of its other form and of the other operator.
+        # Its other attributes must have their defaults, which both operators share.
         said = values["attended"].producer().attributes
         return not any(said.get_float(name, 0.0) for name in ("scale", "softcap")) and not said.get_int("is_causal", 0)
 

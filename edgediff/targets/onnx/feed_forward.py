@@ -1,10 +1,10 @@
 """Gated feed-forwards (GEGLU) a slice of the tokens at a time.
 
-Between its two products a feed-forward holds eight times what it is given: 42 MB for an image at the highest resolution
-of Stable Diffusion v1.5, written to memory and read again four times. Tokens do not look at each other there, so a
-slice of them goes through all of it before the next one does, and what is in between stays in the processor's cache.
-Its value and its gate are products of their own, so that no result is cut: the graph cuts the weight instead, which
-whoever loads it does once and for all. Files keep the weights that the model has.
+Between its two matmuls a feed-forward holds eight times its input: 42 MB for an image at the highest resolution of
+Stable Diffusion v1.5, written to memory and read again four times. Tokens are independent there, so each slice of them
+runs through the whole feed-forward, and the intermediate values stay in the processor's cache. Value and gate are
+separate matmuls, so that no result is split: the graph splits the weight instead, once when it is loaded. Files keep
+the model's weights.
 """
 
 import logging
@@ -19,7 +19,7 @@ from edgediff.targets.onnx.separate_gates import PRODUCTS, Halves, halved, is_ha
 
 log = logging.getLogger(__name__)
 
-# What a slice may hold between the products, of one row of the batch. Smaller slices are slower: so are small products.
+# Bytes of a slice between the matmuls, for one row of the batch. Smaller slices are slower, as small matmuls are.
 SLICE_BYTES = 12 * 2**20
 _LINEAR = (*PRODUCTS, "Reshape", "Add")
 
@@ -85,7 +85,7 @@ class _Search:
         self._shape = rewriting.shape
         self._made = {name: node for node in graph.node for name in node.output}
         self._taken: dict[str, list[NodeProto]] = {}
-        # Whoever takes the graph's results is one more that takes them.
+        # The graph's outputs count as one more use.
         for node in (*graph.node, NodeProto(input=[value.name for value in graph.output])):
             for name in node.input:
                 self._taken.setdefault(name, []).append(node)
@@ -111,7 +111,7 @@ class _Search:
         if after is None or gelu.output[0] not in product.input:
             return None
         found = _FeedForward(tuple(flat), tuple(linear), split, (gelu, product, *after), tokens, slices)
-        # Whatever is in between must be nobody else's.
+        # Nothing else may use the tensors in between.
         within = [name for node in found.nodes for name in node.input]
         inner = [name for node in found.nodes[:-1] for name in node.output]
         return None if any(len(self._taken.get(name, [])) != within.count(name) for name in inner) else found

@@ -1,8 +1,8 @@
 """Group normalization in operators that ONNX Runtime has kernels for.
 
 ONNX's own ``GroupNormalization`` has none on CPUs: a session expands it into about thirty operators, which in a slim
-UNet take longer than the convolutions. As instance normalization of the groups, and a batch normalization whose
-statistics are 0 and 1 for the scale and the shift of each channel, it is four, and two of them move nothing.
+UNet take longer than the convolutions. Instance normalization of the groups, and a batch normalization with statistics
+0 and 1 for the scale and the shift of each channel, take four operators, two of which copy nothing.
 """
 
 import logging
@@ -55,7 +55,7 @@ class _Expansion:
         shape = self.rewriting.shape(x)[1:]
         if not shape or not all(shape):
             raise UnsupportedError(f"{node.name} normalizes {x} of unknown shape; expected fixed height and width")
-        # A 0 keeps the batch, whatever it is.
+        # A 0 keeps the batch.
         as_groups = self._constant(f"groups_{groups}", np.array([0, groups, -1], np.int64))
         as_before = self._constant(f"shape_{'x'.join(map(str, shape))}", np.array([0, *shape], np.int64))
         steps = [f"{out}.{step}" for step in ("groups", "normalized", "reshaped")]
@@ -80,7 +80,7 @@ class _Expansion:
     def _by_channel(self, x: str, scale: str, bias: str, out: str, shape: list[int]) -> Iterator[NodeProto]:
         behind = self._constant(f"behind_{len(shape)}", np.arange(1, len(shape)))
         for kind, weights, made in (("Mul", scale, f"{out}.scaled"), ("Add", bias, out)):
-            # Whoever optimizes the graph does this once and for all.
+            # A session computes this once, when it optimizes the graph.
             yield helper.make_node("Unsqueeze", [weights, behind], [f"{made}.weights"], f"{made}_weights")
             yield helper.make_node(kind, [x, f"{made}.weights"], [made], made)
             x = made

@@ -1,8 +1,8 @@
-"""Convolutions of 3 x 3 whose kernels a pass writes anew.
+"""Convolutions of 3 x 3 whose kernels a pass replaces.
 
-New kernels are sums of the old one's weights. The graph says which sums, and whoever loads it computes them once and
-for all: files keep the weights that the model has, which graphs with and without the pass share. What is copied then is
-what takes time, so that a kernel is one product with the weights where it can be, and nothing is cut.
+New kernels are sums of the old one's weights. The graph computes the sums, once when it is loaded: files keep the
+model's weights, which graphs with and without the pass share. Copies take most of that time, so a kernel is one matmul
+with the weights where possible, and nothing is split.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def convolution(node: NodeProto, rewriting: Rewriting) -> Convolution | None:
         return None
     sizes = rewriting.weights.get(node.input[1], [])
     said = attributes_of(node)
-    # What is left out is at its default: no zeros around, and a kernel of the weight's size.
+    # Defaults of missing attributes: no padding, and a kernel of the weight's size.
     said = {"pads": [0, 0, 0, 0], "kernel_shape": sizes[2:]} | said
     shared = rewriting.taken[node.input[1]] > 1
     if shared or len(sizes) != 4 or any(said.get(name, plain) != plain for name, plain in _PLAIN.items()):

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
 from edgediff.targets.base import converter_errors
-from edgediff.targets.onnx.attention import fuse_attention, spell_out_attention
+from edgediff.targets.onnx.attention import decompose_attention, fuse_attention
 from edgediff.targets.onnx.feed_forward import slice_feed_forwards
 from edgediff.targets.onnx.group_norm import expand_group_norm
 from edgediff.targets.onnx.separate_gates import separate_gates
@@ -25,7 +25,7 @@ from edgediff_runtime.errors import one_line
 
 log = logging.getLogger(__name__)
 
-# onnxsim needs small constants (shapes, axes) to fold with; what is larger than this is a weight.
+# onnxsim needs small constants (shapes, axes) to fold with; anything larger is a weight.
 SKELETON_BYTES = 4096
 MERGES = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv")
 
@@ -123,20 +123,20 @@ GROUP_NORM = Pass("group-norm", expand_group_norm)
 PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))
 ATTENTION = Pass("attention", fuse_attention)
 SEPARATE_GATES = Pass("gates", separate_gates)
-SPELL_OUT_ATTENTION = Pass("attention-spelt-out", spell_out_attention)
+DECOMPOSE_ATTENTION = Pass("attention-decomposed", decompose_attention)
 SIMPLIFY = Pass("onnxsim", simplify)
-# Matrix products stay apart from their biases, there being no kernel for a Gemm of eight bits with a float result; and
-# from one another, as what cuts their result in three again is dearer than three products of eight bits.
+# Matmuls keep their biases separate, since no int8 Gemm kernel has a float result; and they are not merged, since
+# splitting a merged result in three costs more than three int8 matmuls.
 SIMPLIFY_UNMERGED = Pass("onnxsim", partial(simplify, skipped=MERGES))
-# What computes the same with fewer operations, or goes through less memory; after onnxsim, which would store new
-# kernels in the place of the weights that they are sums of.
+# Same result with fewer operations or less memory traffic. After onnxsim, which would store the new kernels instead of
+# the weights that they are sums of.
 FASTER = (
     Pass("feed-forward", slice_feed_forwards),
     Pass("upsampling", merge_upsampling),
     Pass("winograd", filter_rows),
 )
 
-# Last of all: what other passes look for is whole until then.
+# Last: it changes the patterns that other passes look for.
 SHARED_ROWS = Pass("shared-rows", share_rows)
 
 

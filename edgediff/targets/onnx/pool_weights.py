@@ -13,7 +13,7 @@ from edgediff.targets.onnx.passes import tensor_bytes
 
 # Smaller tensors (shapes, axes, scales) stay in the graph, where shape inference looks for them.
 POOLED_BYTES = 1024
-# Readers map weights into memory; a cache line is what vector loads want.
+# Readers map weights into memory; vector loads need a cache line's alignment.
 ALIGNMENT = 64
 
 
@@ -32,7 +32,7 @@ def pool_weights(graphs: Iterable[Path], weights: Path) -> None:
                 if tensor_bytes(tensor) >= POOLED_BYTES:
                     data = numpy_helper.to_array(tensor).tobytes()
                     tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims))
-                    tensor.raw_data = b""  # set_external_data wants the field to be there
+                    tensor.raw_data = b""  # set_external_data needs the field
                     set_external_data(tensor, weights.name, *place_weights(data, places, pool))
                     tensor.ClearField("raw_data")
             path.write_bytes(model.SerializeToString(deterministic=True))

@@ -1,19 +1,18 @@
-"""Eight-bit weights and products in an exported ONNX graph, as QuantizeLinear and DequantizeLinear around them.
+"""int8 weights and matmuls in an exported ONNX graph, with QuantizeLinear and DequantizeLinear around them.
 
 Constraints that shaped this file, all measured (benchmarks/README.md):
 
-- Quantization noise adds up: the squared errors that layers make one at a time sum to what they make together. On
-  the models here most of it comes from the few layers that write to the path of skip connections undamped, the
-  first and the last convolution and the shortcuts that change the number of channels; they are cheap, and stay as
-  they are. Noise within a block passes a normalization before it reaches anything.
-- ONNX Runtime has kernels for a convolution of eight bits only where its result is of eight bits too; for a matrix
-  product it has one with a float result, but none for Gemm. So convolutions are quantized on both sides, matrix
-  products on one, and Gemm, which is what projections of the timestep are, stays.
-- OpenVINO has kernels for both products of an attention in eight bits, if queries, keys and values are signed; ONNX
-  Runtime has none, and computes its own operator faster in fp32.
-- x86 processors without VNNI add pairs of products in 16 bits. ONNX Runtime can be told to use slower kernels that do
-  not overflow, OpenVINO cannot: weights of half as many levels are what fits there.
-- The text comes from outside: calibration has seen one prompt, and its products are few.
+- Quantization noise adds up: the squared errors of single layers sum to the error of all together. On the models here
+  most of it comes from the few layers that write to the skip connections without a normalization after them: the first
+  and the last convolution and the shortcuts that change the number of channels. They are cheap and stay in fp32.
+- ONNX Runtime has int8 kernels for a convolution only with an int8 result, for a MatMul with a float result, and for
+  Gemm none. So convolutions get int8 inputs and outputs, MatMuls int8 inputs, and Gemm (the projections of the
+  timestep) stays in fp32.
+- OpenVINO has int8 kernels for both matmuls of attention, if queries, keys and values are signed. ONNX Runtime has
+  none, and its own attention operator is faster in fp32.
+- x86 processors without VNNI add pairs of int8 products in 16 bits. ONNX Runtime has slower kernels that do not
+  overflow, OpenVINO does not: there weights get half the levels, so that the sum fits.
+- Matmuls of the text stay in fp32: calibration has seen one prompt, and they are few.
 """
 
 from collections.abc import Mapping
@@ -28,15 +27,15 @@ from edgediff.targets.onnx.rewriting import Rewriting
 # Lowest and highest value of a tensor.
 Range = tuple[float, float]
 LEVELS = 255
-# Weights are symmetric: their zero stays zero without a zero point in the sum.
+# Weights are symmetric: zero stays zero without a zero point.
 WEIGHT_LEVELS = 127
-# Two products of an input and such a weight are less than 2^15.
+# The sum of two products of an input and such a weight is less than 2^15.
 HALVED_WEIGHT_LEVELS = 63
 SCALING = ("Add", "Sub", "Mul", "Div", "Cast")
 
 
 def quantized_nodes(model: ModelProto) -> list[NodeProto]:
-    """Chooses what is quantized: convolutions and matrix products with constant weights, but for the sensitive ones."""
+    """Chooses what is quantized: convolutions and matmuls with constant weights, except the sensitive ones."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     given = {value.name for value in model.graph.input}
     ends = _ends(model)
@@ -75,7 +74,7 @@ def observed_tensors(model: ModelProto) -> list[str]:
     """Names the tensors whose ranges quantization needs.
 
     Returns:
-        Each once: inputs of all quantized nodes, outputs of convolutions, and what attentions that are spelt out take
+        Each once: inputs of all quantized nodes, outputs of convolutions, and what decomposed attentions take
         and weigh by.
     """
     nodes = quantized_nodes(model)
@@ -156,7 +155,7 @@ class _Quantizing(Rewriting):
         return result
 
     def _weight(self, name: str, axis: int) -> str:
-        """Adds a weight of eight bits with its DequantizeLinear."""
+        """Adds an int8 weight with its DequantizeLinear."""
         rounded, scale = quantized_weight(numpy_helper.to_array(self.tensors[name]), axis, self.weight_levels)
         constants = [
             self.constant(f"{name}.quantized", rounded),

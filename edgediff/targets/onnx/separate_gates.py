@@ -1,6 +1,6 @@
-"""Gated feed-forwards (GEGLU) as two products, where the exporter has one that is cut in two.
+"""Gated feed-forwards (GEGLU) as two matmuls, where the exporter writes one and splits its result.
 
-The product is the widest of a transformer block, and cutting its result means reading and writing all of it once more.
+That matmul is the widest of a transformer block, and splitting its result reads and writes all of it once more.
 """
 
 from collections.abc import Callable, Sequence

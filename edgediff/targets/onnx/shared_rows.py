@@ -1,9 +1,9 @@
-"""What guidance asks for twice, computed once.
+"""What the two rows of a guided image have in common, computed once.
 
-Guidance denoises each sample under two conditions, in two rows that begin with the same numbers. Until a layer looks at
-the condition there is nothing in which they differ: of Stable Diffusion v1.5 that is a residual block and the first
-attention over all pixels. A graph that this pass has changed is handed the sample once for each image; what it has made
-of it by the time when the rows part is repeated for all of them. Given a sample for each row it computes what it did.
+Guidance denoises each sample under two conditions, in two rows that begin with the same numbers. They differ only from
+the first layer that takes the condition on: in Stable Diffusion v1.5 a residual block and the first attention over all
+pixels come before it. A graph changed by this pass takes the sample once for each image and repeats the features where
+the rows begin to differ. Given a sample for each row, it computes the same as before.
 """
 
 import logging
@@ -17,9 +17,9 @@ from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP
 
 log = logging.getLogger(__name__)
 
-# What is worth sharing; one alone is the convolution that every UNet begins with.
+# Operations worth sharing; a single one is the convolution that every UNet begins with.
 _COSTLY = ("Conv", "Gemm", "MatMul", "Attention", "MultiHeadAttention")
-# Where one row meets many, these repeat it themselves.
+# These broadcast one row to many themselves.
 _BROADCASTING = ("Add", "Sub", "Mul", "Div")
 _SHARED = "shared"
 _ROWS, _IMAGES, _COPIES = f"{_SHARED}.rows", f"{_SHARED}.images", f"{_SHARED}.copies"
@@ -41,7 +41,7 @@ def share_rows(model: ModelProto) -> ModelProto:
         log.info("shared rows: none, as rows part too early, or are counted")
         return model
     log.info("shared rows: %d nodes once for each image, repeated at %s", sharing.shared, ", ".join(sharing.repeated))
-    # Of what has fewer rows than it had, and of what is gone, sizes are no longer true.
+    # Recorded shapes are wrong for tensors that now have fewer rows, and for removed ones.
     true = {name for node in nodes for name in node.output} - sharing.of_images - sharing.of_time
     kept = [value for value in model.graph.value_info if value.name in true]
     del model.graph.value_info[:]

@@ -1,8 +1,8 @@
 """Nearest upsampling by two and the convolution behind it, as four small convolutions at the lower resolution.
 
-Of the nine pixels that a 3 x 3 kernel meets on a map that was doubled, only four differ. Which ones meet which weights
-depends on whether row and column of the result are even or odd: four kernels of 2 x 2, whose weights are sums of the
-3 x 3 ones, make the four kinds of pixels. 16 multiplications take the place of 36, and the doubled map is never made.
+Of the nine pixels under a 3 x 3 kernel on a doubled map, only four differ. Which weights they get depends on whether
+row and column of the result are even or odd: four kernels of 2 x 2, whose weights are sums of the 3 x 3 ones, compute
+the four kinds of pixels. That is 16 multiplications instead of 36, and the doubled map is never stored.
 """
 
 import logging

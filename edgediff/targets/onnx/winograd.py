@@ -1,13 +1,12 @@
 """Convolutions of 3 x 3 by Winograd's minimal filtering along columns: F(4, 3), half the multiplications.
 
-Four rows of a result take twelve products of a row of pixels and a row of the kernel; Winograd's algorithm (Lavin and
-Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) takes six: of sums of the pixels with sums of the
-kernel's rows, from whose results the four rows are sums again. ONNX Runtime's CPU kernels do not have it. Written into
-the graph, sums of rows are a matrix product with a constant, and the six products are convolutions of 1 x 3 on maps of
-a quarter of the rows.
+Four rows of a result take twelve products of a row of pixels and a row of the kernel. Winograd's algorithm (Lavin and
+Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) takes six, of sums of pixel rows with sums of
+kernel rows; the four rows are sums of their results. ONNX Runtime's CPU kernels do not have it. In the graph, sums of
+rows are a matmul with a constant, and the six products are convolutions of 1 x 3 on maps of a quarter of the rows.
 
 Along one direction only: along both it would take a quarter of the multiplications, but was no faster (the maps must be
-turned around between the steps), takes four times the weights' memory in the place of twice, and rounds more.
+transposed between the steps), takes four times the weights' memory instead of twice, and rounds more.
 """
 
 import logging

@@ -22,6 +22,7 @@ from edgediff.targets.onnx import OnnxConfig, opset_of
 from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
 from edgediff.targets.onnx.passes import (
     ATTENTION,
+    DECOMPOSE_ATTENTION,
     FASTER,
     GROUP_NORM,
     PORTABLE_GROUP_NORM,
@@ -29,7 +30,6 @@ from edgediff.targets.onnx.passes import (
     SHARED_ROWS,
     SIMPLIFY,
     SIMPLIFY_UNMERGED,
-    SPELL_OUT_ATTENTION,
     STRIP_METADATA,
     Pass,
     check,
@@ -47,7 +47,7 @@ from edgediff_runtime.ort_session import APART_BYTES
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
-# Simplifying moves constants, not arithmetic: what is left is rounding.
+# Simplifying changes constants, not arithmetic: only rounding may differ.
 HELD_DB = 100.0
 
 
@@ -88,7 +88,7 @@ def write_onnx(
     examples, calibration = job.examples(), calibrate_for(job)
     graphs = tuple(graphs)
     counted = all(graph.can_count_rows for graph in graphs if graph.takes_sample)
-    # OrtSession runs the rows of smaller graphs apart, which saves more than sharing does.
+    # OrtSession runs the rows of smaller graphs on separate threads, which saves more than sharing does.
     share = counted and _weights(job.modules.values(), config) > APART_BYTES and not config.portable
     finished = []
     for graph in graphs:
@@ -172,8 +172,8 @@ def _finish(
         simplify = SIMPLIFY if config.quantize_nbits is None else SIMPLIFY_UNMERGED
         if not large:
             simplify = _holding(simplify, feeds)
-        # Group normalization is held by the graph's verification alone: what the pass writes is nearer to torch than
-        # what ONNX Runtime makes of the operator, by more than rounding where means are large. So are the last ones.
+        # Only the graph's verification checks group normalization: the pass is nearer to torch than ONNX Runtime's own
+        # expansion, by more than rounding where means are large. The same goes for the last passes.
         passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
         last = () if config.portable or config.quantize_nbits is not None else _last(FASTER, share)
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
@@ -216,7 +216,7 @@ def _quantize(
 ) -> Written:
     """Quantizes a graph's file in place."""
     try:
-        passes = (SEPARATE_GATES, SPELL_OUT_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
+        passes = (SEPARATE_GATES, DECOMPOSE_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
         _save(run_passes(onnx.load(path), passes), path)
         ranges = measure_ranges(path, graph, calibration)
         model = run_passes(onnx.load(path), _last((quantizing(ranges, weight_levels),), share))
@@ -228,7 +228,7 @@ def _quantize(
 
 
 def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
-    """A pass whose result is held to what the model was before, on real inputs."""
+    """A pass whose result is compared with the model before it, on real inputs."""
     # One row is enough, and half the memory of two where attention is large.
     feeds = {name: array[:1] for name, array in feeds.items()}
 
@@ -239,7 +239,7 @@ def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
         for name in want:
             number = psnr_db(want[name], got[name])
             if number < HELD_DB:
-                raise UnsupportedError(f"changed {name} to {number:.1f} dB of what it was")
+                raise UnsupportedError(f"{name} changed: {number:.1f} dB of what it was before")
         return after
 
     return Pass(step.name, held)
@@ -249,7 +249,7 @@ def _how_simplified(config: OnnxConfig, large: bool) -> str:
     if not config.simplify:
         return "no: switched off in the recipe"
     if large:
-        return "yes, without its weights; held by the graph's own verification"
+        return "yes, without its weights; checked by the graph's own verification"
     return "yes"
 
 
@@ -260,7 +260,7 @@ def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
-    """Holds the graph's inputs and outputs to the manifest, order included."""
+    """Gives the graph its inputs and outputs in the manifest's order, and checks their names."""
     for values, said in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
         names = [tensor.name for tensor in said]
         if sorted(value.name for value in values) != sorted(names):
@@ -285,7 +285,7 @@ def _parameter_bytes(part: Part) -> int:
 
 
 def _weights(parts: Iterable[Part], config: OnnxConfig) -> int:
-    """Bytes of the weights of parts that may have some in common; of eight bits, as if none stayed in fp32."""
+    """Bytes of the weights of parts that may have some in common; in int8, as if none stayed in fp32."""
     count = sum(p.numel() for p in {p for part in parts for p in part.parameters()})
     return count * (4 if config.quantize_nbits is None else config.quantize_nbits // 8)
 

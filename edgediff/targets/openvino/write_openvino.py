@@ -3,11 +3,11 @@
 Constraints that shaped this file:
 
 - What makes ONNX Runtime's graphs faster makes OpenVINO's faster too, so they are the same (benchmarks/README.md).
-- ``convert_model`` tells OpenVINO's makers that it was used; reading a graph and writing it does not.
-- Names that OpenVINO makes up count what the process has made so far: two exports would differ.
-- In eight bits, its kernels for processors without VNNI overflow unless weights have half the levels: a step of a small
-  model comes to 31.5 dB of fp32 with 127 of them and to 43.3 with 63 (127 in float arithmetic: 43.5).
-- A model in IR names its weights by their place in a file that the reader is given: several share one.
+- ``convert_model`` sends telemetry to OpenVINO's authors; reading a graph and writing it does not.
+- Names that OpenVINO generates contain a counter of the process: two exports would differ.
+- Its int8 kernels for processors without VNNI overflow unless weights have half the levels: a step of a small model is
+  31.5 dB from fp32 with 127 levels and 43.3 dB with 63 (127 in float arithmetic: 43.5).
+- A model in IR refers to its weights by their offset in a file that the reader is given: several models share one.
 """
 
 import tempfile
@@ -99,8 +99,8 @@ def _write(openvino: Any, source: Path, path: Path, name: str) -> None:
             if op.get_friendly_name() == op.get_name():  # it has none from the graph
                 op.set_friendly_name(f"{op.get_type_name()}.{i}")
         notes = model.get_rt_info()
-        for key in list(notes.keys()):  # onnxsim's account of what it did
+        for key in list(notes.keys()):  # onnxsim's statistics
             del notes[key]
         openvino.save_model(model, path, compress_to_fp16=False)
-    except RuntimeError as e:  # what all of OpenVINO's errors are
+    except RuntimeError as e:  # all of OpenVINO's errors
         raise UnsupportedError(f"{name}: OpenVINO cannot write it: {one_line(e)}") from e
