@@ -62,7 +62,7 @@ def _parse(text: str) -> int | list[int]:
 
 
 def format_mask(mask: Iterable[object]) -> str:
-    """A mask as options, recipes and messages have it."""
+    """A mask as options, recipes and messages have it: ``1,0,1``."""
     return ",".join(str(int(bit) if isinstance(bit, bool) else bit) for bit in mask)
 
 
