@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 # OpenVINO's names of the precisions it computes in; the graphs' inputs and outputs stay as they are.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 # A graph and the rows of each of its inputs, for which it is compiled.
-_Key = tuple[str, tuple[int, ...]]
+_Key = tuple[str, tuple[tuple[int, ...], ...]]
 # For how many batch sizes a graph stays compiled: with guidance, without, and the previous call's.
 KEPT = 4
 TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -70,7 +70,7 @@ class OpenVinoSession:
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Runs a graph on tensors by name and adds its outputs."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
-        rows = tuple(len(feeds[tensor.name]) for tensor in graph.inputs)
+        rows = tuple(feeds[tensor.name].shape[:1] for tensor in graph.inputs)
         # A request holds the tensors of one run: each thread has its own.
         known: OrderedDict[_Key, Any] = self._requests.__dict__.setdefault("known", OrderedDict())
         request = known.get((graph.name, rows))
@@ -100,14 +100,14 @@ class OpenVinoSession:
         check_tensors(graph, _found(model.inputs), _found(model.outputs))
         return model
 
-    def _compile(self, graph: Graph, rows: tuple[int, ...]) -> Any:
+    def _compile(self, graph: Graph, rows: tuple[tuple[int, ...], ...]) -> Any:
         with self._compiling:
             found = self._compiled.get((graph.name, rows))
             if found is None:
                 try:
                     model = self._models[graph.name].clone()
                     shapes = {
-                        tensor.name: [count, *tensor.shape[1:]]
+                        tensor.name: [*count, *tensor.shape[1:]]
                         for tensor, count in zip(graph.inputs, rows, strict=True)
                     }
                     model.reshape(shapes)
