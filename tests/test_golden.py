@@ -11,12 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgediff_runtime import BundleError, EdgePipeline, open_bundle
+from edgediff.bundle.feed import undivided_step
+from edgediff_runtime import BundleError, EdgePipeline, noise, open_bundle
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, denoise
 from edgediff_runtime.manifest import Graph, Tensor
 from edgediff_runtime.manifest_json import parse_manifest
 from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
+from edgediff_runtime.sessions import open_session
 
 GOLDEN = Path(__file__).parents[1] / "runtime" / "golden"
 # float32 in another order of additions, over five steps.
@@ -129,3 +131,21 @@ def test_the_whole_bundle_makes_its_pictures() -> None:
     pictures = np.array(want["images"], dtype=np.uint8).reshape(result.images.shape)
     # Kernels differ from machine to machine: a byte on the edge between two may go either way.
     assert np.abs(result.images.astype(int) - pictures.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_undivided_step_that_other_tools_open_is_a_full_step(backend: str) -> None:
+    bundle = open_bundle(GOLDEN / "bundle")
+    whole = undivided_step(bundle, "onnx")
+    assert whole is not None
+    model = whole.manifest.target("onnx").unet.graphs[0]
+    assert [(t.name, t.shape) for t in model.inputs if t.name == "timestep"] == [("timestep", ())]
+    assert [t.name for t in model.outputs] == ["out_sample"]
+    given = {"sample": noise(1, (2, 3, 8, 8)), "class_labels": np.array([0, 2])}
+    made = []
+    for opened, timestep in ((whole, np.array(500, np.float32)), (bundle, np.array([500], np.float32))):
+        session = open_session(opened, backend)
+        tensors = {name: session.put(value) for name, value in {**given, "timestep": timestep}.items()}
+        session.run(session.graphs[0], tensors)
+        made.append(session.get(tensors["out_sample"]))
+    assert np.abs(made[0] - made[1]).max() <= CLOSE * np.abs(made[1]).max()
