@@ -181,7 +181,7 @@ def test_folders_that_are_no_adaptor(class_model: Path, tmp_path: Path) -> None:
         ({"kind": "transformer"}, "does not describe an adaptor"),
         ({"edgediff_adaptor": 2}, "is of format 2; this edgediff knows 1"),
         ({"colour": "red"}, "does not describe an adaptor.*colour"),
-        ({"highres": [10**9, 8, 8]}, "speaks of sizes 1000000000, 8, 8.*expected 1 to 65536"),
+        ({"highres": [10**9, 8, 8]}, "has sizes 1000000000, 8, 8.*expected 1 to 65536"),
         ({"lowres": [16, 0, 8]}, "speaks of sizes"),
         ({"emb": -1}, "speaks of sizes"),
         ({"highres": [60000, 8, 8]}, "cannot be read as weights"),
