@@ -95,7 +95,7 @@ def test_no_backend_is_guessed(coreml_bundle: Path, mac: type[Stand], command: C
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "platform", "linux")
         said = command("run", coreml_bundle, "-o", place / "out.png")
-    assert_error(said, "only Core ML packages, which do not run on this machine; --backend mil-reference evaluates them")
+    assert_error(said, "only Core ML packages, which do not run on this machine", "--backend mil-reference evaluates")
 
 
 def test_compute_units_that_there_are_not(coreml_bundle: Path, command: Command, place: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_apples_runtime_refuses_is_one_line(
     with pytest.raises(BundleError, match="the prediction failed: Error compiling model: compiler error"):
         pipe(num_inference_steps=1, clock=1)
     monkeypatch.setattr(Stand, "__init__", fails)
-    with pytest.raises(BundleError, match=r"coreml/Unet.mlpackage cannot be loaded: Error compiling model: compiler error"):
+    with pytest.raises(BundleError, match=r"Unet.mlpackage cannot be loaded: Error compiling model: compiler error"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
 
 
@@ -146,7 +146,7 @@ def test_a_mac_that_is_too_old_is_not_run(
     coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stand, "framework_error", RuntimeError("Unable to parse ML Program: needs macOS 15"))
-    with pytest.raises(RequestError, match=r"coreml/Unet.mlpackage cannot be loaded by Core ML here: .* needs macOS 15"):
+    with pytest.raises(RequestError, match=r"Unet.mlpackage cannot be loaded by Core ML here: .* needs macOS 15"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
     report = verify_bundle(coreml_bundle, record=False)
     assert report.ok
