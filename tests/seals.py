@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from edgediff import verify_bundle
 from edgediff_runtime import BundleError, EdgePipeline
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums, sha256_of
-from edgediff_runtime.manifest import File, Manifest
+from edgediff_runtime.manifest import File, Manifest, Target
 from edgediff_runtime.manifest_json import parse_manifest, render_manifest
 
 GRAPHS = ("onnx/unet/highres_in.onnx", "onnx/unet/lowres.onnx", "onnx/unet/highres_out.onnx")
@@ -43,7 +43,18 @@ def reseal(bundle: Path, manifest: Manifest | None = None) -> None:
     found = [file for file in bundle.rglob("*") if file.is_file()]
     names = [name for file in found if (name := file.relative_to(bundle).as_posix()) not in (MANIFEST, SUMS, PARITY)]
     files = {name: File((bundle / name).stat().st_size, sha256_of(bundle / name)) for name in names}
-    seal(bundle, msgspec.structs.replace(manifest_of(bundle) if manifest is None else manifest, files=files))
+    manifest = manifest_of(bundle) if manifest is None else manifest
+    targets = tuple(_without_gone(target, files) for target in manifest.targets)
+    seal(bundle, msgspec.structs.replace(manifest, targets=targets, files=files))
+
+
+def _without_gone(target: Target, files: Container[str]) -> Target:
+    """A target whose components name none of the files that are gone."""
+    there = {
+        name: msgspec.structs.replace(component, files=tuple(file for file in component.files if file in files))
+        for name, component in target.components.items()
+    }
+    return msgspec.structs.replace(target, components=there)
 
 
 def seal(bundle: Path, manifest: Manifest) -> None:

@@ -307,7 +307,7 @@ def test_a_learned_adaptor_in_both_targets(
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["adaptor"]["trained_for"]["mask"] == [1, 0, 1, 0]
     for target in manifest["targets"]:
-        graph = next(graph for graph in target["graphs"] if graph["name"] == part)
+        graph = next(graph for graph in target["components"]["unet"]["graphs"] if graph["name"] == part)
         assert "cache" in [tensor["name"] for tensor in graph["inputs"]]
         assert "lowres_feature" in [tensor["name"] for tensor in graph["outputs"]]
     with unchanged(bundle):

@@ -12,7 +12,7 @@ import torch
 from command_line import Command, assert_error, snapshot
 from conftest import SMALL, SMALL_CLASS, SMALL_TEXT, Export
 from ml_packages import MODEL, WEIGHTS, Opened, change_package
-from seals import manifest_of, replace_graph, reseal, seal
+from seals import assert_refused, manifest_of, replace_graph, reseal, seal
 from unets import CASES, Case, unet2d, unet2d_condition
 
 import edgediff
@@ -174,7 +174,7 @@ def test_text_and_both_targets_in_one_bundle(text_model: Path, tmp_path: Path, c
         "--deployment-target", "iOS17", "--steps", "2",
     )  # fmt: skip
     assert (said.code, said.errors) == (0, [])
-    assert [(t.target, t.layout, t.dtype, t.batch) for t in manifest_of(bundle).targets] == [
+    assert [(t.target, t.unet.layout, t.unet.dtype, t.unet.batch) for t in manifest_of(bundle).targets] == [
         ("onnx", "pair", "fp32", None),
         ("coreml", "split", "fp32", 2),
     ]
@@ -307,6 +307,15 @@ def _odd_bytes(package: Path) -> None:
     change_package(package, change)
 
 
+def test_a_component_of_files_that_are_not_there_is_refused(coreml_bundle: Path, place: Path) -> None:
+    bundle = shutil.copytree(coreml_bundle, place / "bundle")
+    manifest = manifest_of(bundle)
+    assert f"{PACKAGE}/{WEIGHTS}" in manifest.targets[0].unet.files
+    files = {name: file for name, file in manifest.files.items() if name != f"{PACKAGE}/{WEIGHTS}"}
+    seal(bundle, msgspec.structs.replace(manifest, files=files))
+    assert_refused(bundle, r"files of a component is \['coreml/Unet.mlpackage/.*bin'\]; expected files of the bundle")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -316,7 +325,7 @@ def _odd_bytes(package: Path) -> None:
         (_older, "specification version 5"),
         (_deep_manifest, "is not JSON"),
         (_odd_bytes, "bytes where"),
-        (_no_manifest, "no .mlpackage"),
+        (_no_manifest, "is not an .mlpackage: it has no Manifest.json"),
         (_newer, "specification version 99"),
         (_no_weights, "weight"),
         (_short_weights, "cut off"),
@@ -367,6 +376,5 @@ def test_a_function_that_is_not_there_and_tensors_that_are_others(
     assert_error(command("verify", bundle), "has no function 'half'; choices: cached, full")
     seal(bundle, replace_graph(manifest, 0, function="cached"))
     assert_error(command("verify", bundle), f"{PACKAGE} has ", "the manifest says")
-    target = msgspec.structs.replace(manifest.targets[0], batch=1)
-    seal(bundle, msgspec.structs.replace(manifest, targets=(target,)))
+    seal(bundle, msgspec.structs.replace(manifest, targets=(manifest.targets[0].with_unet(batch=1),)))
     assert_error(command("verify", bundle), "shape of sample is (2, 3, 16, 16); expected 1 first")

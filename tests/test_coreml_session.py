@@ -59,7 +59,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> type[Stand]:
 
 def test_a_mac_makes_the_images_that_the_evaluator_makes(coreml_bundle: Path, mac: type[Stand]) -> None:
     pipe = EdgePipeline.from_pretrained(coreml_bundle, backend="coreml", compute_units="cpu_and_ne")
-    assert mac.opened == [("unet.mlpackage", "CPU_AND_NE", "full"), ("unet.mlpackage", "CPU_AND_NE", "cached")]
+    assert mac.opened == [("Unet.mlpackage", "CPU_AND_NE", "full"), ("Unet.mlpackage", "CPU_AND_NE", "cached")]
     request = {"label": ["Apple", "Kiwi", "Orange"], "num_inference_steps": 3, "clock": 2, "seed": 5}
     opened = open_bundle(coreml_bundle)
     other = EdgePipeline(opened.manifest, open_session(opened, "mil-reference"))
@@ -86,28 +86,28 @@ def test_elsewhere_it_is_not_run_and_never_passed(
     assert {(row.status, row.ok, row.psnr_db) for row in rows} == {("not_run", None, None)}
     assert all("needs macOS" in row.note for row in rows)
     said = command("run", coreml_bundle, "-o", place / "out.png", "--backend", "coreml")
-    assert_error(said, "backend 'coreml' is Apple's runtime and needs macOS", "--backend mil-reference")
+    assert_error(said, "backend 'coreml' needs macOS", "--backend mil-reference")
 
 
 def test_no_backend_is_guessed(coreml_bundle: Path, mac: type[Stand], command: Command, place: Path) -> None:
     assert command("run", coreml_bundle, "-o", place / "out.png", "--num-images", "2").code == 0
-    assert mac.opened[0][0] == "unet.mlpackage"
+    assert mac.opened[0][0] == "Unet.mlpackage"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "platform", "linux")
         said = command("run", coreml_bundle, "-o", place / "out.png")
-    assert_error(said, "Core ML packages alone, which run on a Mac; --backend mil-reference evaluates them here")
+    assert_error(said, "only Core ML packages, which do not run on this machine", "--backend mil-reference evaluates")
 
 
 def test_compute_units_that_there_are_not(coreml_bundle: Path, command: Command, place: Path) -> None:
     said = command("run", coreml_bundle, "-o", place / "x.png", "--backend", "coreml", "--compute-units", "gpu")
     assert_error(said, "no compute units 'gpu'; choices: all, cpu_only, cpu_and_gpu, cpu_and_ne")
     said = command("run", coreml_bundle, "-o", place / "x.png", "--backend", "mil-reference", "--compute-units", "gpu")
-    assert_error(said, "compute units 'gpu' are Core ML's")
+    assert_error(said, "compute units 'gpu' are for backend 'coreml'", "'mil-reference'")
 
 
 def test_a_mac_without_coremltools(coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(RequestError, match="needs coremltools: pip install coremltools"):
+    with pytest.raises(RequestError, match="needs coremltools, which is not installed; pip install coremltools"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
 
 
@@ -138,7 +138,7 @@ def test_what_apples_runtime_refuses_is_one_line(
     with pytest.raises(BundleError, match="the prediction failed: Error compiling model: compiler error"):
         pipe(num_inference_steps=1, clock=1)
     monkeypatch.setattr(Stand, "__init__", fails)
-    with pytest.raises(BundleError, match=r"unet.mlpackage cannot be loaded: Error compiling model: compiler error"):
+    with pytest.raises(BundleError, match=r"Unet.mlpackage cannot be loaded: Error compiling model: compiler error"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
 
 
@@ -146,7 +146,7 @@ def test_a_mac_that_is_too_old_is_not_run(
     coreml_bundle: Path, mac: type[Stand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stand, "framework_error", RuntimeError("Unable to parse ML Program: needs macOS 15"))
-    with pytest.raises(RequestError, match=r"unet.mlpackage cannot be loaded by Core ML here: .* needs macOS 15"):
+    with pytest.raises(RequestError, match=r"Unet.mlpackage cannot be loaded by Core ML here: .* needs macOS 15"):
         EdgePipeline.from_pretrained(coreml_bundle, backend="coreml")
     report = verify_bundle(coreml_bundle, record=False)
     assert report.ok

@@ -16,7 +16,7 @@ from edgediff.models.part import Part
 from edgediff.targets.coreml import CoreMLConfig
 from edgediff.targets.coreml.write_coreml import write_coreml
 from edgediff.targets.layout import modules
-from edgediff_runtime.manifest import Floors, Graph, Target, Tensor
+from edgediff_runtime.manifest import Graph, Tensor
 
 PLAIN = SMALL_CLASS | {"num_class_embeds": None, "in_channels": 4, "out_channels": 4}
 SCALES = {"mid_block_scale_factor": math.sqrt(2), "norm_eps": 3e-6, "center_input_sample": True}
@@ -54,11 +54,7 @@ def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_pat
         for keys, tensors in ((part.inputs, values), (part.outputs, made))
     )
     graph = Graph("full", "coreml/full.mlpackage", "full_step", inputs, outputs)
-    target = Target(
-        target="coreml", layout="split", dtype="fp16", batch=2, floors=Floors(45, 45, 35, None, 100), graphs=(graph,),
-        deployment_target=system, specification_version=0,
-    )  # fmt: skip
-    write_coreml(tmp_path, target, {"full": part}, config, lambda what: None)
+    write_coreml(tmp_path, (graph,), {"full": part}, config, lambda what: None)
     got = open_program(tmp_path / str(graph.file)).function().run(values, rounded=False)
 
     def worst(reference: Part) -> float:

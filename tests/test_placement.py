@@ -309,7 +309,7 @@ def test_a_bundles_packages_are_checked_before_they_are_read(monkeypatch: pytest
         SimpleNamespace(name="full", file="p.mlpackage", function="main"),
     ]
     checked: list[str] = []
-    manifest = SimpleNamespace(targets=[SimpleNamespace(target="coreml", graphs=graphs)])
+    manifest = SimpleNamespace(targets=[SimpleNamespace(target="coreml", unet=SimpleNamespace(graphs=graphs))])
     bundle = SimpleNamespace(path=tmp_path, manifest=manifest, folder=checked.append)
     monkeypatch.setattr(placement, "open_bundle", lambda path: bundle)
     notes = lint_bundle("somewhere")

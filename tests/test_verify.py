@@ -35,7 +35,7 @@ def test_every_number_of_a_fresh_bundle(class_bundle: Path) -> None:
     assert report.ok
     rows = {(row.check, row.part): row for row in report.rows}
     assert set(rows) == {
-        ("graph", "highres_in"), ("graph", "lowres"), ("graph", "highres_out"),
+        ("graph", "highres_in"), ("graph", "lowres"), ("graph", "highres_out"), ("graph", "undivided"),
         ("composed", "full"), ("composed", "cached"), ("trajectory", "latents"), ("caching", "latents"),
     }  # fmt: skip
     for key, row in rows.items():
