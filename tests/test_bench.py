@@ -195,7 +195,7 @@ def test_an_output_that_is_not_the_references_is_not_timed(class_bundle: Path, t
 @pytest.mark.long
 def test_a_damaged_graph_is_refused_and_the_others_go_on(class_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
-    (bundle / "onnx" / "lowres.onnx").write_bytes(b"nothing")
+    (bundle / "onnx/unet/lowres.onnx").write_bytes(b"nothing")
     found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1, undivided=False)
     assert [known.status for known in found.contenders] == ["refused", "measured"]
     assert "onnx/unet/lowres.onnx" in found.contenders[0].says

@@ -121,17 +121,19 @@ def test_a_bundle_with_other_files_in_it_is_never_replaced(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("portable", "weights"), [(False, "weights.bin"), (True, "lowres.onnx.data")])
 def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them(
-    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portable: bool, weights: str
 ) -> None:
     monkeypatch.setattr(onnx_module, "EXTERNAL_DATA_BYTES", 10_000)
     floors = VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80)
-    config = edgediff.ExportConfig(steps=2, layout="split", verify=floors)
+    config = edgediff.ExportConfig(steps=2, layout="split", verify=floors, onnx=OnnxConfig(portable=portable))
     edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
     external = {graph.external_data for graph in manifest.targets[0].unet.graphs} - {None}
-    assert "onnx/unet/lowres.onnx.data" in external
+    assert f"onnx/unet/{weights}" in external
     assert external <= manifest.files.keys()
+    assert any(name.endswith(".data") for name in manifest.files) == portable
     assert (tmp_path / "bundle" / "onnx/unet/lowres.onnx").stat().st_size < 200_000
 
 
@@ -219,7 +221,7 @@ def test_a_bundle_of_random_weights_says_so(geometry: edgediff.Model, tmp_path: 
     assert done.report.ok
     assert {row.check: row.status for row in done.report.rows}["trajectory"] == "not_run"
     manifest = open_bundle(tmp_path / "b").manifest
-    assert manifest.source.random_weights == 3
+    assert manifest.source.random_weights == "3"
     assert "weights are random" in (tmp_path / "b" / "README.md").read_text()
 
 
