@@ -83,7 +83,7 @@ def test_too_few_images_and_unknown_classes_are_refused(trained: Classifier, tin
     with pytest.raises(DataError, match="40 images of 4 classes; expected two classes and 64"):
         train_classifier(tiny_set)
     strange = ImageSet(tiny_set.images, tiny_set.labels, ("Apple", "Banana", "Kiwi", "Plum"))
-    with pytest.raises(DataError, match="'Plum' is none of"):
+    with pytest.raises(DataError, match="'Plum' is not one of the classifier's"):
         accuracy_of(trained, strange)
 
 

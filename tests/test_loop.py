@@ -259,7 +259,7 @@ def test_text_rows_are_repeated_and_checked(text_bundle: Path) -> None:
         pipe(**asked, added_cond=[1])
     with pytest.raises(RequestError, match="NaN"):
         pipe(prompt_embeds=prompt * np.nan, negative_prompt_embeds=negative)
-    with pytest.raises(RequestError, match="time_ids is no input of this model"):
+    with pytest.raises(RequestError, match="time_ids is not an input of this model"):
         pipe(**asked, added_cond={"time_ids": np.zeros((1, 6))})
     with pytest.raises(RequestError, match=r"take result\.latents"):
         _ = pipe(**asked).images

@@ -66,7 +66,7 @@ def test_every_dtype_of_a_weight_file_is_read(blobs: tuple[Path, dict[str, int]]
 @pytest.mark.parametrize(
     ("damage", "dtype", "count", "fault"),
     [
-        (lambda data, at: data[:40], "float16", COUNT, "its header alone takes 64"),
+        (lambda data, at: data[:40], "float16", COUNT, "40 bytes are not a weights file, whose header takes 64"),
         (lambda data, at: struct.pack("<II", 1, 3) + data[8:], "float16", COUNT, "storage version 3; expected 2"),
         (lambda data, at: data[: at + 32], "float16", COUNT, "out of the file's"),
         (lambda data, at: data[: at + 64 + 8], "float16", COUNT, "the file is cut off at"),
