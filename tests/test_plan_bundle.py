@@ -243,7 +243,7 @@ def test_nothing_is_written_into_a_bundle(class_bundle: Path, where: str) -> Non
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where in ("file", "file/plan"):
-        with pytest.raises(TargetError, match=r"is not a (directory|folder that can be written); choose another output"):
+        with pytest.raises(TargetError, match=r"is not a (directory|folder that can be written); choose another"):
             plan_files.check_place(tmp_path / where, tmp_path / "bundle")
 
 
