@@ -17,6 +17,7 @@ import numpy as np
 
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, MissingExtraError, UnsupportedError
+from edgediff_runtime import RequestError
 from edgediff_runtime import manifest as m
 from edgediff_runtime.errors import one_line
 
@@ -191,7 +192,7 @@ class Target(ABC):
 
     def open_session(self, bundle: "Bundle", backend: str, threads: int | None) -> "Session":
         """Opens a bundle in one of `own_backends`."""
-        raise NotImplementedError(backend)
+        raise RequestError(f"backend {backend!r}: {self.title} brings none; choose a backend of the runtime")
 
     # Verification and inspection
 
