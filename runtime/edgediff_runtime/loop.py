@@ -103,9 +103,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     was_guided = False
     start = perf_counter()
     timesteps = [session.put(_as_timestep(t, request.graphs)) for t in scheduler.timesteps]
-    for i, t in enumerate(scheduler.timesteps):
-        if i < request.start:
-            continue
+    for i in range(request.start, len(scheduler.timesteps)):
         is_first = i == request.start
         if not is_first:  # work before the first step counts as that step's
             start = perf_counter()
@@ -145,7 +143,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
         shown = x_t.view()
         shown.flags.writeable = False
-        yield Step(i, float(t), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks))
+        yield Step(i, float(scheduler.timesteps[i]), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks))
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
