@@ -1,7 +1,8 @@
 """What many tests need and takes seconds to make: models, bundles and traced graphs, made once for all workers.
 
 They lie in .pytest_cache/edgediff, one folder for each state of the sources and tools, and are there for the next run
-too. Whatever is there is whole: it was made beside its place and renamed. Tests get copies of bundles.
+too. Whatever is there is whole: it was made beside its place and renamed. Tests get copies of bundles, and a test that
+changes what is kept fails, rather than another worker's test that reads it meanwhile.
 """
 
 import fcntl
@@ -20,15 +21,14 @@ from types import FunctionType
 import msgspec
 import pytest
 import torch
+from guard import ROOT, STORES, making
 from traces import remembering
 
 import edgediff
 
-ROOT = Path(__file__).parents[1]
-STORES = ROOT / ".pytest_cache" / "edgediff"
 KEPT_STORES = 2
 # All that an artefact follows from, but its own settings.
-HELPERS = ("artefacts", "conftest", "traces", "unets")
+HELPERS = ("artefacts", "conftest", "guard", "traces", "unets")
 SOURCES = ("edgediff", "runtime/edgediff_runtime", *(f"tests/{name}.py" for name in HELPERS))
 
 
@@ -60,7 +60,8 @@ def store() -> Path:
 def discard_if_changed() -> None:
     """Removes what was made while somebody changed the sources: nobody knows of which state it is."""
     if _state() != STATE:
-        shutil.rmtree(STORES / STATE, ignore_errors=True)
+        with making():
+            shutil.rmtree(STORES / STATE, ignore_errors=True)
 
 
 def open_store(stores: Path, state: str) -> Path:
@@ -68,7 +69,7 @@ def open_store(stores: Path, state: str) -> Path:
     folder = stores / state
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
-    with locked(stores / "stores"):
+    with making(), locked(stores / "stores"):
         others = sorted((path for path in stores.iterdir() if path.is_dir() and path != folder), key=_age, reverse=True)
         for old in others[KEPT_STORES - 1 :]:
             shutil.rmtree(old)
@@ -89,7 +90,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:
     """A file or folder of a store, made by `make` at the path that it is given, unless it is there."""
-    with locked(path):
+    with making(), locked(path):
         if not path.exists():
             scratch = path.with_name(f"{path.name}.part")
             shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed

@@ -8,6 +8,7 @@ import pytest
 import torch
 from artefacts import discard_if_changed, exported, saved_once, traces_folder
 from command_line import Command, Said, exit_code
+from guard import guard_stores
 from photographs import folder_of_images
 from tiny_photographs import make_photographs, write_classifier, write_photographs
 from traces import remembering
@@ -19,6 +20,8 @@ from edgediff.data.image_folder import ImageSet
 from edgediff.train import unet
 from edgediff.train.loop import Loop
 from edgediff.train.settings import StudentTraining, TeacherTraining
+
+guard_stores()
 
 # As many workers as cores run at once: a second thread of each would only wait for the others.
 torch.set_num_threads(1)

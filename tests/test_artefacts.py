@@ -1,11 +1,14 @@
 """Artefacts that tests share: made once by all processes, whole whatever is killed, no more of them than are of use."""
 
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from artefacts import KEPT_STORES, locked, made_once, open_store, state_of
+from guard import guard_stores
 
 
 def _write(path: Path) -> None:
@@ -52,6 +55,30 @@ def test_what_fails_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError):
             made_once(tmp_path / "a", lambda path: (_write(path), 1 / 0))
         assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: (path / "made").write_text("other"),
+        lambda path: (path / "made").unlink(),
+        lambda path: path.rename(path.with_name("moved")),
+        lambda path: shutil.rmtree(path),
+        lambda path: shutil.move(path, path.with_name("moved")),
+        lambda path: os.replace(path.parents[1] / "new", path / "made"),
+    ],
+    ids=["written", "removed", "renamed", "tree removed", "moved", "replaced"],
+)
+def test_what_is_kept_is_not_changed(change: Callable[[Path], object], tmp_path: Path) -> None:
+    stores = tmp_path / "stores"
+    stores.mkdir()
+    (tmp_path / "new").touch()
+    guard_stores(stores)
+    path = made_once(stores / "a", _write)
+    with pytest.raises(PermissionError, match="is kept for all tests; copy it"):
+        change(path)
+    assert (path / "made").read_text() == "whole"
+    (shutil.copytree(path, tmp_path / "mine") / "made").unlink()
 
 
 def test_a_changed_source_is_another_state(tmp_path: Path) -> None:

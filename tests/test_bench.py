@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from seals import REFERENCE, reseal
 
+import edgediff
 from edgediff.bench import contenders, turns
 from edgediff.bench import run_bench as engine
 from edgediff.bench.contenders import time_bundle
@@ -266,16 +267,12 @@ def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypa
 
 
 @pytest.mark.long
-def test_where_the_source_is_gone_the_bundle_stands_for_itself(
-    class_bundle: Path, class_model: Path, tmp_path: Path
-) -> None:
-    bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
-    moved = class_model.with_name("elsewhere")
-    class_model.rename(moved)
-    try:
-        found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1)
-    finally:
-        moved.rename(class_model)
+@pytest.mark.usefixtures("traced_once")
+def test_where_the_source_is_gone_the_bundle_stands_for_itself(folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    edgediff.export_bundle(edgediff.load_model(folder), bundle, edgediff.ExportConfig(steps=4, layout="split"))
+    folder.rename(tmp_path / "elsewhere")
+    found = run_bench([bundle], ["onnxruntime", "torch"], rounds=1)
     ort, eager = found.contenders
     assert (ort.status, ort.undivided, ort.says) == ("measured", "undivided", "")
     assert (eager.status, "source is not available" in eager.says) == ("refused", True)

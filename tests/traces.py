@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from guard import making
 from torch import nn
 
 from edgediff.targets.onnx import write_onnx as onnx_module
@@ -76,7 +77,7 @@ def remembering(folder: Path) -> Iterator[None]:
             return export(part, args, **settings)
         kept = folder / f"{fingerprint(part, args, **settings)}.onnx"
         if not kept.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with making(), tempfile.TemporaryDirectory(dir=folder) as scratch:
                 export(part, args, **settings).save(Path(scratch) / "traced.onnx", external_data=False)
                 os.replace(Path(scratch) / "traced.onnx", kept)
         return Trace(kept)
