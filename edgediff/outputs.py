@@ -1,6 +1,7 @@
 """Files that a command leaves: may it write there, does another process write there, and is each file whole."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +98,9 @@ def unlock(descriptor: int | None) -> None:
 def as_text(path: str | os.PathLike[str]) -> str:
     """A path as text that can be printed and written: bytes that are not UTF-8 are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def write_json(path: Path, data: object) -> None:
+    """Writes a configuration as diffusers does: indented, sorted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

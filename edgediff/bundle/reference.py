@@ -17,7 +17,7 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import TIMESTEP, Graph
+from edgediff_runtime.manifest import TIMESTEP, Component, Graph
 
 REFERENCE = "evidence/reference.safetensors"
 
@@ -45,12 +45,14 @@ class Reference:
         conditioning: Embeddings that the trajectory was conditioned on, by name; empty for classes.
         half: For each recorded step and graph of an fp16 target, its outputs in fp32 arithmetic on weights and inputs
             rounded to fp16.
+        components: Inputs and outputs of each component beside the UNet, by tensor names.
     """
 
     steps: tuple[Recorded, ...]
     latents: np.ndarray | None
     conditioning: dict[str, np.ndarray]
     half: dict[tuple[int, str], dict[str, np.ndarray]] = field(default_factory=dict)
+    components: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -137,12 +139,27 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
         if reference.latents is None:
             raise BundleError(f"{REFERENCE} has no latents")
         _check_array("latents", reference.latents, "float32", images)
+    for target in manifest.targets:
+        for name, component in target.components.items():
+            if name != "unet":
+                _check_component(component, reference.components.get(name, {}))
     for step in reference.steps:
         rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
         for target in manifest.targets:
             for graph in target.unet.graphs:
                 if graph.runs(step.full):
                     _check_graph(step, graph, rows, reference.half, half_wanted=target.unet.floors.program is not None)
+
+
+def _check_component(component: Component, tensors: dict[str, np.ndarray]) -> None:
+    """Checks the tensors that a component takes and gives."""
+    for graph in component.graphs:
+        for tensor in (*graph.inputs, *graph.outputs):
+            if tensor.name not in tensors:
+                raise BundleError(f"{REFERENCE} has no {tensor.name} of {graph.name}, which needs it")
+            value = tensors[tensor.name]
+            dtype = "int64" if "int" in tensor.dtype else "float32"
+            _check_array(f"{tensor.name} of {graph.name}", value, dtype, (*value.shape[:1], *tensor.shape[1:]))
 
 
 def _check_graph(
@@ -183,6 +200,8 @@ def save_reference(reference: Reference, path: Path) -> None:
     for step in reference.steps:
         where = f"steps/{step.index}/{'full' if step.full else 'cached'}"
         flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
+    for component, tensors in reference.components.items():
+        flat.update({f"components/{component}/{name}": value for name, value in tensors.items()})
     for (index, graph), tensors in reference.half.items():
         flat.update({f"half/{index}/{graph}/{name}": value for name, value in tensors.items()})
     # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
@@ -197,6 +216,7 @@ def load_reference(path: Path) -> Reference:
         raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
     conditioning: dict[str, np.ndarray] = {}
     half: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    components: dict[str, dict[str, np.ndarray]] = {}
     found: dict[tuple[int, bool], dict[str, np.ndarray]] = {}
     latents = None
     for key, value in flat.items():
@@ -207,9 +227,11 @@ def load_reference(path: Path) -> Reference:
                 conditioning[name] = value
             case ["steps", index, ("full" | "cached") as kind, name] if index.isdigit():
                 found.setdefault((int(index), kind == "full"), {})[name] = value
+            case ["components", component, name]:
+                components.setdefault(component, {})[name] = value
             case ["half", index, graph, name] if index.isdigit():
                 half.setdefault((int(index), graph), {})[name] = value
             case _:
                 raise BundleError(f"{REFERENCE} holds {key!r}, which no reference has; export again")
     steps = [Recorded(index, full, tensors) for (index, full), tensors in sorted(found.items())]
-    return Reference(tuple(steps), latents, conditioning, half)
+    return Reference(tuple(steps), latents, conditioning, half, components)

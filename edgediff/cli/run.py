@@ -1,6 +1,5 @@
 """``edgediff run``."""
 
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,11 +41,17 @@ def run(
         str, typer.Option(help="What Core ML may use: all, cpu_only, cpu_and_gpu, cpu_and_ne.")
     ] = "all",
     label: Annotated[str | None, typer.Option(help="Class of all images; left out, one after the other.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Needs a text encoder in the bundle.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; given more than once, an image for each.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    clip_skip: Annotated[int, typer.Option(help="Layers left out at the end of the text encoder.")] = 0,
     conditioning: Annotated[
         Path | None, typer.Option(help="Embeddings instead of a prompt, .safetensors or .npz.")
     ] = None,
-    num_images: Annotated[int, typer.Option(help="How many images.")] = 16,
+    num_images: Annotated[
+        int | None, typer.Option(help="How many images; left out, one for each prompt, 16 without prompts.")
+    ] = None,
     steps: StepsOption = None,
     clock: ClockOption = None,
     guidance_scale: GuidanceOption = None,
@@ -55,18 +60,22 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the backend; left out, its own choice. Core ML has none.")
     ] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Open each component when its stage comes, and drop it after.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
-    from edgediff.targets.backends import open_session, usual_backend
-    from edgediff_runtime import EdgePipeline, open_bundle
+    from edgediff.targets.backends import open_pipeline, usual_backend
+    from edgediff_runtime import open_bundle
     from edgediff_runtime.image import check_output, write_output
-    from edgediff_runtime.pipeline import Result
 
-    request: dict[str, Any] = {"label": label, "prompt": prompt, "num_images": num_images, "seed": seed}
+    request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
+    request["prompt"] = prompt[0] if prompt is not None and len(prompt) == 1 else prompt
+    request["num_images"] = 16 if num_images is None and prompt is None else num_images
     opened = open_bundle(bundle)
-    check_output(output, scale, opened.manifest.sample.space)
+    check_output(output, scale, opened.manifest.has_decoder)
     if conditioning is not None:
         from edgediff.data.arrays import load_arrays, prompt_arguments
 
@@ -74,20 +83,20 @@ def run(
     with progress() as say:
         say(f"opening {bundle}")
         chosen = usual_backend(opened) if backend is None else backend
-        pipe = EdgePipeline(opened.manifest, open_session(opened, chosen, compute_units, threads))
-        result = Result.of(_telling(pipe.stream(**request), say), pipe.manifest)
+        pipe = open_pipeline(opened, chosen, compute_units, threads, low_memory)
+        check_output(output, scale, pipe.can_decode)
+        wanted: Any = "image" if output.suffix == ".png" else "latent"
+        result = pipe(**request, output_type=wanted, callback=lambda step: say(_told(step)))
     write_output(result, output, scale)
     if as_json:
         ledger = [step.to_dict() for step in result.ledger]
-        print_json({"images": [str(output)], "mask": result.mask, "ledger": ledger})
+        print_json({"images": [str(output)], "mask": result.mask, "ledger": ledger, "stages": result.stages})
     else:
         from edgediff.cli.render.tables import ledger_table
 
         out.print(ledger_table(result))
-        out.print(f"{num_images} images: {output}")
+        out.print(f"{len(result.latents)} images: {output}")
 
 
-def _telling(steps: Iterable["Step"], say: Callable[[str], None]) -> Iterator["Step"]:
-    for step in steps:
-        say(f"step {step.index + 1}: t = {step.timestep:g}, {'full' if step.full else 'cached'}")
-        yield step
+def _told(step: "Step") -> str:
+    return f"step {step.index + 1}: t = {step.timestep:g}, {'full' if step.full else 'cached'}"

@@ -1,5 +1,6 @@
 """The manifest before any file exists: all that the runtime's loop needs to know of a bundle."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import ExportConfig, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
+from edgediff.models.components import PipelineComponent, prompt_settings, vae_settings
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
@@ -41,6 +43,7 @@ def draft_manifest(
     divided: SplitUNet,
     config: ExportConfig,
     conditioning_source: Source,
+    components: Mapping[str, PipelineComponent],
     adaptor: m.Adaptor | None = None,
 ) -> Manifest:
     """Drafts the manifest of a bundle.
@@ -66,6 +69,7 @@ def draft_manifest(
     # As the manifest's JSON gives it back, so that the two can be compared.
     recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
     recipe |= {"seed": str(config.seed), "random_weights": _text(config.random_weights)}
+    prompt = (config.prompt, config.negative_prompt) if conditioning_source == "prompt" else None
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
     tools = dict.fromkeys((*TOOLS, *(tool for name in config.targets for tool in TARGETS[name].packages)))
     return Manifest(
@@ -76,6 +80,7 @@ def draft_manifest(
             path=None if model.is_built_in else str(model.path),
             sha256=model.sha256,
             random_weights=_text(config.random_weights),
+            components={name: component.sha256 for name, component in components.items()},
         ),
         license=model.card.license if config.license is None else config.license,
         cut=m.Cut(level=config.cut.level, point=config.cut.point),
@@ -91,25 +96,37 @@ def draft_manifest(
         operating_point=m.OperatingPoint(
             **msgspec.structs.asdict(point), seed=str(config.seed), num_images=1 if known.kind == "text" else 2
         ),
-        evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash),
+        evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash, prompt),
         cost=counts.parts,
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
-        targets=_targets(model, divided, config, guided=point.guidance_scale > 1),
+        targets=_targets(model, divided, config, components, guided=point.guidance_scale > 1),
         config=recipe,
         versions={tool: version(tool) for tool in tools},
         files={},
+        prompt=prompt_settings(model, components),
+        vae=vae_settings(model, components),
     )
 
 
-def _targets(model: Model, divided: SplitUNet, config: ExportConfig, guided: bool) -> tuple[m.Target, ...]:
+def _targets(
+    model: Model,
+    divided: SplitUNet,
+    config: ExportConfig,
+    components: Mapping[str, PipelineComponent],
+    guided: bool,
+) -> tuple[m.Target, ...]:
     parts = graph_list(divided, model)
     rows = 2 if guided else 1
-    return tuple(
-        TARGETS[name].describe(
-            Outline(parts, divided, layout_of(config, name), rows, config.verify), config.section(name)
-        )
-        for name in config.targets
-    )
+    entries = []
+    for name in config.targets:
+        target, section = TARGETS[name], config.section(name)
+        entry = target.describe(Outline(parts, divided, layout_of(config, name), rows, config.verify), section)
+        for component in components.values():
+            described = target.describe_component(component.stage, component.graph, config.verify, section)
+            if described is not None:
+                entry = entry.with_component(component.name, described)
+        entries.append(entry)
+    return tuple(entries)
 
 
 def _text(seed: int | None) -> str | None:

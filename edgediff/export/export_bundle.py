@@ -8,8 +8,9 @@ device does, with torch behind it.
 import gc
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,24 +23,37 @@ from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
+from edgediff.export.component_reference import component_inputs, encode_prompt, record_component, source_tokenizers
 from edgediff.export.draft import draft_manifest, essence, operating_point
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
 from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.components import (
+    TEXT_ENCODERS,
+    PipelineComponent,
+    pipeline_components,
+    prompt_settings,
+    tokenizer_folder,
+    vae_settings,
+    write_pipeline_files,
+)
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, random_weights, unet_config
+from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided
 from edgediff.targets import TARGETS
-from edgediff.targets.base import Job
+from edgediff.targets.base import ComponentJob, Job
 from edgediff.targets.layout import modules
 from edgediff.verify.parity import verify_bundle
 from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
+from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.operating_point import departure
+from edgediff_runtime.text_encoding import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -85,15 +99,21 @@ def export_bundle(
 
     # Load: weights, and what the reference is conditioned on.
     model = _with_weights(model, config, say)
+    components = _components(model, config)
+    settings = prompt_settings(model, components)
+    prompt = None
+    if settings is not None and config.conditioning is None:
+        say("encoding the reference's prompt in torch")
+        prompt = encode_prompt(model, components, settings, config.prompt, config.negative_prompt)
     conditioning, conditioning_source = reference_conditioning(
-        model.conditioning, config.conditioning, config.seed, _concatenated(model)
+        model.conditioning, config.conditioning, config.seed, _concatenated(model), prompt, _pixels(model, components)
     )
 
     # Split.
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = split(model.unet, config.cut, adaptor.part)
-    draft = draft_manifest(model, divided, config, conditioning_source, adaptor.manifest)
+    draft = draft_manifest(model, divided, config, conditioning_source, components, adaptor.manifest)
     clear_stale(path)
     if _is_there(path, draft, say, force):
         return Exported(path, None)
@@ -115,6 +135,9 @@ def export_bundle(
             parts = modules(divided, layout_of(config, entry.target))
             job = Job(folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say)
             entries.append(TARGETS[entry.target].write(job))
+
+        # Write the components around it, one after the other.
+        entries = _write_components(folder, model, components, draft, entries, reference, config, say)
         manifest = msgspec.structs.replace(draft, targets=tuple(entries))
 
         # Seal: evidence, card, licence, then every file's hash.
@@ -134,6 +157,72 @@ def export_bundle(
         if not report.ok:
             raise VerificationError(f"{report.failure}; nothing was written", report)
     return Exported(path, report)
+
+
+def _components(model: Model, config: ExportConfig) -> dict[str, PipelineComponent]:
+    """The components that the recipe asks for, of those that the pipeline has."""
+    found = pipeline_components(model)
+    if config.components is None:
+        return found
+    missing = [name for name in config.components if name not in found]
+    if missing:
+        there = ", ".join(found) or "none beside the UNet"
+        raise ConfigError(f"'components' asks for {missing[0]}, which {model.name} does not have; it has: {there}")
+    return {name: component for name, component in found.items() if name in config.components}
+
+
+def _pixels(model: Model, components: Mapping[str, PipelineComponent]) -> tuple[int, int] | None:
+    """Height and width of the picture."""
+    vae = vae_settings(model, components)
+    _, height, width = model.sample_shape
+    return None if vae is None else (vae.downscale * height, vae.downscale * width)
+
+
+def _write_components(
+    folder: Path,
+    model: Model,
+    components: Mapping[str, PipelineComponent],
+    draft: Manifest,
+    entries: list[m.Target],
+    reference: Reference,
+    config: ExportConfig,
+    say: Progress,
+) -> list[m.Target]:
+    """Writes the components beside the UNet for each target, and records what torch computes in them."""
+    tokenizers: dict[str, Tokenizer] = {}
+    if draft.prompt is not None:
+        names = [encoder.component for encoder in draft.prompt.encoders]
+        tokenizers = dict(zip(names, source_tokenizers(model, draft.prompt), strict=True))
+    for name, component in components.items():
+        say(f"loading {name}")
+        part = component.load()
+        inputs = component_inputs(component, draft, tokenizers, reference)
+        reference.components[name] = record_component(part, inputs)
+        for i, entry in enumerate(entries):
+            if name in entry.components:
+                job = ComponentJob(
+                    folder, name, entry.components[name], part, inputs, component.config,
+                    config.section(entry.target), say,
+                )  # fmt: skip
+                entries[i] = entry.with_component(name, TARGETS[entry.target].write_component(job))
+        del part
+    scheduler = diffusers_scheduler(model.scheduler, config.scheduler)
+    return [_write_pipeline(folder, model, components, entry, scheduler) for entry in entries]
+
+
+def _write_pipeline(
+    folder: Path, model: Model, components: Mapping[str, PipelineComponent], entry: m.Target, scheduler: Any
+) -> m.Target:
+    """Writes model_index.json and the tokenizers where a target's ecosystem looks for them."""
+    where = TARGETS[entry.target].pipeline_folder(entry) if components else None
+    if where is None:
+        return entry
+    write_pipeline_files(model, scheduler, folder / where)
+    for name in TEXT_ENCODERS:
+        if name in entry.components:
+            tokenizer = f"{where}/{tokenizer_folder(model, name).name}/tokenizer.json"
+            entry = entry.with_component(name, msgspec.structs.replace(entry.components[name], tokenizer=tokenizer))
+    return entry
 
 
 def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:
@@ -198,7 +287,12 @@ def _warn_of_adaptor(draft: Manifest) -> None:
 def _seal(folder: Path, manifest: Manifest) -> None:
     """Lists every file in the manifest, and in the component that it belongs to, and writes SHA256SUMS."""
     files = {name: file for name, file in list_files(folder).items() if name not in (MANIFEST, SUMS, PARITY)}
-    targets = tuple(entry.with_unet(files=component_files(entry.unet, files)) for entry in manifest.targets)
-    data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files, targets=targets))
+    targets = []
+    for entry in manifest.targets:
+        for name, component in entry.components.items():
+            component = msgspec.structs.replace(component, files=component_files(component, files))
+            entry = entry.with_component(name, component)
+        targets.append(entry)
+    data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files, targets=tuple(targets)))
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))

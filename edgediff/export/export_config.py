@@ -35,6 +35,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
+        components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
+            ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
+        prompt: Prompt of the reference trajectory, where there is a text encoder.
+        negative_prompt: What its guidance leads away from; None is what the model takes for none.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
             (``encoder_hidden_states``, ``negative_encoder_hidden_states``, ``text_embeds``, ...), or None.
         random_weights: Seed of random weights for a built-in geometry, or None: weights are loaded.
@@ -52,6 +56,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     guidance_scale: float | None = None
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
+    components: tuple[str, ...] | None = None
+    prompt: str = "a photo of a red apple"
+    negative_prompt: str | None = None
     conditioning: str | None = None
     random_weights: int | None = None
     seed: int = 0

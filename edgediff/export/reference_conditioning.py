@@ -8,14 +8,20 @@ from edgediff.data.arrays import load_arrays
 from edgediff.errors import ConfigError
 from edgediff.models.conditioning import Conditioning
 from edgediff_runtime import noise
+from edgediff_runtime.conditioning import time_ids
 
-Source = Literal["none", "labels", "file", "synthetic"]
+Source = Literal["none", "labels", "prompt", "file", "synthetic"]
 # Pixels of SDXL's time ids: original size, crop, target size.
 TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
 def reference_conditioning(
-    known: Conditioning, path: str | None, seed: int, concat: tuple[int, int, int] | None = None
+    known: Conditioning,
+    path: str | None,
+    seed: int,
+    concat: tuple[int, int, int] | None = None,
+    prompt: dict[str, np.ndarray] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[dict[str, np.ndarray], Source]:
     """Finds the embeddings that the reference trajectory is conditioned on.
 
@@ -23,10 +29,12 @@ def reference_conditioning(
         path: A ``.safetensors`` or ``.npz`` file, or None.
         concat: Shape of the channels that the UNet takes after the latent's, or None: they are seeded normal ones where
             no file has them as ``concat_latents``.
+        prompt: The embeddings of a prompt, where there is no file and a text encoder.
+        size: Height and width of the picture in pixels, where they are known.
 
     Returns:
-        Arrays by name, unconditional ones as ``negative_*``; and where they came from: ``none``, ``labels``, ``file``
-        or ``synthetic``.
+        Arrays by name, unconditional ones as ``negative_*``; and where they came from: ``none``, ``labels``,
+        ``prompt``, ``file`` or ``synthetic``.
 
     Raises:
         ConfigError: The file cannot be read, lacks a tensor, or the model takes no embeddings.
@@ -46,7 +54,11 @@ def reference_conditioning(
         return extra, "none"
     arrays = extra
     for draw, (name, spec) in enumerate(known.tensors.items()):
-        if name == "time_ids":
+        if prompt is not None and name in prompt:
+            arrays |= {key: prompt[key] for key in (name, f"negative_{name}")}
+        elif name == "time_ids" and size is not None and spec.shape[0] in (5, 6):
+            arrays[name], arrays[f"negative_{name}"] = (time_ids(spec.shape[0], *size, each) for each in (False, True))
+        elif name == "time_ids":
             ids = np.resize(np.array(TIME_IDS, dtype=np.float32), spec.shape)
             arrays[name] = arrays[f"negative_{name}"] = ids[None]
         elif name == "class_labels" and spec.shape == ():
@@ -54,4 +66,4 @@ def reference_conditioning(
         else:
             arrays[name] = noise(seed, spec.shape, image=0, draw=2 * draw)[None]
             arrays[f"negative_{name}"] = noise(seed, spec.shape, image=0, draw=2 * draw + 1)[None]
-    return arrays, "synthetic"
+    return arrays, "synthetic" if prompt is None else "prompt"

@@ -1,23 +1,45 @@
 """Every backend that a bundle can be opened in: the runtime's own, and those that a target brings."""
 
 from edgediff.targets import TARGETS
-from edgediff_runtime import Bundle, RequestError
+from edgediff.targets.base import Target
+from edgediff_runtime import Bundle, EdgePipeline, RequestError
 from edgediff_runtime import sessions as runtime
 
 BACKENDS = (*runtime.BACKENDS, *(name for target in TARGETS.values() for name in target.own_backends))
 
 
 def open_session(
-    bundle: Bundle, backend: str, compute_units: str = "all", threads: int | None = None
+    bundle: Bundle,
+    backend: str,
+    compute_units: str = "all",
+    threads: int | None = None,
+    component: str = "unet",
 ) -> runtime.Session:
-    """Opens a bundle as the runtime's `open_session` does, or in a target's own backend."""
+    """Opens a component of a bundle as the runtime's `open_session` does, or in a target's own backend."""
     if backend not in BACKENDS:
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
     if backend in runtime.BACKENDS:
-        return runtime.open_session(bundle, backend, compute_units, threads)
+        return runtime.open_session(bundle, backend, compute_units, threads, component)
     runtime.refuse_compute_units(backend, compute_units)
-    target = next(target for target in TARGETS.values() if backend in target.own_backends)
-    return target.open_session(bundle, backend, threads)
+    return _owner(backend).open_session(bundle, backend, threads, component)
+
+
+def open_pipeline(
+    bundle: Bundle,
+    backend: str,
+    compute_units: str = "all",
+    threads: int | None = None,
+    low_memory: bool = False,
+) -> EdgePipeline:
+    """Opens a bundle's pipeline as `EdgePipeline.from_pretrained` does, or in a target's own backend."""
+    targets = runtime.TARGETS_OF[backend] if backend in runtime.TARGETS_OF else (_owner(backend).name,)
+    return EdgePipeline.of_bundle(
+        bundle, targets, lambda name: open_session(bundle, backend, compute_units, threads, name), low_memory
+    )
+
+
+def _owner(backend: str) -> Target:
+    return next(target for target in TARGETS.values() if backend in target.own_backends)
 
 
 def usual_backend(bundle: Bundle) -> str:

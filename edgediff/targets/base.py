@@ -5,7 +5,6 @@ table of targets on installations that have none of the converters.
 """
 
 import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -109,6 +108,29 @@ class Job:
         return examples
 
 
+@dataclass(frozen=True)
+class ComponentJob:
+    """What a component beside the UNet is written from.
+
+    Attributes:
+        folder: The bundle that is being written.
+        component: Its entry in the draft of the manifest.
+        part: Its module in torch.
+        inputs: Real inputs by name, some rows of them.
+        settings: Its configuration, as diffusers or transformers saves it.
+        config: The target's section of the recipe.
+    """
+
+    folder: Path
+    name: str
+    component: m.Component
+    part: "Part"
+    inputs: "Mapping[str, np.ndarray]"
+    settings: dict[str, Any]
+    config: Any
+    say: Say
+
+
 class Target(ABC):
     """One file format.
 
@@ -161,9 +183,27 @@ class Target(ABC):
     def describe(self, outline: Outline, config: Any) -> m.Target:
         """The target's entry in the manifest before any file exists."""
 
+    def describe_component(
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: Any
+    ) -> m.Component | None:
+        """A component's entry in the manifest before its file exists; None where the format has the UNet alone.
+
+        Args:
+            graph: Its inputs and outputs in fp32, with a symbolic batch; its name is the component's.
+        """
+        return None
+
+    def pipeline_folder(self, entry: Any) -> str | None:
+        """Where model_index.json and the tokenizers of a whole pipeline lie; None where the format has none."""
+        return None
+
     def essence(self, entry: Any) -> m.Target:
         """The entry without what only writing fills in: two exports with equal essences are the same bundle."""
-        target: m.Target = entry.with_unet(model=None, files=())
+        components = {
+            name: msgspec.structs.replace(component, model=None, files=(), tokenizer=None)
+            for name, component in entry.components.items()
+        }
+        target: m.Target = msgspec.structs.replace(entry, components=components)
         return target
 
     def asks_for(self, entry: Any) -> str:
@@ -186,12 +226,20 @@ class Target(ABC):
             ConfigError: The clock never runs a graph that has to be traced.
         """
 
+    def write_component(self, job: ComponentJob) -> m.Component:
+        """Writes a component that `describe_component` described.
+
+        Raises:
+            UnsupportedError: A converter failed.
+        """
+        raise UnsupportedError(f"{job.name}: {self.title} has no components beside the UNet")
+
     def usual_backend(self) -> str | None:
         """The backend that runs these graphs on this machine where none is asked for; None where none can."""
         return self.backends[0]
 
-    def open_session(self, bundle: "Bundle", backend: str, threads: int | None) -> "Session":
-        """Opens a bundle in one of `own_backends`."""
+    def open_session(self, bundle: "Bundle", backend: str, threads: int | None, component: str = "unet") -> "Session":
+        """Opens a component of a bundle in one of `own_backends`."""
         raise RequestError(f"backend {backend!r}: {self.title} brings none; choose a backend of the runtime")
 
     # Verification and inspection
@@ -233,13 +281,6 @@ def fixed(tensors: Iterable[m.Tensor], rows: int) -> tuple[m.Tensor, ...]:
         msgspec.structs.replace(t, shape=tuple(rows if isinstance(size, str) else size for size in t.shape))
         for t in tensors
     )
-
-
-def write_unet_config(job: Job, folder: Path) -> None:
-    """Writes config.json beside the UNet's graphs, as diffusers and the tools around it look for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(job.unet_config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

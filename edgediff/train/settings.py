@@ -13,8 +13,8 @@ from edgediff.models.adaptors import Kind
 from edgediff.models.wavelet import check_wavelet
 from edgediff.outputs import as_text
 from edgediff_runtime.clock import clock_mask
+from edgediff_runtime.conditioning import MAX_IMAGES
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.pipeline import MAX_IMAGES
 
 # Where features are compared: what each level hands on on the way down (after its downsampler), after the mid block,
 # what each level makes on the way up (before its upsampler), and the prediction itself. A cut is at such places.

@@ -9,7 +9,6 @@ from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, write_output
-from edgediff_runtime.sessions import open_session
 
 
 def main() -> int:
@@ -18,11 +17,14 @@ def main() -> int:
     parser.add_argument("bundle", help="the bundle's directory")
     parser.add_argument("-o", "--output", default="out.png", help="a .png, or .npy for the latents (default: out.png)")
     parser.add_argument("--label", help="class of all images; left out, one class after the other")
-    parser.add_argument("--num-images", type=int, default=16)
+    parser.add_argument("--prompt", action="append", help="what to draw; given more than once, an image for each")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from")
+    parser.add_argument("--num-images", type=int, help="default: one for each prompt, 16 without prompts")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--low-memory", action="store_true", help="open one component at a time")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the backend's own choice)")
     backends = (
         "onnxruntime (default), onnxruntime-cuda on an NVIDIA GPU, openvino, openvino-bf16 (of ONNX graphs too), "
@@ -33,12 +35,15 @@ def main() -> int:
     args = parser.parse_args()
     try:
         bundle, output = open_bundle(args.bundle), Path(args.output)
-        check_output(output, scale=1, space=bundle.manifest.sample.space)
-        pipe = EdgePipeline(bundle.manifest, open_session(bundle, args.backend, threads=args.threads))
+        check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
+        pipe = EdgePipeline.from_pretrained(args.bundle, args.backend, threads=args.threads, low_memory=args.low_memory)
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
                 label=args.label,
-                num_images=args.num_images,
+                prompt=args.prompt[0] if args.prompt is not None and len(args.prompt) == 1 else args.prompt,
+                negative_prompt=args.negative_prompt,
+                num_images=16 if args.num_images is None and args.prompt is None else args.num_images,
+                output_type="image" if output.suffix == ".png" else "latent",
                 num_inference_steps=args.steps,
                 clock=args.clock,
                 guidance_scale=args.guidance_scale,
@@ -56,10 +61,14 @@ def main() -> int:
         return 130
     if args.json:
         ledger = [step.to_dict() for step in result.ledger]
-        print(json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1))
+        print(
+            json.dumps(
+                {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}, indent=1
+            )
+        )
     else:
         mask = letters(result.mask)
-        print(f"{args.num_images} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}")
+        print(f"{len(result.latents)} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}")
     return 0
 
 

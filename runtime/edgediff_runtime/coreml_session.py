@@ -29,8 +29,8 @@ class CoreMLSession:
     Tensors are numpy arrays: predictions go through them anyway. One object may serve several threads.
     """
 
-    def __init__(self, bundle: Bundle, compute_units: str = "all") -> None:
-        """Checks and loads the packages of a bundle; `compute_units` is one of `COMPUTE_UNITS`."""
+    def __init__(self, bundle: Bundle, compute_units: str = "all", component: str = "unet") -> None:
+        """Checks and loads the packages of a component; `compute_units` is one of `COMPUTE_UNITS`."""
         if compute_units not in COMPUTE_UNITS:
             raise RequestError(f"no compute units {compute_units!r}; choices: {', '.join(COMPUTE_UNITS)}")
         if sys.platform != "darwin":
@@ -38,7 +38,7 @@ class CoreMLSession:
                 "backend 'coreml' needs macOS, which this machine does not run; --backend mil-reference evaluates "
                 "the same packages in torch"
             )
-        target = bundle.manifest.target("coreml")
+        loaded = bundle.manifest.target("coreml").component(component)
         with quiet():
             try:
                 import coremltools as ct
@@ -46,8 +46,8 @@ class CoreMLSession:
                 raise RequestError(
                     "backend 'coreml' needs coremltools, which is not installed; pip install coremltools"
                 ) from e
-        self.graphs = target.unet.graphs
-        self.batch = target.unet.batch
+        self.graphs = loaded.graphs
+        self.batch = loaded.batch
         self._models: dict[str, Any] = {}
         checked: set[str] = set()
         for graph in self.graphs:

@@ -49,7 +49,7 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
     Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
 
 
-def check_output(path: Path, scale: int, space: str) -> None:
+def check_output(path: Path, scale: int, has_decoder: bool) -> None:
     """Refuses an output that could not be written, before graphs are opened.
 
     Raises:
@@ -68,7 +68,7 @@ def check_output(path: Path, scale: int, space: str) -> None:
         path.lstat()  # an OSError where the name is too long
     if not 1 <= scale <= 64:
         raise RequestError(f"--scale is {scale}; expected 1 to 64")
-    if space != "pixel" and path.suffix == ".png":
+    if not has_decoder and path.suffix == ".png":
         raise RequestError("the bundle's model works on latents and has no decoder; write them with -o out.npy")
 
 

@@ -15,6 +15,7 @@ from edgediff_runtime.schedulers import SchedulerConfig
 
 Stage = Literal["prompt", "image", "step", "decode"]
 Frequency = Literal["step", "full_step", "cached_step"]
+Symbol = Literal["batch", "images", "tokens"]
 # Tensors that the loop itself reads: a step's output, and the next step's input.
 LOWRES_FEATURE = "lowres_feature"
 CACHE = "cache"
@@ -24,6 +25,9 @@ SPECIFICATION_OF = {"iOS16": 7, "iOS17": 8, "iOS18": 9}
 SAMPLE = "sample"
 TIMESTEP = "timestep"
 IMAGES = "images"
+# The length of the text, where a graph takes any; and what a latent consistency model is told of the guidance.
+TOKENS = "tokens"
+GUIDANCE = "timestep_cond"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,12 +41,12 @@ class Tensor(Struct, frozen=True):
         name: Name in the graph and in the table of tensors.
         dtype: numpy's name of the element type.
         shape: Sizes; ``"batch"`` stands for the number of rows, ``"images"``, of a sample alone, for the number of
-            images or that of rows, whichever is given.
+            images or that of rows, whichever is given, ``"tokens"`` for the length of the text.
     """
 
     name: str
     dtype: Literal["float32", "float16", "int64", "int32"]
-    shape: tuple[int | Literal["batch", "images"], ...]
+    shape: tuple[int | Symbol, ...]
 
 
 class Graph(Struct, frozen=True):
@@ -132,6 +136,7 @@ class Component(Struct, frozen=True):
         model: The component as the target's own ecosystem opens it, of the UNet the undivided step; None where there
             is none. edgediff's runtimes leave it alone.
         files: Paths in the bundle of everything that the component consists of.
+        tokenizer: Of a text encoder, path in the bundle of the ``tokenizer.json`` that its ids come from.
         peak_bytes: Peak resident memory of running it, where it was measured.
     """
 
@@ -143,6 +148,7 @@ class Component(Struct, frozen=True):
     layout: Literal["split", "pair"] | None = None
     model: Graph | None = None
     files: tuple[str, ...] = ()
+    tokenizer: str | None = None
     peak_bytes: int | None = None
 
 
@@ -165,10 +171,19 @@ class Target(Struct, frozen=True, tag_field="target"):
         """The component that the loop runs."""
         return self.components["unet"]
 
+    def component(self, name: str) -> Component:
+        """A component by its name; a BundleError where the target has none of this name."""
+        if name not in self.components:
+            raise BundleError(f"the {self.target} target has no {name}; it has: {', '.join(self.components)}")
+        return self.components[name]
+
     def with_unet(self, **changes: Any) -> Self:
         """The entry with some fields of its UNet changed."""
-        unet = msgspec.structs.replace(self.unet, **changes)
-        return msgspec.structs.replace(self, components={**self.components, "unet": unet})
+        return self.with_component("unet", msgspec.structs.replace(self.unet, **changes))
+
+    def with_component(self, name: str, component: Component) -> Self:
+        """The entry with a component in the place of that of the same name."""
+        return msgspec.structs.replace(self, components={**self.components, name: component})
 
     def faults(self) -> Iterator[tuple[bool, str, object, str]]:
         """What types cannot say of this format: whether it is so, the field, its value, what is expected."""
@@ -239,12 +254,14 @@ class Source(Struct, frozen=True):
         path: The directory as it was given; None for built-in models.
         sha256: Hash over configuration, weights and scheduler.
         random_weights: Seed as decimal text, where the weights are random and the model is a geometry only.
+        components: Hash over configuration and weights of each component beside the UNet.
     """
 
     name: str
     path: str | None
     sha256: str
     random_weights: str | None = None
+    components: dict[str, str] = {}
 
 
 class Cut(Struct, frozen=True):
@@ -289,6 +306,58 @@ class Conditioning(Struct, frozen=True):
     null_label: int | None = None
 
 
+class Encoder(Struct, frozen=True):
+    """A text encoder: how it is handed a prompt, and what is taken of what it gives.
+
+    Attributes:
+        component: Its name.
+        max_length: Tokens that it takes at once, the marks of beginning and end among them.
+        bos: Id of the token before a prompt.
+        eos: Id of the token after it.
+        pad: Id of the tokens that fill the rest.
+        hidden: Names of the outputs that stand for the prompt, by the number of layers that are left out at the end
+            (``clip_skip``): the first is the usual one.
+        pooled: Name of the output that becomes ``text_embeds``; None where it is not used.
+    """
+
+    component: str
+    max_length: int
+    bos: int
+    eos: int
+    pad: int
+    hidden: tuple[str, ...]
+    pooled: str | None = None
+
+
+class Prompt(Struct, frozen=True):
+    """How prompts become the UNet's conditioning.
+
+    Attributes:
+        encoders: What they give is joined along the features, in this order.
+        zeros_without_negative: Guidance without a negative prompt is against zeros; else against an empty prompt.
+    """
+
+    encoders: tuple[Encoder, ...]
+    zeros_without_negative: bool = False
+
+
+class Vae(Struct, frozen=True):
+    """The autoencoder's latents against those that the UNet denoises.
+
+    Attributes:
+        scaling_factor: The decoder takes ``latents / scaling_factor``.
+        downscale: Pixels of a side for one of the latent.
+        mean: Of each channel, with `std`: the decoder takes ``latents * std / scaling_factor + mean``. None where there
+            is one scale for all channels.
+        std: Of each channel, or None.
+    """
+
+    scaling_factor: float
+    downscale: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
 class TrainedFor(Struct, frozen=True):
     """The operating point that an adaptor was trained for.
 
@@ -320,13 +389,16 @@ class Evidence(Struct, frozen=True):
 
     Attributes:
         verified: How far: ``full`` or ``graphs`` (no trajectory).
-        conditioning: Where the trajectory's conditioning came from: ``labels``, ``file``, ``synthetic`` or ``none``.
+        conditioning: Where the trajectory's conditioning came from: ``labels``, ``prompt``, ``file``, ``synthetic`` or
+            ``none``.
         sha256: Hash of that file, or None.
+        prompt: The prompt, and the negative one, where it came from those.
     """
 
     verified: Literal["full", "graphs"]
-    conditioning: Literal["none", "labels", "file", "synthetic"] = "none"
+    conditioning: Literal["none", "labels", "prompt", "file", "synthetic"] = "none"
     sha256: str | None = None
+    prompt: tuple[str, str | None] | None = None
 
 
 class Adaptor(Struct, frozen=True):
@@ -378,6 +450,8 @@ class Manifest(Struct, frozen=True):
     Attributes:
         generator: Name and version of what wrote the bundle.
         license: Licence of the model, or ``unknown``.
+        prompt: How prompts become embeddings; None where the bundle has no text encoder.
+        vae: How latents become pictures; None where the bundle has no decoder.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step.
         targets: The graphs by file format; what a runtime does not know is left out.
         config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
@@ -402,6 +476,13 @@ class Manifest(Struct, frozen=True):
     config: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, File]
+    prompt: Prompt | None = None
+    vae: Vae | None = None
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether some target makes pictures: latents are pictures, or there is a decoder for them."""
+        return self.sample.space == "pixel" or any("vae_decoder" in target.components for target in self.targets)
 
     def target(self, *names: str) -> Target:
         """The entry of a target, of several names the first that is there; a BundleError where none is."""

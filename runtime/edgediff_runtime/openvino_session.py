@@ -16,9 +16,9 @@ from edgediff_runtime.tensor_check import UNTOLD, Found, check_tensors
 Array = npt.NDArray[Any]
 # OpenVINO's names of the precisions it computes in; the graphs' inputs and outputs stay as they are.
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
-# A graph and the rows of each of its inputs, for which it is compiled.
+# A graph and the shapes of its inputs, for which it is compiled.
 _Key = tuple[str, tuple[tuple[int, ...], ...]]
-# For how many batch sizes a graph stays compiled: with guidance, without, and the previous call's.
+# For how many shapes a graph stays compiled: with guidance, without, and the previous call's.
 KEPT = 4
 TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
@@ -26,14 +26,16 @@ TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 class OpenVinoSession:
     """Runs a bundle in OpenVINO: its models in IR where it has them, else its ONNX graphs.
 
-    Its CPU plugin is slower on symbolic shapes: a graph is compiled for each number of rows, of which the last `KEPT`
-    are kept. Tensors are numpy arrays. One object may serve several threads.
+    Its CPU plugin is slower on symbolic shapes: a graph is compiled for all shapes that it is given, of which the last
+    `KEPT` are kept. Tensors are numpy arrays. One object may serve several threads.
     """
 
     batch: int | None = None
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> None:
-        """Checks and reads the graphs, to compute in one of `PRECISIONS`; compiled once the number of rows is known."""
+    def __init__(
+        self, bundle: Bundle, precision: str = "fp32", threads: int | None = None, component: str = "unet"
+    ) -> None:
+        """Checks and reads the graphs, to compute in one of `PRECISIONS`; compiled once the shapes are known."""
         if precision not in PRECISIONS:
             raise RequestError(f"no precision {precision!r}; choices: {', '.join(PRECISIONS)}")
         try:
@@ -52,7 +54,7 @@ class OpenVinoSession:
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
-        self.graphs = bundle.manifest.target("openvino", "onnx").unet.graphs
+        self.graphs = bundle.manifest.target("openvino", "onnx").component(component).graphs
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
         self._compiled: OrderedDict[_Key, Any] = OrderedDict()
@@ -70,13 +72,13 @@ class OpenVinoSession:
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Runs a graph on tensors by name and adds its outputs."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
-        rows = tuple(feeds[tensor.name].shape[:1] for tensor in graph.inputs)
+        shapes = tuple(feeds[tensor.name].shape for tensor in graph.inputs)
         # A request holds the tensors of one run: each thread has its own.
         known: OrderedDict[_Key, Any] = self._requests.__dict__.setdefault("known", OrderedDict())
-        request = known.get((graph.name, rows))
+        request = known.get((graph.name, shapes))
         if request is None:
-            request = self._compile(graph, rows).create_infer_request()
-        self._keep(known, (graph.name, rows), request)
+            request = self._compile(graph, shapes).create_infer_request()
+        self._keep(known, (graph.name, shapes), request)
         try:
             made = request.infer(feeds, share_inputs=True, share_outputs=True)
         except RuntimeError as e:
@@ -100,22 +102,18 @@ class OpenVinoSession:
         check_tensors(graph, _found(model.inputs), _found(model.outputs))
         return model
 
-    def _compile(self, graph: Graph, rows: tuple[tuple[int, ...], ...]) -> Any:
+    def _compile(self, graph: Graph, shapes: tuple[tuple[int, ...], ...]) -> Any:
         with self._compiling:
-            found = self._compiled.get((graph.name, rows))
+            found = self._compiled.get((graph.name, shapes))
             if found is None:
                 try:
                     model = self._models[graph.name].clone()
-                    shapes = {
-                        tensor.name: [*count, *tensor.shape[1:]]
-                        for tensor, count in zip(graph.inputs, rows, strict=True)
-                    }
-                    model.reshape(shapes)
+                    model.reshape({t.name: [*shape] for t, shape in zip(graph.inputs, shapes, strict=True)})
                     found = self._core.compile_model(model, "CPU", self._settings)
                 except RuntimeError as e:
                     what = f"{graph.file} cannot be compiled by OpenVINO: {one_line(e)}"
                     raise BundleError(f"{what}; update openvino or export again") from e
-            self._keep(self._compiled, (graph.name, rows), found)
+            self._keep(self._compiled, (graph.name, shapes), found)
             return found
 
     def _keep(self, known: OrderedDict[_Key, Any], key: _Key, value: Any) -> None:

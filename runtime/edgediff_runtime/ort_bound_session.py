@@ -33,19 +33,21 @@ class OrtBoundSession:
 
     batch: int | None = None
 
-    def __init__(self, bundle: Bundle, device: str = "cuda", threads: int | None = None) -> None:
-        """Checks and loads a bundle's ONNX graphs on one of `PROVIDERS`; of several NVIDIA GPUs on the first."""
+    def __init__(
+        self, bundle: Bundle, device: str = "cuda", threads: int | None = None, component: str = "unet"
+    ) -> None:
+        """Checks and loads a component's ONNX graphs on one of `PROVIDERS`; of several NVIDIA GPUs on the first."""
         import onnxruntime as ort
 
         if device not in PROVIDERS:
             raise RequestError(f"no device {device!r}; choices: {', '.join(PROVIDERS)}")
         log = _find_cuda() if device == "cuda" else ""
-        target = bundle.manifest.target("onnx")
-        self.graphs = target.unet.graphs
+        opened = bundle.manifest.target("onnx").component(component)
+        self.graphs = opened.graphs
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
-        options = session_options(target.unet.dtype == "int8", threads)
+        options = session_options(opened.dtype == "int8", threads)
         with bundle.hold(self.graphs):
             for graph in self.graphs:
                 loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])

@@ -43,17 +43,17 @@ class OrtSession:
 
     batch: int | None = None
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads a bundle's ONNX graphs; `threads` None takes as many as the process has cores."""
+    def __init__(self, bundle: Bundle, threads: int | None = None, component: str = "unet") -> None:
+        """Checks and loads a component's ONNX graphs; `threads` None takes as many as the process has cores."""
         import onnxruntime as ort
 
-        target = bundle.manifest.target("onnx")
-        self.graphs = target.unet.graphs
+        loaded = bundle.manifest.target("onnx").component(component)
+        self.graphs = loaded.graphs
         self.threads = _cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        self._bundle, self._int8 = bundle, target.unet.dtype == "int8"
+        self._bundle, self._int8 = bundle, loaded.dtype == "int8"
         # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
         shares = any(graph.shares_rows for graph in self.graphs)
         self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES

@@ -1,4 +1,4 @@
-"""From a bundle to images: a request is checked here, then the loop runs.
+"""From a bundle to images: a request is checked, the prompt is encoded, the loop runs, the decoder makes pictures.
 
 The arguments are diffusers' where diffusers has them. Numbers may be numpy's or torch's, and so may arrays. A pipeline
 holds nothing of any generation, so that one object may serve several threads.
@@ -6,29 +6,86 @@ holds nothing of any generation, so that one object may serve several threads.
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
 from edgediff_runtime.bundle import Bundle, open_bundle
 from edgediff_runtime.clock import ClockSpec, clock_mask
+from edgediff_runtime.components import UNET, Components
+from edgediff_runtime.conditioning import (
+    Label,
+    Text,
+    Texts,
+    arrays,
+    check_count,
+    class_rows,
+    guidance_embedding,
+    plain,
+    rows_of,
+    time_ids,
+)
+from edgediff_runtime.decoding import decode
 from edgediff_runtime.errors import OperatingPointWarning, RequestError
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
-from edgediff_runtime.manifest import Conditioning, Manifest, Tensor
+from edgediff_runtime.manifest import GUIDANCE, TOKENS, Conditioning, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.operating_point import departure
 from edgediff_runtime.schedulers import make_scheduler
-from edgediff_runtime.sessions import Array, Session, open_session
+from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, open_session
+from edgediff_runtime.text_encoding import TextStage, Tokenizer
 
-# All images of a generation are in memory at once.
-MAX_IMAGES = 4096
 NO_LATENTS = np.empty((0,), dtype=np.float32)
-Label = str | int | Sequence[str | int] | None
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
+DECODER = "vae_decoder"
+
+
+class Arguments(TypedDict, total=False):
+    """What a generation is asked for; what is left out comes from the bundle's operating point.
+
+    Attributes:
+        label: Class of all images, or of each, by name or index; left out, image i gets class i mod their number.
+        prompt: A text for all images, or a list with one for each.
+        negative_prompt: What guidance leads away from, the same way.
+        prompt_2: What the second text encoder is told instead; also ``negative_prompt_2``.
+        clip_skip: How many layers are left out at the end of the text encoder, from 0.
+        emphasis: False takes brackets in prompts as characters; else ``(word:1.2)`` and ``[word]`` are weights.
+        prompt_embeds: [1, S, D] for all images or [N, S, D], instead of a prompt.
+        negative_prompt_embeds: The same for guidance.
+        added_cond: ``text_embeds`` [1 or N, P] and ``time_ids`` [1 or N, K] of SDXL.
+        negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
+        concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
+        num_images: N; 1 if left out, or the number of labels, prompts or prompt embeddings given.
+        num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
+            is a mask asks for one.
+        clock: Period or mask of the full steps.
+        guidance_scale: One number from 0, or one for each step; 1 or less runs without guidance.
+        seed: 0 to 2^64 - 1.
+    """
+
+    label: Label
+    prompt: Text
+    negative_prompt: Text
+    prompt_2: Text
+    negative_prompt_2: Text
+    clip_skip: int
+    emphasis: bool
+    prompt_embeds: Array | None
+    negative_prompt_embeds: Array | None
+    added_cond: Mapping[str, Array] | None
+    negative_added_cond: Mapping[str, Array] | None
+    concat_latents: Array | None
+    num_images: int | None
+    num_inference_steps: int | None
+    clock: ClockSpec | None
+    guidance_scale: float | Sequence[float] | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -38,31 +95,28 @@ class Result:
     Attributes:
         latents: float32 [N, C, H, W].
         ledger: Each step without its tensors and latents, which would stay in memory.
+        stages: Milliseconds of each component outside of the loop, by its name.
+        pixels: float32 [N, C, H, W], about -1 to 1; None where latents were asked for, or nothing decodes them.
     """
 
     latents: Array
     ledger: tuple[Step, ...]
-    space: str
-
-    @classmethod
-    def of(cls, steps: Iterable[Step], manifest: Manifest) -> "Result":
-        """Runs what `EdgePipeline.stream` gave to its end; of the tensors only the last latents are kept."""
-        ledger = []
-        for step in steps:
-            latents = step.latents
-            ledger.append(replace(step, tensors=(), latents=NO_LATENTS))
-        return cls(latents, tuple(ledger), manifest.sample.space)
+    stages: dict[str, float] = field(default_factory=dict)
+    pixels: Array | None = None
 
     @property
     def images(self) -> Array:
         """The images, uint8 [N, H, W, C].
 
         Raises:
-            RequestError: The bundle has no decoder for its latents.
+            RequestError: Latents were asked for, or the bundle has no decoder for them.
         """
-        if self.space != "pixel":
-            raise RequestError("the bundle's model works on latents and has no decoder; take result.latents instead")
-        return to_uint8(self.latents)
+        if self.pixels is None:
+            raise RequestError(
+                "there are latents and no images: they were asked for, or the bundle's model works on latents and the "
+                "bundle has no decoder; take result.latents instead"
+            )
+        return to_uint8(self.pixels)
 
     @property
     def mask(self) -> tuple[int, ...]:
@@ -71,21 +125,34 @@ class Result:
 
     @property
     def ms(self) -> float:
-        """Milliseconds of all steps together."""
-        return sum(sum(step.ms.values()) for step in self.ledger)
+        """Milliseconds of all steps and stages together."""
+        return sum(sum(step.ms.values()) for step in self.ledger) + sum(self.stages.values())
 
 
 class EdgePipeline:
     """Makes images from a bundle."""
 
-    def __init__(self, manifest: Manifest, session: Session, *, warn: bool = True) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        components: Session | Components,
+        tokenizers: Callable[[], Sequence[Tokenizer]] | None = None,
+        *,
+        warn: bool = True,
+    ) -> None:
         """Makes a pipeline of an opened bundle.
 
         It gives an `OperatingPointWarning`, once, where a generation is not what the adaptor was trained for; not so
         without `warn`.
+
+        Args:
+            components: What runs the bundle's components; or a session of the UNet alone.
+            tokenizers: Reads the tokenizer of each text encoder, when a prompt first comes; None where there is none.
         """
         self.manifest = manifest
-        self.session = session
+        self.components = components if isinstance(components, Components) else Components.of({UNET: components})
+        self._tokenizers = tokenizers
+        self._text: TextStage | None = None
         # Taken by the first thread that warns and never released.
         self._warning = threading.Lock()
         if not warn:
@@ -98,6 +165,7 @@ class EdgePipeline:
         backend: str = "onnxruntime",
         compute_units: str = "all",
         threads: int | None = None,
+        low_memory: bool = False,
     ) -> "EdgePipeline":
         """Opens a bundle.
 
@@ -106,23 +174,136 @@ class EdgePipeline:
             compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
             threads: CPU threads of the backend; None takes its own choice. Set it in a container that has fewer cores
                 than its host. Core ML has no such choice.
+            low_memory: Open each component when its stage comes, and drop it after.
 
         Raises:
             BundleError: The bundle is damaged, unsafe or of a newer version.
             RequestError: The backend is unknown or not available on this machine, or `threads` is not above 0.
         """
-        bundle: Bundle = open_bundle(path)
-        return cls(bundle.manifest, open_session(bundle, backend, compute_units, threads))
+        bundle = open_bundle(path)
+        check_backend(backend)
+        return cls.of_bundle(
+            bundle,
+            TARGETS_OF[backend],
+            lambda name: open_session(bundle, backend, compute_units, threads, name),
+            low_memory,
+        )
 
-    def __call__(self, **request: Any) -> Result:
-        """Generates images; arguments and errors as in `stream`."""
-        return Result.of(self.stream(**request), self.manifest)
+    @classmethod
+    def of_bundle(
+        cls, bundle: Bundle, targets: Sequence[str], open_component: Callable[[str], Session], low_memory: bool = False
+    ) -> "EdgePipeline":
+        """Makes a pipeline of a bundle's components in the first of some targets that it has; opens the UNet.
 
-    def stream(
+        Args:
+            open_component: Opens a component by its name.
+            low_memory: Open each component, the UNet too, when its stage comes, and drop it after.
+        """
+        entry = bundle.manifest.target(*targets)
+        graphs = {name: component.graphs for name, component in entry.components.items()}
+        components = Components(graphs, open_component, keep=not low_memory)
+        if not low_memory:
+            components.session(UNET)
+
+        def tokenizers() -> list[Tokenizer]:
+            encoders = () if bundle.manifest.prompt is None else bundle.manifest.prompt.encoders
+            files = [entry.component(encoder.component).tokenizer for encoder in encoders]
+            return [Tokenizer.from_file(bundle.file(str(file))) for file in files]
+
+        return cls(bundle.manifest, components, tokenizers)
+
+    @property
+    def session(self) -> Session:
+        """What runs the UNet's graphs, opened at its first use."""
+        return self.components.session(UNET)
+
+    def __call__(
+        self,
+        *,
+        output_type: Literal["image", "latent"] = "image",
+        callback: Callable[[Step], None] | None = None,
+        **request: Unpack[Arguments],
+    ) -> Result:
+        """Generates images.
+
+        Args:
+            output_type: ``latent`` leaves the decoder out.
+            callback: Called after each step; what it raises cancels the generation.
+            request: As `Arguments` says; errors are those of `stream`.
+        """
+        if output_type not in ("image", "latent"):
+            raise RequestError(f"output_type is {output_type!r}; expected image or latent")
+        prepared, stages = self._prepare(**request)
+        ledger = []
+        with self._denoising(prepared) as steps:
+            for step in steps:
+                latents = step.latents
+                ledger.append(replace(step, tensors=(), latents=NO_LATENTS))
+                if callback is not None:
+                    callback(step)
+        pixels = None
+        if output_type == "image" and self.manifest.sample.space == "pixel":
+            pixels = latents
+        elif output_type == "image" and self.can_decode:
+            before = perf_counter()
+            pixels = self.decode(latents)
+            stages[DECODER] = 1e3 * (perf_counter() - before)
+        return Result(latents, tuple(ledger), stages, pixels)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether latents can be made into images."""
+        return self.manifest.sample.space == "pixel" or (self.manifest.vae is not None and DECODER in self.components)
+
+    def decode(self, latents: Array) -> Array:
+        """Decodes finished latents, float32 [N, C, H, W]: pixels, float32 [N, 3, h, w], about -1 to 1.
+
+        Raises:
+            RequestError: The bundle has no decoder for this backend.
+        """
+        if self.manifest.vae is None:
+            raise RequestError("the bundle has no decoder; export it with its autoencoder")
+        with self.components.use(DECODER) as session:
+            return decode(session, self.manifest.vae, latents)
+
+    def stream(self, **request: Unpack[Arguments]) -> Iterator[Step]:
+        """Generates latents step by step; closing the iterator cancels.
+
+        Everything is checked, and the prompt encoded, before the first step.
+
+        Args:
+            request: As `Arguments` says.
+
+        Raises:
+            RequestError: The request does not fit the bundle.
+
+        Warns:
+            OperatingPointWarning: It is not what the bundle's adaptor was trained for; once for each pipeline.
+        """
+        prepared, _ = self._prepare(**request)
+
+        def steps() -> Iterator[Step]:
+            with self._denoising(prepared) as running:
+                yield from running
+
+        return steps()
+
+    @contextmanager
+    def _denoising(self, prepared: Request) -> Iterator[Iterator[Step]]:
+        """The loop, with the UNet open while the block lasts."""
+        with self.components.use(UNET) as session:
+            yield denoise(prepared, session)
+
+    def _prepare(
         self,
         *,
         label: Label = None,
-        prompt: str | None = None,
+        prompt: Text = None,
+        negative_prompt: Text = None,
+        prompt_2: Text = None,
+        negative_prompt_2: Text = None,
+        clip_skip: int = 0,
+        emphasis: bool = True,
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
         added_cond: Mapping[str, Array] | None = None,
@@ -133,48 +314,39 @@ class EdgePipeline:
         clock: ClockSpec | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         seed: int = 0,
-    ) -> Iterator[Step]:
-        """Generates images step by step; closing the iterator cancels.
-
-        Everything is checked before the first step; what is left out comes from the bundle's operating point.
-
-        Args:
-            label: Class of all images, or of each, by name or index; left out, image i gets class i mod their number.
-            prompt: Refused until bundles carry a text encoder.
-            prompt_embeds: [1, S, D] for all images or [N, S, D].
-            negative_prompt_embeds: The same for guidance.
-            added_cond: ``text_embeds`` [1 or N, P] and ``time_ids`` [1 or N, K] of SDXL.
-            negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
-            concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
-            num_images: N; 1 if left out, or the number of labels or prompt embeddings given.
-            num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
-                is a mask asks for one.
-            clock: Period or mask of the full steps.
-            guidance_scale: One number from 0, or one for each step; 1 or less runs without guidance.
-            seed: 0 to 2^64 - 1.
-
-        Raises:
-            RequestError: The request does not fit the bundle.
-
-        Warns:
-            OperatingPointWarning: It is not what the bundle's adaptor was trained for; once for each pipeline.
-        """
+    ) -> tuple[Request, dict[str, float]]:
+        """A checked request, and the milliseconds that its text took."""
         point = self.manifest.operating_point
-        label, num_images, seed = _plain(label), _plain(num_images), _plain(seed)
-        guidance_scale = _plain(guidance_scale)
-        steps = point.num_inference_steps if num_inference_steps is None else _plain(num_inference_steps)
+        label, num_images, seed = plain(label), plain(num_images), plain(seed)
+        guidance_scale, clip_skip = plain(guidance_scale), plain(clip_skip)
+        steps = point.num_inference_steps if num_inference_steps is None else plain(num_inference_steps)
         scheduler = make_scheduler(self.manifest.scheduler, steps)
-        clock = point.clock if clock is None else _plain(clock)
+        clock = point.clock if clock is None else plain(clock)
         mask = clock_mask(clock, steps)
         guidance = _guidance(point.guidance_scale if guidance_scale is None else guidance_scale, steps)
+        differs = departure(self.manifest, mask, guidance, clock)
+        texts = None
+        if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
+            self._check_text(prompt, prompt_embeds, negative_prompt_embeds)
+            texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
+        tensors = {t.name: t for graph in self.components.graphs[UNET] for t in graph.inputs}
+        told = None
+        if GUIDANCE in tensors:
+            if len(set(guidance)) > 1:
+                raise RequestError("guidance_scale differs between steps, but the model is told one; give one number")
+            told, guidance = guidance[0], (1.0,) * steps
+        before = perf_counter()
         cond, uncond, count = self._conditioning(
-            label, prompt, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images,
+            label, texts, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images, tensors,
             guided=any(g > 1 for g in guidance),
         )  # fmt: skip
+        stages = {} if texts is None else {"text_encoder": 1e3 * (perf_counter() - before)}
+        if told is not None:
+            cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         sample = self.manifest.sample
         shape = (sample.channels, sample.height, sample.width)
         request = Request(
-            graphs=self.session.graphs,
+            graphs=self.components.graphs[UNET],
             scheduler=scheduler,
             clock=mask,
             guidance=guidance,
@@ -184,10 +356,31 @@ class EdgePipeline:
             seed=seed,
             concat=self._concat(concat_latents, count),
         )
-        differs = departure(self.manifest, mask, guidance, clock)
         if differs is not None and self._warning.acquire(blocking=False):
-            warnings.warn(differs, OperatingPointWarning, stacklevel=2)
-        return denoise(request, self.session)
+            warnings.warn(differs, OperatingPointWarning, stacklevel=3)
+        return request, stages
+
+    def _check_text(self, prompt: Text, prompt_embeds: object, negative_prompt_embeds: object) -> None:
+        """Refuses texts that nothing can encode."""
+        known = self.manifest.conditioning
+        if known.kind != "text":
+            raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}; leave it out")
+        spec = self.manifest.prompt
+        if spec is None or not all(encoder.component in self.components for encoder in spec.encoders):
+            raise RequestError(
+                "the bundle has no text encoder; give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
+            )
+        if prompt_embeds is not None or negative_prompt_embeds is not None:
+            raise RequestError("a prompt and its embeddings were given; give one of them")
+        if prompt is None:
+            raise RequestError("a negative prompt or a second one was given without a prompt; give one")
+
+    def _text_stage(self) -> TextStage:
+        if self._text is None:
+            assert self.manifest.prompt is not None
+            assert self._tokenizers is not None
+            self._text = TextStage(self.manifest.prompt, self._tokenizers(), self.components)
+        return self._text
 
     def _concat(self, given: Array | None, count: int) -> Array | None:
         """Rows of the channels that are concatenated to the latents; None where the UNet takes none."""
@@ -199,145 +392,69 @@ class EdgePipeline:
             return None
         name = "concat_latents"
         tensor = Tensor(name, "float32", ("batch", channels, sample.height, sample.width))
-        arrays = {} if given is None else _arrays(None, {name: given}, "")
-        return _rows({name: tensor}, arrays, count, "")[name]
+        return rows_of({name: tensor}, {} if given is None else arrays(None, {name: given}, ""), count, "")[name]
 
     def _conditioning(
         self,
         label: Label,
-        prompt: str | None,
+        texts: Texts | None,
         prompt_embeds: Array | None,
         negative_prompt_embeds: Array | None,
         added_cond: Mapping[str, Array] | None,
         negative_added_cond: Mapping[str, Array] | None,
         num_images: int | None,
+        tensors: Mapping[str, Tensor],
         guided: bool,
     ) -> tuple[dict[str, Array], dict[str, Array], int]:
         """Rows of every conditioning tensor: conditional, unconditional, and the number of images."""
         known = self.manifest.conditioning
         if num_images is not None:
-            _check_count(num_images)
+            check_count(num_images)
         if known.kind != "class" and label is not None:
             raise RequestError(
                 f"label {label!r} was given, but the model is conditioned on {_what(known)}; leave it out"
             )
-        texts = (prompt, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond)
-        if known.kind != "text" and any(text is not None for text in texts):
+        embeds = (prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond)
+        if known.kind != "text" and any(each is not None for each in embeds):
             raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}; leave it out")
-        if prompt is not None:
-            raise RequestError(
-                "the bundle has no text encoder; give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
-            )
         if known.kind == "none":
             if guided:
                 raise RequestError("guidance_scale is above 1, but the model has no condition; give 1")
             return {}, {}, 1 if num_images is None else num_images
-        tensors = {tensor.name: tensor for graph in self.session.graphs for tensor in graph.inputs}
         if known.kind == "class":
-            return _classes(known, label, num_images, guided, tensors["class_labels"].dtype)
-        needed = {name: tensors[name] for name in TEXT_INPUTS if name in tensors}
-        if "class_labels" in tensors:
-            needed["class_labels"] = tensors["class_labels"]
-        given = _arrays(prompt_embeds, added_cond, "")
-        negative = _arrays(negative_prompt_embeds, negative_added_cond, "negative ")
+            return class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
+        needed = {name: tensors[name] for name in (*TEXT_INPUTS, "class_labels") if name in tensors}
+        given = arrays(prompt_embeds, added_cond, "")
+        negative = arrays(negative_prompt_embeds, negative_added_cond, "negative ")
         for same in ("time_ids", "class_labels"):
             if same in given and same not in negative:
                 negative[same] = given[same]
         if num_images is None:
-            embeds = given.get("encoder_hidden_states")
-            num_images = 1 if embeds is None else (*embeds.shape, 1)[0]
-            _check_count(num_images)
-        count = num_images
-        cond = _rows(needed, given, count, "")
-        return cond, _rows(needed, negative, count, "negative ") if guided else {}, count
-
-
-def _classes(
-    known: Conditioning, label: Label, num_images: int | None, guided: bool, dtype: str
-) -> tuple[dict[str, Array], dict[str, Array], int]:
-    labels = known.labels
-    one = label is None or (isinstance(label, str | int) and not isinstance(label, bool))
-    if not one and (not isinstance(label, Sequence) or isinstance(label, bytes)):
-        raise RequestError(f"label is {label!r}; expected a name, an index, or a list with one for each image")
-    given = [label] if one else [_plain(entry) for entry in label]  # type: ignore[union-attr]
-    count = len(given) if num_images is None else num_images
-    _check_count(count)
-    given = given * count if one else given
-    if len(given) != count:
-        raise RequestError(f"label has {len(given)} entries for {count} images; expected one each")
-    indices = [i % len(labels) for i in range(count)] if label is None else [_class_index(labels, x) for x in given]
-    cond = {"class_labels": np.array(indices, dtype=dtype)}
-    if not guided:
-        return cond, {}, count
-    if known.null_label is None:
-        raise RequestError("guidance_scale is above 1, but the model has no null class; give 1")
-    return cond, {"class_labels": np.full(count, known.null_label, dtype=dtype)}, count
-
-
-def _class_index(labels: Sequence[str], label: object) -> int:
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
-        return label
-    if label not in labels:
-        raise RequestError(f"no label {label!r}; choices: {', '.join(labels)}")
-    return labels.index(str(label))
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy or torch as Python's own."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _arrays(embeds: object, added: object, which: str) -> dict[str, Array]:
-    """Conditioning tensors by name, as numpy arrays; torch's may have gradients or be bfloat16."""
-    if not isinstance(added, Mapping | None):
-        raise RequestError(f"{which}added_cond is a {type(added).__name__}; expected arrays by name")
-    arrays: dict[str, Array] = {}
-    for name, value in {"encoder_hidden_states": embeds, **(added or {})}.items():
-        if value is None:
-            continue
-        tensor: Any = value
-        if hasattr(tensor, "detach"):
-            tensor = tensor.detach().cpu()
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-        try:
-            arrays[name] = np.asarray(tensor)
-        except (TypeError, ValueError) as e:  # rows of different lengths
-            raise RequestError(f"{which}{name} is not an array ({e}); expected numbers in rows of one length") from e
-    return arrays
-
-
-def _rows(needed: Mapping[str, Tensor], given: Mapping[str, Array], count: int, which: str) -> dict[str, Array]:
-    """Checks arrays against the graphs' inputs and repeats single rows for every image."""
-    unknown = sorted(set(given) - set(needed))
-    if unknown:
-        raise RequestError(f"{which}{unknown[0]} is not an input of this model; it takes {', '.join(needed)}")
-    rows: dict[str, Array] = {}
-    for name, tensor in needed.items():
-        array = given.get(name)
-        if array is None:
-            argument = {"encoder_hidden_states": "prompt_embeds"}.get(name, name)
-            raise RequestError(f"the model needs {which}{argument} of shape {_spell(tensor.shape)}")
-        if array.dtype.kind not in "biuf":
-            raise RequestError(f"{which}{name} holds {array.dtype.name}; expected numbers")
-        if array.shape[1:] != tensor.shape[1:] or array.ndim != len(tensor.shape) or len(array) not in (1, count):
-            raise RequestError(
-                f"{which}{name} has shape {list(array.shape)}; expected {_spell(tensor.shape)} with 1 or {count} rows"
-            )
-        if not np.isfinite(array).all():
-            raise RequestError(f"{which}{name} holds NaN or infinity")
-        array = _cast(array, tensor.dtype, f"{which}{name}")
-        rows[name] = np.ascontiguousarray(np.broadcast_to(array, (count, *array.shape[1:])))
-    return rows
-
-
-def _cast(array: Array, dtype: str, name: str) -> Array:
-    with np.errstate(over="ignore"):
-        cast: Array = array.astype(dtype)
-    if not np.isfinite(cast).all():
-        raise RequestError(f"{name} has numbers beyond the range of {dtype}")
-    return cast
+            found = given.get("encoder_hidden_states")
+            num_images = (1 if found is None else (*found.shape, 1)[0]) if texts is None else texts.count()
+            check_count(num_images)
+        if texts is not None:
+            any_length = TOKENS in needed["encoder_hidden_states"].shape if "encoder_hidden_states" in needed else True
+            made, made_negative = texts.encode(self._text_stage(), num_images, guided, any_length)
+            given |= {name: value for name, value in made.items() if name in needed}
+            negative |= {name: value for name, value in made_negative.items() if name in needed}
+            if "time_ids" in needed and self.manifest.vae is not None:
+                sample, each = self.manifest.sample, self.manifest.vae.downscale
+                width = int(needed["time_ids"].shape[1])
+                for values, is_negative in ((given, False), (negative, True)):
+                    if "time_ids" not in values:
+                        values["time_ids"] = time_ids(width, each * sample.height, each * sample.width, is_negative)
+        cond = rows_of(needed, given, num_images, "")
+        if not guided:
+            return cond, {}, num_images
+        uncond = rows_of(needed, negative, num_images, "negative ")
+        for name in cond:
+            if cond[name].shape != uncond[name].shape:
+                raise RequestError(
+                    f"{name} has shape {list(cond[name].shape)} and negative {name} {list(uncond[name].shape)}; "
+                    "expected the same"
+                )
+        return cond, uncond, num_images
 
 
 def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
@@ -350,14 +467,5 @@ def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
     return tuple(float(value) for value in scales)
 
 
-def _check_count(num_images: int) -> None:
-    if isinstance(num_images, bool) or not isinstance(num_images, int) or not 1 <= num_images <= MAX_IMAGES:
-        raise RequestError(f"num_images is {num_images!r}; expected a whole number above 0, {MAX_IMAGES} at most")
-
-
-def _spell(shape: Sequence[int | str]) -> str:
-    return f"[{', '.join(str(size) for size in shape)}]"
-
-
 def _what(known: Conditioning) -> str:
-    return {"none": "nothing", "class": "classes (label=)", "text": "text (prompt_embeds=)"}[known.kind]
+    return {"none": "nothing", "class": "classes (label=)", "text": "text (prompt=, or prompt_embeds=)"}[known.kind]

@@ -43,13 +43,25 @@ class Session(Protocol):
         ...
 
 
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino", "openvino-bf16", "coreml")
+# The targets whose graphs a backend runs, the best first.
+TARGETS_OF = {
+    "onnxruntime": ("onnx",),
+    "onnxruntime-cuda": ("onnx",),
+    "openvino": ("openvino", "onnx"),
+    "openvino-bf16": ("openvino", "onnx"),
+    "coreml": ("coreml",),
+}
+BACKENDS = tuple(TARGETS_OF)
 
 
 def open_session(
-    bundle: Bundle, backend: str = "onnxruntime", compute_units: str = "all", threads: int | None = None
+    bundle: Bundle,
+    backend: str = "onnxruntime",
+    compute_units: str = "all",
+    threads: int | None = None,
+    component: str = "unet",
 ) -> Session:
-    """Opens a bundle in a backend.
+    """Opens a component of a bundle in a backend.
 
     Args:
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
@@ -59,17 +71,22 @@ def open_session(
         BundleError: The backend cannot load the bundle.
         RequestError: The backend is unknown or not available on this machine, or `threads` is not above 0.
     """
+    check_backend(backend)
     check_threads(threads)
     if backend == "coreml":
-        return CoreMLSession(bundle, compute_units)
+        return CoreMLSession(bundle, compute_units, component)
     refuse_compute_units(backend, compute_units)
     if backend == "onnxruntime":
-        return OrtSession(bundle, threads)
+        return OrtSession(bundle, threads, component)
     if backend == "onnxruntime-cuda":
-        return OrtBoundSession(bundle, "cuda", threads)
-    if backend in ("openvino", "openvino-bf16"):
-        return OpenVinoSession(bundle, "fp32" if backend == "openvino" else "bf16", threads)
-    raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
+        return OrtBoundSession(bundle, "cuda", threads, component)
+    return OpenVinoSession(bundle, "fp32" if backend == "openvino" else "bf16", threads, component)
+
+
+def check_backend(backend: object) -> None:
+    """Refuses a backend that the runtime does not have."""
+    if backend not in BACKENDS:
+        raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
 
 
 def refuse_compute_units(backend: str, compute_units: str) -> None:

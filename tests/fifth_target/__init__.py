@@ -71,7 +71,7 @@ class ToyTarget(Target):
                 torch.export.save(program, job.folder / graph.file)
         return job.target
 
-    def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> Any:
+    def open_session(self, bundle: Bundle, backend: str, threads: int | None, component: str = "unet") -> Any:
         """Opens the programs."""
         from edgediff.targets.toy.toy_session import ToySession
 

@@ -119,11 +119,11 @@ class CoreMLTarget(Target):
         """Apple's runtime on a Mac; elsewhere none, since the evaluator is for checking."""
         return DEVICE if sys.platform == "darwin" else None
 
-    def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
+    def open_session(self, bundle: Bundle, backend: str, threads: int | None, component: str = "unet") -> "Session":
         """Opens the evaluator; it has no choice of threads."""
         with needing(self.extra, "evaluating Core ML packages"):
             from edgediff.targets.coreml.mil_session import MilSession
-        return MilSession(bundle)
+        return MilSession(bundle, component)
 
     def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
         """Lower ones for Apple's runtime."""

@@ -23,11 +23,12 @@ class MilSession(TorchTensors):
         rounded: Whether results are rounded to the program's precision, as a device does.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Checks and reads the packages of a bundle; a BundleError where one cannot be evaluated or is another."""
+    def __init__(self, bundle: Bundle, component: str = "unet") -> None:
+        """Checks and reads the packages of a component; a BundleError where one cannot be evaluated or is another."""
         target = cast(CoreMLTarget, bundle.manifest.target("coreml"))
-        self.graphs = target.unet.graphs
-        self.batch = target.unet.batch
+        loaded = target.component(component)
+        self.graphs = loaded.graphs
+        self.batch = loaded.batch
         self.rounded = True
         self.functions: dict[str, Function] = {}
         programs: dict[str, Any] = {}

@@ -71,12 +71,12 @@ class ExecuTorchTarget(Target):
         write_executorch(job.folder, job.target.unet, job.modules, job.examples(), job.say)
         return job.target
 
-    def open_session(self, bundle: Bundle, backend: str, threads: int | None) -> "Session":
+    def open_session(self, bundle: Bundle, backend: str, threads: int | None, component: str = "unet") -> "Session":
         """Opens the program."""
         with needing(self.extra, "running an ExecuTorch program"):
             from edgediff.targets.executorch.executorch_session import ExecuTorchSession
 
-        return ExecuTorchSession(bundle, threads)
+        return ExecuTorchSession(bundle, threads, component)
 
 
 TARGET = ExecuTorchTarget()

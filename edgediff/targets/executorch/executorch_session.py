@@ -18,11 +18,11 @@ DTYPES = {4: "int64", 6: "float32"}
 class ExecuTorchSession(TorchTensors):
     """Runs a bundle's ExecuTorch program. Outputs are copies: methods of a program share their memory."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Checks and loads a bundle's program; `threads` are of the whole process, ExecuTorch's choice if None."""
-        target = bundle.manifest.target("executorch")
-        self.graphs = target.unet.graphs
-        self.batch = target.unet.batch
+    def __init__(self, bundle: Bundle, threads: int | None = None, component: str = "unet") -> None:
+        """Checks and loads a component's program; `threads` are of the whole process, ExecuTorch's choice if None."""
+        loaded = bundle.manifest.target("executorch").component(component)
+        self.graphs = loaded.graphs
+        self.batch = loaded.batch
         lib = import_executorch("executorch.extension.pybindings.portable_lib", "running an ExecuTorch program")
         runtime = import_executorch("executorch.runtime", "running an ExecuTorch program").Runtime.get()
         if threads is not None:

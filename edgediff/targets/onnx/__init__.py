@@ -6,7 +6,8 @@ import msgspec
 
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
-from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check, write_unet_config
+from edgediff.outputs import write_json
+from edgediff.targets.base import ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -90,6 +91,15 @@ class OnnxTarget(Target):
         )
         return m.OnnxTarget({"unet": outline.unet(graphs, dtype, None)}, opset=opset_of(config), ir_version=0)
 
+    def describe_component(self, stage: m.Stage, graph: m.Graph, verify: Any, config: OnnxConfig) -> m.Component | None:
+        """One graph of symbolic batch in fp32, named as optimum looks for it."""
+        graph = msgspec.structs.replace(graph, file=f"onnx/{graph.name}/model.onnx")
+        return m.Component(stage, "fp32", None, verify.floors("fp32"), (graph,))
+
+    def pipeline_folder(self, entry: Any) -> str:
+        """Optimum's."""
+        return "onnx"
+
     def essence(self, entry: Any) -> m.Target:
         """Without versions and weights' places, which the exporter decides."""
         return essential(msgspec.structs.replace(entry, ir_version=0))
@@ -108,8 +118,16 @@ class OnnxTarget(Target):
 
         graphs, versions = write_onnx(job, job.folder, job.target.unet.graphs, job.config)
         model = None if job.config.portable else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx", WEIGHTS)
-        write_unet_config(job, job.folder / FOLDER)
+        write_json(job.folder / FOLDER / "config.json", job.unet_config)
         return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)
+
+    def write_component(self, job: ComponentJob) -> m.Component:
+        """Writes the graph with its configuration beside it."""
+        from edgediff.targets.onnx.write_onnx import write_component
+
+        (graph,) = job.component.graphs
+        write_json((job.folder / str(graph.file)).parent / "config.json", job.settings)
+        return msgspec.structs.replace(job.component, graphs=(write_component(job, graph),))
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the graph's nodes; what lies outside is not read."""
@@ -121,11 +139,15 @@ class OnnxTarget(Target):
 
 def essential(entry: m.Target) -> m.Target:
     """The entry without what only writing tells: weights' places, what onnxsim did, which rows are shared."""
-    graphs = tuple(
-        msgspec.structs.replace(graph.with_shared_rows(), external_data=None, simplified="")
-        for graph in entry.unet.graphs
-    )
-    return entry.with_unet(graphs=graphs, model=None, files=())
+    components = {
+        name: msgspec.structs.replace(component, graphs=tuple(map(_essential_graph, component.graphs)))
+        for name, component in entry.components.items()
+    }
+    return Target.essence(TARGET, msgspec.structs.replace(entry, components=components))
+
+
+def _essential_graph(graph: m.Graph) -> m.Graph:
+    return msgspec.structs.replace(graph.with_shared_rows(), external_data=None, simplified="")
 
 
 TARGET = OnnxTarget()

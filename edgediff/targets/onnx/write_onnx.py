@@ -17,7 +17,7 @@ import torch
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
-from edgediff.targets.base import Job, converter_errors
+from edgediff.targets.base import ComponentJob, Job, converter_errors
 from edgediff.targets.onnx import OnnxConfig, opset_of
 from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
 from edgediff.targets.onnx.passes import (
@@ -115,6 +115,21 @@ def write_onnx(
     return tuple(finished), {"opset": done.opset, "ir_version": done.ir_version}
 
 
+def write_component(job: ComponentJob, graph: Graph) -> Graph:
+    """Writes the graph of a component beside the UNet, in fp32, its weights inside unless they are too many.
+
+    Raises:
+        UnsupportedError: The exporter, a pass or onnx.checker failed.
+    """
+    job.say(f"exporting {job.name} to ONNX")
+    path = job.folder / str(graph.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = msgspec.structs.replace(job.config, quantize_nbits=None, quantize_attention=False)
+    done = write_graph(job.part, graph, job.inputs, path, config)
+    external = None if done.external_data is None else f"{Path(str(graph.file)).parent}/{done.external_data}"
+    return msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
+
+
 def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: str) -> Graph:
     """Writes the undivided step over the weights that the graphs of a full step have."""
     full = [graph for graph in graphs if graph.runs(full=True)]
@@ -141,7 +156,10 @@ def write_graph(
     args = tuple(_at_least_two(torch.from_numpy(inputs[name]), graph, name) for name in names)
     # A name lets the exporter find the range itself: diffusers' upsamplers look at the batch (copies from 64 rows on),
     # which a fixed range would contradict, and every contradiction costs another attempt of export.
-    dynamic = tuple({0: "batch"} if tensor.shape[:1] == ("batch",) else None for tensor in graph.inputs)
+    dynamic = tuple(
+        {place: size for place, size in enumerate(tensor.shape) if isinstance(size, str)} or None
+        for tensor in graph.inputs
+    )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
         traced = Path(scratch) / "traced.onnx"
         with converter_errors(f"{graph.name}: torch.onnx.export"), _quiet():

@@ -5,7 +5,8 @@ from typing import Any
 import msgspec
 
 from edgediff.extras import import_extra
-from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check, write_unet_config
+from edgediff.outputs import write_json
+from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check
 from edgediff.targets.onnx import TARGET as ONNX
 from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
@@ -66,7 +67,7 @@ class OpenVinoTarget(Target):
         from edgediff.targets.openvino.write_openvino import write_openvino
 
         graphs, model = write_openvino(job)
-        write_unet_config(job, job.folder / FOLDER)
+        write_json(job.folder / FOLDER / "config.json", job.unet_config)
         return job.target.with_unet(graphs=graphs, model=model)
 
 

@@ -1,0 +1,78 @@
+"""What torch computes for the components around the UNet: the reference's prompt, and each component's record."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from edgediff.bundle.reference import Reference
+from edgediff.models.components import PipelineComponent, load_tokenizer, tokenizer_folder
+from edgediff.models.load import Model
+from edgediff.models.part import Part
+from edgediff.models.torch_session import TorchSession
+from edgediff_runtime import Manifest, noise
+from edgediff_runtime.components import Components
+from edgediff_runtime.conditioning import Texts
+from edgediff_runtime.decoding import to_vae
+from edgediff_runtime.manifest import Prompt
+from edgediff_runtime.prompt import tokenized
+from edgediff_runtime.sessions import Session
+from edgediff_runtime.text_encoding import TextStage, Tokenizer
+
+
+def torch_components(components: Mapping[str, PipelineComponent]) -> Components:
+    """The components in torch, each loaded when it is used and let go after it."""
+
+    def open_session(name: str) -> Session:
+        return TorchSession({name: components[name].load()}, (components[name].graph,))
+
+    return Components({name: (each.graph,) for name, each in components.items()}, open_session, keep=False)
+
+
+def source_tokenizers(model: Model, prompt: Prompt) -> list[Tokenizer]:
+    """The tokenizers of a pipeline's text encoders, as the source has them."""
+    folders = [tokenizer_folder(model, encoder.component) for encoder in prompt.encoders]
+    return [Tokenizer(load_tokenizer(folder).backend_tokenizer) for folder in folders]
+
+
+def encode_prompt(
+    model: Model,
+    components: Mapping[str, PipelineComponent],
+    settings: Prompt,
+    prompt: str,
+    negative_prompt: str | None,
+) -> dict[str, np.ndarray]:
+    """The reference's embeddings by tensor names, unconditional ones as ``negative_*``; one row each."""
+    stage = TextStage(settings, source_tokenizers(model, settings), torch_components(components))
+    given, negative = Texts(prompt, negative=negative_prompt).encode(stage, 1, guided=True, any_length=False)
+    return given | {f"negative_{name}": value for name, value in negative.items()}
+
+
+@torch.no_grad()
+def record_component(part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs and outputs of a component, by tensor names."""
+    outputs = part(*(torch.from_numpy(inputs[name]) for name in part.inputs))
+    return inputs | {name: value.numpy() for name, value in zip(part.outputs, outputs, strict=True)}
+
+
+def component_inputs(
+    component: PipelineComponent, draft: Manifest, tokenizers: Mapping[str, Tokenizer], reference: Reference
+) -> dict[str, np.ndarray]:
+    """Real inputs of a component: the reference's prompts, its final latents, the picture that came of them.
+
+    Where no whole trajectory was run, the latents are noise.
+    """
+    if component.stage == "prompt":
+        assert draft.prompt is not None
+        encoder = next(each for each in draft.prompt.encoders if each.component == component.name)
+        prompts = ("", "") if draft.evidence.prompt is None else draft.evidence.prompt
+        chunks = [tokenized(text or "", tokenizers[component.name], encoder)[0].ids for text in prompts]
+        return {"input_ids": np.array(chunks, dtype=np.int64)}
+    if component.name == "vae_decoder":
+        assert draft.vae is not None
+        sample = draft.sample
+        drawn = noise(int(draft.operating_point.seed), (sample.channels, sample.height, sample.width), image=0)[None]
+        latents = drawn if reference.latents is None else reference.latents[:1]
+        return {"latent_sample": to_vae(draft.vae, latents).astype(np.float32)}
+    picture = reference.components["vae_decoder"]["sample"]
+    return {"sample": np.clip(picture, -1, 1)}

@@ -1,0 +1,365 @@
+"""The components around the UNet in a diffusers pipeline: text encoders with their tokenizers, and the autoencoder.
+
+What they are follows from their configurations; their weights are loaded one component at a time, when it is exported
+or run, so that a large pipeline is never in memory as a whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgediff.errors import ModelError, UnsupportedError
+from edgediff.extras import needing
+from edgediff.models.load import BAD_SETTINGS, Model, one_line, read_json
+from edgediff.models.part import Part
+from edgediff.outputs import write_json
+from edgediff_runtime.manifest import Encoder, Graph, Prompt, Stage, Symbol, Tensor, Vae
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+# The order in which a bundle lists and an export writes them.
+NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder")
+Shape = tuple[int | Symbol, ...]
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class PipelineComponent:
+    """A component that a bundle may carry.
+
+    Attributes:
+        folder: Where its configuration and weights lie.
+        config: Its configuration, as it lies there.
+        graph: Its inputs and outputs, with a symbolic batch.
+    """
+
+    name: str
+    stage: Stage
+    folder: Path
+    config: dict[str, Any]
+    graph: Graph
+
+    def load(self) -> Part:
+        """Its module with weights, float32, in evaluation mode.
+
+        Raises:
+            ModelError: The weights are missing, damaged, not finite, or of another model.
+        """
+        outputs = tuple(tensor.name for tensor in self.graph.outputs)
+        if self.name in TEXT_ENCODERS:
+            return TextEncoder(_pretrained(_text_class(self.config), self.folder), outputs)
+        vae = _pretrained(_autoencoder_class(self.config), self.folder)
+        return VaeDecoder(vae) if self.name == "vae_decoder" else VaeEncoder(vae, outputs)
+
+    @property
+    def sha256(self) -> str:
+        """Hash over its configuration and weights."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.iterdir()):
+            if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+class TextEncoder(Part):
+    """A CLIP text encoder: token ids [B, S] in, its states and the pooled ones out.
+
+    ``clip_skip.N`` is the state N layers before the end under the final normalization, which Stable Diffusion's clip
+    skip takes; ``hidden_states.N`` is that after N layers as it is, which SDXL takes.
+    """
+
+    def __init__(self, encoder: nn.Module, outputs: tuple[str, ...]) -> None:
+        super().__init__(("input_ids",), outputs)
+        self.encoder = encoder
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Encodes; ``last_hidden_state`` and each state are [B, S, D], the pooled ones [B, P]."""
+        out = self.encoder(input_ids=tensors["input_ids"], output_hidden_states=True)
+        states = out.hidden_states
+        norm: Any = getattr(self.encoder, "text_model", self.encoder)
+        made = {}
+        for name in self.outputs:
+            kind, _, number = name.partition(".")
+            if kind == "hidden_states":
+                made[name] = states[int(number)]
+            elif kind == "clip_skip":
+                made[name] = norm.final_layer_norm(states[-1 - int(number)])
+            else:
+                made[name] = getattr(out, name)
+        return made
+
+
+class VaeDecoder(Part):
+    """An autoencoder's decoder: ``latent_sample`` [B, C, H, W] in, ``sample`` [B, 3, h, w] out."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(("latent_sample",), ("sample",))
+        self.vae = vae
+        if hasattr(vae, "quant_conv"):
+            self.vae.encoder = self.vae.quant_conv = None
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Decodes."""
+        return {"sample": self.vae.decode(tensors["latent_sample"], return_dict=False)[0]}
+
+
+class VaeEncoder(Part):
+    """An autoencoder's encoder: ``sample`` [B, 3, h, w] in.
+
+    Out come ``latent_parameters`` [B, 2C, H, W], mean and log-variance; of a tiny one, which has no variance,
+    ``latent_sample`` [B, C, H, W].
+    """
+
+    def __init__(self, vae: Any, outputs: tuple[str, ...]) -> None:
+        super().__init__(("sample",), outputs)
+        self.vae = vae
+        if hasattr(vae, "quant_conv"):
+            self.vae.decoder = self.vae.post_quant_conv = None
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Encodes."""
+        (name,) = self.outputs
+        encoded = self.vae.encode(tensors["sample"], return_dict=False)[0]
+        return {name: encoded.parameters if name == "latent_parameters" else encoded}
+
+
+def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
+    """The components around a model's UNet, in the order of `NAMES`; none where it stands alone.
+
+    Raises:
+        ModelError: A configuration is missing or damaged.
+        UnsupportedError: A component is of a class, or has a setting, that edgediff does not handle.
+    """
+    index = model.home / "model_index.json"
+    listed = read_json(index) if index.exists() else {}
+    found = {}
+    for name in TEXT_ENCODERS:
+        folder = model.home / name
+        if _is_listed(listed, name) and model.conditioning.kind == "text":
+            found[name] = _text_component(name, folder, is_xl=_is_xl(model))
+    if _is_listed(listed, "vae"):
+        config = _config(model.home / "vae", AUTOENCODERS)
+        for name in ("vae_decoder", "vae_encoder"):
+            found[name] = _vae_component(name, model, config)
+    return found
+
+
+def _is_listed(listed: dict[str, Any], name: str) -> bool:
+    # A component that a pipeline does without is listed as [null, null].
+    value = listed.get(name)
+    return bool(value is not None and value != [None, None])
+
+
+def _is_xl(model: Model) -> bool:
+    return model.unet.config.get("addition_embed_type") == "text_time"
+
+
+def _config(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing, though model_index.json lists it; copy the whole pipeline")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    if kind not in classes:
+        raise UnsupportedError(f"{folder}/config.json is of class {kind!r}; supported: {', '.join(classes)}")
+    return config
+
+
+def _text_component(name: str, folder: Path, is_xl: bool) -> PipelineComponent:
+    config = _config(folder, ("CLIPTextModel", "CLIPTextModelWithProjection"))
+    if config.get("use_attention_mask"):
+        raise UnsupportedError(f"{folder}/config.json asks for attention masks of the padding; supported: none")
+    layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    tokens = int(config.get("max_position_embeddings", 77))
+    states: Shape = ("batch", tokens, width)
+    projects = config["architectures"] == ["CLIPTextModelWithProjection"]
+    pooled = ("text_embeds", int(config.get("projection_dim", 512))) if projects else ("pooler_output", width)
+    outputs: dict[str, Shape] = {"last_hidden_state": states, pooled[0]: ("batch", pooled[1])}
+    if projects:  # as optimum orders them
+        outputs = {pooled[0]: ("batch", pooled[1]), "last_hidden_state": states}
+    if is_xl:
+        outputs |= {f"hidden_states.{n}": states for n in range(layers)}
+    else:
+        outputs |= {f"clip_skip.{n}": states for n in range(1, layers)}
+    graph = Graph(
+        name,
+        name,
+        None,
+        (Tensor("input_ids", "int64", ("batch", tokens)),),
+        tuple(Tensor(output, "float32", shape) for output, shape in outputs.items()),
+    )
+    return PipelineComponent(name, "prompt", folder, config, graph)
+
+
+def _vae_component(name: str, model: Model, config: dict[str, Any]) -> PipelineComponent:
+    _, height, width = model.sample_shape
+    channels, each = int(config["latent_channels"]), _downscale(config)
+    latent: Shape = ("batch", channels, height, width)
+    image: Shape = ("batch", 3, each * height, each * width)
+    if channels != model.out_channels:
+        raise ModelError(
+            f"{model.home}/vae has {channels} latent channels, the UNet gives {model.out_channels}; take one that fits"
+        )
+    if name == "vae_decoder":
+        inputs, outputs = Tensor("latent_sample", "float32", latent), Tensor("sample", "float32", image)
+    else:
+        has_variance = config["_class_name"] == "AutoencoderKL"
+        made: Shape = ("batch", 2 * channels, height, width) if has_variance else latent
+        inputs = Tensor("sample", "float32", image)
+        outputs = Tensor("latent_parameters" if has_variance else "latent_sample", "float32", made)
+    graph = Graph(name, name, None, (inputs,), (outputs,))
+    return PipelineComponent(name, "decode" if name == "vae_decoder" else "image", model.home / "vae", config, graph)
+
+
+def _downscale(config: dict[str, Any]) -> int:
+    """Pixels of a side for one of the latent: each level but the last halves the picture."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    assert blocks is not None
+    return int(2 ** (len(blocks) - 1))
+
+
+def _pretrained(kind: Any, folder: Path) -> Any:
+    try:
+        name = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
+        found = kind.from_pretrained(folder, local_files_only=True, **{name: torch.float32})
+    except (OSError, *BAD_SETTINGS) as e:
+        raise ModelError(f"{folder} cannot be loaded as a {kind.__name__}: {one_line(e)[:300]}") from e
+    bad = [key for key, tensor in found.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ModelError(f"{folder}: weights are not finite in {', '.join(bad[:3])}")
+    return found.eval().requires_grad_(False)
+
+
+def _text_class(config: dict[str, Any]) -> Any:
+    with needing("export", "a text encoder"):
+        import transformers
+    return getattr(transformers, config["architectures"][0])
+
+
+def _autoencoder_class(config: dict[str, Any]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, config["_class_name"])
+
+
+def prompt_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Prompt | None:
+    """How prompts become the conditioning; None where the pipeline has no text encoder.
+
+    Raises:
+        ModelError: A tokenizer is missing or damaged.
+    """
+    encoders = tuple(_encoder_settings(model, found[name]) for name in TEXT_ENCODERS if name in found)
+    if not encoders:
+        return None
+    listed = read_json(model.home / "model_index.json")
+    zeros = bool(listed.get("force_zeros_for_empty_prompt", False)) and _is_xl(model)
+    return Prompt(encoders, zeros)
+
+
+def _encoder_settings(model: Model, component: PipelineComponent) -> Encoder:
+    tokenizer = load_tokenizer(tokenizer_folder(model, component.name))
+    names = [tensor.name for tensor in component.graph.outputs]
+    if _is_xl(model):
+        hidden = [name for name in reversed(names) if name.startswith("hidden_states.")]
+    else:
+        hidden = ["last_hidden_state", *(name for name in names if name.startswith("clip_skip."))]
+    _, tokens = component.graph.inputs[0].shape
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if any(each is None for each in ids):
+        raise ModelError(f"{tokenizer_folder(model, component.name)} names no token for beginning, end or padding")
+    length = min(int(tokenizer.model_max_length), int(tokens))
+    if length != tokens:
+        raise UnsupportedError(
+            f"{component.folder} has {tokens} positions and its tokenizer pads to {length}; supported: the same number"
+        )
+    pooled = "text_embeds" if "text_embeds" in names and _is_xl(model) else None
+    return Encoder(component.name, length, *ids, hidden=tuple(hidden), pooled=pooled)
+
+
+def tokenizer_folder(model: Model, encoder: str) -> Path:
+    """Where the tokenizer of a text encoder lies in the pipeline."""
+    return model.home / encoder.replace("text_encoder", "tokenizer")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Transformers' CLIP tokenizer of a folder, from tokenizer.json or from vocab.json and merges.txt.
+
+    Raises:
+        ModelError: The folder is missing or holds no tokenizer.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing; expected a tokenizer beside its text encoder")
+    with needing("export", "a tokenizer"):
+        from transformers import CLIPTokenizer
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, *BAD_SETTINGS) as e:
+        raise ModelError(f"{folder} holds no CLIP tokenizer: {one_line(e)[:300]}") from e
+
+
+def write_tokenizer(source: Path, folder: Path) -> None:
+    """Writes a tokenizer in both forms that readers look for: tokenizer.json, and vocab.json with merges.txt."""
+    folder.mkdir(parents=True)
+    tokenizer = load_tokenizer(source)
+    tokenizer.save_pretrained(folder)
+    library = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = dict(sorted(library["vocab"].items(), key=lambda entry: int(entry[1])))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in library["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    write_json(folder / "special_tokens_map.json", tokens)
+    for file in folder.iterdir():
+        if file.name not in TOKENIZER_FILES:
+            file.unlink()
+
+
+def vae_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Vae | None:
+    """How latents become pictures; None where the pipeline has no autoencoder.
+
+    Raises:
+        UnsupportedError: Its latents are scaled in a way that diffusers' own pipeline does not read.
+    """
+    if "vae_decoder" not in found:
+        return None
+    config = found["vae_decoder"].config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if config.get("shift_factor"):
+        raise UnsupportedError(f"{model.home}/vae: shift_factor {config['shift_factor']!r}; supported: none")
+    if (mean is None) != (std is None) or (mean is not None and not _is_xl(model)):
+        raise UnsupportedError(
+            f"{model.home}/vae: latents_mean {mean!r}, latents_std {std!r}; supported: both, in SDXL"
+        )
+    return Vae(
+        float(config.get("scaling_factor", 1.0)),
+        _downscale(config),
+        None if mean is None else tuple(map(float, mean)),
+        None if std is None else tuple(map(float, std)),
+    )
+
+
+def write_pipeline_files(model: Model, scheduler: Any, folder: Path) -> None:
+    """Writes what readers of diffusers' pipelines look for: model_index.json, the sampler's settings, the tokenizers.
+
+    Args:
+        scheduler: The sampler of the bundle's operating point, diffusers' own.
+        folder: The root of the tree.
+    """
+    listed = read_json(model.home / "model_index.json")
+    there = {*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "unet", "vae", "scheduler"}
+    for name, value in listed.items():
+        if isinstance(value, list) and name not in there:  # a safety checker, an image encoder
+            listed[name] = [None, None]
+    listed["scheduler"] = ["diffusers", type(scheduler).__name__]
+    write_json(folder / "model_index.json", listed)
+    write_json(folder / "scheduler" / "scheduler_config.json", json.loads(scheduler.to_json_string()))
+    for encoder in TEXT_ENCODERS:
+        source = tokenizer_folder(model, encoder)
+        if _is_listed(listed, encoder):
+            write_tokenizer(source, folder / source.name)

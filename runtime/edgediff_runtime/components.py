@@ -1,0 +1,63 @@
+"""The components of a pipeline at run time: each opened when its stage comes, kept or let go after it."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from edgediff_runtime.errors import RequestError
+from edgediff_runtime.manifest import Graph
+from edgediff_runtime.sessions import Session
+
+UNET = "unet"
+
+
+class Components:
+    """Opens sessions by the names of components.
+
+    One object may serve several threads: where sessions are not kept, each use has its own.
+    """
+
+    def __init__(
+        self, graphs: Mapping[str, tuple[Graph, ...]], open_session: Callable[[str], Session], keep: bool = True
+    ) -> None:
+        """Takes what there is, and how it is opened.
+
+        Args:
+            graphs: The graphs of each component, known before one is opened.
+            open_session: Opens a component by its name.
+            keep: Whether sessions stay open; False for a device with little memory, where each generation opens a
+                component when its stage comes and drops it after.
+        """
+        self.graphs = dict(graphs)
+        self._open_session = open_session
+        self._keep = keep
+        self._opened: dict[str, Session] = {}
+        self._opening = threading.Lock()
+
+    @classmethod
+    def of(cls, sessions: Mapping[str, Session]) -> "Components":
+        """Components whose sessions are open already."""
+        return cls({name: session.graphs for name, session in sessions.items()}, lambda name: sessions[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.graphs
+
+    def session(self, name: str) -> Session:
+        """The session of a component, opened at its first use and kept."""
+        with self._opening:
+            if name not in self._opened:
+                self._opened[name] = self._open(name)
+            return self._opened[name]
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Session]:
+        """The session of a component while its stage lasts."""
+        if self._keep or name in self._opened:
+            yield self.session(name)
+        else:
+            yield self._open(name)
+
+    def _open(self, name: str) -> Session:
+        if name not in self.graphs:
+            raise RequestError(f"the bundle has no {name} for this backend; it has: {', '.join(self.graphs)}")
+        return self._open_session(name)
