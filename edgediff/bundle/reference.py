@@ -175,7 +175,11 @@ def _check_graph(
                 raise BundleError(f"{REFERENCE} has no {what}{name} for step {step.index}, which needs it")
             # The record is torch's, in fp32; a target casts it to its own dtype.
             dtype = "int64" if "int" in tensor.dtype else "float32"
-            shape = tensor.shape if name == "timestep" else (rows, *tensor.shape[1:])
+            given = tensors[name].shape
+            sizes = tuple(
+                n if isinstance(n, int) else size for size, n in zip(given[1:], tensor.shape[1:], strict=False)
+            )
+            shape = tensor.shape if name == "timestep" else (rows, *sizes)
             _check_array(f"{what}{name} of step {step.index}", tensors[name], dtype, shape)
 
 

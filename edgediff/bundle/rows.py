@@ -6,15 +6,16 @@ from typing import Any, Literal
 
 import msgspec
 
-Check = Literal["graph", "program", "composed", "trajectory", "caching"]
+Check = Literal["graph", "program", "composed", "trajectory", "caching", "picture"]
 
 
 class Row(msgspec.Struct, frozen=True):
     """One number and whether it reaches its floor.
 
     Attributes:
-        check: ``graph``, ``program`` (an fp16 graph in fp32 arithmetic), ``composed``, ``trajectory`` or ``caching``.
-        part: A graph's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching.
+        check: ``graph``, ``program`` (an fp16 graph in fp32 arithmetic), ``composed``, ``trajectory``, ``caching`` or
+            ``picture`` (the whole pipeline, from the prompt to the pixels).
+        part: A graph's name; ``full`` or ``cached`` for composed; ``latents`` for trajectory and caching; ``pixels``.
         output: The worst output, or None where nothing was measured.
         psnr_db: The worst PSNR over outputs and steps; None where nothing was measured or the result was not finite.
         ok: Whether it reaches `floor_db`; None where that is None, or nothing was measured.

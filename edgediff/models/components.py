@@ -153,8 +153,8 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
 
 def _is_listed(listed: dict[str, Any], name: str) -> bool:
     # A component that a pipeline does without is listed as [null, null].
-    value = listed.get(name)
-    return bool(value is not None and value != [None, None])
+    value: object = listed.get(name)
+    return value is not None and value != [None, None]
 
 
 def _is_xl(model: Model) -> bool:

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,11 +38,12 @@ from edgediff.errors import MissingExtraError
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session
 from edgediff.verify.source import torch_latents
-from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
+from edgediff_runtime import Bundle, EdgePipeline, Manifest, OperatingPointWarning, RequestError, open_bundle
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
 from edgediff_runtime.manifest import TIMESTEP, Target, share_rows
+from edgediff_runtime.pipeline import DECODER
 from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,8 @@ def verify_bundle(
                 found = [
                     *_step_rows(target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
+                    *_component_rows(bundle, target, reference, backend, say),
+                    *_picture_rows(bundle, target, reference, session, backend, say),
                 ]
                 del session
                 if backend == form.backends[0]:
@@ -171,6 +175,51 @@ def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backen
         for name, value in run_rows(session, (model,), step_inputs(step, model), ("out_sample",)).items()
     ]
     return [judged("graph", model.name, backend, numbers, floor)]
+
+
+def _component_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
+    """Each component beside the UNet on its recorded inputs, against torch."""
+    rows = []
+    for name, component in target.components.items():
+        if name == "unet":
+            continue
+        say(f"{backend}: {name}")
+        session, tensors = open_session(bundle, backend, component=name), reference.components[name]
+        (graph,) = component.graphs
+        inputs = {t.name: tensors[t.name].astype(t.dtype) for t in graph.inputs}
+        made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
+        numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
+        rows.append(judged("graph", name, backend, numbers, component.floors.graph))
+    return rows
+
+
+def _picture_rows(
+    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
+) -> list[Row]:
+    """The picture that the whole pipeline draws of the reference's prompt, against torch's."""
+    manifest, decoder = bundle.manifest, target.components.get(DECODER)
+    if decoder is None or manifest.evidence.verified != "full":
+        return []
+    say(f"{backend}: the picture")
+
+    def open_component(name: str) -> Session:
+        return session if name == "unet" else open_session(bundle, backend, component=name)
+
+    pipe = EdgePipeline.of_bundle(bundle, (target.target,), open_component)
+    request = reference_request(manifest, reference.conditioning)
+    encoders = () if manifest.prompt is None else manifest.prompt.encoders
+    if manifest.evidence.prompt is not None and all(each.component in target.components for each in encoders):
+        prompt, negative = manifest.evidence.prompt
+        request = {name: request[name] for name in ("num_images", "seed", "clock")}
+        request |= {"prompt": prompt, "negative_prompt": negative}
+    try:
+        with warnings.catch_warnings(action="ignore", category=OperatingPointWarning):
+            pixels = pipe(**request).pixels
+    except NotFiniteError as e:
+        return [judged("picture", "pixels", backend, [(-math.inf, "sample")], target.unet.floors.trajectory, str(e))]
+    assert pixels is not None
+    number = psnr_db(reference.components[DECODER]["sample"], pixels[:1])
+    return [judged("picture", "pixels", backend, [(number, "sample")], target.unet.floors.trajectory)]
 
 
 def _run_alone(target: Target, reference: Reference, session: Session) -> Outputs:
@@ -274,6 +323,11 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
     rows += [
         not_run("composed", "full" if full else "cached", backend, floors.composed, note)
         for full in sorted({step.full for step in reference.steps}, reverse=True)
+    ]
+    rows += [
+        not_run("graph", name, backend, component.floors.graph, note)
+        for name, component in target.components.items()
+        if name != "unet"
     ]
     rows.append(not_run("trajectory", "latents", backend, floors.trajectory, note))
     rows.append(not_run("caching", "latents", backend, floors.caching, note))

@@ -27,6 +27,7 @@ TIMESTEP = "timestep"
 IMAGES = "images"
 # The length of the text, where a graph takes any; and what a latent consistency model is told of the guidance.
 TOKENS = "tokens"
+TEXT = "encoder_hidden_states"
 GUIDANCE = "timestep_cond"
 
 
@@ -92,6 +93,16 @@ class Graph(Struct, frozen=True):
     def shares_rows(self) -> bool:
         """Whether it takes a sample once for each image, and repeats what it makes of it for all rows."""
         return any(tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,) for tensor in self.inputs)
+
+    def with_any_text(self) -> "Graph":
+        """The entry of the same graph where it takes a text of any length."""
+        inputs = tuple(
+            msgspec.structs.replace(tensor, shape=(tensor.shape[0], TOKENS, *tensor.shape[2:]))
+            if tensor.name == TEXT
+            else tensor
+            for tensor in self.inputs
+        )
+        return msgspec.structs.replace(self, inputs=inputs)
 
     def with_shared_rows(self) -> "Graph":
         """The entry of the same graph where it takes a sample once for each image."""

@@ -14,7 +14,9 @@ from edgediff_runtime.manifest import (
     LOWRES_FEATURE,
     SAMPLE,
     TARGETS,
+    TEXT,
     TIMESTEP,
+    TOKENS,
     Adaptor,
     Component,
     Graph,
@@ -172,8 +174,9 @@ def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool)
 
 
 def _check_sizes(tensor: Tensor) -> None:
-    # The component determines the first dimension.
-    sizes = [n for i, n in enumerate(tensor.shape) if i or isinstance(n, int)]
+    # The component determines the first dimension; only a text's length may be any.
+    symbolic = (0, 1) if tensor.name == TEXT and tensor.shape[1:2] == (TOKENS,) else (0,)
+    sizes = [n for i, n in enumerate(tensor.shape) if i not in symbolic or isinstance(n, int)]
     _hold(all(isinstance(n, int) and n > 0 for n in sizes), f"shape of {tensor.name}", tensor.shape, "sizes")
 
 

@@ -89,6 +89,8 @@ class OnnxTarget(Target):
             else msgspec.structs.replace(graph, file=f"{FOLDER}/{graph.name}.onnx", external_data=weights)
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
+        if not config.portable:
+            graphs = tuple(graph.with_any_text() for graph in graphs)
         return m.OnnxTarget({"unet": outline.unet(graphs, dtype, None)}, opset=opset_of(config), ir_version=0)
 
     def describe_component(self, stage: m.Stage, graph: m.Graph, verify: Any, config: OnnxConfig) -> m.Component | None:

@@ -6,7 +6,7 @@ import msgspec
 
 from edgediff.extras import import_extra
 from edgediff.outputs import write_json
-from edgediff.targets.base import Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
 from edgediff.targets.onnx import TARGET as ONNX
 from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
@@ -52,11 +52,24 @@ class OpenVinoTarget(Target):
         graphs = tuple(
             graph
             if graph.file is None
-            else msgspec.structs.replace(graph, file=f"{FOLDER}/{graph.name}.xml", external_data=WEIGHTS)
+            else msgspec.structs.replace(
+                graph.with_any_text(), file=f"{FOLDER}/{graph.name}.xml", external_data=WEIGHTS
+            )
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
         dtype = "fp32" if config.quantize_nbits is None else "int8"
         return m.OpenVinoTarget({"unet": outline.unet(graphs, dtype, None)})
+
+    def describe_component(
+        self, stage: m.Stage, graph: m.Graph, verify: Any, config: OpenVinoConfig
+    ) -> m.Component | None:
+        """One model of symbolic batch in fp32, named as OpenVINO GenAI looks for it."""
+        graph = msgspec.structs.replace(graph, file=f"openvino/{graph.name}/openvino_model.xml")
+        return m.Component(stage, "fp32", None, verify.floors("fp32"), (graph,))
+
+    def pipeline_folder(self, entry: Any) -> str:
+        """OpenVINO GenAI's."""
+        return "openvino"
 
     def essence(self, entry: Any) -> m.Target:
         """Without what the exporter of ONNX graphs decides."""
@@ -69,6 +82,14 @@ class OpenVinoTarget(Target):
         graphs, model = write_openvino(job)
         write_json(job.folder / FOLDER / "config.json", job.unet_config)
         return job.target.with_unet(graphs=graphs, model=model)
+
+    def write_component(self, job: ComponentJob) -> m.Component:
+        """Writes the model with its configuration beside it."""
+        from edgediff.targets.openvino.write_openvino import write_component
+
+        (graph,) = job.component.graphs
+        write_json((job.folder / str(graph.file)).parent / "config.json", job.settings)
+        return msgspec.structs.replace(job.component, graphs=(write_component(job, graph),))
 
 
 TARGET = OpenVinoTarget()

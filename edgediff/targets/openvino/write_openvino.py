@@ -12,7 +12,8 @@ Constraints that shaped this file:
 
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,11 +22,12 @@ import onnx
 
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
-from edgediff.targets.base import Job
+from edgediff.targets.base import ComponentJob, Job
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.pool_weights import place_weights
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
 from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
+from edgediff.targets.onnx.write_onnx import write_component as write_onnx_component
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
 from edgediff_runtime.errors import one_line
@@ -71,6 +73,24 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
         [graph for graph in finished if graph.runs(full=True)], MODEL, WEIGHTS, Tensor(TIMESTEP, "int64", (1,))
     )
     return finished, model
+
+
+def write_component(job: ComponentJob, graph: Graph) -> Graph:
+    """Writes the model of a component beside the UNet, in fp32, with its weights in a .bin of the same name.
+
+    Raises:
+        UnsupportedError: The exporter, a pass or OpenVINO failed.
+        MissingExtraError: OpenVINO is not installed.
+    """
+    openvino = import_extra("openvino", "exporting to OpenVINO", "openvino")
+    path = job.folder / str(graph.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.folder, prefix=".exporting-") as name:
+        onnx_job = replace(job, folder=Path(name), config=OnnxConfig())
+        made = write_onnx_component(onnx_job, msgspec.structs.replace(graph, file="model.onnx"))
+        _write(openvino, Path(name) / "model.onnx", path, job.name)
+    weights = str(PurePosixPath(str(graph.file)).with_suffix(".bin"))
+    return msgspec.structs.replace(graph, external_data=weights, simplified=made.simplified)
 
 
 def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
