@@ -158,7 +158,8 @@ def _check_component(component: Component, tensors: dict[str, np.ndarray]) -> No
             if tensor.name not in tensors:
                 raise BundleError(f"{REFERENCE} has no {tensor.name} of {graph.name}, which needs it")
             value = tensors[tensor.name]
-            dtype = "int64" if "int" in tensor.dtype else "float32"
+            # torch takes token ids as int64, whatever a target makes of them.
+            dtype = "int64" if tensor.name == "input_ids" else "float32"
             _check_array(f"{tensor.name} of {graph.name}", value, dtype, (*value.shape[:1], *tensor.shape[1:]))
 
 

@@ -26,7 +26,7 @@ from edgediff.export.bundle_card import bundle_card
 from edgediff.export.component_reference import component_inputs, encode_prompt, record_component, source_tokenizers
 from edgediff.export.draft import draft_manifest, essence, operating_point
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
-from edgediff.export.half_reference import half_outputs
+from edgediff.export.half_reference import half_component, half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.components import (
@@ -200,6 +200,8 @@ def _write_components(
         reference.components[name] = record_component(part, inputs)
         for i, entry in enumerate(entries):
             if name in entry.components:
+                if entry.components[name].dtype == "fp16":
+                    reference.half[0, name] = half_component(entry, name, part, inputs)
                 job = ComponentJob(
                     folder, name, entry.components[name], part, inputs, component.config,
                     config.section(entry.target), say,

@@ -22,6 +22,7 @@ from edgediff.models.part import Part
 from edgediff.models.spectral import WaveletGating
 from edgediff.targets.layout import modules
 from edgediff_runtime import Manifest
+from edgediff_runtime.manifest import Target
 
 # Systems whose programs have attention as one op, which has no scale of its own.
 FUSED_ATTENTION = ("iOS18",)
@@ -121,6 +122,20 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
                     found[step.index, graph.name] = {name: value.numpy() for name, value in made}
             del module
     return replace(reference, half=found)
+
+
+@torch.no_grad()
+def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a component of an fp16 target gives in fp32 arithmetic on rounded weights, constants and inputs."""
+    module = HalfPart(part, str(getattr(target, "deployment_target", "")))
+    taken = {tensor.name: tensor.dtype for tensor in target.components[name].graphs[0].inputs}
+    rounded = {key: _rounded(value, taken[key]) for key, value in inputs.items()}
+    outputs = module(*(torch.from_numpy(rounded[key]) for key in module.inputs))
+    return {key: value.numpy() for key, value in zip(module.outputs, outputs, strict=True)}
+
+
+def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:
+    return value.astype(np.float16).astype(np.float32) if dtype == "float16" else value
 
 
 def _is_number(value: Any) -> bool:

@@ -49,6 +49,7 @@ from edgediff_runtime.sessions import Session
 log = logging.getLogger(__name__)
 
 TOOLS = ("edgediff", "numpy", "onnxruntime")
+PROGRAM_NOTE = "fp32 arithmetic, against torch with weights of fp16"
 Progress = Callable[[str], None]
 # By number of the step and name of the graph.
 Outputs = Mapping[tuple[int, str], Mapping[str, np.ndarray]]
@@ -150,8 +151,7 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
         with unrounded:
             exact = _run_alone(target, reference, session)
         # Without rounding a slightly wrong program shows.
-        note = "fp32 arithmetic, against torch with weights of fp16"
-        rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, note)
+        rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, PROGRAM_NOTE)
     say(f"{backend}: composed steps")
     return rows + _composed_rows(target, reference, session, backend, alone)
 
@@ -190,6 +190,13 @@ def _component_rows(bundle: Bundle, target: Target, reference: Reference, backen
         made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
         numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
         rows.append(judged("graph", name, backend, numbers, component.floors.graph))
+        unrounded = TARGETS[target.target].unrounded(backend, session)
+        if component.floors.program is not None and unrounded is not None:
+            with unrounded:
+                made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
+            half = reference.half[0, name]
+            numbers = [(psnr_db(half[output], value), output) for output, value in made.items()]
+            rows.append(judged("program", name, backend, numbers, component.floors.program, PROGRAM_NOTE))
     return rows
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
-from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 PAIR = "coreml/Unet.mlpackage"
+# Apple's names of the components' packages.
+PACKAGES = {
+    "text_encoder": "TextEncoder",
+    "text_encoder_2": "TextEncoder2",
+    "vae_decoder": "VAEDecoder",
+    "vae_encoder": "VAEEncoder",
+}
+IDS = "input_ids"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
 # Floors of Apple's runtime, whatever the recipe asks of the evaluator: it may add in fp16.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
@@ -27,6 +36,7 @@ DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 # thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
 OUTSIDE = (
     "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
+    "timestep_cond", "latent_sample", "latent_parameters",
 )  # fmt: skip
 
 
@@ -93,6 +103,16 @@ class CoreMLTarget(Target):
         unet = outline.unet(tuple(graphs), config.dtype, batch)
         return m.CoreMLTarget({"unet": unet}, config.deployment_target, specification_version=0)
 
+    def describe_component(
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: CoreMLConfig
+    ) -> m.Component | None:
+        """One package of one row under Apple's name, as Apple's Swift pipeline calls it: token ids are float32."""
+        inputs, outputs = (_typed(fixed(side, 1), config.dtype) for side in (graph.inputs, graph.outputs))
+        inputs = tuple(msgspec.structs.replace(t, dtype="float32") if t.name == IDS else t for t in inputs)
+        file = f"coreml/{PACKAGES[graph.name]}.mlpackage"
+        graph = msgspec.structs.replace(graph, file=file, inputs=inputs, outputs=outputs)
+        return m.Component(stage, config.dtype, 1, verify.floors(config.dtype), (graph,))
+
     def essence(self, entry: Any) -> m.Target:
         """Without the specification version, which the converter decides."""
         return super().essence(msgspec.structs.replace(entry, specification_version=0))
@@ -114,6 +134,14 @@ class CoreMLTarget(Target):
 
         version = write_coreml(job.folder, job.target.unet.graphs, job.modules, job.config, job.say)
         return msgspec.structs.replace(job.target, specification_version=version)
+
+    def write_component(self, job: ComponentJob) -> m.Component:
+        """Converts the component's graph."""
+        from edgediff.targets.coreml.write_coreml import FloatIds, write_coreml
+
+        part = FloatIds(job.part) if IDS in job.part.inputs else job.part
+        write_coreml(job.folder, job.component.graphs, {job.name: part}, job.config, job.say)
+        return job.component
 
     def usual_backend(self) -> str | None:
         """Apple's runtime on a Mac; elsewhere none, since the evaluator is for checking."""

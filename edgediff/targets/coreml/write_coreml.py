@@ -40,6 +40,8 @@ ITEMS = {
 }
 AUTHOR = "com.apple.CoreML"
 WEIGHTS = "weights/weight.bin"
+# Operations of torch.export that Core ML does not know and that change nothing.
+WITHOUT_EFFECT: dict[Any, Any] = {torch.ops.aten.alias.default: lambda x: x}
 DATED = "com.github.apple.coremltools.conversion_date"
 
 
@@ -77,7 +79,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     examples = tuple(_example(inputs[name]) for name in module.inputs)
     with _faults(f"{graph.name}: conversion to Core ML for {config.deployment_target} failed", path.parent):
-        program = torch.export.export(module, examples).run_decompositions({})
+        program = torch.export.export(module, examples).run_decompositions(WITHOUT_EFFECT)
         ct.convert(
             program,
             inputs=[_tensor_type(ct, inputs[name]) for name in module.inputs],
@@ -104,15 +106,28 @@ def _dtype(tensor: Tensor) -> Any:
     return np.dtype(tensor.dtype).type
 
 
+class FloatIds(Part):
+    """A text encoder that takes its token ids as float32, as Apple's Swift pipeline hands them over."""
+
+    def __init__(self, encoder: Part) -> None:
+        super().__init__(encoder.inputs, encoder.outputs)
+        self.encoder = encoder
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Encodes float32 [B, S]."""
+        return self.encoder.compute({name: ids.to(torch.int32) for name, ids in tensors.items()})
+
+
 def _half_but_time(ct: Any) -> Any:
-    """fp16 for every operation but those whose results a sine or a cosine is taken of."""
+    """fp16 for every operation but casts to integers and those whose results a sine or a cosine is taken of."""
     exact: dict[Any, set[Any]] = {}
 
     def is_half(op: Any) -> bool:
         block = op.enclosing_block
         if block not in exact:
             exact[block] = _before_periodic(block)
-        return op.name not in exact[block]
+        # Ids of tokens are whole numbers beyond those that fp16 has.
+        return op.name not in exact[block] and not (op.op_type == "cast" and op.dtype.val in ("int32", "int64"))
 
     return ct.transform.FP16ComputePrecision(op_selector=is_half)
 

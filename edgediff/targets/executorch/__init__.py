@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgediff.config.floors import VerifyConfig
 from edgediff.extras import needing
-from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -64,12 +65,32 @@ class ExecuTorchTarget(Target):
         )
         return m.ExecuTorchTarget({"unet": outline.unet(graphs, "fp32", batch)})
 
+    def describe_component(
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: ExecuTorchConfig
+    ) -> m.Component | None:
+        """A program of its own with one method, of one row, in fp32."""
+        graph = msgspec.structs.replace(
+            graph,
+            file=f"executorch/{graph.name}.pte",
+            function="forward",
+            inputs=fixed(graph.inputs, 1),
+            outputs=fixed(graph.outputs, 1),
+        )
+        return m.Component(stage, "fp32", 1, verify.floors("fp32"), (graph,))
+
     def write(self, job: Job) -> m.Target:
         """Writes the program."""
         from edgediff.targets.executorch.write_executorch import write_executorch
 
         write_executorch(job.folder, job.target.unet, job.modules, job.examples(), job.say)
         return job.target
+
+    def write_component(self, job: ComponentJob) -> m.Component:
+        """Writes the component's program."""
+        from edgediff.targets.executorch.write_executorch import write_executorch
+
+        write_executorch(job.folder, job.component, {job.name: job.part}, {job.name: job.inputs}, job.say)
+        return job.component
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None, component: str = "unet") -> "Session":
         """Opens the program."""
