@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edgediff.errors import MissingExtraError, TargetError
 
@@ -21,6 +22,26 @@ def check_drawing(what: str, extra: str = "train") -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(what, extra)
+
+
+def make_figure(width: float, height: float, dpi: int) -> Any:
+    """An empty matplotlib figure, in inches, that needs no display and changes no global setting."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG; the same figure gives the same bytes."""
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def open_frame(axes: Any) -> None:
+    """Removes the lines above and to the right of axes."""
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def check_folder(folder: Path, *, replaced: bool = False) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from command_line import Command, Said
+from command_line import Command, Said, assert_error, unchanged
 
 import edgediff
 from edgediff import outputs
@@ -18,7 +18,7 @@ from edgediff.export.export_config import config_from
 from edgediff.plan import plan_files
 from edgediff.plan.budget import count_cost, time_cost
 from edgediff.plan.plan_files import plan_recipe, render_recipe
-from edgediff.plan.planner import Plan, caveats, make_plan
+from edgediff.plan.planner import Plan, caveats, make_plan, search_of
 from edgediff.plan.trajectory import Trajectories, psnr_db
 from edgediff.targets.backends import open_session
 from edgediff_runtime import EdgePipeline, Manifest, open_bundle
@@ -205,6 +205,41 @@ def test_the_command_writes_a_plan(class_bundle: Path, tmp_path: Path, command: 
     assert all(word in said.out for word in ("uniform clocks", "recipe.yaml", "GFLOPs"))
     if "0,0" in written["chosen"]["clock"]:
         assert "28.07" in said.out
+
+
+def test_a_plan_of_other_settings_is_replaced_only_by_force(
+    class_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    def plan(budget: float, *more: object) -> Said:
+        return command("plan", class_bundle, "--budget", budget, "--steps", 2, "--num-images", 1, "-o", tmp_path, *more)
+
+    (tmp_path / "recipe.yaml").write_text("mine")
+    with unchanged(tmp_path):
+        assert_error(plan(1), f"{tmp_path} contains recipe.yaml of other settings; pass --force to replace it, or cho")
+    assert plan(1, "--force").code == 0
+    for change in (["--budget", 0.9], ["--seed", 1], ["--guidance-scale", 3], ["--num-images", 2], ["--steps", 3]):
+        with unchanged(tmp_path):
+            assert_error(plan(1, *change), f"{tmp_path} contains frontier.png of other settings; pass --force to rep")
+    assert plan(1).code == 0
+    assert plan(0.9, "--force").code == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["budget"] == 0.9
+    for damaged in ("{", "[]"):
+        (tmp_path / "plan.json").write_text(damaged)
+        assert_error(plan(0.9), "pass --force")
+
+
+def test_a_plan_knows_its_bundle_and_its_embeddings(text_bundle: Path) -> None:
+    opened = open_bundle(text_bundle)
+    session = open_session(opened, "onnxruntime")
+
+    def inputs(manifest: Manifest, value: float) -> str:
+        text = prompt_arguments({f"{k}encoder_hidden_states": np.full((1, 7, 12), value) for k in ("", "negative_")})
+        found = search_of(Trajectories(manifest, session, 4, 7.5, 0, 2, text), "onnxruntime", 0.9, "flops")
+        return str(found["inputs_sha256"])
+
+    other = msgspec.structs.replace(opened.manifest, license="MIT")
+    assert inputs(opened.manifest, 1) == inputs(open_bundle(text_bundle).manifest, 1)
+    assert len({inputs(opened.manifest, 1), inputs(opened.manifest, 2), inputs(other, 1)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def bench(
     if before is not None:
         out.print(compare_table(compare_ledgers(before, ledger)))
     if json_file is not None:
-        out.print(f"ledger: {json_file}", markup=False)
+        out.print(f"ledger: {json_file}")
     if html is not None:
-        out.print(f"page: {', '.join(map(str, write_page(ledger, html)))}", markup=False)
+        out.print(f"page: {', '.join(map(str, write_page(ledger, html)))}")
     if all(known.status != "measured" for known in ledger.contenders):
         raise VerificationError("no backend could be measured")

@@ -98,7 +98,7 @@ def distance(
     if found is None:  # not the main process
         return
     if found.skipped:
-        err.print(found.skipped, markup=False)
+        err.print(found.skipped)
     if as_json:
         print_json(found.to_dict())
         return
@@ -107,7 +107,7 @@ def distance(
     for table in distance_tables(found):
         out.print(table)
     if grid is not None:
-        out.print(f"the nearest of them: {grid}", markup=False)
+        out.print(f"the nearest of them: {grid}")
 
 
 @evaluate.command(
@@ -152,7 +152,7 @@ def spectrum(
         say("drawing the overview")
         written = found.write(output)
     if found.report.skipped:
-        err.print(found.report.skipped, markup=False)
+        err.print(found.report.skipped)
     if as_json:
         print_json(found.report.to_dict() | {"files": {name: str(path) for name, path in written.items()}})
         return
@@ -160,4 +160,4 @@ def spectrum(
 
     for table in spectrum_tables(found.report):
         out.print(table)
-    out.print(f"numbers: {written['numbers']}; picture: {written['overview']}", markup=False)
+    out.print(f"numbers: {written['numbers']}; picture: {written['overview']}")

@@ -38,14 +38,14 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture, the plan and the recipe.")] = (
         Path("out/plan")
     ),
+    force: Annotated[bool, typer.Option("--force", help="Replace a plan of other settings.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the clock: the full and cached steps that move the images least, for a budget."""
     from edgediff.data.arrays import load_arrays, prompt_arguments
-    from edgediff.plan.plan_files import check_place, write_plan
+    from edgediff.plan.plan_files import write_plan
     from edgediff.plan.planner import make_plan
 
-    check_place(output, bundle)
     with progress() as say:
         found = make_plan(
             bundle,
@@ -57,6 +57,8 @@ def plan(
             seed=seed,
             backend=backend,
             conditioning=None if conditioning is None else prompt_arguments(load_arrays(conditioning)),
+            output=output,
+            force=force,
             progress=say,
         )
         say("planning: drawing the frontier")
@@ -68,4 +70,4 @@ def plan(
 
     for table in plan_tables(found):
         out.print(table)
-    out.print(f"recipe: {files['recipe']}; picture: {files['figure']}", markup=False)
+    out.print(f"recipe: {files['recipe']}; picture: {files['figure']}")

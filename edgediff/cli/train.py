@@ -94,7 +94,7 @@ def adaptor(
             f"PSNR against clock 1, {gain.images} images of unseen seeds: identity {gain.identity:.2f} dB, "
             f"learned {gain.learned:.2f} dB"
         )
-        out.print(f"adaptor: {done.path}", markup=False)
+        out.print(f"adaptor: {done.path}")
 
 
 @train.command(
@@ -172,7 +172,7 @@ def _train(what: str, run: Callable[..., Any], output: Path, as_json: bool, key:
         with progress() as say:
             done = run(say)
     except KeyboardInterrupt:
-        err.print("the same command goes on from the last checkpoint", markup=False)
+        err.print("the same command goes on from the last checkpoint")
         raise
     if not toolchain("edgediff.train.claim", f"train {what}", "train").is_main_process():
         return None
@@ -180,7 +180,7 @@ def _train(what: str, run: Callable[..., Any], output: Path, as_json: bool, key:
         print_json({key: str(output), "trained": done is not None} | ({} if done is None else done.to_dict()))
         return None
     if done is None:
-        out.print(f"{output} is already there, trained with the same settings: nothing to do", markup=False)
+        out.print(f"{output} is already there, trained with the same settings: nothing to do")
     return done
 
 
@@ -191,6 +191,6 @@ def _train_unet(what: str, output: Path, config: Path | None, given: dict[str, A
     done = _train(what, lambda say: run(progress=say), output, as_json, key="model")
     if done is not None:
         if done.skipped:
-            err.print(done.skipped, markup=False)
+            err.print(done.skipped)
         out.print(f"{done.updates} updates on {done.images} images: loss {done.loss:.4f}, held out {done.held_out:.4f}")
-        out.print(f"model: {done.path}", markup=False)
+        out.print(f"model: {done.path}")

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from edgediff.config.choices import Cut
-from edgediff.errors import ConfigError
-from edgediff.inspect.survey import Survey
+from edgediff.inspect.survey import Survey, check_comparison
 from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
 from edgediff.models.families import efficient
@@ -17,7 +16,6 @@ from edgediff.models.macs import Tally, tally
 from edgediff_runtime import clock_mask
 from edgediff_runtime.manifest import Cost
 
-COMPARISONS = ("clockwork", "spectral")
 STEPS = 8
 CLOCK = 2
 ADAPTOR = "resnet"
@@ -129,9 +127,8 @@ class SpectralRow:
 
 
 def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
-    """Counts a paper's table; a ConfigError where it is not one of `COMPARISONS`."""
-    if name not in COMPARISONS:
-        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
+    """Counts a paper's table, ``clockwork`` or ``spectral``; a ConfigError for any other name."""
+    check_comparison(name)
     return _clockwork() if name == "clockwork" else _spectral()
 
 

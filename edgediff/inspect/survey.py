@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff_runtime import RequestError, clock_mask, open_bundle
 from edgediff_runtime.manifest import Adaptor, Cost, Manifest, Target
 
+# Papers whose tables of operations are counted anew; here, since the counting imports torch.
+COMPARISONS = ("clockwork", "spectral")
 PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
 
@@ -129,6 +132,12 @@ def adaptor_in_words(adaptor: Adaptor) -> str:
         f"{adaptor.kind} ({adaptor.name}), trained for {point.num_inference_steps} steps of {point.scheduler}, "
         f"clock {point.clock}, guidance {point.guidance_scale:g}"
     )
+
+
+def check_comparison(name: str) -> None:
+    """Refuses an unknown comparison with a ConfigError."""
+    if name not in COMPARISONS:
+        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
 
 
 def check_batch(batch: int) -> int:

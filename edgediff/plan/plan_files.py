@@ -49,6 +49,24 @@ def check_place(folder: Path, bundle: Path) -> None:
         )
 
 
+def check_replaced(folder: Path, search: dict[str, Any]) -> None:
+    """Refuses to replace files of a folder that are not the plan of the same search (`planner.search_of`).
+
+    Raises:
+        TargetError: There are such files.
+    """
+    there = [name for name in (FIGURE, PLAN, RECIPE) if (folder / name).exists()]
+    try:
+        found = json.loads((folder / PLAN).read_bytes())
+        same = {key: found.get(key) for key in search} == search
+    except (OSError, ValueError, AttributeError):  # no plan.json, or one that is no plan's
+        same = False
+    if there and not same:
+        raise TargetError(
+            f"{folder} contains {there[0]} of other settings; pass --force to replace it, or choose another output"
+        )
+
+
 def write_plan(plan: "Plan", folder: Path) -> dict[str, Path]:
     """Writes a plan; other files of the folder stay.
 

@@ -7,6 +7,7 @@ do not tell the best mask from a uniform clock, the uniform clock is the plan: i
 trained for it.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from edgediff.bundle.reference import REFERENCE, load_reference
@@ -22,7 +24,7 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff.errors import ConfigError
 from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cost, time_cost
 from edgediff.plan.estimate import ROWS, Estimate, masks_of, probes
-from edgediff.plan.plan_files import plan_recipe
+from edgediff.plan.plan_files import check_place, check_replaced, plan_recipe
 from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db
 from edgediff.targets.backends import open_session, usual_backend
 from edgediff_runtime import Bundle, Manifest, clock_mask, open_bundle
@@ -127,19 +129,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for plan.json and ``--json``."""
-        images = self.images
         return {
             "bundle": str(self.bundle),
-            "model": self.manifest.source.name,
-            "scheduler": self.manifest.scheduler.name,
-            "steps": images.steps,
-            "guidance_scale": images.guidance_scale,
-            "seed": images.seed,
-            "num_images": images.num_images,
-            "backend": self.backend,
-            "space": self.manifest.sample.space,
-            "budget": self.budget,
-            "in": self.cost.unit,
+            **search_of(self.images, self.backend, self.budget, self.cost.unit),
             "step_cost": {"full": self.cost.full, "cached": self.cost.cached},
             "chosen": self.chosen.to_dict(),
             "tied": None if self.tied is None else self.tied.to_dict(),
@@ -154,6 +146,26 @@ class Plan:
         }
 
 
+def search_of(images: Trajectories, backend: str, budget: float, unit: str) -> dict[str, Any]:
+    """What a plan depends on, as plain data: the same bundle, embeddings and settings give the same."""
+    manifest = images.manifest
+    inputs = [manifest, images.conditioning]
+    encoded = msgspec.json.encode(inputs, enc_hook=lambda array: np.asarray(array).tobytes(), order="sorted")
+    return {
+        "model": manifest.source.name,
+        "scheduler": manifest.scheduler.name,
+        "steps": images.steps,
+        "guidance_scale": images.guidance_scale,
+        "seed": images.seed,
+        "num_images": images.num_images,
+        "backend": backend,
+        "space": manifest.sample.space,
+        "budget": budget,
+        "in": unit,
+        "inputs_sha256": hashlib.sha256(encoded).hexdigest(),
+    }
+
+
 def make_plan(
     bundle: str | Path,
     budget: float,
@@ -165,6 +177,8 @@ def make_plan(
     seed: int = 0,
     backend: str | None = None,
     conditioning: dict[str, Any] | None = None,
+    output: Path | None = None,
+    force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Chooses a bundle's clock.
@@ -181,6 +195,8 @@ def make_plan(
         backend: None takes the one that `edgediff run` would.
         conditioning: For a model of text, embeddings as `prompt_arguments` gives them, with one row for all images or
             rows that they take one after the other; None takes those of the bundle's evidence.
+        output: The folder for `write_plan`, checked before anything is measured; None checks nothing.
+        force: Whether a plan of other settings in that folder may be replaced.
         progress: Told what is being done.
 
     Raises:
@@ -188,7 +204,11 @@ def make_plan(
             own recipe cannot be read.
         RequestError: What was asked does not fit the bundle.
         BundleError: The bundle is damaged.
+        TargetError: The output cannot be written, lies in a bundle, or has a plan of other settings.
+        MissingExtraError: There is an output, and matplotlib is not installed.
     """
+    if output is not None:
+        check_place(output, Path(bundle))
     say = progress if progress is not None else log.debug
     check_budget(budget, unit)
     say(f"opening {bundle}")
@@ -212,6 +232,8 @@ def make_plan(
         _evidence(opened) if conditioning is None else conditioning,
         say,
     )
+    if output is not None and not force:
+        check_replaced(output, search_of(images, chosen_backend, budget, unit))
     if unit == "latency":
         cost = time_cost(images)
     plan = choose(opened.path, images, chosen_backend, budget, cost)
