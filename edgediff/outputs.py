@@ -39,6 +39,15 @@ def save_figure(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
+def mark_limit(axes: Any, x: float, words: str) -> None:
+    """Draws a limit as a dashed upright line with words beside it."""
+    axes.axvline(x, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        words, (x, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points", rotation=90,
+        ha="right", va="top", fontsize=8, color="#8a8a8a",
+    )  # fmt: skip
+
+
 def open_frame(axes: Any) -> None:
     """Removes the lines above and to the right of axes."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -31,7 +31,7 @@ def test_the_nearest_is_the_nearest() -> None:
     for i, image in enumerate(images):
         distance, index, mirrored = brute_force(image, train)
         assert found.distance[i] == pytest.approx(distance, rel=1e-12)
-        assert (found.index[i], found.mirrored[i]) == (index, mirrored)
+        assert (found.neighbour[i], found.mirrored[i]) == (index, mirrored)
     assert found.mirrored.any()
     assert not found.mirrored.all()
 
@@ -40,7 +40,7 @@ def test_copies_are_at_zero_mirrored_or_not() -> None:
     train = random_images(20)
     found = nearest_neighbours(np.stack([train[7], train[3][:, ::-1]]), train)
     assert found.distance.tolist() == [0, 0]
-    assert found.index.tolist() == [7, 3]
+    assert found.neighbour.tolist() == [7, 3]
     assert found.mirrored.tolist() == [False, True]
 
 
@@ -55,7 +55,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_CHUNK", 4 * images[0].size)
     parts = nearest_neighbours(images, train)
     np.testing.assert_array_equal(parts.distance, whole.distance)
-    np.testing.assert_array_equal(parts.index, whole.index)
+    np.testing.assert_array_equal(parts.neighbour, whole.neighbour)
     np.testing.assert_array_equal(parts.mirrored, whole.mirrored)
 
 

@@ -26,7 +26,7 @@ GROUPS = 10
 MIN_IMAGES = 4
 # The paper's number of neighbours.
 NEIGHBOURS = 3
-# Images of either set whose pairs are in memory at once.
+# Images of either set whose pairs are in memory together.
 _TILE = 2048
 
 Features = NDArray[np.float64]
@@ -53,12 +53,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def kernel_distance(x: Features, y: Features, seed: int = 0) -> KernelDistance:
-    """The kernel distance of features [N, F] and [M, F] with the kernel (x.y / F + 1)^3.
-
-    Args:
-        x: One set.
-        y: The other.
-        seed: Of the groups for the spread.
+    """The kernel distance of features [N, F] and [M, F] with the kernel (x.y / F + 1)^3; `seed` is the spread's.
 
     Raises:
         DataError: A set has fewer than four images, the widths differ, or a feature is not finite.
@@ -101,16 +96,12 @@ def _sums_within(parts: list[Features]) -> NDArray[np.float64]:
 
 def _kernel_sum(x: Features, y: Features) -> float:
     """The sum of k over all pairs."""
-    total = 0.0
-    for rows, columns in _tiles(x, y):
-        total += float(_kernel(x[rows] @ y[columns].T, x.shape[1]).sum())
-    return total
+    return sum(float(_kernel(x[rows] @ y[columns].T, x.shape[1]).sum()) for rows, columns in _tiles(x, y))
 
 
 def _kernel(dots: Features, width: int) -> Features:
     base = dots / width + 1
-    k: Features = base * base * base
-    return k
+    return base * base * base
 
 
 def frechet_distance(x: Features, y: Features) -> float:
@@ -134,11 +125,7 @@ def frechet_distance(x: Features, y: Features) -> float:
 
 
 def precision_recall(generated: Features, real: Features) -> PrecisionRecall:
-    """How much of each set, both [N, F], lies within the other.
-
-    Raises:
-        DataError: As `kernel_distance`, and where the sets differ in size.
-    """
+    """How much of each set, both [N, F], lies within the other; a DataError also where their sizes differ."""
     _check_features(generated, real)
     if len(generated) != len(real):
         raise DataError(f"sets of {len(generated)} and {len(real)} images; expected sets of one size")
@@ -188,6 +175,6 @@ def _check_features(x: Features, y: Features) -> None:
         if features.ndim != 2 or len(features) < MIN_IMAGES:
             raise DataError(f"features of shape {list(features.shape)}; expected {MIN_IMAGES} images or more, [N, F]")
         if not np.isfinite(features).all():
-            raise DataError("features hold NaN or infinity; use another classifier")
+            raise DataError("features contain NaN or infinity; use another classifier")
     if x.shape[1] != y.shape[1]:
         raise DataError(f"features of width {x.shape[1]} and {y.shape[1]}; expected one network's")
