@@ -1,4 +1,4 @@
-"""Packages that are damaged, foreign, or hold what the evaluator does not know: each one clear line."""
+"""Packages that are damaged, foreign, or contain what the evaluator does not know: each one clear line."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         "Data is a symlink",
     ),
     "no protobuf": (lambda p: (p / MODEL).write_bytes(b"\xff" * 40), "it is not a protobuf"),
-    "empty": (lambda p: (p / MODEL).write_bytes(b""), "is empty: it holds no model; expected an ML Program"),
+    "empty": (lambda p: (p / MODEL).write_bytes(b""), "is empty: it contains no model; expected an ML Program"),
     "weights missing": (lambda p: (p / WEIGHTS).unlink(), "the weights file is missing"),
     "weights cut off": (
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:200]),

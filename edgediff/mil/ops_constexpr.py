@@ -29,7 +29,7 @@ def quantize(
     x = torch.round(input / _along(scale, input, axis))
     if zero_point is not None:
         x = x + _along(zero_point, input, axis)
-    info = torch.iinfo(DTYPES[MIL_NAMES.get(output_dtype, output_dtype)].held)
+    info = torch.iinfo(DTYPES[MIL_NAMES.get(output_dtype, output_dtype)].computed)
     return x.clamp(info.min, info.max)
 
 

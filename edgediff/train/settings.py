@@ -7,7 +7,7 @@ import msgspec
 
 from edgediff.config.choices import Cut, SchedulerName
 from edgediff.config.recipes import find_recipe
-from edgediff.config.strict import check_ranges, read_yaml, retyped, spell_clock, strict
+from edgediff.config.strict import check_ranges, clock_to_text, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import Kind
 from edgediff.models.wavelet import check_wavelet
@@ -229,7 +229,7 @@ def training_from(data: Any, kind: type[T]) -> T:
     >>> training_from({"clock": 4, "rollout": "student"}, AdaptorTraining).rounds
     200
     """
-    return check_training(strict(spell_clock(data) if issubclass(kind, AdaptorTraining) else data, kind))
+    return check_training(strict(clock_to_text(data) if issubclass(kind, AdaptorTraining) else data, kind))
 
 
 def check_training(settings: T) -> T:
