@@ -199,7 +199,7 @@ def test_foreign_program_is_refused(name: str, package: Path, saved: tuple[Path,
     assert str(package) in refused(package, saved[1], fault)
 
 
-def test_inputs_are_held_to_the_program(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_inputs_that_do_not_fit_are_refused(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, feeds = saved
     refused(path, {}, "main takes y_in0; got none")
     refused(path, {**feeds, "other": feeds["y_in0"]}, "main takes y_in0; got y_in0, other")

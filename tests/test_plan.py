@@ -215,11 +215,6 @@ def test_a_budget_that_is_none_is_refused(share: float) -> None:
         check_budget(share, "flops")
 
 
-def test_an_unknown_unit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'joules'; choices: flops, latency"):
-        check_budget(0.7, "joules")
-
-
 def test_a_budget_that_no_mask_meets_names_the_cheapest_and_the_nearest() -> None:
     with pytest.raises(
         ConfigError, match=r"0\.3 in flops: the cheapest, 1,0,0,0, costs 55\.0% .* nearest budget is 0\.55"
