@@ -276,7 +276,7 @@ def test_without_matplotlib_nothing_begins(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("where", ["", "plan", "onnx/plan"])
 def test_nothing_is_written_into_a_bundle(class_bundle: Path, where: str) -> None:
-    says = f"{class_bundle / where} lies in the bundle {class_bundle}, which has room for nothing else; choose another"
+    says = f"{class_bundle / where} is in the bundle {class_bundle}, which contains only its own files; choose another"
     with pytest.raises(TargetError, match=f"^{re.escape(says)} output$"):
         plan_files.check_place(class_bundle / where, class_bundle)
 

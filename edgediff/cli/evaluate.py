@@ -6,17 +6,7 @@ from typing import Annotated
 import typer
 
 from edgediff import outputs
-from edgediff.cli.app import (
-    GuidanceOption,
-    JsonOption,
-    StepsOption,
-    app,
-    err,
-    out,
-    print_json,
-    progress,
-    toolchain,
-)
+from edgediff.cli.app import GuidanceOption, JsonOption, StepsOption, app, err, out, print_json, progress, toolchain
 from edgediff.zoo import check_source
 
 evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
@@ -61,7 +51,7 @@ def distance(
     guidance_scale: GuidanceOption = None,
     scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of photographs.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images generated at once; the images do not depend on it.")] = 50,
+    batch: Annotated[int, typer.Option(help="Images in one generation; the images do not depend on it.")] = 50,
     backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="Folder of a classifier. Default: the built-in one of the classes.")
@@ -128,7 +118,7 @@ def spectrum(
     guidance_scale: GuidanceOption = None,
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all noise and of the order of photographs.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images at once; results do not depend on it.")] = 50,
+    batch: Annotated[int, typer.Option(help="Images in one generation; results do not depend on it.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model by frequency: power of its images, error and response of its denoising, gates."""

@@ -5,16 +5,7 @@ from typing import Annotated
 
 import typer
 
-from edgediff.cli.app import (
-    BundleArgument,
-    GuidanceOption,
-    JsonOption,
-    StepsOption,
-    app,
-    out,
-    print_json,
-    progress,
-)
+from edgediff.cli.app import BundleArgument, GuidanceOption, JsonOption, StepsOption, app, out, print_json, progress
 
 
 @app.command(

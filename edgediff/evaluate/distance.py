@@ -53,15 +53,10 @@ def evaluate_distance(
 
     Args:
         source: A bundle, a diffusers directory or a built-in name.
-        images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
-        train: Another, of the photographs that the model was trained on.
+        images, train: Folders with a subfolder for each class, or, of an unconditional model, images alone.
         clocks: Periods or masks. None: 1 and the bundle's own; of a model, 1.
-        num_images: Images of each set; with `train`, of each generated one.
         steps, guidance_scale: None: the bundle's; of a model 8, and what is usual for it.
-        scheduler: Of a model. None: dpmpp_2m.
-        seed: Of the noise, of the choice of photographs and of the spread.
-        batch: Images of one generation; changes memory alone.
-        backend: Of a bundle. None: the usual one.
+        scheduler, backend: Of a model (None: dpmpp_2m) and of a bundle (None: the usual one).
         features: A classifier's folder. None: the built-in one of the classes.
         grid: A .png to write: the images nearest to training photographs, above those.
 
@@ -71,9 +66,8 @@ def evaluate_distance(
     Raises:
         BundleError, ModelError: The bundle or the model cannot be read, or there are no features.
         ConfigError, RequestError: An option is out of range or does not fit the source.
-        DataError: A folder cannot be read, or does not fit the source.
+        DataError, TargetError: A folder cannot be read or does not fit the source; the grid cannot be written.
         MissingExtraError: accelerate or matplotlib is needed and not installed.
-        TargetError: The grid cannot be written.
         UnsupportedError: The source makes no images, or of another size than the classifier's.
     """
     check_counts(num_images, batch)

@@ -58,10 +58,7 @@ def radial_spectrum(images: NDArray[np.uint8]) -> Array:
     """Mean power of each band, float64 [bands], over images, uint8 [N, H, W, C] taken as 0 to 1, and channels.
 
     Power is per coefficient of the orthonormal transform: white noise of standard deviation s has s^2 in every band but
-    0 and 1, of which subtracting the mean takes all and a part.
-
-    Raises:
-        DataError: There are no images.
+    0 and 1, of which subtracting the mean takes all and a part. DataError: there are no images.
     """
     _check_images(images)
     count, height, width, channels = images.shape
@@ -133,9 +130,6 @@ def measure_response(
         images: uint8 [N, H, W, C], taken as -1 to 1.
         alphas_cumprod: float64 [T], abar of each time step.
         teacher: Another denoiser, given the same.
-
-    Raises:
-        DataError: There are no images.
     """
     _check_images(images)
     count, height, width, channels = images.shape

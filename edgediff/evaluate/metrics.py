@@ -35,10 +35,8 @@ Features = NDArray[np.float64]
 class KernelDistance(NamedTuple):
     """Squared maximum mean discrepancy of two sets.
 
-    Attributes:
-        value: Unbiased; 0 is expected of sets of one distribution.
-        spread: Standard error, by the jackknife over ten groups. About right where the sets differ, and up to half too
-            large where they are alike.
+    The value is unbiased, 0 is expected of sets of one distribution. The spread is the standard error by the jackknife
+    over ten groups: about right where the sets differ, and up to half too large where they are alike.
     """
 
     value: float
@@ -55,8 +53,7 @@ class PrecisionRecall(NamedTuple):
 def kernel_distance(x: Features, y: Features, seed: int = 0) -> KernelDistance:
     """The kernel distance of features [N, F] and [M, F] with the kernel (x.y / F + 1)^3; `seed` is the spread's.
 
-    Raises:
-        DataError: A set has fewer than four images, the widths differ, or a feature is not finite.
+    DataError: a set has fewer than four images, the widths differ, or a feature is not finite.
     """
     _check_features(x, y)
     count = min(GROUPS, len(x) // 2, len(y) // 2)
@@ -108,10 +105,7 @@ def frechet_distance(x: Features, y: Features) -> float:
     """The squared Frechet distance of Gaussians fitted to features [N, F] and [M, F].
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues
-    of C_x^(1/2) C_y C_x^(1/2), which is symmetric.
-
-    Raises:
-        DataError: As `kernel_distance`.
+    of C_x^(1/2) C_y C_x^(1/2), which is symmetric. DataError: as for `kernel_distance`.
     """
     _check_features(x, y)
     c_x, c_y = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (x, y))

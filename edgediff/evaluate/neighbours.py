@@ -22,12 +22,9 @@ _CHUNK = 2**25
 
 
 class Nearest(NamedTuple):
-    """The nearest training photograph of each image of a set.
+    """The nearest training photograph of each image of a set, mirrored or not, [N] each.
 
-    Attributes:
-        distance: float64 [N], root mean squared difference over pixels and channels, in 8-bit levels.
-        neighbour: int64 [N], which training photograph.
-        mirrored: bool [N], whether its mirror image is the nearest.
+    Distances are root mean squared differences over pixels and channels, in 8-bit levels.
     """
 
     distance: NDArray[np.float64]

@@ -22,8 +22,7 @@ class Distances(msgspec.Struct, frozen=True):
     Attributes:
         kernel_spread: Standard error of the kernel distance.
         frechet_distance: In squared units of the features.
-        precision: Share of the images that lie among the reference's, 0 to 1.
-        recall: Share of the reference that lies among the images, 0 to 1.
+        precision, recall: Share of the images among the reference's, and of the reference among the images, 0 to 1.
         band_gap: log10(power / reference power) of each band.
         spectrum_error: Mean over the bands, but band 0, the brightness, of |band_gap|.
         spectrum_error_top: The same over the top two octaves: the bands above a quarter of the Nyquist frequency.
@@ -60,7 +59,7 @@ class Suspect(msgspec.Struct, frozen=True):
         image: Its number; the same seed, clock and class make it again.
         distance: Root mean squared difference, in 8-bit levels.
         neighbour: The photograph's number among those that could be read, by class and then by file name.
-        mirrored: Whether the photograph's mirror image is the nearest.
+        mirrored: The photograph's mirror image is the nearest.
     """
 
     image: int
@@ -136,13 +135,12 @@ class Evaluation(Report, frozen=True):
 
 
 class Spectra(msgspec.Struct, frozen=True):
-    """Power by band: band b has b cycles per image, and the last ones lie in the transform's corners.
+    """Power by band: band b has b cycles per image, and the last ones are the transform's corners.
 
     Attributes:
         generated, photographs: Mean power per coefficient of the Hann-windowed orthonormal transform.
         gap: log10(generated / photographs).
-        error: Mean of |gap| over all bands but band 0, the brightness.
-        error_top: The same over the top two octaves: the bands above a quarter of the Nyquist frequency.
+        error, error_top: As `Distances.spectrum_error` and `spectrum_error_top`.
     """
 
     generated: tuple[float, ...]
@@ -157,7 +155,6 @@ class Denoising(msgspec.Struct, frozen=True):
 
     Attributes:
         alphas_cumprod: abar of each time step: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
-        num_images: Photographs that were noised.
         error: |X0_hat - X_0|^2 over |X_0|^2, summed over the band.
         response: Least-squares gain of X0_hat on X_t.
         wiener: The gain of the optimal linear denoiser.

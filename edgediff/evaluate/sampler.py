@@ -1,8 +1,8 @@
 """What makes images: a bundle in a backend, or a model in torch; they differ in the session behind the one loop.
 
-Noise is drawn by the image's number among all images, whatever is made at once: image i is the same for any batch and
-any number of processes (but for rounding, where a backend adds up in another order), and is image i of `edgediff run`
-with the same seed and class.
+Noise is drawn by the image's number among all images: image i is the same for any batch and any number of processes
+(but for rounding, where a backend adds up in another order), and is image i of `edgediff run` with the same seed and
+class.
 """
 
 import math
@@ -212,12 +212,8 @@ def sample_model(model: Model, scheduler: str | None = None, device: torch.devic
 def sample_bundle(path: str | Path, backend: str | None = None, *, warn: bool = True) -> Sampler:
     """A sampler of a bundle in a backend, the usual one where None.
 
-    `warn`: of a generation that is not what the bundle's adaptor was trained for.
-
-    Raises:
-        BundleError: It is damaged.
-        RequestError: The backend is unknown, or not available on this machine.
-        UnsupportedError: It makes no photographs.
+    `warn`: of a generation that is not what the bundle's adaptor was trained for. Errors: as for `open_bundle`,
+    `open_session` and `check_manifest`.
     """
     opened = open_bundle(path)
     manifest = opened.manifest
@@ -245,10 +241,7 @@ def open_sampler(
 ) -> Sampler:
     """A sampler of a bundle, a diffusers directory or a built-in model; `backend` is for the first, `scheduler` not.
 
-    Raises:
-        ConfigError: An option is for the other kind of source, or the model has no weights.
-        ModelError: There is no such model, it cannot be read, or has no scheduler.
-        BundleError, RequestError, UnsupportedError: As `sample_bundle` and `sample_model`.
+    Errors: as for `sample_bundle`, `sample_model` and `load_model`; a ConfigError for an option of the other kind.
     """
     folder = Path(source)
     if (folder / MANIFEST).is_file():

@@ -13,14 +13,7 @@ from edgediff.data.image_folder import ImageSet, read_images, shuffled
 from edgediff.errors import ConfigError, DataError
 from edgediff.evaluate.charts import draw_overview
 from edgediff.evaluate.denoiser import Denoiser, GateRecorder
-from edgediff.evaluate.frequency import (
-    Response,
-    band_gap,
-    measure_response,
-    radial_spectrum,
-    spectrum_error,
-    top_octaves,
-)
+from edgediff.evaluate.frequency import band_gap, measure_response, radial_spectrum, spectrum_error, top_octaves
 from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.evaluate.processes import Processes
 from edgediff.evaluate.report import Denoising, GateCurves, Spectra, SpectrumReport
@@ -78,8 +71,6 @@ def evaluate_spectrum(
         images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
         teacher: Another model, which denoises the same.
         steps, guidance_scale, scheduler: Of the generated images. None: 8, what is usual for the model, dpmpp_2m.
-        seed: Of all noise, and of the order of the photographs.
-        batch: Images of one generation; changes memory alone.
 
     Raises:
         ConfigError: `num_images`, `batch` or the guidance is out of range, a model is a bundle, or several processes
@@ -186,7 +177,7 @@ def _denoise(
         return denoisers[which].clean(x_t, times[k], None if known is None else known[numbers])
 
     teacher = partial(clean, 1) if len(denoisers) > 1 else None
-    responses: list[Response] = []
+    responses: list[tuple[NDArray[np.float64], ...]] = []
     taken: list[dict[str, NDArray[np.float64]]] = []
     with GateRecorder(denoiser.unet) as gates:
         measured = measure_response(partial(clean, 0), photographs, alphas, teacher=teacher, seed=seed, batch=batch)

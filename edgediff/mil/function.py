@@ -81,24 +81,19 @@ class Step:
         return f"{self.op} {self.outputs[0][0] if self.outputs else '(no output)'}"
 
 
+@dataclass(eq=False)
 class Function:
     """A function of a program, ready to run: `steps` are its ops without constants."""
 
-    def __init__(
-        self,
-        name: str,
-        inputs: dict[str, Spec],
-        outputs: dict[str, Spec],
-        steps: list[Step],
-        constants: Mapping[str, Constant],
-    ) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.outputs = outputs
-        self.steps = steps
-        self.constants = constants
-        kept = set(outputs)
-        for step in reversed(steps):
+    name: str
+    inputs: dict[str, Spec]
+    outputs: dict[str, Spec]
+    steps: list[Step]
+    constants: Mapping[str, Constant]
+
+    def __post_init__(self) -> None:
+        kept = set(self.outputs)
+        for step in reversed(self.steps):
             names = step.takes() | {name for name, _ in step.outputs}
             step.done = tuple(sorted(names - kept))
             kept |= names

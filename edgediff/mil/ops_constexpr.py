@@ -1,6 +1,6 @@
 """Quantization: ops that unpack compressed weights, once, when a function is prepared; and those of activations.
 
-iOS 16 packs indices and masks into bytes and says the shape; iOS 18 has dtypes below a byte, and blocks.
+iOS 16 packs indices and masks into bytes and gives the shape; iOS 18 has dtypes below a byte, and blocks.
 """
 
 import math

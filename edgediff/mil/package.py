@@ -49,7 +49,7 @@ class Package:
             raise ProgramError(f"the opset {opset!r} does not match specification version {self.specification_version}")
 
     def check_description(self, function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Checks what the package says of a function, which Core ML believes, against the program's own tensors.
+        """Checks the package's description of a function, which Core ML uses, against the program's own tensors.
 
         Those have a `dtype` and a `shape`. ProgramError: the package describes something else.
         """

@@ -34,6 +34,7 @@ class Spec:
         return len(shape) == len(self.shape) and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
 
 
+@dataclass(eq=False)
 class Constant:
     """A constant of a program; its fp32 copy is made when a function first wants it as a tensor.
 
@@ -42,10 +43,9 @@ class Constant:
         key: Equal for constants of equal content, whichever function they belong to.
     """
 
-    def __init__(self, dtype: str, array: np.ndarray | str, key: Hashable) -> None:
-        self.dtype = dtype
-        self.array = array
-        self.key = key
+    dtype: str
+    array: np.ndarray | str
+    key: Hashable
 
     @functools.cached_property
     def tensor(self) -> Tensor:
@@ -86,7 +86,7 @@ class Values:
     def array(self, value: Any) -> np.ndarray | str:
         """Decodes a ``Value`` into an array of the declared shape, on the mapped file where it is in one; or a string.
 
-        ProgramError: the value is not what its type says, or the weight file is damaged.
+        ProgramError: the value is not of its type, or the weight file is damaged.
         """
         spec = self.spec(value.type)
         shape = tuple(size for size in spec.shape if size is not None)

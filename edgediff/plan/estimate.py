@@ -13,10 +13,9 @@ alone. So rows of three and four cached steps are measured too, and what the pai
 mask. On grocery-32 at 8 steps, all 128 masks measured, ranks of masks with 4, 5 and 6 cached steps agreed with
 what was measured to 0.75, 0.41 and 0.11 (Spearman) without, to 0.99, 0.99 and 0.96 with rows.
 
-A cross term may be negative, and stays so: two displacements can point against each other, and clipping half of the
-terms would favour pairs for nothing but their sign. But a search over thousands of masks would find one where many such
-terms, none of them measured together, add up to nothing. So a mask of three and more cached steps is not expected to do
-better than the best pair in it.
+A cross term may be negative, where two displacements point against each other; clipping would favour pairs for their
+sign. But a search over thousands of masks would find one where many such terms, never measured together, add up to
+nothing. So a mask of three and more cached steps is not expected to do better than the best pair in it.
 """
 
 from collections.abc import Mapping, Sequence

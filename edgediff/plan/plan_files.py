@@ -34,7 +34,7 @@ def check_place(folder: Path, bundle: Path) -> None:
     """Refuses a folder that could not be written, before anything is measured.
 
     Raises:
-        TargetError: It is no folder, cannot be written, or lies in a bundle.
+        TargetError: It is no folder, cannot be written, or is in a bundle.
         MissingExtraError: matplotlib is not installed.
     """
     check_drawing("the plan's picture")
@@ -43,7 +43,7 @@ def check_place(folder: Path, bundle: Path) -> None:
     inside = next((parent for parent in (here, *here.parents) if (parent / MANIFEST).is_file()), None)
     if inside is not None or bundle.resolve() in (here, *here.parents):
         raise TargetError(
-            f"{folder} lies in the bundle {inside or bundle}, which has room for nothing else; choose another output"
+            f"{folder} is in the bundle {inside or bundle}, which contains only its own files; choose another output"
         )
 
 

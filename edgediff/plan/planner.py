@@ -100,7 +100,6 @@ class Plan:
         frontier: For each number of cached steps, from 0 up, the mask with the least measured error.
         uniform: The clocks that are a period, by period.
         measured: How many masks were measured.
-        warnings: What is known to speak against the plan, a line each.
     """
 
     bundle: Path
@@ -175,8 +174,7 @@ def make_plan(
 
     Args:
         budget: Share of clock 1's cost; 1 and more leave clock 1.
-        unit: ``flops``: the manifest's counts, attention matmuls included. ``latency``: measured with the bundle's own
-            session on this machine.
+        unit: ``flops``, the manifest's counts with attention matmuls, or ``latency``, measured on this machine.
         steps, guidance_scale: None takes the bundle's.
         seed: Of the first planning image; image i has seed + i.
         backend: None takes the one that `edgediff run` would.
@@ -190,7 +188,7 @@ def make_plan(
             own recipe cannot be read.
         RequestError: The request does not fit the bundle.
         BundleError: The bundle is damaged.
-        TargetError: The output cannot be written, lies in a bundle, or has a plan of other settings.
+        TargetError: The output cannot be written, is in a bundle, or has a plan of other settings.
         MissingExtraError: There is an output, and matplotlib is not installed.
     """
     if output is not None:
@@ -255,7 +253,7 @@ def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost
 
 
 def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_conditioning: bool = False) -> tuple[str, ...]:
-    """What the paper, or the adaptor's training, says against a plan, a line each.
+    """What speaks against a plan by the paper or the adaptor's training, a line each.
 
     Distances in pixels to clock 1 are not quality: the paper's two failures were seen in FID. `own_conditioning`: it
     was planned with the bundle's embeddings.
