@@ -1,4 +1,4 @@
-"""Files that a command leaves: may it write there, does another process write there, and is each file whole."""
+"""Files that a command leaves: may it write there, does another process, is each file whole; and figures as PNG."""
 
 import importlib.util
 import os

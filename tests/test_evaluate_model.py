@@ -79,13 +79,15 @@ def test_gated_and_unconditional_models_are_sampled_too(tmp_path: Path, takes_ti
     assert images.shape == (2, SIZE, SIZE, 3)
 
 
+@pytest.mark.parametrize(("where", "error"), [("Request", MemoryError), ("denoise", torch.OutOfMemoryError)])
 def test_a_batch_that_is_too_large_is_one_line(
-    class_model: Path, train: Path, classifier: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def exhaust(*given: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    class_model: Path, train: Path, classifier: Path, command: Command, monkeypatch: pytest.MonkeyPatch, where: str,
+    error: type[Exception],
+) -> None:  # fmt: skip
+    def exhaust(*given: Any, **named: Any) -> None:
+        raise error("out of memory")
 
-    monkeypatch.setattr("edgediff.evaluate.sampler.denoise", exhaust)
+    monkeypatch.setattr(f"edgediff.evaluate.sampler.{where}", exhaust)
     said = command("evaluate", "distance", class_model, "--images", train, "--features", classifier, "--batch", 7)
     assert_error(said, "batch of 7 images", "give a smaller --batch")
 

@@ -142,7 +142,7 @@ def test_a_recipe_keeps_every_setting(manifest: Manifest, tmp_path: Path) -> Non
     assert edgediff.load_config(tmp_path / "r.yaml") == strange
 
 
-def test_a_bundles_recipe_of_another_version_is_said(manifest: Manifest) -> None:
+def test_a_bundles_recipe_of_another_version_is_refused(manifest: Manifest) -> None:
     old = msgspec.structs.replace(manifest, config={**manifest.config, "colour": "red"})
     with pytest.raises(
         ConfigError, match="the recipe in the bundle's manifest cannot be used again: unknown key 'colour'"
@@ -153,24 +153,23 @@ def test_a_bundles_recipe_of_another_version_is_said(manifest: Manifest) -> None
 # Warnings
 
 
-def test_what_the_paper_saw_fail_is_said(manifest: Manifest) -> None:
+def test_what_the_paper_saw_fail_is_a_warning(manifest: Manifest) -> None:
     turns, row = (True, False) * 4, (True, True, True, True, False, False, False, False)
     ddim = msgspec.structs.replace(manifest, scheduler=msgspec.structs.replace(manifest.scheduler, name="ddim"))
     assert caveats(manifest, turns, 2.0) == ()
     (few,) = caveats(ddim, turns, 2.0)
-    assert few.startswith("DDIM at 8 steps")
-    assert "34.72 to 38.38" in few
+    assert few.startswith("DDIM at 8 steps: the one sampler that the paper saw get worse with a clock (FID 34.72 to")
     assert caveats(ddim, (True, False) * 10, 2.0) == ()
     (consecutive,) = caveats(manifest, row, 2.0)
-    assert all(number in consecutive for number in ("28.07", "33.10", "23.21"))
+    assert consecutive.startswith("cached steps in a row: of 8 steps with 4 cached, the paper saw FID 28.07")
     assert caveats(ddim, (True,) * 8, 2.0) == ()
 
 
-def test_what_else_speaks_against_a_plan_is_said(manifest: Manifest) -> None:
+def test_what_else_speaks_against_a_plan_is_a_warning(manifest: Manifest) -> None:
     trained = TrainedFor(8, "dpmpp_2m", 2, (1, 0) * 4, 2.0)
     learnt = msgspec.structs.replace(manifest.adaptor, kind="resnet", name="resnet-8", trained_for=trained)
     (line,) = caveats(msgspec.structs.replace(manifest, adaptor=learnt), (True, False, True), 2.0)
-    assert "resnet-8 was trained for 8 steps" in line
+    assert line.startswith("adaptor resnet-8 was trained for 8 steps")
     noise = msgspec.structs.replace(manifest, source=msgspec.structs.replace(manifest.source, random_weights=0))
     assert "weights are random" in caveats(noise, (True, False), 2.0)[0]
 
@@ -189,27 +188,19 @@ def test_the_command_writes_a_plan(class_bundle: Path, tmp_path: Path, command: 
     said = command(*args, "--json")
     assert (said.code, own(said)) == (0, [])
     shown = json.loads(said.out)
-    assert shown["files"] == {
-        "figure": str(tmp_path / "plan" / "frontier.png"),
-        "plan": str(tmp_path / "plan" / "plan.json"),
-        "recipe": str(tmp_path / "plan" / "recipe.yaml"),
-    }
+    names = {"figure": "frontier.png", "plan": "plan.json", "recipe": "recipe.yaml"}
+    assert shown.pop("files") == {what: str(tmp_path / "plan" / name) for what, name in names.items()}
     written = json.loads((tmp_path / "plan" / "plan.json").read_text())
-    assert written == {key: value for key, value in shown.items() if key != "files"}
-    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == [
-        "frontier.png", "mine.txt", "plan.json", "recipe.yaml",
-    ]  # fmt: skip
+    assert written == shown
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {*names.values(), "mine.txt"}
     assert (tmp_path / "plan" / "frontier.png").read_bytes()[1:4] == b"PNG"
     assert written["chosen"]["cost"] <= 0.6
     assert [point["cached_steps"] for point in written["frontier"]] == [0, 1, 2, 3]
     assert written["frontier"][0]["psnr_db"] is None
-    assert written["chosen"]["error"] <= written["uniform"]["2"]["error"] or written["uniform"]["2"]["cost"] > 0.6
     said = command(*args)
     assert said.code == 0
     assert written["chosen"]["clock"] in said.out
     assert all(word in said.out for word in ("uniform clocks", "recipe.yaml", "GFLOPs"))
-    if "0,0" in written["chosen"]["clock"]:
-        assert "28.07" in said.out
 
 
 def test_a_plan_of_other_settings_is_replaced_only_by_force(
@@ -281,7 +272,7 @@ def test_nothing_is_written_into_a_bundle(class_bundle: Path, where: str) -> Non
         plan_files.check_place(class_bundle / where, class_bundle)
 
 
-def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     for where, says in (

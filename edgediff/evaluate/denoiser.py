@@ -1,5 +1,6 @@
 """A model as a denoiser: its guess of the clean image from a noisy one, and what its gates let pass meanwhile."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,8 @@ class GateRecorder:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "GateRecorder":
-        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        modules = self.modules.items()
+        self._hooks = [module.register_forward_hook(partial(self._record, name)) for name, module in modules]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -113,9 +115,6 @@ class GateRecorder:
         self._means.clear()
         return means
 
-    def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, given: Any, gates: torch.Tensor) -> None:
-            means = gates.detach().cpu().double().reshape(len(gates), len(BANDS), -1).mean(dim=2)
-            self._means.setdefault(name, []).append(means)
-
-        return record
+    def _record(self, name: str, module: nn.Module, given: Any, gates: torch.Tensor) -> None:
+        means = gates.detach().cpu().double().reshape(len(gates), len(BANDS), -1).mean(dim=2)
+        self._means.setdefault(name, []).append(means)

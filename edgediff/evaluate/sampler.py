@@ -159,32 +159,34 @@ class Sampler:
             ConfigError: They need more memory than there is.
             NotFiniteError: The model's output is not finite.
         """
-        graphs = self.session.graphs
-        scheduler = make_scheduler(self.scheduler, len(mask))
-        latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
-        cond, uncond = {}, {}
-        if classes is not None:
-            dtype = next(tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels")
-            cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
-            if guidance_scale > 1:
-                uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
-        request = Request(
-            graphs=graphs,
-            scheduler=scheduler,
-            clock=mask,
-            guidance=(guidance_scale,) * len(mask),
-            latents=latents * np.float32(scheduler.init_noise_sigma),
-            cond=cond,
-            uncond=uncond,
-            seed=seed,
-        )
         try:
+            graphs = self.session.graphs
+            scheduler = make_scheduler(self.scheduler, len(mask))
+            latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
+            cond, uncond = {}, {}
+            if classes is not None:
+                dtype = next(
+                    tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels"
+                )
+                cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
+                if guidance_scale > 1:
+                    uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
+            request = Request(
+                graphs=graphs,
+                scheduler=scheduler,
+                clock=mask,
+                guidance=(guidance_scale,) * len(mask),
+                latents=latents * np.float32(scheduler.init_noise_sigma),
+                cond=cond,
+                uncond=uncond,
+                seed=seed,
+            )
             *_, last = denoise(request, self.session)
+            return to_uint8(last.latents)
         except (MemoryError, torch.OutOfMemoryError) as e:
             raise ConfigError(
                 f"batch of {len(numbers)} images: too many for the memory of {self.backend}; give a smaller --batch"
             ) from e
-        return to_uint8(last.latents)
 
 
 def sample_model(model: Model, scheduler: str | None = None, device: torch.device | None = None) -> Sampler:

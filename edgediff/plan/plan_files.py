@@ -57,7 +57,7 @@ def check_replaced(folder: Path, search: dict[str, Any]) -> None:
     try:
         found = json.loads((folder / PLAN).read_bytes())
         same = {key: found.get(key) for key in search} == search
-    except (OSError, ValueError, AttributeError):  # no plan.json, or one that is no plan's
+    except (OSError, ValueError, AttributeError, RecursionError):  # no plan.json, or one that is no plan's
         same = False
     if there and not same:
         raise TargetError(
