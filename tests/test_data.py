@@ -1,6 +1,5 @@
 """Image folders: the order, how an image is brought to size, and what is refused."""
 
-import doctest
 import io
 import os
 import struct
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgediff.data import image_folder as data
 from edgediff.data.image_folder import ImageSet, Reason, Skipped, divide, read_image, read_images, shuffled
 from edgediff.errors import DataError
 
@@ -279,7 +277,3 @@ def test_dividing_holds_out_of_every_class(tmp_path: Path) -> None:
         )
 
     assert contents(rest, held_out) == contents(images)
-
-
-def test_examples_hold() -> None:
-    assert doctest.testmod(data) == (0, 2)

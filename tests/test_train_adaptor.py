@@ -257,11 +257,11 @@ def test_folders_that_hold_something_else(class_model: Path, text_model: Path, t
     model = load_model(class_model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(TargetError, match="holds something else"):
+    with pytest.raises(TargetError, match="contains something else"):
         train_adaptor(model, tmp_path / "full", TINY)
     train_adaptor(model, tmp_path / "a", TINY)
     with unchanged(tmp_path / "a", tmp_path / "full"):
-        with pytest.raises(TargetError, match="holds a training with steps 4, not 5; choose another folder"):
+        with pytest.raises(TargetError, match="contains a training with steps 4, not 5; choose another folder"):
             train_adaptor(model, tmp_path / "a", tiny(steps=5))
         with pytest.raises(TargetError, match="another model"):
             train_adaptor(load_model(text_model), tmp_path / "a", TINY)
@@ -391,7 +391,7 @@ def test_the_command_trains_and_says_what_it_is_worth(command: Command, class_mo
     again = command("train", "adaptor", class_model, *options)
     assert "already there" in again.out
     assert_error(
-        command("train", "adaptor", class_model, *options, "--clock", 4), "holds a training with clock 2, not 4"
+        command("train", "adaptor", class_model, *options, "--clock", 4), "contains a training with clock 2, not 4"
     )
     assert_error(command("train", "adaptor", "-o", place / "b"), "no model")
     assert_error(command("train", "adaptor", class_model, "-o", place / "b", "--clock", "1"), "no cached step")

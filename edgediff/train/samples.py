@@ -1,4 +1,4 @@
-"""Samples of a UNet while it is trained, through the loop that runs on the device."""
+"""Samples of a UNet while it is trained, by the loop that runs on the device."""
 
 import math
 from collections import deque
@@ -25,7 +25,7 @@ def make_sampler(model: Model) -> Scheduler:
     """The sampler that grids are drawn with: `STEPS` steps, or fewer where the schedule is shorter.
 
     Raises:
-        UnsupportedError: The model's own cannot be carried over.
+        UnsupportedError: The model's sampler is not supported.
     """
     config = scheduler_config(model.scheduler, SCHEDULER)
     try:
@@ -35,20 +35,18 @@ def make_sampler(model: Model) -> Scheduler:
 
 
 def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None = None) -> NDArray[np.float32]:
-    """Samples a model with its usual guidance, every step in full.
+    """Samples a model of classes or of nothing with its usual guidance, every step in full.
+
+    Image i has class i mod the number of classes. The UNet is in evaluation mode and on its device.
 
     Args:
-        model: Of classes or of nothing; its UNet is where it is to run, in evaluation mode. Image i has class i mod the
-            number of classes.
-        count: How many.
-        seed: Of the noise.
         at_once: Most rows that go through the UNet together, two for an image with guidance; None for all.
 
     Returns:
         float32 [count, C, H, W].
 
     Raises:
-        UnsupportedError: The sampler cannot be carried over.
+        UnsupportedError: The model's sampler is not supported.
     """
     known = model.conditioning
     guidance = usual_guidance(known)
@@ -59,7 +57,7 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
         if guidance > 1:
             uncond["class_labels"] = np.full(count, known.null_label, dtype=np.int64)
     rows = count * (2 if guidance > 1 else 1)
-    # As many in each part, since the loop fills up parts that are not full.
+    # Equal parts, since the loop pads those that are not full.
     even = None if at_once is None else math.ceil(rows / math.ceil(rows / at_once))
     session = undivided_session(model, even)
     scheduler = make_sampler(model)
