@@ -109,6 +109,8 @@ def test_twice_the_size_is_averaged_and_no_more(tmp_path: Path) -> None:
     pixels = random_pixels(32, 32, 3)
     np.testing.assert_array_equal(read_image(write(tmp_path / "a.png", pixels), 16), box_average(pixels))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", 32), pixels)
+    expected = np.asarray(Image.fromarray(pixels).resize((20, 20), Image.Resampling.BOX))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 20), expected)
 
 
 def test_larger_ones_go_through_lanczos_at_twice_the_size(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from edgediff.train.distillation import (
     predict_with_features,
     spatial_term,
 )
-from edgediff.train.learner import Learner, Noising, Teacher
+from edgediff.train.learner import Learner, Noising
 
 SIZES = [(16, 16), (8, 8), (4, 8), (7, 5)]
 
@@ -100,10 +100,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     for aligner in distillation.aligners.values():
         torch.nn.init.dirac_(aligner.weight)
         torch.nn.init.zeros_(aligner.bias)
-    learner, teacher = Learner(unet, distillation), Teacher(unet, POINTS)
+    learner = Learner(unet, distillation)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 900])
     with torch.no_grad():
-        terms = learner(x, x, t, x, {}, teacher.features(x, t, {}))
+        terms = learner(x, x, t, x, {}, predict_with_features(unet, POINTS, x, t, {})[1])
     assert float(terms["spatial"]) == pytest.approx(0, abs=1e-9)
     assert float(terms["frequency"]) == pytest.approx(0, abs=1e-9)
     assert terms["ddpm"] > 0
@@ -114,9 +114,10 @@ def test_features_are_compared_where_asked(points: tuple[str, ...]) -> None:
     teacher = unet2d()
     student = slim(teacher, 8)
     distillation = Distillation(teacher, student, points, 0.0)
-    learner, theirs = Learner(student.requires_grad_(True), distillation), Teacher(teacher, points)
+    learner = Learner(student.requires_grad_(True), distillation)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 900])
-    given = theirs.features(x, t, {})
+    with torch.no_grad():
+        _, given = predict_with_features(teacher, points, x, t, {})
     assert {name.partition("_")[0] for name in given} == set(points)
     learner(x, x, t, x, {}, given)["spatial"].backward()
     assert any(parameter.grad is not None for parameter in student.parameters())

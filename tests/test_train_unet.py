@@ -84,11 +84,7 @@ def test_a_student_learns_from_its_teacher(
     ],
 )
 def test_each_term_can_be_switched_off(
-    student_training: StudentTraining,
-    tmp_path: Path,
-    loops: list[Loop],
-    changes: dict[str, Any],
-    terms: set[str],
+    student_training: StudentTraining, tmp_path: Path, loops: list[Loop], changes: dict[str, Any], terms: set[str]
 ) -> None:
     train_student(tmp_path / "a", changed(student_training, **changes))
     (loop,) = loops

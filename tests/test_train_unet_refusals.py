@@ -20,14 +20,7 @@ from safetensors import SafetensorError
 from trainings import UNET, changed, refused, resumes, same
 from unets import unet2d, unet2d_condition
 
-from edgediff.errors import (
-    ConfigError,
-    DataError,
-    EdgediffError,
-    ModelError,
-    TargetError,
-    UnsupportedError,
-)
+from edgediff.errors import ConfigError, DataError, EdgediffError, ModelError, TargetError, UnsupportedError
 from edgediff.models.spectral import SpectralUNet2DModel
 from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.settings import StudentTraining, TeacherTraining, training_from

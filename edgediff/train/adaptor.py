@@ -5,7 +5,7 @@ makes. Losses are relative to those of the identity, so that 1 is no better than
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from edgediff.data.batches import generator
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import AdaptorShape, LearnedAdaptor
-from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.clockwork import split
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
 from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
@@ -46,10 +46,6 @@ class AdaptorTrained:
     gain: Gain
     updates: int
     loss: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Updates, loss and gain as plain data."""
-        return {"updates": self.updates, "loss": self.loss, "gain": asdict(self.gain)}
 
 
 def train_adaptor(
@@ -89,15 +85,13 @@ def train_adaptor(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         adaptor = LearnedAdaptor(settings.adaptor, shape, settings.takes_text)
-    divided = split(model.unet, settings.cut, adaptor).to(accelerator.device)
-    adaptor.train()
-    rollouts = Rollouts(model, divided, settings)
-    with claim.lasting():
-        task = _AdaptorTask(accelerator, divided, adaptor, rollouts, path)
+    rollouts = Rollouts(model, split(model.unet, settings.cut, adaptor).to(accelerator.device), settings)
+    with claim.locked():
+        task = _AdaptorTask(accelerator, rollouts, path)
         loop = Loop(task, path)
         loop.run(say)
         say("measuring the gain on unseen seeds", 1.0)
-        gain = measure_gain(model, divided, rollouts)
+        gain = measure_gain(model, rollouts)
         if accelerator.is_main_process:
             loop.count_time()
             record = _record(settings, model, shape, rollouts)
@@ -142,14 +136,12 @@ def _record(settings: AdaptorTraining, model: Model, shape: AdaptorShape, rollou
 class _AdaptorTask(Task):
     """A visit is a pass over a round of trajectories."""
 
-    def __init__(
-        self, accelerator: Accelerator, divided: SplitUNet, adaptor: LearnedAdaptor, rollouts: Rollouts, path: Path
-    ) -> None:
-        settings = rollouts.settings
+    def __init__(self, accelerator: Accelerator, rollouts: Rollouts, path: Path) -> None:
+        settings, self.divided = rollouts.settings, rollouts.split
+        adaptor = self.divided.adaptor
         optimizer = torch.optim.Adam(adaptor.parameters(), lr=settings.learning_rate)
         super().__init__(accelerator, settings, adaptor, optimizer, adaptor, settings.rounds * settings.passes)
         self.weights = {FEATURE: 1.0, OUTPUT: settings.output_weight}
-        self.divided = divided
         self.rollouts = rollouts
         self.samples: Samples = {}
         self.store = None

@@ -22,7 +22,7 @@ from edgediff.data.batches import Batches, as_channels_first, generator
 from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, TrainingError
 from edgediff.train.claim import Claim, writing
-from edgediff.train.dataset import HELD_OUT
+from edgediff.train.dataset import HELD_OUT_SHARE
 from edgediff.train.latents import CONFIG, WEIGHTS_FILE, encode, load_autoencoder, reconstruction_psnr
 from edgediff.train.loop import LOSS, Loop, Say, Task, silent
 from edgediff.train.settings import AutoencoderTraining, check_training
@@ -73,12 +73,12 @@ def train_autoencoder(
     path = Path(path)
     say = progress if progress is not None and accelerator.is_main_process else silent
     if held_out is None:
-        images, held_out = divide(images, HELD_OUT, settings.seed)
+        images, held_out = divide(images, HELD_OUT_SHARE, settings.seed)
     sources = {"other images": hashlib.sha256(np.ascontiguousarray(images.images).data).hexdigest()}
     claim = Claim(path, CONFIG, settings, sources, accelerator)
     if claim.is_done():
         return load_autoencoder(path).to(accelerator.device)
-    with claim.lasting():
+    with claim.locked():
         task = _AutoencoderTask(accelerator, images.images, settings)
         Loop(task, path).run(say)
         vae = task.vae.requires_grad_(False)

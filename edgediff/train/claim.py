@@ -58,7 +58,7 @@ class Claim:
         return True
 
     @contextmanager
-    def lasting(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Locks the folder and records there what is trained, until the block or the process ends.
 
         A block that ends without an error removes the checkpoints.
@@ -66,13 +66,13 @@ class Claim:
         Raises:
             TargetError: The folder contains something else, cannot be written, or another training runs there.
         """
-        locked = None
+        descriptor = None
         self.accelerator.wait_for_everyone()
         try:
             if self.accelerator.is_main_process:
                 with writing(self.path):
                     self.path.mkdir(parents=True, exist_ok=True)
-                    locked = _lock(self.path)
+                    descriptor = _lock(self.path)
                     self._check()
                     data = msgspec.json.format(msgspec.json.encode(self._record()), indent=1) + b"\n"
                     write_whole(self.path / SETTINGS, lambda scratch: scratch.write_bytes(data))
@@ -80,7 +80,7 @@ class Claim:
             yield
             self._clear()
         finally:
-            unlock(locked)
+            unlock(descriptor)
 
     def _record(self) -> _Record:
         return _Record(self.sources, self.accelerator.num_processes, msgspec.to_builtins(self.settings))

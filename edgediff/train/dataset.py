@@ -8,8 +8,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from edgediff.data.batches import Batches, as_channels_first
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet, divide, read_images
+from edgediff.data.image_folder import ImageSet, class_indices, divide, read_images
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.load import Model
 from edgediff.train.latents import encode
@@ -17,7 +16,7 @@ from edgediff.train.loop import Say
 from edgediff.train.settings import UNetTraining
 
 # Share of each class that is held out of a training.
-HELD_OUT = 0.1
+HELD_OUT_SHARE = 0.1
 
 
 def read_data(settings: UNetTraining, size: int, say: Say) -> tuple[ImageSet, ImageSet]:
@@ -31,7 +30,7 @@ def read_data(settings: UNetTraining, size: int, say: Say) -> tuple[ImageSet, Im
         raise ConfigError("no images: name a folder, --data DIR or 'data' in the settings")
     data = read_images(settings.data, size, minimum=2, progress=say)
     if settings.held_out is None:
-        kept, held_out = divide(data, HELD_OUT, seed=0)
+        kept, held_out = divide(data, HELD_OUT_SHARE, seed=0)
         if not len(held_out):
             raise DataError(
                 f"{settings.data} has one image of each class; expected more, or held-out images of their own"

@@ -32,8 +32,9 @@ class Gain:
     space: str
 
 
-def measure_gain(model: Model, learned: SplitUNet, rollouts: Rollouts) -> Gain:
+def measure_gain(model: Model, rollouts: Rollouts) -> Gain:
     """Generates the same samples at clock 1, with the identity and with the learned adaptor, as `rollouts` says."""
+    learned = rollouts.split
     identity = split(model.unet, learned.cut).to(next(learned.parameters()).device)
     reference = _generate(model, identity, rollouts, (True,) * len(rollouts.mask))
     kept, made = (

@@ -1,4 +1,4 @@
-"""A UNet that learns: noised images and what it is to predict of them, a teacher, the terms of the loss."""
+"""A UNet that learns: noised images, what it is to predict of them, and the terms of the loss."""
 
 from typing import Any
 
@@ -77,19 +77,6 @@ class Learner(nn.Module):
         ddpm = F.mse_loss(prediction.float(), target)
         spatial, frequency = self.distillation(teacher, features, x_0)
         return {DDPM: ddpm, SPATIAL: spatial, FREQUENCY: frequency}
-
-
-class Teacher:
-    """A trained UNet, in evaluation mode, whose features at `points` are learnt from."""
-
-    def __init__(self, unet: Any, points: tuple[str, ...]) -> None:
-        self.unet = unet
-        self.points = points
-
-    @torch.no_grad()
-    def features(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The features by place, [B, C', H', W'], of noised images [B, C, H, W] at time steps [B]."""
-        return predict_with_features(self.unet, self.points, x_t, t, cond)[1]
 
 
 def check_pair(teacher: Model, student: Model) -> None:

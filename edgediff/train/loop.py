@@ -28,7 +28,7 @@ from edgediff_runtime.errors import one_line
 Say = Callable[[str, float], None]
 LOSS = "loss"
 _CHECKPOINT = "visit-" + 8 * "[0-9]"
-# The seeds of dropout begin at this number; a task's other draws have smaller ones.
+# Dropout's numbers begin here, apart from those of a task's other draws.
 _DROPOUT = 1 << 30
 
 
@@ -36,13 +36,15 @@ def silent(what: str, share: float) -> None:
     """Reports nothing."""
 
 
-def begin(path: Path, progress: Say | None, precision: str = "fp32") -> tuple[Accelerator, Say]:
+def begin(path: Path, progress: Say | None, precision: str | None = None) -> tuple[Accelerator, Say]:
     """Makes the accelerator of a training in a folder, and what reports its progress: in the main process alone.
+
+    Without a `precision`, ``fp32`` or ``bf16``, it is what `accelerate launch` was given.
 
     Raises:
         TargetError: The folder cannot be written, or another training runs there.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     check_output(path, accelerator)
     return accelerator, progress if progress is not None and accelerator.is_main_process else silent
 
@@ -95,11 +97,10 @@ class Task:
     Attributes:
         module: Everything with weights to learn; it may consist of several modules.
         averaged: The part of `module` whose averaged weights are the result.
-        settings: Have `learning_rate` and `seed`; `ema`, `schedule`, `warmup` and `clip` are taken from them if there.
+        settings: Have `learning_rate` and `seed`; their `ema`, `schedule`, `warmup` and `clip` replace those below.
         visits: How many there are; between two of them a checkpoint may be written.
         weights: Weight of each term of the loss.
-        ema: Decay of the averaged weights; None keeps the weights as they are.
-        schedule: ``cosine`` down to zero at the end, or ``constant``.
+        ema: Decay of the averaged weights; None averages none.
         warmup: Updates in which the learning rate rises from 0.
         clip: Largest norm of the gradient.
         name: What messages begin with.
@@ -174,11 +175,9 @@ class Loop:
     """Runs a task: updates, checkpoints, averaged weights; `state` is how far it has come."""
 
     def __init__(self, task: Task, path: Path | None = None) -> None:
-        """Prepares model, optimizer and averaged weights.
+        """Prepares model, optimizer and averaged weights; nothing else is prepared with the task's accelerator.
 
-        Args:
-            task: Nothing else is prepared with its accelerator, before `run` and afterwards.
-            path: The training's folder; None writes no checkpoints.
+        `path` is the training's folder; None writes no checkpoints.
         """
         self.task, self.state, self.accelerator = task, task.state, task.accelerator
         self.folder = None if path is None else path / CHECKPOINTS

@@ -37,10 +37,8 @@ def make_sampler(model: Model) -> Scheduler:
 def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None = None) -> NDArray[np.float32]:
     """Samples a model of classes or of nothing with its usual guidance, every step in full.
 
-    Image i has class i mod the number of classes. The UNet is in evaluation mode and on its device.
-
-    Args:
-        at_once: Most rows that go through the UNet together, two for an image with guidance; None for all.
+    Image i has class i mod the number of classes. At most `at_once` rows go through the UNet together, two for an image
+    with guidance; None for all.
 
     Returns:
         float32 [count, C, H, W].

@@ -70,16 +70,8 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
             return given.to(accelerator.device)
         return train_autoencoder(data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=say)
 
-    return train_unet(
-        model,
-        data,
-        path,
-        settings,
-        accelerator=accelerator,
-        autoencoder=None if latent is None else autoencoder,
-        sources=sources,
-        say=say,
-    )
+    made = None if latent is None else autoencoder
+    return train_unet(model, data, path, settings, accelerator=accelerator, autoencoder=made, sources=sources, say=say)
 
 
 def geometry_of(settings: TeacherTraining) -> tuple[Any, dict[str, Any]]:

@@ -30,11 +30,7 @@ class ClassifierRecipe(msgspec.Struct, frozen=True):
         epochs: Passes over the images at most.
         minutes: Wall-clock time at most, by which the learning rate falls to 0 too; the weights then differ from run
             to run. None sets no bound.
-        batch: Images of a step.
-        learning_rate: The highest, after a short warm-up.
-        weight_decay: AdamW's.
         label_smoothing: Share of the target that is spread over all classes; it bounds the features.
-        seed: Of the weights, the order and the augmentation.
     """
 
     widths: tuple[int, ...] = (24, 48, 96, 128)
@@ -49,14 +45,7 @@ class ClassifierRecipe(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a training.
-
-    Attributes:
-        classifier: In evaluation mode.
-        epochs: Passes over the images; the last may be incomplete where time ended it.
-        steps: Steps of the optimiser.
-        loss: Mean over the last epoch's steps.
-    """
+    """The result of a training: `loss` is the mean over the last epoch, which may be incomplete where time ended it."""
 
     classifier: Classifier
     epochs: int

@@ -25,7 +25,7 @@ from edgediff_runtime.manifest import Cost
 CARD = "README.md"
 LOSSES = "loss.png"
 TOOLS = ("edgediff", "torch", "diffusers", "accelerate", "numpy")
-# Dark enough for the mean; single updates are drawn lighter in the same colour.
+# Of the means; single updates are drawn lighter in the same colour.
 COLOURS = ("#1f4e79", "#2e7d32", "#b9770e", "#7d3c98")
 _POINTS = "#b03a2e"
 
@@ -143,15 +143,10 @@ def draw_losses(
     level: tuple[float, str] | None = None,
     points: tuple[str, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
-    """Draws the losses of a training to a ``.png``.
+    """Draws the losses of a training, one for each update by name, to a ``.png``.
 
-    Args:
-        curves: One loss for each update, by name.
-        path: The file.
-        title: Above the axes.
-        what: Label of the losses' axis.
-        level: A horizontal line and its name.
-        points: The name of a curve that is measured now and then, with its updates and losses.
+    `what` is the label of their axis, `level` a horizontal line and its name, `points` the name of a curve that is
+    measured now and then, with its updates and losses.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

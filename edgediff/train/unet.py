@@ -7,8 +7,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from edgediff.models.load import Model
 from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, writing
 from edgediff.train.dataset import batches_of, classes_of
-from edgediff.train.distillation import Distillation
+from edgediff.train.distillation import Distillation, predict_with_features
 from edgediff.train.latents import FOLDER, WEIGHTS_FILE, decode
-from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising, Teacher
+from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising
 from edgediff.train.loop import Loop, Say, Task, recent
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
@@ -37,6 +37,7 @@ UNET = "unet"
 PRODUCT = f"{UNET}/{WEIGHTS_FILE}"
 SAMPLES = "samples.png"
 NUM_SAMPLES = 36
+_TERMS = {DDPM: "denoising", SPATIAL: "spatial", FREQUENCY: "frequency"}
 # The held-out loss is measured on at most this many images, each with the same noise every time.
 HELD_OUT = 512
 # Numbers of random draws: an update's images and noise (0 is the order of the first pass over the images), and those of
@@ -62,10 +63,6 @@ class UNetTrained:
     held_out: float
     images: int
     skipped: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain data."""
-        return asdict(self) | {"path": str(self.path)}
 
 
 def train_unet(
@@ -99,10 +96,10 @@ def train_unet(
     if claim.is_done():
         return None
     classes_of(model, images)
-    learner, teaching = _learner(model, teacher, settings, accelerator)
-    with claim.lasting():
+    learner = _learner(model, teacher, settings, accelerator.device)
+    with claim.locked():
         vae = None if autoencoder is None else autoencoder()
-        task = _UNetTask(accelerator, model, learner, teaching, data, vae, settings, path)
+        task = _UNetTask(accelerator, model, learner, teacher, data, vae, settings, path)
         loop = Loop(task, path)
         loop.run(say)
         if accelerator.is_main_process:
@@ -120,17 +117,15 @@ def train_unet(
     )
 
 
-def _learner(
-    model: Model, teacher: Model | None, settings: UNetTraining, accelerator: Accelerator
-) -> tuple[Learner, Teacher | None]:
-    unet = model.unet.requires_grad_(True).train().to(accelerator.device)
+def _learner(model: Model, teacher: Model | None, settings: UNetTraining, device: torch.device) -> Learner:
+    unet = model.unet.requires_grad_(True).train().to(device)
     if teacher is None or not isinstance(settings, StudentTraining) or not settings.distils:
-        return Learner(unet), None
+        return Learner(unet)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         distillation = Distillation(teacher.unet, unet, settings.points, settings.alpha)
-    theirs = teacher.unet.to(accelerator.device)
-    return Learner(unet, distillation.to(accelerator.device)), Teacher(theirs, settings.points)
+    teacher.unet.to(device)
+    return Learner(unet, distillation.to(device))
 
 
 class _UNetTask(Task):
@@ -141,7 +136,7 @@ class _UNetTask(Task):
         accelerator: Accelerator,
         model: Model,
         learner: Learner,
-        teacher: Teacher | None,
+        teacher: Model | None,
         images: tuple[ImageSet, ImageSet],
         vae: AutoencoderKL | None,
         settings: UNetTraining,
@@ -162,8 +157,10 @@ class _UNetTask(Task):
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
         number, size = self.number(batch), self.settings.batch
         given = self.draw(self.data, number * size, size, number + _FIRST_UPDATE)
-        if self.teacher is not None:
-            given["teacher"] = self.teacher.features(given["x_t"], given["t"], given["cond"])
+        if self.teacher is not None and self.learner.distillation is not None:
+            points, noised = self.learner.distillation.points, (given["x_t"], given["t"], given["cond"])
+            with torch.no_grad():
+                _, given["teacher"] = predict_with_features(self.teacher.unet, points, *noised)
         terms: dict[str, torch.Tensor] = model(**given)
         return terms
 
@@ -199,7 +196,13 @@ class _UNetTask(Task):
             images = to_uint8(samples) if self.vae is None else decode(self.vae, torch.tensor(samples))
             with writing(self.path, loop.kept()):
                 write_grid(images, self.path / SAMPLES)
-                self._draw_curves((*self.state.held_out, (self.state.updates, held_out)))
+                draw_losses(
+                    {_TERMS[name]: losses for name, losses in self.state.terms.items()},
+                    self.path / LOSSES,
+                    f"{self.model.name}: {self.data.count} images, batch {self.settings.batch}",
+                    "terms of the loss",
+                    points=("denoising, held out", (*self.state.held_out, (self.state.updates, held_out))),
+                )
         # On every process, since it decides whether this runs again at the end.
         self.state.held_out.append((self.state.updates, held_out))
         self.accelerator.wait_for_everyone()
@@ -212,16 +215,6 @@ class _UNetTask(Task):
             given = self.draw(self.held_out, first, size, _FIRST_HELD_OUT + first, learning=False)
             loss += size * float(self.learner(**given)[DDPM])
         return loss / count
-
-    def _draw_curves(self, held_out: Sequence[tuple[int, float]]) -> None:
-        names = {DDPM: "denoising", SPATIAL: "spatial", FREQUENCY: "frequency"}
-        draw_losses(
-            {names[name]: losses for name, losses in self.state.terms.items()},
-            self.path / LOSSES,
-            f"{self.model.name}: {self.data.count} images, batch {self.settings.batch}",
-            "terms of the loss",
-            points=("denoising, held out", held_out),
-        )
 
 
 def _save(path: Path, model: Model, card: str, vae: AutoencoderKL | None) -> None:
