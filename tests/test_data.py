@@ -37,7 +37,7 @@ def test_order_is_that_of_the_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.images, expected)
 
 
-def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     write(tmp_path / ".hidden" / "1.png")
     for name in ("a/.1.png", "a/notes.txt", "README.md"):
@@ -208,7 +208,7 @@ def test_images_alone_have_no_classes(tmp_path: Path) -> None:
     assert (len(rest), len(held_out)) == (2, 1)
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
+def test_progress_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     write(tmp_path / "a" / "2.png")
     said: list[tuple[str, float]] = []

@@ -47,7 +47,7 @@ def grey_rgb(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "A.TIFF", "a.webp", "a.GIF"])
 def test_lossless_files_give_their_pixels(tmp_path: Path, name: str) -> None:
-    flat = np.full((8, 8, 3), (200, 30, 90), np.uint8)  # one colour: a palette holds it
+    flat = np.full((8, 8, 3), (200, 30, 90), np.uint8)  # one colour, which a palette can have
     save(tmp_path / name, flat, **({"lossless": True} if name == "a.webp" else {}))
     np.testing.assert_array_equal(read_images(tmp_path, 8).images, flat[None])
 
@@ -102,7 +102,7 @@ def test_cmyk_and_inverted_jpegs_of_it(tmp_path: Path) -> None:
     image = Image.fromarray(flat).convert("CMYK")
     image.save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif", 8), flat)
-    # JPEGs hold them inverted, as Adobe's do; the segment that says so is often missing.
+    # JPEGs have them inverted, as Adobe's do; the segment that says so is often missing.
     image.save(tmp_path / "adobe.jpg", quality=100)
     data = (tmp_path / "adobe.jpg").read_bytes()
     start = data.index(b"\xff\xee\x00\x0eAdobe")

@@ -29,7 +29,7 @@ class Line(Task):
         self.rates: list[float] = []
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
-        """The squared error; spoilt at update 2, where it is to be."""
+        """The squared error; spoilt at update 2 by `spoil`."""
         self.rates.append(self.optimizer.param_groups[0]["lr"] / 0.1)
         x = torch.ones(2, 1)
         loss = (model(x) - 2 * x).square().mean()

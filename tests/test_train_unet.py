@@ -96,7 +96,7 @@ def test_each_term_can_be_switched_off(
     assert isinstance(load_model(tmp_path / "a").unet, SpectralUNet2DModel) == changes.get("gating", True)
 
 
-def test_a_student_can_go_on_from_another(student_training: StudentTraining, tmp_path: Path) -> None:
+def test_a_student_can_continue_from_another(student_training: StudentTraining, tmp_path: Path) -> None:
     train_student(tmp_path / "first", student_training)
     still = changed(student_training, student=str(tmp_path / "first"), width=None, updates=1, learning_rate=1e-12)
     train_student(tmp_path / "second", still)

@@ -37,12 +37,11 @@ class Batches:
         mirrored: torch.Tensor | None = None,
         null: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Takes the data.
+        """Takes the data and the seed of the order.
 
         Args:
             x_0: float32 or uint8 [N, C, H, W].
-            cond: What the model is conditioned on, by name, each [N, ...].
-            seed: Of the order.
+            cond: Conditioning by name, each [N, ...].
             mirrored: The mirrored images, where mirroring `x_0` would not give them: their latents.
             null: The unconditional row of each `cond`, [...]; None where the model has none.
         """
@@ -55,13 +54,9 @@ class Batches:
     def take(
         self, first: int, size: int, flips: torch.Tensor | None = None, drop: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Takes `size` images at `first` of the endless row of shuffled passes.
+        """Takes `size` images, beginning with number `first` of the endless sequence of shuffled passes.
 
-        Args:
-            first: Its number.
-            size: How many.
-            flips: Which of them are mirrored, bool [size].
-            drop: Which of them are made unconditional, bool [size].
+        `flips` and `drop`, bool [size], say which of them are mirrored and which are made unconditional.
 
         Returns:
             float32 [size, C, H, W], in [-1, 1] for images, and the conditioning by name, [size, ...].

@@ -91,11 +91,14 @@ class Prompts:
                 raise ConfigError(f"conditioning {path}: {name} has {len(array)} rows for {count} prompts")
         return cls(*rows, count)
 
+    def take(self, chosen: np.ndarray) -> tuple[Rows, Rows]:
+        """Conditional and unconditional rows, [N, ...], of prompts by their numbers modulo `count`, int64 [N]."""
+        cond = {name: rows[chosen % self.count % len(rows)] for name, rows in self.cond.items()}
+        return cond, {name: np.repeat(rows[:1], len(chosen), axis=0) for name, rows in self.uncond.items()}
+
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Rows, Rows]:
         """Draws `count` prompts: conditional and unconditional rows, [count, ...]."""
-        chosen = rng.integers(self.count, size=count)
-        cond = {name: rows[chosen % len(rows)] for name, rows in self.cond.items()}
-        return cond, {name: np.repeat(rows[:1], count, axis=0) for name, rows in self.uncond.items()}
+        return self.take(rng.integers(self.count, size=count))
 
 
 class Rollouts:

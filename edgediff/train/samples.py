@@ -12,6 +12,7 @@ from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
+from edgediff.train.rollout import Prompts
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.image import grid, write_png
 from edgediff_runtime.loop import Request, denoise, initial_latents
@@ -34,11 +35,11 @@ def make_sampler(model: Model) -> Scheduler:
         raise UnsupportedError(f"{model.name} cannot be sampled: {e}") from e
 
 
-def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None = None) -> NDArray[np.float32]:
+def draw_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
     """Samples a model of classes or of nothing with its usual guidance, every step in full.
 
-    Image i has class i mod the number of classes. At most `at_once` rows go through the UNet together, two for an image
-    with guidance; None for all.
+    Image i has class i mod the number of classes, and noise of seed 0. At most `at_once` rows go through the UNet
+    together, two for an image with guidance.
 
     Returns:
         float32 [count, C, H, W].
@@ -46,18 +47,11 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
     Raises:
         UnsupportedError: The model's sampler is not supported.
     """
-    known = model.conditioning
-    guidance = usual_guidance(known)
-    cond: dict[str, np.ndarray] = {}
-    uncond: dict[str, np.ndarray] = {}
-    if known.kind == "class":
-        cond["class_labels"] = np.arange(count, dtype=np.int64) % len(known.labels)
-        if guidance > 1:
-            uncond["class_labels"] = np.full(count, known.null_label, dtype=np.int64)
+    guidance = usual_guidance(model.conditioning)
+    cond, uncond = Prompts.of(model, guidance > 1, None).take(np.arange(count))
     rows = count * (2 if guidance > 1 else 1)
     # Equal parts, since the loop pads those that are not full.
-    even = None if at_once is None else math.ceil(rows / math.ceil(rows / at_once))
-    session = undivided_session(model, even)
+    session = undivided_session(model, math.ceil(rows / math.ceil(rows / at_once)))
     scheduler = make_sampler(model)
     steps = scheduler.num_inference_steps
     request = Request(
@@ -65,10 +59,10 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
         scheduler=scheduler,
         clock=(True,) * steps,
         guidance=(guidance,) * steps,
-        latents=initial_latents(seed, count, model.sample_shape, scheduler.init_noise_sigma),
+        latents=initial_latents(0, count, model.sample_shape, scheduler.init_noise_sigma),
         cond=cond,
         uncond=uncond,
-        seed=seed,
+        seed=0,
     )
     made: NDArray[np.float32] = deque(denoise(request, session), maxlen=1).pop().latents
     return made

@@ -223,12 +223,12 @@ def _save(path: Path, model: Model, card: str, vae: AutoencoderKL | None) -> Non
         names = json.dumps(model.labels, ensure_ascii=False, indent=1)
         (path / "classes.json").write_text(f"{names}\n", encoding="utf-8")
     (path / CARD).write_text(card, encoding="utf-8")
-    parts = {"scheduler": model.scheduler, FOLDER: vae, UNET: model.unet}
-    if vae is None:
-        del parts[FOLDER]
-    else:  # what tells that the model works on latents
+    parts = {"scheduler": model.scheduler} | ({} if vae is None else {FOLDER: vae}) | {UNET: model.unet}
+    if vae is not None:  # the index says that the model works on latents
         index: dict[str, object] = {"_class_name": "DiffusionPipeline"}
-        index |= {name: [_library(part), type(part).__name__] for name, part in sorted(parts.items())}
+        for name, part in sorted(parts.items()):
+            module = type(part).__module__
+            index[name] = ["diffusers" if module.startswith("diffusers.") else module, type(part).__name__]
         (path / "model_index.json").write_text(f"{json.dumps(index, indent=1)}\n", encoding="utf-8")
     save_parts(path, parts)
 
@@ -243,9 +243,3 @@ def save_parts(path: Path, parts: Mapping[str, Any]) -> None:
             shutil.rmtree(left_over, ignore_errors=True)
         part.save_pretrained(partial)
         os.replace(partial, path / name)
-
-
-def _library(part: object) -> str:
-    """Where a pipeline's index looks for a class: diffusers by its name, others by their module."""
-    module = type(part).__module__
-    return "diffusers" if module.startswith("diffusers.") else module
