@@ -13,8 +13,7 @@ from PIL import Image
 from seals import manifest_of, seal
 from tiny_photographs import LABELS, SIZE, as_bytes
 
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet
+from edgediff.data.image_folder import ImageSet, class_indices
 from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate.distance import compare, evaluate_distance, examine
 from edgediff.evaluate.report import Distances

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet, read_images, shuffled
+from edgediff.data.image_folder import ImageSet, class_indices, read_images, shuffled
 from edgediff.errors import ConfigError, DataError, UnsupportedError
 from edgediff.evaluate.charts import Group, draw_suspects
 from edgediff.evaluate.frequency import band_gap, radial_spectrum, spectrum_error, top_octaves

@@ -8,8 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet, read_images, shuffled
+from edgediff.data.image_folder import ImageSet, class_indices, read_images, shuffled
 from edgediff.errors import ConfigError, DataError
 from edgediff.evaluate.charts import draw_overview
 from edgediff.evaluate.denoiser import Denoiser, GateRecorder
