@@ -79,6 +79,7 @@ class Job:
         target: The target's entry in the draft of the manifest.
         pipe: A pipeline over torch, for further trajectories.
         config: The target's section of the recipe.
+        traces: A folder for traced graphs, which further targets of the recipe are made of too; None where none is.
     """
 
     folder: Path
@@ -90,6 +91,7 @@ class Job:
     config: Any
     verify: VerifyConfig
     say: Say
+    traces: Path | None = None
 
     def examples(self) -> dict[str, dict[str, np.ndarray]]:
         """Real inputs of each graph that has a file, by the graph's name.
@@ -170,6 +172,7 @@ class Target(ABC):
         packages: What has to be installed to write it, by the names that pip knows, in the versions of the tests.
         backends: What is made to run its graphs. Verification takes them in this order, and one must have measured.
         tools_to_run: The packages whose versions a verification records.
+        takes_traces: Whether its graphs are made of torch's ONNX export; several such targets share what is traced.
         accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
     """
 
@@ -181,6 +184,7 @@ class Target(ABC):
     packages: ClassVar[Mapping[str, str]]
     backends: tuple[Backend, ...]
     tools_to_run: tuple[str, ...] = ()
+    takes_traces: bool = False
     accelerators: tuple[str, ...] = ()
 
     @property

@@ -76,6 +76,7 @@ class OnnxTarget(Target):
         ),
     )
     accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
+    takes_traces = True
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
         """Checks the operator set and the int8 settings."""

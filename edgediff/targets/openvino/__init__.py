@@ -43,6 +43,7 @@ class OpenVinoTarget(Target):
         Backend("openvino-bf16", READS, ("openvino",), INSTALL, verifies=False, floor_db=BF16_DB),
     )
     tools_to_run = ("openvino",)
+    takes_traces = True
 
     def check(self, config: OpenVinoConfig, layout: Layout) -> None:
         """Checks the int8 settings."""
