@@ -229,14 +229,14 @@ def test_adaptors_that_are_there_get_past_the_first_check(spec: str, tmp_path: P
 # The reader of a pipe that leaves early: no message, nothing lost.
 
 
-def _unread(*args: object, stderr: bool = False) -> tuple[int, str]:
+def _unread(*args: object, stderr: bool = False, module: str = "edgediff") -> tuple[int, str]:
     """Exit code and standard error of a command whose output, or errors, nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     streams = (
         {"stdout": subprocess.DEVNULL, "stderr": writer} if stderr else {"stdout": writer, "stderr": subprocess.PIPE}
     )
-    done = subprocess.run([sys.executable, "-m", "edgediff", *map(str, args)], text=True, check=False, **streams)
+    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], text=True, check=False, **streams)
     os.close(writer)
     return done.returncode, done.stderr or ""
 
@@ -258,7 +258,13 @@ def test_a_closed_pipe_ends_every_command_silently(args: list[str], class_bundle
     assert picture.is_file() == ("OUTPUT" in args)
 
 
-def test_an_error_that_nobody_reads_is_an_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_runtimes_command_silently(class_bundle: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    assert _unread(class_bundle, "-o", picture, "--num-images", 1, module="edgediff_runtime") == (141, "")
+    assert picture.is_file()
+
+
+def test_an_error_that_nobody_reads_ends_silently_too(tmp_path: Path) -> None:
     assert _unread("inspect", tmp_path / "nothing", stderr=True) == (141, "")
 
 

@@ -11,7 +11,7 @@ from edgediff.mil.function import Function
 from edgediff.mil.program import open_program
 from edgediff.models.torch_session import TorchTensors
 from edgediff_runtime import Bundle, BundleError
-from edgediff_runtime.coreml_session import hold_tensors
+from edgediff_runtime.coreml_session import check_features
 from edgediff_runtime.manifest import CoreMLTarget, Graph
 
 
@@ -53,7 +53,7 @@ class MilSession(TorchTensors):
                 {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
                 for specs in (function.inputs, function.outputs)
             )
-            hold_tensors(graph, inputs, outputs)
+            check_features(graph, inputs, outputs)
 
     @contextlib.contextmanager
     def unrounded(self) -> Iterator[None]:

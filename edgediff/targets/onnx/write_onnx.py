@@ -48,7 +48,7 @@ from edgediff_runtime.ort_session import APART_BYTES
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
 # Simplifying changes constants, not arithmetic: only rounding may differ.
-HELD_DB = 100.0
+SIMPLIFIED_DB = 100.0
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _finish(
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         simplify = SIMPLIFY if config.quantize_nbits is None else SIMPLIFY_UNMERGED
         if not large:
-            simplify = _holding(simplify, feeds)
+            simplify = _checked(simplify, feeds)
         # Only the graph's verification checks group normalization: the pass is nearer to torch than ONNX Runtime's own
         # expansion, by more than rounding where means are large. The same goes for the last passes.
         passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
@@ -238,22 +238,22 @@ def _quantize(
     return replace(done, shares_rows=has_shared_rows(model), external_data=external)
 
 
-def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
+def _checked(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
     """A pass whose result is compared with the model before it, on real inputs."""
     # One row is enough, and half the memory of two where attention is large.
     feeds = {name: array[:1] for name, array in feeds.items()}
 
-    def held(before: onnx.ModelProto) -> onnx.ModelProto:
+    def compared(before: onnx.ModelProto) -> onnx.ModelProto:
         want = _run(before.SerializeToString(), feeds)
         after = step.apply(before)
         got = _run(after.SerializeToString(), feeds)
         for name in want:
             number = psnr_db(want[name], got[name])
-            if number < HELD_DB:
+            if number < SIMPLIFIED_DB:
                 raise UnsupportedError(f"{name} changed: {number:.1f} dB of what it was before")
         return after
 
-    return Pass(step.name, held)
+    return Pass(step.name, compared)
 
 
 def _how_simplified(config: OnnxConfig, large: bool) -> str:
