@@ -217,7 +217,7 @@ for args in {WRONG!r}:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
 
 
-@pytest.mark.parametrize("spec", ["identity", "unet", "folder"])
+@pytest.mark.parametrize("spec", ["identity", "resnet", "resnet-clock-2", "folder"])
 def test_adaptors_that_are_there_get_past_the_first_check(spec: str, tmp_path: Path) -> None:
     folder = str(tmp_path) if spec == "folder" else spec
     check_adaptor(folder, "grocery-32")
@@ -233,10 +233,9 @@ def _unread(*args: object, stderr: bool = False, module: str = "edgediff") -> tu
     """Exit code and standard error of a command whose output, or errors, nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    streams = (
-        {"stdout": subprocess.DEVNULL, "stderr": writer} if stderr else {"stdout": writer, "stderr": subprocess.PIPE}
-    )
-    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], text=True, check=False, **streams)
+    out, err = (subprocess.DEVNULL, writer) if stderr else (writer, subprocess.PIPE)
+    command = [sys.executable, "-m", module, *map(str, args)]
+    done = subprocess.run(command, text=True, check=False, stdout=out, stderr=err)
     os.close(writer)
     return done.returncode, done.stderr or ""
 

@@ -37,6 +37,6 @@ def check_adaptor(adaptor: str, source: str) -> None:
     records = [] if folder is None else sorted(folder.glob("adaptors/*/adaptor.json"))
     names = [record.parent.name for record in records]
     kinds = [json.loads(record.read_text(encoding="utf-8"))["kind"] for record in records]
-    if adaptor not in ("identity", *names, *kinds) and not Path(adaptor).is_dir():
+    if adaptor not in ("identity", *names, *kinds) and not (adaptor and Path(adaptor).is_dir()):
         choices = ", ".join(["identity", *names, "a folder that train adaptor wrote"])
         raise UnsupportedError(f"no adaptor {adaptor!r} beside {Path(source).name}; choices: {choices}")
