@@ -60,11 +60,8 @@ def time_bundle(
     """Opens a bundle, runs it, checks each recorded step; then a turn is a generation at the clock and one at clock 1.
 
     Args:
-        bundle: Its directory, or itself.
-        backend: The backend's name.
         undivided: Run the undivided UNet instead: a turn is one generation at clock 1.
         threads: How many may be at work; the backend's own choice if None.
-        num_images: Images at once.
         request: ``num_inference_steps``, ``clock``, ``guidance_scale``; where None, the bundle's.
     """
     bundle = open_bundle(Path(bundle)) if isinstance(bundle, str) else bundle
@@ -101,16 +98,7 @@ def time_bundle(
 
 
 def check(session: Session, reference: Reference, only_full: bool = False) -> float:
-    """Runs each recorded step on its recorded inputs.
-
-    Args:
-        session: What runs its graphs.
-        reference: What torch computed.
-        only_full: Leave cached steps out: the undivided UNet has none.
-
-    Returns:
-        PSNR of ``out_sample`` in dB, the worst of the steps.
-    """
+    """Runs each recorded step, or each full one, on its recorded inputs: the worst PSNR of ``out_sample`` in dB."""
     steps = [step for step in reference.steps if step.full or not only_full]
     made = [run_step(session, step, session.graphs, ("out_sample",))["out_sample"] for step in steps]
     return min(psnr_db(step.tensors["out_sample"], out) for step, out in zip(steps, made, strict=True))

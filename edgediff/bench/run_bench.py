@@ -49,17 +49,12 @@ def run_bench(
     """Times bundles in backends.
 
     Args:
-        bundles: Their directories.
         backends: Names; if None, all that are timed by default.
-        steps: Denoising steps; each bundle's own if None.
-        clock: Period or mask; each bundle's own if None.
-        num_images: Images at once.
-        guidance_scale: Each bundle's own if None; 1 halves the rows.
+        steps, clock, guidance_scale: Each bundle's own if None; a guidance scale of 1 halves the rows.
         rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
         threads: How many a backend may use; its own choice if None.
         undivided: Whether to run the undivided UNet too where a bundle has it; else time is saved against the bundles'
             own graphs at clock 1.
-        progress: Told what is being done.
 
     Returns:
         The ledger. What could not be measured is in it with the reason.

@@ -68,7 +68,6 @@ def export_bundle(
 
     Args:
         force: Replace a bundle that is already there.
-        progress: Told what is being done.
 
     Raises:
         ConfigError: The recipe does not fit the model.

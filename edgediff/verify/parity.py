@@ -62,10 +62,8 @@ def verify_bundle(
     """Verifies a bundle: every file's hash, then every number.
 
     Args:
-        path: The bundle.
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
             there is none, or no torch, the trajectory is compared with the evidence's final latents.
-        progress: Called with what is being done.
         record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
         targets: Which targets to verify; None verifies all.
 
