@@ -7,6 +7,7 @@ device does, with torch behind it.
 
 import gc
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,6 @@ def export_bundle(
 
     Args:
         force: Replace a bundle that is already there.
-        progress: Told what is being done.
 
     Raises:
         ConfigError: The recipe does not fit the model.
@@ -110,11 +110,16 @@ def export_bundle(
 
         # Write each target.
         entries = []
-        for entry in draft.targets:
-            section = config.section(entry.target)
-            parts = modules(divided, layout_of(config, entry.target))
-            job = Job(folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say)
-            entries.append(TARGETS[entry.target].write(job))
+        shares = sum(TARGETS[name].takes_traces for name in config.targets) > 1
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".traced-") as scratch:
+            traces = Path(scratch) if shares else None
+            for entry in draft.targets:
+                section = config.section(entry.target)
+                parts = modules(divided, layout_of(config, entry.target))
+                job = Job(
+                    folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say, traces
+                )
+                entries.append(TARGETS[entry.target].write(job))
         manifest = msgspec.structs.replace(draft, targets=tuple(entries))
 
         # Seal: evidence, card, licence, then every file's hash.

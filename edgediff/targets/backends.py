@@ -15,6 +15,7 @@ def open_session(
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
     if backend in runtime.BACKENDS:
         return runtime.open_session(bundle, backend, compute_units, threads)
+    runtime.check_threads(threads)
     runtime.refuse_compute_units(backend, compute_units)
     target = next(target for target in TARGETS.values() if backend in target.own_backends)
     return target.open_session(bundle, backend, threads)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, write_output
 from edgediff_runtime.sessions import open_session
+
+# As a shell reports a program that SIGPIPE ended.
+CLOSED_PIPE = 141
 
 
 def main() -> int:
@@ -56,10 +60,15 @@ def main() -> int:
         return 130
     if args.json:
         ledger = [step.to_dict() for step in result.ledger]
-        print(json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1))
+        said = json.dumps({"images": [args.output], "mask": result.mask, "ledger": ledger}, indent=1)
     else:
         mask = letters(result.mask)
-        print(f"{args.num_images} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}")
+        said = f"{args.num_images} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}"
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # the reader has left; the images are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     return 0
 
 
