@@ -173,7 +173,7 @@ def test_folders_that_are_no_adaptor(class_model: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / WEIGHTS).write_bytes(weights[:1000])
     refused("cannot be read as weights")
     (tmp_path / "a" / WEIGHTS).write_bytes((class_model / "unet/diffusion_pytorch_model.safetensors").read_bytes())
-    refused("does not fit its adaptor.json")
+    refused("do not fit its adaptor.json")
     (tmp_path / "a" / WEIGHTS).unlink()
     refused("cannot be read as weights")
     record = json.loads((tmp_path / "a" / RECORD).read_text())
@@ -350,7 +350,7 @@ def test_bad_adaptors_on_the_command_line(command: Command, class_model: Path, t
         (foreign, (), ("trained for tiny-text of sha256", "other weights")),
         (own, ("--point", "after_upsample"), ("lowres_feature 16x8x8", "lowres_feature 16x16x16")),
         (place / "empty", (), ("is not an adaptor",)),
-        ("resnet", (), ("no adaptor 'resnet' is trained beside", "identity")),
+        ("resnet", (), ("no adaptor 'resnet' is trained for", "identity")),
     ):
         assert_error(command("export", class_model, "-o", place / "bundle", "--adaptor", spec, *options), *parts)
     assert not (place / "bundle").exists()

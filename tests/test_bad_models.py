@@ -29,7 +29,7 @@ import edgediff
 from edgediff import export_bundle, load_model
 from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.graphs import graph_list
-from edgediff.models.load import WEIGHTS
+from edgediff.models.model_files import WEIGHTS
 from edgediff.models.sampling import SCHEDULERS, scheduler_config
 
 # The folder and its configuration
@@ -83,7 +83,7 @@ def test_configuration_that_is_not_json(folder: Path, name: str, text: str | byt
 @pytest.mark.parametrize("name", [CONFIG, SCHEDULER, PIPELINE])
 def test_configuration_that_is_no_object(folder: Path, name: str) -> None:
     write(folder / name, "[1, 2]")
-    refused(folder, ModelError, name, "holds a list; expected an object")
+    refused(folder, ModelError, name, "contains a list; expected an object of settings by name")
 
 
 @pytest.mark.parametrize("name", ["UNet1DModel", None, ["UNet2DModel"]])
@@ -213,7 +213,7 @@ def test_a_git_lfs_pointer(folder: Path) -> None:
 def test_lora_layers_that_are_not_fused(folder: Path) -> None:
     state = load_file(folder / SAFE)
     save_file({k.replace(".to_q.", ".to_q.base_layer."): v for k, v in state.items()}, folder / SAFE)
-    refused(folder, ModelError, "hold LoRA layers of PEFT; fuse them")
+    refused(folder, ModelError, "contain LoRA layers of PEFT; fuse them")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "unet."])

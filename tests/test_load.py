@@ -12,8 +12,9 @@ from unets import CASES, unet2d
 
 from edgediff import Cut, load_model, split
 from edgediff.models.conditioning import TensorSpec
-from edgediff.models.load import WEIGHTS, random_weights
+from edgediff.models.load import random_weights
 from edgediff.models.macs import tally
+from edgediff.models.model_files import WEIGHTS
 from edgediff.models.spectral import SpectralUNet2DModel
 
 

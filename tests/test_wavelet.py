@@ -1,4 +1,3 @@
-import doctest
 import re
 import sys
 from pathlib import Path
@@ -159,11 +158,6 @@ def test_other_wavelets_need_pywavelets_and_haar_does_not(monkeypatch: pytest.Mo
     dwt2(torch.zeros(1, 1, 2, 2))
     with pytest.raises(MissingExtraError, match="the wavelet db2 needs the 'export' extra"):
         dwt2(torch.zeros(1, 1, 2, 2), "db2")
-
-
-def test_the_examples_in_the_docstrings() -> None:
-    done = doctest.testmod(module)
-    assert (done.attempted, done.failed) == (4, 0)
 
 
 # The exported transforms, on channels and bands that all differ

@@ -1,8 +1,7 @@
 """The cut: a UNet divided into a high- and a low-resolution part (Clockwork Diffusion, section 3).
 
-Each part is a module with named inputs and outputs, and that list of names is all that anybody needs to run them:
-`SplitUNet` here, the exported bundle's manifest, and every runtime wire the parts by name in the same order. Weights
-are shared with the UNet and never copied; the UNet is left as it was.
+Each part is a module with named inputs and outputs: `SplitUNet` here, the exported bundle's manifest, and every runtime
+wire the parts by name in the same order. Weights are shared with the UNet, not copied; the UNet is not changed.
 """
 
 import copy
@@ -33,11 +32,10 @@ class HighresIn(Part):
     """``highres_in``: the conditioning's embedding, conv_in and the high-resolution way down."""
 
     def __init__(self, unet: UNet, layers: list[AnyLayer], num_skips: int) -> None:
-        self_text = any(layer.needs_text for layer in layers)
         embedding = StepEmbedding(unet)
         inputs = ["sample", *embedding.inputs]
-        if self_text and TEXT not in inputs:
-            inputs.append(TEXT)
+        if TEXT not in inputs:
+            inputs += _text_input(layers, TEXT)
         outputs = ["highres_feature", *skip_names(num_skips), "emb"]
         if embedding.projects_text:
             outputs.append(PROJECTED_TEXT)
@@ -61,18 +59,15 @@ class HighresIn(Part):
         skips = [x]
         for layer in self.layers:
             x = layer(x, skips, emb, text)
-        # Skips above those that cross the cut are taken up again within lowres.
+        # Skips above those that cross the cut are used within lowres.
         return {**out, "highres_feature": x, **dict(zip(skip_names(self.num_skips), skips, strict=False))}
 
 
 class Lowres(Part):
-    """``lowres``: everything between the high-resolution ways down and up; what the clock leaves out."""
+    """``lowres``: everything between the high-resolution ways down and up; not run on cached steps."""
 
     def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool) -> None:
-        inputs = ["highres_feature", "emb"]
-        if any(layer.needs_text for layer in layers):
-            inputs.append(text)
-        super().__init__(tuple(inputs), ("lowres_feature",))
+        super().__init__(("highres_feature", "emb", *_text_input(layers, text)), ("lowres_feature",))
         self.layers = nn.ModuleList(layers)
         self.text = text
         self.carries_skip = carries_skip
@@ -92,12 +87,8 @@ class HighresOut(Part):
     def __init__(self, unet: UNet, layers: list[AnyLayer], text: str, num_skips: int) -> None:
         # A UNet2DModel with a Fourier time embedding predicts sigma times its output's scale.
         self.divides_by_time = isinstance(unet, UNet2DModel) and unet.config.time_embedding_type == "fourier"
-        inputs = ["lowres_feature", *skip_names(num_skips), "emb"]
-        if any(layer.needs_text for layer in layers):
-            inputs.append(text)
-        if self.divides_by_time:
-            inputs.append("timestep")
-        super().__init__(tuple(inputs), ("out_sample",))
+        inputs = ("lowres_feature", *skip_names(num_skips), "emb", *_text_input(layers, text))
+        super().__init__((*inputs, "timestep") if self.divides_by_time else inputs, ("out_sample",))
         self.layers = nn.ModuleList(layers)
         self.conv_norm_out = unet.conv_norm_out
         self.conv_act = unet.conv_act
@@ -120,16 +111,14 @@ class HighresOut(Part):
 
 
 class SplitUNet(nn.Module):
-    """A UNet divided at a cut, with an adaptor that stands in for its low-resolution part.
+    """A UNet divided at a cut, with an adaptor in place of its low-resolution part on cached steps.
 
-    Holds no state between calls: the cache is a value that `full` and `cached` return and `cached` takes.
+    It keeps no state between calls: the cache is a value that `full` and `cached` return and `cached` takes.
 
     Attributes:
-        cut: Where the UNet is divided.
         factor: Height and width of a sample must be multiples of it.
-        ignored: What the UNet asks for and never looks at: the text of a conditional one without attention.
-        traces: Steps without numbers that `edgediff.models.macs.trace` has run, by the shapes of their inputs.
-        highres_in, lowres, adaptor, highres_out: The four parts.
+        ignored: Required arguments that the UNet does not use: the text of a conditional one without attention.
+        traces: Steps that `edgediff.models.macs.trace` has run on the meta device, by the shapes of their inputs.
     """
 
     def __init__(self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part) -> None:
@@ -145,7 +134,7 @@ class SplitUNet(nn.Module):
 
     @property
     def parts(self) -> dict[str, Part]:
-        """The four parts by name, in the order in which a step meets them."""
+        """The four parts by name, in the order of a step."""
         return {
             "highres_in": self.highres_in,
             "lowres": self.lowres,
@@ -155,13 +144,13 @@ class SplitUNet(nn.Module):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of what a step takes from outside: ``sample``, ``timestep`` and the conditioning."""
+        """Names of a step's inputs: ``sample``, ``timestep`` and the conditioning."""
         made = {CACHE, *(name for part in self.parts.values() for name in part.outputs)}
         needed = dict.fromkeys(name for part in self.parts.values() for name in part.inputs)
         return tuple(name for name in needed if name not in made)
 
     def on_meta(self) -> "SplitUNet":
-        """Copies the structure without the weights, which get shapes and no numbers: for counting."""
+        """A copy whose weights are on the meta device: for counting."""
         memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, memo)
 
@@ -173,25 +162,23 @@ class SplitUNet(nn.Module):
         Args:
             sample: [B, C, H, W].
             timestep: A number, or a tensor of shape [], [1] or [B].
-            **cond: What the UNet takes: ``encoder_hidden_states`` [B, S, D], ``class_labels`` [B],
-                ``added_cond_kwargs`` (a mapping with ``text_embeds`` [B, P] and ``time_ids`` [B, K]).
+            **cond: The UNet's own: ``encoder_hidden_states`` [B, S, D], ``class_labels`` [B], ``added_cond_kwargs`` (a
+                mapping with ``text_embeds`` [B, P] and ``time_ids`` [B, K]).
 
         Returns:
             ``out_sample`` [B, C', H, W] and the cache, ``lowres_feature``.
 
         Raises:
-            UnsupportedError: The size is not a multiple of what the levels divide by, or conditioning is missing or
-                not this UNet's.
+            UnsupportedError: The levels do not divide the size, or conditioning is missing or not this UNet's.
         """
         return self._step(self.lowres, self._tensors(sample, timestep, cond))
 
     def cached(
         self, sample: torch.Tensor, timestep: torch.Tensor | float, cache: torch.Tensor, **cond: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a cached step: the adaptor stands in for the low-resolution part.
+        """Runs a cached step: the adaptor in place of the low-resolution part; its output is the new cache.
 
-        Arguments, results and errors as of `full`, and ``cache``: what the step before returned. What comes out of the
-        adaptor is the new one.
+        `cache` is what the step before returned; otherwise as `full`.
         """
         return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), CACHE: cache})
 
@@ -226,14 +213,13 @@ class SplitUNet(nn.Module):
 
 
 def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
-    """Divides a UNet at a cut; weights are shared, the UNet is left as it was.
+    """Divides a UNet at a cut; weights are shared, the UNet is not changed.
 
     ``split(unet).full(...)`` equals ``unet(...)`` bit for bit.
 
     Args:
-        unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
         cut: Where to divide; the paper's cut (level 1, before the upsampler) if None.
-        adaptor: Stands in for the low-resolution part on cached steps; the identity if None.
+        adaptor: Replaces the low-resolution part on cached steps; the identity if None.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -267,15 +253,20 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
     )
     if isinstance(unet, UNet2DConditionModel) and TEXT not in divided.inputs:
         divided.ignored = (TEXT,)
-    own = {id(module) for module in unet.modules()}
-    for module in divided.modules():
-        if id(module) not in own:
-            module.training = unet.training
+    follow_mode(divided, unet)
     return divided
 
 
+def follow_mode(made: nn.Module, unet: nn.Module) -> None:
+    """Gives the modules of `made` that are not the UNet's own the UNet's mode, training or evaluation."""
+    own = {id(module) for module in unet.modules()}
+    for module in made.modules():
+        if id(module) not in own:
+            module.training = unet.training
+
+
 def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> tuple[int, int]:
-    """How many layers the high-resolution part has on the way down, and where it begins on the way up."""
+    """The number of high-resolution layers on the way down, and the index of the first on the way up."""
     layers_up = sum(len(level) for level in up)
     block = block_of(cut.point)
     if block is not None:
@@ -294,7 +285,7 @@ def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> t
 
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Refuses a sample's height or width that the levels do not divide, with an UnsupportedError."""
+    """Raises an UnsupportedError for a sample whose height or width the levels do not divide."""
     if height % factor or width % factor:
         raise UnsupportedError(
             f"a sample of {height}x{width} cannot be cut: the levels divide by {factor}; expected multiples of {factor}"
@@ -302,9 +293,9 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def skip_names(count: int) -> list[str]:
-    """The names of skip connections that cross the cut.
-
-    >>> skip_names(2)
-    ['skip_0', 'skip_1']
-    """
+    """The names of skip connections that cross the cut: ``skip_0``, ``skip_1`` and so on."""
     return [f"skip_{i}" for i in range(count)]
+
+
+def _text_input(layers: list[AnyLayer], text: str) -> tuple[str, ...]:
+    return (text,) if any(layer.needs_text for layer in layers) else ()

@@ -1,7 +1,6 @@
-"""What a UNet makes of its conditioning: embedded once per step, handed on to every graph as ``emb``.
+"""A UNet's conditioning, embedded once a step in ``highres_in``: the other graphs receive the result as ``emb``.
 
-diffusers spreads this over both UNet classes' ``forward``. Here it is one module, so that the time, class and added
-conditioning are computed in ``highres_in`` alone and the other graphs only receive the result.
+diffusers spreads this over both UNet classes' ``forward``; here it is one module.
 """
 
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import nn
 
 from edgediff.errors import UnsupportedError
 
-# A learned one is a table of whole time steps, which samplers do not keep to.
+# A learned one is a table of whole time steps; samplers use fractional ones.
 TIME_KINDS = ("positional", "fourier")
 CLASS_KINDS = (None, "timestep", "identity", "projection", "simple_projection")
 ADDED_KINDS = (None, "text", "text_time")
@@ -25,15 +24,13 @@ class StepEmbedding(nn.Module):
 
     Attributes:
         inputs: Names of the tensors that `forward` needs besides ``sample``.
-        projects_text: Whether the UNet projects ``encoder_hidden_states`` before its attention layers see them.
+        projects_text: Whether the UNet projects ``encoder_hidden_states`` for its attention layers.
+
+    Raises:
+        UnsupportedError: The UNet embeds something that is not supported, named with the choices.
     """
 
     def __init__(self, unet: UNet2DModel | UNet2DConditionModel) -> None:
-        """Takes the embedding layers of a UNet.
-
-        Raises:
-            UnsupportedError: The UNet embeds something that is not handled, named with the choices.
-        """
         super().__init__()
         config = unet.config
         self.class_kind = _one_of(config, "class_embed_type", CLASS_KINDS)
@@ -73,18 +70,15 @@ class StepEmbedding(nn.Module):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeds one step's conditioning.
+        """Embeds one step's conditioning to ``emb`` [B, E].
 
         Args:
-            sample: [B, C, H, W]; only its batch and dtype are looked at.
+            sample: [B, C, H, W]; only its batch and dtype are used.
             timestep: [1] or [B], may be fractional.
             class_labels: [B] integers, or [B, D] where the UNet projects a vector.
             encoder_hidden_states: [B, S, D].
             text_embeds: [B, P], SDXL's pooled text.
             time_ids: [B, K], SDXL's sizes and crops.
-
-        Returns:
-            ``emb``: [B, E].
         """
         t = timestep.expand(sample.shape[0])
         emb: torch.Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype))
@@ -106,10 +100,11 @@ class StepEmbedding(nn.Module):
         return emb
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Text as the attention layers want it: [B, S, D] -> [B, S, D'], itself where the UNet does not project it."""
-        if self.projects_text:
-            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
-        return encoder_hidden_states
+        """The text for the attention layers: [B, S, D] -> [B, S, D'], unchanged where the UNet does not project it."""
+        text: torch.Tensor = (
+            self.encoder_hid_proj(encoder_hidden_states) if self.projects_text else encoder_hidden_states
+        )
+        return text
 
 
 def _one_of(config: Mapping[str, Any], key: str, choices: tuple[str | None, ...]) -> str | None:

@@ -1,8 +1,7 @@
 """Operations and parameters of each part, counted and not measured.
 
-Both papers leave the attention matmuls out of their counts, which hides a sixth of SD v1.5; here the two are counted
-apart and shown side by side. The parts run on the meta device, shapes without numbers, so that a geometry needs no
-weights; once for each split, since everything that wants shapes or counts asks for the same step.
+Both papers leave the attention matmuls out of their counts, a sixth of SD v1.5; here the two are counted separately.
+The parts run on the meta device, so that a geometry needs no weights, and once for each split and shape.
 """
 
 from collections.abc import Mapping
@@ -23,13 +22,7 @@ CONVOLUTION_AND_LINEAR = frozenset({"convolution", "_convolution", "addmm", "mm"
 
 @dataclass(frozen=True)
 class Tally:
-    """The counts of a split UNet.
-
-    Attributes:
-        parts: Cost of each part; ``full`` is a full step (highres_in, lowres, highres_out), ``cached`` a cached one
-            (highres_in, adaptor, highres_out).
-        cache_elements: Elements of the cache for one sample.
-    """
+    """The cost of each part of a split UNet and of a ``full`` and a ``cached`` step, and the cache's size a sample."""
 
     parts: dict[str, Cost]
     cache_elements: int
@@ -44,17 +37,12 @@ class Trace:
 
 
 def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Tally:
-    """Counts the parts of a split UNet for one sample; arguments and errors as of `trace`."""
+    """Counts the parts of a split UNet for one sample; arguments and errors as in `trace`."""
     return trace(split, sample_shape, cond).tally
 
 
 def trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Trace:
-    """Runs a copy of the parts on the meta device; a second call with the same shapes gives the first one's result.
-
-    Args:
-        split: The divided UNet.
-        sample_shape: Channels, height, width.
-        cond: The conditioning tensors by name.
+    """Runs a copy of the parts on the meta device for a sample of channels, height and width; the result is kept.
 
     Raises:
         UnsupportedError: The levels do not divide the sample's size, or two parts disagree on a tensor.
@@ -76,7 +64,7 @@ def _trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
     tensors = {
         "sample": torch.empty(1, *sample_shape, device="meta"),
         "timestep": torch.empty(1, device="meta"),
-        **{n: torch.empty(1, *s.shape, dtype=s.dtype, device="meta") for n, s in cond.items()},
+        **{name: spec.empty() for name, spec in cond.items()},
     }
     counts: dict[str, Cost] = {}
     for name, part in parts.items():
@@ -100,10 +88,6 @@ def _trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
 
 def _split_flops(counter: Any) -> tuple[int, int]:
     """Multiply-adds of convolutions and linear layers, and of everything else: attention's batched matmuls."""
-    plain = attention = 0
-    for op, flops in counter.get_flop_counts().get("Global", {}).items():
-        if str(op).split(".")[-1] in CONVOLUTION_AND_LINEAR:
-            plain += flops
-        else:
-            attention += flops
-    return plain // 2, attention // 2
+    flops = counter.get_flop_counts().get("Global", {})
+    plain = sum(count for op, count in flops.items() if str(op).split(".")[-1] in CONVOLUTION_AND_LINEAR)
+    return plain // 2, (sum(flops.values()) - plain) // 2

@@ -1,6 +1,6 @@
 """A part of a divided UNet: a module whose inputs and outputs have names.
 
-Graph exporters want positional tensors, wiring wants names. A part has both, so that one list of names serves torch,
+Graph exporters take positional tensors, wiring takes names. A part has both, so that one list of names serves torch,
 the exporter, the manifest and every runtime.
 """
 
@@ -29,7 +29,7 @@ class Part(nn.Module):
         return tuple(outputs[name] for name in self.outputs)
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the part on named tensors; what a subclass writes."""
+        """Runs the part on named tensors; subclasses implement it."""
         raise NotImplementedError(f"{type(self).__name__}.compute")
 
 
@@ -37,7 +37,7 @@ class Chain(Part):
     """Parts that run one after the other as one: a whole full or cached step."""
 
     def __init__(self, parts: Iterable[Part], outputs: tuple[str, ...]) -> None:
-        """Joins parts in the order in which they run, shared and not copied; `outputs` are those that come out."""
+        """Joins parts, shared and not copied, in the order in which they run; `outputs` are the whole's."""
         parts = list(parts)
         made: set[str] = set()
         needed: dict[str, None] = {}
@@ -48,7 +48,7 @@ class Chain(Part):
         self.links = nn.ModuleList(parts)
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the parts: adds what they make to what they take from outside."""
+        """Runs the parts; each adds its outputs to the tensors."""
         for part in self.links:
             assert isinstance(part, Part)
             outputs = part(*(tensors[name] for name in part.inputs))

@@ -1,9 +1,8 @@
-"""The 2-D discrete wavelet transform and its inverse, as tensor operations that every exporter knows.
+"""The 2-D discrete wavelet transform and its inverse, as tensor operations that every exporter supports.
 
-Slices, concatenations, additions and convolutions; no custom gradient, no FFT, no rank above 4, and no pixel shuffle,
-whose order of channels is not the same for all exporters. Haar, whose filters do not overlap, is a few additions; any
-other orthogonal filter is a strided convolution of the signal continued periodically. Values, order and signs are
-PyWavelets' with ``mode="periodization"``.
+Slices, concatenations, additions and convolutions; no FFT, no rank above 4, and no pixel shuffle, whose order of
+channels differs between exporters. Haar is a few additions; any other orthogonal filter is a strided convolution of the
+periodic signal. Values, order and signs are PyWavelets' with ``mode="periodization"``.
 """
 
 from functools import lru_cache
@@ -11,10 +10,11 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.errors import ConfigError
+from edgediff.extras import needing
 
 HAAR = ("haar", "db1")
-# The orthogonal filters of PyWavelets, by family; its dmey is none to the last digit and does not reconstruct.
+# The orthogonal filters of PyWavelets, by family, without dmey, which is orthogonal only approximately.
 ORTHOGONAL = (
     "haar",
     *(f"db{n}" for n in range(1, 39)),
@@ -26,7 +26,7 @@ Bands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def check_wavelet(wavelet: str) -> str:
-    """Returns the name of an orthogonal wavelet as PyWavelets has it; a ConfigError names the choices."""
+    """Returns the name of one of PyWavelets' orthogonal wavelets; a ConfigError names the choices."""
     if wavelet not in ORTHOGONAL:
         raise ConfigError(f"wavelet {wavelet!r} is unknown; choices: haar, db1 to db38, sym2 to sym20, coif1 to coif17")
     return wavelet
@@ -37,20 +37,13 @@ def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None
 
     Args:
         x: [B, C, H, W]; an odd height or width is continued by its last row or column.
-        wavelet: An orthogonal filter's name.
-        taps: What the filter's numbers are rounded to first, as a graph of less precision has them; None takes x's
-            dtype. Haar's are exact in any.
+        wavelet: An orthogonal filter's name; a ConfigError where it is unknown.
+        taps: The dtype to which the filter's numbers are rounded first, as in a graph of less precision; None takes
+            x's. Haar's are exact in any.
 
     Returns:
         LL, LH, HL, HH, each [B, C, ceil(H/2), ceil(W/2)]: approximation, horizontal, vertical and diagonal detail, as
         PyWavelets' cA, cH, cV, cD.
-
-    Raises:
-        ConfigError: The wavelet is unknown.
-
-    >>> ll, lh, hl, hh = dwt2(torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]]))
-    >>> [band.item() for band in (ll, lh, hl, hh)]
-    [5.5, -2.5, -1.5, 0.5]
     """
     check_wavelet(wavelet)
     if x.shape[2] % 2:
@@ -59,14 +52,10 @@ def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None
         x = torch.cat([x, x[:, :, :, -1:]], dim=3)
     if wavelet in HAAR:
         top, bottom = x[:, :, 0::2], x[:, :, 1::2]
-        low, high = top + bottom, top - bottom
-        ll, hl = _haar_pair(low)
-        lh, hh = _haar_pair(high)
+        (ll, hl), (lh, hh) = _haar_pair(top + bottom), _haar_pair(top - bottom)
         return 0.5 * ll, 0.5 * lh, 0.5 * hl, 0.5 * hh
     filters = _filters(wavelet, x, taps)
-    low, high = _analyse(x, filters, dim=2)
-    ll, hl = _analyse(low, filters, dim=3)
-    lh, hh = _analyse(high, filters, dim=3)
+    (ll, hl), (lh, hh) = (_analyse(half, filters, dim=3) for half in _analyse(x, filters, dim=2))
     return ll, lh, hl, hh
 
 
@@ -78,14 +67,7 @@ def idwt2(
     wavelet: str = "haar",
     taps: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Puts four bands together again: the inverse of `dwt2` for images of even size.
-
-    Bands of [B, C, H, W] give [B, C, 2H, 2W]; wavelet, taps and errors as of `dwt2`.
-
-    >>> x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    >>> bool((idwt2(*dwt2(x)) == x).all())
-    True
-    """
+    """Joins four bands of [B, C, H, W] to [B, C, 2H, 2W]: the inverse of `dwt2`, which describes wavelet and taps."""
     check_wavelet(wavelet)
     if wavelet in HAAR:
         low, high = _interleave(ll + hl, ll - hl, 3), _interleave(lh + hh, lh - hh, 3)
@@ -101,7 +83,7 @@ def _haar_pair(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _interleave(even: torch.Tensor, odd: torch.Tensor, dim: int) -> torch.Tensor:
-    """Puts two tensors' rows (dim 2) or columns (dim 3) in turns; stacking them would take a fifth dimension."""
+    """Alternates two tensors' rows (dim 2) or columns (dim 3); stacking them would need a fifth dimension."""
     batch, channels, height, width = even.shape
     if dim == 2:
         return torch.cat([even, odd], dim=3).reshape(batch, channels, 2 * height, width)
@@ -138,16 +120,13 @@ def _synthesise(low: torch.Tensor, high: torch.Tensor, filters: torch.Tensor, di
 
 def _filters(wavelet: str, like: torch.Tensor, taps: torch.dtype | None) -> torch.Tensor:
     """The low- and the high-pass filter of the analysis, [2, taps]."""
-    precision = like.dtype if taps is None else taps
-    return torch.tensor(_taps(wavelet), dtype=precision, device=like.device).to(like.dtype)
+    return torch.tensor(_taps(wavelet), dtype=taps or like.dtype, device=like.device).to(like.dtype)
 
 
 @lru_cache(maxsize=8)
 def _taps(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    try:
+    with needing("export", f"the wavelet {wavelet}"):
         import pywt
-    except ImportError as e:
-        raise MissingExtraError(f"the wavelet {wavelet}", "export") from e
     bank = pywt.Wavelet(wavelet)
     return tuple(bank.dec_lo), tuple(bank.dec_hi)
 

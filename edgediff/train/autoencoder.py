@@ -23,11 +23,12 @@ from edgediff.data.batches import Batches, as_channels_first
 from edgediff.data.draws import generator
 from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, TargetError, TrainingError
-from edgediff.models.load import WEIGHTS, one_line
+from edgediff.models.model_files import WEIGHTS
 from edgediff.train.claim import Claim, claimed, is_done
 from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr
 from edgediff.train.loop import LOSS, Loop, Say, Task, silent
 from edgediff.train.settings import AutoencoderTraining, check_training
+from edgediff_runtime.errors import one_line
 
 WEIGHTS_FILE = f"{WEIGHTS}.safetensors"
 HELD_OUT = 0.1

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
-from edgediff.models.load import Model, one_line, read_json
+from edgediff.models.load import Model
+from edgediff.models.model_files import read_json
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
 
 CONFIG = "config.json"

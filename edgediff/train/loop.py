@@ -23,8 +23,8 @@ from torch import nn
 
 from edgediff.data.draws import mixed
 from edgediff.errors import TargetError, TrainingError
-from edgediff.models.load import one_line
 from edgediff.train.claim import CHECKPOINTS
+from edgediff_runtime.errors import one_line
 
 # Told what is being done, and the share of it that is done.
 Say = Callable[[str, float], None]

@@ -14,7 +14,7 @@ from edgediff.errors import ConfigError
 from edgediff.models.card import Card
 from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
-from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
+from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model
 from edgediff.models.slim import plain_config
 from edgediff.models.undivided import predict
 from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
@@ -24,6 +24,7 @@ from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_
 from edgediff.train.loop import Say, silent
 from edgediff.train.settings import MOST, AutoencoderTraining, TeacherTraining, check_training, training_from
 from edgediff.train.unet import UNetTrained, train_unet
+from edgediff_runtime.errors import one_line
 
 # A geometry's own conditioning that images in folders do not bring.
 _UNCLASSED = {"class_embed_type": None, "num_class_embeds": None}

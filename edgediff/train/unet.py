@@ -23,7 +23,7 @@ from edgediff.data.draws import generator
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import TargetError
 from edgediff.models.clockwork import split
-from edgediff.models.load import Model, one_line
+from edgediff.models.load import Model
 from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, claimed, is_done
 from edgediff.train.dataset import batches_of, classes_of
@@ -34,6 +34,7 @@ from edgediff.train.loop import Loop, Say, Task, recent
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, unet_card
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
 
 UNET = "unet"
