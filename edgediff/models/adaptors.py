@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgediff.errors import UnsupportedError
@@ -55,7 +55,7 @@ class IdentityAdaptor(Part):
     def __init__(self) -> None:
         super().__init__(("cache",), ("lowres_feature",))
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns ``cache`` [B, C, H, W] as ``lowres_feature``."""
         return {"lowres_feature": tensors["cache"]}
 
@@ -94,7 +94,7 @@ class LearnedAdaptor(Part):
         self.body: nn.Module = ResnetBody(*sizes) if kind == "resnet" else UNetBody(*sizes, UNET_LEVELS[kind])
         self.text_projection = None if text is None else nn.Linear(text[1], width)
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Predicts ``lowres_feature`` [B, C', H', W'] from ``cache`` of the same shape and the other inputs."""
         highres, cache = tensors["highres_feature"], tensors["cache"]
         if self.ratio > 1:
@@ -114,12 +114,12 @@ class ResnetBody(nn.Module):
         self.blocks = nn.ModuleList(_block(width, width, emb) for _ in range(2))
         self.up = zeroed(nn.ConvTranspose2d(width, out, 4, stride=2, padding=1))
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
         """Runs the body: x [B, C, H, W], emb [B, E], text [B, width] -> [B, C', H, W]."""
         x = _add(self.down(x), text)
         for block in self.blocks:
             x = block(x, emb)
-        out: torch.Tensor = self.up(x)
+        out: Tensor = self.up(x)
         return out
 
 
@@ -135,7 +135,7 @@ class UNetBody(nn.Module):
         self.joins = nn.ModuleList(_block(2 * width, width, emb) for _ in range(levels - 1))
         self.conv_out = zeroed(nn.Conv2d(width, out, 3, padding=1))
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
         """Runs the body; arguments as in `ResnetBody.forward`."""
         x = _add(self.conv_in(x), text)
         skips = []
@@ -148,7 +148,7 @@ class UNetBody(nn.Module):
                 x = block(x, emb)
         for up, join in zip(self.ups, self.joins, strict=True):
             x = join(torch.cat([up(x), skips.pop()], dim=1), emb)
-        out: torch.Tensor = self.conv_out(x)
+        out: Tensor = self.conv_out(x)
         return out
 
 
@@ -186,5 +186,5 @@ def _block(channels: int, out: int, emb: int) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=channels, out_channels=out, temb_channels=emb, groups=GROUPS, eps=EPS)
 
 
-def _add(x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+def _add(x: Tensor, text: Tensor | None) -> Tensor:
     return x if text is None else x + text[:, :, None, None]

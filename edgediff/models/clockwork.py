@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from edgediff.config.choices import POINTS, Cut, block_of
 from edgediff.errors import UnsupportedError
@@ -45,12 +45,12 @@ class HighresIn(Part):
         self.layers = nn.ModuleList(layers)
         self.num_skips = num_skips
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Embeds the conditioning and runs the way down to the cut."""
         sample = tensors["sample"]
         if self.embedding.center_input:
             sample = 2 * sample - 1.0
-        emb = self.embedding(sample, **{name: tensors[name] for name in self.embedding.inputs})
+        emb = self.embedding(sample, tensors)
         out = {"emb": emb}
         text = tensors.get(TEXT)
         if self.embedding.projects_text:
@@ -72,7 +72,7 @@ class Lowres(Part):
         self.text = text
         self.carries_skip = carries_skip
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the low-resolution levels."""
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
@@ -96,7 +96,7 @@ class HighresOut(Part):
         self.text = text
         self.num_skips = num_skips
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the way up from the cut."""
         x = tensors["lowres_feature"]
         skips = [tensors[name] for name in skip_names(self.num_skips)]
@@ -118,7 +118,7 @@ class SplitUNet(nn.Module):
     Attributes:
         factor: Height and width of a sample must be multiples of it.
         ignored: Required arguments that the UNet does not use: the text of a conditional one without attention.
-        traces: Steps that `edgediff.models.macs.trace` has run on the meta device, by the shapes of their inputs.
+        tallies: Results of `edgediff.models.macs.tally`, by the shapes of the inputs.
     """
 
     def __init__(self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part) -> None:
@@ -126,7 +126,7 @@ class SplitUNet(nn.Module):
         self.cut = cut
         self.factor = factor
         self.ignored: tuple[str, ...] = ()
-        self.traces: dict[Any, Any] = {}
+        self.tallies: dict[Any, Any] = {}
         self.highres_in = highres_in
         self.lowres = lowres
         self.adaptor = adaptor
@@ -154,9 +154,7 @@ class SplitUNet(nn.Module):
         memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, memo)
 
-    def full(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, **cond: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def full(self, sample: Tensor, timestep: Tensor | float, **cond: Any) -> tuple[Tensor, Tensor]:
         """Runs a full step: the undivided UNet's result, bit for bit, and the cache for the steps after it.
 
         Args:
@@ -173,40 +171,31 @@ class SplitUNet(nn.Module):
         """
         return self._step(self.lowres, self._tensors(sample, timestep, cond))
 
-    def cached(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, cache: torch.Tensor, **cond: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def cached(self, sample: Tensor, timestep: Tensor | float, cache: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
         """Runs a cached step: the adaptor in place of the low-resolution part; its output is the new cache.
 
         `cache` is what the step before returned; otherwise as `full`.
         """
         return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), CACHE: cache})
 
-    def _step(self, between: Part, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, between: Part, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         for part in (self.highres_in, between, self.highres_out):
-            outputs = part(*(tensors[name] for name in part.inputs))
-            tensors.update(zip(part.outputs, outputs, strict=True))
+            tensors |= part.run(tensors)
         return tensors["out_sample"], tensors["lowres_feature"]
 
-    def _tensors(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, cond: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        height, width = sample.shape[-2:]
-        check_size(height, width, self.factor)
-        if not isinstance(timestep, torch.Tensor):
+    def _tensors(self, sample: Tensor, timestep: Tensor | float, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+        check_size(sample.shape[-2], sample.shape[-1], self.factor)
+        if not isinstance(timestep, Tensor):
             timestep = torch.tensor([timestep], dtype=torch.float32, device=sample.device)
-        given = dict(cond)
+        given = {"sample": sample, "timestep": timestep.reshape(-1), **cond}
         given.update(given.pop("added_cond_kwargs", None) or {})
-        tensors = {"sample": sample, "timestep": timestep.reshape(-1)}
-        tensors.update({name: value for name, value in given.items() if value is not None})
+        tensors = {name: value for name, value in given.items() if value is not None and name not in self.ignored}
         for name in RESIDUALS:
-            if tensors.pop(name, None) is not None:
+            if name in tensors:
                 raise UnsupportedError(
                     f"{name} was given: a divided UNet takes no residuals of a ControlNet or a T2I adapter; "
                     "supported: the UNet alone"
                 )
-        for name in self.ignored:
-            tensors.pop(name, None)
         if set(tensors) != set(self.inputs):
             raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; got {', '.join(sorted(tensors))}")
         return tensors

@@ -3,7 +3,7 @@
 from edgediff.models.adaptors import TEXT_INPUTS, AdaptorShape, IdentityAdaptor
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.load import Model
-from edgediff.models.macs import trace
+from edgediff.models.macs import tally
 from edgediff.models.torch_session import graph_tensor
 from edgediff_runtime.loop import LOWRES_FEATURE
 from edgediff_runtime.manifest import Frequency, Graph, Tensor
@@ -24,7 +24,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
     Raises:
         UnsupportedError: The levels do not divide the sample's size, or two graphs disagree on a tensor.
     """
-    tensors = trace(split, model.sample_shape, model.conditioning.tensors).tensors
+    tensors = tally(split, model.sample_shape, model.conditioning.tensors).tensors
     return tuple(
         Graph(
             name=name,
@@ -39,7 +39,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
 
 def adaptor_shape(split: SplitUNet, model: Model) -> AdaptorShape:
     """What an adaptor must fit at a cut; raises as `graph_list`."""
-    tensors = trace(split, model.sample_shape, model.conditioning.tensors).tensors
+    tensors = tally(split, model.sample_shape, model.conditioning.tensors).tensors
     looked_at = {*split.lowres.inputs, *split.highres_out.inputs}
     text = next((name for name in TEXT_INPUTS if name in looked_at), None)
     return AdaptorShape(

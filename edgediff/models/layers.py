@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from torch import Tensor, nn
 
 from edgediff.errors import UnsupportedError
 
@@ -50,9 +50,7 @@ class Layer(nn.Module):
         self.pops = int(way == "up")
         self.needs_text = self.kind in ("transformer", "added_kv")
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
         """Runs the layer on x [B, C, H, W], emb [B, E], text [B, S, D]; `skips` is the stack, changed in place."""
         if self.pops:
             x = torch.cat([x, skips.pop()], dim=1)
@@ -80,9 +78,7 @@ class Resample(nn.Module):
         self.takes_emb = isinstance(module, ResnetBlock2D) or getattr(module, "takes_emb", False)
         self.pushes = int(way == "down")
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
         """Halves or doubles height and width; arguments as in `Layer.forward`."""
         x = self.module(x, temb=emb) if self.takes_emb else self.module(x)
         if self.pushes:
@@ -101,20 +97,16 @@ class Mid(nn.Module):
         self.module = module
         self.needs_text = bool(getattr(module, "has_cross_attention", False))
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
         """Runs the block; arguments as in `Layer.forward`, the stack is not changed."""
-        out: torch.Tensor = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
+        out: Tensor = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
         return out
 
 
 AnyLayer = Layer | Resample | Mid
 
 
-def flatten(
-    unet: UNet2DModel | UNet2DConditionModel,
-) -> tuple[list[list[AnyLayer]], Mid | None, list[list[AnyLayer]]]:
+def flatten(unet: UNet2DModel | UNet2DConditionModel) -> tuple[list[list[AnyLayer]], Mid | None, list[list[AnyLayer]]]:
     """Flattens a UNet's blocks into lists of layers, the resampler last in each.
 
     Returns:

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import nn
+from torch import Tensor, nn
 
 from edgediff.config.choices import Cut
 from edgediff.errors import ConfigError, UnsupportedError
@@ -43,13 +43,13 @@ class BandGate(nn.Module):
         self.time = None if emb_channels is None else nn.Linear(emb_channels, hidden)
         self.out = nn.Linear(hidden, len(BANDS) * gated)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """From x [B, C, H, W] and emb [B, E]: [B, 4, gated, 1, 1] in (0, 1); bands in the order of `BANDS`."""
         hidden = self.hidden(x.mean(dim=(2, 3)))
         if self.time is not None:
             assert emb is not None
             hidden = hidden + self.time(nn.functional.silu(emb))
-        gates: torch.Tensor = torch.sigmoid(self.out(nn.functional.silu(hidden)))
+        gates: Tensor = torch.sigmoid(self.out(nn.functional.silu(hidden)))
         return gates.reshape(-1, len(BANDS), self.gated, 1, 1)
 
 
@@ -71,7 +71,7 @@ class WaveletGating(nn.Module):
         self.takes_emb = emb_channels is not None
 
     @staticmethod
-    def _weighted(bands: tuple[torch.Tensor, ...], gates: torch.Tensor) -> list[torch.Tensor]:
+    def _weighted(bands: tuple[Tensor, ...], gates: Tensor) -> list[Tensor]:
         # An index would become a Gather, which divides a graph on ONNX Runtime's Core ML provider; channels do not.
         chunks = torch.chunk(gates.flatten(1, 2), len(BANDS), dim=1)
         return [gate * band for gate, band in zip(chunks, bands, strict=True)]
@@ -83,7 +83,7 @@ class WaveletDown(WaveletGating):
     def __init__(self, channels: int, wavelet: str = "haar", emb_channels: int | None = None) -> None:
         super().__init__(channels, channels, wavelet, emb_channels)
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """From x [B, C, H, W] and temb [B, E]: [B, C, H/2, W/2]; an UnsupportedError where H or W is odd."""
         height, width = x.shape[2:]
         if height % 2 or width % 2:
@@ -97,7 +97,7 @@ class WaveletDown(WaveletGating):
         return ll + lh + hl + hh
 
 
-def _haar_down(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def _haar_down(x: Tensor, gates: Tensor) -> Tensor:
     """The gated sum of Haar's bands, in a third of the operations.
 
     Each band is a sum of the four pixels of a block with signs, so the sum of bands is a weighted sum of these pixels,
@@ -127,7 +127,7 @@ class WaveletUp(WaveletGating):
         super().__init__(channels, channels // _QUARTER, wavelet, emb_channels)
         self.widen = nn.Conv2d(channels // _QUARTER, channels, 1)
 
-    def forward(self, x: torch.Tensor, output_size: Any = None, temb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, output_size: Any = None, temb: Tensor | None = None) -> Tensor:
         """From x [B, C, H, W] and temb [B, E]: [B, C, 2H, 2W]; an UnsupportedError for another `output_size`."""
         height, width = x.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
@@ -136,7 +136,7 @@ class WaveletUp(WaveletGating):
                 "that the levels divide"
             )
         ll, lh, hl, hh = self._weighted(torch.chunk(x, len(BANDS), dim=1), self.gate(x, temb))
-        widened: torch.Tensor = self.widen(idwt2(ll, lh, hl, hh, self.wavelet, self.taps))
+        widened: Tensor = self.widen(idwt2(ll, lh, hl, hh, self.wavelet, self.taps))
         return widened
 
 

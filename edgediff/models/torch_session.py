@@ -43,8 +43,7 @@ class TorchSession(TorchTensors):
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Runs the part of the graph's name, and adds its outputs to `tensors`."""
-        part = self.parts[graph.name]
-        tensors.update(zip(part.outputs, part(*(tensors[name] for name in part.inputs)), strict=True))
+        tensors.update(self.parts[graph.name].run(tensors))
 
 
 def graph_tensor(name: str, value: torch.Tensor) -> Tensor:

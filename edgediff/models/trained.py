@@ -8,7 +8,7 @@ one operating point, and is less good at others.
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -160,31 +160,32 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
     """
     if spec == "identity":
         return TrainedAdaptor(IdentityAdaptor())
-    there = {path.name: (path, record) for path, record in built_in_adaptors(model)}
-    names = {*there, *(record.kind for _, record in there.values())}
+    built_in = list(built_in_adaptors(model))
     # A built-in name comes before a folder of that name in the working directory.
-    if spec is not None and spec not in names and Path(spec).is_dir():
+    is_built_in = any(spec in (path.name, record.kind) for path, record in built_in)
+    if spec is not None and not is_built_in and Path(spec).is_dir():
         found = load_adaptor(Path(spec))
         check_fit(found, model, cut)
         return found
-    fits = {name: (path, record) for name, (path, record) in there.items() if record.cut == cut}
+    here = [(path, record) for path, record in built_in if record.cut == cut]
     if spec is None:
-        exact = [path for path, record in fits.values() if same_point(record.trained_for, point)]
+        # The clocks may be written in different ways.
+        exact = [p for p, r in here if msgspec.structs.replace(r.trained_for, clock=point.clock) == point]
         return load_adaptor(exact[0], is_built_in=True) if exact else TrainedAdaptor(IdentityAdaptor())
-    named = [entry for name, entry in fits.items() if spec in (name, entry[1].kind)]
-    if not named:
-        choices = ", ".join(["identity", *there, "a folder that train adaptor wrote"])
-        if spec in there:
-            record = there[spec][1]
+    named = [(path, record) for path, record in here if spec in (path.name, record.kind)]
+    if named:
+        path, _ = min(named, key=lambda entry: _distance(entry[1].trained_for, point))
+        return load_adaptor(path, is_built_in=True)
+    for path, record in built_in:
+        if path.name == spec:
             raise UnsupportedError(
                 f"adaptor {spec} was trained at level {record.cut.level}, {record.cut.point} ({record.shape}); "
-                f"this is level {cut.level}, {cut.point} ({_shape(model, cut)})"
+                f"this is level {cut.level}, {cut.point} ({adaptor_shape(split(model.unet, cut), model)})"
             )
-        raise UnsupportedError(
-            f"no adaptor {spec!r} is trained for {model.name} at level {cut.level}, {cut.point}; choices: {choices}"
-        )
-    nearest = min(named, key=lambda entry: _distance(entry[1].trained_for, point))
-    return load_adaptor(nearest[0], is_built_in=True)
+    choices = ", ".join(["identity", *(path.name for path, _ in built_in), "a folder that train adaptor wrote"])
+    raise UnsupportedError(
+        f"no adaptor {spec!r} is trained for {model.name} at level {cut.level}, {cut.point}; choices: {choices}"
+    )
 
 
 def built_in_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:
@@ -201,8 +202,8 @@ def check_fit(adaptor: TrainedAdaptor, model: Model, cut: Cut) -> None:
     """Raises an UnsupportedError for a learned adaptor that was trained for another UNet or another cut."""
     record = adaptor.record
     assert record is not None
-    shape = _shape(model, cut)
-    here = AdaptorShape(shape.highres, shape.lowres, shape.emb, shape.text if record.takes_text else None)
+    here = adaptor_shape(split(model.unet, cut), model)
+    here = here if record.takes_text else replace(here, text=None)
     if record.cut != cut or record.shape != here:
         raise UnsupportedError(
             f"adaptor {adaptor.path} was trained at level {record.cut.level}, {record.cut.point} of {record.model} "
@@ -213,15 +214,6 @@ def check_fit(adaptor: TrainedAdaptor, model: Model, cut: Cut) -> None:
             f"adaptor {adaptor.path} was trained for {record.model} of sha256 {record.model_sha256[:12]}; "
             f"{model.name} has other weights, sha256 {model.sha256[:12]}: train one for them"
         )
-
-
-def same_point(trained: m.TrainedFor, point: m.TrainedFor) -> bool:
-    """Whether steps, sampler, mask and guidance agree, however the clocks are written."""
-    return msgspec.structs.replace(trained, clock=point.clock) == point
-
-
-def _shape(model: Model, cut: Cut) -> AdaptorShape:
-    return adaptor_shape(split(model.unet, cut), model)
 
 
 def _distance(trained: m.TrainedFor, point: m.TrainedFor) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ periodic signal. Values, order and signs are PyWavelets' with ``mode="periodizat
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from edgediff.errors import ConfigError
@@ -22,7 +23,7 @@ ORTHOGONAL = (
     *(f"coif{n}" for n in range(1, 18)),
 )
 
-Bands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Bands = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def check_wavelet(wavelet: str) -> str:
@@ -32,7 +33,7 @@ def check_wavelet(wavelet: str) -> str:
     return wavelet
 
 
-def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None) -> Bands:
+def dwt2(x: Tensor, wavelet: str = "haar", taps: torch.dtype | None = None) -> Bands:
     """Divides an image into four bands of half its size.
 
     Args:
@@ -60,13 +61,8 @@ def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None
 
 
 def idwt2(
-    ll: torch.Tensor,
-    lh: torch.Tensor,
-    hl: torch.Tensor,
-    hh: torch.Tensor,
-    wavelet: str = "haar",
-    taps: torch.dtype | None = None,
-) -> torch.Tensor:
+    ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, wavelet: str = "haar", taps: torch.dtype | None = None
+) -> Tensor:
     """Joins four bands of [B, C, H, W] to [B, C, 2H, 2W]: the inverse of `dwt2`, which describes wavelet and taps."""
     check_wavelet(wavelet)
     if wavelet in HAAR:
@@ -77,12 +73,12 @@ def idwt2(
     return _synthesise(low, high, filters, dim=2)
 
 
-def _haar_pair(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _haar_pair(x: Tensor) -> tuple[Tensor, Tensor]:
     left, right = x[:, :, :, 0::2], x[:, :, :, 1::2]
     return left + right, left - right
 
 
-def _interleave(even: torch.Tensor, odd: torch.Tensor, dim: int) -> torch.Tensor:
+def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:
     """Alternates two tensors' rows (dim 2) or columns (dim 3); stacking them would need a fifth dimension."""
     batch, channels, height, width = even.shape
     if dim == 2:
@@ -91,7 +87,7 @@ def _interleave(even: torch.Tensor, odd: torch.Tensor, dim: int) -> torch.Tensor
     return torch.cat(pair, dim=3).reshape(batch, channels, height, 2 * width)
 
 
-def _analyse(x: torch.Tensor, filters: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _analyse(x: Tensor, filters: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Low- and high-pass halves along one dimension: y[k] = sum_j h[j] x[2k + L/2 - j], L taps."""
     channels, reach = x.shape[1], filters.shape[1] // 2 - 1
     # One group for each channel, whose two outputs are its low and its high half.
@@ -100,7 +96,7 @@ def _analyse(x: torch.Tensor, filters: torch.Tensor, dim: int) -> tuple[torch.Te
     return halves[:, 0::2], halves[:, 1::2]
 
 
-def _synthesise(low: torch.Tensor, high: torch.Tensor, filters: torch.Tensor, dim: int) -> torch.Tensor:
+def _synthesise(low: Tensor, high: Tensor, filters: Tensor, dim: int) -> Tensor:
     """The inverse of `_analyse`, which is its transpose: sample 2i + p is sum_r h[2r + s] y[i + r + c].
 
     Here s = (L/2 + p) mod 2 and c = (p + s - L/2) / 2: even and odd samples are two convolutions of the coefficients.
@@ -118,7 +114,7 @@ def _synthesise(low: torch.Tensor, high: torch.Tensor, filters: torch.Tensor, di
     return _interleave(both[:, 0::2], both[:, 1::2], dim)
 
 
-def _filters(wavelet: str, like: torch.Tensor, taps: torch.dtype | None) -> torch.Tensor:
+def _filters(wavelet: str, like: Tensor, taps: torch.dtype | None) -> Tensor:
     """The low- and the high-pass filter of the analysis, [2, taps]."""
     return torch.tensor(_taps(wavelet), dtype=taps or like.dtype, device=like.device).to(like.dtype)
 
@@ -131,7 +127,7 @@ def _taps(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(bank.dec_lo), tuple(bank.dec_hi)
 
 
-def _continue(x: torch.Tensor, before: int, after: int, dim: int) -> torch.Tensor:
+def _continue(x: Tensor, before: int, after: int, dim: int) -> Tensor:
     """Continues a signal periodically."""
     size = x.shape[dim]
     parts = [x]
@@ -144,6 +140,6 @@ def _continue(x: torch.Tensor, before: int, after: int, dim: int) -> torch.Tenso
     return torch.cat(parts, dim=dim) if len(parts) > 1 else x
 
 
-def _along(filters: torch.Tensor, dim: int) -> torch.Tensor:
+def _along(filters: Tensor, dim: int) -> Tensor:
     """[2, taps] as a kernel [2, 1, taps, 1] or [2, 1, 1, taps]."""
     return filters[:, None, :, None] if dim == 2 else filters[:, None, None, :]
