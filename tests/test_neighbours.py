@@ -1,7 +1,5 @@
 """Nearest training photographs: against brute force, and copies."""
 
-import doctest
-
 import numpy as np
 import pytest
 
@@ -42,11 +40,6 @@ def test_copies_are_at_zero_mirrored_or_not() -> None:
     assert found.distance.tolist() == [0, 0]
     assert found.index.tolist() == [7, 3]
     assert found.mirrored.tolist() == [False, True]
-
-
-def test_the_distance_is_in_steps_of_8_bits() -> None:
-    photograph = np.full((1, 8, 8, 3), 100, np.uint8)
-    assert nearest_neighbours(photograph + 5, photograph).distance[0] == pytest.approx(5)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +83,6 @@ def test_sets_that_cannot_be_compared_are_refused(images: np.ndarray, train: np.
 
 
 def test_work_is_divided_in_turns() -> None:
-    assert doctest.testmod(processes) == (0, 1)
     shares = [processes.Processes(i, 3).share(range(7)) for i in range(3)]
     assert sorted(number for share in shares for number in share) == [*range(7)]
     assert processes.Processes().gather([1, 2]) == [1, 2]
