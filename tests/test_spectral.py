@@ -20,7 +20,7 @@ from edgediff.models.spectral import BANDS, BandGate, WaveletDown, WaveletUp, sp
 from edgediff.models.wavelet import dwt2, idwt2
 
 POINTS = ("before_upsample", "after_upsample")
-# Residual blocks that resample hand no time to the gates within them.
+# Residual blocks that resample do not pass the time to the gates within them.
 NO_TIME = ("2d-attention-everywhere-resnet-resampling", "2d-two-levels", "unclip-like")
 T = torch.tensor([371.25])
 
@@ -307,7 +307,9 @@ def test_resamplers_refuse_sizes_that_they_cannot_make() -> None:
 
 @pytest.mark.parametrize("name", NO_TIME)
 def test_no_time_for_gates_within_residual_blocks(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="a residual block that resamples hands no time to its gates; expected"):
+    with pytest.raises(
+        UnsupportedError, match="block that resamples does not pass the time to its gates; expected false"
+    ):
         spectral(name, gate_takes_time=True)
 
 

@@ -173,7 +173,7 @@ def _replace(
             setattr(module, name, gated(module.in_channels, wavelet))
         else:
             raise UnsupportedError(
-                "gate_takes_time is true, but a residual block that resamples hands no time to its gates; "
+                "gate_takes_time is true, but a residual block that resamples does not pass the time to its gates; "
                 "expected false"
             )
 
