@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
@@ -19,6 +18,7 @@ from edgediff.models.card import Card, read_card
 from edgediff.models.conditioning import Conditioning, read_conditioning
 from edgediff.models.embedding import StepEmbedding
 from edgediff.models.model_files import WEIGHTS, fill, read_json, read_tensors, weight_files
+from edgediff.models.sampling import scheduler_class
 from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
@@ -231,12 +231,13 @@ def _conditioning(home: Path, unet: Any, file: Path) -> Conditioning:
 
 def _scheduler(file: Path) -> SchedulerMixin:
     config = read_json(file)
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if SchedulerMixin not in getattr(kind, "__mro__", ()):
+    kind = scheduler_class(config)
+    if kind is None:
         raise ModelError(f"{file} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
     check_counts(file, config)
     try:
-        return kind.from_config(config)
+        scheduler: SchedulerMixin = kind.from_config(config)
+        return scheduler
     except BAD_SETTINGS as e:
         raise ModelError(f"{file} does not describe a {kind.__name__}: {one_line(e)}") from e
 

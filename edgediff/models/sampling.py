@@ -78,7 +78,7 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
         raise UnsupportedError(
             f"scheduler source of type {type(source).__name__}: expected a diffusers scheduler or its config"
         )
-    kind = type(source) if isinstance(source, SchedulerMixin) else _named_class(given)
+    kind = type(source) if isinstance(source, SchedulerMixin) else scheduler_class(given)
     target = SCHEDULERS[name]
     if kind is not None and target.__name__ not in (kind.__name__, *kind._compatibles):
         raise UnsupportedError(
@@ -102,8 +102,9 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
         raise UnsupportedError(f"scheduler {name}: diffusers refuses these settings: {one_line(e)}") from e
 
 
-def _named_class(given: Mapping[str, Any]) -> Any:
-    found: Any = getattr(diffusers, str(given.get("_class_name")), None)
+def scheduler_class(config: Mapping[str, Any]) -> Any:
+    """The class that a scheduler's configuration names; None where it is not a scheduler of diffusers."""
+    found: Any = getattr(diffusers, str(config.get("_class_name")), None)
     return found if SchedulerMixin in getattr(found, "__mro__", ()) else None
 
 
