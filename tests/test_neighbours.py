@@ -40,11 +40,6 @@ def test_copies_are_at_zero_mirrored_or_not() -> None:
     assert [each.tolist() for each in found] == [[0, 0], [7, 3], [False, True]]
 
 
-def test_the_distance_is_in_steps_of_8_bits() -> None:
-    photograph = np.full((1, 8, 8, 3), 100, np.uint8)
-    assert nearest_neighbours(photograph + 5, photograph).distance[0] == pytest.approx(5)
-
-
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     images, train = random_images(9), random_images(25)
     whole = nearest_neighbours(images, train)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
-from edgediff.models.load import read_json
+from edgediff.models.model_files import read_json
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
 
