@@ -3,15 +3,17 @@
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from edgediff.targets import TARGETS
+from edgediff.targets.base import Backend
+
 # What the tests ran with; a test compares it with constraints.txt.
 TESTED = {
     "numpy": "2.4.6",
-    "onnxruntime": "1.31.1",
     "msgspec": "0.22.0",
     "safetensors": "0.8.0",
     "pillow": "13.0.0",
@@ -19,23 +21,14 @@ TESTED = {
     "typer": "0.29.2",
     "torch": "2.13.0",
     "diffusers": "0.42.1",
-    "onnx": "1.23.2",
-    "onnxscript": "0.7.2",
-    "onnxsim": "0.8.1",
-    "coremltools": "9.0",
-    "openvino": "2026.4.0",
-    "executorch": "1.5.1",
+    **{package: tested for target in TARGETS.values() for package, tested in target.packages.items()},
     "PyWavelets": "1.9.0",
     "pyyaml": "6.0.3",
     "accelerate": "1.15.0",
     "matplotlib": "3.11.2",
 }
-ONNX = ("torch", "diffusers", "onnx", "onnxscript", "onnxsim", "pyyaml")
-COREML = ("torch", "diffusers", "coremltools", "pyyaml")
-EXECUTORCH = ("torch", "diffusers", "executorch", "pyyaml")
-OPENVINO = (*ONNX, "openvino")
-TRAIN = ("torch", "diffusers", "pyyaml", "accelerate", "matplotlib")
-EXPORT = tuple(dict.fromkeys((*ONNX, *COREML)))
+EXPORT = ("torch", "diffusers", "pyyaml")
+TRAIN = (*EXPORT, "accelerate", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -133,23 +126,26 @@ def find_known_bad(installed: Mapping[str, str | None]) -> tuple[str, ...]:
 
 
 def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
-    def needs(*names: str, extra: str = "export") -> str:
-        missing = [name for name in names if installed[name] is None]
-        return f'no: pip install "edgediff[{extra}]" ({", ".join(missing)} missing)' if missing else "yes"
+    def needs(names: Iterable[str], install: str) -> str:
+        missing = [name for name in names if installed.get(name) is None]
+        return f"no: {install} ({', '.join(missing)} missing)" if missing else "yes"
 
-    mac = platform.system() == "Darwin"
-    return {
-        "run and verify ONNX bundles": "yes" if installed["onnxruntime"] else "no: onnxruntime is not installed",
-        "export to ONNX": needs(*ONNX),
-        "export to Core ML": needs(*COREML),
-        "verify Core ML packages (mil-reference)": needs("torch", "coremltools"),
-        "run Core ML packages on Apple's runtime": needs("coremltools") if mac else "no: it needs macOS",
-        "recompute trajectories in torch": needs("torch"),
-        "train adaptors": needs(*TRAIN, extra="train"),
-        "export to OpenVINO": needs(*OPENVINO, extra="openvino"),
-        "run ONNX and OpenVINO bundles in OpenVINO": needs("openvino", extra="openvino"),
-        "export to ExecuTorch and run it": needs(*EXECUTORCH, extra="executorch"),
-        "plan clocks": needs("matplotlib", extra="train"),
+    def runs(backend: Backend) -> str:
+        if backend.only_mac and platform.system() != "Darwin":
+            return "no: it needs macOS"
+        found = needs(backend.packages, backend.install)
+        return f"no: {backend.install}" if found == "yes" and not backend.has_provider else found
+
+    abilities = {}
+    for target in TARGETS.values():
+        install = f'pip install "edgediff[{target.extra}]"'
+        abilities[f"export to {target.title}"] = needs((*EXPORT, *target.packages), install)
+        for backend in target.backends:
+            abilities[backend.does or f"run {target.files} in {backend.name}"] = runs(backend)
+    return abilities | {
+        "recompute trajectories in torch": needs(["torch"], 'pip install "edgediff[export]"'),
+        "train adaptors": needs(TRAIN, 'pip install "edgediff[train]"'),
+        "plan clocks": needs(["matplotlib"], 'pip install "edgediff[train]"'),
     }
 
 

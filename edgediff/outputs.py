@@ -1,10 +1,11 @@
-"""Files that a command leaves: may it write there, does another process write there, and is each file whole."""
+"""Files that a command leaves: may it write there, does another process, is each file whole; and figures as PNG."""
 
 import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edgediff.errors import MissingExtraError, TargetError
 
@@ -22,6 +23,35 @@ def check_drawing(what: str, extra: str = "train") -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(what, extra)
+
+
+def make_figure(width: float, height: float, dpi: int) -> Any:
+    """An empty matplotlib figure, in inches, that needs no display and changes no global setting."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG; the same figure gives the same bytes."""
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def mark_limit(axes: Any, x: float, words: str) -> None:
+    """Draws a limit as a dashed upright line with words beside it."""
+    axes.axvline(x, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        words, (x, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points", rotation=90,
+        ha="right", va="top", fontsize=8, color="#8a8a8a",
+    )  # fmt: skip
+
+
+def open_frame(axes: Any) -> None:
+    """Removes the lines above and to the right of axes."""
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def check_folder(folder: Path, *, replaced: bool = False) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from edgediff import load_model
 from edgediff.errors import EdgediffError
-from edgediff.models.load import WEIGHTS
+from edgediff.models.model_files import WEIGHTS
 
 SAFE = f"unet/{WEIGHTS}.safetensors"
 BIN = f"unet/{WEIGHTS}.bin"

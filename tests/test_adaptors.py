@@ -33,7 +33,7 @@ from edgediff.models.trained import (
     choose_adaptor,
     load_adaptor,
     save_adaptor,
-)
+)  # fmt: skip
 
 POINTS = ("before_upsample", "after_upsample", "block:0", "block:1", "block:2")
 
@@ -56,7 +56,6 @@ def test_the_papers_sizes_at_sd15(kind: str, millions: float, tolerance: float) 
 
 
 def test_sizes_follow_the_unet() -> None:
-    assert [adaptor_width(kind, 960) for kind in LEARNED] == [352, 640, 96]
     assert [adaptor_width(kind, 144) for kind in LEARNED] == [64, 96, 16]
 
 
@@ -147,18 +146,6 @@ def _choose(model: edgediff.Model, spec: str | None, cut: Cut = CUT) -> object:
     return choose_adaptor(spec, model, cut, HERE)
 
 
-def test_an_adaptor_of_another_unet_or_cut_is_refused(class_model: Path, text_model: Path, tmp_path: Path) -> None:
-    model, other = load_model(class_model), load_model(text_model)
-    path = str(trained(model, tmp_path / "a"))
-    assert _choose(model, path)
-    with pytest.raises(UnsupportedError, match=r"lowres_feature 16x8x8, emb 32.*after_upsample has.*16x16x16"):
-        _choose(model, path, Cut(1, "after_upsample"))
-    wider = str(trained(other, tmp_path / "b"))
-    shutil.rmtree(tmp_path / "a")
-    with pytest.raises(UnsupportedError, match="trained for tiny-text of sha256"):
-        _choose(model, wider)
-
-
 def test_folders_that_are_no_adaptor(class_model: Path, tmp_path: Path) -> None:
     model = load_model(class_model)
 
@@ -173,7 +160,7 @@ def test_folders_that_are_no_adaptor(class_model: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / WEIGHTS).write_bytes(weights[:1000])
     refused("cannot be read as weights")
     (tmp_path / "a" / WEIGHTS).write_bytes((class_model / "unet/diffusion_pytorch_model.safetensors").read_bytes())
-    refused("does not fit its adaptor.json")
+    refused("do not fit its adaptor.json")
     (tmp_path / "a" / WEIGHTS).unlink()
     refused("cannot be read as weights")
     record = json.loads((tmp_path / "a" / RECORD).read_text())
@@ -223,13 +210,6 @@ def test_a_folder_called_as_a_built_in_adaptor_is_found_again(
     again = choose_adaptor(own.manifest.path, model, Cut(), HERE)
     assert not own.is_built_in
     assert again.sha256 == own.sha256
-
-
-def test_names_of_adaptors_that_are_not_there(class_model: Path) -> None:
-    model = load_model(class_model)
-    for spec in ("resnet", "my-adaptor"):
-        with pytest.raises(UnsupportedError, match=f"no adaptor '{spec}'.*choices: identity"):
-            _choose(model, spec)
 
 
 def test_controlnet_residuals_are_refused_by_name() -> None:
@@ -348,9 +328,9 @@ def test_bad_adaptors_on_the_command_line(command: Command, class_model: Path, t
     own = trained(load_model(class_model), place / "own")
     for spec, options, parts in (
         (foreign, (), ("trained for tiny-text of sha256", "other weights")),
-        (own, ("--point", "after_upsample"), ("lowres_feature 16x8x8", "lowres_feature 16x16x16")),
+        (own, ("--point", "after_upsample"), ("lowres_feature 16x8x8, emb 32", "after_upsample has", "16x16x16")),
         (place / "empty", (), ("is not an adaptor",)),
-        ("resnet", (), ("no adaptor 'resnet' is trained beside", "identity")),
+        ("resnet", (), ("no adaptor 'resnet' is trained for", "choices: identity")),
     ):
         assert_error(command("export", class_model, "-o", place / "bundle", "--adaptor", spec, *options), *parts)
     assert not (place / "bundle").exists()

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import Command, assert_error, unchanged
@@ -134,7 +135,7 @@ def test_recipes_that_are_wrong(
         (["--scheduler", "lms"], "lms"),
         (["--verify", "no"], "verify.mode"),
         (["--random-weights", "1"], "has weights of its own"),
-        (["--conditioning", "x.npz"], "not conditioned on text"),
+        (["--conditioning", "x.npz"], "conditioning x.npz cannot be read as .safetensors or .npz"),
         (["--config", "no-such-recipe"], "no recipe no-such-recipe"),
         (["--no-such-option"], "--no-such-option"),
         (["one", "more"], "unexpected extra argument"),
@@ -145,6 +146,12 @@ def test_export_options_that_are_wrong(
 ) -> None:
     with unchanged(place):
         assert_error(command("export", class_model, "-o", place / "out", *options), part)
+
+
+def test_embeddings_for_a_model_that_takes_none(command: Command, class_model: Path, place: Path) -> None:
+    np.savez(place / "x.npz", encoder_hidden_states=np.zeros((1, 7, 12)))
+    said = command("export", class_model, "-o", place / "out", "--conditioning", place / "x.npz")
+    assert_error(said, "x.npz was given, but the model is not conditioned on text")
 
 
 def test_a_model_is_needed_and_a_geometry_needs_a_seed(command: Command, place: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Command, assert_error, exit_code
+from command_line import Command, Said, assert_error, exit_code
 from PIL import Image
 from rich.console import Console
 from seals import seal_plain
@@ -18,7 +18,9 @@ from seals import seal_plain
 import edgediff
 from edgediff.cli.demo import MODELS
 from edgediff.config.recipes import find_recipe
+from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import load_config
+from edgediff.zoo import check_adaptor
 
 BLOCK = """
 import sys
@@ -181,6 +183,9 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntim
 WRONG = [
     ["export", "nothing-there"], ["export", "grocery-32", "--clock", "0"], ["export", "grocery-32", "--target", "exe"],
     ["export", "grocery-32", "--config", "none"], ["export", "grocery-32", "-o", "mine.txt"], ["export"],
+    ["export", "grocery-32", "--adaptor", "nowhere"], ["export", "grocery-32", "--adaptor", "mine.txt"],
+    ["export", "sd15", "--conditioning", "nowhere.npz"], ["export", "sd15", "--conditioning", "nowhere.safetensors"],
+    ["export", "sd15", "--conditioning", "bad.npz"], ["export", "--config", "recipe.yaml"],
     ["export", "grocery-32", "-o", "mine.txt/b"], ["export", "grocery-32", "--explode"],
     ["verify", "nothing-there"], ["run", "nothing-there"], ["run", "."], ["inspect", "nothing-there"], ["inspect"],
     ["inspect", "grocery-32", "--clock", "0"], ["inspect", "grocery-32", "--steps", "0"],
@@ -192,7 +197,9 @@ WRONG = [
 
 
 def test_usage_errors_import_nothing_that_takes_long(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
+    mine = {"mine.txt": "mine", "bad.npz": "no archive", "recipe.yaml": "model: grocery-32\nadaptor: nowhere\n"}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
     code = f"""
 import sys
 from edgediff.cli import main
@@ -207,7 +214,57 @@ for args in {WRONG!r}:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{args} 2" for args in WRONG]
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == len(WRONG)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
+
+
+@pytest.mark.parametrize("spec", ["identity", "resnet", "resnet-clock-2", "folder"])
+def test_adaptors_that_are_there_get_past_the_first_check(spec: str, tmp_path: Path) -> None:
+    folder = str(tmp_path) if spec == "folder" else spec
+    check_adaptor(folder, "grocery-32")
+    for wrong in ("nowhere", "", str(tmp_path / "none")):
+        with pytest.raises(UnsupportedError, match=r"beside grocery-32; choices: identity, .*, a folder"):
+            check_adaptor(wrong, "grocery-32")
+
+
+# The reader of a pipe that leaves early: no message, nothing lost.
+
+
+def _unread(*args: object, stderr: bool = False, module: str = "edgediff") -> tuple[int, str]:
+    """Exit code and standard error of a command whose output, or errors, nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    out, err = (subprocess.DEVNULL, writer) if stderr else (writer, subprocess.PIPE)
+    command = [sys.executable, "-m", module, *map(str, args)]
+    done = subprocess.run(command, text=True, check=False, stdout=out, stderr=err)
+    os.close(writer)
+    return done.returncode, done.stderr or ""
+
+
+UNREAD = [
+    ["--help"], ["export", "--help"], ["--version"], ["doctor"], ["doctor", "--json"], ["verify", "BUNDLE"],
+    ["inspect", "BUNDLE"], ["inspect", "BUNDLE", "--json"], ["run", "BUNDLE", "-o", "OUTPUT"],
+    ["run", "BUNDLE", "-o", "OUTPUT", "--json"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args", UNREAD, ids=" ".join)
+def test_a_closed_pipe_ends_every_command_silently(args: list[str], class_bundle: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    names = {"BUNDLE": str(class_bundle), "OUTPUT": str(picture)}
+    code, said = _unread(*(names.get(arg, arg) for arg in args))
+    assert code == 141
+    assert Said.of(code, "", said).errors == []
+    assert picture.is_file() == ("OUTPUT" in args)
+
+
+def test_a_closed_pipe_ends_the_runtimes_command_silently(class_bundle: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    assert _unread(class_bundle, "-o", picture, "--num-images", 1, module="edgediff_runtime") == (141, "")
+    assert picture.is_file()
+
+
+def test_an_error_that_nobody_reads_ends_silently_too(tmp_path: Path) -> None:
+    assert _unread("inspect", tmp_path / "nothing", stderr=True) == (141, "")
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,12 @@ def test_classes_that_are_wrong(folder: Path, text: str | bytes, words: list[str
     refused(folder, ModelError, CLASSES, *words)
 
 
+def test_a_text_encoder_s_configuration_that_is_no_object(tmp_path: Path) -> None:
+    save_model(unet2d_condition(), tmp_path)
+    write(tmp_path / TEXT_ENCODER, "[77]")
+    refused(tmp_path, ModelError, TEXT_ENCODER, "contains a list; expected an object of settings by name")
+
+
 @pytest.mark.parametrize("tokens", [None, 0, -3, "7", 7.5, True])
 def test_text_geometry_that_is_no_size(tmp_path: Path, tokens: object) -> None:
     save_model(unet2d_condition(), tmp_path)

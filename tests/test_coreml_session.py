@@ -1,4 +1,4 @@
-"""Core ML's own session, with a stand-in for Apple's runtime: what it asks of it, and where it is not to be had."""
+"""Core ML's own session, with a stand-in for Apple's runtime: what it asks of it, and where it is not available."""
 
 import shutil
 import sys
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from command_line import Command, assert_error
 from ml_packages import Opened, change_package
 from seals import flip_bit, reseal, seal_plain
@@ -17,6 +18,7 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import MissingExtraError
 from edgediff.mil import evaluate
 from edgediff.mil.coremltools_quiet import import_coremltools
+from edgediff.mil.function import Function
 from edgediff.mil.package import read_package
 from edgediff.targets.backends import open_session
 from edgediff.verify import parity
@@ -165,6 +167,32 @@ def test_a_package_that_describes_other_tensors_is_refused(
     for backend in ("coreml", "mil-reference"):
         with pytest.raises(BundleError, match=r"sample.*float32.*7, 3, 16, 16"):
             open_session(open_bundle(bundle), backend)
+
+
+def test_the_evaluator_computes_with_the_threads_that_are_asked_for(
+    coreml_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, before = open_bundle(coreml_bundle), torch.get_num_threads()
+    run = Function.run
+    seen = []
+
+    def watched(self: Function, *args: Any, **settings: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return run(self, *args, **settings)
+
+    monkeypatch.setattr(Function, "run", watched)
+    for threads, used in ((before + 1, before + 1), (None, before)):
+        EdgePipeline(bundle.manifest, open_session(bundle, "mil-reference", threads=threads))(num_images=1)
+        assert {*seen} == {used}
+        assert torch.get_num_threads() == before
+        seen.clear()
+
+
+@pytest.mark.parametrize("backend", ["mil-reference", "executorch", "onnxruntime"])
+@pytest.mark.parametrize("threads", [0, -1, True])
+def test_threads_are_a_number_above_0_in_every_backend(coreml_bundle: Path, backend: str, threads: int) -> None:
+    with pytest.raises(RequestError, match=f"threads is {threads}; expected a whole number above 0"):
+        open_session(open_bundle(coreml_bundle), backend, threads=threads)
 
 
 def test_an_accelerator_is_held_to_its_own_floors(coreml_bundle: Path, mac: type[Stand], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Image folders: the order, how an image is brought to size, and what is refused."""
 
-import doctest
 import io
 import os
 import struct
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgediff.data import image_folder as data
 from edgediff.data.image_folder import ImageSet, Reason, Skipped, divide, read_image, read_images, shuffled
 from edgediff.errors import DataError
 
@@ -39,7 +37,7 @@ def test_order_is_that_of_the_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.images, expected)
 
 
-def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     write(tmp_path / ".hidden" / "1.png")
     for name in ("a/.1.png", "a/notes.txt", "README.md"):
@@ -111,6 +109,8 @@ def test_twice_the_size_is_averaged_and_no_more(tmp_path: Path) -> None:
     pixels = random_pixels(32, 32, 3)
     np.testing.assert_array_equal(read_image(write(tmp_path / "a.png", pixels), 16), box_average(pixels))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", 32), pixels)
+    expected = np.asarray(Image.fromarray(pixels).resize((20, 20), Image.Resampling.BOX))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 20), expected)
 
 
 def test_larger_ones_go_through_lanczos_at_twice_the_size(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_images_alone_have_no_classes(tmp_path: Path) -> None:
     assert (len(rest), len(held_out)) == (2, 1)
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
+def test_progress_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     write(tmp_path / "a" / "2.png")
     said: list[tuple[str, float]] = []
@@ -279,7 +279,3 @@ def test_dividing_holds_out_of_every_class(tmp_path: Path) -> None:
         )
 
     assert contents(rest, held_out) == contents(images)
-
-
-def test_examples_hold() -> None:
-    assert doctest.testmod(data) == (0, 2)

@@ -1,19 +1,24 @@
 import json
+import platform
 import re
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 
 from edgediff import doctor
-from edgediff.doctor import EXPORT, KNOWN_BAD, TESTED, _abilities, _numbers, examine, find_known_bad
+from edgediff.doctor import KNOWN_BAD, TESTED, TRAIN, _abilities, _numbers, examine, find_known_bad
+from edgediff.targets import TARGETS
+from edgediff_runtime.ort_bound_session import CUDA
 
+NO_RUNTIME = "no: pip install edgediff (onnxruntime missing)"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 
 def test_tested_versions_are_those_of_the_constraints() -> None:
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE))
     assert {name: pins.get(name) for name in TESTED} == TESTED
-    assert set(EXPORT) <= set(TESTED)
+    assert {*TRAIN} <= {*TESTED}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,32 @@ def test_what_is_missing_is_named() -> None:
     assert abilities["export to ONNX"] == 'no: pip install "edgediff[export]" (torch, onnxsim missing)'
     assert abilities["recompute trajectories in torch"] == 'no: pip install "edgediff[export]" (torch missing)'
     assert abilities["run and verify ONNX bundles"] == "yes"
-    assert _abilities(dict.fromkeys(TESTED))["run and verify ONNX bundles"] == "no: onnxruntime is not installed"
+    assert _abilities(dict.fromkeys(TESTED))["run and verify ONNX bundles"] == NO_RUNTIME
+
+
+def test_every_target_and_backend_is_told_of() -> None:
+    abilities = _abilities(TESTED)
+    for target in TARGETS.values():
+        assert f"export to {target.title}" in abilities
+    assert len(abilities) == 3 + len(TARGETS) + sum(len(target.backends) for target in TARGETS.values())
+    assert abilities["run ExecuTorch programs in executorch"] == "yes"
+    missing = _abilities(TESTED | {"executorch": None, "coremltools": None})
+    assert missing["export to ExecuTorch"] == 'no: pip install "edgediff[executorch]" (executorch missing)'
+    assert missing["run ExecuTorch programs in executorch"] == missing["export to ExecuTorch"]
+    assert missing["verify Core ML packages (mil-reference)"].endswith("(coremltools missing)")
+
+
+def test_what_this_machine_lacks_besides_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, apple = "run ONNX graphs in onnxruntime-cuda", "run Core ML packages on Apple's runtime"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    abilities = _abilities(TESTED)
+    assert abilities[cuda] == "no: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    assert abilities[apple] == "no: it needs macOS"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA])
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    abilities = _abilities(TESTED)
+    assert (abilities[cuda], abilities[apple]) == ("yes", "yes")
 
 
 def test_an_onnxruntime_built_for_a_gpu_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,4 +132,4 @@ def test_an_onnxruntime_built_for_a_gpu_is_one(monkeypatch: pytest.MonkeyPatch) 
     assert examine().abilities["run and verify ONNX bundles"] == "yes"
     assert examine().versions["onnxruntime"]["installed"] == "1.31.1"
     there.clear()
-    assert examine().abilities["run and verify ONNX bundles"] == "no: onnxruntime is not installed"
+    assert examine().abilities["run and verify ONNX bundles"] == NO_RUNTIME

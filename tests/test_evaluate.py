@@ -1,7 +1,6 @@
 """``edgediff evaluate distance`` of a bundle."""
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from command_line import Command, assert_error
+from command_line import Command, Said, assert_error
 from PIL import Image
 from seals import manifest_of, seal
 from tiny_photographs import LABELS, SIZE, as_bytes
 
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet
+from edgediff.data.image_folder import ImageSet, class_indices
 from edgediff.errors import DataError, UnsupportedError
 from edgediff.evaluate.distance import compare, evaluate_distance, examine
 from edgediff.evaluate.report import Distances
 from edgediff.evaluate.sampler import check_manifest, chunks, sample_bundle
-from edgediff.models.classifier import (
-    Classifier,
-    ClassifierShape,
-    load_classifier,
-    save_classifier,
-)
-from edgediff_runtime import EdgePipeline, RequestError
+from edgediff.models.classifier import Classifier, ClassifierShape, load_classifier, save_classifier
+from edgediff_runtime import EdgePipeline
 
 RNG = np.random.default_rng(0)
 
@@ -53,24 +46,9 @@ def test_image_i_is_the_same_whatever_the_batch(class_bundle: Path, pipe: EdgePi
     assert np.abs(some.astype(int) - made[2][[6, 2]]).max() <= 1
 
 
-def test_bad_requests_are_refused_before_anything_runs(class_bundle: Path) -> None:
-    sampler = sample_bundle(class_bundle)
-    good = {"clock": "2", "steps": 3, "guidance_scale": 2.0, "seed": 7}
-    assert sampler.check(**good) == (True, False, True)
-    for change, words in (
-        ({"clock": "0"}, "clock"),
-        ({"steps": 0}, "steps"),
-        ({"guidance_scale": math.inf}, "finite"),
-        ({"seed": -1}, "seed"),
-    ):
-        with pytest.raises(RequestError, match=words):
-            sampler.check(**good | change)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sample": {"space": "latent"}}, "works on latents"),
         ({"sample": {"channels": 1}}, "1x16x16"),
         ({"sample": {"width": 8}}, "expected square"),
         ({"conditioning": {"kind": "text"}}, "conditioned on text"),
@@ -149,19 +127,8 @@ def test_all_sets_are_of_one_size(class_bundle: Path, images: Path, classifier: 
 
 
 def test_evaluate_on_the_command_line(class_bundle: Path, images: Path, classifier: Path, command: Command) -> None:
-    asked = (
-        "evaluate",
-        "distance",
-        class_bundle,
-        "--images",
-        images,
-        "--features",
-        classifier,
-        "--steps",
-        2,
-        "--num-images",
-        8,
-    )
+    asked = ("evaluate", "distance", class_bundle, "--images", images, "--features", classifier, "--steps", 2,
+             "--num-images", 8)  # fmt: skip
     said = command(*asked, "--clock", 1, "--clock", 2, "--json")
     assert (said.code, said.errors) == (0, [])
     data = json.loads(said.out)
@@ -180,14 +147,12 @@ def test_evaluate_on_the_command_line(class_bundle: Path, images: Path, classifi
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"--images": "nowhere"}, ("no images at nowhere", "no such folder")),
         ({"--features": None}, ("no features", "name the folder of one")),
         ({"--features": "nowhere"}, ("no classifier at nowhere",)),
-        ({"--num-images": 3}, ("num_images is 3", "4 or more")),
-        ({"--num-images": 10**13}, ("num_images is 10000000000000", "up to 1000000")),
-        ({"--batch": 0}, ("batch is 0",)),
-        ({"--clock": 0}, ("clock is 0",)),
-        ({"--guidance-scale": -1}, ("guidance_scale",)),
+        ({"--clock": 0}, ("clock is 0; expected a period of 1 or more",)),
+        ({"--steps": 0}, ("steps",)),
+        ({"--seed": -1}, ("seed -1: expected an integer",)),
+        ({"--guidance-scale": "inf"}, ("guidance_scale is inf; expected a finite number",)),
         ({"--backend": "abacus"}, ("no backend 'abacus'",)),
     ],
 )
@@ -202,32 +167,17 @@ def test_bad_requests_are_one_line(
 def test_bundles_that_cannot_be_evaluated(
     bundle: Path, images: Path, classifier: Path, tmp_path: Path, command: Command
 ) -> None:
-    asked = ("--images", images, "--features", classifier)
-    (tmp_path / "empty").mkdir()
-    assert_error(
-        command("evaluate", "distance", tmp_path / "empty", *asked),
-        "neither a bundle",
-    )
-    assert_error(
-        command("evaluate", "distance", bundle, "--images", tmp_path / "empty", "--features", classifier),
-        "no images in",
-    )
-    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "empty" / "one.png")
-    assert_error(
-        command("evaluate", "distance", bundle, "--images", tmp_path / "empty", "--features", classifier),
-        "has 1 image", "expected 8 or more",
-    )  # fmt: skip
-    other = tmp_path / "other"
+    def say(source: Path, images: Path = images, features: Path = classifier) -> Said:
+        return command("evaluate", "distance", source, "--images", images, "--features", features)
+
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    assert_error(say(empty), "empty is neither a bundle, with a manifest.json, nor a model, with unet/config.json")
+    assert_error(say(bundle, empty), "no images in")
+    Image.new("RGB", (SIZE, SIZE)).save(empty / "one.png")
+    assert_error(say(bundle, empty), "has 1 image", "expected 8 or more")
     save_classifier(Classifier(ClassifierShape(8, (4,), ("a",))), other)
-    assert_error(
-        command("evaluate", "distance", bundle, "--images", images, "--features", other),
-        "takes 8x8 pixels, the bundle makes 16x16",
-    )
-    (other / "model.safetensors").write_bytes(b"damaged")
-    assert_error(
-        command("evaluate", "distance", bundle, "--images", images, "--features", other),
-        "cannot be read as weights",
-    )
+    assert_error(say(bundle, features=other), "takes 8x8 pixels, the bundle makes 16x16")
     manifest = manifest_of(bundle)
     seal(bundle, msgspec.structs.replace(manifest, sample=msgspec.structs.replace(manifest.sample, space="latent")))
-    assert_error(command("evaluate", "distance", bundle, *asked), "works on latents")
+    assert_error(say(bundle), "works on latents")

@@ -57,6 +57,9 @@ def test_a_fifth_target(overlay: Path, class_model: Path, tmp_path: Path) -> Non
     assert (tmp_path / "toy.png").read_bytes()[1:4] == b"PNG"
     assert "toy fp32, pair" in json.loads(run("inspect", "bundle", "--json"))["facts"]["targets"]
     assert "--backend toy-torch" in (tmp_path / "bundle" / "README.md").read_text()
+    abilities = json.loads(run("doctor", "--json"))["abilities"]
+    assert (abilities["export to Toy"], abilities["run toy programs in toy-torch"]) == ("yes", "yes")
+    assert "toy" in run("export", "--help")
     # Who does not know the target runs the others.
     assert [target.target for target in open_bundle(tmp_path / "bundle").manifest.targets] == ["onnx"]
     run("export", class_model, "-o", "alone", "--target", "toy", "--steps", 4)

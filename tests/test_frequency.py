@@ -1,6 +1,5 @@
 """Images by frequency: power of known images, and denoisers whose response is known."""
 
-import doctest
 import math
 from typing import Any
 
@@ -18,7 +17,6 @@ from edgediff.evaluate.frequency import (
     measure_response,
     radial_spectrum,
     spectrum_error,
-    top_octaves,
     wiener_gain,
 )
 
@@ -78,11 +76,6 @@ def test_spectra_of_different_sizes_and_of_no_images_are_refused() -> None:
         spectrum_error(np.ones(5), np.ones(6))
     with pytest.raises(DataError, match="expected one or more"):
         radial_spectrum(np.zeros((0, 8, 8, 3), np.uint8))
-
-
-def test_examples_hold() -> None:
-    assert doctest.testmod(frequency) == (0, 3)
-    assert top_octaves(SIZE) == 3
 
 
 # The response of a denoiser

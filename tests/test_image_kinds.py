@@ -45,20 +45,9 @@ def grey_rgb(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[:, :, None], 3, axis=2)
 
 
-@pytest.mark.parametrize("size", [8, 5, 3])
-def test_plain_rgb_is_cropped_and_reduced(tmp_path: Path, size: int) -> None:
-    pixels = random_pixels(11, 8, 3)
-    square = Image.fromarray(pixels[1:9])
-    if size == 3:  # twice the size fits
-        expected = np.asarray(square.resize((6, 6), Image.Resampling.LANCZOS).reduce(2))
-    else:
-        expected = np.asarray(square.resize((size, size), Image.Resampling.BOX))
-    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", pixels), size), expected)
-
-
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "A.TIFF", "a.webp", "a.GIF"])
 def test_lossless_files_give_their_pixels(tmp_path: Path, name: str) -> None:
-    flat = np.full((8, 8, 3), (200, 30, 90), np.uint8)  # one colour: a palette holds it
+    flat = np.full((8, 8, 3), (200, 30, 90), np.uint8)  # one colour, which a palette can have
     save(tmp_path / name, flat, **({"lossless": True} if name == "a.webp" else {}))
     np.testing.assert_array_equal(read_images(tmp_path, 8).images, flat[None])
 
@@ -113,7 +102,7 @@ def test_cmyk_and_inverted_jpegs_of_it(tmp_path: Path) -> None:
     image = Image.fromarray(flat).convert("CMYK")
     image.save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif", 8), flat)
-    # JPEGs hold them inverted, as Adobe's do; the segment that says so is often missing.
+    # JPEGs have them inverted, as Adobe's do; the segment that says so is often missing.
     image.save(tmp_path / "adobe.jpg", quality=100)
     data = (tmp_path / "adobe.jpg").read_bytes()
     start = data.index(b"\xff\xee\x00\x0eAdobe")

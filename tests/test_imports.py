@@ -18,13 +18,13 @@ SOURCES = sorted([*(ROOT / "edgediff").rglob("*.py"), *RUNTIME.rglob("*.py")])
 # The way of the data: a room may import itself and those before it.
 STAGES = (
     ("edgediff.errors",),
-    ("edgediff.extras", "edgediff.outputs", "edgediff.doctor", "edgediff.zoo"),
+    ("edgediff.extras", "edgediff.outputs", "edgediff.zoo"),
     ("edgediff.config", "edgediff.data"),
     ("edgediff.models", "edgediff.mil"),
     ("edgediff.bundle",),
     ("edgediff.targets",),
     ("edgediff.verify", "edgediff.train"),
-    ("edgediff.export", "edgediff.evaluate", "edgediff.inspect"),
+    ("edgediff.export", "edgediff.evaluate", "edgediff.inspect", "edgediff.doctor"),
     ("edgediff.plan", "edgediff.bench"),
     ("edgediff.cli", "edgediff.__main__"),
 )

@@ -1,4 +1,4 @@
-"""Packages that are damaged, foreign, or hold what the evaluator does not know: each one clear line."""
+"""Packages that are damaged, foreign, or contain what the evaluator does not know: each one clear line."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         "Data is a symlink",
     ),
     "no protobuf": (lambda p: (p / MODEL).write_bytes(b"\xff" * 40), "it is not a protobuf"),
-    "empty": (lambda p: (p / MODEL).write_bytes(b""), "is empty: it holds no model; expected an ML Program"),
+    "empty": (lambda p: (p / MODEL).write_bytes(b""), "is empty: it contains no model; expected an ML Program"),
     "weights missing": (lambda p: (p / WEIGHTS).unlink(), "the weights file is missing"),
     "weights cut off": (
         lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:200]),
@@ -199,7 +199,7 @@ def test_foreign_program_is_refused(name: str, package: Path, saved: tuple[Path,
     assert str(package) in refused(package, saved[1], fault)
 
 
-def test_inputs_are_held_to_the_program(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_inputs_that_do_not_fit_are_refused(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, feeds = saved
     refused(path, {}, "main takes y_in0; got none")
     refused(path, {**feeds, "other": feeds["y_in0"]}, "main takes y_in0; got y_in0, other")

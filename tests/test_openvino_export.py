@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from absent import hide
-from command_line import Command, assert_error
+from command_line import Command, assert_error, snapshot
 from conftest import Export
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, rows_of, seal
 
@@ -20,6 +21,7 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.config.floors import VerifyConfig
 from edgediff.config.recipes import find_recipe
 from edgediff.errors import ConfigError
+from edgediff.export.export_bundle import Exported
 from edgediff.export.export_config import ExportConfig, config_from, load_config
 from edgediff.extras import import_extra
 from edgediff.models.graphs import graph_list
@@ -95,17 +97,46 @@ def test_images_are_those_of_torch(ir_bundle: Path, class_model: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("traced_once")
-def test_files_are_the_same_again_and_stand_beside_onnx_graphs(
-    ir_bundle: Path, class_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("targets", "onnx"),
+    [(("onnx", "openvino"), OnnxConfig()), (("openvino", "onnx"), OnnxConfig(quantize_nbits=8, calibration_images=1))],
+    ids=["fp32", "int8-last"],
+)
+def test_files_are_the_same_beside_onnx_graphs_and_are_traced_once(
+    ir_bundle: Path,
+    class_model: Path,
+    export_once: Export,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    targets: tuple[str, ...],
+    onnx: OnnxConfig,
 ) -> None:
-    config = ExportConfig(steps=4, targets=("onnx", "openvino"), verify=VerifyConfig(mode="graphs"))
+    alone = export_once(class_model, ExportConfig(steps=4, onnx=onnx))
+    export, traced = torch.onnx.export, []
+
+    def counted(part: torch.nn.Module, *args: Any, **settings: Any) -> Any:
+        traced.append(part)
+        return export(part, *args, **settings)
+
+    monkeypatch.setattr(torch.onnx, "export", counted)
+    config = ExportConfig(steps=4, targets=targets, onnx=onnx, verify=VerifyConfig(mode="graphs"))
     done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "both", config)
+    assert len(traced) == 2
+    assert not list(done.path.glob(".*"))
+    graphs = {name: data for name, data in snapshot(alone).items() if name.startswith("onnx/")}
+    assert len(graphs) > 4
+    assert {name: data for name, data in snapshot(done.path).items() if name.startswith("onnx/")} == graphs
+    for name in FILES:
+        assert (done.path / UNET / name).read_bytes() == (ir_bundle / UNET / name).read_bytes(), name
+    if onnx == OnnxConfig():
+        _check_backends_of_both(done)
+
+
+def _check_backends_of_both(done: Exported) -> None:
     assert done.report is not None
     assert {(row.target, row.backend) for row in done.report.rows if row.status == "measured"} == {
         ("onnx", "onnxruntime"), ("openvino", "openvino"),
     }  # fmt: skip
-    for name in FILES:
-        assert (done.path / UNET / name).read_bytes() == (ir_bundle / UNET / name).read_bytes(), name
     bundle = open_bundle(done.path)
     assert usual_backend(bundle) == "onnxruntime"
     # OpenVINO runs what was made for it, and the ONNX graphs where there is nothing else: the same numbers.

@@ -59,7 +59,7 @@ def test_an_unknown_name_is_refused_with_the_choices():
 
 
 def test_a_source_that_is_no_scheduler_is_refused():
-    with pytest.raises(UnsupportedError, match="of type int"):
+    with pytest.raises(UnsupportedError, match="source of type int: expected a diffusers scheduler or its config"):
         scheduler_config(3, "ddim")
 
 

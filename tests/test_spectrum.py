@@ -1,6 +1,5 @@
 """``edgediff evaluate spectrum``: the numbers and the page, and what is refused."""
 
-import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from tiny_photographs import SIZE, make_photographs, write_photographs
 from unets import unet2d
 
 from edgediff.errors import ConfigError
-from edgediff.evaluate import spectrum
 from edgediff.evaluate.charts import draw_overview
 from edgediff.evaluate.frequency import bands
 from edgediff.evaluate.processes import CPU, Processes
@@ -109,7 +107,6 @@ def test_spectrum_on_the_command_line(
 
 
 def test_a_schedule_is_spread_evenly() -> None:
-    assert doctest.testmod(spectrum) == (0, 1)
     assert spread_times(1000) == (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
     assert spread_times(3) == (0, 1, 2)
 
@@ -143,9 +140,7 @@ def test_many_gates_have_lines_of_their_own(images: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"--images": "nowhere"}, ("no images at nowhere", "no such folder")),
         ({"--num-images": 3}, ("num_images is 3", "4 or more")),
-        ({"--num-images": 10**13}, ("num_images is 10000000000000", "up to 1000000")),
         ({"--batch": 0}, ("batch is 0",)),
         ({"--steps": 0}, ("steps",)),
         ({"--seed": -1}, ("seed",)),
@@ -168,13 +163,11 @@ def test_bad_requests_are_one_line(
 
 
 def test_models_and_folders_that_do_not_fit(
-    class_model: Path, text_model: Path, images: Path, folder: Path, tmp_path: Path, command: Command,
-) -> None:  # fmt: skip
+    class_model: Path, images: Path, folder: Path, tmp_path: Path, command: Command
+) -> None:
     def say(model: object, *more: object, images: Path = images) -> Any:
         return command("evaluate", "spectrum", model, "--images", images, "-o", tmp_path / "out", *more)
 
-    assert_error(say(text_model), "tiny-text is conditioned on text")
-    assert_error(say("ldm-ffhq"), "works on latents and has no decoder")
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
     assert_error(say(tmp_path / "bundle"), "bundle is a bundle; expected the model that it was made of")
@@ -184,14 +177,9 @@ def test_models_and_folders_that_do_not_fit(
     assert_error(say(class_model, "--teacher", grey), "grey makes 1x16x16")
     other = save_model(unet2d(), tmp_path / "other", DDPM | {"prediction_type": "epsilon"})
     assert_error(say(class_model, "--teacher", other), "prediction_type epsilon, tiny-class v_prediction")
-    strange = write_photographs(make_photographs(), tmp_path / "strange")
-    (strange / "Kiwi").rename(strange / "Plum")
-    assert_error(say(class_model, images=strange), "tiny-class: the folder's class 'Plum' is not one of the model's")
     change_json(folder / "scheduler" / "scheduler_config.json")
     (folder / "classes.json").write_text(json.dumps(["Apple", "Banana", "Kiwi", "Plum"]))
     assert_error(say(class_model, "--teacher", folder), "model: the folder's class 'Orange' is not one of the model's")
-    small = write_photographs(make_photographs(size=8), tmp_path / "small")
-    assert_error(say(class_model, images=small), "no images left in", "smaller than 16x16")
     few = write_photographs(make_photographs((1, 1, 1, 0)), tmp_path / "few")
     assert_error(say(class_model, images=few), "has 3 images; expected 4 or more")
     (folder / "scheduler" / "scheduler_config.json").unlink()

@@ -1,4 +1,6 @@
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,8 @@ POINTS = ("before_upsample", "after_upsample")
 def _cuts(unet: torch.nn.Module) -> list[Cut]:
     """Every cut that a UNet allows."""
     layers = len(unet.down_blocks[0].resnets)
-    levels = [Cut(level, point) for level in _levels(unet) for point in POINTS]
+    levels = [Cut(level, point) for level in range(1, len(unet.down_blocks)) for point in POINTS]
     return levels + [Cut(1, f"block:{i}") for i in range(layers + 1)]
-
-
-def _levels(unet: torch.nn.Module) -> range:
-    return range(1, len(unet.down_blocks))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,18 +102,16 @@ def test_a_stale_cache_changes_the_output_and_nothing_is_kept() -> None:
 
 @pytest.mark.parametrize("level", [0, 3, 4, -1])
 def test_levels_that_are_not_there(level: int) -> None:
-    with pytest.raises(UnsupportedError, match=r"3 levels, choices: 1, 2"):
+    with pytest.raises(UnsupportedError, match=f"cannot cut at level {level}: the UNet has 3 levels, choices: 1, 2"):
         split(unet2d(), Cut(level))
 
 
-def test_unknown_point() -> None:
-    with pytest.raises(UnsupportedError, match="before_upsample, after_upsample"):
-        split(unet2d(), Cut(1, "in_the_middle"))
-
-
-@pytest.mark.parametrize(("level", "point"), [(1, "block:3"), (2, "block:0"), (1, "block:12345")])
+@pytest.mark.parametrize(("level", "point"), [(1, "block:3"), (2, "block:0")])
 def test_blocks_that_are_not_there(level: int, point: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"2 layers in its highest level|unknown; choices:.*block:N"):
+    words = (
+        f"cannot cut at level {level}, {point}: the UNet has 2 layers in its highest level; choices: level 1, block:0"
+    )
+    with pytest.raises(UnsupportedError, match=words):
         split(unet2d(), Cut(level, point))
 
 
@@ -131,17 +127,19 @@ def test_the_first_block_leaves_one_layer_outside() -> None:
 
 
 def test_sizes_that_the_levels_do_not_divide() -> None:
-    with pytest.raises(UnsupportedError, match=r"18x16.*multiples of 4"):
+    words = "a sample of 18x16 cannot be cut: the levels divide by 4; expected multiples of 4"
+    with pytest.raises(UnsupportedError, match=words):
         split(unet2d()).full(torch.randn(1, 3, 18, 16), 1)
 
 
 def test_missing_and_foreign_conditioning() -> None:
-    divided = split(unet2d(num_class_embeds=5))
-    with pytest.raises(UnsupportedError, match="takes sample, timestep, class_labels"):
-        divided.full(torch.randn(1, 3, 16, 16), 1)
-    with pytest.raises(UnsupportedError, match="encoder_hidden_states"):
-        divided.full(torch.randn(1, 3, 16, 16), 1, class_labels=torch.zeros(1, dtype=torch.long),
-                     encoder_hidden_states=torch.zeros(1, 5, 12))  # fmt: skip
+    divided, sample = split(unet2d(num_class_embeds=5)), torch.randn(1, 3, 16, 16)
+    takes = "the UNet takes sample, timestep, class_labels; got "
+    with pytest.raises(UnsupportedError, match=f"{takes}sample, timestep$"):
+        divided.full(sample, 1)
+    given = {"class_labels": torch.zeros(1, dtype=torch.long), "encoder_hidden_states": torch.zeros(1, 5, 12)}
+    with pytest.raises(UnsupportedError, match=f"{takes}class_labels, encoder_hidden_states, sample, timestep$"):
+        divided.full(sample, 1, **given)
 
 
 @torch.no_grad()
@@ -154,44 +152,49 @@ def test_a_conditional_unet_without_attention() -> None:
     assert torch.equal(split(unet).full(sample, 5, encoder_hidden_states=text)[0], want)
 
 
-def test_skip_blocks_are_refused_by_name() -> None:
-    unet = unet2d(
-        down_block_types=("SkipDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "SkipUpBlock2D"),
-        block_out_channels=(32, 32, 32),
-    )
-    with pytest.raises(UnsupportedError, match="SkipDownBlock2D; supported blocks: DownBlock2D"):
-        split(unet)
+SKIP = {
+    "down_block_types": ("SkipDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "SkipUpBlock2D"),
+    "block_out_channels": (32, 32, 32),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: unet2d(**SKIP), "cannot cut a UNet with a SkipDownBlock2D; supported blocks: DownBlock2D, "),
+        (lambda: unet2d_condition(attention_type="gated"), "cannot cut a GLIGEN UNet (attention_type 'gated')"),
+        (
+            lambda: unet2d_condition(time_cond_proj_dim=8),
+            "the UNet takes its guidance scale as an embedding (time_cond_proj_dim, as LCM models do); supported",
+        ),
+        (
+            lambda: unet2d_condition(encoder_hid_dim=6, encoder_hid_dim_type="image_proj"),
+            "the UNet's encoder_hid_dim_type is 'image_proj'; supported: None, text_proj",
+        ),
+        (lambda: torch.nn.Linear(1, 1), "cannot cut a Linear; supported: UNet2DModel, UNet2DConditionModel"),
+    ],
+    ids=["skip blocks", "GLIGEN", "guidance embedding", "image", "no UNet"],
+)
+def test_what_cannot_be_cut_is_refused_by_name(build: Callable[[], torch.nn.Module], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(words)):
+        split(build())
+
+
+@pytest.mark.parametrize("point", ["in_the_middle", "block:12345"])
+def test_an_unknown_point_is_refused(point: str) -> None:
+    words = f"cut point '{point}' is unknown; choices: before_upsample, after_upsample, block:N"
+    with pytest.raises(UnsupportedError, match=words):
+        split(unet2d(), Cut(1, point))
 
 
 def test_freeu_is_refused() -> None:
     unet = unet2d_condition()
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    with pytest.raises(UnsupportedError, match="FreeU"):
+    with pytest.raises(UnsupportedError, match="FreeU is switched on, which cannot be cut; call "):
         split(unet)
     unet.disable_freeu()
     split(unet)
-
-
-def test_gligen_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="GLIGEN"):
-        split(unet2d_condition(attention_type="gated"))
-
-
-def test_guidance_embeddings_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="time_cond_proj_dim"):
-        split(unet2d_condition(time_cond_proj_dim=8))
-
-
-def test_image_conditioning_is_refused() -> None:
-    unet = unet2d_condition(encoder_hid_dim=6, encoder_hid_dim_type="image_proj")
-    with pytest.raises(UnsupportedError, match="encoder_hid_dim_type is 'image_proj'; supported: None, text_proj"):
-        split(unet)
-
-
-def test_other_modules_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="cannot cut a Linear"):
-        split(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("channels", [9, 8, 5], ids=["inpainting", "instruct-pix2pix", "depth"])

@@ -1,32 +1,27 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from command_line import Command, assert_error, unchanged
 from PIL import Image
 from safetensors.torch import load_file
 
 from edgediff import split
-from edgediff.errors import ConfigError, EdgediffError, TargetError, TrainingError
+from edgediff.errors import ConfigError, EdgediffError, TargetError
 from edgediff.models.adaptors import LearnedAdaptor
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model, load_model
 from edgediff.models.trained import WEIGHTS, load_adaptor
-from edgediff.train import adaptor as training_loop
 from edgediff.train.adaptor import AdaptorTrained, train_adaptor
 from edgediff.train.claim import CHECKPOINTS
 from edgediff.train.rollout import TARGET, Rollouts
 from edgediff.train.settings import AdaptorTraining, load_training, training_from
-from edgediff_runtime.loop import denoise
 
 TINY = AdaptorTraining(steps=4, rounds=3, images=2, batch=4, learning_rate=1e-3, ema=0.5)
 
@@ -176,36 +171,35 @@ def test_stored_trajectories_teach_what_fresh_ones_do(class_model: Path, tmp_pat
     assert not (tmp_path / "stored" / "store").exists()
 
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from edgediff import load_model
-from edgediff.train.adaptor import train_adaptor
-from edgediff.train.settings import AdaptorTraining, load_training
-train_adaptor(load_model(sys.argv[1]), sys.argv[2], load_training(sys.argv[3], AdaptorTraining))
-"""
+def interrupted(model: Model, path: Path, settings: AdaptorTraining, visits: int) -> Path:
+    """A training that is interrupted after so many passes over a round, and the checkpoint that it leaves."""
+    left = [None] * visits
+
+    def stop(what: str, share: float) -> None:
+        left.pop()
+        if not left:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_adaptor(model, path, settings, progress=stop)
+    (found,) = (path / CHECKPOINTS).iterdir()
+    return found
 
 
-@pytest.mark.long
-def test_killed_and_resumed_gives_the_same_weights(class_model: Path, tmp_path: Path) -> None:
-    settings = tiny(rounds=16, passes=2, checkpoint_minutes=1e-5, output_weight=0.2, rollout="student")
-    (tmp_path / "settings.yaml").write_bytes(msgspec.yaml.encode(settings))
-    arguments = [sys.executable, "-c", SCRIPT, class_model, tmp_path / "killed", tmp_path / "settings.yaml"]
-    checkpoints = tmp_path / "killed" / CHECKPOINTS
-    deadline = time.monotonic() + 90
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as began:
-        while time.monotonic() < deadline and began.poll() is None and not list(checkpoints.glob("visit-*[0-9]")):
-            time.sleep(0.01)
-        time.sleep(0.3)
-        began.send_signal(signal.SIGKILL)
-        assert began.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / WEIGHTS).exists()
-    resumed = train_adaptor(load_model(class_model), tmp_path / "killed", settings)
-    whole = train_adaptor(load_model(class_model), tmp_path / "whole", settings)
+@pytest.mark.parametrize("changes", [{"rollout": "student"}, {"store_gb": 0.1}], ids=["student", "stored"])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    class_model: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    model, settings = load_model(class_model), tiny(passes=2, output_weight=0.2, checkpoint_minutes=1e-9, **changes)
+    # A round that is not stored is not left between its passes.
+    kept = "visit-00000003" if "store_gb" in changes else "visit-00000002"
+    assert interrupted(model, tmp_path / "a", settings, visits=4).name == kept
+    resumed = train_adaptor(model, tmp_path / "a", settings)
+    whole = train_adaptor(model, tmp_path / "whole", settings)
     assert resumed is not None
     assert whole is not None
-    assert resumed.updates == whole.updates == 64
-    assert same(tmp_path / "killed", tmp_path / "whole")
+    assert resumed.updates == whole.updates == 12
+    assert same(tmp_path / "a", tmp_path / "whole")
 
 
 @pytest.mark.long
@@ -225,62 +219,27 @@ def test_two_processes_agree(class_model: Path, tmp_path: Path) -> None:
 # What goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
-    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = tiny(checkpoint_minutes=1e-9)
-    draw = Rollouts.draw
-
-    def poisoned(self: Rollouts, index: int) -> dict[str, torch.Tensor]:
-        samples = draw(self, index)
-        if index == 2:
-            samples[TARGET][0, 0, 0, 0] = torch.nan
-        return samples
-
-    monkeypatch.setattr(Rollouts, "draw", poisoned)
-    with pytest.raises(TrainingError, match=r"not finite at update \d+; the last good checkpoint is .*visit-00000002"):
-        train_adaptor(load_model(class_model), tmp_path / "a", settings)
-    assert [path.name for path in (tmp_path / "a" / CHECKPOINTS).iterdir()] == ["visit-00000002"]
-    monkeypatch.undo()
-    assert train_adaptor(load_model(class_model), tmp_path / "a", settings) is not None
-    train_adaptor(load_model(class_model), tmp_path / "whole", settings)
-    assert same(tmp_path / "a", tmp_path / "whole")
-
-
 def test_a_store_that_outgrows_its_bound(class_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"3 rounds of .* GB take .* GB, more than store_gb: 1e-05; raise it"):
         train_adaptor(load_model(class_model), tmp_path / "a", tiny(store_gb=1e-5))
     assert not (tmp_path / "a" / "store").exists()
 
 
-def test_folders_that_hold_something_else(class_model: Path, text_model: Path, tmp_path: Path) -> None:
+def test_folders_of_something_else(class_model: Path, text_model: Path, tmp_path: Path) -> None:
     model = load_model(class_model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(TargetError, match="holds something else"):
+    with pytest.raises(TargetError, match="contains something else"):
         train_adaptor(model, tmp_path / "full", TINY)
     train_adaptor(model, tmp_path / "a", TINY)
     with unchanged(tmp_path / "a", tmp_path / "full"):
-        with pytest.raises(TargetError, match="holds a training with steps 4, not 5; choose another folder"):
+        with pytest.raises(TargetError, match="contains a training with steps 4, not 5; choose another folder"):
             train_adaptor(model, tmp_path / "a", tiny(steps=5))
         with pytest.raises(TargetError, match="another model"):
             train_adaptor(load_model(text_model), tmp_path / "a", TINY)
         with pytest.raises(TargetError, match=r"learning_rate 0\.001, not 0\.1"):
             train_adaptor(model, tmp_path / "a", tiny(learning_rate=0.1))
         assert train_adaptor(model, tmp_path / "a", tiny(checkpoint_minutes=1.0)) is None
-
-
-def test_two_trainings_in_one_folder(class_model: Path, tmp_path: Path) -> None:
-    refusals = []
-
-    def second(what: str, share: float) -> None:
-        with pytest.raises(TargetError, match=r"a: another training runs there; wait for it to end") as caught:
-            train_adaptor(load_model(class_model), tmp_path / "a", TINY)
-        refusals.append(caught.value)
-
-    assert train_adaptor(load_model(class_model), tmp_path / "a", TINY, progress=second) is not None
-    assert len(refusals) == TINY.rounds + 1
-    assert train_adaptor(load_model(class_model), tmp_path / "a", TINY) is None
 
 
 def test_a_refused_training_leaves_nothing_behind(class_model: Path, text_model: Path, tmp_path: Path) -> None:
@@ -294,29 +253,10 @@ def test_a_refused_training_leaves_nothing_behind(class_model: Path, text_model:
         assert not (tmp_path / "a").exists()
 
 
-def _interrupted(model: Model, path: Path, monkeypatch: pytest.MonkeyPatch, settings: AdaptorTraining) -> Path:
-    """A training that is interrupted at its second round, and the checkpoint that it leaves."""
-    draw = Rollouts.draw
-
-    def stop(self: Rollouts, index: int) -> dict[str, torch.Tensor]:
-        if index == 2:
-            raise KeyboardInterrupt
-        return draw(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Rollouts, "draw", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_adaptor(model, path, settings)
-    (found,) = (path / CHECKPOINTS).iterdir()
-    return found
-
-
-def test_a_damaged_checkpoint_and_stray_files(
-    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_checkpoint_and_stray_files(class_model: Path, tmp_path: Path) -> None:
     model, settings = load_model(class_model), tiny(checkpoint_minutes=1e-9)
     for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
-        newest = _interrupted(model, tmp_path / name, monkeypatch, settings)
+        newest = interrupted(model, tmp_path / name, settings, visits=3)
         (newest.parent / ".DS_Store").write_text("stray")
         (newest.parent / "visit-of-mine.txt").write_text("stray")
         whole = (newest / name).read_bytes()
@@ -324,19 +264,10 @@ def test_a_damaged_checkpoint_and_stray_files(
         with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*to start again"):
             train_adaptor(model, tmp_path / name, settings)
         (newest / name).write_bytes(whole)
-        # A slower rate is no other training: that is how one goes on after a loss that was not finite.
+        # A lower rate is not another training: it is what to do after a loss that was not finite.
         done = train_adaptor(model, tmp_path / name, msgspec.structs.replace(settings, learning_rate=1e-4))
         assert done is not None
         assert done.updates == 6
-
-
-def test_a_full_disk(class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(Accelerator, "save_state", full)
-    with pytest.raises(TargetError, match=r"visit-00000001\.partial cannot be written: .*there is no checkpoint"):
-        train_adaptor(load_model(class_model), tmp_path / "a", tiny(checkpoint_minutes=1e-9))
 
 
 def test_models_that_cannot_teach(tmp_path: Path) -> None:
@@ -354,10 +285,7 @@ def test_models_that_cannot_teach(tmp_path: Path) -> None:
         ("rollout: both", "expected one of: teacher, student"),
         ("round: 3", "unknown key 'round', did you mean 'rounds'?"),
         ("rounds: 0", "'rounds' is 0; expected a finite number above 0"),
-        ("learning_rate: .nan", "'learning_rate' is nan"),
-        ("ema: 1.0", "'ema' is 1.0; expected 0 or more, below 1"),
         ("output_weight: -1.0", "'output_weight' is -1.0"),
-        ("seed: -1", "'seed' is -1"),
         ("images: 5000", "'images' is 5000; expected at most 4096"),
         ("seed: 2024-13-45", "not YAML"),
         ("x: " + 3000 * "[", "not YAML"),
@@ -391,12 +319,7 @@ def test_the_command_trains_and_says_what_it_is_worth(command: Command, class_mo
     again = command("train", "adaptor", class_model, *options)
     assert "already there" in again.out
     assert_error(
-        command("train", "adaptor", class_model, *options, "--clock", 4), "holds a training with clock 2, not 4"
+        command("train", "adaptor", class_model, *options, "--clock", 4), "contains a training with clock 2, not 4"
     )
     assert_error(command("train", "adaptor", "-o", place / "b"), "no model")
     assert_error(command("train", "adaptor", class_model, "-o", place / "b", "--clock", "1"), "no cached step")
-
-
-def test_training_unrolls_what_a_device_runs() -> None:
-    assert training_loop.Rollouts is Rollouts
-    assert Rollouts.draw.__globals__["denoise"] is denoise

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,7 +14,6 @@ from command_line import unchanged
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from edgediff.data.batches import Batches
 from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, ModelError, TargetError, TrainingError
 from edgediff.train import autoencoder
@@ -176,23 +174,6 @@ def test_own_images_held_out(images: ImageSet, tmp_path: Path) -> None:
 # What goes wrong
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
-    images: ImageSet, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take = Batches.take
-
-    def poisoned(self: Batches, first: int, size: int, flips: torch.Tensor | None) -> Any:
-        x, labels = take(self, first, size, flips)
-        return (x * torch.nan if first == 3 * size else x), labels
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "take", poisoned)
-        with pytest.raises(TrainingError, match=r"not finite at update 3; the last good checkpoint is .*visit-0+3; go"):
-            train(images, tmp_path / "a")
-    train(images, tmp_path / "a")
-    assert same(tmp_path / "a", whole)
-
-
 def test_a_disk_that_is_full_at_the_end(
     images: ImageSet, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,32 +196,24 @@ def test_latents_that_are_all_alike(images: ImageSet, tmp_path: Path, monkeypatc
     assert not (tmp_path / "a" / "config.json").exists()
 
 
-def test_folders_that_hold_something_else(images: ImageSet, whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
+def test_a_folder_of_another_training(images: ImageSet, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "a")
     other = ImageSet(255 - images.images, images.labels, images.names)
-    with unchanged(tmp_path / "a", tmp_path / "full"):
-        with pytest.raises(TargetError, match="holds something else"):
-            train(images, tmp_path / "full")
-        with pytest.raises(TargetError, match="holds a training with latent_channels 4, not 8"):
+    with unchanged(tmp_path / "a"):
+        with pytest.raises(TargetError, match="contains a training with latent_channels 4, not 8"):
             train(images, tmp_path / "a", tiny(latent_channels=8))
-        with pytest.raises(TargetError, match="holds a training with other images"):
+        with pytest.raises(TargetError, match="contains a training with other images"):
             train(other, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"updates": 0}, "'updates' is 0; expected a finite number above 0"),
-        ({"learning_rate": float("nan")}, "'learning_rate' is nan"),
         ({"block_out_channels": ()}, r"'block_out_channels' is \[\]; expected one or more multiples of"),
         ({"block_out_channels": (8, 18)}, r"'block_out_channels' is \[8, 18\]; .* multiples of norm_num_groups: 4"),
         ({"block_out_channels": "wide"}, "'block_out_channels': expected `array`"),
         ({"latent_channels": 0.5}, "'latent_channels': expected `int`"),
         ({"kl_weight": -1.0}, "'kl_weight' is -1.0; expected 0 or more"),
-        ({"ema": 1.0}, "'ema' is 1.0; expected 0 or more, below 1"),
-        ({"seed": -1}, "'seed' is -1"),
         ({"block_out_channels": (4,) * 6}, r"images are 16x16; expected a multiple of 32, which the 6 levels of"),
     ],
 )

@@ -1,4 +1,3 @@
-import doctest
 import json
 import os
 import subprocess
@@ -21,18 +20,17 @@ from trainings import UNET, UPDATES, changed
 
 from edgediff import Cut, ExportConfig, export_bundle, load_model, split
 from edgediff.config.floors import VerifyConfig
-from edgediff.data import draws
 from edgediff.data.batches import Batches, as_channels_first
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
 from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2DModel
-from edgediff.train.latents import load_autoencoder, save_beside
+from edgediff.train.latents import load_autoencoder
 from edgediff.train.loop import Loop
 from edgediff.train.samples import STEPS, draw_samples, make_sampler
 from edgediff.train.settings import StudentTraining, TeacherTraining, load_training, training_from
 from edgediff.train.student import student_of, train_student
 from edgediff.train.teacher import geometry_of, train_teacher
-from edgediff.train.unet import PRODUCT, UNetTrained
+from edgediff.train.unet import PRODUCT, UNetTrained, save_parts
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs" / "train").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("few_samples")
@@ -86,11 +84,7 @@ def test_a_student_learns_from_its_teacher(
     ],
 )
 def test_each_term_can_be_switched_off(
-    student_training: StudentTraining,
-    tmp_path: Path,
-    loops: list[Loop],
-    changes: dict[str, Any],
-    terms: set[str],
+    student_training: StudentTraining, tmp_path: Path, loops: list[Loop], changes: dict[str, Any], terms: set[str]
 ) -> None:
     train_student(tmp_path / "a", changed(student_training, **changes))
     (loop,) = loops
@@ -102,7 +96,7 @@ def test_each_term_can_be_switched_off(
     assert isinstance(load_model(tmp_path / "a").unet, SpectralUNet2DModel) == changes.get("gating", True)
 
 
-def test_a_student_can_go_on_from_another(student_training: StudentTraining, tmp_path: Path) -> None:
+def test_a_student_can_continue_from_another(student_training: StudentTraining, tmp_path: Path) -> None:
     train_student(tmp_path / "first", student_training)
     still = changed(student_training, student=str(tmp_path / "first"), width=None, updates=1, learning_rate=1e-12)
     train_student(tmp_path / "second", still)
@@ -167,34 +161,28 @@ def test_a_teacher_of_latents_and_its_student(teacher_training: TeacherTraining,
     mine = StudentTraining(teacher=str(tmp_path / "a"), data=str(big), held_out=str(big), updates=2, batch=4, width=8)
     train_student(tmp_path / "b", mine)
     assert load_model(tmp_path / "b").space == "latent"
-    again = changed(settings, autoencoder=str(tmp_path / "a"))
-    train_teacher(tmp_path / "c", again)
-    assert load_model(tmp_path / "c").sample_shape == (4, 16, 16)
-
-
-def test_a_latent_model_says_what_it_is_made_of(teacher_training: TeacherTraining, tmp_path: Path) -> None:
-    autoencoder = {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4, "updates": 1, "batch": 4}
-    train_teacher(tmp_path / "a", changed(teacher_training, autoencoder=autoencoder, size=16, updates=1))
-    mine = StudentTraining(teacher=str(tmp_path / "a"), data=teacher_training.data, updates=1, batch=4, width=8)
-    train_student(tmp_path / "b", mine)
-    index = json.loads((tmp_path / "b" / "model_index.json").read_text())
-    assert index == {
+    assert json.loads((tmp_path / "b" / "model_index.json").read_text()) == {
         "_class_name": "DiffusionPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["edgediff.models.spectral", "SpectralUNet2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    again = changed(settings, autoencoder=str(tmp_path / "a"))
+    train_teacher(tmp_path / "c", again)
+    assert load_model(tmp_path / "c").sample_shape == (4, 16, 16)
 
 
-def test_an_autoencoder_is_written_whole(teacher_training: TeacherTraining, tmp_path: Path) -> None:
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    train_teacher(tmp_path / "a", changed(teacher_training, updates=1))
-    model = load_model(tmp_path / "a")
-    (tmp_path / "a" / "vae.partial").mkdir()
-    (tmp_path / "a" / "vae.partial" / "config.json").write_text("{}")  # left by one that was killed
-    save_beside(vae, tmp_path / "a", model)
-    assert load_autoencoder(tmp_path / "a").config.block_out_channels == [8]
-    assert not (tmp_path / "a" / "vae.partial").exists()
+def test_parts_are_written_completely(tmp_path: Path) -> None:
+    parts = {"vae": AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), "scheduler": DDPMScheduler()}
+    for name in ("vae.partial", "scheduler"):  # left by one that was killed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stray.json").write_text("{}")
+    save_parts(tmp_path, parts)
+    assert load_autoencoder(tmp_path).config.block_out_channels == [8]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.json")} == {
+        "scheduler/scheduler_config.json", "vae/config.json",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"scheduler", "vae"}
 
 
 @pytest.mark.parametrize("steps", [2, 5, 10, 20, 21, 1000])
@@ -228,23 +216,37 @@ def test_a_grid_takes_no_more_rows_at_once_than_it_may(class_model: Path) -> Non
 
 def test_each_pass_has_each_image_once_in_a_seeded_order() -> None:
     images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    batches = Batches(as_channels_first(images), None, np.arange(5), seed=3)
-    x, labels = batches.take(0, 10, None)
-    assert labels is not None
+    known = {"class_labels": torch.arange(5)}
+    batches = Batches(as_channels_first(images), known, seed=3)
+    x, cond = batches.take(0, 10)
+    labels = cond["class_labels"]
     assert sorted(labels[:5].tolist()) == sorted(labels[5:].tolist()) == list(range(5))
     assert labels[:5].tolist() != labels[5:].tolist()
     assert torch.allclose(x[:, 0, 0, 0], labels / 127.5 - 1)
-    apart = [batches.take(i, 1, None)[1].item() for i in range(10)]
+    apart = [batches.take(i, 1)[1]["class_labels"].item() for i in range(10)]
     assert apart == labels.tolist()
-    assert Batches(as_channels_first(images), None, np.arange(5), seed=4).take(0, 10, None)[1].tolist() != apart
+    other = Batches(as_channels_first(images), known, seed=4).take(0, 10)[1]
+    assert other["class_labels"].tolist() != apart
+
+
+def test_conditioning_that_is_dropped_becomes_the_null_row() -> None:
+    cond = {"class_labels": torch.arange(4), "text": torch.arange(24.0).reshape(4, 2, 3)}
+    null = {"class_labels": torch.tensor(9), "text": -torch.ones(2, 3)}
+    drop = torch.tensor([True, False, True, False])
+    _, found = Batches(torch.zeros(4, 3, 2, 2), cond, seed=0, null=null).take(0, 4, drop=drop)
+    _, kept = Batches(torch.zeros(4, 3, 2, 2), cond, seed=0).take(0, 4, drop=drop)  # there is none
+    assert found["class_labels"].tolist() == torch.where(drop, 9, kept["class_labels"]).tolist()
+    assert torch.equal(found["text"][drop], null["text"].expand(2, 2, 3))
+    assert torch.equal(found["text"][~drop], kept["text"][~drop])
+    assert torch.equal(kept["text"], cond["text"][kept["class_labels"]])
 
 
 def test_mirrored_images() -> None:
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    batches = Batches(as_channels_first(images), None, None, seed=0)
-    plain, labels = batches.take(0, 2, None)
+    batches = Batches(as_channels_first(images), {}, seed=0)
+    plain, cond = batches.take(0, 2)
     flipped, _ = batches.take(0, 2, torch.tensor([True, False]))
-    assert labels is None
+    assert cond == {}
     assert torch.equal(flipped[0], plain[0].flip(2))
     assert torch.equal(flipped[1], plain[1])
 
@@ -334,7 +336,6 @@ def test_the_command_refuses(class_model: Path, photographs: Path, tmp_path: Pat
 
 def test_seeds_draw_otherwise(student_training: StudentTraining, tmp_path: Path, loops: list[Any]) -> None:
     """Weights, order and noise: torch's own generator on the CPU takes 32 bits of a seed."""
-    assert doctest.testmod(draws).failed == 0
     for seed in (0, 1, 2):
         train_student(tmp_path / str(seed), changed(student_training, seed=seed, updates=1))
     batches = [loop.task.draw(loop.task.data, 0, 4, 1) for loop in loops]

@@ -2,41 +2,50 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import unchanged
-from trainings import changed, same
+from trainings import changed
 
 from edgediff.errors import TargetError
+from edgediff.models.load import load_model
+from edgediff.train.adaptor import train_adaptor
 from edgediff.train.claim import CHECKPOINTS
-from edgediff.train.settings import StudentTraining, TeacherTraining
+from edgediff.train.settings import AdaptorTraining, StudentTraining, TeacherTraining
 from edgediff.train.student import train_student
 from edgediff.train.teacher import train_teacher
 
 pytestmark = pytest.mark.usefixtures("few_samples")
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["student", "teacher", "adaptor"])
 def test_two_trainings_in_one_folder(
-    kind: str, student_training: StudentTraining, teacher_training: TeacherTraining, tmp_path: Path
+    kind: str, student_training: StudentTraining, teacher_training: TeacherTraining, class_model: Path, tmp_path: Path
 ) -> None:
-    settings: Any = student_training if kind == "student" else teacher_training
-    train: Any = train_student if kind == "student" else train_teacher
+    settings, train, bad = {
+        "student": (student_training, train_student, {"data": "nowhere"}),
+        "teacher": (teacher_training, train_teacher, {"data": "nowhere"}),
+        "adaptor": (
+            AdaptorTraining(steps=4, rounds=3, images=2), partial(train_adaptor, load_model(class_model)),
+            {"conditioning": "nowhere"},
+        ),
+    }[kind]  # fmt: skip
     refusals = []
 
     def second(what: str, share: float) -> None:
         if what.startswith("update"):
-            for other in (settings, changed(settings, data="nowhere")):  # found out before images are read
+            for other in (settings, changed(settings, **bad)):  # found out before anything is read
                 with pytest.raises(TargetError, match=r"a: another training runs there; wait for it to end") as caught:
                     train(tmp_path / "a", other)
                 refusals.append(caught.value)
 
-    assert train(tmp_path / "a", settings, progress=second) is not None
-    assert len(refusals) == 2 * settings.updates
-    train(tmp_path / "whole", settings)
-    assert same(tmp_path / "a", tmp_path / "whole")
+    done: Any = train(tmp_path / "a", settings, progress=second)
+    assert len(refusals) == 2 * (3 if kind == "adaptor" else settings.updates)
+    again: Any = train(tmp_path / "whole", settings)
+    assert done.loss == again.loss
     assert train(tmp_path / "a", settings) is None  # it is free again
 
 
@@ -60,10 +69,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
 def test_a_damaged_record_of_a_training(teacher_training: TeacherTraining, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a" / CHECKPOINTS).mkdir(parents=True)
     (tmp_path / "a" / "training.json").write_bytes(data)
-    with (
-        unchanged(tmp_path),
-        pytest.raises(TargetError, match=r"training\.json is damaged; remove"),
-    ):
+    with unchanged(tmp_path), pytest.raises(TargetError, match=r"training\.json is damaged; remove"):
         train_teacher(tmp_path / "a", teacher_training)
 
 

@@ -1,4 +1,3 @@
-import doctest
 import re
 import sys
 from pathlib import Path
@@ -56,40 +55,20 @@ def test_the_names_are_pywavelets_orthogonal_filters() -> None:
     assert len(set(ORTHOGONAL)) == len(ORTHOGONAL)
 
 
-def test_a_difference_is_seen() -> None:
-    want = np.array([[1.0, -4.0]])
-    assert off(torch.tensor(want), want) == 0
-    assert off(torch.tensor(want) + 1e-3, want) == pytest.approx(2.5e-4)
-    with pytest.raises(AssertionError):
-        off(torch.zeros(2, 1), want)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_filter_gives_pywavelets_bands_and_image(dtype: torch.dtype) -> None:
     for name in ORTHOGONAL:
-        for size in SIZES[:3]:
+        for size in SIZES:
             x = image(2, 3, *size, dtype=dtype)
             want = theirs(x, name)
             got = dwt2(x, name)
             largest = max(np.abs(band).max() for band in want)
             for band, expected in zip(got, want, strict=True):
                 assert band.dtype == dtype
-                assert band.shape == expected.shape
+                assert band.shape == expected.shape == (2, 3, -(-size[0] // 2), -(-size[1] // 2))
                 assert np.abs(band.double().numpy() - expected).max() <= TOLERANCE[dtype] * largest, (name, size)
             again = pywt.idwt2((want[0], want[1:]), name, mode="periodization")
             assert off(idwt2(*got, name), again) <= TOLERANCE[dtype], (name, size)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["haar", "db1", "db2", "sym4", "coif17", "db38"])
-def test_sizes(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
-    x = image(2, 3, *size, dtype=dtype)
-    got = dwt2(x, name)
-    for band, expected in zip(got, theirs(x, name), strict=True):
-        assert band.shape == expected.shape == (2, 3, -(-size[0] // 2), -(-size[1] // 2))
-    both = np.concatenate(theirs(x, name), axis=1)
-    assert off(torch.cat(got, dim=1), both) <= TOLERANCE[dtype]
 
 
 def test_an_image_comes_back() -> None:
@@ -108,15 +87,6 @@ def test_haar_in_whole_numbers_is_exact() -> None:
     x = torch.arange(96.0).reshape(2, 3, 4, 4)
     for name in HAAR:
         assert torch.equal(idwt2(*dwt2(x, name), name), x)
-
-
-def test_bands_tell_directions_apart() -> None:
-    rows = torch.tensor([1.0, -1.0]).repeat(4)[:, None].expand(1, 2, 8, 8)
-    for name in ("haar", "db2"):
-        for x, found in ((rows, 1), (rows.mT, 2), (rows * rows.mT, 3), (torch.ones(1, 2, 8, 8), 0)):
-            power = torch.stack([band.square().sum() for band in dwt2(x, name)])
-            assert power[found] == pytest.approx(128, rel=1e-6)
-            assert power.sum() == pytest.approx(128, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["haar", "db2"])
@@ -159,11 +129,6 @@ def test_other_wavelets_need_pywavelets_and_haar_does_not(monkeypatch: pytest.Mo
     dwt2(torch.zeros(1, 1, 2, 2))
     with pytest.raises(MissingExtraError, match="the wavelet db2 needs the 'export' extra"):
         dwt2(torch.zeros(1, 1, 2, 2), "db2")
-
-
-def test_the_examples_in_the_docstrings() -> None:
-    done = doctest.testmod(module)
-    assert (done.attempted, done.failed) == (4, 0)
 
 
 # The exported transforms, on channels and bands that all differ

@@ -35,8 +35,8 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def goes_on(tmp_path: Path, settings: StudentTraining) -> None:
-    """Checks that what stopped in ``a`` goes on, and ends as a training that did not stop."""
+def resumes(tmp_path: Path, settings: StudentTraining) -> None:
+    """Checks that what stopped in ``a`` resumes, and ends as a training that did not stop."""
     assert train_student(tmp_path / "a", settings) is not None
     train_student(tmp_path / "whole", settings)
     assert same(tmp_path / "a", tmp_path / "whole")

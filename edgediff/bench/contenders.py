@@ -3,8 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +12,19 @@ from edgediff.bundle.feed import run_step, undivided_step
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, Reference, load_reference, reference_request
 from edgediff.errors import UnsupportedError
+from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session
+from edgediff.targets.base import Backend
 from edgediff.verify.source import open_source
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
-from edgediff_runtime.ort_bound_session import CUDA
 from edgediff_runtime.sessions import Session
 
-# The bundle's own floor is for fp32; bf16 has a lower one.
-BF16_DB = 35.0
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to run a bundle.
-
-    Attributes:
-        name: As everywhere.
-        targets: Whose graphs it runs, the first of them that a bundle has; none where it runs the source.
-        package: What must be installed.
-        install: The command that installs it.
-        floor_db: The least PSNR of a step; None takes the floor of the bundle's target.
-        provider: Which of ONNX Runtime's execution providers must be available too.
-        on_cpu: Whether it computes on the CPU, whose peak is measured.
-    """
-
-    name: str
-    targets: tuple[str, ...]
-    package: str
-    install: str
-    floor_db: float | None = None
-    provider: str | None = None
-    on_cpu: bool = True
-
-    @property
-    def is_installed(self) -> bool:
-        """Whether its package is installed; not whether it works here."""
-        if find_spec(self.package) is None:
-            return False
-        if self.provider is None:
-            return True
-        import onnxruntime as ort
-
-        return self.provider in ort.get_available_providers()
-
-    def target(self, manifest: Manifest) -> str | None:
-        """Which of a bundle's targets it runs; None where it runs none of them."""
-        there = {target.target for target in manifest.targets}
-        return next((name for name in self.targets if name in there), None)
-
-
-# Both install the same package name: one replaces the other.
-INSTALL_CUDA = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+TORCH = 'pip install "edgediff[export]"'
 BACKENDS = (
-    Backend("torch", (), "torch", 'pip install "edgediff[export]"'),
-    Backend("torch-compile", (), "torch", 'pip install "edgediff[export]"'),
-    Backend("onnxruntime", ("onnx",), "onnxruntime", "pip install edgediff"),
-    Backend("onnxruntime-cuda", ("onnx",), "onnxruntime", INSTALL_CUDA, provider=CUDA, on_cpu=False),
-    Backend("openvino", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"'),
-    Backend("openvino-bf16", ("openvino", "onnx"), "openvino", 'pip install "edgediff[bench]"', BF16_DB),
-    Backend("executorch", ("executorch",), "executorch", 'pip install "edgediff[executorch]"'),
-    Backend("coreml", ("coreml",), "coremltools", 'pip install "edgediff[export]", on macOS', on_cpu=False),
-    Backend("mil-reference", ("coreml",), "coremltools", 'pip install "edgediff[export]"'),
+    Backend("torch", (), ("torch",), TORCH),
+    Backend("torch-compile", (), ("torch",), TORCH),
+    *(backend for target in TARGETS.values() for backend in target.backends),
 )
-# Evaluated in torch, for checking and not for speed: timed only by name.
-NOT_BY_DEFAULT = ("mil-reference",)
 
 
 def named(name: str) -> Backend:
@@ -113,11 +60,8 @@ def time_bundle(
     """Opens a bundle, runs it, checks each recorded step; then a turn is a generation at the clock and one at clock 1.
 
     Args:
-        bundle: Its directory, or itself.
-        backend: The backend's name.
         undivided: Run the undivided UNet instead: a turn is one generation at clock 1.
         threads: How many may be at work; the backend's own choice if None.
-        num_images: Images at once.
         request: ``num_inference_steps``, ``clock``, ``guidance_scale``; where None, the bundle's.
     """
     bundle = open_bundle(Path(bundle)) if isinstance(bundle, str) else bundle
@@ -154,16 +98,7 @@ def time_bundle(
 
 
 def check(session: Session, reference: Reference, only_full: bool = False) -> float:
-    """Runs each recorded step on its recorded inputs.
-
-    Args:
-        session: What runs its graphs.
-        reference: What torch computed.
-        only_full: Leave cached steps out: the undivided UNet has none.
-
-    Returns:
-        PSNR of ``out_sample`` in dB, the worst of the steps.
-    """
+    """Runs each recorded step, or each full one, on its recorded inputs: the worst PSNR of ``out_sample`` in dB."""
     steps = [step for step in reference.steps if step.full or not only_full]
     made = [run_step(session, step, session.graphs, ("out_sample",))["out_sample"] for step in steps]
     return min(psnr_db(step.tensors["out_sample"], out) for step, out in zip(steps, made, strict=True))

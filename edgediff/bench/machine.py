@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from edgediff.bench.ledger import Machine
+from edgediff.targets import TARGETS
 
-PACKAGES = ("edgediff", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "openvino", "executorch",
-            "coremltools")  # fmt: skip
+PACKAGES = dict.fromkeys([
+    "edgediff", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "diffusers",
+    *(package for target in TARGETS.values() for backend in target.backends for package in backend.packages),
+])  # fmt: skip
 # What decides how fast a CPU computes networks.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "bf16", "i8mm")
 PEAK_SIZE = 2048

@@ -8,18 +8,12 @@ from typing import Any
 
 import msgspec
 
-from edgediff.bench.contenders import (
-    BACKENDS,
-    NOT_BY_DEFAULT,
-    Backend,
-    named,
-    time_bundle,
-    time_peak,
-)
+from edgediff.bench.contenders import BACKENDS, named, time_bundle, time_peak
 from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of, spread
 from edgediff.bench.machine import describe_machine
 from edgediff.bench.turns import Call, Runner, Say, take_turns
 from edgediff.errors import ConfigError
+from edgediff.targets.base import Backend
 from edgediff_runtime import Bundle, Manifest, clock_mask, make_scheduler, open_bundle
 
 # Runtimes keep weights a second time, laid out for their kernels.
@@ -55,17 +49,12 @@ def run_bench(
     """Times bundles in backends.
 
     Args:
-        bundles: Their directories.
-        backends: Names; if None, all but those of `NOT_BY_DEFAULT`.
-        steps: Denoising steps; each bundle's own if None.
-        clock: Period or mask; each bundle's own if None.
-        num_images: Images at once.
-        guidance_scale: Each bundle's own if None; 1 halves the rows.
+        backends: Names; if None, all that are timed by default.
+        steps, clock, guidance_scale: Each bundle's own if None; a guidance scale of 1 halves the rows.
         rounds: How often each contender is asked; a round is a generation at the clock and one at clock 1.
         threads: How many a backend may use; its own choice if None.
         undivided: Whether to run the undivided UNet too where a bundle has it; else time is saved against the bundles'
             own graphs at clock 1.
-        progress: Told what is being done.
 
     Returns:
         The ledger. What could not be measured is in it with the reason.
@@ -82,7 +71,7 @@ def run_bench(
     if not bundles:
         raise ConfigError("no bundle was given")
     chosen = [named(name) for name in dict.fromkeys(backends)] if backends else [
-        backend for backend in BACKENDS if backend.name not in NOT_BY_DEFAULT
+        backend for backend in BACKENDS if backend.by_default
     ]  # fmt: skip
     opened = [(str(path), open_bundle(path)) for path in dict.fromkeys(bundles)]
     for _, bundle in opened:

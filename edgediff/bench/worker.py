@@ -12,7 +12,7 @@ import msgspec
 from edgediff.bench.machine import peak_memory
 from edgediff.bench.turns import Call, Said
 from edgediff.errors import EdgediffError
-from edgediff_runtime.errors import EdgeRuntimeError
+from edgediff_runtime.errors import EdgeRuntimeError, one_line
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         except (EdgediffError, EdgeRuntimeError) as e:
             _answer(answers, Said(says=str(e)))
         except Exception as e:  # a backend's own errors share no base class; the other contenders continue
-            _answer(answers, Said(says=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"))
+            _answer(answers, Said(says=f"{type(e).__name__}: {one_line(e)}"))
 
 
 def _start(call: Call) -> Iterator[Said]:

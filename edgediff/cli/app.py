@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgediff.errors import EdgediffError, MissingExtraError, VerificationError
-from edgediff_runtime.errors import EdgeRuntimeError, warnings_told
+from edgediff_runtime.errors import EdgeRuntimeError, one_line, warnings_told
 
 app = typer.Typer(
     name="edgediff",
@@ -55,7 +55,8 @@ GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guid
 
 # Typer vendors click since 0.26 and used the installed one before: take the base class of its own errors.
 UsageFault: Any = typer.BadParameter.__mro__[2]
-INTERRUPTED = 130
+# As a shell reports a program that a signal ended: SIGINT, SIGPIPE.
+INTERRUPTED, CLOSED_PIPE = 130, 141
 # ExecuTorch brings torchao, which diffusers imports in every command and which logs what it was not built for.
 OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 SHARES_EVERY_S = 10
@@ -63,6 +64,15 @@ SHARES_EVERY_S = 10
 
 def main() -> None:
     """Runs the command line; what the user can put right is one line on standard error."""
+    try:
+        code = _run()
+    except SystemExit:  # what rich and Typer raise where the reader of a pipe has left; no command exits by itself
+        code = CLOSED_PIPE
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Runs the command that was asked for and gives its exit code."""
     for name in OF_TORCHAO:
         logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
@@ -85,7 +95,7 @@ def main() -> None:
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         code = _say_error(f"{e.strerror or e}{where}", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _print_version(wanted: bool) -> None:
@@ -104,7 +114,7 @@ def _options(
 
 def _say_error(message: object, code: int) -> int:
     err.print("error:", style="red", end=" ")
-    err.print(" ".join(str(message).split()))
+    err.print(one_line(message, limit=None))
     return code
 
 
@@ -157,4 +167,4 @@ def progress() -> Iterator[Callable[..., None]]:
 
 def print_json(data: object) -> None:
     """Prints plain data as indented JSON."""
-    print(json.dumps(data, indent=1))
+    print(json.dumps(data, indent=1), flush=True)

@@ -65,16 +65,18 @@ def bench(
             progress=say,
         )
     ledger = msgspec.structs.replace(ledger, imported=others)
-    # Written before anything is compared: a ledger that cannot be compared does not lose a long run.
+    # Written before anything is compared or shown: neither a ledger that cannot be compared nor a closed pipe loses a
+    # long run.
     if json_file is not None:
         write_whole(json_file, lambda path: write_ledger(ledger, path))
+    pictures = [] if html is None else write_page(ledger, html)
     for table in bench_tables(ledger):
         out.print(table)
     if before is not None:
         out.print(compare_table(compare_ledgers(before, ledger)))
     if json_file is not None:
-        out.print(f"ledger: {json_file}", markup=False)
-    if html is not None:
-        out.print(f"page: {', '.join(map(str, write_page(ledger, html)))}", markup=False)
+        out.print(f"ledger: {json_file}")
+    if pictures:
+        out.print(f"page: {', '.join(map(str, pictures))}")
     if all(known.status != "measured" for known in ledger.contenders):
         raise VerificationError("no backend could be measured")

@@ -6,17 +6,7 @@ from typing import Annotated
 import typer
 
 from edgediff import outputs
-from edgediff.cli.app import (
-    GuidanceOption,
-    JsonOption,
-    StepsOption,
-    app,
-    err,
-    out,
-    print_json,
-    progress,
-    toolchain,
-)
+from edgediff.cli.app import GuidanceOption, JsonOption, StepsOption, app, err, out, print_json, progress, toolchain
 from edgediff.zoo import check_source
 
 evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
@@ -61,7 +51,7 @@ def distance(
     guidance_scale: GuidanceOption = None,
     scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of photographs.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images generated at once; the images do not depend on it.")] = 50,
+    batch: Annotated[int, typer.Option(help="Images in one generation; the images do not depend on it.")] = 50,
     backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="Folder of a classifier. Default: the built-in one of the classes.")
@@ -98,7 +88,7 @@ def distance(
     if found is None:  # not the main process
         return
     if found.skipped:
-        err.print(found.skipped, markup=False)
+        err.print(found.skipped)
     if as_json:
         print_json(found.to_dict())
         return
@@ -107,7 +97,7 @@ def distance(
     for table in distance_tables(found):
         out.print(table)
     if grid is not None:
-        out.print(f"the nearest of them: {grid}", markup=False)
+        out.print(f"the nearest of them: {grid}")
 
 
 @evaluate.command(
@@ -128,7 +118,7 @@ def spectrum(
     guidance_scale: GuidanceOption = None,
     scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all noise and of the order of photographs.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images at once; results do not depend on it.")] = 50,
+    batch: Annotated[int, typer.Option(help="Images in one generation; results do not depend on it.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model by frequency: power of its images, error and response of its denoising, gates."""
@@ -152,7 +142,7 @@ def spectrum(
         say("drawing the overview")
         written = found.write(output)
     if found.report.skipped:
-        err.print(found.report.skipped, markup=False)
+        err.print(found.report.skipped)
     if as_json:
         print_json(found.report.to_dict() | {"files": {name: str(path) for name, path in written.items()}})
         return
@@ -160,4 +150,4 @@ def spectrum(
 
     for table in spectrum_tables(found.report):
         out.print(table)
-    out.print(f"numbers: {written['numbers']}; picture: {written['overview']}", markup=False)
+    out.print(f"numbers: {written['numbers']}; picture: {written['overview']}")

@@ -20,9 +20,15 @@ from edgediff.cli.app import (
     toolchain,
 )
 from edgediff.errors import ConfigError, VerificationError
+from edgediff.targets import TARGETS
 
 if TYPE_CHECKING:
     from edgediff.bundle.rows import ParityReport
+
+
+def _titles(setting: str) -> str:
+    """The targets whose section of a recipe has a setting."""
+    return " and ".join(form.title for form in TARGETS.values() if setting in form.config.__struct_fields__)
 
 
 @app.command(
@@ -35,7 +41,7 @@ def export(
     config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="What to write: onnx, coreml, executorch, openvino; may be given more than once."),
+        typer.Option(help=f"What to write: {', '.join(TARGETS)}; may be given more than once."),
     ] = None,
     level: LevelOption = None,
     point: PointOption = None,
@@ -50,7 +56,7 @@ def export(
         str | None, typer.Option(help="Precision of ONNX and Core ML: fp32, or fp16 for Core ML (its default).")
     ] = None,
     quantize_nbits: Annotated[
-        int | None, typer.Option(help="8: weights and matmuls of ONNX and OpenVINO in int8.")
+        int | None, typer.Option(help=f"8: weights and matmuls of {_titles('quantize_nbits')} in int8.")
     ] = None,
     layout: Annotated[
         str | None,
@@ -74,8 +80,9 @@ def export(
     import msgspec
 
     from edgediff.bundle.staging import check_place
+    from edgediff.data.arrays import load_arrays
     from edgediff.export.export_config import ExportConfig, config_from, load_config
-    from edgediff.zoo import check_source
+    from edgediff.zoo import check_adaptor, check_source
 
     recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
     given = {
@@ -97,6 +104,10 @@ def export(
         raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
     # Before torch is imported, and a large model loaded.
     check_source(checked.model)
+    if checked.adaptor is not None:
+        check_adaptor(checked.adaptor, checked.model)
+    if checked.conditioning is not None:
+        load_arrays(checked.conditioning)
     check_place(output, force=True)
     pipeline = toolchain("edgediff.export.export_bundle", "export")
     load = toolchain("edgediff.models.load", "export")
@@ -120,15 +131,12 @@ def export(
 
 def _set_in_sections(recipe: dict[str, Any], key: str, value: object) -> None:
     """Puts an option into the section of each chosen target that has such a setting."""
-    from edgediff.targets import TARGETS
-
     if value is None:
         return
-    able = [name for name, target in TARGETS.items() if key in target.config.__struct_fields__]
-    chosen = [name for name in recipe["targets"] if name in able]
+    chosen = [name for name in recipe["targets"] if name in TARGETS and key in TARGETS[name].config.__struct_fields__]
     if not chosen:
-        titles = " and ".join(TARGETS[name].title for name in able)
-        raise ConfigError(f"--{key.replace('_', '-')} is for {titles}; the targets are: {', '.join(recipe['targets'])}")
+        targets = ", ".join(recipe["targets"])
+        raise ConfigError(f"--{key.replace('_', '-')} is for {_titles(key)}; the targets are: {targets}")
     for name in chosen:
         recipe[name][key] = value
 

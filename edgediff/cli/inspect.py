@@ -23,8 +23,6 @@ from edgediff_runtime.errors import EdgeRuntimeError
 if TYPE_CHECKING:
     from edgediff.inspect.placement import Note
 
-COMPARISONS = ("clockwork", "spectral")
-
 
 @app.command(
     epilog="Examples:  edgediff inspect sd15   |   edgediff inspect bundle --clock 4 --steps 20 --json   |   "
@@ -52,7 +50,7 @@ def inspect(
     Of a bundle also what is known to fall off the Neural Engine or ONNX Runtime's mobile accelerators, with a source
     for each line.
     """
-    from edgediff.inspect.survey import check_batch, survey_bundle
+    from edgediff.inspect.survey import check_batch, check_comparison, survey_bundle
     from edgediff.zoo import check_source
     from edgediff_runtime import clock_mask
 
@@ -62,7 +60,14 @@ def inspect(
         given = [name for name, value in {"MODEL|BUNDLE": model, **options}.items() if value is not None]
         if given:
             raise ConfigError(f"--compare counts a paper's own table and takes no {', '.join(given)}; leave that out")
-        _compare(compare, as_json)
+        check_comparison(compare)  # before torch is imported
+        rows = toolchain("edgediff.inspect.comparison", "inspect --compare").compare(compare)
+        if as_json:
+            print_json({"rows": [row.to_dict() for row in rows]})
+        else:
+            from edgediff.cli.render.tables import comparison_table, spectral_table
+
+            out.print(comparison_table(rows) if compare == "clockwork" else spectral_table(rows))
         return
     if model is None:
         raise ConfigError("nothing to inspect; expected a MODEL or a BUNDLE, or --compare clockwork or spectral")
@@ -87,19 +92,6 @@ def inspect(
             out.print(table)
         if notes is not None:
             out.print(placement_table(notes))
-
-
-def _compare(name: str, as_json: bool) -> None:
-    """Prints a paper's table beside our counts."""
-    if name not in COMPARISONS:
-        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
-    rows = toolchain("edgediff.inspect.comparison", "inspect --compare").compare(name)
-    if as_json:
-        print_json({"rows": [row.to_dict() for row in rows]})
-    else:
-        from edgediff.cli.render.tables import comparison_table, spectral_table
-
-        out.print(comparison_table(rows) if name == "clockwork" else spectral_table(rows))
 
 
 def _placement(bundle: Path) -> "tuple[Note, ...] | None":

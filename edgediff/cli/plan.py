@@ -5,16 +5,7 @@ from typing import Annotated
 
 import typer
 
-from edgediff.cli.app import (
-    BundleArgument,
-    GuidanceOption,
-    JsonOption,
-    StepsOption,
-    app,
-    out,
-    print_json,
-    progress,
-)
+from edgediff.cli.app import BundleArgument, GuidanceOption, JsonOption, StepsOption, app, out, print_json, progress
 
 
 @app.command(
@@ -38,14 +29,14 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture, the plan and the recipe.")] = (
         Path("out/plan")
     ),
+    force: Annotated[bool, typer.Option("--force", help="Replace a plan of other settings.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose the clock: the full and cached steps that move the images least, for a budget."""
     from edgediff.data.arrays import load_arrays, prompt_arguments
-    from edgediff.plan.plan_files import check_place, write_plan
+    from edgediff.plan.plan_files import write_plan
     from edgediff.plan.planner import make_plan
 
-    check_place(output, bundle)
     with progress() as say:
         found = make_plan(
             bundle,
@@ -57,6 +48,8 @@ def plan(
             seed=seed,
             backend=backend,
             conditioning=None if conditioning is None else prompt_arguments(load_arrays(conditioning)),
+            output=output,
+            force=force,
             progress=say,
         )
         say("planning: drawing the frontier")
@@ -68,4 +61,4 @@ def plan(
 
     for table in plan_tables(found):
         out.print(table)
-    out.print(f"recipe: {files['recipe']}; picture: {files['figure']}", markup=False)
+    out.print(f"recipe: {files['recipe']}; picture: {files['figure']}")

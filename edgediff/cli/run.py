@@ -16,6 +16,7 @@ from edgediff.cli.app import (
     print_json,
     progress,
 )
+from edgediff.targets.backends import BACKENDS
 
 if TYPE_CHECKING:
     from edgediff_runtime import Step
@@ -33,8 +34,8 @@ def run(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="onnxruntime, onnxruntime-cuda (on an NVIDIA GPU), openvino, openvino-bf16, executorch, coreml (on a "
-            "Mac), or mil-reference: Core ML packages evaluated in torch."
+            help=f"One of: {', '.join(BACKENDS)}; left out, the usual one of the bundle. `edgediff doctor` says which "
+            "run here."
         ),
     ] = None,
     compute_units: Annotated[

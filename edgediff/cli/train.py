@@ -1,6 +1,7 @@
 """``edgediff train``."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from edgediff.cli.app import (
 from edgediff.errors import ConfigError
 from edgediff.zoo import check_source
 
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Where the model is to be, a diffusers directory.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The folder of the result.")]
 ConfigOption = Annotated[
     Path | None, typer.Option(help="Settings: a YAML file, or the name of one in export_configs/train.")
 ]
@@ -32,7 +33,7 @@ DataOption = Annotated[
     Path | None, typer.Option(help="Images to learn from: a folder with a subfolder for each class, or images alone.")
 ]
 HeldOutOption = Annotated[
-    Path | None, typer.Option(help="Images that are not learnt from; left out, a tenth of --data is held back.")
+    Path | None, typer.Option(help="Images that are not learnt from; without it, a tenth of --data is held out.")
 ]
 UpdatesOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchOption = Annotated[int | None, typer.Option(help="Images of an update.")]
@@ -48,7 +49,7 @@ app.add_typer(train, name="train")
 )
 def adaptor(
     model: Annotated[str | None, typer.Argument(help="A diffusers directory, or a built-in name.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the adaptor is to be.")] = Path("adaptor"),
+    output: OutputOption = Path("adaptor"),
     config: Annotated[Path | None, typer.Option(help="Settings, a YAML file.")] = None,
     kind: Annotated[str | None, typer.Option("--adaptor", help="resnet, unet or unet-light.")] = None,
     level: LevelOption = None,
@@ -65,10 +66,10 @@ def adaptor(
     conditioning: Annotated[
         Path | None, typer.Option(help="Embeddings of prompts, .safetensors or .npz; for models with text.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, labels, noise and order.")] = None,
+    seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adaptor on unrolled trajectories; an interrupted training goes on where it stopped."""
+    """Train an adaptor on unrolled trajectories; the same command resumes an interrupted training."""
     if model is not None:
         check_source(model)
     given = {
@@ -94,7 +95,7 @@ def adaptor(
             f"PSNR against clock 1, {gain.images} images of unseen seeds: identity {gain.identity:.2f} dB, "
             f"learned {gain.learned:.2f} dB"
         )
-        out.print(f"adaptor: {done.path}", markup=False)
+        out.print(f"adaptor: {done.path}")
 
 
 @train.command(
@@ -116,7 +117,7 @@ def teacher(
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a UNet of any geometry on a folder of images; an interrupted training goes on where it stopped."""
+    """Train a UNet of any geometry on a folder of images; the same command resumes an interrupted training."""
     given = {"model": model, "data": data, "held_out": held_out, "size": size, "updates": updates, "batch": batch}
     _train_unet("teacher", output, config, {**given, "seed": seed}, as_json)
 
@@ -142,7 +143,7 @@ def student(
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a slim student of a teacher (Spectral Diffusion); an interrupted training goes on where it stopped."""
+    """Train a slim student of a teacher (Spectral Diffusion); the same command resumes an interrupted training."""
     given = {
         "teacher": teacher, "data": data, "held_out": held_out, "width": width, "gating": gating, "wavelet": wavelet,
         "spatial": spatial, "frequency": frequency, "alpha": alpha, "updates": updates, "batch": batch, "seed": seed,
@@ -151,12 +152,11 @@ def student(
 
 
 def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:
-    """The settings of a file, changed by the options that were given."""
+    """The settings of a file, overridden by the options that were given."""
     import msgspec
 
     settings = toolchain("edgediff.train.settings", f"train {what}")
-    kinds = {"adaptor": "AdaptorTraining", "teacher": "TeacherTraining", "student": "StudentTraining"}
-    kind = getattr(settings, kinds[what])
+    kind = getattr(settings, f"{what.capitalize()}Training")
     asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config, kind))
     for name, value in given.items():
         if isinstance(value, dict):
@@ -167,20 +167,21 @@ def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:
 
 
 def _train(what: str, run: Callable[..., Any], output: Path, as_json: bool, key: str) -> Any:
-    """Runs a training; what became of it, where there is still something to say."""
+    """Runs a training; returns its result, or None where there is nothing more to print."""
     try:
         with progress() as say:
             done = run(say)
     except KeyboardInterrupt:
-        err.print("the same command goes on from the last checkpoint", markup=False)
+        err.print("the same command resumes from the last checkpoint")
         raise
     if not toolchain("edgediff.train.claim", f"train {what}", "train").is_main_process():
         return None
     if as_json:
-        print_json({key: str(output), "trained": done is not None} | ({} if done is None else done.to_dict()))
+        result = {} if done is None else asdict(done) | {"path": str(done.path)}
+        print_json({key: str(output), "trained": done is not None} | result)
         return None
     if done is None:
-        out.print(f"{output} is already there, trained with the same settings: nothing to do", markup=False)
+        out.print(f"{output} is already there, trained with the same settings: nothing to do")
     return done
 
 
@@ -191,6 +192,6 @@ def _train_unet(what: str, output: Path, config: Path | None, given: dict[str, A
     done = _train(what, lambda say: run(progress=say), output, as_json, key="model")
     if done is not None:
         if done.skipped:
-            err.print(done.skipped, markup=False)
+            err.print(done.skipped)
         out.print(f"{done.updates} updates on {done.images} images: loss {done.loss:.4f}, held out {done.held_out:.4f}")
-        out.print(f"model: {done.path}", markup=False)
+        out.print(f"model: {done.path}")

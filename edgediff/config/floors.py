@@ -9,9 +9,8 @@ from edgediff_runtime import manifest as m
 class HalfFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Floors of graphs that compute in fp16, in dB of PSNR.
 
-    `program_db` is of each graph in fp32 arithmetic against torch with weights rounded to fp16: whether it is the right
-    program. Rounding hides a wrong constant, this does not. The others have every result rounded: whether fp16 is
-    enough.
+    `program_db` is of each graph in fp32 arithmetic against torch with weights rounded to fp16, which shows a wrong
+    constant that rounding would hide. The others have every result rounded: whether fp16 is enough.
     """
 
     program_db: float = 100.0
@@ -39,8 +38,7 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         graph_db: Floor of each graph against the same module in torch; an int8 graph must reach it before quantization.
         composed_db: Floor of a step composed from the graphs against torch (a full one: the undivided UNet).
         trajectory_db: Floor of the final latents against torch with the same clock: the conversion error.
-        caching_db: Floor of clock N against clock 1 in the same backend, or None: the caching error is a property of
-            the method, shown and not judged.
+        caching_db: Floor of clock N against clock 1 in the same backend; None shows that error without a floor.
     """
 
     mode: VerifyMode = "full"

@@ -8,8 +8,7 @@ from edgediff.errors import ConfigError
 def find_recipe(name: str | Path, kind: str = "") -> Path:
     """Finds a recipe by its path or by the name of a built-in one; `kind` ``train`` is for those of trainings.
 
-    Raises:
-        ConfigError: There is neither; the built-in ones are named.
+    ConfigError: there is neither; the built-in ones are named.
     """
     if Path(name).is_file():
         return Path(name)

@@ -20,7 +20,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") -> S:
-    """Reads a YAML file of settings, which `build` makes of plain data; its errors get the file's name.
+    """Reads a YAML file of settings, which `build` makes of plain data; errors name the file.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML, or `build` refuses it.
@@ -43,10 +43,9 @@ def read_yaml(path: Path, build: Callable[[object], S], what: str = "recipe") ->
 
 
 def strict(data: object, kind: type[S]) -> S:
-    """Makes settings of the declared types of plain data; ranges are not looked at.
+    """Makes settings of plain data, without checks of ranges.
 
-    Raises:
-        ConfigError: A key is unknown (the nearest valid one is named), missing or mistyped.
+    ConfigError: a key is unknown (the nearest valid one is named), missing or mistyped.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a mapping of settings, got {type(data).__name__}")
@@ -58,7 +57,7 @@ def strict(data: object, kind: type[S]) -> S:
 
 
 def retyped(settings: S) -> S:
-    """Settings that were built by hand, of their declared types throughout; a ConfigError names what is not."""
+    """Converts settings that were built by hand to their declared types; a ConfigError names what does not fit."""
     try:
         return msgspec.convert(msgspec.to_builtins(settings), type(settings))
     except msgspec.ValidationError as e:
@@ -87,8 +86,8 @@ def check_ranges(
         raise ConfigError(f"'seed' is {seed}; expected 0 to 2^31 - 1")
 
 
-def spell_clock(data: object) -> object:
-    """Writes a clock that is given as a list, as YAML likes to, as the mask's text: ``1,0`` for [1, 0]."""
+def clock_to_text(data: object) -> object:
+    """Replaces a clock given as a list, [1, 0], by the mask's text, ``1,0``."""
     clock = data.get("clock") if isinstance(data, Mapping) else None
     if not isinstance(clock, list):
         return data
@@ -123,7 +122,7 @@ def _one_line(e: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
 
 
 def _choices(where: str, settings: type[msgspec.Struct]) -> tuple[str, ...]:
-    """The values that a field such as ``onnx.dtype`` or ``targets[0]`` takes, where they are counted."""
+    """The values of a field such as ``onnx.dtype`` or ``targets[0]``, where they are a fixed few."""
     kind: Any = settings
     for name in where.partition("[")[0].split("."):
         kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)

@@ -29,10 +29,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Sorts embeddings into the arguments that `EdgePipeline.stream` takes.
-
-    Names beginning with ``negative_`` are the unconditional ones.
-    """
+    """The arguments of `EdgePipeline.stream`, of embeddings whose unconditional ones are named ``negative_...``."""
     negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
     positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}
     concat = positive.pop("concat_latents", None)

@@ -1,37 +1,65 @@
-"""Images as a training draws them: batches that follow from the seed, the update and the process alone."""
+"""Images as a training draws them: everything random follows from a seed and a number, so that it can be resumed."""
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgediff.data.draws import generator
 from edgediff.data.image_folder import ImageSet
+
+# 2^32 over the golden ratio: seeds are far apart, and seed 0 is the number itself.
+_APART = 0x9E3779B9
+# torch's generator on the CPU takes no more of a seed than this.
+_BITS = 2**32
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """A generator on the CPU, another one for each seed and number (of an update or a pass, below 2^32)."""
+    return torch.Generator().manual_seed(mixed(seed, number))
+
+
+def mixed(seed: int, number: int) -> int:
+    """One seed, 0 to 2^32 - 1, of a training's and a number below 2^32."""
+    return (number + seed * _APART) % _BITS
 
 
 class Batches:
-    """Images (or latents), float32 or uint8 [N, C, H, W], and classes, drawn without replacement within each pass."""
+    """Images (or latents) with their conditioning, drawn without replacement within each pass."""
 
     def __init__(
-        self, x_0: torch.Tensor, mirrored: torch.Tensor | None, labels: NDArray[np.int64] | None, seed: int
+        self,
+        x_0: torch.Tensor,
+        cond: Mapping[str, torch.Tensor],
+        seed: int,
+        *,
+        mirrored: torch.Tensor | None = None,
+        null: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Takes the data, `labels` int64 [N] or None.
+        """Takes the data and the seed of the order.
 
-        `mirrored` are the mirrored images, where they are learnt from too and mirroring `x_0` would not give them.
+        Args:
+            x_0: float32 or uint8 [N, C, H, W].
+            cond: Conditioning by name, each [N, ...].
+            mirrored: The mirrored images, where mirroring `x_0` would not give them: their latents.
+            null: The unconditional row of each `cond`, [...]; None where the model has none.
         """
-        self.x_0 = x_0
-        self.mirrored = mirrored
-        self.labels = None if labels is None else torch.from_numpy(labels)
+        self.x_0, self.mirrored = x_0, mirrored
+        self.cond, self.null = cond, {} if null is None else null
         self.count = len(x_0)
         self._seed = seed
         self._passes: dict[int, torch.Tensor] = {}
 
-    def take(self, first: int, size: int, flips: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Takes the images at some places of the endless row of shuffled passes; `flips`, bool [size], are mirrored.
+    def take(
+        self, first: int, size: int, flips: torch.Tensor | None = None, drop: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Takes `size` images, beginning with number `first` of the endless sequence of shuffled passes.
+
+        `flips` and `drop`, bool [size], say which of them are mirrored and which are made unconditional.
 
         Returns:
-            float32 [size, C, H, W] in [-1, 1] for images, and int64 [size] or None.
+            float32 [size, C, H, W], in [-1, 1] for images, and the conditioning by name, [size, ...].
         """
         places = range(first, first + size)
         chosen = torch.stack([self._order(place // self.count)[place % self.count] for place in places])
@@ -39,7 +67,11 @@ class Batches:
         if flips is not None:
             other = x_0.flip(3) if self.mirrored is None else scaled(self.mirrored[chosen])
             x_0 = torch.where(flips.reshape(-1, 1, 1, 1), other, x_0)
-        return x_0, None if self.labels is None else self.labels[chosen]
+        cond = {name: rows[chosen] for name, rows in self.cond.items()}
+        if drop is not None:
+            for name, row in self.null.items():
+                cond[name] = torch.where(drop.reshape(-1, *(1,) * row.dim()), row, cond[name])
+        return x_0, cond
 
     def _order(self, number: int) -> torch.Tensor:
         """The order of a pass; the last two are kept."""
@@ -50,7 +82,7 @@ class Batches:
 
 
 def scaled(x: torch.Tensor) -> torch.Tensor:
-    """Puts uint8 images into [-1, 1], float32; what is float already stays."""
+    """Scales uint8 images to [-1, 1], float32; what is float already stays."""
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
@@ -60,7 +92,7 @@ def as_channels_first(images: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def hash_of(data: ImageSet) -> str:
-    """sha256 over images, classes and names, which tells one set from another."""
+    """sha256 over images, classes and names."""
     digest = hashlib.sha256(np.ascontiguousarray(data.images).data)
     digest.update(data.labels.tobytes())
     digest.update("\0".join(data.names).encode())

@@ -1,12 +1,8 @@
 """An image folder as one array: a subfolder for each class, or images alone.
 
-Resizing changes what images are compared with: a sharper reduction has more power at high frequencies. So there is one
-way, that of the built-in model's own data (its card): crop the centre, Lanczos to twice the size where it is larger,
-then the mean of each square of four pixels.
-
-The content of a file decides whether it is an image, not its name; a class folder may have folders of its own. Grey,
-palette, CMYK, 16-bit and transparent (on white) images become RGB. Files that cannot be read, are of another format or
-are too small are skipped, counted and named. One image is decoded at a time, besides the array.
+Resizing changes the power at high frequencies, so there is one way, that of the built-in model's own data: crop the
+centre, Lanczos to twice the size where it is larger, then the mean of each square of four pixels. What is read and what
+is skipped: ../train/README.md. One image is decoded at a time, besides the array.
 """
 
 import mimetypes
@@ -25,7 +21,7 @@ from edgediff.outputs import as_text
 from edgediff_runtime import noise
 from edgediff_runtime.errors import one_line
 
-# By content, whatever the name says. Not all of Pillow's: PostScript, say, would be run.
+# By content, whatever the name says. Not all of Pillow's: PostScript, for one, would be run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 # A draw that no generation reaches: the noise that orders images is never an image's own.
 _ORDER = 2**32 - 1
@@ -38,7 +34,7 @@ _TYPES = mimetypes.MimeTypes()
 
 @dataclass(frozen=True)
 class Reason:
-    """Why files were left out; `names` are the first three, with their class's folder."""
+    """Why `count` files were skipped; `names` are the first three, with their class's folder."""
 
     what: str
     count: int
@@ -47,7 +43,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Files of an image folder that were left out."""
+    """Files of an image folder that were skipped."""
 
     reasons: tuple[Reason, ...] = ()
 
@@ -65,19 +61,16 @@ class Skipped:
 
     @property
     def count(self) -> int:
-        """How many files were left out."""
+        """How many files were skipped."""
         return sum(reason.count for reason in self.reasons)
 
     def in_words(self) -> str:
-        """One line to show; empty where nothing was left out."""
+        """One line to show; empty where nothing was skipped."""
         if not self.reasons:
             return ""
-        parts = [f"{each.count} {each.what} ({_some(each.names, each.count)})" for each in self.reasons]
+        more = {each: ", ..." if each.count > len(each.names) else "" for each in self.reasons}
+        parts = [f"{each.count} {each.what} ({', '.join(each.names)}{more[each]})" for each in self.reasons]
         return f"{self.count} image{'s' if self.count > 1 else ''} skipped: {', '.join(parts)}"
-
-
-def _some(names: tuple[str, ...], count: int) -> str:
-    return ", ".join(names) + (", ..." if count > len(names) else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +94,7 @@ class ImageSet:
 
 
 class _Unfit(DataError):
-    """An image that is left out; `what` is the fault, as `Reason` has it."""
+    """An image that is skipped; `what` is the reason."""
 
     def __init__(self, what: str, message: str) -> None:
         super().__init__(message)
@@ -113,9 +106,8 @@ def read_images(
 ) -> ImageSet:
     """Reads an image folder and brings each image to `size` x `size` pixels.
 
-    It has a subfolder for each class, which may have folders in it, or images alone: then there are no classes. Classes
-    and the files of each are in the order of their names. Hidden files and files that are no images are passed over.
-    Images that cannot be used are left out and counted in `skipped`, which the caller shows.
+    A folder of images alone has no classes. Classes and the files of each are in the order of their names; hidden files
+    and files that are no images are ignored. Images that cannot be used are counted in `skipped`.
 
     Raises:
         DataError: There is no such folder, it has images beside class folders, a class without images (that can be
@@ -149,11 +141,7 @@ def read_images(
 
 
 def _read_all(
-    folder: Path,
-    found: dict[Path, list[Path]],
-    size: int,
-    minimum: int,
-    progress: Callable[[str, float], None] | None,
+    folder: Path, found: dict[Path, list[Path]], size: int, minimum: int, progress: Callable[[str, float], None] | None
 ) -> ImageSet:
     total = sum(len(files) for files in found.values())
     try:
@@ -196,7 +184,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The images of a folder and of those in it; a link to a folder that is being read ends there."""
+    """The images of a folder and of those in it; a link to a folder that is being read is not followed."""
     above = (*above, os.path.realpath(folder))
     for path in _entries(folder):
         if path.is_dir():
@@ -207,7 +195,7 @@ def _images_in(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    """Whether a file is an image: by its name, also of a format that is not read, or by its content."""
+    """Whether a file is an image, by its name (also of a format that is not supported) or by its content."""
     if file.exists() and not file.is_file():
         return False  # opening a pipe would block
     kind = _TYPES.guess_type(file.name, strict=False)[0]
@@ -228,15 +216,14 @@ def _format_by_name(file: Path) -> str | None:
 def read_image(file: Path, size: int) -> NDArray[np.uint8]:
     """Reads one image and brings it to size.
 
-    Photographs are turned as their EXIF says, transparency is laid on white, of moving pictures the first is taken.
-    16-bit values are divided by 257. 32-bit integers are taken for 16-bit values and floats for 0 to 1, where that is
-    what they hold; other ranges mean nothing without their source.
+    Photographs are turned as their EXIF says, transparency becomes white, of several frames the first is read. 16-bit
+    values are divided by 257. 32-bit integers are read as 16-bit values and floats as 0 to 1, where they fit.
 
     Returns:
         uint8 [size, size, 3].
 
     Raises:
-        DataError: It cannot be read, is smaller than `size`, too large to decode, or its values are of no known range.
+        DataError: It cannot be read, is smaller than `size`, too large to decode, or of an unknown range of values.
     """
     try:
         with warnings.catch_warnings():
@@ -269,13 +256,13 @@ def _to_rgb(image: Image.Image, file: Path) -> Image.Image:
 
 
 def _to_bytes(image: Image.Image, file: Path) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits; Pillow's own conversion would cut them off at 255."""
+    """Converts grey values of more than 8 bits; Pillow would clip them at 255."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     expected = None
     if image.mode == "F" and not (low >= 0 and high <= 1):
         expected = "0 to 1"
-    # No more than 255: as likely 8-bit values, and black if they are not.
+    # Up to 255 they are as likely 8-bit values, and would be black.
     if image.mode == "I" and not (low >= 0 and 255 < high <= _SIXTEEN_BITS):
         expected = f"0 to {_SIXTEEN_BITS}, and above 255 somewhere"
     if expected is not None:
@@ -302,7 +289,7 @@ def _to_size(image: Image.Image, size: int) -> Image.Image:
 
 
 def shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    """Puts 0 to count - 1 in a seeded order, int64 [count], the same with every version of every library.
+    """0 to count - 1 in a seeded order, int64 [count], the same with every version of every library.
 
     >>> [int(i) for i in shuffled(5, seed=0)]
     [3, 2, 4, 0, 1]
@@ -311,7 +298,7 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Divides the images of each class into the rest and a `share`, 0 to 1, held out, in the order of `data`.
+    """Divides images into those to learn from and a `share` of each class, 0 to 1, held out; both keep their order.
 
     The share is rounded, and at least one image of a class of two or more.
     """
@@ -322,3 +309,19 @@ def divide(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]
         count = max(round(share * len(of_class)), int(share > 0 and len(of_class) > 1))
         held_out[of_class[:count]] = True
     return data.take(np.flatnonzero(~held_out)), data.take(np.flatnonzero(held_out))
+
+
+def class_indices(labels: tuple[str, ...] | None, real: ImageSet, whose: str) -> NDArray[np.int64] | None:
+    """The index of each image's class in `labels`, int64 [N]; None where there are none. `whose` is for messages.
+
+    Raises:
+        DataError: A class of the folder is none of these, or the folder has none.
+    """
+    if labels is None:
+        return None
+    if not real.names:
+        raise DataError(f"the folder has no classes, which the {whose} has; expected a subfolder for each")
+    strange = [name for name in real.names if name not in labels]
+    if strange:
+        raise DataError(f"the folder's class {strange[0]!r} is not one of the {whose}'s; choices: {', '.join(labels)}")
+    return np.array([labels.index(name) for name in real.names], dtype=np.int64)[real.labels]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edgediff.evaluate.frequency import top_octaves
 from edgediff.evaluate.neighbours import SHOWN, Nearest
 from edgediff.evaluate.report import GateCurves, SpectrumReport
+from edgediff.outputs import make_figure, mark_limit, open_frame, save_figure
 
 INK, SOFT, REAL, MADE, BAD = "#222222", "#8a8a8a", "#222222", "#1f5fa8", "#b03a2e"
 GRID = "#e6e6e6"
@@ -26,14 +27,9 @@ GATES_IN_A_LINE = 6
 def draw_overview(
     report: SpectrumReport, generated: NDArray[np.uint8], photographs: NDArray[np.uint8], path: Path
 ) -> None:
-    """Draws a model by frequency as a PNG: its images, its denoising, its gates.
+    """Draws a model by frequency as a PNG, with some of its images and photographs, both uint8 [S, H, W, 3]."""
+    from matplotlib.colors import LogNorm
 
-    Args:
-        report: The numbers.
-        generated: uint8 [S, H, W, 3], some of the generated images.
-        photographs: uint8 [S, H, W, 3].
-        path: Where to.
-    """
     denoising, spectra = report.denoising, report.spectra
     maps = [(denoising.error, "error of the guess")]
     if denoising.teacher_gap is not None:
@@ -41,7 +37,7 @@ def draw_overview(
     gates = report.gates or ()
     lines = [gates[i : i + GATES_IN_A_LINE] for i in range(0, len(gates), GATES_IN_A_LINE)]
     heights = [HEIGHT, HEIGHT, *[GATES_HEIGHT] * len(lines)]
-    figure = _figure(WIDTH + 4.5 * (len(maps) - 1), sum(heights), DPI)
+    figure = make_figure(WIDTH + 4.5 * (len(maps) - 1), sum(heights), DPI)
     rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     above = rows[0].subplots(1, 3, width_ratios=(1, 1, 1.15))
     _draw_power(above[0], report)
@@ -49,9 +45,14 @@ def draw_overview(
     _draw_images(above[2], generated, photographs)
     below = rows[1].subplots(1, 2 + len(maps))
     _draw_curves(below[0], report)
-    _draw_departure(below[1], report)
+    apart = np.array(denoising.response) - np.array(denoising.wiener)
+    limit = max(float(np.abs(apart[:, 1:]).max()), 0.05)
+    title = "response less Wiener's (red: too little)"
+    _draw_map(below[1], report, apart, title, "gain less Wiener's", cmap="RdBu", vmin=-limit, vmax=limit)
     for axes, (error, title) in zip(below[2:], maps, strict=True):
-        _draw_error(axes, report, error, title)
+        values = np.maximum(np.array(error), 1e-6)
+        norm = LogNorm(values[:, 1:].min(), max(values[:, 1:].max(), 1.0))
+        _draw_map(axes, report, values, title, "of the photographs' power", cmap="viridis", norm=norm)
     for row, line in zip(rows[2:], lines, strict=True):
         _draw_gates(row.subplots(1, GATES_IN_A_LINE if len(lines) > 1 else len(line), squeeze=False)[0], line, report)
     figure.suptitle(
@@ -62,26 +63,7 @@ def draw_overview(
         color=INK,
         fontsize=12,
     )
-    _save(figure, path)
-
-
-def _figure(width: float, height: float, dpi: int) -> Any:
-    # The Agg backend by name: needs no display, and changes no global setting.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, format="png", metadata={"Software": None})
-
-
-def _open_frame(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    save_figure(figure, path)
 
 
 def _draw_power(axes: Any, report: SpectrumReport) -> None:
@@ -150,25 +132,9 @@ def _draw_curves(axes: Any, report: SpectrumReport) -> None:
     _frequencies(axes, report, "response of the denoiser, and Wiener's")
 
 
-def _draw_departure(axes: Any, report: SpectrumReport) -> None:
-    denoising = report.denoising
-    apart = np.array(denoising.response) - np.array(denoising.wiener)
-    limit = max(float(np.abs(apart[:, 1:]).max()), 0.05)
-    _draw_map(axes, report, apart, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}, "gain less Wiener's")
-    _frequencies(axes, report, "response less Wiener's (red: too little)")
-
-
-def _draw_error(axes: Any, report: SpectrumReport, error: Sequence[Sequence[float]], what: str) -> None:
-    from matplotlib.colors import LogNorm
-
-    values = np.maximum(np.array(error), 1e-6)
-    low, high = (float(limit) for limit in np.quantile(values[:, 1:], (0, 1)))
-    norm = LogNorm(low, max(high, 1.0))
-    _draw_map(axes, report, values, {"cmap": "viridis", "norm": norm}, "of the photographs' power")
-    _frequencies(axes, report, what)
-
-
-def _draw_map(axes: Any, report: SpectrumReport, values: NDArray[np.float64], colours: Any, label: str) -> None:
+def _draw_map(
+    axes: Any, report: SpectrumReport, values: NDArray[np.float64], title: str, label: str, **colours: Any
+) -> None:
     """Time steps from below to above, bands from left to right without band 0."""
     times = np.array(report.denoising.timesteps, dtype=np.float64)
     # A schedule may have a single timestep.
@@ -182,6 +148,7 @@ def _draw_map(axes: Any, report: SpectrumReport, values: NDArray[np.float64], co
     bar.outline.set_visible(False)
     axes.set_yticks(times, [f"{t:g}" for t in times])
     axes.set_ylabel("t: little noise below, much above")
+    _frequencies(axes, report, title)
 
 
 def _frequencies(axes: Any, report: SpectrumReport, title: str) -> None:
@@ -199,7 +166,7 @@ def _frequencies(axes: Any, report: SpectrumReport, title: str) -> None:
     axes.set_title(title, fontsize=10.5, color=INK)
     axes.tick_params(labelsize=8.5)
     axes.set_axisbelow(True)
-    _open_frame(axes)
+    open_frame(axes)
 
 
 def _draw_gates(panels: Any, curves: Sequence[GateCurves], report: SpectrumReport) -> None:
@@ -213,7 +180,7 @@ def _draw_gates(panels: Any, curves: Sequence[GateCurves], report: SpectrumRepor
         axes.set_title(curve.module.removesuffix(".gate"), fontsize=9, color=INK)
         axes.set_xlabel("t", fontsize=9)
         axes.tick_params(labelsize=8)
-        _open_frame(axes)
+        open_frame(axes)
         if i == 0:
             axes.set_ylabel("mean gate")
             axes.legend(frameon=False, fontsize=8, ncols=4)
@@ -221,13 +188,7 @@ def _draw_gates(panels: Any, curves: Sequence[GateCurves], report: SpectrumRepor
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A set whose nearest images are drawn.
-
-    Attributes:
-        name: What it is.
-        images: uint8 [S, H, W, 3], its suspects alone.
-        nearest: Of the whole set.
-    """
+    """A set whose nearest images are drawn: `images`, uint8 [S, H, W, 3], are its suspects, `nearest` is of all."""
 
     name: str
     images: NDArray[np.uint8]
@@ -235,17 +196,15 @@ class Group:
 
 
 def draw_suspects(groups: Sequence[Group], train: NDArray[np.uint8], threshold: float, model: str, path: Path) -> None:
-    """Draws, as a PNG, how near each set comes, and its nearest images above the training photographs.
+    """Draws, as a PNG, how near each set comes to the training photographs, and its nearest images above those.
 
     Args:
         groups: The sets; the first is the photographs held out.
         train: uint8 [T, H, W, 3].
         threshold: The nearest 1 % of the photographs held out are as near as this, in 8-bit levels.
-        model: What made the images.
-        path: Where to.
     """
     heights = [SHARES_HEIGHT, *[GROUP_HEIGHT] * len(groups)]
-    figure = _figure(GRID_WIDTH, sum(heights), GRID_DPI)
+    figure = make_figure(GRID_WIDTH, sum(heights), GRID_DPI)
     rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_shares(rows[0].subplots(), groups, threshold)
     for row, group in zip(rows[1:], groups, strict=True):
@@ -260,21 +219,16 @@ def draw_suspects(groups: Sequence[Group], train: NDArray[np.uint8], threshold: 
             colour = BAD if suspect.distance <= threshold else SOFT
             above.set_title(f"{suspect.distance:.1f}", fontsize=8, color=colour, pad=2)
     figure.suptitle(f"{model}: distance to the nearest training photograph", fontsize=11, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_shares(axes: Any, groups: Sequence[Group], threshold: float) -> None:
-    """Which share of each set is nearer than a distance."""
     for group, colour in zip(groups, SETS * len(groups), strict=False):
         distance = np.sort(group.nearest.distance)
         share = np.arange(1, len(distance) + 1) / len(distance)
         style = "--" if group is groups[0] else "-"
         axes.plot(distance, 100 * share, style, color=colour, linewidth=1.6, label=f"{group.name}, {len(distance)}")
-    axes.axvline(threshold, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "1 % of those held out", (threshold, 1), (-4, -4), xycoords=("data", "axes fraction"),
-        textcoords="offset points", rotation=90, ha="right", va="top", fontsize=7.5, color=SOFT,
-    )  # fmt: skip
+    mark_limit(axes, threshold, "1 % of those held out")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
     axes.set_xlabel("root mean squared difference to the nearest training photograph, 8-bit levels", fontsize=9)
@@ -282,5 +236,5 @@ def _draw_shares(axes: Any, groups: Sequence[Group], threshold: float) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    _open_frame(axes)
+    open_frame(axes)
     axes.legend(fontsize=8, frameon=False, loc="lower right")

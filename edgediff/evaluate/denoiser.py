@@ -1,6 +1,6 @@
 """A model as a denoiser: its guess of the clean image from a noisy one, and what its gates let pass meanwhile."""
 
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,14 @@ class Denoiser:
     """Guesses clean images, each with its own class and without guidance.
 
     Attributes:
-        name: The model's.
         alphas_cumprod: float64 [T], the schedule's: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
-        prediction_type: What the model's output is.
-        unet: The network, on its device.
     """
 
     def __init__(self, model: Model, device: torch.device) -> None:
-        """Takes a model; its UNet is moved to the device.
+        """Takes a model and moves its UNet to the device.
 
         Raises:
-            ConfigError: It has no weights.
-            ModelError: It has no scheduler.
+            ConfigError, ModelError: It has no weights, or no scheduler.
             UnsupportedError: It makes no photographs, or its schedule or prediction type is not handled.
         """
         check_model(model)
@@ -53,18 +49,9 @@ class Denoiser:
 
     @torch.no_grad()
     def clean(self, x_t: NDArray[np.float64], t: int, classes: NDArray[np.int64] | None) -> NDArray[np.float64]:
-        """Guesses x_0, unclipped.
+        """Guesses x_0, unclipped, from x_t at a step of the training schedule; both float64 [B, 3, H, W].
 
-        Args:
-            x_t: float64 [B, 3, H, W].
-            t: Time step of the training schedule.
-            classes: int64 [B]; None where there is no condition.
-
-        Returns:
-            float64 [B, 3, H, W].
-
-        Raises:
-            NotFiniteError: The model's output is not finite.
+        `classes` are int64 [B], None where there is no condition. NotFiniteError: the model's output is not finite.
         """
         alpha, sigma = np.sqrt(self.alphas_cumprod[t]), np.sqrt(1 - self.alphas_cumprod[t])
         sample = torch.from_numpy(x_t).float().to(self._device)
@@ -80,11 +67,7 @@ class Denoiser:
         return out
 
     def check_teacher(self, teacher: "Denoiser") -> None:
-        """Refuses a teacher whose guesses cannot be compared with these.
-
-        Raises:
-            UnsupportedError: It differs in samples, prediction type or schedule.
-        """
+        """Refuses a teacher of other samples, prediction type or schedule with an UnsupportedError."""
         for what, mine, theirs in (
             ("samples", self._shape, teacher._shape),
             ("prediction_type", self.prediction_type, teacher.prediction_type),
@@ -103,41 +86,35 @@ class Denoiser:
 class GateRecorder:
     """Records the gates of a wavelet-gated network while it runs, within `with` (Spectral Diffusion, section 4.1).
 
-    Attributes:
-        modules: The gates by their module's name; empty where the network has none.
+    `modules` are the gates by name, none where the network has none.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self.modules = {name: module for name, module in unet.named_modules() if isinstance(module, BandGate)}
-        self._heard: dict[str, list[torch.Tensor]] = {}
+        self._means: dict[str, list[torch.Tensor]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "GateRecorder":
-        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        modules = self.modules.items()
+        self._hooks = [module.register_forward_hook(partial(self._record, name)) for name, module in modules]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def take(self) -> dict[str, NDArray[np.float64]]:
-        """The mean gates since the last call, over images and channels.
+        """The mean gates since the last call, over images and channels: float64 [4] by module, LL, LH, HL, HH.
 
-        Returns:
-            float64 [4] by module, in the order LL, LH, HL, HH; gates that did not run are missing.
+        Gates that did not run are missing.
         """
         means = {
             name: np.sum([part.sum(dim=0).numpy() for part in parts], axis=0) / sum(map(len, parts))
-            for name, parts in self._heard.items()
+            for name, parts in self._means.items()
         }
-        self._heard.clear()
+        self._means.clear()
         return means
 
-    def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, given: Any, gates: torch.Tensor) -> None:
-            means = gates.detach().cpu().double().reshape(len(gates), len(BANDS), -1).mean(dim=2)
-            self._heard.setdefault(name, []).append(means)
-
-        return record
+    def _record(self, name: str, module: nn.Module, given: Any, gates: torch.Tensor) -> None:
+        means = gates.detach().cpu().double().reshape(len(gates), len(BANDS), -1).mean(dim=2)
+        self._means.setdefault(name, []).append(means)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet, read_images, shuffled
+from edgediff.data.image_folder import ImageSet, class_indices, read_images, shuffled
 from edgediff.errors import ConfigError, DataError, UnsupportedError
 from edgediff.evaluate.charts import Group, draw_suspects
 from edgediff.evaluate.frequency import band_gap, radial_spectrum, spectrum_error, top_octaves
@@ -17,13 +16,11 @@ from edgediff.evaluate.metrics import MIN_IMAGES, Features, frechet_distance, ke
 from edgediff.evaluate.neighbours import SUSPICIOUS, Nearest, nearest_neighbours
 from edgediff.evaluate.processes import Processes
 from edgediff.evaluate.report import ClockResult, Distances, Evaluation, Yardstick
-from edgediff.evaluate.sampler import BATCH, Mask, Sampler, check_counts, chunks, open_sampler
+from edgediff.evaluate.sampler import BATCH, Mask, Sampler, Say, check_counts, chunks, open_sampler
 from edgediff.models.classifier import Classifier, accuracy_of, built_in_classifier, features_of, load_classifier
 from edgediff.outputs import check_drawing, check_file, write_whole
 
 NUM_IMAGES = 1000
-
-Say = Callable[[str], None]
 
 
 def evaluate_distance(
@@ -55,19 +52,12 @@ def evaluate_distance(
 
     Args:
         source: A bundle, a diffusers directory or a built-in name.
-        images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
-        train: Another, of the photographs that the model was trained on.
+        images, train: Folders with a subfolder for each class, or, of an unconditional model, images alone.
         clocks: Periods or masks. None: 1 and the bundle's own; of a model, 1.
-        num_images: Images of each set; with `train`, of each generated one.
-        steps: None: the bundle's; of a model, 8.
-        guidance_scale: None: the bundle's, or what is usual for the model.
-        scheduler: Of a model. None: dpmpp_2m.
-        seed: Of the noise, of the choice of photographs and of the spread.
-        batch: Images generated at once; changes memory alone.
-        backend: Of a bundle. None: the usual one.
+        steps, guidance_scale: None: the bundle's; of a model 8, and what is usual for it.
+        scheduler, backend: Of a model (None: dpmpp_2m) and of a bundle (None: the usual one).
         features: A classifier's folder. None: the built-in one of the classes.
         grid: A .png to write: the images nearest to training photographs, above those.
-        progress: Told what is being done.
 
     Returns:
         The distances; None on all processes but the main one.
@@ -75,9 +65,8 @@ def evaluate_distance(
     Raises:
         BundleError, ModelError: The bundle or the model cannot be read, or there are no features.
         ConfigError, RequestError: An option is out of range or does not fit the source.
-        DataError: A folder cannot be read, or does not fit the source.
+        DataError, TargetError: A folder cannot be read or does not fit the source; the grid cannot be written.
         MissingExtraError: accelerate or matplotlib is needed and not installed.
-        TargetError: The grid cannot be written.
         UnsupportedError: The source makes no images, or of another size than the classifier's.
     """
     check_counts(num_images, batch)
@@ -94,7 +83,10 @@ def evaluate_distance(
     asked = [str(clock) for clock in (sampler.clocks if clocks is None else clocks)]
     masks = {clock: sampler.check(clock, steps, guidance_scale, seed) for clock in asked}
     home = built_in_classifier(sampler.labels, sampler.size) if features is None else Path(features)
-    classifier = _load_features(home, sampler).to(processes.device)
+    classifier = load_classifier(home).to(processes.device)
+    if classifier.shape.size != sampler.size:
+        takes, makes = (f"{size}x{size}" for size in (classifier.shape.size, sampler.size))
+        raise UnsupportedError(f"the classifier in {home} takes {takes} pixels, the {sampler.kind} makes {makes}")
     say(f"loading images: {images}")
     photographs = _read_photographs(images, train, sampler.size, num_images, seed)
     if train is None:
@@ -130,8 +122,8 @@ def evaluate_distance(
             # Generated images were not kept: these few are made again.
             groups = [_group("photographs held out", real, lambda numbers: photographs.reference.images[numbers])]
             groups += [_group(f"clock {clock}", made[clock], partial(draw, mask=masks[clock])) for clock in masks]
-            picture = partial(draw_suspects, groups, photographs.train.images, threshold, sampler.name)
-            write_whole(Path(grid), picture)
+            train_images = photographs.train.images
+            write_whole(Path(grid), partial(draw_suspects, groups, train_images, threshold, sampler.name))
     return Evaluation(
         model=sampler.name,
         backend=sampler.backend,
@@ -162,16 +154,6 @@ def _check_grid(path: Path, train: str | Path | None) -> None:
         raise ConfigError(f"the grid is a picture; expected a name that ends in .png, not {path}")
     check_file(path)
     check_drawing("the grid")
-
-
-def _load_features(home: Path, sampler: Sampler) -> Classifier:
-    classifier = load_classifier(home)
-    known, size = classifier.shape.size, sampler.size
-    if known != size:
-        raise UnsupportedError(
-            f"the classifier in {home} takes {known}x{known} pixels, the {sampler.kind} makes {size}x{size}"
-        )
-    return classifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,13 +197,7 @@ def _classes(sampler: Sampler, photographs: _Photographs, num_images: int) -> ND
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """What is kept of a set of images.
-
-    Attributes:
-        features: float64 [N, F], the classifier's.
-        spectrum: float64 [bands], mean power by radial frequency.
-        nearest: The nearest training photographs, where there are any.
-    """
+    """What is kept of a set of images: features [N, F], mean power [bands], and the nearest training photographs."""
 
     features: Features
     spectrum: NDArray[np.float64]
@@ -243,21 +219,14 @@ def _joined(parts: Sequence[Examined]) -> Examined:
     return Examined(
         features=np.concatenate([part.features for part in parts]),
         spectrum=np.average([part.spectrum for part in parts], axis=0, weights=[len(part.features) for part in parts]),
-        nearest=Nearest(
-            distance=np.concatenate([each.distance for each in near]),
-            index=np.concatenate([each.index for each in near]),
-            mirrored=np.concatenate([each.mirrored for each in near]),
-        )
-        if near
-        else None,
+        nearest=Nearest(*map(np.concatenate, zip(*near, strict=True))) if near else None,
     )
 
 
 def compare(examined: Examined, reference: Examined, *, size: int, num_equal: int, seed: int) -> Distances:
     """Compares a set of images, of size x size pixels, with the reference; `num_equal` of each where numbers matter.
 
-    Raises:
-        DataError: A set has fewer than four images or fewer than `num_equal`, or a feature is not finite.
+    DataError: a set has fewer than four images or fewer than `num_equal`, or a feature is not finite.
     """
     kernel = kernel_distance(examined.features, reference.features, seed)
     made, real = examined.features[:num_equal], reference.features[:num_equal]
@@ -282,7 +251,7 @@ def _results(
     return tuple(
         ClockResult(
             clock=clock,
-            mask=tuple(int(full) for full in masks[clock]),
+            mask=tuple(map(int, masks[clock])),
             distances=distances[clock],
             ratio=distances[clock].kernel_distance / always if always > 0 else None,
             closeness=None if near is None or yardstick is None else near.closeness(yardstick.threshold),

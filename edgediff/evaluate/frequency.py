@@ -24,7 +24,7 @@ from edgediff_runtime import noise
 
 # Power per coefficient of the rounding to 256 levels: anything below is indistinguishable from that rounding.
 ROUNDING = 1 / 12 / 255**2
-# Numbers transformed at once.
+# Numbers in memory for one transform.
 _CHUNK = 2**21
 
 Array = NDArray[np.float64]
@@ -35,7 +35,7 @@ Clean = Callable[[Array, int, NDArray[np.int64]], Array]
 def bands(height: int, width: int) -> NDArray[np.int64]:
     """The radial band of each coefficient, int64 [height, width]: cycles per image (over the shorter side), rounded.
 
-    They go up to about 0.7 times the shorter side; the corners are bands of their own.
+    The corners reach about 0.7 times the shorter side and are bands of their own.
 
     >>> bands(4, 4)[0]
     array([0, 1, 2, 1])
@@ -58,18 +58,15 @@ def radial_spectrum(images: NDArray[np.uint8]) -> Array:
     """Mean power of each band, float64 [bands], over images, uint8 [N, H, W, C] taken as 0 to 1, and channels.
 
     Power is per coefficient of the orthonormal transform: white noise of standard deviation s has s^2 in every band but
-    0 and 1, of which subtracting the mean takes all and a part.
-
-    Raises:
-        DataError: There are no images.
+    0 and 1, of which subtracting the mean takes all and a part. DataError: there are no images.
     """
     _check_images(images)
     count, height, width, channels = images.shape
     weights = np.outer(_hann(height), _hann(width))[None, :, :, None]
     power = np.zeros((height, width))
-    at_once = max(_CHUNK // (height * width * channels), 1)
-    for i in range(0, count, at_once):
-        x = images[i : i + at_once] / 255.0
+    chunk = max(_CHUNK // (height * width * channels), 1)
+    for i in range(0, count, chunk):
+        x = images[i : i + chunk] / 255.0
         # The mean under the window, so that nothing of it leaks into the lowest bands.
         x = weights * (x - (weights * x).sum(axis=(1, 2), keepdims=True) / weights.sum())
         power += (np.abs(np.fft.fft2(x, axes=(1, 2), norm="ortho")) ** 2).sum(axis=(0, 3))
@@ -88,8 +85,7 @@ def _hann(size: int) -> Array:
 def band_gap(spectrum: Array, reference: Array) -> Array:
     """log10 of each band's power over the reference's; power below that of rounding to 256 levels counts as that.
 
-    Raises:
-        DataError: The spectra, [bands], are of images of different sizes.
+    DataError: the spectra, [bands], are of images of different sizes.
     """
     if spectrum.shape != reference.shape:
         raise DataError(f"spectra of {len(spectrum)} and {len(reference)} bands; expected images of one size")
@@ -97,11 +93,7 @@ def band_gap(spectrum: Array, reference: Array) -> Array:
 
 
 def spectrum_error(spectrum: Array, reference: Array, first: int = 1) -> float:
-    """Mean of |log10(power / reference power)| over the bands from `first` on; 0.1 is a factor of 1.26 in power.
-
-    Raises:
-        DataError: The spectra, [bands], are of images of different sizes.
-    """
+    """Mean of |`band_gap`| over the bands from `first` on; 0.1 is a factor of 1.26 in power."""
     return float(np.abs(band_gap(spectrum, reference)[first:]).mean())
 
 
@@ -132,16 +124,12 @@ def measure_response(
 ) -> Iterator[Response]:
     """Noises photographs to each noise level and yields what the denoiser does there.
 
+    Image i gets the same noise at a time step, whatever the batch.
+
     Args:
-        clean: The denoiser.
         images: uint8 [N, H, W, C], taken as -1 to 1.
         alphas_cumprod: float64 [T], abar of each time step.
         teacher: Another denoiser, given the same.
-        seed: Of the noise: image i gets the same at a time step, whatever the batch.
-        batch: Images at once.
-
-    Raises:
-        DataError: There are no images.
     """
     _check_images(images)
     count, height, width, channels = images.shape
@@ -192,8 +180,7 @@ def _as_samples(images: NDArray[np.uint8]) -> Array:
 
 
 def _transform(x: Array) -> NDArray[np.complex128]:
-    transformed: NDArray[np.complex128] = np.fft.fft2(x, norm="ortho")
-    return transformed
+    return np.fft.fft2(x, norm="ortho")
 
 
 def _power(x: NDArray[np.complex128]) -> Array:
@@ -204,5 +191,4 @@ def _power(x: NDArray[np.complex128]) -> Array:
 
 def _by_band(values: Array) -> Array:
     """[bands], summed."""
-    summed: Array = np.bincount(bands(*values.shape).ravel(), values.ravel()).astype(np.float64)
-    return summed
+    return np.bincount(bands(*values.shape).ravel(), values.ravel()).astype(np.float64)

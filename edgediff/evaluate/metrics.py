@@ -26,7 +26,7 @@ GROUPS = 10
 MIN_IMAGES = 4
 # The paper's number of neighbours.
 NEIGHBOURS = 3
-# Images of either set whose pairs are in memory at once.
+# Images of either set whose pairs are in memory together.
 _TILE = 2048
 
 Features = NDArray[np.float64]
@@ -35,10 +35,8 @@ Features = NDArray[np.float64]
 class KernelDistance(NamedTuple):
     """Squared maximum mean discrepancy of two sets.
 
-    Attributes:
-        value: Unbiased; 0 is expected of sets of one distribution.
-        spread: Standard error, by the jackknife over ten groups. About right where the sets differ, and up to half too
-            large where they are alike.
+    The value is unbiased, 0 is expected of sets of one distribution. The spread is the standard error by the jackknife
+    over ten groups: about right where the sets differ, and up to half too large where they are alike.
     """
 
     value: float
@@ -53,15 +51,9 @@ class PrecisionRecall(NamedTuple):
 
 
 def kernel_distance(x: Features, y: Features, seed: int = 0) -> KernelDistance:
-    """The kernel distance of features [N, F] and [M, F] with the kernel (x.y / F + 1)^3.
+    """The kernel distance of features [N, F] and [M, F] with the kernel (x.y / F + 1)^3; `seed` is the spread's.
 
-    Args:
-        x: One set.
-        y: The other.
-        seed: Of the groups for the spread.
-
-    Raises:
-        DataError: A set has fewer than four images, the widths differ, or a feature is not finite.
+    DataError: a set has fewer than four images, the widths differ, or a feature is not finite.
     """
     _check_features(x, y)
     count = min(GROUPS, len(x) // 2, len(y) // 2)
@@ -101,26 +93,19 @@ def _sums_within(parts: list[Features]) -> NDArray[np.float64]:
 
 def _kernel_sum(x: Features, y: Features) -> float:
     """The sum of k over all pairs."""
-    total = 0.0
-    for rows, columns in _tiles(x, y):
-        total += float(_kernel(x[rows] @ y[columns].T, x.shape[1]).sum())
-    return total
+    return sum(float(_kernel(x[rows] @ y[columns].T, x.shape[1]).sum()) for rows, columns in _tiles(x, y))
 
 
 def _kernel(dots: Features, width: int) -> Features:
     base = dots / width + 1
-    k: Features = base * base * base
-    return k
+    return base * base * base
 
 
 def frechet_distance(x: Features, y: Features) -> float:
     """The squared Frechet distance of Gaussians fitted to features [N, F] and [M, F].
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues
-    of C_x^(1/2) C_y C_x^(1/2), which is symmetric.
-
-    Raises:
-        DataError: As `kernel_distance`.
+    of C_x^(1/2) C_y C_x^(1/2), which is symmetric. DataError: as for `kernel_distance`.
     """
     _check_features(x, y)
     c_x, c_y = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (x, y))
@@ -134,11 +119,7 @@ def frechet_distance(x: Features, y: Features) -> float:
 
 
 def precision_recall(generated: Features, real: Features) -> PrecisionRecall:
-    """How much of each set, both [N, F], lies within the other.
-
-    Raises:
-        DataError: As `kernel_distance`, and where the sets differ in size.
-    """
+    """How much of each set, both [N, F], lies within the other; a DataError also where their sizes differ."""
     _check_features(generated, real)
     if len(generated) != len(real):
         raise DataError(f"sets of {len(generated)} and {len(real)} images; expected sets of one size")
@@ -188,6 +169,6 @@ def _check_features(x: Features, y: Features) -> None:
         if features.ndim != 2 or len(features) < MIN_IMAGES:
             raise DataError(f"features of shape {list(features.shape)}; expected {MIN_IMAGES} images or more, [N, F]")
         if not np.isfinite(features).all():
-            raise DataError("features hold NaN or infinity; use another classifier")
+            raise DataError("features contain NaN or infinity; use another classifier")
     if x.shape[1] != y.shape[1]:
         raise DataError(f"features of width {x.shape[1]} and {y.shape[1]}; expected one network's")

@@ -5,7 +5,7 @@ everything, so images are compared with photographs held out: suspicious is what
 training photograph's mirror image counts as the photograph, since models are trained on both.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,50 +17,35 @@ from edgediff.evaluate.report import Closeness, Suspect
 SUSPICIOUS = 0.01
 # Suspects listed and drawn of each set.
 SHOWN = 8
-# Numbers of training photographs in memory as float32 at once.
+# Numbers of training photographs in memory as float32.
 _CHUNK = 2**25
 
 
-@dataclass(frozen=True, eq=False)
-class Nearest:
-    """The nearest training photograph of each image of a set.
+class Nearest(NamedTuple):
+    """The nearest training photograph of each image of a set, mirrored or not, [N] each.
 
-    Attributes:
-        distance: float64 [N], root mean squared difference over pixels and channels, in 8-bit levels.
-        index: int64 [N], which training photograph.
-        mirrored: bool [N], whether its mirror image is the nearest.
+    Distances are root mean squared differences over pixels and channels, in 8-bit levels.
     """
 
     distance: NDArray[np.float64]
-    index: NDArray[np.int64]
+    neighbour: NDArray[np.int64]
     mirrored: NDArray[np.bool_]
 
     def suspects(self) -> tuple[Suspect, ...]:
         """The images nearest to a training photograph, the nearest first."""
         first = np.argsort(self.distance, kind="stable")[:SHOWN]
-        return tuple(
-            Suspect(int(i), float(self.distance[i]), int(self.index[i]), bool(self.mirrored[i])) for i in first
-        )
+        return tuple(Suspect(int(i), *(each[i].item() for each in self)) for i in first)
 
     def closeness(self, threshold: float) -> Closeness:
-        """Sums the distances up.
-
-        Args:
-            threshold: The `SUSPICIOUS` quantile of the distances of photographs held out.
-        """
+        """Sums the distances up; `threshold` is the `SUSPICIOUS` quantile of those of photographs held out."""
         median, low = (float(value) for value in np.quantile(self.distance, (0.5, 0.05)))
         return Closeness(median, low, share_nearer=float((self.distance <= threshold).mean()))
 
 
 def nearest_neighbours(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> Nearest:
-    """Finds the nearest training photograph of each image, mirrored ones included.
+    """Finds the nearest training photograph, uint8 [T, H, W, C], of each image, uint8 [N, H, W, C], mirrored or not.
 
-    Args:
-        images: uint8 [N, H, W, C].
-        train: uint8 [T, H, W, C].
-
-    Raises:
-        DataError: There are no images or training photographs, or they are of different sizes.
+    DataError: there are no images or training photographs, or they are of different sizes.
     """
     if not len(images) or not len(train) or images.shape[1:] != train.shape[1:]:
         raise DataError(
@@ -72,9 +57,9 @@ def nearest_neighbours(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> N
     flat = _flat(both)
     least = np.full(len(both), np.inf, dtype=np.float32)
     index = np.zeros(len(both), dtype=np.int64)
-    at_once = max(_CHUNK // images[0].size, 1)
-    for start in range(0, len(train), at_once):
-        photographs = _flat(train[start : start + at_once])
+    chunk = max(_CHUNK // images[0].size, 1)
+    for start in range(0, len(train), chunk):
+        photographs = _flat(train[start : start + chunk])
         # Half of the squared distance, but for the image's own square, which is the same for all photographs.
         halves = 0.5 * (photographs**2).sum(axis=1) - flat @ photographs.T
         found = halves.argmin(axis=1)
@@ -86,7 +71,7 @@ def nearest_neighbours(images: NDArray[np.uint8], train: NDArray[np.uint8]) -> N
     mirrored = mirror < plain
     return Nearest(
         distance=np.where(mirrored, mirror, plain),
-        index=np.where(mirrored, index[len(images) :], index[: len(images)]),
+        neighbour=np.where(mirrored, index[len(images) :], index[: len(images)]),
         mirrored=mirrored,
     )
 

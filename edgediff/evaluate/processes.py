@@ -23,13 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that were started together.
-
-    Attributes:
-        index: Its number, from 0; the first is the main one.
-        count: How many there are.
-        device: Where it computes.
-    """
+    """This process, number `index` of `count` that were started together; the first is the main one."""
 
     index: int = 0
     count: int = 1
@@ -81,8 +75,7 @@ class Processes:
         from accelerate.utils import gather_object
 
         shares: list[list[T]] = gather_object([list(results)])
-        longest = max(map(len, shares))
-        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+        return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
 
     def leave(self) -> None:
         """Parts from the others, after the last `gather`."""

@@ -7,17 +7,25 @@ import msgspec
 Rows = tuple[tuple[float, ...], ...]
 
 
+class Report(msgspec.Struct, frozen=True):
+    """What a command found."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        data: dict[str, Any] = msgspec.to_builtins(self)
+        return data
+
+
 class Distances(msgspec.Struct, frozen=True):
     """How far one set of images is from the reference.
 
     Attributes:
         kernel_spread: Standard error of the kernel distance.
         frechet_distance: In squared units of the features.
-        precision: Share of the images that lie among the reference's, 0 to 1.
-        recall: Share of the reference that lies among the images, 0 to 1.
-        spectrum_error: Mean over the bands of |log10(power / reference power)|.
+        precision, recall: Share of the images among the reference's, and of the reference among the images, 0 to 1.
+        band_gap: log10(power / reference power) of each band.
+        spectrum_error: Mean over the bands, but band 0, the brightness, of |band_gap|.
         spectrum_error_top: The same over the top two octaves: the bands above a quarter of the Nyquist frequency.
-        band_gap: log10(power / reference power) of each band; band 0, the brightness, is not in the means.
     """
 
     kernel_distance: float
@@ -51,7 +59,7 @@ class Suspect(msgspec.Struct, frozen=True):
         image: Its number; the same seed, clock and class make it again.
         distance: Root mean squared difference, in 8-bit levels.
         neighbour: The photograph's number among those that could be read, by class and then by file name.
-        mirrored: Whether the photograph's mirror image is the nearest.
+        mirrored: The photograph's mirror image is the nearest.
     """
 
     image: int
@@ -64,8 +72,6 @@ class ClockResult(msgspec.Struct, frozen=True):
     """The images of one clock against the reference.
 
     Attributes:
-        clock: As it was asked for.
-        mask: 1 = full.
         ratio: Its kernel distance over clock 1's; None where that was not measured or is not above 0.
         closeness: None where no training photographs were named; `suspects` are then empty.
     """
@@ -92,7 +98,7 @@ class Yardstick(msgspec.Struct, frozen=True):
     threshold: float
 
 
-class Evaluation(msgspec.Struct, frozen=True):
+class Evaluation(Report, frozen=True):
     """Distances of the images of a bundle or a model from photographs.
 
     Attributes:
@@ -100,14 +106,10 @@ class Evaluation(msgspec.Struct, frozen=True):
         num_reference: Photographs that they are compared with.
         num_floor: Other photographs, of the same folder or of the training ones, compared in the same way.
         num_equal: Frechet distance, precision and recall depend on the number of images: they take so many of each set.
-        available: Images in the folder.
-        features: The folder of the classifier.
         accuracy: Share of the reference whose class the classifier names, 0 to 1; None where it may have been trained
             on them, or does not know the classes.
-        processes: How many made the images.
         floor: The other photographs against the reference.
         yardstick: None where no training photographs were named.
-        rows: One for each clock, in the order given.
         skipped: Files left out, and why; empty where there are none.
     """
 
@@ -131,21 +133,14 @@ class Evaluation(msgspec.Struct, frozen=True):
     rows: tuple[ClockResult, ...]
     skipped: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The evaluation as plain data."""
-        data: dict[str, Any] = msgspec.to_builtins(self)
-        return data
-
 
 class Spectra(msgspec.Struct, frozen=True):
-    """Power by band: band b has b cycles per image, and the last ones lie in the transform's corners.
+    """Power by band: band b has b cycles per image, and the last ones are the transform's corners.
 
     Attributes:
-        generated: Mean power per coefficient of generated images, of the Hann-windowed orthonormal transform.
-        photographs: The same of the photographs.
+        generated, photographs: Mean power per coefficient of the Hann-windowed orthonormal transform.
         gap: log10(generated / photographs).
-        error: Mean of |gap| over all bands but band 0, the brightness.
-        error_top: The same over the top two octaves: the bands above a quarter of the Nyquist frequency.
+        error, error_top: As `Distances.spectrum_error` and `spectrum_error_top`.
     """
 
     generated: tuple[float, ...]
@@ -160,7 +155,6 @@ class Denoising(msgspec.Struct, frozen=True):
 
     Attributes:
         alphas_cumprod: abar of each time step: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
-        num_images: Photographs that were noised.
         error: |X0_hat - X_0|^2 over |X_0|^2, summed over the band.
         response: Least-squares gain of X0_hat on X_t.
         wiener: The gain of the optimal linear denoiser.
@@ -188,14 +182,11 @@ class GateCurves(msgspec.Struct, frozen=True):
     HH: tuple[float, ...]
 
 
-class SpectrumReport(msgspec.Struct, frozen=True):
+class SpectrumReport(Report, frozen=True):
     """A model by frequency; spectrum.json.
 
     Attributes:
-        size: Height and width of the images, in pixels.
-        num_images: How many were generated.
         available: Photographs in the folder, whose spectrum is taken.
-        guidance_scale: Of the generated images.
         gates: Of a wavelet-gated model, one entry for each resampler; None of any other.
     """
 
@@ -212,8 +203,3 @@ class SpectrumReport(msgspec.Struct, frozen=True):
     denoising: Denoising
     gates: tuple[GateCurves, ...] | None
     skipped: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        data: dict[str, Any] = msgspec.to_builtins(self)
-        return data

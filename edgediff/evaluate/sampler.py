@@ -1,12 +1,12 @@
 """What makes images: a bundle in a backend, or a model in torch; they differ in the session behind the one loop.
 
-Noise is drawn by the image's number among all images, whatever is made at once: image i is the same for any batch and
-any number of processes (but for rounding, where a backend adds up in another order), and is image i of `edgediff run`
-with the same seed and class.
+Noise is drawn by the image's number among all images: image i is the same for any batch and any number of processes
+(but for rounding, where a backend adds up in another order), and is image i of `edgediff run` with the same seed and
+class.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ MAX_IMAGES = 1_000_000
 TORCH = "torch"
 
 Mask = tuple[bool, ...]
+Say = Callable[[str], None]
 
 
 def check_counts(num_images: int, batch: int) -> None:
@@ -56,8 +57,7 @@ def check_model(model: Model) -> None:
     """Refuses a model whose images cannot be compared with photographs.
 
     Raises:
-        ConfigError: It has no weights.
-        ModelError: It has no scheduler.
+        ConfigError, ModelError: It has no weights, or no scheduler.
         UnsupportedError: It makes latents, or images that are not square or not RGB, is conditioned on text, or
             predicts something besides the image.
     """
@@ -70,11 +70,9 @@ def check_model(model: Model) -> None:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Refuses a bundle whose images cannot be compared with photographs.
+    """Refuses a bundle whose images cannot be compared with photographs with an UnsupportedError.
 
-    Raises:
-        UnsupportedError: It makes latents, or images that are not square or not RGB, is conditioned on text, or draws
-            fresh noise in each step.
+    That is as for `check_model`, or it draws fresh noise in each step.
     """
     sample = manifest.sample
     shape = (sample.channels, sample.height, sample.width)
@@ -95,14 +93,12 @@ def _check_images(subject: str, conditioning: str, space: str, shape: tuple[int,
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Makes images, and has the settings for where nothing else is asked for.
+    """Makes images; `steps`, `guidance_scale` and `clocks` are what it uses where nothing else is asked for.
 
     Attributes:
         size: Height and width of the images, in pixels.
         labels: Names of the classes; None where there is no condition.
         null_label: Index of the class that stands for none, where there is one.
-        guidance_scale: 1 is off.
-        clocks: Periods or masks.
         pipe: Of a bundle: it checks requests.
     """
 
@@ -143,9 +139,7 @@ class Sampler:
             )
             return mask
         if not all(mask):
-            raise ConfigError(
-                f"clock {clock}: a model is sampled with every step full; export a bundle to compare clocks"
-            )
+            raise ConfigError(f"clock {clock}: a model is sampled with every step full; export it to compare clocks")
         make_scheduler(self.scheduler, steps)
         noise(seed, (1,))
         if not math.isfinite(guidance_scale) or not 0 < guidance_scale <= MAX_GUIDANCE:
@@ -159,57 +153,46 @@ class Sampler:
     ) -> NDArray[np.uint8]:
         """Makes the images of these numbers, uint8 [len(numbers), H, W, 3], with what `check` has seen.
 
-        Args:
-            numbers: Which images.
-            mask: The clock's, True = full.
-            classes: int64, of all images, not just these; None where there is no condition.
-            guidance_scale: 1 is off.
-            seed: Of the noise.
+        `classes`, int64, are those of all images, not just these; None where there is no condition.
 
         Raises:
             ConfigError: They need more memory than there is.
             NotFiniteError: The model's output is not finite.
         """
         try:
-            return self._draw(numbers, mask, classes, guidance_scale, seed)
+            graphs = self.session.graphs
+            scheduler = make_scheduler(self.scheduler, len(mask))
+            latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
+            cond, uncond = {}, {}
+            if classes is not None:
+                dtype = next(
+                    tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels"
+                )
+                cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
+                if guidance_scale > 1:
+                    uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
+            request = Request(
+                graphs=graphs,
+                scheduler=scheduler,
+                clock=mask,
+                guidance=(guidance_scale,) * len(mask),
+                latents=latents * np.float32(scheduler.init_noise_sigma),
+                cond=cond,
+                uncond=uncond,
+                seed=seed,
+            )
+            *_, last = denoise(request, self.session)
+            return to_uint8(last.latents)
         except (MemoryError, torch.OutOfMemoryError) as e:
             raise ConfigError(
                 f"batch of {len(numbers)} images: too many for the memory of {self.backend}; give a smaller --batch"
             ) from e
 
-    def _draw(
-        self, numbers: Sequence[int], mask: Mask, classes: NDArray[np.int64] | None, guidance_scale: float, seed: int
-    ) -> NDArray[np.uint8]:
-        graphs = self.session.graphs
-        scheduler = make_scheduler(self.scheduler, len(mask))
-        latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
-        cond, uncond = {}, {}
-        if classes is not None:
-            dtype = next(tensor.dtype for graph in graphs for tensor in graph.inputs if tensor.name == "class_labels")
-            cond["class_labels"] = classes[np.asarray(numbers)].astype(dtype)
-            if guidance_scale > 1:
-                uncond["class_labels"] = np.full(len(numbers), self.null_label, dtype=dtype)
-        request = Request(
-            graphs=graphs,
-            scheduler=scheduler,
-            clock=mask,
-            guidance=(guidance_scale,) * len(mask),
-            latents=latents * np.float32(scheduler.init_noise_sigma),
-            cond=cond,
-            uncond=uncond,
-            seed=seed,
-        )
-        *_, last = denoise(request, self.session)
-        return to_uint8(last.latents)
-
 
 def sample_model(model: Model, scheduler: str | None = None, device: torch.device | None = None) -> Sampler:
     """A sampler of a model in torch, every step full; its UNet is moved to the device, the CPU where None.
 
-    Raises:
-        ConfigError: It has no weights.
-        ModelError: It has no scheduler.
-        UnsupportedError: It makes no photographs, or the scheduler is unknown or cannot be carried over.
+    Raises as `check_model`; an UnsupportedError also where the scheduler is unknown or cannot be carried over.
     """
     check_model(model)
     known = model.conditioning
@@ -231,12 +214,8 @@ def sample_model(model: Model, scheduler: str | None = None, device: torch.devic
 def sample_bundle(path: str | Path, backend: str | None = None, *, warn: bool = True) -> Sampler:
     """A sampler of a bundle in a backend, the usual one where None.
 
-    `warn` says whether the pipeline warns where a generation is not what the bundle's adaptor was trained for.
-
-    Raises:
-        BundleError: It is damaged.
-        RequestError: The backend is unknown, or not available on this machine.
-        UnsupportedError: It makes no photographs.
+    `warn`: of a generation that is not what the bundle's adaptor was trained for. Errors: as for `open_bundle`,
+    `open_session` and `check_manifest`.
     """
     opened = open_bundle(path)
     manifest = opened.manifest
@@ -260,19 +239,11 @@ def sample_bundle(path: str | Path, backend: str | None = None, *, warn: bool = 
 
 
 def open_sampler(
-    source: str | Path,
-    *,
-    backend: str | None = None,
-    scheduler: str | None = None,
-    device: torch.device | None = None,
-    warn: bool = True,
+    source: str | Path, *, backend: str | None, scheduler: str | None, device: torch.device, warn: bool
 ) -> Sampler:
     """A sampler of a bundle, a diffusers directory or a built-in model; `backend` is for the first, `scheduler` not.
 
-    Raises:
-        ConfigError: An option is for the other kind of source, or the model has no weights.
-        ModelError: There is no such model, it cannot be read, or has no scheduler.
-        BundleError, RequestError, UnsupportedError: As `sample_bundle` and `sample_model`.
+    Errors: as for `sample_bundle`, `sample_model` and `load_model`; a ConfigError for an option of the other kind.
     """
     folder = Path(source)
     if (folder / MANIFEST).is_file():
@@ -280,9 +251,7 @@ def open_sampler(
             raise ConfigError(f"scheduler {scheduler} was given, but a bundle has its own; leave it out")
         return sample_bundle(folder, backend, warn=warn)
     if folder.is_dir() and not any((folder / name).exists() for name in ("unet", "config.json")):
-        raise ModelError(
-            f"{source} is neither a bundle, which has a {MANIFEST}, nor a model, which has unet/config.json"
-        )
+        raise ModelError(f"{source} is neither a bundle, with a {MANIFEST}, nor a model, with unet/config.json")
     if backend not in (None, TORCH):
         known = f"{backend!r} is for bundles" if backend in BACKENDS else f"no backend {backend!r}"
         raise ConfigError(f"{known}; a model is sampled in torch")

@@ -1,6 +1,5 @@
 """``edgediff evaluate spectrum``: a model by frequency, in what it makes and in how it denoises."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,23 +8,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet, read_images, shuffled
+from edgediff.data.image_folder import ImageSet, class_indices, read_images, shuffled
 from edgediff.errors import ConfigError, DataError
 from edgediff.evaluate.charts import draw_overview
 from edgediff.evaluate.denoiser import Denoiser, GateRecorder
-from edgediff.evaluate.frequency import (
-    Response,
-    band_gap,
-    measure_response,
-    radial_spectrum,
-    spectrum_error,
-    top_octaves,
-)
+from edgediff.evaluate.frequency import band_gap, measure_response, radial_spectrum, spectrum_error, top_octaves
 from edgediff.evaluate.metrics import MIN_IMAGES
 from edgediff.evaluate.processes import Processes
 from edgediff.evaluate.report import Denoising, GateCurves, Spectra, SpectrumReport
-from edgediff.evaluate.sampler import BATCH, check_counts, chunks, sample_model
+from edgediff.evaluate.sampler import BATCH, Say, check_counts, chunks, sample_model
 from edgediff.models.load import Model, load_model
 from edgediff.models.spectral import BANDS
 from edgediff.outputs import write_whole
@@ -36,36 +27,24 @@ NUM_IMAGES = 256
 NUM_TIMES = 10
 # Images of either kind in the overview.
 SHOWN = 20
-NUMBERS, OVERVIEW = "spectrum.json", "spectrum.png"
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """Numbers and pictures.
-
-    Attributes:
-        report: The numbers.
-        generated: uint8 [S, H, W, 3], the first of the generated images.
-        photographs: uint8 [S, H, W, 3], as many photographs.
-    """
+    """The numbers, and the first of the generated images and of the photographs, uint8 [S, H, W, 3]."""
 
     report: SpectrumReport
     generated: NDArray[np.uint8]
     photographs: NDArray[np.uint8]
 
     def write(self, folder: Path) -> dict[str, Path]:
-        """Writes spectrum.json and spectrum.png into a folder; other files in it stay.
-
-        Returns:
-            The files by what they are: ``numbers`` and ``overview``.
-        """
+        """Writes spectrum.json, the ``numbers``, and spectrum.png, the ``overview``; other files of the folder stay."""
         folder.mkdir(parents=True, exist_ok=True)
+        files = {"numbers": folder / "spectrum.json", "overview": folder / "spectrum.png"}
         data = msgspec.json.format(msgspec.json.encode(self.report), indent=1) + b"\n"
-        write_whole(folder / NUMBERS, lambda path: path.write_bytes(data))
-        write_whole(folder / OVERVIEW, partial(draw_overview, self.report, self.generated, self.photographs))
-        return {"numbers": folder / NUMBERS, "overview": folder / OVERVIEW}
+        write_whole(files["numbers"], lambda path: path.write_bytes(data))
+        write_whole(files["overview"], partial(draw_overview, self.report, self.generated, self.photographs))
+        return files
 
 
 def evaluate_spectrum(
@@ -90,13 +69,7 @@ def evaluate_spectrum(
         model: A diffusers directory or a built-in name; with classes or unconditional, of pixels.
         images: A folder with a subfolder for each class, or, of an unconditional model, images alone.
         teacher: Another model, which denoises the same.
-        num_images: Images to generate, and photographs to noise at most.
-        steps: Denoising steps of the generated images. None: 8.
-        guidance_scale: Classifier-free guidance of the generated images. None: what is usual for the model.
-        scheduler: None: dpmpp_2m.
-        seed: Of all noise, and of the order of the photographs.
-        batch: Images at once; changes memory alone.
-        progress: Told what is being done.
+        steps, guidance_scale, scheduler: Of the generated images. None: 8, what is usual for the model, dpmpp_2m.
 
     Raises:
         ConfigError: `num_images`, `batch` or the guidance is out of range, a model is a bundle, or several processes
@@ -203,7 +176,7 @@ def _denoise(
         return denoisers[which].clean(x_t, times[k], None if known is None else known[numbers])
 
     teacher = partial(clean, 1) if len(denoisers) > 1 else None
-    responses: list[Response] = []
+    responses: list[tuple[NDArray[np.float64], ...]] = []
     taken: list[dict[str, NDArray[np.float64]]] = []
     with GateRecorder(denoiser.unet) as gates:
         measured = measure_response(partial(clean, 0), photographs, alphas, teacher=teacher, seed=seed, batch=batch)

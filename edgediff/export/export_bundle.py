@@ -7,6 +7,7 @@ device does, with torch behind it.
 
 import gc
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,7 +82,6 @@ def export_bundle(
 
     Args:
         force: Replace a bundle that is already there.
-        progress: Told what is being done.
 
     Raises:
         ConfigError: The recipe does not fit the model.
@@ -130,14 +130,19 @@ def export_bundle(
 
         # Write each target.
         entries = []
-        for entry in draft.targets:
-            section = config.section(entry.target)
-            parts = modules(divided, layout_of(config, entry.target))
-            job = Job(folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say)
-            entries.append(TARGETS[entry.target].write(job))
+        shares = sum(TARGETS[name].takes_traces for name in config.targets) > 1
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".traced-") as scratch:
+            traces = Path(scratch) if shares else None
+            for entry in draft.targets:
+                section = config.section(entry.target)
+                parts = modules(divided, layout_of(config, entry.target))
+                job = Job(
+                    folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say, traces
+                )
+                entries.append(TARGETS[entry.target].write(job))
 
-        # Write the components around it, one after the other.
-        entries = _write_components(folder, model, components, draft, entries, reference, config, say)
+            # Write the components around it, one after the other.
+            entries = _write_components(folder, model, components, draft, entries, reference, config, say, traces)
         manifest = msgspec.structs.replace(draft, targets=tuple(entries))
 
         # Seal: evidence, card, licence, then every file's hash.
@@ -187,6 +192,7 @@ def _write_components(
     reference: Reference,
     config: ExportConfig,
     say: Progress,
+    traces: Path | None,
 ) -> list[m.Target]:
     """Writes the components beside the UNet for each target, and records what torch computes in them."""
     tokenizers: dict[str, Tokenizer] = {}
@@ -204,7 +210,7 @@ def _write_components(
                     reference.half[0, name] = half_component(entry, name, part, inputs)
                 job = ComponentJob(
                     folder, name, entry.components[name], part, inputs, component.config,
-                    config.section(entry.target), say,
+                    config.section(entry.target), say, traces,
                 )  # fmt: skip
                 entries[i] = entry.with_component(name, TARGETS[entry.target].write_component(job))
         del part

@@ -12,7 +12,7 @@ import msgspec
 from edgediff.config.choices import POINTS, Cut, SchedulerName, block_of
 from edgediff.config.floors import VerifyConfig
 from edgediff.config.recipes import find_recipe
-from edgediff.config.strict import read_yaml, retyped, spell_clock, strict
+from edgediff.config.strict import clock_to_text, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff.targets.base import Int8Config, Layout
@@ -110,7 +110,7 @@ def config_from(data: object) -> ExportConfig:
     >>> config_from({"steps": 4, "clock": "1,0,0,1"}).clock
     '1,0,0,1'
     """
-    return check_config(strict(spell_clock(data), ExportConfig))
+    return check_config(strict(clock_to_text(data), ExportConfig))
 
 
 def check_config(config: ExportConfig) -> ExportConfig:

@@ -20,12 +20,11 @@ from edgediff.bundle.reference import Reference, step_inputs
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Part
 from edgediff.models.spectral import WaveletGating
+from edgediff.targets import TARGETS
 from edgediff.targets.layout import modules
 from edgediff_runtime import Manifest
 from edgediff_runtime.manifest import Target
 
-# Systems whose programs have attention as one op, which has no scale of its own.
-FUSED_ATTENTION = ("iOS18",)
 ARITHMETIC = {
     "add", "add_", "__add__", "__radd__", "sub", "sub_", "rsub", "__sub__", "__rsub__", "mul", "mul_", "multiply",
     "__mul__", "__rmul__", "__rtruediv__",
@@ -40,9 +39,9 @@ class HalfScalars(TorchFunctionMode):
     A division is stored as a multiplication by the inverse.
     """
 
-    def __init__(self, fused_attention: bool) -> None:
+    def __init__(self, rounds_attention_scale: bool) -> None:
         super().__init__()
-        self.fused_attention = fused_attention
+        self.rounds_attention_scale = rounds_attention_scale
         self.is_exact = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,7 +61,7 @@ class HalfScalars(TorchFunctionMode):
                 args = [*args[:4], _half(args[4] if len(args) > 4 else 1e-5), *args[5:]]
         elif name == "scaled_dot_product_attention":
             scale = kwargs.get("scale")
-            if scale is not None or not self.fused_attention:
+            if scale is not None or self.rounds_attention_scale:
                 kwargs["scale"] = _half(1 / math.sqrt(args[0].shape[-1]) if scale is None else scale)
         return func(*args, **kwargs)
 
@@ -73,10 +72,10 @@ class HalfPart(Part):
     The timestep's frequencies, and what is computed of them up to sine and cosine, stay exact, as they do in a program.
     """
 
-    def __init__(self, part: Part, deployment_target: str) -> None:
+    def __init__(self, part: Part, rounds_attention_scale: bool) -> None:
         super().__init__(part.inputs, part.outputs)
         self.part = copy.deepcopy(part)
-        self.scalars = HalfScalars(deployment_target in FUSED_ATTENTION)
+        self.scalars = HalfScalars(rounds_attention_scale)
         exact = [m for m in self.part.modules() if isinstance(m, GaussianFourierProjection | Timesteps)]
         kept = {id(parameter) for module in exact for parameter in module.parameters()}
         with torch.no_grad():
@@ -108,11 +107,12 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
         if unet.dtype != "fp16" or unet.layout is None:
             continue
         parts = modules(divided, unet.layout)
+        rounds = TARGETS[target.target].rounds_attention_scale(target)
         for graph in unet.graphs:
             if graph.file is None:
                 continue
             say(f"reference with constants of fp16: {graph.name}")
-            module = HalfPart(parts[graph.name], str(getattr(target, "deployment_target", "")))
+            module = HalfPart(parts[graph.name], rounds)
             for step in reference.steps:
                 if graph.runs(step.full):
                     inputs = step_inputs(step, graph)
@@ -127,7 +127,7 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
 @torch.no_grad()
 def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a component of an fp16 target gives in fp32 arithmetic on rounded weights, constants and inputs."""
-    module = HalfPart(part, str(getattr(target, "deployment_target", "")))
+    module = HalfPart(part, TARGETS[target.target].rounds_attention_scale(target))
     taken = {tensor.name: tensor.dtype for tensor in target.components[name].graphs[0].inputs}
     rounded = {key: _rounded(value, taken[key]) for key, value in inputs.items()}
     outputs = module(*(torch.from_numpy(rounded[key]) for key in module.inputs))

@@ -3,21 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from edgediff.config.choices import Cut
-from edgediff.errors import ConfigError
-from edgediff.inspect.survey import Survey
-from edgediff.models.adaptors import make_adaptor
-from edgediff.models.clockwork import split
+from edgediff.inspect.model_survey import count_parts
+from edgediff.inspect.survey import Survey, check_comparison
 from edgediff.models.families import efficient
-from edgediff.models.graphs import adaptor_shape
-from edgediff.models.load import Model, load_built_in
-from edgediff.models.macs import Tally, tally
+from edgediff.models.load import load_built_in
 from edgediff_runtime import clock_mask
 from edgediff_runtime.manifest import Cost
 
-COMPARISONS = ("clockwork", "spectral")
 STEPS = 8
 CLOCK = 2
 ADAPTOR = "resnet"
@@ -45,9 +38,8 @@ class ComparisonRow:
 
     Attributes:
         survey: Our counts, and the schedule of this line.
-        clockwork: Whether the clock leaves anything out.
-        paper_tflops: What the paper prints, of the whole batch and all steps.
-        paper_saved: What the paper prints as saved against the line without Clockwork; None in that line itself.
+        paper_tflops: As printed, of the whole batch and all steps.
+        paper_saved: The printed share against the line without Clockwork; None in that line itself.
     """
 
     survey: Survey
@@ -56,7 +48,7 @@ class ComparisonRow:
     paper_saved: float | None
 
     def tflops(self, attention: bool) -> float:
-        """Our count for the whole batch and all steps; with or without attention matmuls."""
+        """Our count for the whole batch and all steps."""
         return self.survey.tflops(self.survey.mask, attention)
 
     def saved(self, attention: bool) -> float | None:
@@ -64,7 +56,7 @@ class ComparisonRow:
         return self.survey.saved(attention) if self.clockwork else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The line as plain data; nothing is rounded but what the paper rounded."""
+        """The line as plain data."""
         full, cached = self.survey.cost["full"], self.survey.cost["cached"]
         return {
             "model": self.survey.name,
@@ -89,13 +81,11 @@ class ComparisonRow:
 class SpectralRow:
     """One line of Spectral Diffusion's table.
 
+    Multiply-adds are without attention matmuls.
+
     Attributes:
-        task: What the UNets are trained on.
         role: ``teacher``, ``plain`` (a small UNet of its structure) or ``student``.
-        published_parameters: The figure to compare ours with.
-        published_macs: The same of multiply-adds, attention matmuls left out.
-        source: Where those two come from: ``published``, or ``counted`` on the configurations of CompVis.
-        teacher_macs: Multiply-adds of the task's teacher, attention matmuls left out.
+        source: Of the published figures: ``published``, or ``counted`` on the configurations of CompVis.
     """
 
     task: str
@@ -109,7 +99,7 @@ class SpectralRow:
 
     @property
     def ratio(self) -> float:
-        """How many times this UNet's multiply-adds are the teacher's, attention matmuls left out."""
+        """How many times this UNet's multiply-adds are the teacher's."""
         return self.teacher_macs / self.cost.macs
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,9 +119,8 @@ class SpectralRow:
 
 
 def compare(name: str) -> tuple[ComparisonRow, ...] | tuple[SpectralRow, ...]:
-    """Counts a paper's table; a ConfigError where it is not one of `COMPARISONS`."""
-    if name not in COMPARISONS:
-        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
+    """Counts a paper's table, ``clockwork`` or ``spectral``; a ConfigError for any other name."""
+    check_comparison(name)
     return _clockwork() if name == "clockwork" else _spectral()
 
 
@@ -140,8 +129,8 @@ def _clockwork() -> tuple[ComparisonRow, ...]:
     whole = load_built_in("sd15")
     slim = replace(whole, unet=efficient(whole.unet))
     cut = Cut()
-    small = _count(slim, cut)
-    counts = {"SD v1.5": _count(whole, cut), "Efficient": small, "Distilled": small}
+    small = count_parts(slim, cut, ADAPTOR)
+    counts = {"SD v1.5": count_parts(whole, cut, ADAPTOR), "Efficient": small, "Distilled": small}
     rows = []
     for model, (batch, tflops, tflops_clockwork, saved) in CLOCKWORK.items():
         survey = Survey(
@@ -162,12 +151,11 @@ def _clockwork() -> tuple[ComparisonRow, ...]:
 def _spectral() -> tuple[SpectralRow, ...]:
     """Teacher, plain small UNet and student of every task."""
     rows = []
-    for task, (teacher, held) in SPECTRAL.items():
+    for task, (teacher, figures) in SPECTRAL.items():
         counted: dict[str, Cost] = {}
-        for (role, (suffix, source)), (parameters, macs) in zip(ROLES.items(), held, strict=True):
+        for (role, (suffix, source)), (parameters, macs) in zip(ROLES.items(), figures, strict=True):
             model = load_built_in(teacher + suffix)
-            divided = split(model.unet, Cut())
-            counted[role] = tally(divided, model.sample_shape, model.conditioning.tensors).parts["full"]
+            counted[role] = count_parts(model, Cut()).parts["full"]
             rows.append(
                 SpectralRow(
                     task=task,
@@ -181,11 +169,3 @@ def _spectral() -> tuple[SpectralRow, ...]:
                 )
             )
     return tuple(rows)
-
-
-def _count(model: Model, cut: Cut) -> Tally:
-    """Counts a model's parts at a cut, the learned adaptor among them."""
-    shape = adaptor_shape(split(model.unet, cut), model)
-    with torch.device("meta"):
-        adaptor = make_adaptor(ADAPTOR, shape)
-    return tally(split(model.unet, cut, adaptor), model.sample_shape, model.conditioning.tensors)

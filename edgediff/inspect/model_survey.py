@@ -8,9 +8,18 @@ from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
 from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import adaptor_shape
-from edgediff.models.load import load_model
-from edgediff.models.macs import tally
+from edgediff.models.load import Model, load_model
+from edgediff.models.macs import Tally, tally
 from edgediff_runtime import clock_mask
+
+
+def count_parts(model: Model, cut: Cut, adaptor: str | None = None) -> Tally:
+    """Counts a model's parts at a cut, with a learned adaptor of a kind or, if None, the identity."""
+    divided = split(model.unet, cut)
+    if adaptor is not None:
+        with torch.device("meta"):
+            divided = split(model.unet, cut, make_adaptor(adaptor, adaptor_shape(divided, model)))
+    return tally(divided, model.sample_shape, model.conditioning.tensors)
 
 
 def survey_model(
@@ -28,18 +37,13 @@ def survey_model(
     the model is guided.
 
     Raises:
-        ModelError: The model cannot be read.
-        UnsupportedError: It cannot be cut there.
+        ModelError, UnsupportedError: The model cannot be read, or cannot be cut there.
         RequestError: Clock, steps or batch are out of range.
     """
     model = load_model(source)
     default = Cut()
     cut = Cut(default.level if level is None else level, default.point if point is None else point)
-    divided = split(model.unet, cut)
-    if adaptor is not None:
-        with torch.device("meta"):
-            divided = split(model.unet, cut, make_adaptor(adaptor, adaptor_shape(divided, model)))
-    counts = tally(divided, model.sample_shape, model.conditioning.tensors)
+    counts = count_parts(model, cut, adaptor)
     clock = "2" if clock is None else clock
     guided = usual_guidance(model.conditioning) > 1
     return Survey(

@@ -71,14 +71,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Note:
-    """What a rule found in a graph.
-
-    Attributes:
-        graph: Name of the graph; of its file or function, where there is no bundle around it.
-        ops: Types of the operations that are hit, and how many of each.
-        names: Of the first three.
-        details: Shapes and dtypes of the first three that differ.
-    """
+    """What a rule found in a graph: `ops` counts operations by type, `names` and `details` are of the first three."""
 
     rule: Rule
     target: str
@@ -233,10 +226,7 @@ RULES = (
 
 
 def lint_bundle(path: str | Path) -> tuple[Note, ...]:
-    """Looks at every graph of every target of a bundle.
-
-    Returns:
-        The notes, by target and graph as the manifest has them, then in the order of the table.
+    """Looks at every graph of every target of a bundle, in the manifest's order and then in the table's.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -260,11 +250,7 @@ def lint_bundle(path: str | Path) -> tuple[Note, ...]:
 
 
 def lint(ops: list[Op], target: str, graph: str) -> tuple[Note, ...]:
-    """Looks for what falls off the accelerators that a target's graphs are for.
-
-    Returns:
-        One note for each rule that found something, in the order of the table.
-    """
+    """One note for each rule that finds something for the accelerators of a target's graphs, in the table's order."""
     notes = []
     for rule in RULES:
         hit = [(op, words) for op in ops if (words := rule.hits(op)) is not None]

@@ -4,22 +4,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff_runtime import RequestError, clock_mask, open_bundle
 from edgediff_runtime.manifest import Adaptor, Cost, Manifest, Target
 
+# Papers whose tables of operations are counted anew; here, since the counting imports torch.
+COMPARISONS = ("clockwork", "spectral")
 PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Costs of the parts of a split UNet, and of a schedule.
+    """Costs of the parts of a split UNet and its cache for one sample, and of a schedule.
 
     Attributes:
-        cut: Level and point in words.
-        cost: Cost of each part for one sample.
-        cache_bytes: Bytes of the cache for one sample.
-        clock: As it was asked for.
         batch: UNet rows in a step.
         facts: What else a bundle's manifest says, in words; empty for a model.
     """
@@ -34,14 +33,7 @@ class Survey:
     facts: dict[str, str] = field(default_factory=dict)
 
     def tflops(self, mask: tuple[bool, ...], attention: bool) -> float:
-        """Adds a schedule up.
-
-        Args:
-            attention: Whether the attention matmuls count.
-
-        Returns:
-            TFLOPs, 2 per multiply-add, for the whole batch.
-        """
+        """TFLOPs of a schedule, 2 per multiply-add, for the whole batch, with or without attention matmuls."""
         steps = [self.cost["full" if full else "cached"] for full in mask]
         macs = sum(cost.macs + (cost.macs_attention if attention else 0) for cost in steps)
         return 2e-12 * self.batch * macs
@@ -129,6 +121,12 @@ def adaptor_in_words(adaptor: Adaptor) -> str:
         f"{adaptor.kind} ({adaptor.name}), trained for {point.num_inference_steps} steps of {point.scheduler}, "
         f"clock {point.clock}, guidance {point.guidance_scale:g}"
     )
+
+
+def check_comparison(name: str) -> None:
+    """Refuses an unknown comparison with a ConfigError."""
+    if name not in COMPARISONS:
+        raise ConfigError(f"no comparison {name!r}; choices: {', '.join(COMPARISONS)}")
 
 
 def check_batch(batch: int) -> int:

@@ -19,18 +19,17 @@ __all__ = ["Function", "Program", "evaluate", "open_program"]
 
 
 def evaluate(path: str | Path, inputs: Mapping[str, np.ndarray], function: str | None = None) -> dict[str, np.ndarray]:
-    """Evaluates a saved ML Program once; `open_program` keeps it for more.
+    """Evaluates a function of a saved ML Program once, the default one if None; `open_program` keeps it for more.
 
     Args:
         inputs: Arrays by the program's own names, of the shapes that it declares; cast to its dtypes.
-        function: The function to run; the program's default if None.
 
     Returns:
         The outputs by the program's own names, of the shapes and dtypes that it declares.
 
     Raises:
-        ProgramError: The package is damaged or no ML Program, holds an op, a parameter or a dtype that the evaluator
-            does not know, has no such function, or the inputs are not what it takes.
+        ProgramError: The package is damaged or no ML Program, contains an op, a parameter or a dtype that is not known,
+            has no such function, or the inputs are not what it takes.
         MissingExtraError: coremltools is not installed.
     """
     prepared = open_program(path).function(function)

@@ -1,8 +1,8 @@
-"""The dtypes of ML Programs, and how the evaluator holds a tensor of each.
+"""The dtypes of ML Programs, and the dtype in which the evaluator computes with each.
 
-A float16 tensor is held in float32 and carries only numbers that float16 has, so that torch's fast fp32 kernels compute
-each op and nothing is converted back and forth. Unsigned integers that torch computes with poorly are held in the next
-wider signed type.
+A float16 tensor is a float32 one that has only numbers of float16, so that torch's fast fp32 kernels compute each op
+and nothing is converted back and forth. Unsigned integers that torch computes with poorly take the next wider signed
+type.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class Dtype:
     Attributes:
         bits: Of one element, in a weight file.
         array: What numpy reads it as; elements below a byte take one each.
-        held: What the evaluator computes with.
+        computed: What the evaluator computes with.
         blob: Its code in a weight file's metadata; None where weight files do not have it.
     """
 
     bits: int
     array: type[np.generic]
-    held: torch.dtype
+    computed: torch.dtype
     blob: int | None
 
 
@@ -54,27 +54,16 @@ MIL_NAMES = {"fp16": "float16", "fp32": "float32"}
 
 
 def dtype_of(name: str) -> Dtype:
-    """Looks a dtype up.
-
-    Args:
-        name: As numpy names it; below a byte as MIL does.
-
-    Raises:
-        ProgramError: It is not known; the message names it and those that are.
-    """
+    """Looks a dtype up by numpy's name, or MIL's below a byte; a ProgramError names those that are known."""
     if name not in DTYPES:
         raise ProgramError(f"dtype {name} is not known to the evaluator; choices: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def unpack(packed: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
-    """Takes elements below a byte apart: packed from the least significant bit on, across bytes.
+    """Unpacks elements below a byte, uint8 [ceil(count * bits / 8)] -> uint8 or int8 [count].
 
-    Args:
-        packed: uint8 [ceil(count * bits / 8)].
-
-    Returns:
-        uint8 or int8 [count].
+    They are packed from the least significant bit on, across bytes.
 
     >>> unpack(np.array([0b11001110], dtype=np.uint8), 2, 3, signed=False)
     array([2, 3, 0], dtype=uint8)
@@ -91,28 +80,21 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarra
     return whole.view(np.int8) if signed else whole
 
 
-def hold(array: np.ndarray) -> torch.Tensor:
-    """Makes a tensor of the dtype in which the evaluator holds an array's.
-
-    Returns:
-        A tensor of the same shape, on the array's memory where the dtype allows it.
-    """
-    return torch.from_numpy(array).to(DTYPES[array.dtype.name].held)
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the dtype in which the evaluator computes, on the array's memory where that allows it."""
+    return torch.from_numpy(array).to(DTYPES[array.dtype.name].computed)
 
 
-def settle(value: torch.Tensor, dtype: str, rounded: bool = True) -> torch.Tensor:
+def to_declared(value: torch.Tensor, dtype: str, rounded: bool = True) -> torch.Tensor:
     """Brings what an op computed to the dtype that it declares.
 
-    Args:
-        rounded: Whether a float16 is rounded to what float16 has; what is too large becomes infinite.
+    `rounded`: a float16 is rounded to what float16 has; what is too large becomes infinite.
     """
     if dtype == "float16":
         return value.half().float() if rounded else value.float()
-    held = DTYPES[dtype].held
-    if value.dtype == held and dtype not in ("uint16", "uint32"):
-        return value
-    if held.is_floating_point or held == torch.bool:
-        return value.to(held)
+    computed, wider = DTYPES[dtype].computed, dtype in ("uint16", "uint32")
+    if (value.dtype == computed and not wider) or computed.is_floating_point or computed == torch.bool:
+        return value.to(computed)
     # Through 64 bits: toward zero, and what does not fit wraps as it does in numpy.
     whole = value.long()
-    return (whole & ((1 << DTYPES[dtype].bits) - 1) if dtype in ("uint16", "uint32") else whole).to(held)
+    return (whole & ((1 << DTYPES[dtype].bits) - 1) if wider else whole).to(computed)

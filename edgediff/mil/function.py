@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.dtypes import settle
+from edgediff.mil.dtypes import to_declared
 from edgediff.mil.values import Constant, Spec
 
 Watch = Callable[[str, str, Tensor, str], None]
@@ -28,11 +28,11 @@ class Step:
 
     Attributes:
         moves: Whether each number of the result is a number of an operand, so that there is nothing to round.
-        fixed: Parameters that are known beforehand.
-        tensors: Parameters that are tensors: their names.
+        fixed: Parameters that are constants.
+        tensors: Parameters that are tensors, by name.
         lists: Parameters that are lists of tensors: names, or constants themselves.
-        numbers: Parameters that are plain numbers and yet computed by an op before this one: its names.
-        done: Names of tensors that no later op looks at.
+        numbers: Parameters that are plain numbers and yet computed by an earlier op, by the name of its result.
+        done: Names of tensors that no later op takes.
     """
 
     op: str
@@ -46,22 +46,13 @@ class Step:
     done: tuple[str, ...] = ()
 
     def takes(self) -> set[str]:
-        """Names of the tensors that it looks at."""
+        """Names of the tensors that the op takes."""
         listed = {item for items in self.lists.values() for item in items if isinstance(item, str)}
         return {*self.tensors.values(), *self.numbers.values(), *listed}
 
     def run(self, values: Mapping[str, Tensor], rounded: bool) -> tuple[Tensor, ...]:
-        """Computes the op.
-
-        Returns:
-            One tensor for each of `outputs`.
-
-        Raises:
-            ProgramError: It cannot be computed, or the result is not of the declared shape.
-        """
-        arguments = dict(self.fixed)
-        for key, name in self.tensors.items():
-            arguments[key] = values[name]
+        """Computes the op's outputs; a ProgramError where that fails, or a result is not of the declared shape."""
+        arguments = self.fixed | {key: values[name] for key, name in self.tensors.items()}
         for key, items in self.lists.items():
             arguments[key] = [values[item] if isinstance(item, str) else item for item in items]
         for key, name in self.numbers.items():
@@ -76,66 +67,50 @@ class Step:
             results = (results,)
         if len(results) != len(self.outputs):
             raise ProgramError(f"{self}: {len(results)} results; the program declares {len(self.outputs)}")
-        settled = []
+        declared = []
         for value, (name, spec) in zip(results, self.outputs, strict=True):
             if not spec.takes(tuple(value.shape)):
                 raise ProgramError(f"{self}: {name} has shape {list(value.shape)}; declared is {_sizes(spec)}")
             try:
-                settled.append(settle(value, spec.dtype, rounded and not self.moves))
+                declared.append(to_declared(value, spec.dtype, rounded and not self.moves))
             except FAULTS as e:
                 raise ProgramError(f"{self}: {name} cannot be converted to {spec.dtype}") from e
-        return tuple(settled)
+        return tuple(declared)
 
     def __str__(self) -> str:
         return f"{self.op} {self.outputs[0][0] if self.outputs else '(no output)'}"
 
 
+@dataclass(eq=False)
 class Function:
-    """A function of a program, ready to run as often as one likes.
+    """A function of a program, ready to run: `steps` are its ops without constants."""
 
-    Attributes:
-        steps: Its ops, without constants.
-        constants: Its constants of any dtype, by name.
-    """
+    name: str
+    inputs: dict[str, Spec]
+    outputs: dict[str, Spec]
+    steps: list[Step]
+    constants: Mapping[str, Constant]
 
-    def __init__(
-        self,
-        name: str,
-        inputs: dict[str, Spec],
-        outputs: dict[str, Spec],
-        steps: list[Step],
-        constants: Mapping[str, Constant],
-    ) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.outputs = outputs
-        self.steps = steps
-        self.constants = constants
-        kept = set(outputs)
-        for step in reversed(steps):
+    def __post_init__(self) -> None:
+        kept = set(self.outputs)
+        for step in reversed(self.steps):
             names = step.takes() | {name for name, _ in step.outputs}
             step.done = tuple(sorted(names - kept))
             kept |= names
 
     @torch.no_grad()
     def run(
-        self,
-        inputs: Mapping[str, np.ndarray | Tensor],
-        *,
-        rounded: bool = True,
-        watch: Watch | None = None,
+        self, inputs: Mapping[str, np.ndarray | Tensor], *, rounded: bool = True, watch: Watch | None = None
     ) -> dict[str, Tensor]:
         """Evaluates the function.
 
         Args:
             inputs: By name, of the declared shapes; cast to the declared dtypes.
-            rounded: Whether each float16 result is rounded. Without, fp32 arithmetic on the stored weights: what the
-                program would give were it not for float16.
+            rounded: Whether each float16 result is rounded. Without, fp32 arithmetic on the stored weights.
             watch: Called with each op's type, output name, value and declared dtype, as they are computed.
 
         Returns:
-            The outputs by name; float16 ones as float32 tensors. Where an op only moves numbers, an output may lie on
-            an input's memory.
+            The outputs by name; float16 ones as float32 tensors. An output may be on an input's memory.
 
         Raises:
             ProgramError: An input is missing, unknown or of another shape, or an op cannot be computed.
@@ -167,7 +142,7 @@ class Function:
                 given = torch.from_numpy(np.require(native, requirements=("C", "W")))
             if not spec.takes(tuple(given.shape)):
                 raise ProgramError(f"input {name} has shape {list(given.shape)}; expected {_sizes(spec)}")
-            values[name] = settle(given, spec.dtype, rounded)
+            values[name] = to_declared(given, spec.dtype, rounded)
         return values
 
 

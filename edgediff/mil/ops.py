@@ -1,15 +1,15 @@
 """Every op that the evaluator knows.
 
-An op is a public function of an ``ops_`` file, with MIL's own name, parameter names and defaults. How it is given a
-parameter its annotation says: a ``Tensor``, a list of them, or else a plain number, string or list. Tensors of float16
-come as float32 (see `dtypes`), and results are rounded by the caller.
+An op is a public function of an ``ops_`` file, with MIL's own name, parameter names and defaults. Its annotations say
+how it takes a parameter: as a ``Tensor``, a list of them, or else a plain number, string or list. Tensors of float16
+come as float32 (see `dtypes`), and the caller rounds results.
 """
 
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from edgediff.mil import ops_activation, ops_constexpr, ops_elementwise, ops_fill, ops_layer, ops_move, ops_resize
+from edgediff.mil import ops_constexpr, ops_elementwise, ops_fill, ops_layer, ops_move, ops_resize
 
 
 def _ops_of(module: ModuleType) -> dict[str, Callable[..., Any]]:
@@ -18,7 +18,6 @@ def _ops_of(module: ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 OPS = {
-    **_ops_of(ops_activation),
     **_ops_of(ops_constexpr),
     **_ops_of(ops_elementwise),
     **ops_elementwise.TABLE,

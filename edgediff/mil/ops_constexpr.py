@@ -1,6 +1,6 @@
 """Quantization: ops that unpack compressed weights, once, when a function is prepared; and those of activations.
 
-iOS 16 packs indices and masks into bytes and says the shape; iOS 18 has dtypes below a byte, and blocks.
+iOS 16 packs indices and masks into bytes and gives the shape; iOS 18 has dtypes below a byte, and blocks.
 """
 
 import math
@@ -29,7 +29,7 @@ def quantize(
     x = torch.round(input / _along(scale, input, axis))
     if zero_point is not None:
         x = x + _along(zero_point, input, axis)
-    info = torch.iinfo(DTYPES[MIL_NAMES.get(output_dtype, output_dtype)].held)
+    info = torch.iinfo(DTYPES[MIL_NAMES.get(output_dtype, output_dtype)].computed)
     return x.clamp(info.min, info.max)
 
 

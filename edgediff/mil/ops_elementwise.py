@@ -1,11 +1,13 @@
-"""Elementwise ops of one and of two operands, comparisons and casts; reductions over axes, and sums along one."""
+"""Elementwise ops, activations, comparisons and casts; reductions over axes, and sums along one."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from edgediff.mil.dtypes import MIL_NAMES, settle
+from edgediff.errors import ProgramError
+from edgediff.mil.dtypes import MIL_NAMES, to_declared
 
 Reduce = Callable[[Tensor, list[int], bool], Tensor]
 
@@ -24,14 +26,10 @@ def _of_x_and_y(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., T
     return op
 
 
-def _floor_div(x: Tensor, y: Tensor) -> Tensor:
-    return torch.div(x, y, rounding_mode="floor")
-
-
 def cast(x: Tensor, dtype: str) -> Tensor:
     """``x`` in another dtype; floats to integers toward zero."""
     # The op's declared result rounds to float16, so that rounding can be switched off.
-    return settle(x, MIL_NAMES.get(dtype, dtype), rounded=False)
+    return to_declared(x, MIL_NAMES.get(dtype, dtype), rounded=False)
 
 
 def clip(x: Tensor, alpha: float, beta: float) -> Tensor:
@@ -55,13 +53,75 @@ def rsqrt(x: Tensor, epsilon: float = 1e-12) -> Tensor:
 
 
 def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a`` where `cond` holds, else ``b``."""
+    """``a`` where `cond` is true, else ``b``."""
     return torch.where(cond, a, b)
 
 
 def threshold(x: Tensor, alpha: float) -> Tensor:
     """``max(x, alpha)``."""
     return x.clamp(min=alpha)
+
+
+def clamped_relu(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """``min(x, beta)`` where ``x >= 0``, else ``min(alpha x, beta)``."""
+    return F.leaky_relu(x, alpha).clamp(max=beta)
+
+
+def elu(x: Tensor, alpha: float) -> Tensor:
+    """``x`` where ``x > 0``, else ``alpha (exp(x) - 1)``."""
+    return F.elu(x, alpha)
+
+
+def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
+    """``x Phi(x)``, or one of two approximations of it."""
+    if mode == "EXACT":
+        return F.gelu(x)
+    if mode == "TANH_APPROXIMATION":
+        return F.gelu(x, approximate="tanh")
+    if mode == "SIGMOID_APPROXIMATION":
+        return x * torch.sigmoid(1.702 * x)
+    raise ProgramError(f"mode {mode!r}; choices: EXACT, TANH_APPROXIMATION, SIGMOID_APPROXIMATION")
+
+
+def leaky_relu(x: Tensor, alpha: float) -> Tensor:
+    """``x`` where ``x >= 0``, else ``alpha x``."""
+    return F.leaky_relu(x, alpha)
+
+
+def linear_activation(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """``alpha x + beta``."""
+    return x * alpha + beta
+
+
+def prelu(x: Tensor, alpha: Tensor) -> Tensor:
+    """``x`` where ``x > 0``, else ``alpha_c x`` for channel ``c``."""
+    return F.prelu(x, alpha)
+
+
+def scaled_tanh(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """``alpha tanh(beta x)``."""
+    return alpha * torch.tanh(beta * x)
+
+
+def sigmoid_hard(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """``min(max(alpha x + beta, 0), 1)``."""
+    return (alpha * x + beta).clamp(0, 1)
+
+
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """``exp(x) / sum(exp(x))`` along an axis."""
+    return torch.softmax(x, axis)
+
+
+def softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """``alpha_c log(1 + exp(beta_c x))`` for channel ``c``."""
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return alpha.reshape(shape) * F.softplus(beta.reshape(shape) * x)
+
+
+def thresholded_relu(x: Tensor, alpha: float) -> Tensor:
+    """``x`` where ``x >= alpha``, else 0."""
+    return torch.where(x >= alpha, x, torch.zeros_like(x))
 
 
 def _over_axes(reduce: Reduce) -> Callable[..., Tensor]:
@@ -101,47 +161,22 @@ def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = Fa
     return total.flip(axis) if reverse else total
 
 
-# Ops that are one function of torch.
+# Ops that are one function of torch, most under its own name.
+OF_X = (
+    "abs acos asin atan atanh ceil cos cosh erf exp exp2 floor logical_not relu round sigmoid sign sin sinh sqrt "
+    "square tan tanh"
+)
+OF_X_AND_Y = (
+    "add greater greater_equal less less_equal logical_and logical_or logical_xor maximum minimum mul not_equal pow sub"
+)
 TABLE: dict[str, Callable[..., Tensor]] = {
-    "abs": _of_x(torch.abs),
-    "acos": _of_x(torch.acos),
-    "asin": _of_x(torch.asin),
-    "atan": _of_x(torch.atan),
-    "atanh": _of_x(torch.atanh),
-    "ceil": _of_x(torch.ceil),
-    "cos": _of_x(torch.cos),
-    "cosh": _of_x(torch.cosh),
-    "erf": _of_x(torch.erf),
-    "exp": _of_x(torch.exp),
-    "exp2": _of_x(torch.exp2),
-    "floor": _of_x(torch.floor),
-    "logical_not": _of_x(torch.logical_not),
-    "round": _of_x(torch.round),
-    "sign": _of_x(torch.sign),
-    "sin": _of_x(torch.sin),
-    "sinh": _of_x(torch.sinh),
-    "sqrt": _of_x(torch.sqrt),
-    "square": _of_x(torch.square),
-    "tan": _of_x(torch.tan),
-    "tanh": _of_x(torch.tanh),
-    "add": _of_x_and_y(torch.add),
+    **{name: _of_x(getattr(torch, name)) for name in OF_X.split()},
+    **{name: _of_x(getattr(F, name)) for name in ("relu6", "silu", "softplus", "softsign")},
+    **{name: _of_x_and_y(getattr(torch, name)) for name in OF_X_AND_Y.split()},
     "equal": _of_x_and_y(torch.eq),
-    "floor_div": _of_x_and_y(_floor_div),
-    "greater": _of_x_and_y(torch.gt),
-    "greater_equal": _of_x_and_y(torch.ge),
-    "less": _of_x_and_y(torch.lt),
-    "less_equal": _of_x_and_y(torch.le),
-    "logical_and": _of_x_and_y(torch.logical_and),
-    "logical_or": _of_x_and_y(torch.logical_or),
-    "logical_xor": _of_x_and_y(torch.logical_xor),
-    "maximum": _of_x_and_y(torch.maximum),
-    "minimum": _of_x_and_y(torch.minimum),
+    "floor_div": _of_x_and_y(torch.floor_divide),
     "mod": _of_x_and_y(torch.remainder),
-    "mul": _of_x_and_y(torch.mul),
-    "not_equal": _of_x_and_y(torch.ne),
-    "pow": _of_x_and_y(torch.pow),
     "real_div": _of_x_and_y(torch.true_divide),
-    "sub": _of_x_and_y(torch.sub),
     "reduce_l1_norm": _over_axes(lambda x, axes, keep: x.abs().sum(axes, keep)),
     "reduce_l2_norm": _over_axes(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
     "reduce_log_sum": _over_axes(lambda x, axes, keep: x.sum(axes, keep).log()),

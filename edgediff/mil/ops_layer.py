@@ -163,7 +163,7 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
 
 
 def einsum(values: list[Tensor], equation: str) -> Tensor:
-    """A sum of products as the equation spells it; axes of size 1 are broadcast."""
+    """A sum of products as the equation says; axes of size 1 are broadcast."""
     return torch.einsum(equation, *values)
 
 
@@ -187,8 +187,14 @@ def batch_norm(
 def instance_norm(x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5) -> Tensor:
     """Each channel of each sample of [N, C, *D] by its own mean and variance."""
     axes = list(range(2, x.ndim))
+    return _normalized(x, axes, [1, -1, *[1] * len(axes)], gamma, beta, epsilon)
+
+
+def _normalized(
+    x: Tensor, axes: list[int], shape: list[int], gamma: Tensor | None, beta: Tensor | None, epsilon: float
+) -> Tensor:
+    """By mean and variance over the axes; `gamma` and `beta` take the shape."""
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    shape = (1, -1, *[1] * len(axes))
     y = (x - mean) / torch.sqrt(variance + epsilon)
     if gamma is not None:
         y = y * gamma.reshape(shape)
@@ -207,11 +213,7 @@ def layer_norm(
     if places == list(range(x.ndim - len(places), x.ndim)):
         return F.layer_norm(x, [x.shape[axis] for axis in places], gamma, beta, epsilon)
     shape = [size if axis in places else 1 for axis, size in enumerate(x.shape)]
-    variance, mean = torch.var_mean(x, places, correction=0, keepdim=True)
-    y = (x - mean) / torch.sqrt(variance + epsilon)
-    if gamma is not None:
-        y = y * gamma.reshape(shape)
-    return y if beta is None else y + beta.reshape(shape)
+    return _normalized(x, places, shape, gamma, beta, epsilon)
 
 
 def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:

@@ -194,7 +194,7 @@ def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indice
 
 
 def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool | None = None) -> Tensor:
-    """Slices of `x` at places that the last axis of the indices spells; the first `batch_dims` axes go together."""
+    """Slices of `x` at places given by the last axis of the indices; the first `batch_dims` axes go together."""
     depth = indices.shape[-1]
     sizes = x.shape[batch_dims : batch_dims + depth]
     places = [_places(indices[..., i], size, validate_indices) for i, size in enumerate(sizes)]

@@ -36,40 +36,22 @@ class Package:
     default: str
 
     def weights(self, name: str) -> Path:
-        """Finds a file of weights.
-
-        Args:
-            name: As the program names it: ``@model_path/weights/weight.bin``.
-
-        Raises:
-            ProgramError: The name leads out of the package.
-        """
+        """Finds a file of weights, such as ``@model_path/weights/weight.bin``; a ProgramError outside the package."""
         if not name.startswith(WEIGHTS_PREFIX):
             raise ProgramError(f"{self.path}: weights {name!r} are not in the package; expected {WEIGHTS_PREFIX}...")
         return _inside(self.path, self.folder.relative_to(self.path).as_posix(), name.removeprefix(WEIGHTS_PREFIX))
 
     def check_opset(self, opset: str) -> None:
-        """Holds an opset to the specification version: Core ML loads nothing newer than that says.
-
-        Args:
-            opset: As a function names it: ``CoreML8``.
-
-        Raises:
-            ProgramError: It is newer.
-        """
+        """Refuses an opset, such as ``CoreML8``, newer than the specification version, which Core ML would not load."""
         number = opset.removeprefix("CoreML")
         # CoreML5 came with version 6, and each since with the next.
         if not number.isdigit() or int(number) + 1 > self.specification_version:
             raise ProgramError(f"the opset {opset!r} does not match specification version {self.specification_version}")
 
     def check_description(self, function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Holds what the package says of a function, by which Core ML goes, to what the program says.
+        """Checks the package's description of a function, which Core ML uses, against the program's own tensors.
 
-        Args:
-            inputs: What the program takes, each with `dtype` and `shape`.
-
-        Raises:
-            ProgramError: The package describes something else.
+        Those have a `dtype` and a `shape`. ProgramError: the package describes something else.
         """
         described = self.spec.description
         if len(self.functions) > 1:
@@ -98,10 +80,7 @@ class Package:
 
 
 def read_package(path: str | Path) -> Package:
-    """Reads an .mlpackage.
-
-    Returns:
-        Its protobuf and what it says of itself; no weights yet.
+    """Reads an .mlpackage, without its weights.
 
     Raises:
         ProgramError: It is no .mlpackage, damaged, no ML Program, or newer than the installed coremltools.
@@ -127,7 +106,9 @@ def read_package(path: str | Path) -> Package:
         )
     kind = spec.WhichOneof("Type")
     if kind != "mlProgram":
-        raise ProgramError(f"{path} is {_spell(kind)}; expected an ML Program")
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind or "").lower()
+        found = f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if words else "empty: it contains no model"
+        raise ProgramError(f"{path} is {found}; expected an ML Program")
     functions = tuple(sorted(spec.mlProgram.functions))
     default = spec.description.defaultFunctionName
     if not default:
@@ -166,10 +147,3 @@ def _inside(package: Path, folder: str, name: str) -> Path:
         if path.is_symlink():
             raise ProgramError(f"{package}: {path.relative_to(package)} is a symlink; expected the file itself")
     return path
-
-
-def _spell(kind: str | None) -> str:
-    if kind is None:
-        return "empty: it holds no model"
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

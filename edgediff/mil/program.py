@@ -1,6 +1,6 @@
 """An ML Program's functions, decoded from the protobuf into something that runs.
 
-A program is a list of ops per function. An op's parameters are bound to names or hold values themselves; those of the
+A program is a list of ops per function. An op's parameters are bound to names or to values themselves; those of the
 constexpr ops, which unpack compressed weights, are attributes up to iOS 17 and inputs from iOS 18 on. Both are one
 here.
 """
@@ -24,11 +24,7 @@ CONSTEXPR = "constexpr_"
 
 
 class Program:
-    """A saved ML Program.
-
-    Attributes:
-        default: The one that runs where none is named.
-    """
+    """A saved ML Program; `default` is the function that runs where none is named."""
 
     def __init__(self, package: Package, values: Values) -> None:
         self.package = package
@@ -40,17 +36,12 @@ class Program:
         self._prepared: dict[str, Function] = {}
 
     def function(self, name: str | None = None) -> Function:
-        """Prepares a function: decodes its constants and binds each op's parameters.
+        """Prepares a function, the default one if None: decodes its constants and binds each op's parameters.
 
-        Args:
-            name: The function; the default one if None.
-
-        Returns:
-            The function, the same object each time; constants of equal content are in memory once.
+        It is the same object each time, and constants of equal content are in memory once.
 
         Raises:
-            ProgramError: There is no such function, or it holds something that cannot be evaluated: the message names
-                the op and its output.
+            ProgramError: There is no such function, or it cannot be evaluated: the message names the op and its output.
         """
         name = self.default if name is None else name
         if name not in self.functions:
@@ -70,7 +61,12 @@ class Program:
             raise ProgramError(f"blocks for the opsets {blocks}; expected one, for {proto.opset!r}")
         self.package.check_opset(proto.opset)
         block = proto.block_specializations[proto.opset]
-        inputs = {item.name: self._input(item) for item in proto.inputs}
+        inputs: dict[str, Spec] = {}
+        for item in proto.inputs:
+            try:
+                inputs[item.name] = self._values.spec(item.type)
+            except ProgramError as e:
+                raise ProgramError(f"input {item.name}: {e}") from e
         specs = dict(inputs)
         constants: dict[str, Constant] = {}
         steps: list[Step] = []
@@ -97,14 +93,8 @@ class Program:
         self.package.check_description(name, inputs, gives)
         return Function(name, inputs, gives, steps, constants)
 
-    def _input(self, item: Any) -> Spec:
-        try:
-            return self._values.spec(item.type)
-        except ProgramError as e:
-            raise ProgramError(f"input {item.name}: {e}") from e
-
     def _value(self, value: Any) -> Constant:
-        # Says where a blob lies, or is the value itself: functions that share a weight say the same.
+        # The place of a blob, or the value itself: the same for all functions that share a weight.
         key = value.SerializeToString(deterministic=True)
         return Constant(self._values.spec(value.type).dtype, self._values.array(value), key)
 
@@ -129,11 +119,7 @@ class Program:
         constants: dict[str, Constant],
         known: Container[str],
     ) -> tuple[Step, list[Hashable]]:
-        """Binds an op's parameters to those of the function that computes it.
-
-        Returns:
-            The step, and the keys of the constants that it takes.
-        """
+        """Binds an op's parameters to those of the function that computes it; also gives its constants' keys."""
         if op.type not in OPS:
             raise ProgramError("this op is not known to the evaluator")
         kinds, required = _parameters(OPS[op.type])
@@ -143,18 +129,18 @@ class Program:
         for key, sources in given.items():
             if key not in kinds:
                 raise ProgramError(f"input {key} is not known to the evaluator; choices: {', '.join(kinds)}")
-            held = [item for item in sources if isinstance(item, Constant)]
-            keys.append((key, *(item.key for item in held)))
+            fixed = [item for item in sources if isinstance(item, Constant)]
+            keys.append((key, *(item.key for item in fixed)))
             if kinds[key] == "tensors":
                 step.lists[key] = [item.tensor if isinstance(item, Constant) else item for item in sources]
             elif kinds[key] == "numbers":
-                if len(held) != len(sources):
+                if len(fixed) != len(sources):
                     raise ProgramError(f"input {key} is computed; expected constants")
-                step.fixed[key] = tuple(item.number for item in held)
+                step.fixed[key] = tuple(item.number for item in fixed)
             elif len(sources) != 1:
                 raise ProgramError(f"input {key} has {len(sources)} values; expected one")
-            elif held:
-                step.fixed[key] = held[0].tensor if kinds[key] == "tensor" else held[0].number
+            elif fixed:
+                step.fixed[key] = fixed[0].tensor if kinds[key] == "tensor" else fixed[0].number
             else:
                 (step.tensors if kinds[key] == "tensor" else step.numbers)[key] = str(sources[0])
         missing = [key for key in required if key not in given]
@@ -165,13 +151,13 @@ class Program:
     def _given(self, op: Any, constants: dict[str, Constant], known: Container[str]) -> dict[str, list[str | Constant]]:
         """What an op is given for each parameter: names, and constants."""
         # Only the results of constexpr ops are shared: what they are made from is not kept.
-        hold = self._value if op.type.startswith(CONSTEXPR) else self._constant
+        read = self._value if op.type.startswith(CONSTEXPR) else self._constant
         given: dict[str, list[str | Constant]] = {}
         for key, argument in sorted(op.inputs.items()):
             sources = given.setdefault(key, [])
             for binding in argument.arguments:
                 if binding.WhichOneof("binding") == "value":
-                    sources.append(hold(binding.value))
+                    sources.append(read(binding.value))
                 elif binding.name in constants:
                     sources.append(constants[binding.name])
                 elif binding.name in known:
@@ -180,7 +166,7 @@ class Program:
                     raise ProgramError(f"no earlier operation computes {binding.name}, its input {key}")
         for key, value in sorted(op.attributes.items()):
             if key != "name":
-                given.setdefault(key, []).append(hold(value))
+                given.setdefault(key, []).append(read(value))
         return given
 
 
@@ -205,10 +191,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, str], tuple[str
 
 
 def open_program(path: str | Path) -> Program:
-    """Opens a saved ML Program.
-
-    Returns:
-        The program; its weights are mapped when a function is prepared.
+    """Opens a saved ML Program; its weights are mapped when a function is prepared.
 
     Raises:
         ProgramError: It is no .mlpackage, damaged, no ML Program, or newer than the installed coremltools.

@@ -1,4 +1,4 @@
-"""Values as a program's protobuf holds them, decoded into arrays: immediate ones, and blobs of a weight file."""
+"""Values of a program's protobuf, decoded into arrays: immediate ones, and blobs of a weight file."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from edgediff.errors import ProgramError
-from edgediff.mil.dtypes import STRING, dtype_of, hold, unpack
+from edgediff.mil.dtypes import STRING, dtype_of, to_tensor, unpack
 from edgediff.mil.package import Package
 from edgediff.mil.weight_file import WeightFile
 
@@ -34,25 +34,25 @@ class Spec:
         return len(shape) == len(self.shape) and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
 
 
+@dataclass(eq=False)
 class Constant:
     """A constant of a program; its fp32 copy is made when a function first wants it as a tensor.
 
     Attributes:
-        array: As it is stored, on the mapped weight file where it lies in one; or a string.
+        array: As it is stored, on the mapped weight file where it is in one; or a string.
         key: Equal for constants of equal content, whichever function they belong to.
     """
 
-    def __init__(self, dtype: str, array: np.ndarray | str, key: Hashable) -> None:
-        self.dtype = dtype
-        self.array = array
-        self.key = key
+    dtype: str
+    array: np.ndarray | str
+    key: Hashable
 
     @functools.cached_property
     def tensor(self) -> Tensor:
         """The constant as ops take it."""
         if isinstance(self.array, str):
             raise ProgramError(f"the string {self.array!r} where a tensor is expected")
-        return hold(self.array)
+        return to_tensor(self.array)
 
     @property
     def number(self) -> Any:
@@ -69,11 +69,7 @@ class Values:
         self._files: dict[str, WeightFile] = {}
 
     def spec(self, kind: Any) -> Spec:
-        """Reads a ``ValueType``.
-
-        Raises:
-            ProgramError: It is no tensor, or of a dtype that the evaluator does not know.
-        """
+        """Reads a ``ValueType``; a ProgramError where it is no tensor, or of an unknown dtype."""
         if kind.WhichOneof("type") != "tensorType":
             raise ProgramError(
                 f"a {(kind.WhichOneof('type') or 'value without a type').removesuffix('Type')}, no tensor"
@@ -88,13 +84,9 @@ class Values:
         return Spec(dtype, shape)
 
     def array(self, value: Any) -> np.ndarray | str:
-        """Decodes a ``Value``.
+        """Decodes a ``Value`` into an array of the declared shape, on the mapped file where it is in one; or a string.
 
-        Returns:
-            An array of the declared shape, on the mapped file where it lies in one; or a string.
-
-        Raises:
-            ProgramError: The value is not what its type says, or the weight file is damaged.
+        ProgramError: the value is not of its type, or the weight file is damaged.
         """
         spec = self.spec(value.type)
         shape = tuple(size for size in spec.shape if size is not None)

@@ -25,11 +25,7 @@ class WeightFile:
     """One file of weights."""
 
     def __init__(self, path: Path) -> None:
-        """Maps a file.
-
-        Raises:
-            ProgramError: It is missing, too short, or of another version.
-        """
+        """Maps a file; a ProgramError where it is missing, too short, or of another version."""
         self.path = path
         if not path.is_file():
             raise ProgramError(f"{path}: the weights file is missing")
@@ -43,16 +39,9 @@ class WeightFile:
             raise ProgramError(f"{path}: storage version {version}; expected {VERSION}")
 
     def read(self, offset: int, dtype: str, count: int) -> np.ndarray:
-        """Reads one blob.
+        """Reads the blob [count] whose metadata is at an offset, on the mapped file where an element is whole bytes.
 
-        Args:
-            offset: Of its metadata, in bytes.
-
-        Returns:
-            [count], on the mapped file where an element is whole bytes.
-
-        Raises:
-            ProgramError: The file is cut off, or holds something else there.
+        ProgramError: the file is cut off, or has something else there.
         """
         where = f"{self.path}: the blob at {offset}"
         if offset < HEADER.size or offset + METADATA.size > self._size:

@@ -1,11 +1,11 @@
-"""Adaptors: what stands in for the low-resolution part on a cached step (Clockwork Diffusion, section 3.1).
+"""Adaptors replace the low-resolution part on a cached step (Clockwork Diffusion, section 3.1).
 
-A learned adaptor predicts the low-resolution feature of this step from the one of the step before, this step's
-high-resolution feature and the step's embedding. It adds its prediction to the cache, and its last layer begins at
-zero: untrained, it is the identity.
+A learned adaptor predicts this step's low-resolution feature from that of the step before, this step's high-resolution
+feature and the embedding. It adds its prediction to the cache, and its last layer is initialized to zero: untrained, it
+is the identity.
 
 The paper gives the layers of `resnet` and the sizes of all three at SD v1.5's channels (14 M, 152 M and 3 M
-parameters). Widths, kernels and the order of layers in the UNets are rebuilt: what fits those sizes best.
+parameters). Widths, kernels and the order of layers in the UNets are reconstructed to fit those sizes.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgediff.errors import UnsupportedError
@@ -30,13 +30,13 @@ TEXT_INPUTS = ("encoder_hidden_states", "encoder_hidden_states_projected")
 
 @dataclass(frozen=True)
 class AdaptorShape:
-    """What an adaptor must fit: one sample's tensors at a cut.
+    """One sample's tensors at a cut, which an adaptor must fit.
 
     Attributes:
         highres: Channels, height and width of ``highres_feature``.
         lowres: Channels, height and width of ``lowres_feature``, and so of the cache.
         emb: Width of ``emb``.
-        text: Name and width of the text that the UNet's other parts look at; None where there is none.
+        text: Name and width of the text that the UNet's other parts use; None where there is none.
     """
 
     highres: tuple[int, int, int]
@@ -55,35 +55,26 @@ class IdentityAdaptor(Part):
     def __init__(self) -> None:
         super().__init__(("cache",), ("lowres_feature",))
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gives ``cache`` [B, C, H, W] back as ``lowres_feature``."""
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns ``cache`` [B, C, H, W] as ``lowres_feature``."""
         return {"lowres_feature": tensors["cache"]}
 
 
 class LearnedAdaptor(Part):
     """cache + body(highres_feature, cache, emb): the paper's inputs, and its residual.
 
-    The paper's ablation found the pooled text to add nothing; it is left out unless asked for.
+    With `takes_text` the mean of the text over its tokens is an input, in place of the paper's pooled prompt, which a
+    UNet is not given; the paper's ablation found that it adds nothing.
 
-    Attributes:
-        kind: Which body.
-        shape: What it fits.
-        takes_text: Whether the mean of the text over its tokens is an input (a rebuilt stand-in for the paper's pooled
-            prompt, which a UNet is not given).
+    Raises:
+        UnsupportedError: The feature is too small to be halved as often as this kind does, or there is no text.
     """
 
     def __init__(self, kind: Kind, shape: AdaptorShape, takes_text: bool = False) -> None:
-        """Builds an untrained adaptor.
-
-        Raises:
-            UnsupportedError: The feature is too small to be halved as often as this kind does, or there is no text.
-        """
-        inputs = list(INPUTS)
-        if takes_text:
-            if shape.text is None:
-                raise UnsupportedError(f"adaptor {kind}: takes_text is set, but the UNet takes no text; leave it out")
-            inputs.append(shape.text[0])
-        super().__init__(tuple(inputs), ("lowres_feature",))
+        text = shape.text if takes_text else None
+        if takes_text and text is None:
+            raise UnsupportedError(f"adaptor {kind}: takes_text is set, but the UNet takes no text; leave it out")
+        super().__init__(INPUTS if text is None else (*INPUTS, text[0]), ("lowres_feature",))
         self.kind = kind
         self.shape = shape
         self.takes_text = takes_text
@@ -99,14 +90,11 @@ class LearnedAdaptor(Part):
                 f"choices: {', '.join(ADAPTORS)}"
             )
         width = adaptor_width(kind, channels)
-        self.body: nn.Module = (
-            ResnetBody(channels, width, shape.lowres[0], shape.emb)
-            if kind == "resnet"
-            else UNetBody(channels, width, shape.lowres[0], shape.emb, UNET_LEVELS[kind])
-        )
-        self.text_projection = nn.Linear(shape.text[1], width) if takes_text and shape.text is not None else None
+        sizes = (channels, width, shape.lowres[0], shape.emb)
+        self.body: nn.Module = ResnetBody(*sizes) if kind == "resnet" else UNetBody(*sizes, UNET_LEVELS[kind])
+        self.text_projection = None if text is None else nn.Linear(text[1], width)
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Predicts ``lowres_feature`` [B, C', H', W'] from ``cache`` of the same shape and the other inputs."""
         highres, cache = tensors["highres_feature"], tensors["cache"]
         if self.ratio > 1:
@@ -126,12 +114,12 @@ class ResnetBody(nn.Module):
         self.blocks = nn.ModuleList(_block(width, width, emb) for _ in range(2))
         self.up = zeroed(nn.ConvTranspose2d(width, out, 4, stride=2, padding=1))
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
         """Runs the body: x [B, C, H, W], emb [B, E], text [B, width] -> [B, C', H, W]."""
         x = _add(self.down(x), text)
         for block in self.blocks:
             x = block(x, emb)
-        out: torch.Tensor = self.up(x)
+        out: Tensor = self.up(x)
         return out
 
 
@@ -141,16 +129,14 @@ class UNetBody(nn.Module):
     def __init__(self, channels: int, width: int, out: int, emb: int, levels: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(_block(width, width, emb) for _ in range(2)) for _ in range(levels)
-        )  # fmt: skip
+        self.blocks = nn.ModuleList(nn.ModuleList(_block(width, width, emb) for _ in range(2)) for _ in range(levels))
         self.downs = nn.ModuleList(nn.Conv2d(width, width, 4, stride=2, padding=1) for _ in range(levels - 1))
         self.ups = nn.ModuleList(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1) for _ in range(levels - 1))
         self.joins = nn.ModuleList(_block(2 * width, width, emb) for _ in range(levels - 1))
         self.conv_out = zeroed(nn.Conv2d(width, out, 3, padding=1))
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-        """Runs the body; arguments as of `ResnetBody.forward`."""
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
+        """Runs the body; arguments as in `ResnetBody.forward`."""
         x = _add(self.conv_in(x), text)
         skips = []
         for level, blocks in enumerate(self.blocks):
@@ -162,12 +148,12 @@ class UNetBody(nn.Module):
                 x = block(x, emb)
         for up, join in zip(self.ups, self.joins, strict=True):
             x = join(torch.cat([up(x), skips.pop()], dim=1), emb)
-        out: torch.Tensor = self.conv_out(x)
+        out: Tensor = self.conv_out(x)
         return out
 
 
-# Widths at SD v1.5's 960 channels, in and out: 352, 640 and 96. The paper gives the last two ("C") and their levels
-# ("N"); resnet's is rebuilt from its parameters.
+# Widths at SD v1.5's 960 channels, in and out. The paper gives the last two ("C") and their levels ("N"); resnet's is
+# reconstructed from its parameters.
 _WIDTH: Mapping[Kind, float] = {"resnet": 352 / 960, "unet": 640 / 960, "unet-light": 96 / 960}
 UNET_LEVELS: Mapping[str, int] = {"unet": 4, "unet-light": 2}
 LEARNED: tuple[Kind, ...] = ("resnet", "unet", "unet-light")
@@ -175,20 +161,12 @@ ADAPTORS = ("identity", *LEARNED)
 
 
 def adaptor_width(kind: Kind, channels: int) -> int:
-    """Channels inside an adaptor, a multiple of 16, for those of ``highres_feature`` and ``lowres_feature`` together.
-
-    >>> [adaptor_width(kind, 320 + 640) for kind in LEARNED]
-    [352, 640, 96]
-    """
+    """Channels inside an adaptor, a multiple of 16, for the sum of ``highres_feature``'s and ``lowres_feature``'s."""
     return GROUPS * math.ceil(round(_WIDTH[kind] * channels, 6) / GROUPS)
 
 
 def make_adaptor(name: str, shape: AdaptorShape, takes_text: bool = False) -> Part:
-    """Builds an adaptor by name; a learned one is the identity until it is trained.
-
-    Raises:
-        UnsupportedError: The name is unknown, or this adaptor does not fit such a shape.
-    """
+    """Builds an untrained adaptor by name; an UnsupportedError where the name is unknown, or the shape does not fit."""
     if name == "identity":
         return IdentityAdaptor()
     for kind in LEARNED:
@@ -208,5 +186,5 @@ def _block(channels: int, out: int, emb: int) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=channels, out_channels=out, temb_channels=emb, groups=GROUPS, eps=EPS)
 
 
-def _add(x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+def _add(x: Tensor, text: Tensor | None) -> Tensor:
     return x if text is None else x + text[:, :, None, None]

@@ -1,4 +1,4 @@
-"""What a model's directory says of itself: licence and description. Unknown is said, not guessed."""
+"""A model's licence and description, as its directory states them; what is not stated is not guessed."""
 
 import re
 from dataclasses import dataclass
@@ -14,13 +14,7 @@ KNOWN_TEXTS = {
 
 @dataclass(frozen=True)
 class Card:
-    """Licence and description of a model.
-
-    Attributes:
-        license: Name of the licence, or ``unknown``.
-        license_text: The licence file's text, or None where there is none.
-        text: The model card, or an empty string.
-    """
+    """The licence's name or ``unknown``, its file's text if there is one, and the model card's text or ''."""
 
     license: str
     license_text: str | None

@@ -1,9 +1,8 @@
-"""A small convolutional classifier, by whose features images are compared.
+"""A small convolutional classifier, whose features are used to compare images.
 
 Networks trained on ImageNet expect 224 or 299 pixels and have licences of their own; a network trained on one kind of
-small images tells those apart better. Its distances compare with one another, not with published ones.
-
-Features are normalised by mean and variance over the training images: the unit of a distance is one standard deviation.
+small images distinguishes those better. Its distances compare with each other, not with published ones. Features are
+normalised over the training images: the unit of a distance is one standard deviation.
 """
 
 from pathlib import Path
@@ -14,15 +13,15 @@ import numpy as np
 import torch
 from msgspec import Meta
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from edgediff.data.batches import as_channels_first, scaled
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import DataError, ModelError
-from edgediff.models.load import one_line
+from edgediff.models.model_files import fill, read_tensors
 from edgediff.zoo import FOLDER
+from edgediff_runtime.errors import one_line
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,8 +39,7 @@ class ClassifierShape(
 
     Attributes:
         size: Height and width of its images, in pixels.
-        widths: Channels of each level; every level but the first halves the map. The last is the number of features.
-        labels: Names of the classes.
+        widths: Channels of each level; all but the first halve the map. The last is the number of features.
     """
 
     size: Count
@@ -69,8 +67,8 @@ class Classifier(nn.Module):
         x = self.stem(images)
         for level in self.levels:
             x = level(x)
-        normed: torch.Tensor = self.norm(x.mean(dim=(2, 3)))
-        return normed
+        features: torch.Tensor = self.norm(x.mean(dim=(2, 3)))
+        return features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """From float32 [B, 3, H, W] in [-1, 1] to the logits of the classes, float32 [B, K]."""
@@ -79,7 +77,7 @@ class Classifier(nn.Module):
 
 
 class _Level(nn.Module):
-    """A halving of the map where asked for, a convolution to the new width, and one with a residual."""
+    """Optionally halves the map and changes the width; then a convolution with a residual."""
 
     def __init__(self, channels: int, width: int, halves: bool) -> None:
         super().__init__()
@@ -112,11 +110,7 @@ def features_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np
 
 @torch.no_grad()
 def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
-    """Share of the images, 0 to 1, whose class has the highest score.
-
-    Raises:
-        DataError: A class is none of the classifier's.
-    """
+    """Share of the images, 0 to 1, whose class has the highest score; a DataError for a class that it does not know."""
     known = classifier.shape.labels
     strange = [name for name in data.names if name not in known]
     if strange:
@@ -139,40 +133,21 @@ def save_classifier(classifier: Classifier, folder: str | Path) -> None:
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """Reads what `save_classifier` wrote, in float32 and evaluation mode.
-
-    Raises:
-        ModelError: Something is missing, damaged, or does not fit together.
-    """
+    """Reads what `save_classifier` wrote, in float32 and evaluation mode; a ModelError if it is missing or damaged."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"no classifier at {folder}: {name} is missing")
-    shape = _read_shape(folder)
-    try:
-        state = {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(folder / WEIGHTS).items()
-        }
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ModelError(f"{folder / WEIGHTS} cannot be read as weights: {one_line(e)}") from e
     with torch.device("meta"):
-        classifier = Classifier(shape)
-    try:
-        classifier.load_state_dict(state, assign=True)
-    except RuntimeError as e:
-        raise ModelError(f"{folder / WEIGHTS} does not fit {CONFIG}: {one_line(e)[:300]}") from e
-    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-        raise ModelError(f"{folder / WEIGHTS} holds NaN or infinity")
+        classifier = Classifier(_read_shape(folder))
+    state = read_tensors(folder / WEIGHTS)
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    fill(classifier, state, folder / WEIGHTS, CONFIG)
     return classifier.eval().requires_grad_(False)
 
 
 def built_in_classifier(labels: tuple[str, ...] | None, size: int) -> Path:
-    """The folder of the built-in classifier of these classes, in any order, for images of size x size pixels.
-
-    Raises:
-        ModelError: There is none.
-    """
+    """The folder of the built-in classifier of these classes, in any order, for size x size pixels; or a ModelError."""
     for path in sorted(FOLDER.glob(f"*/{BESIDE_THE_MODEL}/{CONFIG}")):
         shape = _read_shape(path.parent)
         if shape.size == size and set(shape.labels) == set(labels or ()):
@@ -187,4 +162,4 @@ def _read_shape(folder: Path) -> ClassifierShape:
     try:
         return msgspec.json.decode((folder / CONFIG).read_bytes(), type=ClassifierShape)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise ModelError(f"{folder / CONFIG} does not describe a classifier: {e}") from e
+        raise ModelError(f"{folder / CONFIG} does not describe a classifier: {one_line(e)}") from e

@@ -1,8 +1,7 @@
 """The cut: a UNet divided into a high- and a low-resolution part (Clockwork Diffusion, section 3).
 
-Each part is a module with named inputs and outputs, and that list of names is all that anybody needs to run them:
-`SplitUNet` here, the exported bundle's manifest, and every runtime wire the parts by name in the same order. Weights
-are shared with the UNet and never copied; the UNet is left as it was.
+Each part is a module with named inputs and outputs: `SplitUNet` here, the exported bundle's manifest, and every runtime
+wire the parts by name in the same order. Weights are shared with the UNet, not copied; the UNet is not changed.
 """
 
 import copy
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from edgediff.config.choices import POINTS, Cut, block_of
 from edgediff.errors import UnsupportedError
@@ -33,11 +32,10 @@ class HighresIn(Part):
     """``highres_in``: the conditioning's embedding, conv_in and the high-resolution way down."""
 
     def __init__(self, unet: UNet, layers: list[AnyLayer], num_skips: int) -> None:
-        self_text = any(layer.needs_text for layer in layers)
         embedding = StepEmbedding(unet)
         inputs = ["sample", *embedding.inputs]
-        if self_text and TEXT not in inputs:
-            inputs.append(TEXT)
+        if TEXT not in inputs:
+            inputs += _text_input(layers, TEXT)
         outputs = ["highres_feature", *skip_names(num_skips), "emb"]
         if embedding.projects_text:
             outputs.append(PROJECTED_TEXT)
@@ -47,12 +45,12 @@ class HighresIn(Part):
         self.layers = nn.ModuleList(layers)
         self.num_skips = num_skips
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Embeds the conditioning and runs the way down to the cut."""
         sample = tensors["sample"]
         if self.embedding.center_input:
             sample = 2 * sample - 1.0
-        emb = self.embedding(sample, **{name: tensors[name] for name in self.embedding.inputs})
+        emb = self.embedding(sample, tensors)
         out = {"emb": emb}
         text = tensors.get(TEXT)
         if self.embedding.projects_text:
@@ -61,23 +59,20 @@ class HighresIn(Part):
         skips = [x]
         for layer in self.layers:
             x = layer(x, skips, emb, text)
-        # Skips above those that cross the cut are taken up again within lowres.
+        # Skips above those that cross the cut are used within lowres.
         return {**out, "highres_feature": x, **dict(zip(skip_names(self.num_skips), skips, strict=False))}
 
 
 class Lowres(Part):
-    """``lowres``: everything between the high-resolution ways down and up; what the clock leaves out."""
+    """``lowres``: everything between the high-resolution ways down and up; not run on cached steps."""
 
     def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool) -> None:
-        inputs = ["highres_feature", "emb"]
-        if any(layer.needs_text for layer in layers):
-            inputs.append(text)
-        super().__init__(tuple(inputs), ("lowres_feature",))
+        super().__init__(("highres_feature", "emb", *_text_input(layers, text)), ("lowres_feature",))
         self.layers = nn.ModuleList(layers)
         self.text = text
         self.carries_skip = carries_skip
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the low-resolution levels."""
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
@@ -92,12 +87,8 @@ class HighresOut(Part):
     def __init__(self, unet: UNet, layers: list[AnyLayer], text: str, num_skips: int) -> None:
         # A UNet2DModel with a Fourier time embedding predicts sigma times its output's scale.
         self.divides_by_time = isinstance(unet, UNet2DModel) and unet.config.time_embedding_type == "fourier"
-        inputs = ["lowres_feature", *skip_names(num_skips), "emb"]
-        if any(layer.needs_text for layer in layers):
-            inputs.append(text)
-        if self.divides_by_time:
-            inputs.append("timestep")
-        super().__init__(tuple(inputs), ("out_sample",))
+        inputs = ("lowres_feature", *skip_names(num_skips), "emb", *_text_input(layers, text))
+        super().__init__((*inputs, "timestep") if self.divides_by_time else inputs, ("out_sample",))
         self.layers = nn.ModuleList(layers)
         self.conv_norm_out = unet.conv_norm_out
         self.conv_act = unet.conv_act
@@ -105,7 +96,7 @@ class HighresOut(Part):
         self.text = text
         self.num_skips = num_skips
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the way up from the cut."""
         x = tensors["lowres_feature"]
         skips = [tensors[name] for name in skip_names(self.num_skips)]
@@ -120,16 +111,14 @@ class HighresOut(Part):
 
 
 class SplitUNet(nn.Module):
-    """A UNet divided at a cut, with an adaptor that stands in for its low-resolution part.
+    """A UNet divided at a cut, with an adaptor in place of its low-resolution part on cached steps.
 
-    Holds no state between calls: the cache is a value that `full` and `cached` return and `cached` takes.
+    It keeps no state between calls: the cache is a value that `full` and `cached` return and `cached` takes.
 
     Attributes:
-        cut: Where the UNet is divided.
         factor: Height and width of a sample must be multiples of it.
-        ignored: What the UNet asks for and never looks at: the text of a conditional one without attention.
-        traces: Steps without numbers that `edgediff.models.macs.trace` has run, by the shapes of their inputs.
-        highres_in, lowres, adaptor, highres_out: The four parts.
+        ignored: Required arguments that the UNet does not use: the text of a conditional one without attention.
+        tallies: Results of `edgediff.models.macs.tally`, by the shapes of the inputs.
     """
 
     def __init__(self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part) -> None:
@@ -137,7 +126,7 @@ class SplitUNet(nn.Module):
         self.cut = cut
         self.factor = factor
         self.ignored: tuple[str, ...] = ()
-        self.traces: dict[Any, Any] = {}
+        self.tallies: dict[Any, Any] = {}
         self.highres_in = highres_in
         self.lowres = lowres
         self.adaptor = adaptor
@@ -145,7 +134,7 @@ class SplitUNet(nn.Module):
 
     @property
     def parts(self) -> dict[str, Part]:
-        """The four parts by name, in the order in which a step meets them."""
+        """The four parts by name, in the order of a step."""
         return {
             "highres_in": self.highres_in,
             "lowres": self.lowres,
@@ -155,85 +144,71 @@ class SplitUNet(nn.Module):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of what a step takes from outside: ``sample``, ``timestep`` and the conditioning."""
+        """Names of a step's inputs: ``sample``, ``timestep`` and the conditioning."""
         made = {CACHE, *(name for part in self.parts.values() for name in part.outputs)}
         needed = dict.fromkeys(name for part in self.parts.values() for name in part.inputs)
         return tuple(name for name in needed if name not in made)
 
     def on_meta(self) -> "SplitUNet":
-        """Copies the structure without the weights, which get shapes and no numbers: for counting."""
+        """A copy whose weights are on the meta device: for counting."""
         memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.parameters()}
         return copy.deepcopy(self, memo)
 
-    def full(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, **cond: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def full(self, sample: Tensor, timestep: Tensor | float, **cond: Any) -> tuple[Tensor, Tensor]:
         """Runs a full step: the undivided UNet's result, bit for bit, and the cache for the steps after it.
 
         Args:
             sample: [B, C, H, W].
             timestep: A number, or a tensor of shape [], [1] or [B].
-            **cond: What the UNet takes: ``encoder_hidden_states`` [B, S, D], ``class_labels`` [B],
-                ``added_cond_kwargs`` (a mapping with ``text_embeds`` [B, P] and ``time_ids`` [B, K]).
+            **cond: The UNet's own: ``encoder_hidden_states`` [B, S, D], ``class_labels`` [B], ``added_cond_kwargs`` (a
+                mapping with ``text_embeds`` [B, P] and ``time_ids`` [B, K]).
 
         Returns:
             ``out_sample`` [B, C', H, W] and the cache, ``lowres_feature``.
 
         Raises:
-            UnsupportedError: The size is not a multiple of what the levels divide by, or conditioning is missing or
-                not this UNet's.
+            UnsupportedError: The levels do not divide the size, or conditioning is missing or not this UNet's.
         """
         return self._step(self.lowres, self._tensors(sample, timestep, cond))
 
-    def cached(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, cache: torch.Tensor, **cond: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a cached step: the adaptor stands in for the low-resolution part.
+    def cached(self, sample: Tensor, timestep: Tensor | float, cache: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        """Runs a cached step: the adaptor in place of the low-resolution part; its output is the new cache.
 
-        Arguments, results and errors as of `full`, and ``cache``: what the step before returned. What comes out of the
-        adaptor is the new one.
+        `cache` is what the step before returned; otherwise as `full`.
         """
         return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), CACHE: cache})
 
-    def _step(self, between: Part, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, between: Part, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         for part in (self.highres_in, between, self.highres_out):
-            outputs = part(*(tensors[name] for name in part.inputs))
-            tensors.update(zip(part.outputs, outputs, strict=True))
+            tensors |= part.run(tensors)
         return tensors["out_sample"], tensors["lowres_feature"]
 
-    def _tensors(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, cond: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        height, width = sample.shape[-2:]
-        check_size(height, width, self.factor)
-        if not isinstance(timestep, torch.Tensor):
+    def _tensors(self, sample: Tensor, timestep: Tensor | float, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+        check_size(sample.shape[-2], sample.shape[-1], self.factor)
+        if not isinstance(timestep, Tensor):
             timestep = torch.tensor([timestep], dtype=torch.float32, device=sample.device)
-        given = dict(cond)
+        given = {"sample": sample, "timestep": timestep.reshape(-1), **cond}
         given.update(given.pop("added_cond_kwargs", None) or {})
-        tensors = {"sample": sample, "timestep": timestep.reshape(-1)}
-        tensors.update({name: value for name, value in given.items() if value is not None})
+        tensors = {name: value for name, value in given.items() if value is not None and name not in self.ignored}
         for name in RESIDUALS:
-            if tensors.pop(name, None) is not None:
+            if name in tensors:
                 raise UnsupportedError(
                     f"{name} was given: a divided UNet takes no residuals of a ControlNet or a T2I adapter; "
                     "supported: the UNet alone"
                 )
-        for name in self.ignored:
-            tensors.pop(name, None)
         if set(tensors) != set(self.inputs):
             raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; got {', '.join(sorted(tensors))}")
         return tensors
 
 
 def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
-    """Divides a UNet at a cut; weights are shared, the UNet is left as it was.
+    """Divides a UNet at a cut; weights are shared, the UNet is not changed.
 
     ``split(unet).full(...)`` equals ``unet(...)`` bit for bit.
 
     Args:
-        unet: A diffusers ``UNet2DModel`` or ``UNet2DConditionModel``.
         cut: Where to divide; the paper's cut (level 1, before the upsampler) if None.
-        adaptor: Stands in for the low-resolution part on cached steps; the identity if None.
+        adaptor: Replaces the low-resolution part on cached steps; the identity if None.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -267,15 +242,20 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
     )
     if isinstance(unet, UNet2DConditionModel) and TEXT not in divided.inputs:
         divided.ignored = (TEXT,)
-    own = {id(module) for module in unet.modules()}
-    for module in divided.modules():
-        if id(module) not in own:
-            module.training = unet.training
+    follow_mode(divided, unet)
     return divided
 
 
+def follow_mode(made: nn.Module, unet: nn.Module) -> None:
+    """Gives the modules of `made` that are not the UNet's own the UNet's mode, training or evaluation."""
+    own = {id(module) for module in unet.modules()}
+    for module in made.modules():
+        if id(module) not in own:
+            module.training = unet.training
+
+
 def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> tuple[int, int]:
-    """How many layers the high-resolution part has on the way down, and where it begins on the way up."""
+    """The number of high-resolution layers on the way down, and the index of the first on the way up."""
     layers_up = sum(len(level) for level in up)
     block = block_of(cut.point)
     if block is not None:
@@ -294,7 +274,7 @@ def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> t
 
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Refuses a sample's height or width that the levels do not divide, with an UnsupportedError."""
+    """Raises an UnsupportedError for a sample whose height or width the levels do not divide."""
     if height % factor or width % factor:
         raise UnsupportedError(
             f"a sample of {height}x{width} cannot be cut: the levels divide by {factor}; expected multiples of {factor}"
@@ -302,9 +282,9 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def skip_names(count: int) -> list[str]:
-    """The names of skip connections that cross the cut.
-
-    >>> skip_names(2)
-    ['skip_0', 'skip_1']
-    """
+    """The names of skip connections that cross the cut: ``skip_0``, ``skip_1`` and so on."""
     return [f"skip_{i}" for i in range(count)]
+
+
+def _text_input(layers: list[AnyLayer], text: str) -> tuple[str, ...]:
+    return (text,) if any(layer.needs_text for layer in layers) else ()

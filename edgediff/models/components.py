@@ -16,9 +16,11 @@ from torch import nn
 
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.extras import needing
-from edgediff.models.load import BAD_SETTINGS, Model, one_line, read_json
+from edgediff.models.load import BAD_SETTINGS, Model
+from edgediff.models.model_files import read_json
 from edgediff.models.part import Part
 from edgediff.outputs import write_json
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Encoder, Graph, Prompt, Stage, Symbol, Tensor, Vae
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -153,8 +155,7 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
 
 def _is_listed(listed: dict[str, Any], name: str) -> bool:
     # A component that a pipeline does without is listed as [null, null].
-    value: object = listed.get(name)
-    return value is not None and value != [None, None]
+    return any(value is not None for value in listed.get(name) or ())
 
 
 def _is_xl(model: Model) -> bool:
@@ -164,7 +165,7 @@ def _is_xl(model: Model) -> bool:
 def _config(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder} is missing, though model_index.json lists it; copy the whole pipeline")
-    config = read_json(folder / "config.json")
+    config: dict[str, Any] = read_json(folder / "config.json")
     kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
     if kind not in classes:
         raise UnsupportedError(f"{folder}/config.json is of class {kind!r}; supported: {', '.join(classes)}")

@@ -1,10 +1,9 @@
 """What a UNet is conditioned on, and the shapes that come with it.
 
-A UNet's configuration gives the width of its text input but not the length, and nothing of labels: those lie beside it,
-in the configurations of tokenizer and text encoder and in ``classes.json``.
+A UNet's configuration gives the width of its text input but not the length, and no labels: those are beside it, in the
+configurations of tokenizer and text encoder and in ``classes.json``.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +11,10 @@ from typing import Any, Literal
 import torch
 
 from edgediff.errors import ModelError, UnsupportedError
+from edgediff.models.model_files import read_json
 
 Kind = Literal["none", "class", "text"]
-# CLIP's, as transformers has them where a text encoder's configuration leaves them out.
+# CLIP's, transformers' defaults for what a text encoder's configuration leaves out.
 CLIP_TOKENS = 77
 CLIP_PROJECTION = 512
 MAX_TOKENS = 2**16
@@ -30,13 +30,16 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def empty(self, rows: int = 1) -> torch.Tensor:
+        """A tensor on the meta device: shape and dtype without numbers."""
+        return torch.empty(rows, *self.shape, dtype=self.dtype, device="meta")
+
 
 @dataclass(frozen=True)
 class Conditioning:
     """What a UNet is conditioned on.
 
     Attributes:
-        kind: ``none``, ``class`` or ``text``.
         tensors: Each conditioning input by name: ``class_labels``, ``encoder_hidden_states``, ``text_embeds``,
             ``time_ids``.
         labels: Names of the classes without the null class; empty where there are none.
@@ -57,14 +60,10 @@ def usual_guidance(known: Conditioning) -> float:
 
 
 def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
-    """Finds out what a UNet is conditioned on.
+    """Finds out what a UNet is conditioned on, from its configuration and what is in the model's directory.
 
     Classes without names are called by their index; a null class is known only where ``classes.json`` names one class
     fewer than the UNet embeds.
-
-    Args:
-        path: The model's directory, with ``classes.json``, ``text_encoder/`` or ``text_encoder_2/`` where they exist.
-        config: The UNet's configuration.
 
     Raises:
         ModelError: A file beside the UNet does not fit it, or one that is needed to know a shape is missing.
@@ -95,11 +94,8 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
 
 
 def looks_at_text(config: dict[str, Any]) -> bool:
-    """Whether any part of a UNet takes ``encoder_hidden_states`` in: a conditional one may have no attention.
-
-    Args:
-        config: Its whole configuration, ``_class_name`` among it.
-    """
+    """Whether any part of a UNet takes ``encoder_hidden_states``, by its configuration with ``_class_name``."""
+    # A conditional UNet may have no attention.
     if not config["_class_name"].endswith("UNet2DConditionModel"):  # spectral ones have a word before it
         return False
     blocks = (*config["down_block_types"], config.get("mid_block_type"), *config["up_block_types"])
@@ -117,9 +113,9 @@ def _class_width(config: dict[str, Any]) -> int:
 def _labels(path: Path, count: int) -> tuple[str, ...]:
     if not path.exists():
         return tuple(str(i) for i in range(count))
-    labels = _json(path)
+    labels = read_json(path, object)
     if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
-        raise ModelError(f"{path} is not a list of names")
+        raise ModelError(f"{path} is not a list of names; expected one name for each class")
     if len(set(labels)) != len(labels) or not count - 1 <= len(labels) <= count:
         raise ModelError(
             f"{path} has {len(labels)} names; the UNet embeds {count} classes: expected {count} distinct names, "
@@ -134,7 +130,7 @@ def _tokens(path: Path) -> int:
         encoder = path / f"text_encoder{suffix}" / "config.json"
         padded = _setting(path / f"tokenizer{suffix}" / "tokenizer_config.json", "model_max_length")
         positions = _setting(encoder, "max_position_embeddings")
-        if encoder.exists() and positions is None and str(_json(encoder).get("model_type", "clip")).startswith("clip"):
+        if positions is None and encoder.exists() and _is_clip(read_json(encoder)):
             positions = CLIP_TOKENS
         # transformers writes 10^30 for a tokenizer without a limit.
         sizes = [size for size in (padded, positions) if size is not None and size <= MAX_TOKENS]
@@ -145,22 +141,17 @@ def _tokens(path: Path) -> int:
     return CLIP_TOKENS
 
 
+def _is_clip(encoder: dict[str, Any]) -> bool:
+    return str(encoder.get("model_type", "clip")).startswith("clip")
+
+
 def _setting(file: Path, name: str) -> int | None:
-    """A size out of a configuration beside the UNet; None where there is no such file or setting."""
-    if not file.exists():
-        return None
-    settings = _json(file)
-    value = settings.get(name, 1) if isinstance(settings, dict) else None
+    """A size from a configuration beside the UNet; None where there is no such file or setting."""
+    settings = read_json(file) if file.exists() else {}
+    value = settings.get(name, 1)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"{file}: {name} is {value!r}; expected a whole number above 0")
     return value if name in settings else None
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"{file} cannot be read as JSON") from e
 
 
 def _text_width(config: dict[str, Any]) -> int:

@@ -1,7 +1,6 @@
-"""What a UNet makes of its conditioning: embedded once per step, handed on to every graph as ``emb``.
+"""A UNet's conditioning, embedded once a step in ``highres_in``: the other graphs receive the result as ``emb``.
 
-diffusers spreads this over both UNet classes' ``forward``. Here it is one module, so that the time, class and added
-conditioning are computed in ``highres_in`` alone and the other graphs only receive the result.
+diffusers spreads this over both UNet classes' ``forward``; here it is one module.
 """
 
 from collections.abc import Mapping
@@ -9,11 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from edgediff.errors import UnsupportedError
 
-# A learned one is a table of whole time steps, which samplers do not keep to.
+# A learned one is a table of whole time steps; samplers use fractional ones.
 TIME_KINDS = ("positional", "fourier")
 CLASS_KINDS = (None, "timestep", "identity", "projection", "simple_projection")
 ADDED_KINDS = (None, "text", "text_time")
@@ -25,15 +24,13 @@ class StepEmbedding(nn.Module):
 
     Attributes:
         inputs: Names of the tensors that `forward` needs besides ``sample``.
-        projects_text: Whether the UNet projects ``encoder_hidden_states`` before its attention layers see them.
+        projects_text: Whether the UNet projects ``encoder_hidden_states`` for its attention layers.
+
+    Raises:
+        UnsupportedError: The UNet embeds something that is not supported, named with the choices.
     """
 
     def __init__(self, unet: UNet2DModel | UNet2DConditionModel) -> None:
-        """Takes the embedding layers of a UNet.
-
-        Raises:
-            UnsupportedError: The UNet embeds something that is not handled, named with the choices.
-        """
         super().__init__()
         config = unet.config
         self.class_kind = _one_of(config, "class_embed_type", CLASS_KINDS)
@@ -64,40 +61,27 @@ class StepEmbedding(nn.Module):
             names += ["text_embeds", "time_ids"]
         self.inputs = tuple(names)
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        text_embeds: torch.Tensor | None = None,
-        time_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embeds one step's conditioning.
+    def forward(self, sample: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Embeds one step's conditioning to ``emb`` [B, E].
 
         Args:
-            sample: [B, C, H, W]; only its batch and dtype are looked at.
-            timestep: [1] or [B], may be fractional.
-            class_labels: [B] integers, or [B, D] where the UNet projects a vector.
-            encoder_hidden_states: [B, S, D].
-            text_embeds: [B, P], SDXL's pooled text.
-            time_ids: [B, K], SDXL's sizes and crops.
-
-        Returns:
-            ``emb``: [B, E].
+            sample: [B, C, H, W]; only its batch and dtype are used.
+            tensors: By the names in `inputs`: ``timestep`` [1] or [B], which may be fractional; ``class_labels`` [B]
+                integers, or [B, D] where the UNet projects a vector; ``encoder_hidden_states`` [B, S, D]; SDXL's
+                ``text_embeds`` [B, P], and ``time_ids`` [B, K], its sizes and crops.
         """
-        t = timestep.expand(sample.shape[0])
-        emb: torch.Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype))
+        t = tensors["timestep"].expand(sample.shape[0])
+        emb: Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype))
         if self.class_embedding is not None:
+            class_labels = tensors["class_labels"]
             if self.class_kind == "timestep":
                 class_labels = self.time_proj(class_labels).to(sample.dtype)
             class_emb = self.class_embedding(class_labels).to(sample.dtype)
             emb = torch.cat([emb, class_emb], dim=-1) if self.concat_class else emb + class_emb
         if self.added_kind == "text":
-            emb = emb + self.add_embedding(encoder_hidden_states)
+            emb = emb + self.add_embedding(tensors["encoder_hidden_states"])
         elif self.added_kind == "text_time":
-            assert text_embeds is not None
-            assert time_ids is not None
+            text_embeds, time_ids = tensors["text_embeds"], tensors["time_ids"]
             time_embeds = self.add_time_proj(time_ids.flatten()).reshape((text_embeds.shape[0], -1))
             added = torch.concat([text_embeds, time_embeds], dim=-1).to(emb.dtype)
             emb = emb + self.add_embedding(added)
@@ -105,8 +89,8 @@ class StepEmbedding(nn.Module):
             emb = self.time_embed_act(emb)
         return emb
 
-    def project_text(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Text as the attention layers want it: [B, S, D] -> [B, S, D'], itself where the UNet does not project it."""
+    def project_text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """The text for the attention layers: [B, S, D] -> [B, S, D'], unchanged where the UNet does not project it."""
         if self.projects_text:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         return encoder_hidden_states

@@ -1,11 +1,9 @@
 """The four parts as graphs: names, shapes and when each one runs, as the loop and the manifest list them."""
 
-import torch
-
 from edgediff.models.adaptors import TEXT_INPUTS, AdaptorShape, IdentityAdaptor
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.load import Model
-from edgediff.models.macs import trace
+from edgediff.models.macs import tally
 from edgediff.models.torch_session import graph_tensor
 from edgediff_runtime.loop import LOWRES_FEATURE
 from edgediff_runtime.manifest import Frequency, Graph, Tensor
@@ -21,13 +19,12 @@ FREQUENCY: dict[str, Frequency] = {
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
     """Lists the four parts of a divided UNet with the shapes of their tensors, in fp32, in the order of a step.
 
-    A graph's `file` says here only whether there is anything to run: the identity adaptor has none, the others have
-    their name until a target gives them one.
+    A graph's `file` is its name until a target writes it; None for the identity adaptor, which is not run.
 
     Raises:
         UnsupportedError: The levels do not divide the sample's size, or two graphs disagree on a tensor.
     """
-    tensors = trace(split, model.sample_shape, model.conditioning.tensors).tensors
+    tensors = tally(split, model.sample_shape, model.conditioning.tensors).tensors
     return tuple(
         Graph(
             name=name,
@@ -42,7 +39,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
 
 def adaptor_shape(split: SplitUNet, model: Model) -> AdaptorShape:
     """What an adaptor must fit at a cut; raises as `graph_list`."""
-    tensors = trace(split, model.sample_shape, model.conditioning.tensors).tensors
+    tensors = tally(split, model.sample_shape, model.conditioning.tensors).tensors
     looked_at = {*split.lowres.inputs, *split.highres_out.inputs}
     text = next((name for name in TEXT_INPUTS if name in looked_at), None)
     return AdaptorShape(
@@ -59,8 +56,5 @@ def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def conditioning_tensors(model: Model) -> tuple[Tensor, ...]:
-    """What a step is handed besides the sample and the timestep, as the manifest lists it."""
-    return tuple(
-        graph_tensor(name, torch.empty(1, *spec.shape, dtype=spec.dtype, device="meta"))
-        for name, spec in model.conditioning.tensors.items()
-    )
+    """The inputs of a step besides the sample and the timestep, as the manifest lists them."""
+    return tuple(graph_tensor(name, spec.empty()) for name, spec in model.conditioning.tensors.items())

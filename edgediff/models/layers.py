@@ -1,9 +1,8 @@
 """A diffusers UNet as one flat sequence of layers, so that it can be divided anywhere.
 
-diffusers nests layers in blocks and hides the skip connections in tuples. Flattened, every layer does the same three
-things: take a skip from the stack if it is on the way up, compute, put its output on the stack if it is on the way
-down. A cut is then a place in a list, and each side runs exactly the operations that the undivided UNet runs, in the
-same order, with the same modules: the results are equal bit for bit.
+Every layer pops a skip connection from the stack if it is on the way up, computes, and pushes its output if it is on
+the way down. A cut is an index in a list, and each side runs the undivided UNet's operations in the same order with the
+same modules: the results are equal bit for bit.
 """
 
 from collections.abc import Iterator
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from torch import Tensor, nn
 
 from edgediff.errors import UnsupportedError
 
-# How a block's attention is called: on the feature alone, as a transformer over text, or as one attention layer over
-# feature and text together (unCLIP, IF).
+# A block's attention: over the feature alone, a transformer with text, or one attention layer over feature and text
+# together (unCLIP, IF).
 ATTENTION_OF_BLOCK = {
     "DownBlock2D": None,
     "UpBlock2D": None,
@@ -39,7 +38,7 @@ class Layer(nn.Module):
     Attributes:
         pushes: 1 if the output becomes a skip connection (way down), else 0.
         pops: 1 if a skip connection is concatenated to the input (way up), else 0.
-        needs_text: Whether the attention looks at ``encoder_hidden_states``.
+        needs_text: Whether the attention uses ``encoder_hidden_states``.
     """
 
     def __init__(self, resnet: nn.Module, attention: nn.Module | None, kind: str | None, way: str) -> None:
@@ -51,9 +50,7 @@ class Layer(nn.Module):
         self.pops = int(way == "up")
         self.needs_text = self.kind in ("transformer", "added_kv")
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
         """Runs the layer on x [B, C, H, W], emb [B, E], text [B, S, D]; `skips` is the stack, changed in place."""
         if self.pops:
             x = torch.cat([x, skips.pop()], dim=1)
@@ -70,11 +67,7 @@ class Layer(nn.Module):
 
 
 class Resample(nn.Module):
-    """A change of resolution: the downsampler or upsampler at the end of a block.
-
-    Attributes:
-        pushes: 1 on the way down (the downsampled feature is a skip connection too), else 0.
-    """
+    """The downsampler or upsampler at the end of a block; the downsampled feature is a skip connection too."""
 
     pops = 0
     needs_text = False
@@ -85,10 +78,8 @@ class Resample(nn.Module):
         self.takes_emb = isinstance(module, ResnetBlock2D) or getattr(module, "takes_emb", False)
         self.pushes = int(way == "down")
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Halves or doubles height and width; arguments as of `Layer.forward`."""
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
+        """Halves or doubles height and width; arguments as in `Layer.forward`."""
         x = self.module(x, temb=emb) if self.takes_emb else self.module(x)
         if self.pushes:
             skips.append(x)
@@ -106,25 +97,21 @@ class Mid(nn.Module):
         self.module = module
         self.needs_text = bool(getattr(module, "has_cross_attention", False))
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, text: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Runs the block; arguments as of `Layer.forward`, the stack is left alone."""
-        out: torch.Tensor = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
+        """Runs the block; arguments as in `Layer.forward`, the stack is not changed."""
+        out: Tensor = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
         return out
 
 
 AnyLayer = Layer | Resample | Mid
 
 
-def flatten(
-    unet: UNet2DModel | UNet2DConditionModel,
-) -> tuple[list[list[AnyLayer]], Mid | None, list[list[AnyLayer]]]:
-    """Flattens a UNet's blocks into lists of layers.
+def flatten(unet: UNet2DModel | UNet2DConditionModel) -> tuple[list[list[AnyLayer]], Mid | None, list[list[AnyLayer]]]:
+    """Flattens a UNet's blocks into lists of layers, the resampler last in each.
 
     Returns:
         The levels on the way down (highest resolution first), the mid block, and the levels on the way up (lowest
-        resolution first); in each level its layers in order, the resampler last.
+        resolution first).
 
     Raises:
         UnsupportedError: A block is of a kind that cannot be cut, or FreeU is switched on.
@@ -141,7 +128,7 @@ def flatten(
 
 
 def refuse_freeu(unet: Any) -> None:
-    """Refuses a UNet with FreeU switched on, which its blocks see to and layers do not."""
+    """Refuses a UNet with FreeU switched on, which diffusers applies in blocks and not in layers."""
     if any(getattr(block, scale, None) for block in unet.up_blocks for scale in ("s1", "s2", "b1", "b2")):
         raise UnsupportedError("FreeU is switched on, which cannot be cut; call unet.disable_freeu() first")
 

@@ -1,7 +1,7 @@
 """A trained model from disk: a UNet with what it needs to be sampled.
 
-Weights are read from safetensors first, from ``.bin`` only with ``weights_only=True``, and from no other pickle. The
-network is built and tried on the meta device and takes the loaded tensors as they are: loading costs the weights once.
+The network is built and tried on the meta device and takes the loaded tensors as they are: loading costs the weights
+once.
 """
 
 import hashlib
@@ -10,25 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from edgediff.errors import EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
 from edgediff.models.conditioning import Conditioning, read_conditioning
 from edgediff.models.embedding import StepEmbedding
+from edgediff.models.model_files import WEIGHTS, fill, read_json, read_tensors, weight_files
+from edgediff.models.sampling import scheduler_class
+from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in
+from edgediff_runtime.errors import one_line
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
-WEIGHTS = "diffusion_pytorch_model"
-VARIANTS = ("", ".fp16", ".bf16")
 SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
-# How torch and diffusers fail over settings of the wrong kind.
+# What torch and diffusers raise for settings of the wrong kind.
 BAD_SETTINGS = (
     TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError, AssertionError,
     ImportError, MemoryError,
@@ -42,8 +41,8 @@ COUNTS = {
     "num_train_timesteps": 2**20,
 }
 MAX_SIDE = 2**16
+# Attention layers in checkpoints from before diffusers 0.12.
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,10 @@ class Model:
         unet: The network in evaluation mode, float32; on the meta device where a geometry has no weights.
         scheduler: diffusers' scheduler as the model was saved with it; None where the directory has none: such a model
             can be counted, not sampled.
-        conditioning: What the UNet is conditioned on.
         space: ``pixel`` where the UNet works on images, ``latent`` where a decoder comes after it.
-        card: Licence and description of the source.
         sha256: Hash over configuration and weights; a bundle is compared with it.
         path: The directory that it came from.
-        home: Where schedule, autoencoder and card lie: ``path``, or the directory around it.
+        home: Where schedule, autoencoder and card are: ``path``, or the directory around it.
     """
 
     name: str
@@ -80,28 +77,28 @@ class Model:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the model lies in the zoo."""
+        """Whether the model is one of the zoo."""
         return self.path == built_in(self.name)
 
     @property
     def has_weights(self) -> bool:
-        """False for a geometry, whose parameters lie on the meta device."""
+        """False for a geometry, whose parameters are on the meta device."""
         return not any(parameter.is_meta for parameter in self.unet.parameters())
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the UNet takes."""
+        """Channels, height and width of the UNet's input."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
     @property
     def out_channels(self) -> int:
-        """Channels of what the UNet gives: fewer than it takes where an image or a mask comes beside the sample."""
+        """Channels of the UNet's output: fewer than the input's where an image or a mask is concatenated to it."""
         return int(self.unet.config.out_channels)
 
     def check_schedule(self) -> None:
-        """Refuses to sample or train what cannot be.
+        """Refuses a model that cannot be sampled or trained.
 
         Raises:
             ModelError: The directory has no scheduler.
@@ -119,8 +116,7 @@ class Model:
 def load_model(source: str | Path) -> Model:
     """Loads a model from a diffusers directory (a UNet's, or a whole pipeline's) or by its built-in name.
 
-    Args:
-        source: A path, or one of the names of the zoo. A path that exists comes before a name.
+    A path that exists comes before a name.
 
     Raises:
         ModelError: The directory is missing, empty, or its files cannot be read.
@@ -141,11 +137,7 @@ def load_model(source: str | Path) -> Model:
 
 
 def load_built_in(name: str) -> Model:
-    """Loads a model of the zoo, whatever lies in the working directory under its name.
-
-    Raises:
-        ModelError: There is none of this name.
-    """
+    """Loads a model of the zoo, whatever the working directory contains under its name; a ModelError if none has it."""
     folder = built_in(name)
     if folder is None:
         raise ModelError(f"no model at {name}: no such directory, and no built-in name (choices: {', '.join(ZOO)})")
@@ -157,10 +149,9 @@ def random_weights(model: Model, seed: int) -> Model:
 
     The new hash names the seed, so that the result is never taken for a trained model.
     """
-    config = {key: value for key, value in model.unet.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = type(model.unet)(**config).eval().requires_grad_(False)
+        unet = type(model.unet)(**plain_config(model.unet)).eval().requires_grad_(False)
     digest = hashlib.sha256(f"{model.sha256} random weights {seed}".encode()).hexdigest()
     return replace(model, unet=unet, sha256=digest)
 
@@ -173,109 +164,92 @@ def repository_name(path: Path) -> str:
     return name
 
 
+def unet_config(model: Model) -> dict[str, Any]:
+    """The UNet's configuration as diffusers saves it, without where it was loaded from."""
+    config = json.loads(model.unet.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+# From a directory to a model
+
+
 def _load(path: Path, name: str, weights_required: bool) -> Model:
-    unet_path = path / "unet" if (path / "unet").is_dir() else path
-    config = _unet_config(unet_path)
-    unet_class = UNETS.get(str(config.get("_class_name")))
-    if unet_class is None:
-        raise UnsupportedError(
-            f"{unet_path}/config.json is of class {config.get('_class_name')!r}; supported: {', '.join(UNETS)}"
-        )
-    _check_counts(unet_path / "config.json", config)
-    files = _weight_files(unet_path)
-    if not files and weights_required:
-        others = sorted(file.name for file in unet_path.glob(f"{WEIGHTS}.*") if file.is_file())
-        found = f" of a known name (found: {', '.join(others)})" if others else ""
-        raise ModelError(f"{unet_path} has a config.json but no weights{found}; expected {WEIGHTS}.safetensors")
-    # A UNet's folder within a pipeline's: what the UNet is sampled with lies beside it.
-    home = path.parent if unet_path == path and (path.parent / "scheduler").is_dir() else path
-    unet = _build(unet_class, config, unet_path)
-    conditioning = _conditioning(home, unet, unet_path)
-    digest = hashlib.sha256()
-    for file in (unet_path / "config.json", *files):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    # A UNet's folder within a pipeline's: its scheduler and the rest are in the folder around it.
+    home = path.parent if folder == path and (path.parent / "scheduler").is_dir() else path
+    check_folder(folder)
+    config = read_json(folder / "config.json")
+    check_config(folder / "config.json", config)
+    files = weight_files(folder)
+    if weights_required:
+        check_weights(folder, files)
+    unet = _build(config, folder / "config.json")
+    conditioning = _conditioning(home, unet, folder / "config.json")
     if files:
-        _fill(unet, files, unet_path)
+        state = {_modern(key): tensor.float() for file in files for key, tensor in read_tensors(file).items()}
+        fill(unet, state, folder, "config.json")
     pipeline = read_json(home / "model_index.json") if (home / "model_index.json").exists() else {}
-    scheduler_path = next((home / name for name in SCHEDULER_FILES if (home / name).exists()), None)
-    if scheduler_path is not None:
-        digest.update(scheduler_path.read_bytes())
+    schedule = next((home / file for file in SCHEDULER_FILES if (home / file).exists()), None)
     return Model(
         name=repository_name(home) if home != path else name,
         unet=unet.eval().requires_grad_(False),
-        scheduler=None if scheduler_path is None else _scheduler(scheduler_path),
+        scheduler=None if schedule is None else _scheduler(schedule),
         conditioning=conditioning,
         space="latent" if _is_latent(pipeline, unet.config.out_channels) else "pixel",
         card=read_card(home),
-        sha256=digest.hexdigest(),
+        sha256=_digest([folder / "config.json", *files], schedule),
         path=path,
         home=home,
     )
 
 
-def _check_counts(file: Path, config: dict[str, Any]) -> None:
-    for name, most in COUNTS.items():
-        counts = config.get(name)
-        for count in counts if isinstance(counts, list) else [counts]:
-            if isinstance(count, int | float) and count > most:
-                raise ModelError(f"{file} has {name} {count}; expected {most} at most")
-
-
-def _unet_config(path: Path) -> dict[str, Any]:
-    """The UNet's configuration; where there is none, says what lies there instead."""
-    if not any(path.iterdir()):
-        raise ModelError(f"{path} is empty; expected config.json and weights of a diffusers UNet")
-    if not (path / "config.json").exists():
-        if (path / "transformer").is_dir():
-            raise UnsupportedError(f"{path} is a pipeline with a transformer instead of a UNet; supported: UNets")
-        if (path / "snapshots").is_dir():
-            raise ModelError(
-                f"{path} is a repository of the Hugging Face cache; name one of its snapshots: {path}/snapshots/COMMIT"
-            )
-        if (path / "model_index.json").exists():
-            raise ModelError(f"{path} is a pipeline without a folder unet/; expected one with config.json and weights")
-    return read_json(path / "config.json")
-
-
-def _build(unet_class: Any, config: dict[str, Any], path: Path) -> Any:
+def _build(config: dict[str, Any], file: Path) -> Any:
     """The UNet of a configuration, on the meta device."""
+    kind: Any = UNETS[config["_class_name"]]
     try:
         with torch.device("meta"):
-            unet = unet_class.from_config(config)
+            unet = kind.from_config(config)
     except (EdgediffError, *BAD_SETTINGS) as e:
-        raise ModelError(f"{path}/config.json does not describe a {unet_class.__name__}: {one_line(e)}") from e
-    size = unet.config.sample_size
-    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
-    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MAX_SIDE for side in sides):
-        raise ModelError(f"{path}/config.json has sample_size {size!r}; expected a size, or height and width")
+        raise ModelError(f"{file} does not describe a {kind.__name__}: {one_line(e)}") from e
+    check_sample_size(file, unet.config.sample_size)
     return unet
 
 
-def _conditioning(home: Path, unet: Any, path: Path) -> Conditioning:
-    """What the UNet is conditioned on, tried in a step without numbers: diffusers builds UNets that cannot run."""
+def _conditioning(home: Path, unet: Any, file: Path) -> Conditioning:
+    """What the UNet is conditioned on, tried in a step on the meta device: diffusers builds UNets that cannot run."""
     try:
         StepEmbedding(unet)  # refuses by name what it does not embed
         known = read_conditioning(home, unet.config)
         side = 2 ** len(unet.config.block_out_channels)
         with torch.device("meta"), torch.no_grad():
-            cond = {name: torch.empty(2, *spec.shape, dtype=spec.dtype) for name, spec in known.tensors.items()}
+            cond = {name: spec.empty(rows=2) for name, spec in known.tensors.items()}
             predict(unet, torch.empty(2, unet.config.in_channels, side, side), torch.empty(1), cond)
     except BAD_SETTINGS as e:
-        raise UnsupportedError(f"{path}/config.json describes a UNet that cannot run: {one_line(e)[:300]}") from e
+        raise UnsupportedError(f"{file} describes a UNet that cannot run: {one_line(e)}") from e
     return known
 
 
-def _scheduler(path: Path) -> SchedulerMixin:
-    config = read_json(path)
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise ModelError(f"{path} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
-    _check_counts(path, config)
+def _scheduler(file: Path) -> SchedulerMixin:
+    config = read_json(file)
+    kind = scheduler_class(config)
+    if kind is None:
+        raise ModelError(f"{file} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
+    check_counts(file, config)
     try:
-        return kind.from_config(config)
+        scheduler: SchedulerMixin = kind.from_config(config)
+        return scheduler
     except BAD_SETTINGS as e:
-        raise ModelError(f"{path} does not describe a {kind.__name__}: {one_line(e)}") from e
+        raise ModelError(f"{file} does not describe a {kind.__name__}: {one_line(e)}") from e
+
+
+def _digest(files: list[Path], schedule: Path | None) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if schedule is not None:
+        digest.update(schedule.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_latent(pipeline: dict[str, Any], channels: int) -> bool:
@@ -284,101 +258,59 @@ def _is_latent(pipeline: dict[str, Any], channels: int) -> bool:
     return any(decoders) or channels not in (1, 3)
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights: one or an index's shards, safetensors before .bin, fp32 before fp16."""
-    for suffix in ("safetensors", "bin"):
-        for variant in VARIANTS:
-            single = path / f"{WEIGHTS}{variant}.{suffix}"
-            index = path / f"{WEIGHTS}.{suffix}.index{variant}.json"
-            if single.exists():
-                return [single]
-            if index.exists():
-                named = read_json(index).get("weight_map")
-                shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else []
-                bad = [shard for shard in shards if Path(shard).name != shard or not (path / shard).is_file()]
-                if bad or not shards:
-                    raise ModelError(f"{index} names shards that are missing: {', '.join(bad) or 'none'}")
-                return [path / shard for shard in shards]
-    return []
-
-
-def _fill(unet: UNet2DModel | UNet2DConditionModel, files: list[Path], path: Path) -> None:
-    """Puts the tensors of the files in the place of the meta parameters, as float32."""
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        state.update({_modern(key): tensor.float() for key, tensor in _tensors(file).items()})
-    try:
-        unet.load_state_dict(state, assign=True)
-    except RuntimeError as e:
-        reason = _known_misfit({*state}, {*unet.state_dict()}) or one_line(e)[:300]
-        raise ModelError(f"the weights in {path} do not fit its config.json: {reason}") from e
-    not_finite = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise ModelError(f"{path}: weights are not finite in {', '.join(not_finite[:3])}")
-
-
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    with file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ModelError(f"{file} is a Git LFS pointer and holds no weights; run `git lfs pull` in its repository")
-    try:
-        tensors = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError) as e:
-        raise ModelError(f"{file} cannot be read as weights, it is damaged or truncated: {one_line(e)}") from e
-    except Exception as e:  # pickle's own errors share no base class
-        # torch's own message goes on to say how to run the file's code.
-        raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
-    named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
-    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ModelError(f"{file} does not contain tensors by name")
-    return tensors
-
-
-def _known_misfit(given: set[str], wanted: set[str]) -> str | None:
-    """Why names do not fit, where the names themselves say so."""
-    if any(".base_layer." in name or ".lora_" in name for name in given):
-        return "they hold LoRA layers of PEFT; fuse them (merge_and_unload() or fuse_lora()) and save the UNet again"
-    prefix = next(iter(given), "").partition(".")[0] + "."
-    if {name.removeprefix(prefix) for name in given if name.startswith(prefix)} == wanted:
-        return f"every name begins with {prefix!r}, as a module around the UNet saves them; save the UNet inside of it"
-    return None
-
-
 def _modern(key: str) -> str:
-    """Renames the attention layers of checkpoints from before diffusers 0.12."""
     parts = key.split(".")
     if "attentions" in parts and parts[-2] in LEGACY_ATTENTION:
         parts[-2] = LEGACY_ATTENTION[parts[-2]]
     return ".".join(parts)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of a model.
-
-    Raises:
-        ModelError: It is missing, not JSON, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ModelError(f"{path} is missing; expected a directory saved by diffusers") from e
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ModelError(f"{path} cannot be read as JSON: {one_line(e)}") from e
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} holds a {type(data).__name__}; expected an object of settings by name")
-    return data
+# What is refused
 
 
-def one_line(e: BaseException) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(e).split()) or type(e).__name__
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that is not a UNet's, and says what it contains instead."""
+    if not any(folder.iterdir()):
+        raise ModelError(f"{folder} is empty; expected config.json and weights of a diffusers UNet")
+    if (folder / "config.json").exists():
+        return
+    if (folder / "transformer").is_dir():
+        raise UnsupportedError(f"{folder} is a pipeline with a transformer instead of a UNet; supported: UNets")
+    if (folder / "snapshots").is_dir():
+        raise ModelError(
+            f"{folder} is a repository of the Hugging Face cache; name one of its snapshots: {folder}/snapshots/COMMIT"
+        )
+    if (folder / "model_index.json").exists():
+        raise ModelError(f"{folder} is a pipeline without a folder unet/; expected one with config.json and weights")
 
 
-def unet_config(model: Model) -> dict[str, Any]:
-    """The UNet's configuration as diffusers saves it, without where it was loaded from."""
-    config = json.loads(model.unet.to_json_string())
-    return {key: value for key, value in config.items() if key != "_name_or_path"}
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Refuses a configuration of another class, or with counts that would take hours."""
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in UNETS:
+        raise UnsupportedError(f"{file} is of class {name!r}; supported: {', '.join(UNETS)}")
+    check_counts(file, config)
+
+
+def check_counts(file: Path, config: dict[str, Any]) -> None:
+    """Refuses settings above `COUNTS`."""
+    for name, most in COUNTS.items():
+        counts = config.get(name)
+        for count in counts if isinstance(counts, list) else [counts]:
+            if isinstance(count, int | float) and count > most:
+                raise ModelError(f"{file} has {name} {count}; expected {most} at most")
+
+
+def check_sample_size(file: Path, size: Any) -> None:
+    """Refuses a sample size that is neither a side nor a height and a width."""
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MAX_SIDE for side in sides):
+        raise ModelError(f"{file} has sample_size {size!r}; expected a size, or height and width")
+
+
+def check_weights(folder: Path, files: list[Path]) -> None:
+    """Refuses a UNet without weights, and names files of weights that have another name."""
+    if not files:
+        others = sorted(file.name for file in folder.glob(f"{WEIGHTS}.*") if file.is_file())
+        found = f" of a known name (found: {', '.join(others)})" if others else ""
+        raise ModelError(f"{folder} has a config.json but no weights{found}; expected {WEIGHTS}.safetensors")

@@ -1,15 +1,15 @@
 """Operations and parameters of each part, counted and not measured.
 
-Both papers leave the attention matmuls out of their counts, which hides a sixth of SD v1.5; here the two are counted
-apart and shown side by side. The parts run on the meta device, shapes without numbers, so that a geometry needs no
-weights; once for each split, since everything that wants shapes or counts asks for the same step.
+Both papers leave the attention matmuls out of their counts, a sixth of SD v1.5; here the two are counted separately.
+The parts run on the meta device, so that a geometry needs no weights, and once for each split and shape.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgediff.errors import UnsupportedError
@@ -23,50 +23,33 @@ CONVOLUTION_AND_LINEAR = frozenset({"convolution", "_convolution", "addmm", "mm"
 
 @dataclass(frozen=True)
 class Tally:
-    """The counts of a split UNet.
+    """The cost of a split UNet for one sample.
 
     Attributes:
-        parts: Cost of each part; ``full`` is a full step (highres_in, lowres, highres_out), ``cached`` a cached one
-            (highres_in, adaptor, highres_out).
-        cache_elements: Elements of the cache for one sample.
+        parts: Of each part, and of a ``full`` and a ``cached`` step.
+        cache_elements: Elements of the cache.
+        tensors: Every tensor of a step by name, on the meta device.
     """
 
     parts: dict[str, Cost]
     cache_elements: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One step of a split UNet on the meta device: every tensor by name, for one sample, and the counts."""
-
-    tensors: dict[str, torch.Tensor]
-    tally: Tally
+    tensors: dict[str, Tensor] = field(compare=False)
 
 
 def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Tally:
-    """Counts the parts of a split UNet for one sample; arguments and errors as of `trace`."""
-    return trace(split, sample_shape, cond).tally
-
-
-def trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Trace:
-    """Runs a copy of the parts on the meta device; a second call with the same shapes gives the first one's result.
-
-    Args:
-        split: The divided UNet.
-        sample_shape: Channels, height, width.
-        cond: The conditioning tensors by name.
+    """Runs a copy of the parts on the meta device for a sample of channels, height and width; the result is kept.
 
     Raises:
         UnsupportedError: The levels do not divide the sample's size, or two parts disagree on a tensor.
     """
     key = (sample_shape, *cond.items())
-    if key not in split.traces:
-        split.traces[key] = _trace(split, sample_shape, cond)
-    found: Trace = split.traces[key]
+    if key not in split.tallies:
+        split.tallies[key] = _tally(split, sample_shape, cond)
+    found: Tally = split.tallies[key]
     return found
 
 
-def _trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Trace:
+def _tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Tally:
     check_size(sample_shape[1], sample_shape[2], split.factor)
     parts = split.on_meta().parts
     # torch runs a linear layer on a transposed input as a batched matmul, which would count as attention.
@@ -76,13 +59,13 @@ def _trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
     tensors = {
         "sample": torch.empty(1, *sample_shape, device="meta"),
         "timestep": torch.empty(1, device="meta"),
-        **{n: torch.empty(1, *s.shape, dtype=s.dtype, device="meta") for n, s in cond.items()},
+        **{name: spec.empty() for name, spec in cond.items()},
     }
     counts: dict[str, Cost] = {}
     for name, part in parts.items():
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            outputs = dict(zip(part.outputs, part(*(tensors[key] for key in part.inputs)), strict=True))
+            outputs = part.run(tensors)
         for key in outputs.keys() & tensors.keys():
             if outputs[key].shape != tensors[key].shape or outputs[key].dtype != tensors[key].dtype:
                 raise UnsupportedError(f"{name} makes {key} of another shape or dtype than the graph before it")
@@ -95,15 +78,11 @@ def _trace(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
         counts[step] = Cost(
             sum(c.parameters for c in run), sum(c.macs for c in run), sum(c.macs_attention for c in run)
         )
-    return Trace(tensors, Tally(counts, tensors[LOWRES_FEATURE].numel()))
+    return Tally(counts, tensors[LOWRES_FEATURE].numel(), tensors)
 
 
 def _split_flops(counter: Any) -> tuple[int, int]:
     """Multiply-adds of convolutions and linear layers, and of everything else: attention's batched matmuls."""
-    plain = attention = 0
-    for op, flops in counter.get_flop_counts().get("Global", {}).items():
-        if str(op).split(".")[-1] in CONVOLUTION_AND_LINEAR:
-            plain += flops
-        else:
-            attention += flops
-    return plain // 2, attention // 2
+    flops = counter.get_flop_counts().get("Global", {})
+    plain = sum(count for op, count in flops.items() if str(op).split(".")[-1] in CONVOLUTION_AND_LINEAR)
+    return plain // 2, (sum(flops.values()) - plain) // 2

@@ -1,13 +1,12 @@
 """A part of a divided UNet: a module whose inputs and outputs have names.
 
-Graph exporters want positional tensors, wiring wants names. A part has both, so that one list of names serves torch,
+Graph exporters take positional tensors, wiring takes names. A part has both, so that one list of names serves torch,
 the exporter, the manifest and every runtime.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Part(nn.Module):
@@ -23,13 +22,17 @@ class Part(nn.Module):
         self.inputs = inputs
         self.outputs = outputs
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Runs the part on positional tensors, in the order of `inputs`."""
         outputs = self.compute(dict(zip(self.inputs, tensors, strict=True)))
         return tuple(outputs[name] for name in self.outputs)
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the part on named tensors; what a subclass writes."""
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the part on tensors among which are its inputs; its outputs by name."""
+        return dict(zip(self.outputs, self(*(tensors[name] for name in self.inputs)), strict=True))
+
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the part on named tensors; subclasses implement it."""
         raise NotImplementedError(f"{type(self).__name__}.compute")
 
 
@@ -37,7 +40,7 @@ class Chain(Part):
     """Parts that run one after the other as one: a whole full or cached step."""
 
     def __init__(self, parts: Iterable[Part], outputs: tuple[str, ...]) -> None:
-        """Joins parts in the order in which they run, shared and not copied; `outputs` are those that come out."""
+        """Joins parts, shared and not copied, in the order in which they run; `outputs` are the whole's."""
         parts = list(parts)
         made: set[str] = set()
         needed: dict[str, None] = {}
@@ -47,10 +50,9 @@ class Chain(Part):
         super().__init__(tuple(needed), outputs)
         self.links = nn.ModuleList(parts)
 
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the parts: adds what they make to what they take from outside."""
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the parts; each adds its outputs to the tensors."""
         for part in self.links:
             assert isinstance(part, Part)
-            outputs = part(*(tensors[name] for name in part.inputs))
-            tensors = {**tensors, **dict(zip(part.outputs, outputs, strict=True))}
+            tensors = {**tensors, **part.run(tensors)}
         return tensors

@@ -1,7 +1,7 @@
 """The plain small UNet ('Lite'): a UNet's own structure at a smaller width (Spectral Diffusion, table 1).
 
-Multipliers, layers and attention levels stay. What follows from the width and would not divide it is made to: widths
-are multiples of eight, groups and attention heads become the largest that fit.
+Multipliers, layers and attention levels stay. Widths are multiples of eight; numbers of groups and attention heads
+become the largest that divide them.
 """
 
 import inspect
@@ -16,11 +16,7 @@ MULTIPLE = 8
 
 
 def slim(unet: UNet2DModel | UNet2DConditionModel, width: int | None) -> UNet2DModel | UNet2DConditionModel:
-    """The plain UNet of a smaller width.
-
-    Args:
-        unet: The geometry; its weights are not looked at, and wavelet gating is left out.
-        width: Channels of the highest level, a multiple of 8; None keeps all widths.
+    """The plain UNet of a geometry, without wavelet gating, at `width` channels in the highest level (None: as it is).
 
     Raises:
         ConfigError: The width is no multiple of 8, or larger than the UNet's own.
@@ -42,7 +38,7 @@ def check_unet(unet: Any) -> None:
 
 
 def plain_config(unet: UNet2DModel | UNet2DConditionModel) -> dict[str, Any]:
-    """A UNet's settings by name, without diffusers' own notes."""
+    """A UNet's settings by name, without diffusers' own notes, whose names begin with an underscore."""
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
@@ -76,13 +72,14 @@ def slim_config(config: dict[str, Any], width: int) -> dict[str, Any]:
 
 def _attending(config: dict[str, Any]) -> tuple[int, ...]:
     """Widths of the levels that have attention; the lowest is the mid block's too."""
-    widths = config["block_out_channels"]
-    on_the_way = zip(
-        widths, config.get("down_block_types", ()), reversed(config.get("up_block_types", ())), strict=False
+    widths, down, up = (
+        config["block_out_channels"],
+        config.get("down_block_types", ()),
+        config.get("up_block_types", ()),
     )
-    return (widths[-1], *(width for width, *blocks in on_the_way if any("Attn" in block for block in blocks)))
+    levels = zip(widths, down, reversed(up), strict=False)
+    return (widths[-1], *(width for width, *blocks in levels if any("Attn" in block for block in blocks)))
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
-    """The largest number up to `at_most` that divides `number`."""
     return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

@@ -18,11 +18,11 @@ class TorchTensors:
     device = torch.device("cpu")
 
     def put(self, array: np.ndarray) -> torch.Tensor:
-        """Takes a C-contiguous array to the session's device; on the CPU it is wrapped without a copy."""
+        """Moves a C-contiguous array to the session's device; on the CPU it is wrapped without a copy."""
         return torch.from_numpy(array).to(self.device)
 
     def get(self, value: torch.Tensor) -> np.ndarray:
-        """Gives a tensor back as an array, on the CPU on the tensor's memory: graphs make new outputs in every call."""
+        """A tensor as an array; on the CPU they share memory, since graphs make new outputs in every call."""
         return value.cpu().numpy()
 
 
@@ -31,11 +31,10 @@ class TorchSession(TorchTensors):
 
     Attributes:
         graphs: What runs, in the order of a step.
-        batch: Rows that go through a part at once; None for all of them.
+        batch: Rows that go through a part together; None for all of them.
     """
 
     def __init__(self, parts: Mapping[str, Part], graphs: tuple[Graph, ...], batch: int | None = None) -> None:
-        """Takes the parts by the names of their graphs."""
         self.parts = dict(parts)
         self.graphs = graphs
         self.batch = batch
@@ -43,9 +42,8 @@ class TorchSession(TorchTensors):
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
-        """Runs the part of the graph's name; its outputs are added to `tensors`."""
-        part = self.parts[graph.name]
-        tensors.update(zip(part.outputs, part(*(tensors[name] for name in part.inputs)), strict=True))
+        """Runs the part of the graph's name, and adds its outputs to `tensors`."""
+        tensors.update(self.parts[graph.name].run(tensors))
 
 
 def graph_tensor(name: str, value: torch.Tensor) -> Tensor:

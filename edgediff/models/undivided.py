@@ -18,23 +18,13 @@ ADDED = ("text_embeds", "time_ids")
 
 
 def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Runs one of diffusers' UNets on named tensors.
-
-    Args:
-        unet: The UNet.
-        sample: [B, C, H, W].
-        timestep: [1] or [B].
-        cond: The conditioning by name: ``class_labels``, ``encoder_hidden_states``, ``text_embeds``, ``time_ids``.
-
-    Returns:
-        [B, C', H, W].
-    """
+    """Runs one of diffusers' UNets: sample [B, C, H, W], timestep [1] or [B], conditioning by name -> [B, C', H, W]."""
     given: dict[str, Any] = {name: value for name, value in cond.items() if name not in ADDED}
     added = {name: cond[name] for name in ADDED if name in cond}
     if added:
         given["added_cond_kwargs"] = added
     if isinstance(unet, UNet2DConditionModel):
-        given.setdefault("encoder_hidden_states", None)  # asked for, also where no layer looks at it
+        given.setdefault("encoder_hidden_states", None)  # a required argument, also where no layer uses it
     out: torch.Tensor = unet(sample, timestep, **given, return_dict=False)[0]
     return out
 
@@ -43,12 +33,11 @@ class Undivided(Part):
     """A diffusers UNet as a part; weights are shared."""
 
     def __init__(self, unet: Any, inputs: tuple[str, ...]) -> None:
-        """Takes ``sample``, ``timestep`` and the conditioning by the names in `inputs`."""
         super().__init__(inputs, ("out_sample",))
         self.unet = unet
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the UNet; ``out_sample`` is [B, C', H, W]."""
+        """Runs the UNet."""
         cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep")}
         return {"out_sample": predict(self.unet, tensors["sample"], tensors["timestep"], cond)}
 
@@ -57,8 +46,7 @@ def undivided_graph(model: "Model", file: str = NAME) -> Graph:
     """The undivided UNet as the manifest would list it: a graph that every step runs."""
     channels, height, width = model.sample_shape
     given = {"sample": torch.empty(1, channels, height, width, device="meta"), "timestep": torch.empty(1)}
-    for name, spec in model.conditioning.tensors.items():
-        given[name] = torch.empty(1, *spec.shape, dtype=spec.dtype, device="meta")
+    given |= {name: spec.empty() for name, spec in model.conditioning.tensors.items()}
     out = torch.empty(1, model.out_channels, height, width, device="meta")
     return Graph(
         name=NAME,
@@ -70,11 +58,9 @@ def undivided_graph(model: "Model", file: str = NAME) -> Graph:
 
 
 def undivided_session(model: "Model", batch: int | None = None) -> TorchSession:
-    """The undivided UNet behind the runtime's `Session`: every step is full.
+    """The undivided UNet behind the runtime's `Session`, on its weights' device: every step is full.
 
-    Args:
-        model: Its UNet runs where its weights are.
-        batch: Rows that go through the UNet at once; None for all of them.
+    `batch` is the number of rows that go through the UNet together; None for all of them.
     """
     graph = undivided_graph(model)
     return TorchSession({NAME: Undivided(model.unet, tuple(t.name for t in graph.inputs))}, (graph,), batch)

@@ -1,20 +1,21 @@
-"""The 2-D discrete wavelet transform and its inverse, as tensor operations that every exporter knows.
+"""The 2-D discrete wavelet transform and its inverse, as tensor operations that every exporter supports.
 
-Slices, concatenations, additions and convolutions; no custom gradient, no FFT, no rank above 4, and no pixel shuffle,
-whose order of channels is not the same for all exporters. Haar, whose filters do not overlap, is a few additions; any
-other orthogonal filter is a strided convolution of the signal continued periodically. Values, order and signs are
-PyWavelets' with ``mode="periodization"``.
+Slices, concatenations, additions and convolutions; no FFT, no rank above 4, and no pixel shuffle, whose order of
+channels differs between exporters. Haar is a few additions; any other orthogonal filter is a strided convolution of the
+periodic signal. Values, order and signs are PyWavelets' with ``mode="periodization"``.
 """
 
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from edgediff.errors import ConfigError, MissingExtraError
+from edgediff.errors import ConfigError
+from edgediff.extras import needing
 
 HAAR = ("haar", "db1")
-# The orthogonal filters of PyWavelets, by family; its dmey is none to the last digit and does not reconstruct.
+# The orthogonal filters of PyWavelets, by family, without dmey, which is orthogonal only approximately.
 ORTHOGONAL = (
     "haar",
     *(f"db{n}" for n in range(1, 39)),
@@ -22,35 +23,28 @@ ORTHOGONAL = (
     *(f"coif{n}" for n in range(1, 18)),
 )
 
-Bands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Bands = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def check_wavelet(wavelet: str) -> str:
-    """Returns the name of an orthogonal wavelet as PyWavelets has it; a ConfigError names the choices."""
+    """Returns the name of one of PyWavelets' orthogonal wavelets; a ConfigError names the choices."""
     if wavelet not in ORTHOGONAL:
         raise ConfigError(f"wavelet {wavelet!r} is unknown; choices: haar, db1 to db38, sym2 to sym20, coif1 to coif17")
     return wavelet
 
 
-def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None) -> Bands:
+def dwt2(x: Tensor, wavelet: str = "haar", taps: torch.dtype | None = None) -> Bands:
     """Divides an image into four bands of half its size.
 
     Args:
         x: [B, C, H, W]; an odd height or width is continued by its last row or column.
-        wavelet: An orthogonal filter's name.
-        taps: What the filter's numbers are rounded to first, as a graph of less precision has them; None takes x's
-            dtype. Haar's are exact in any.
+        wavelet: An orthogonal filter's name; a ConfigError where it is unknown.
+        taps: The dtype to which the filter's numbers are rounded first, as in a graph of less precision; None takes
+            x's. Haar's are exact in any.
 
     Returns:
         LL, LH, HL, HH, each [B, C, ceil(H/2), ceil(W/2)]: approximation, horizontal, vertical and diagonal detail, as
         PyWavelets' cA, cH, cV, cD.
-
-    Raises:
-        ConfigError: The wavelet is unknown.
-
-    >>> ll, lh, hl, hh = dwt2(torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]]))
-    >>> [band.item() for band in (ll, lh, hl, hh)]
-    [5.5, -2.5, -1.5, 0.5]
     """
     check_wavelet(wavelet)
     if x.shape[2] % 2:
@@ -59,33 +53,17 @@ def dwt2(x: torch.Tensor, wavelet: str = "haar", taps: torch.dtype | None = None
         x = torch.cat([x, x[:, :, :, -1:]], dim=3)
     if wavelet in HAAR:
         top, bottom = x[:, :, 0::2], x[:, :, 1::2]
-        low, high = top + bottom, top - bottom
-        ll, hl = _haar_pair(low)
-        lh, hh = _haar_pair(high)
+        (ll, hl), (lh, hh) = _haar_pair(top + bottom), _haar_pair(top - bottom)
         return 0.5 * ll, 0.5 * lh, 0.5 * hl, 0.5 * hh
     filters = _filters(wavelet, x, taps)
-    low, high = _analyse(x, filters, dim=2)
-    ll, hl = _analyse(low, filters, dim=3)
-    lh, hh = _analyse(high, filters, dim=3)
+    (ll, hl), (lh, hh) = (_analyse(half, filters, dim=3) for half in _analyse(x, filters, dim=2))
     return ll, lh, hl, hh
 
 
 def idwt2(
-    ll: torch.Tensor,
-    lh: torch.Tensor,
-    hl: torch.Tensor,
-    hh: torch.Tensor,
-    wavelet: str = "haar",
-    taps: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Puts four bands together again: the inverse of `dwt2` for images of even size.
-
-    Bands of [B, C, H, W] give [B, C, 2H, 2W]; wavelet, taps and errors as of `dwt2`.
-
-    >>> x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    >>> bool((idwt2(*dwt2(x)) == x).all())
-    True
-    """
+    ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor, wavelet: str = "haar", taps: torch.dtype | None = None
+) -> Tensor:
+    """Joins four bands of [B, C, H, W] to [B, C, 2H, 2W]: the inverse of `dwt2`, which describes wavelet and taps."""
     check_wavelet(wavelet)
     if wavelet in HAAR:
         low, high = _interleave(ll + hl, ll - hl, 3), _interleave(lh + hh, lh - hh, 3)
@@ -95,13 +73,13 @@ def idwt2(
     return _synthesise(low, high, filters, dim=2)
 
 
-def _haar_pair(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _haar_pair(x: Tensor) -> tuple[Tensor, Tensor]:
     left, right = x[:, :, :, 0::2], x[:, :, :, 1::2]
     return left + right, left - right
 
 
-def _interleave(even: torch.Tensor, odd: torch.Tensor, dim: int) -> torch.Tensor:
-    """Puts two tensors' rows (dim 2) or columns (dim 3) in turns; stacking them would take a fifth dimension."""
+def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:
+    """Alternates two tensors' rows (dim 2) or columns (dim 3); stacking them would need a fifth dimension."""
     batch, channels, height, width = even.shape
     if dim == 2:
         return torch.cat([even, odd], dim=3).reshape(batch, channels, 2 * height, width)
@@ -109,7 +87,7 @@ def _interleave(even: torch.Tensor, odd: torch.Tensor, dim: int) -> torch.Tensor
     return torch.cat(pair, dim=3).reshape(batch, channels, height, 2 * width)
 
 
-def _analyse(x: torch.Tensor, filters: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _analyse(x: Tensor, filters: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Low- and high-pass halves along one dimension: y[k] = sum_j h[j] x[2k + L/2 - j], L taps."""
     channels, reach = x.shape[1], filters.shape[1] // 2 - 1
     # One group for each channel, whose two outputs are its low and its high half.
@@ -118,7 +96,7 @@ def _analyse(x: torch.Tensor, filters: torch.Tensor, dim: int) -> tuple[torch.Te
     return halves[:, 0::2], halves[:, 1::2]
 
 
-def _synthesise(low: torch.Tensor, high: torch.Tensor, filters: torch.Tensor, dim: int) -> torch.Tensor:
+def _synthesise(low: Tensor, high: Tensor, filters: Tensor, dim: int) -> Tensor:
     """The inverse of `_analyse`, which is its transpose: sample 2i + p is sum_r h[2r + s] y[i + r + c].
 
     Here s = (L/2 + p) mod 2 and c = (p + s - L/2) / 2: even and odd samples are two convolutions of the coefficients.
@@ -136,23 +114,20 @@ def _synthesise(low: torch.Tensor, high: torch.Tensor, filters: torch.Tensor, di
     return _interleave(both[:, 0::2], both[:, 1::2], dim)
 
 
-def _filters(wavelet: str, like: torch.Tensor, taps: torch.dtype | None) -> torch.Tensor:
+def _filters(wavelet: str, like: Tensor, taps: torch.dtype | None) -> Tensor:
     """The low- and the high-pass filter of the analysis, [2, taps]."""
-    precision = like.dtype if taps is None else taps
-    return torch.tensor(_taps(wavelet), dtype=precision, device=like.device).to(like.dtype)
+    return torch.tensor(_taps(wavelet), dtype=taps or like.dtype, device=like.device).to(like.dtype)
 
 
 @lru_cache(maxsize=8)
 def _taps(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    try:
+    with needing("export", f"the wavelet {wavelet}"):
         import pywt
-    except ImportError as e:
-        raise MissingExtraError(f"the wavelet {wavelet}", "export") from e
     bank = pywt.Wavelet(wavelet)
     return tuple(bank.dec_lo), tuple(bank.dec_hi)
 
 
-def _continue(x: torch.Tensor, before: int, after: int, dim: int) -> torch.Tensor:
+def _continue(x: Tensor, before: int, after: int, dim: int) -> Tensor:
     """Continues a signal periodically."""
     size = x.shape[dim]
     parts = [x]
@@ -165,6 +140,6 @@ def _continue(x: torch.Tensor, before: int, after: int, dim: int) -> torch.Tenso
     return torch.cat(parts, dim=dim) if len(parts) > 1 else x
 
 
-def _along(filters: torch.Tensor, dim: int) -> torch.Tensor:
+def _along(filters: Tensor, dim: int) -> Tensor:
     """[2, taps] as a kernel [2, 1, taps, 1] or [2, 1, 1, taps]."""
     return filters[:, None, :, None] if dim == 2 else filters[:, None, None, :]

@@ -24,13 +24,10 @@ ROUNDS, SAMPLES = 3, 24
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs.
+    """What a full and a cached step cost.
 
-    Attributes:
-        unit: ``flops``: GFLOPs of one sample, attention matmuls included. ``latency``: milliseconds of one image,
-            hand-off and scheduler included.
-        full: A full step.
-        cached: A cached step.
+    The unit ``flops`` is GFLOPs of one sample, attention matmuls included; ``latency`` is milliseconds of one image,
+    hand-off and scheduler included.
     """
 
     unit: str
@@ -50,10 +47,7 @@ class StepCost:
         return self.share(mask) <= budget + 1e-9
 
     def fewest_cached(self, budget: float, steps: int) -> int:
-        """How many steps must be cached to meet a budget.
-
-        Raises:
-            ConfigError: No mask meets it: with the cheapest mask, what it costs, and the nearest budget.
+        """How many steps must be cached to meet a budget; a ConfigError names the nearest budget where none meets it.
 
         >>> StepCost("flops", 10.0, 4.0).fewest_cached(0.7, 8)
         4
@@ -80,11 +74,7 @@ class StepCost:
 
 
 def check_budget(budget: float, unit: str) -> None:
-    """Refuses a budget that is no share of clock 1's cost, and an unknown unit.
-
-    Raises:
-        ConfigError: It is not a number above 0 and up to 2, or the unit is unknown.
-    """
+    """Refuses a budget that is not above 0 and up to 2, and an unknown unit, with a ConfigError."""
     if unit not in UNITS:
         raise ConfigError(f"budget unit is {unit!r}; choices: {', '.join(UNITS)}")
     if not 0 < budget <= MAX_BUDGET:  # NaN is neither
@@ -103,7 +93,7 @@ def count_cost(bundle: Path) -> StepCost:
 def time_cost(images: Trajectories) -> StepCost:
     """Times steps: medians over generations of the first planning image at clock 1 and at clock 2, in turns.
 
-    Where there is no second step, a cached one costs what a full one does.
+    Without a second step, a cached one costs what a full one does.
     """
     pipe = EdgePipeline(images.manifest, images.session, warn=False)
     times: dict[bool, list[float]] = {True: [], False: []}

@@ -9,14 +9,13 @@ caching i and j, the model is
 over the cached steps: exact for one and for two, and for any number where displacements just add up.
 
 They do not in a row: a cached step that follows cached ones reuses an older feature, which pairs know of neighbours
-alone. So rows of three and four cached steps are measured too, and what the pairs leave out is added for each row that
-a mask holds. On grocery-32 at 8 steps, all 128 masks measured, ranks of masks with 4, 5 and 6 cached steps agreed with
+alone. So rows of three and four cached steps are measured too, and what the pairs leave out is added for each row of a
+mask. On grocery-32 at 8 steps, all 128 masks measured, ranks of masks with 4, 5 and 6 cached steps agreed with
 what was measured to 0.75, 0.41 and 0.11 (Spearman) without, to 0.99, 0.99 and 0.96 with rows.
 
-A cross term may be negative, and stays so: two displacements can point against each other, and clipping half of the
-terms would favour pairs for nothing but their sign. But a search over thousands of masks would find one where many such
-terms, none of them measured together, add up to nothing. So a mask of three and more cached steps is not expected to do
-better than the best pair in it.
+A cross term may be negative, where two displacements point against each other; clipping would favour pairs for their
+sign. But a search over thousands of masks would find one where many such terms, never measured together, add up to
+nothing. So a mask of three and more cached steps is not expected to do better than the best pair in it.
 """
 
 from collections.abc import Mapping, Sequence

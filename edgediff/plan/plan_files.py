@@ -13,7 +13,7 @@ import msgspec
 
 from edgediff.errors import ConfigError, TargetError
 from edgediff.export.export_config import ExportConfig, check_config, config_from
-from edgediff.outputs import check_drawing, check_folder, write_whole
+from edgediff.outputs import check_drawing, check_folder, make_figure, mark_limit, open_frame, save_figure, write_whole
 from edgediff.plan.trajectory import Mask, psnr_db
 from edgediff.targets import TARGETS
 from edgediff_runtime import Manifest
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from edgediff.plan.planner import Plan, Point
 
 FIGURE, PLAN, RECIPE = "frontier.png", "plan.json", "recipe.yaml"
-DRAWING = "the plan's picture"
 INK, SOFT, BEST, UNIFORM, CHOSEN = "#222222", "#8a8a8a", "#1f5fa8", "#c2571a", "#1a7f37"
 SIZE, DPI = (8.0, 5.0), 150
 # Uniform clocks that get their name: those of longer periods crowd together at the cheap end.
@@ -35,29 +34,39 @@ def check_place(folder: Path, bundle: Path) -> None:
     """Refuses a folder that could not be written, before anything is measured.
 
     Raises:
-        TargetError: It is no folder, cannot be written, or lies in a bundle, which holds what its manifest lists and
-            nothing else.
+        TargetError: It is no folder, cannot be written, or is in a bundle.
         MissingExtraError: matplotlib is not installed.
     """
-    check_drawing(DRAWING)
+    check_drawing("the plan's picture")
     check_folder(folder)
     here = folder.resolve()
     inside = next((parent for parent in (here, *here.parents) if (parent / MANIFEST).is_file()), None)
     if inside is not None or bundle.resolve() in (here, *here.parents):
         raise TargetError(
-            f"{folder} lies in the bundle {inside or bundle}, which holds nothing else; choose another output"
+            f"{folder} is in the bundle {inside or bundle}, which contains only its own files; choose another output"
+        )
+
+
+def check_replaced(folder: Path, search: dict[str, Any]) -> None:
+    """Refuses to replace files of a folder that are not the plan of the same search (`planner.search_of`).
+
+    Raises:
+        TargetError: There are such files.
+    """
+    there = [name for name in (FIGURE, PLAN, RECIPE) if (folder / name).exists()]
+    try:
+        found = json.loads((folder / PLAN).read_bytes())
+        same = {key: found.get(key) for key in search} == search
+    except (OSError, ValueError, AttributeError, RecursionError):  # no plan.json, or one that is no plan's
+        same = False
+    if there and not same:
+        raise TargetError(
+            f"{folder} contains {there[0]} of other settings; pass --force to replace it, or choose another output"
         )
 
 
 def write_plan(plan: "Plan", folder: Path) -> dict[str, Path]:
-    """Writes a plan; other files of the folder stay.
-
-    Returns:
-        The files by what they are: ``figure``, ``plan`` and ``recipe``.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Writes a plan as the files ``figure``, ``plan`` and ``recipe``; other files of the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen, images = plan.chosen, plan.images
     own = plan.manifest.operating_point.guidance_scale
@@ -78,8 +87,7 @@ def write_plan(plan: "Plan", folder: Path) -> dict[str, Path]:
 def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) -> ExportConfig:
     """Puts a mask, and a guidance scale where it is given, into the recipe that a bundle was made by.
 
-    Raises:
-        ConfigError: The bundle's recipe is not one that this version reads.
+    ConfigError: this version cannot read the bundle's recipe.
     """
     source, adaptor = manifest.source, manifest.adaptor
     data: dict[str, Any] = json.loads(json.dumps(manifest.config))
@@ -95,7 +103,7 @@ def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) ->
     if guidance_scale is not None:
         data["guidance_scale"] = guidance_scale
     if all(mask):
-        # There is no cached step by which the cached graph of a pair could be verified, and none that would run.
+        # No cached step could verify the cached graph of a pair, and none would run it.
         data["layout"] = "split"
         for target in TARGETS:
             data[target] = {**data.get(target, {}), "layout": None}
@@ -129,42 +137,32 @@ def _format(value: Any) -> str:
 
 
 def draw_frontier(plan: "Plan", path: Path) -> None:
-    """Draws what each number of cached steps costs and how near its best mask stays to clock 1, as PNG.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    check_drawing(DRAWING)
-    # The Agg backend by name: no display is asked for, and no global setting changed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draws what each number of cached steps costs and how near its best mask stays to clock 1, as PNG."""
+    figure = make_figure(*SIZE, DPI)
     axes = figure.add_subplot()
     points = [point for point in plan.frontier if point.error > 0]
     if points:
         _draw_points(axes, plan, points)
     else:
-        words = "no clock but clock 1: nothing is cached"
-        axes.text(0.5, 0.5, words, ha="center", transform=axes.transAxes, color=SOFT)
+        axes.text(
+            0.5, 0.5, "no clock but clock 1: nothing is cached", ha="center", transform=axes.transAxes, color=SOFT
+        )
     unit = "GFLOPs" if plan.cost.unit == "flops" else "milliseconds on this machine"
     axes.set_xlabel(f"cost, % of clock 1's {unit}")
     peak = "PSNR" if plan.manifest.sample.space == "pixel" else "latents: signal to noise"
     axes.set_ylabel(f"{peak} against clock 1, dB (higher is nearer)")
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    images = plan.images
+    open_frame(axes)
+    images, manifest = plan.images, plan.manifest
     figure.suptitle(
-        f"{plan.manifest.source.name}: {images.steps} steps of {plan.manifest.scheduler.name}, guidance "
+        f"{manifest.source.name}: {images.steps} steps of {manifest.scheduler.name}, guidance "
         f"{images.guidance_scale:g}, {images.num_images} images\n"
         f"plan: {letters(plan.chosen.mask)} (F full, c cached), {plan.chosen.cost:.1%} of clock 1's cost",
         color=INK,
         fontsize=10.5,
     )
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _draw_points(axes: Any, plan: "Plan", points: "list[Point]") -> None:
@@ -177,12 +175,7 @@ def _draw_points(axes: Any, plan: "Plan", points: "list[Point]") -> None:
     for period in list(uniform)[:NAMED]:
         where = (100 * uniform[period].cost, psnr_db(uniform[period].error))
         axes.annotate(f"clock {period}", where, (9, -4), textcoords="offset points", fontsize=8, color=UNIFORM)
-    budget = 100 * plan.budget
-    axes.axvline(budget, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"budget {budget:g} %", (budget, 1), (-4, -4), xycoords=("data", "axes fraction"),
-        textcoords="offset points", rotation=90, ha="right", va="top", fontsize=8, color=SOFT,
-    )  # fmt: skip
+    mark_limit(axes, 100 * plan.budget, f"budget {100 * plan.budget:g} %")
     if plan.chosen.error > 0:
         ring = {"markersize": 16, "markerfacecolor": "none", "markeredgecolor": CHOSEN, "markeredgewidth": 2}
         axes.plot(*_at([plan.chosen]), "o", **ring, linestyle="none", label="the plan")

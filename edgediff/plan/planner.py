@@ -3,18 +3,21 @@
 Where there are few enough masks of the wanted cost, all of them are measured. Else a model of what each step, each pair
 and each short row of cached steps does to the image chooses those to measure, as it does for every other cost, for the
 frontier. These masks and every uniform clock are measured on the same noise, and the least error wins. Where the images
-do not tell the best mask from a uniform clock, the uniform clock is the plan: it holds on other seeds, and adaptors are
-trained for it.
+do not tell the best mask from a uniform clock, the uniform clock is the plan: it is as good on other seeds, and
+adaptors are trained for it.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import comb
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from edgediff.bundle.reference import REFERENCE, load_reference
@@ -22,10 +25,10 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff.errors import ConfigError
 from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cost, time_cost
 from edgediff.plan.estimate import ROWS, Estimate, masks_of, probes
-from edgediff.plan.plan_files import plan_recipe
+from edgediff.plan.plan_files import check_place, check_replaced, plan_recipe
 from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db
 from edgediff.targets.backends import open_session, usual_backend
-from edgediff_runtime import Bundle, Manifest, clock_mask, open_bundle
+from edgediff_runtime import Manifest, clock_mask, open_bundle
 from edgediff_runtime.clock import format_mask
 from edgediff_runtime.operating_point import departure
 
@@ -43,11 +46,9 @@ DDIM_STEPS = 10
 
 @dataclass(frozen=True)
 class Point:
-    """A mask and what is known of it.
+    """A mask, and its cost as a share of clock 1's.
 
     Attributes:
-        mask: One entry for each step, True = full.
-        cost: Share of clock 1's cost.
         expected: Mean error that the model expects.
         errors: Measured error of each planning image against clock 1, float64 [N].
     """
@@ -68,10 +69,7 @@ class Point:
         return _standard_error(self.errors)
 
     def beats(self, other: "Point") -> bool:
-        """Whether the error is less than another's by more than the standard error of the difference, image by image.
-
-        False also where the two are equal.
-        """
+        """Whether the error is less than another's by more than the standard error of the images' differences."""
         nearer = other.errors - self.errors
         return bool(np.mean(nearer) > _standard_error(nearer))
 
@@ -95,20 +93,13 @@ class Plan:
     """What was planned, and everything that was measured on the way.
 
     Attributes:
-        bundle: The bundle's directory.
-        manifest: Its manifest.
-        images: The planning images.
-        backend: What ran them.
         budget: Share of clock 1's cost.
         cost: What a step costs, in the budget's unit.
-        chosen: The plan.
         tied: The mask with the least measured error, where these images do not tell it from a uniform clock that then
-            is the plan; else None.
+            is chosen; else None.
         frontier: For each number of cached steps, from 0 up, the mask with the least measured error.
         uniform: The clocks that are a period, by period.
-        estimate: The model behind `Point.expected`.
         measured: How many masks were measured.
-        warnings: What is known to speak against the plan, a line each.
     """
 
     bundle: Path
@@ -127,19 +118,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for plan.json and ``--json``."""
-        images = self.images
         return {
             "bundle": str(self.bundle),
-            "model": self.manifest.source.name,
-            "scheduler": self.manifest.scheduler.name,
-            "steps": images.steps,
-            "guidance_scale": images.guidance_scale,
-            "seed": images.seed,
-            "num_images": images.num_images,
-            "backend": self.backend,
-            "space": self.manifest.sample.space,
-            "budget": self.budget,
-            "in": self.cost.unit,
+            **search_of(self.images, self.backend, self.budget, self.cost.unit),
             "step_cost": {"full": self.cost.full, "cached": self.cost.cached},
             "chosen": self.chosen.to_dict(),
             "tied": None if self.tied is None else self.tied.to_dict(),
@@ -154,6 +135,26 @@ class Plan:
         }
 
 
+def search_of(images: Trajectories, backend: str, budget: float, unit: str) -> dict[str, Any]:
+    """What a plan depends on, as plain data: the same bundle, embeddings and settings give the same."""
+    manifest = images.manifest
+    inputs = [manifest, images.conditioning]
+    encoded = msgspec.json.encode(inputs, enc_hook=lambda array: np.asarray(array).tobytes(), order="sorted")
+    return {
+        "model": manifest.source.name,
+        "scheduler": manifest.scheduler.name,
+        "steps": images.steps,
+        "guidance_scale": images.guidance_scale,
+        "seed": images.seed,
+        "num_images": images.num_images,
+        "backend": backend,
+        "space": manifest.sample.space,
+        "budget": budget,
+        "in": unit,
+        "inputs_sha256": hashlib.sha256(encoded).hexdigest(),
+    }
+
+
 def make_plan(
     bundle: str | Path,
     budget: float,
@@ -165,30 +166,33 @@ def make_plan(
     seed: int = 0,
     backend: str | None = None,
     conditioning: dict[str, Any] | None = None,
+    output: Path | None = None,
+    force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Chooses a bundle's clock.
 
     Args:
-        bundle: The bundle.
         budget: Share of clock 1's cost; 1 and more leave clock 1.
-        unit: ``flops``: the manifest's counts, attention matmuls included. ``latency``: measured with the bundle's own
-            session on this machine.
-        steps: None takes the bundle's.
-        num_images: Planning images.
-        guidance_scale: None takes the bundle's.
+        unit: ``flops``, the manifest's counts with attention matmuls, or ``latency``, measured on this machine.
+        steps, guidance_scale: None takes the bundle's.
         seed: Of the first planning image; image i has seed + i.
         backend: None takes the one that `edgediff run` would.
         conditioning: For a model of text, embeddings as `prompt_arguments` gives them, with one row for all images or
             rows that they take one after the other; None takes those of the bundle's evidence.
-        progress: Told what is being done.
+        output: The folder for `write_plan`, checked before anything is measured; None checks nothing.
+        force: Whether a plan of other settings in that folder may be replaced.
 
     Raises:
         ConfigError: The budget is out of range, or no clock meets it; there are more than 100 steps; or the bundle's
             own recipe cannot be read.
-        RequestError: What was asked does not fit the bundle.
+        RequestError: The request does not fit the bundle.
         BundleError: The bundle is damaged.
+        TargetError: The output cannot be written, is in a bundle, or has a plan of other settings.
+        MissingExtraError: There is an output, and matplotlib is not installed.
     """
+    if output is not None:
+        check_place(output, Path(bundle))
     say = progress if progress is not None else log.debug
     check_budget(budget, unit)
     say(f"opening {bundle}")
@@ -201,30 +205,24 @@ def make_plan(
     if unit == "flops":
         cost.fewest_cached(budget, steps)
     plan_recipe(manifest, (True,) * steps, guidance_scale)
-    chosen_backend = usual_backend(opened) if backend is None else backend
-    images = Trajectories(
-        manifest,
-        open_session(opened, chosen_backend),
-        steps,
-        point.guidance_scale if guidance_scale is None else guidance_scale,
-        seed,
-        num_images,
-        _evidence(opened) if conditioning is None else conditioning,
-        say,
-    )
+    backend = usual_backend(opened) if backend is None else backend
+    guidance_scale = point.guidance_scale if guidance_scale is None else guidance_scale
+    own = conditioning is None
+    if conditioning is None:
+        text = manifest.conditioning.kind == "text"
+        conditioning = prompt_arguments(load_reference(opened.file(REFERENCE)).conditioning) if text else {}
+    session = open_session(opened, backend)
+    images = Trajectories(manifest, session, steps, guidance_scale, seed, num_images, conditioning, say)
+    if output is not None and not force:
+        check_replaced(output, search_of(images, backend, budget, unit))
     if unit == "latency":
         cost = time_cost(images)
-    plan = choose(opened.path, images, chosen_backend, budget, cost)
-    own = conditioning is None
+    plan = choose(opened.path, images, backend, budget, cost)
     return replace(plan, warnings=caveats(manifest, plan.chosen.mask, images.guidance_scale, own_conditioning=own))
 
 
 def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost: StepCost) -> Plan:
-    """Measures, and takes the best.
-
-    Raises:
-        ConfigError: No mask meets the budget.
-    """
+    """Measures, and takes the best; a ConfigError where no mask meets the budget."""
     steps = images.steps
     wanted = cost.fewest_cached(budget, steps)
     tried = probes(steps)
@@ -240,41 +238,25 @@ def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost
     expected = dict(zip(errors, estimate.errors(list(errors)).tolist(), strict=True))
     points = {mask: Point(mask, cost.share(mask), expected[mask], errors[mask]) for mask in errors}
 
-    def rank(point: Point) -> tuple[float, float]:
-        return point.error, point.cost
-
+    rank = attrgetter("error", "cost")
     by_count: dict[int, list[Point]] = {}
     for point in points.values():
         by_count.setdefault(cached_steps(point.mask), []).append(point)
     least = min((point for point in points.values() if cost.fits(point.mask, budget)), key=rank)
     regular = min((points[mask] for mask in uniform.values() if cost.fits(mask, budget)), key=rank)
     chosen = least if least.beats(regular) else regular
-    return Plan(
-        bundle=bundle,
-        manifest=images.manifest,
-        images=images,
-        backend=backend,
-        budget=budget,
-        cost=cost,
-        chosen=chosen,
-        tied=None if chosen is least else least,
-        frontier=tuple(min(by_count[count], key=rank) for count in sorted(by_count)),
-        uniform={period: points[mask] for period, mask in uniform.items()},
-        estimate=estimate,
-        measured=len(points),
-    )
+    tied = None if chosen is least else least
+    frontier = tuple(min(by_count[count], key=rank) for count in sorted(by_count))
+    clocks = {period: points[mask] for period, mask in uniform.items()}
+    manifest = images.manifest
+    return Plan(bundle, manifest, images, backend, budget, cost, chosen, tied, frontier, clocks, estimate, len(points))
 
 
 def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_conditioning: bool = False) -> tuple[str, ...]:
-    """What the paper, or the adaptor's training, says against a plan, a line each.
+    """What speaks against a plan by the paper or the adaptor's training, a line each.
 
-    Distances in pixels to clock 1 are not quality: the paper's two failures were seen in FID.
-
-    Args:
-        manifest: The bundle's manifest.
-        mask: The plan, True = full.
-        guidance_scale: What it was planned for.
-        own_conditioning: Whether it was planned with what the bundle brings, and not with embeddings that were given.
+    Distances in pixels to clock 1 are not quality: the paper's two failures were seen in FID. `own_conditioning`: it
+    was planned with the bundle's embeddings.
     """
     steps, found = len(mask), []
     if manifest.source.random_weights is not None:
@@ -301,10 +283,3 @@ def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_condition
 
 def _standard_error(values: Errors) -> float:
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
-
-
-def _evidence(bundle: Bundle) -> dict[str, Any]:
-    """The embeddings that a bundle was verified with; nothing for a model of classes or of neither."""
-    if bundle.manifest.conditioning.kind != "text":
-        return {}
-    return prompt_arguments(load_reference(bundle.file(REFERENCE)).conditioning)

@@ -37,10 +37,7 @@ class ReplaySession:
     same order: a mask that caches step 5 alone does until then what clock 1 does. Masks in the order of `sorted` share
     the most; the tensors of one generation stay in memory. One generation at a time.
 
-    Attributes:
-        graphs: As in the session behind it.
-        batch: The same.
-        runs: How many graphs were run, and not taken from before.
+    `runs` counts the graphs that were run, and not taken from before.
     """
 
     def __init__(self, session: Session) -> None:
@@ -55,7 +52,7 @@ class ReplaySession:
         self._alike = False
 
     def begin(self, request: object) -> None:
-        """Tells that a generation begins; one whose `request` equals the last differs from it by its clock alone."""
+        """Begins a generation; one whose `request` equals the last differs from it by its clock alone."""
         if request != self._request:
             self._calls.clear()
         self._request, self._at, self._alike = request, 0, True
@@ -78,15 +75,9 @@ class Trajectories:
     """The planning images: each is made by clock 1 and by as many other clocks as are asked for.
 
     Attributes:
-        manifest: The bundle's manifest.
-        session: What runs its graphs.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 is off.
         seed: Of the first image; image i has seed + i.
-        num_images: How many images.
         conditioning: Arguments of `EdgePipeline.stream` for a model of text: embeddings with one row for all images, or
             rows that the images take one after the other.
-        say: Told what is being done.
     """
 
     manifest: Manifest
@@ -107,7 +98,7 @@ class Trajectories:
         self._references: dict[int, Array] = {}
         self._errors: dict[Mask, Errors] = {}
         for image in (0, self.num_images - 1):
-            self._pipe.stream(**self.request(image), clock=1)  # whatever does not fit is said now; nothing runs
+            self._pipe.stream(**self.request(image), clock=1)  # refuses what does not fit; nothing runs
 
     def request(self, image: int) -> dict[str, Any]:
         """Arguments of `EdgePipeline.stream` that make an image, but for the clock."""
@@ -122,11 +113,10 @@ class Trajectories:
         return request | {name: _row(value, image) for name, value in self.conditioning.items()}
 
     def errors(self, masks: Iterable[Mask]) -> dict[Mask, Errors]:
-        """Measures masks; those that were measured before are not run again.
+        """How far every image of each mask is from clock 1's, float64 [N]; a mask is measured once.
 
-        Returns:
-            For each mask how far every image is from clock 1's, float64 [N]: the mean squared difference, in pixel
-            space of the uint8 images scaled to [0, 1], in latent space of the latents over the variance of clock 1's.
+        The mean squared difference, in pixel space of the uint8 images scaled to [0, 1], in latent space of the latents
+        over the variance of clock 1's.
         """
         masks = list(dict.fromkeys(masks))
         # In this order each mask has the most in common with the one before it.

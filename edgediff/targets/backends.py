@@ -20,6 +20,7 @@ def open_session(
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
     if backend in runtime.BACKENDS:
         return runtime.open_session(bundle, backend, compute_units, threads, component)
+    runtime.check_threads(threads)
     runtime.refuse_compute_units(backend, compute_units)
     return _owner(backend).open_session(bundle, backend, threads, component)
 

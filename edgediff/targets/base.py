@@ -8,8 +8,9 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -77,6 +78,7 @@ class Job:
         target: The target's entry in the draft of the manifest.
         pipe: A pipeline over torch, for further trajectories.
         config: The target's section of the recipe.
+        traces: A folder for traced graphs, which further targets of the recipe are made of too; None where none is.
     """
 
     folder: Path
@@ -88,6 +90,7 @@ class Job:
     config: Any
     verify: VerifyConfig
     say: Say
+    traces: Path | None = None
 
     def examples(self) -> dict[str, dict[str, np.ndarray]]:
         """Real inputs of each graph that has a file, by the graph's name.
@@ -119,6 +122,7 @@ class ComponentJob:
         inputs: Real inputs by name, some rows of them.
         settings: Its configuration, as diffusers or transformers saves it.
         config: The target's section of the recipe.
+        traces: A folder of traced graphs that several targets are made of; None where one target is.
     """
 
     folder: Path
@@ -129,6 +133,58 @@ class ComponentJob:
     settings: dict[str, Any]
     config: Any
     say: Say
+    traces: Path | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a bundle.
+
+    Attributes:
+        targets: Whose graphs it runs, the first of them that a bundle has; none where it runs the source.
+        packages: What must be installed, by the names that pip and Python share.
+        install: The command that installs it.
+        does: What `edgediff doctor` calls it; left out, that is made of the target and the name.
+        is_own: Whether the target opens it, by `open_session`, and not the runtime.
+        verifies: Whether verification runs the target's graphs in it.
+        floor_db: The least PSNR of a step in `edgediff bench`; None takes the floor of the bundle's target.
+        provider: Which of ONNX Runtime's execution providers must be available too.
+        only_mac: Whether it runs on macOS alone.
+        on_cpu: Whether it computes on the CPU, whose peak is measured.
+        by_default: Whether it is timed where no backend is named.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    packages: tuple[str, ...]
+    install: str
+    does: str = ""
+    is_own: bool = False
+    verifies: bool = True
+    floor_db: float | None = None
+    provider: str | None = None
+    only_mac: bool = False
+    on_cpu: bool = True
+    by_default: bool = True
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its packages are installed; not whether it works here."""
+        return all(find_spec(package) is not None for package in self.packages) and self.has_provider
+
+    @property
+    def has_provider(self) -> bool:
+        """Whether the installed ONNX Runtime has the provider that this one asks for."""
+        if self.provider is None:
+            return True
+        import onnxruntime as ort
+
+        return self.provider in ort.get_available_providers()
+
+    def target(self, manifest: m.Manifest) -> str | None:
+        """Which of a bundle's targets it runs; None where it runs none of them."""
+        there = {target.target for target in manifest.targets}
+        return next((name for name in self.targets if name in there), None)
 
 
 class Target(ABC):
@@ -137,11 +193,11 @@ class Target(ABC):
     Attributes:
         files: What its files are called in messages.
         config: Its section of a recipe.
-        packages: What has to be installed to write it, by the names that pip knows.
-        backends: What verification runs its graphs in, in this order; one of them must have measured.
+        packages: What has to be installed to write it, by the names that pip knows, in the versions of the tests.
+        backends: What is made to run its graphs. Verification takes them in this order, and one must have measured.
         tools_to_run: The packages whose versions a verification records.
+        takes_traces: Whether its graphs are made of torch's ONNX export; several such targets share what is traced.
         accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
-        own_backends: Backends that the runtime does not have, opened by `open_session`.
     """
 
     name: str
@@ -149,11 +205,21 @@ class Target(ABC):
     files: str
     config: type[msgspec.Struct]
     extra: str = "export"
-    packages: tuple[str, ...]
-    backends: tuple[str, ...]
-    own_backends: tuple[str, ...] = ()
+    packages: ClassVar[Mapping[str, str]]
+    backends: tuple[Backend, ...]
     tools_to_run: tuple[str, ...] = ()
+    takes_traces: bool = False
     accelerators: tuple[str, ...] = ()
+
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """Names of the backends that verification runs its graphs in."""
+        return tuple(backend.name for backend in self.backends if backend.verifies)
+
+    @property
+    def own_backends(self) -> tuple[str, ...]:
+        """Names of the backends that the runtime does not have."""
+        return tuple(backend.name for backend in self.backends if backend.is_own)
 
     # The recipe
 
@@ -212,7 +278,7 @@ class Target(ABC):
 
     def run_hint(self, entry: Any) -> str:
         """How to run these graphs, one line for the bundle's README."""
-        return f"{self.title}: `edgediff run . -o out.png --backend {self.backends[0]}`."
+        return f"{self.title}: `edgediff run . -o out.png --backend {self.verifiers[0]}`."
 
     # Writing and running
 
@@ -236,11 +302,15 @@ class Target(ABC):
 
     def usual_backend(self) -> str | None:
         """The backend that runs these graphs on this machine where none is asked for; None where none can."""
-        return self.backends[0]
+        return self.verifiers[0]
 
     def open_session(self, bundle: "Bundle", backend: str, threads: int | None, component: str = "unet") -> "Session":
         """Opens a component of a bundle in one of `own_backends`."""
         raise RequestError(f"backend {backend!r}: {self.title} brings none; choose a backend of the runtime")
+
+    def rounds_attention_scale(self, entry: Any) -> bool:
+        """Whether an fp16 graph holds attention's scale as a constant, which is rounded like any other."""
+        return True
 
     # Verification and inspection
 

@@ -1,4 +1,4 @@
-"""A small KL autoencoder, for teachers that learn latents in the place of pixels.
+"""A small KL autoencoder, for teachers that learn latents instead of pixels.
 
 diffusers' `AutoencoderKL`, trained as latent diffusion's is (Rombach et al., section 3.1) without its perceptual and
 adversarial losses, which need networks of their own.
@@ -16,29 +16,20 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import nn
 
-from edgediff.data.batches import Batches, as_channels_first
-from edgediff.data.draws import generator
+from edgediff.data.batches import Batches, as_channels_first, generator
 from edgediff.data.image_folder import ImageSet, divide
-from edgediff.errors import ConfigError, TargetError, TrainingError
-from edgediff.models.load import WEIGHTS, one_line
-from edgediff.train.claim import Claim, claimed, is_done
-from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr
+from edgediff.errors import ConfigError, TrainingError
+from edgediff.train.claim import Claim, writing
+from edgediff.train.dataset import HELD_OUT_SHARE
+from edgediff.train.latents import CONFIG, WEIGHTS_FILE, encode, load_autoencoder, reconstruction_psnr
 from edgediff.train.loop import LOSS, Loop, Say, Task, silent
 from edgediff.train.settings import AutoencoderTraining, check_training
 
-WEIGHTS_FILE = f"{WEIGHTS}.safetensors"
-HELD_OUT = 0.1
-
 
 def check_autoencoder(settings: AutoencoderTraining, size: int) -> AutoencoderTraining:
-    """Checks settings for images of a height and width in pixels.
-
-    Raises:
-        ConfigError: With the field, its value and what was expected.
-    """
+    """Checks settings for images of a height and width in pixels; a ConfigError where they do not fit."""
     settings = check_training(settings)
     if size % settings.factor:
         raise ConfigError(
@@ -57,18 +48,18 @@ def train_autoencoder(
     held_out: ImageSet | None = None,
     progress: Say | None = None,
 ) -> AutoencoderKL:
-    """Trains an autoencoder, or goes on where an interrupted training of the same settings stopped.
+    """Trains an autoencoder in the folder `path`, or resumes an interrupted training of the same settings.
 
-    The loss is the absolute error, which blurs less than the squared one and weighs images unlike the others less. The
+    The loss is the absolute error, which blurs less than the squared one and gives unusual images less weight. The
     latents of the images end with a mean of 0 and, times ``scaling_factor``, unit variance.
 
     Args:
-        images: What is learnt from; square.
-        settings: What is asked for; None takes the defaults.
-        path: The folder where the autoencoder is to be, as diffusers saves it.
+        images: Square ones.
+        settings: None takes the defaults.
+        path: Where the autoencoder is written as diffusers does.
         accelerator: Nothing is prepared with it, before and afterwards.
-        held_out: What reconstructions are measured on; None holds back a tenth of each class of `images`.
-        progress: Told what is being done, and the share of it that is done.
+        held_out: What reconstructions are measured on; None holds out a tenth of each class of `images`.
+        progress: Called with what is being done, and the share of it that is done.
 
     Returns:
         The autoencoder in evaluation mode, float32; read from `path` where it is there already.
@@ -82,14 +73,14 @@ def train_autoencoder(
     path = Path(path)
     say = progress if progress is not None and accelerator.is_main_process else silent
     if held_out is None:
-        images, held_out = divide(images, HELD_OUT, settings.seed)
+        images, held_out = divide(images, HELD_OUT_SHARE, settings.seed)
     sources = {"other images": hashlib.sha256(np.ascontiguousarray(images.images).data).hexdigest()}
-    claim = Claim(settings, sources, accelerator.num_processes, CONFIG)
-    if is_done(path, claim, accelerator):
+    claim = Claim(path, CONFIG, settings, sources, accelerator)
+    if claim.is_done():
         return load_autoencoder(path).to(accelerator.device)
-    with claimed(path, claim, accelerator):
+    with claim.locked():
         task = _AutoencoderTask(accelerator, images.images, settings)
-        Loop(accelerator, task, path, settings.checkpoint_minutes).run(say)
+        Loop(task, path).run(say)
         vae = task.vae.requires_grad_(False)
         _standardise(vae, images.images, settings)
         measured = held_out if len(held_out) else images
@@ -135,37 +126,36 @@ class _Loss(nn.Module):
 
 
 class _AutoencoderTask(Task):
+    """A visit is one update."""
+
     schedule = "cosine"
     clip = 1.0
     name = "autoencoder: "
 
     def __init__(self, accelerator: Accelerator, images: NDArray[np.uint8], settings: AutoencoderTraining) -> None:
         side = images.shape[1] // settings.factor
-        self.accelerator = accelerator
-        self.data = Batches(as_channels_first(images), None, None, settings.seed)
+        self.data = Batches(as_channels_first(images), {}, settings.seed)
         self.noise_shape = (settings.batch, settings.latent_channels, side, side)
         self.vae = _new(settings, images.shape[1])
         loss = _Loss(self.vae, settings.kl_weight)
         optimizer = torch.optim.AdamW(loss.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-        super().__init__(loss, optimizer, loss, settings, settings.updates)
-        self.ema = settings.ema
+        super().__init__(accelerator, settings, loss, optimizer, loss, settings.updates)
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
-        settings, device = self.settings, self.accelerator.device
-        number = batch * self.accelerator.num_processes + self.accelerator.process_index
-        rng = generator(settings.seed, number)
-        flips = torch.rand(settings.batch, generator=rng) < 0.5 if settings.flip else None
-        x, _ = self.data.take(number * settings.batch, settings.batch, flips)
+        number, size = self.number(batch), self.settings.batch
+        rng = generator(self.settings.seed, number)
+        flips = torch.rand(size, generator=rng) < 0.5 if self.settings.flip else None
+        x, _ = self.data.take(number * size, size, flips)
         noise = torch.randn(self.noise_shape, generator=rng)
-        return {LOSS: model(x.to(device), noise.to(device))}
+        return {LOSS: model(x.to(self.device), noise.to(self.device))}
 
 
 @torch.no_grad()
 def _standardise(vae: AutoencoderKL, images: NDArray[np.uint8], settings: AutoencoderTraining) -> None:
     """Gives the images' latents a mean of 0 in each channel and unit variance over all of them.
 
-    The factor is the configuration's. The mean goes into the two convolutions of one pixel beside the latents, so that
-    nothing that decodes has to know of it, and images come back as they did.
+    The factor goes into the configuration, the mean into the two 1x1 convolutions beside the latents: decoding needs
+    nothing new, and decoded images stay the same.
     """
     latents = encode(vae, images)
     mean, std = latents.mean((0, 2, 3)), float(latents.std((0, 2, 3), correction=0).square().mean().sqrt())
@@ -183,10 +173,8 @@ def _standardise(vae: AutoencoderKL, images: NDArray[np.uint8], settings: Autoen
 def _save(vae: AutoencoderKL, path: Path) -> None:
     """Writes weights, then the configuration, by which the training is known to be finished."""
     partial = path / "autoencoder.partial"
-    try:
+    with writing(path):
         vae.save_pretrained(partial)
         for name in (WEIGHTS_FILE, CONFIG):
             os.replace(partial / name, path / name)
         partial.rmdir()
-    except (SafetensorError, OSError) as e:
-        raise TargetError(f"{path} cannot be written: {one_line(e)[:200]}") from e

@@ -1,4 +1,4 @@
-"""The folder of a training: what is trained there, and that no other training writes there at the same time."""
+"""The folder of a training: what is trained there, and that no other training writes there meanwhile."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,47 +9,129 @@ from typing import Any
 
 import msgspec
 from accelerate import Accelerator, PartialState
+from safetensors import SafetensorError
 
 from edgediff.errors import TargetError
 from edgediff.outputs import as_text, check_folder, lock, unlock, write_whole
+from edgediff_runtime.errors import one_line
 
 SETTINGS = "training.json"
 CHECKPOINTS = "checkpoints"
 STORE = "store"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a training wants its folder for.
+class _Record(msgspec.Struct):
+    """What `SETTINGS` contains."""
 
-    Attributes:
-        settings: What is asked for; its `free` may change when a training goes on, its `free_after` also once it is
-            finished.
-        sources: Hash of each thing that is learnt from, by what another one would be called: ``another model``.
-        processes: How many train together.
-        product: The file that a finished training leaves.
-    """
-
-    settings: Any
     sources: dict[str, str]
     processes: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a training uses its folder for.
+
+    Attributes:
+        product: The file that a finished training leaves.
+        settings: Those in its `free` may differ when a training is resumed; of a finished one, not the learning rate.
+        sources: sha256 of what is learnt from, by how a message calls a different one: ``another model``.
+    """
+
+    path: Path
     product: str
+    settings: Any
+    sources: dict[str, str]
+    accelerator: Accelerator
 
-    def to_dict(self) -> dict[str, Any]:
-        """What the folder's file holds."""
-        return {
-            "sources": self.sources,
-            "processes": self.processes,
-            "settings": msgspec.to_builtins(self.settings),
-        }
+    def is_done(self) -> bool:
+        """Whether the result is there already.
 
-    def is_finished(self, path: Path) -> bool:
-        """Whether the training's result is in a folder."""
-        return (path / self.product).is_file()
+        Raises:
+            TargetError: The folder contains a training of other settings or sources, or other files.
+        """
+        self._check()
+        if not self._is_finished():
+            return False
+        self.accelerator.wait_for_everyone()
+        self._clear()  # it may have been killed before it did this itself
+        return True
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Locks the folder and records there what is trained, until the block or the process ends.
+
+        A block that ends without an error removes the checkpoints.
+
+        Raises:
+            TargetError: The folder contains something else, cannot be written, or another training runs there.
+        """
+        descriptor = None
+        self.accelerator.wait_for_everyone()
+        try:
+            if self.accelerator.is_main_process:
+                with writing(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    descriptor = _lock(self.path)
+                    self._check()
+                    data = msgspec.json.format(msgspec.json.encode(self._record()), indent=1) + b"\n"
+                    write_whole(self.path / SETTINGS, lambda scratch: scratch.write_bytes(data))
+            self.accelerator.wait_for_everyone()
+            yield
+            self._clear()
+        finally:
+            unlock(descriptor)
+
+    def _record(self) -> _Record:
+        return _Record(self.sources, self.accelerator.num_processes, msgspec.to_builtins(self.settings))
+
+    def _is_finished(self) -> bool:
+        return (self.path / self.product).is_file()
+
+    def _clear(self) -> None:
+        """Removes what a finished training no longer needs."""
+        if self.accelerator.is_main_process:
+            for name in (CHECKPOINTS, STORE):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _check(self) -> None:
+        path = self.path
+        check_folder(path)
+        if not path.exists():
+            return
+        file = path / SETTINGS
+        # A kill may have left a half-written copy of it.
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{SETTINGS}.")}
+        if not names or (names == {SETTINGS} and not self._is_finished()):
+            return
+        if SETTINGS not in names:
+            what = f"a result without its {SETTINGS}" if self._is_finished() else "something else"
+            raise TargetError(f"{path} contains {what}; choose another folder")
+        try:
+            old = msgspec.json.decode(file.read_bytes(), type=_Record)
+        except (OSError, msgspec.DecodeError, ValueError) as e:
+            raise TargetError(f"{file} is damaged; remove {path} or choose another folder") from e
+        differs = ", ".join(self._differences(old))
+        if differs:
+            raise TargetError(f"{path} contains a training with {differs}; choose another folder")
+
+    def _differences(self, old: _Record) -> Iterator[str]:
+        finished = self._is_finished()
+        free = set(self.settings.free) - ({"learning_rate"} if finished else set())
+        # As read from the file: a tuple is a list there.
+        new = msgspec.json.decode(msgspec.json.encode(self._record()), type=_Record)
+        for name, value in new.settings.items():
+            if name not in free and old.settings.get(name) != value:
+                yield f"{name} {old.settings.get(name)!r}, not {value!r}"
+        # A source that the old one lacks comes with a setting that differs.
+        yield from (what for what, digest in new.sources.items() if old.sources.get(what, digest) != digest)
+        if old.processes != new.processes and not finished:
+            yield f"{old.processes} processes, not {new.processes}"
 
 
 def check_output(path: Path, accelerator: Accelerator) -> None:
-    """Refuses a folder that cannot be written or that another training writes, before anything is read.
+    """Refuses a folder that cannot be written or that another training uses, before anything is read.
 
     Raises:
         TargetError: It is a file, cannot be written, has a name that is not UTF-8, or another training runs there.
@@ -61,83 +143,17 @@ def check_output(path: Path, accelerator: Accelerator) -> None:
         unlock(_lock(path))
 
 
-def is_done(path: Path, claim: Claim, accelerator: Accelerator) -> bool:
-    """Whether a training's result is in its folder already.
-
-    Raises:
-        TargetError: The folder holds a training of other settings or other sources, or files of something else.
-    """
-    _check_place(path, claim)
-    if not claim.is_finished(path):
-        return False
-    accelerator.wait_for_everyone()
-    _clear(path, accelerator)  # left by one that was killed at its very end
-    return True
-
-
-def _check_place(path: Path, claim: Claim) -> None:
-    check_folder(path)
-    if not path.exists():
-        return
-    file = path / SETTINGS
-    # A kill may have left this one half written.
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{SETTINGS}.")}
-    finished = claim.is_finished(path)
-    if SETTINGS not in names:
-        if names:
-            what = f"a result without its {SETTINGS}" if finished else "something else"
-            raise TargetError(f"{path} holds {what}; choose another folder")
-        return
-    if not finished and names == {SETTINGS}:
-        return  # nothing has come of it yet
-    try:
-        found = msgspec.json.decode(file.read_bytes())
-        old = {name: found[name] for name in ("sources", "processes", "settings")}
-    except (OSError, msgspec.DecodeError, ValueError, TypeError, KeyError) as e:
-        raise TargetError(f"{file} is damaged; remove {path} or choose another folder") from e
-    differs = _differences(old, claim, finished)
-    if differs:
-        raise TargetError(f"{path} holds a training with {differs}; choose another folder")
-
-
 @contextmanager
-def claimed(path: Path, claim: Claim, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps a training's folder for as long as the block takes: locks it, and says there what is trained.
-
-    The lock ends with the process, however it ends. Checkpoints go when the block ends well.
-
-    Raises:
-        TargetError: The folder holds something else, cannot be written, or another training runs there.
-    """
-    held = None
-    accelerator.wait_for_everyone()
+def writing(path: Path, kept: str = "") -> Iterator[None]:
+    """Turns what writing raises into a TargetError about `path`; `kept` is what is left to resume from."""
     try:
-        if accelerator.is_main_process:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                held = _lock(path)
-                _check_place(path, claim)
-                data = msgspec.json.format(msgspec.json.encode(claim.to_dict()), indent=1) + b"\n"
-                write_whole(path / SETTINGS, lambda scratch: scratch.write_bytes(data))
-            except OSError as e:
-                raise TargetError(f"{path} cannot be written: {e.strerror or e}") from e
-        accelerator.wait_for_everyone()
         yield
-        _clear(path, accelerator)
-    finally:
-        unlock(held)
-
-
-def _clear(path: Path, accelerator: Accelerator) -> None:
-    """Removes what a finished training no longer needs."""
-    if accelerator.is_main_process:
-        for name in (CHECKPOINTS, STORE):
-            shutil.rmtree(path / name, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    except (SafetensorError, RuntimeError, OSError) as e:  # torch and safetensors have their own for a full disk
+        raise TargetError(f"{path} cannot be written: {one_line(e)[:200]}{kept and '; '}{kept}") from e
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks: of several that train together, the first."""
+    """Whether this process, of those that train together, is the one that prints."""
     return bool(PartialState().is_main_process)
 
 
@@ -146,19 +162,3 @@ def _lock(path: Path) -> int | None:
         return lock(path)
     except BlockingIOError as e:
         raise TargetError(f"{path}: another training runs there; wait for it to end, or choose another folder") from e
-
-
-def _differences(old: dict[str, Any], claim: Claim, finished: bool) -> str:
-    """In what another training differs."""
-    free = claim.settings.free_after if finished else claim.settings.free
-    # As it comes back from the file: a tuple is a list there.
-    was, wanted = old["settings"], msgspec.json.decode(msgspec.json.encode(claim.settings))
-    if not isinstance(was, dict) or not isinstance(old["sources"], dict):
-        return "settings that cannot be read"
-    names = [name for name in wanted if name not in free and was.get(name) != wanted[name]]
-    found = [f"{name} {was.get(name)!r}, not {wanted[name]!r}" for name in names]
-    # One that is not known by this name comes with a setting that differs.
-    found += [what for what, digest in claim.sources.items() if old["sources"].get(what, digest) != digest]
-    if old["processes"] != claim.processes and not finished:
-        found.append(f"{old['processes']} processes, not {claim.processes}")
-    return ", ".join(found)

@@ -1,4 +1,4 @@
-"""What a UNet learns from: images, what is held out of them, and the model's class of each."""
+"""What a UNet learns from: images, those held out of them, and what the model is conditioned on for each."""
 
 from dataclasses import replace
 
@@ -8,19 +8,19 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from edgediff.data.batches import Batches, as_channels_first
-from edgediff.data.classes import class_indices
-from edgediff.data.image_folder import ImageSet, divide, read_images
+from edgediff.data.image_folder import ImageSet, class_indices, divide, read_images
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.load import Model
 from edgediff.train.latents import encode
 from edgediff.train.loop import Say
 from edgediff.train.settings import UNetTraining
 
-HELD_BACK = 0.1
+# Share of each class that is held out of a training.
+HELD_OUT_SHARE = 0.1
 
 
 def read_data(settings: UNetTraining, size: int, say: Say) -> tuple[ImageSet, ImageSet]:
-    """Reads the images that are learnt from and those held out, of the same classes, `size` pixels high and wide.
+    """Reads the images to learn from and those held out, of the same classes, `size` pixels high and wide.
 
     Raises:
         ConfigError: No folder is named.
@@ -30,12 +30,12 @@ def read_data(settings: UNetTraining, size: int, say: Say) -> tuple[ImageSet, Im
         raise ConfigError("no images: name a folder, --data DIR or 'data' in the settings")
     data = read_images(settings.data, size, minimum=2, progress=say)
     if settings.held_out is None:
-        kept, held_back = divide(data, HELD_BACK, seed=0)
-        if not len(held_back):
+        kept, held_out = divide(data, HELD_OUT_SHARE, seed=0)
+        if not len(held_out):
             raise DataError(
                 f"{settings.data} has one image of each class; expected more, or held-out images of their own"
             )
-        return replace(kept, skipped=data.skipped), held_back
+        return replace(kept, skipped=data.skipped), held_out
     held_out = read_images(settings.held_out, size, progress=say)
     strange = sorted(set(held_out.names) - set(data.names))
     if strange or bool(held_out.names) != bool(data.names):
@@ -58,16 +58,15 @@ def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
 
 
 def batches_of(data: ImageSet, model: Model, vae: AutoencoderKL | None, settings: UNetTraining) -> Batches:
-    """Images, or their latents by an autoencoder, in the form that updates draw them in.
-
-    Raises:
-        ConfigError: The autoencoder's levels do not divide the images, or the model's conditioning does not fit.
-        DataError: The images' classes do not fit the model.
-    """
-    labels = classes_of(model, data)
+    """Images, or their latents by an autoencoder, with their conditioning; raises what `encode` and `classes_of` do."""
+    labels, null_label = classes_of(model, data), model.conditioning.null_label
+    cond = {} if labels is None else {"class_labels": torch.from_numpy(labels)}
+    null = {} if labels is None or null_label is None else {"class_labels": torch.tensor(null_label)}
+    mirrored = None
     if vae is None:
-        return Batches(as_channels_first(data.images), None, labels, settings.seed)
-    mirrored: torch.Tensor | None = None
-    if settings.flip:
-        mirrored = encode(vae, np.ascontiguousarray(data.images[:, :, ::-1]))
-    return Batches(encode(vae, data.images), mirrored, labels, settings.seed)
+        x_0 = as_channels_first(data.images)
+    else:
+        if settings.flip:
+            mirrored = encode(vae, np.ascontiguousarray(data.images[:, :, ::-1]))
+        x_0 = encode(vae, data.images)
+    return Batches(x_0, cond, settings.seed, mirrored=mirrored, null=null)

@@ -1,18 +1,13 @@
-"""Spectrum-aware distillation: features of teacher and student side by side, and two terms (Spectral Diffusion, 4.2).
+"""Spectrum-aware distillation: features of teacher and student compared, in two terms (Spectral Diffusion, 4.2).
 
-A denoiser's error is largest where images have most power, so what is small in power, mostly what is high in frequency,
-is learnt last. The frequency term weighs each frequency by the inverse of the clean image's magnitude there.
+A denoiser learns frequencies of little power last, mostly the high ones. The frequency term weighs each frequency by
+the inverse of the clean image's magnitude there. README.md says what is reconstructed, since the paper does not say it.
 
-Rebuilt, as the paper does not say: the DFT is orthonormal, so that both terms are of one size; magnitudes are averaged
-over channels and kept away from 0; weights have a mean of 1; and each term is divided by the power of the teacher's
-feature, so that features of any scale count alike.
-
-The two UNets have the same levels, so features of one place are of one size; their widths differ, and a 1x1 convolution
-aligns the student's. Aligners belong to the training: they are not part of the student that is saved.
+The two UNets have the same levels, so features of one place have the same size; their widths differ, and a 1x1
+convolution aligns the student's. These aligners are part of the training, not of the student that is saved.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,29 +15,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgediff.errors import ConfigError
+from edgediff.models.undivided import predict
 from edgediff.train.settings import POINTS
 
 OUT = POINTS[-1]
-# Mixed precision must not round the spectra.
-_FULL = torch.float32
 # Least magnitude, as a share of the image's mean magnitude over frequencies.
 FLOOR = 0.01
 
 
 def frequency_weights(x_0: torch.Tensor, size: tuple[int, int], alpha: float) -> torch.Tensor:
-    """Weights of the frequencies: |F(x_0 resized)|^alpha.
+    """Weights of the frequencies, |F(x_0 resized)|^alpha, of clean images or latents [B, C, H, W].
 
-    Args:
-        x_0: Clean images (or latents), [B, C, H, W].
-        size: Height and width of the features to weigh; divisors of H and W.
-        alpha: -1 is the paper's; 0 weighs all alike.
+    `size` is the features' height and width.
 
     Returns:
-        [B, 1, h, w//2 + 1]: of the half plane that a real signal's spectrum has, each frequency counted with its mirror
-        image, so that they add up to h w for each image.
-
-    >>> frequency_weights(torch.ones(1, 3, 4, 4), (2, 4), alpha=0.0)[0, 0].tolist()
-    [[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]]
+        [B, 1, h, w//2 + 1]: the half plane of a real signal's spectrum. Each frequency is counted with its mirror
+        image, so that the weights of an image add up to h w.
     """
     height, width = size
     resized = F.interpolate(x_0.float(), size=size, mode="area")
@@ -66,12 +54,7 @@ def spatial_term(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 def frequency_term(teacher: torch.Tensor, student: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean squared difference of two features' spectra, relative to the teacher's power.
 
-    With weights of an alpha of 0 it is `spatial_term`, by Parseval.
-
-    Args:
-        teacher: [B, C, H, W].
-        student: [B, C, H, W].
-        weights: [B, 1, H, W//2 + 1], what `frequency_weights` gave.
+    The features are [B, C, H, W], the weights those of `frequency_weights`; for an alpha of 0 it equals `spatial_term`.
     """
     teacher, student = teacher.float(), student.float()
     difference = torch.view_as_real(torch.fft.rfft2(teacher - student, norm="ortho"))
@@ -83,28 +66,27 @@ def _power(feature: torch.Tensor) -> torch.Tensor:
     return feature.pow(2).mean().clamp_min(1e-12)
 
 
-@contextmanager
-def tapped(unet: Any, points: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects a UNet's features at some of `POINTS` while it runs.
+def predict_with_features(
+    unet: Any, points: tuple[str, ...], x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Runs a UNet on noised images [B, C, H, W] at time steps [B].
 
-    Yields:
-        Filled by the UNet's run: ``down_0`` (the highest level), ``mid``, ``up_0`` (the lowest level) and so on, each
-        [B, C, H, W]; not ``out``.
+    Returns:
+        The prediction, and the features at some of `POINTS`, each [B, C', H', W']: ``down_0`` (the highest level),
+        ``mid``, ``up_0`` (the lowest level) and so on, and ``out``, the prediction.
     """
     found: dict[str, torch.Tensor] = {}
 
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+    def keep(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        found[name] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in _places(unet, points).items()]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in _places(unet, points).items()]
     try:
-        yield found
+        prediction = predict(unet, x_t, t, cond)
     finally:
         for handle in handles:
             handle.remove()
+    return prediction, found | ({OUT: prediction} if OUT in points else {})
 
 
 def _places(unet: Any, points: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -119,7 +101,7 @@ def _places(unet: Any, points: tuple[str, ...]) -> dict[str, nn.Module]:
 
 
 def _last_module(block: Any, resamplers: str = "") -> nn.Module:
-    """What runs last in a block: not the block itself, which a UNet that runs layer by layer never calls."""
+    """The module that runs last in a block; the block itself is not called by a UNet that runs layer by layer."""
     for name in (resamplers, "attentions"):
         modules = getattr(block, name, None) if name else None
         if modules and modules[-1] is not None:
@@ -139,11 +121,7 @@ class Distillation(nn.Module):
     """The aligners and the two terms."""
 
     def __init__(self, teacher: Any, student: Any, points: tuple[str, ...], alpha: float) -> None:
-        """Makes an aligner for each place; the teacher's UNet is not kept.
-
-        Raises:
-            ConfigError: The two have other levels.
-        """
+        """Makes an aligner for each place; a ConfigError where teacher and student have different levels."""
         super().__init__()
         places = list(_places(student, points))
         theirs = list(_places(teacher, points))
@@ -154,18 +132,9 @@ class Distillation(nn.Module):
         self.aligners = nn.ModuleDict({name: nn.Conv2d(narrow[name], wide[name], 1) for name in places})
 
     def forward(
-        self,
-        teacher: dict[str, torch.Tensor],
-        student: dict[str, torch.Tensor],
-        x_0: torch.Tensor,
+        self, teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], x_0: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The spatial and the frequency term, each a sum over places.
-
-        Args:
-            teacher: Features by place, [B, C, H, W].
-            student: The same, [B, C', H, W]; ``out`` where the predictions are compared too.
-            x_0: Clean images, [B, C0, H0, W0].
-        """
+        """The spatial and the frequency term, each a sum over places; `x_0` are clean images."""
         spatial, frequency = [], []
         weights: dict[tuple[int, int], torch.Tensor] = {}
         for name in (*self.aligners, *((OUT,) if OUT in self.points else ())):
@@ -173,7 +142,7 @@ class Distillation(nn.Module):
             size = (aligned.shape[2], aligned.shape[3])
             if size not in weights:
                 weights[size] = frequency_weights(x_0, size, self.alpha)
-            with torch.autocast(aligned.device.type, enabled=False):
-                spatial.append(spatial_term(teacher[name].to(_FULL), aligned.to(_FULL)))
-                frequency.append(frequency_term(teacher[name].to(_FULL), aligned.to(_FULL), weights[size]))
+            with torch.autocast(aligned.device.type, enabled=False):  # which would round the spectra
+                spatial.append(spatial_term(teacher[name], aligned))
+                frequency.append(frequency_term(teacher[name], aligned, weights[size]))
         return torch.stack(spatial).sum(), torch.stack(frequency).sum()

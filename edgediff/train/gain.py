@@ -1,4 +1,4 @@
-"""What an adaptor is worth: final images against clock 1, beside the identity's, on unseen seeds."""
+"""What an adaptor is worth: PSNR of final images of unseen seeds against clock 1, beside the identity's."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -32,16 +32,13 @@ class Gain:
     space: str
 
 
-def measure_gain(model: Model, learned: SplitUNet, rollouts: Rollouts) -> Gain:
-    """Generates the same samples at clock 1, with the identity and with the learned adaptor.
-
-    `rollouts`, which the adaptor was trained with, give sampler, clock, guidance and prompts.
-    """
+def measure_gain(model: Model, rollouts: Rollouts) -> Gain:
+    """Generates the same samples at clock 1, with the identity and with the learned adaptor, as `rollouts` says."""
+    learned = rollouts.split
     identity = split(model.unet, learned.cut).to(next(learned.parameters()).device)
-    always = (True,) * len(rollouts.mask)
-    reference = _generate(model, identity, rollouts, always)
+    reference = _generate(model, identity, rollouts, (True,) * len(rollouts.mask))
     kept, made = (
-        float(np.mean(_psnr(reference, _generate(model, divided, rollouts, rollouts.mask), model.space)))
+        _psnr(reference, _generate(model, divided, rollouts, rollouts.mask), model.space)
         for divided in (identity, learned)
     )
     return Gain(kept, made, IMAGES, model.space)
@@ -69,13 +66,12 @@ def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[
     return np.concatenate(made)
 
 
-def _psnr(reference: np.ndarray, samples: np.ndarray, space: str) -> np.ndarray:
-    """PSNR of each sample, [N]."""
+def _psnr(reference: np.ndarray, samples: np.ndarray, space: str) -> float:
+    """Mean of the samples' PSNR."""
     axes = (1, 2, 3)
     peak: np.ndarray | float = np.abs(reference).max(axis=axes)
     if space == "pixel":
         reference, samples = (to_uint8(x).astype(np.float64) for x in (reference, samples))
         peak = 255.0
     error = np.mean((reference - samples) ** 2, axis=axes)
-    result: np.ndarray = 20 * np.log10(peak / np.sqrt(np.maximum(error, 1e-10)))
-    return result
+    return float(np.mean(20 * np.log10(peak / np.sqrt(np.maximum(error, 1e-10)))))

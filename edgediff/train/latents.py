@@ -1,10 +1,7 @@
 """Latents of images and images of latents, by a KL autoencoder of diffusers."""
 
 import hashlib
-import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +12,18 @@ from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
-from edgediff.models.load import Model, one_line, read_json
+from edgediff.models.model_files import read_json
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
 
 CONFIG = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 FOLDER = "vae"
-_INDEX = "model_index.json"
 _AT_ONCE = 64
 
 
 def load_autoencoder(path: str | Path) -> AutoencoderKL:
-    """Reads an autoencoder from its folder, or from that of a pipeline with a ``vae``.
-
-    Returns:
-        The autoencoder in evaluation mode, float32, on the CPU.
+    """Reads an autoencoder from its folder or a pipeline's: in evaluation mode, float32, on the CPU.
 
     Raises:
         ModelError: There is none, its files cannot be read, or it is not one of RGB images.
@@ -51,15 +46,9 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> torch.Tensor:
-    """Makes latents: the mean of each image's posterior, scaled to about unit variance.
+    """Encodes images, uint8 [N, H, W, 3], to latents, float32 [N, C, h, w] on the CPU.
 
-    Args:
-        vae: In evaluation mode.
-        images: uint8 [N, H, W, 3].
-        batch: Images at once.
-
-    Returns:
-        float32 [N, C, h, w], on the CPU.
+    They are the means of the posteriors, scaled to about unit variance.
 
     Raises:
         ConfigError: The autoencoder's levels do not divide the images.
@@ -78,7 +67,7 @@ def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE)
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = _AT_ONCE) -> NDArray[np.uint8]:
-    """Makes images, uint8 [N, H, W, 3], of latents, float32 [N, C, h, w], scaled as `encode` does."""
+    """Decodes latents, float32 [N, C, h, w], scaled as `encode` does, to images, uint8 [N, H, W, 3]."""
     shift, scale = _affine(vae)
     made = []
     for first in range(0, len(latents), batch):
@@ -97,12 +86,12 @@ def hash_of_autoencoder(vae: AutoencoderKL) -> str:
 
 
 def factor_of(vae: AutoencoderKL) -> int:
-    """By how much an autoencoder divides height and width: a power of 2."""
+    """What an autoencoder divides height and width by: a power of 2."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> float:
-    """How near images, uint8 [N, H, W, 3], come back: ``20 log10(255 / rmse)`` over all of them, in dB."""
+    """PSNR of images, uint8 [N, H, W, 3], encoded and decoded: ``20 log10(255 / rmse)`` over all of them, in dB."""
     squares = 0.0
     for first in range(0, len(images), batch):
         some = images[first : first + batch]
@@ -111,28 +100,7 @@ def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: in
     return 20 * math.log10(255 / rmse) if rmse > 0 else math.inf
 
 
-def save_beside(vae: AutoencoderKL, path: Path, model: Model) -> None:
-    """Writes an autoencoder, whole, into a model's folder, and an index that tells that the model works on latents.
-
-    An autoencoder that was trained there stays as it is.
-    """
-    if not (path / FOLDER).exists():
-        partial = path / f"{FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        vae.save_pretrained(partial)
-        os.replace(partial, path / FOLDER)
-    parts = {"scheduler": model.scheduler, "unet": model.unet, FOLDER: vae}
-    index: dict[str, object] = {"_class_name": "DiffusionPipeline"}
-    index |= {name: [_library(type(part).__module__), type(part).__name__] for name, part in parts.items()}
-    (path / _INDEX).write_text(f"{json.dumps(index, indent=1)}\n", encoding="utf-8")
-
-
 def _affine(vae: AutoencoderKL) -> tuple[float, float]:
-    """What latents are shifted by, then multiplied with; only others' autoencoders shift."""
+    """What latents are shifted by, then multiplied with; autoencoders trained here do not shift."""
     shift = vae.config.get("shift_factor")
     return 0.0 if shift is None else shift, vae.config.scaling_factor
-
-
-def _library(module: str) -> str:
-    """Where a pipeline's index looks for a class: diffusers by its name, others by their module."""
-    return "diffusers" if module.startswith("diffusers.") else module

@@ -1,4 +1,4 @@
-"""A UNet that learns: noised images and what it is to predict of them, a teacher, the terms of the loss."""
+"""A UNet that learns: noised images, what it is to predict of them, and the terms of the loss."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.load import Model
 from edgediff.models.sampling import PREDICTIONS
 from edgediff.models.undivided import predict
-from edgediff.train.distillation import OUT, Distillation, tapped
+from edgediff.train.distillation import Distillation, predict_with_features
 
 DDPM = "ddpm"
 SPATIAL = "spatial"
@@ -18,10 +18,10 @@ FREQUENCY = "frequency"
 
 
 class Noising:
-    """A noise schedule, ready to noise with: its time steps, and what the UNet predicts."""
+    """A noise schedule: its time steps, and what the UNet predicts."""
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
-        """Reads the schedule of a scheduler of diffusers; `device` is where the images are.
+        """Reads it from a scheduler of diffusers; `device` is where the images are.
 
         Raises:
             UnsupportedError: The scheduler has no such schedule, or predicts something else.
@@ -38,20 +38,11 @@ class Noising:
         self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
 
     def is_like(self, other: "Noising") -> bool:
-        """Whether another schedule, on the same device, noises alike."""
+        """Whether another schedule, on the same device, adds the same noise."""
         return self.steps == other.steps and torch.allclose(self._signal, other._signal)
 
     def noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noises clean images.
-
-        Args:
-            x_0: [B, C, H, W].
-            noise: Standard normal, the same shape.
-            t: Time steps, int64 [B].
-
-        Returns:
-            x_t and what the UNet is to predict, both [B, C, H, W].
-        """
+        """x_t and what the UNet is to predict, of clean images and noise [B, C, H, W] at time steps, int64 [B]."""
         a, s = (values[t].reshape(-1, 1, 1, 1) for values in (self._signal, self._noise))
         x_t = a * x_0 + s * noise
         if self.prediction == "epsilon":
@@ -78,41 +69,14 @@ class Learner(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The terms of the loss, scalars by name: ``ddpm`` and, with a teacher, ``spatial`` and ``frequency``.
 
-        Args:
-            x_0: Clean images, [B, C, H, W].
-            x_t: Noised ones, the same shape.
-            t: Time steps, [B].
-            target: What the UNet is to predict, [B, C, H, W].
-            cond: Conditioning by name.
-            teacher: The teacher's features by place.
+        `x_0`, `x_t` and `target` are [B, C, H, W], `t` is [B], `teacher` has the teacher's features by place.
         """
-        points = self.distillation.points if self.distillation is not None and teacher is not None else ()
-        with tapped(self.unet, points) as features:
-            prediction = predict(self.unet, x_t, t, cond)
-        losses = {DDPM: F.mse_loss(prediction.float(), target)}
-        if self.distillation is not None and teacher is not None:
-            if OUT in points:
-                features[OUT] = prediction
-            losses[SPATIAL], losses[FREQUENCY] = self.distillation(teacher, features, x_0)
-        return losses
-
-
-class Teacher:
-    """A trained UNet whose features are learnt from."""
-
-    def __init__(self, unet: Any, points: tuple[str, ...]) -> None:
-        """Takes a UNet in evaluation mode; `points` is where its features are taken."""
-        self.unet = unet
-        self.points = points
-
-    @torch.no_grad()
-    def features(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The features by place, [B, C', H', W'], of noised images [B, C, H, W] at time steps [B]."""
-        with tapped(self.unet, self.points) as found:
-            prediction = predict(self.unet, x_t, t, cond)
-        if OUT in self.points:
-            found[OUT] = prediction
-        return dict(found)
+        if self.distillation is None or teacher is None:
+            return {DDPM: F.mse_loss(predict(self.unet, x_t, t, cond).float(), target)}
+        prediction, features = predict_with_features(self.unet, self.distillation.points, x_t, t, cond)
+        ddpm = F.mse_loss(prediction.float(), target)
+        spatial, frequency = self.distillation(teacher, features, x_0)
+        return {DDPM: ddpm, SPATIAL: spatial, FREQUENCY: frequency}
 
 
 def check_pair(teacher: Model, student: Model) -> None:

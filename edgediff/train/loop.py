@@ -1,12 +1,11 @@
 """The one training loop: learning rate, averaged weights, finite losses, progress, checkpoints.
 
-What a task draws follows from its seed, the visit and the process, so a training that was killed goes on as if it had
-not been. Checkpoints are written whole or not at all: a kill at any moment loses minutes and nothing else.
+All random draws follow from the seed, the visit and the process, so a training that was killed and resumed ends with
+the weights of one that was not. A checkpoint is written completely or not at all.
 """
 
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,29 +17,40 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
 from torch import nn
 
-from edgediff.data.draws import mixed
+from edgediff.data.batches import mixed
 from edgediff.errors import TargetError, TrainingError
-from edgediff.models.load import one_line
-from edgediff.train.claim import CHECKPOINTS
+from edgediff.train.claim import CHECKPOINTS, check_output, writing
+from edgediff_runtime.errors import one_line
 
-# Told what is being done, and the share of it that is done.
+# Called with what is being done, and the share of it that is done.
 Say = Callable[[str, float], None]
 LOSS = "loss"
-_PARTIAL = ".partial"
-_NAME = re.compile(r"visit-\d{8}")
-# Numbers that random draws are made under: those of an update's dropout begin here.
+_CHECKPOINT = "visit-" + 8 * "[0-9]"
+# Dropout's numbers begin here, apart from those of a task's other draws.
 _DROPOUT = 1 << 30
 
 
 def silent(what: str, share: float) -> None:
-    """Tells nobody."""
+    """Reports nothing."""
+
+
+def begin(path: Path, progress: Say | None, precision: str | None = None) -> tuple[Accelerator, Say]:
+    """Makes the accelerator of a training in a folder, and what reports its progress: in the main process alone.
+
+    Without a `precision`, ``fp32`` or ``bf16``, it is what `accelerate launch` was given.
+
+    Raises:
+        TargetError: The folder cannot be written, or another training runs there.
+    """
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    check_output(path, accelerator)
+    return accelerator, progress if progress is not None and accelerator.is_main_process else silent
 
 
 def cosine(share: float) -> float:
-    """A cosine's fall from 1 to 0 while `share` goes from 0 to 1."""
+    """Falls from 1 to 0 while `share` goes from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
@@ -52,16 +62,16 @@ def recent(losses: Sequence[float]) -> float:
 
 @dataclass
 class Progress:
-    """How far a training has come: what a checkpoint holds beside weights, optimizer and random states.
+    """How far a training has come: what a checkpoint has beside weights, optimizer and random states.
 
     Attributes:
-        visits: What checkpoints are numbered by.
+        visits: Checkpoints are numbered by them.
         updates: Optimizer steps.
         losses: Of each update.
-        terms: The loss's terms of each update, by name, before they are weighted.
+        terms: The loss's terms of each update, by name, unweighted.
         seconds: Spent so far, in all runs.
-        identity: Of an adaptor: the identity adaptor's errors on the first round; empty before it.
-        held_out: Of a UNet: update and held-out loss, now and then.
+        identity: The identity adaptor's errors on the first round, where an adaptor is trained.
+        held_out: Updates and held-out losses, where a UNet is trained.
     """
 
     visits: int = 0
@@ -73,31 +83,27 @@ class Progress:
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """For accelerate."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """For accelerate."""
+        vars(self).update(state)
 
 
 class Task:
-    """What a loop trains. A subclass says what is drawn and how the loss is taken, and changes what differs.
+    """What a loop trains. A subclass says what is drawn and how the loss is computed.
 
     Attributes:
-        module: All that has weights to learn.
-        optimizer: Of those weights.
-        averaged: The part of `module` whose averaged weights are kept.
-        settings: Have `learning_rate` and `seed`, and those of the fields below that are read from them.
+        module: Everything with weights to learn; it may consist of several modules.
+        averaged: The part of `module` whose averaged weights are the result.
+        settings: Have `learning_rate` and `seed`; their `ema`, `schedule`, `warmup` and `clip` replace those below.
         visits: How many there are; between two of them a checkpoint may be written.
-        weights: What each term of the loss counts.
-        ema: Decay of the averaged weights; None keeps the weights as they are.
-        schedule: ``cosine`` down to zero at the end, or ``constant``.
+        weights: Weight of each term of the loss.
+        ema: Decay of the averaged weights; None averages none.
         warmup: Updates in which the learning rate rises from 0.
         clip: Largest norm of the gradient.
         name: What messages begin with.
-        advice: What to do after a loss that is not finite.
     """
 
     weights: Mapping[str, float] = {LOSS: 1.0}
@@ -106,20 +112,33 @@ class Task:
     warmup = 0
     clip = math.inf
     name = ""
-    advice = "go on from it"
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, averaged: nn.Module, settings: Any, visits: int
+        self,
+        accelerator: Accelerator,
+        settings: Any,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averaged: nn.Module,
+        visits: int,
     ) -> None:
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.settings = settings
         self.module = module
         self.optimizer = optimizer
         self.averaged = averaged
-        self.settings = settings
         self.visits = visits
         self.state = Progress()
+        for name in ("ema", "schedule", "warmup", "clip"):
+            setattr(self, name, getattr(settings, name, getattr(self, name)))
+
+    def number(self, index: int) -> int:
+        """Numbers an update or a round: another number in each process."""
+        return int(index * self.accelerator.num_processes + self.accelerator.process_index)
 
     def batches(self, visit: int) -> Sequence[Any]:
-        """What a visit learns from: for each of its updates, what `terms` takes."""
+        """What `terms` takes, for each update of a visit."""
         return (visit,)
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
@@ -134,17 +153,17 @@ class Task:
         return 1.0 if self.schedule == "constant" else cosine((update - warmup) / max(1, total - warmup))
 
     def says(self, total: int) -> str:
-        """What is told after a visit."""
+        """What is reported after a visit."""
         return f"{self.name}update {self.state.updates} of {total}: loss {recent(self.state.losses):.4f}"
 
     def after_visit(self, loop: "Loop") -> None:
-        """Whatever is to be done between a visit and the checkpoint after it."""
+        """Called between a visit and the checkpoint after it."""
 
     def after_all(self, loop: "Loop") -> None:
-        """Whatever is to be done after the last checkpoint, before the averaged weights are taken."""
+        """Called after the last checkpoint, before the averaged weights are taken."""
 
     def may_stop(self) -> bool:
-        """Whether a training can go on from here: False where the next visit needs what this one drew."""
+        """Whether a training can resume from here: False where the next visit needs what this one drew."""
         return True
 
     def is_over(self) -> bool:
@@ -153,33 +172,20 @@ class Task:
 
 
 class Loop:
-    """Runs a task: updates, checkpoints, averaged weights.
+    """Runs a task: updates, checkpoints, averaged weights; `state` is how far it has come."""
 
-    Attributes:
-        state: How far it has come.
-    """
+    def __init__(self, task: Task, path: Path | None = None) -> None:
+        """Prepares model, optimizer and averaged weights; nothing else is prepared with the task's accelerator.
 
-    def __init__(
-        self, accelerator: Accelerator, task: Task, path: Path | None = None, minutes: float = math.inf
-    ) -> None:
-        """Prepares model, optimizer and averaged weights.
-
-        Args:
-            accelerator: Where it runs; nothing is prepared with it, before `run` and afterwards.
-            task: What is trained.
-            path: The training's folder; None writes no checkpoints.
-            minutes: Between checkpoints.
+        `path` is the training's folder; None writes no checkpoints.
         """
-        self.accelerator = accelerator
-        self.task = task
-        self.state = task.state
+        self.task, self.state, self.accelerator = task, task.state, task.accelerator
         self.folder = None if path is None else path / CHECKPOINTS
-        self.minutes = minutes
-        self.model, self.optimizer = accelerator.prepare(task.module, task.optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(task.module, task.optimizer)
         self.ema = None if task.ema is None else EMAModel(task.averaged.parameters(), decay=task.ema)
         if self.ema is not None:
-            self.ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(*([] if self.ema is None else [self.ema]), self.state)
+            self.ema.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(*([] if self.ema is None else [self.ema]), self.state)
         self._saved = self._began = time.monotonic()
 
     def run(self, say: Say = silent) -> None:
@@ -191,11 +197,11 @@ class Loop:
         """
         device = self.accelerator.device
         try:
-            # Dropout draws from torch's own generator: it is seeded for every update, and given back as it was.
+            # Dropout draws from torch's own generator: it is seeded for every update, and restored at the end.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 self._run(say)
         finally:
-            # What is prepared goes into all checkpoints of an accelerator, also into those of what is trained next.
+            # Otherwise what is prepared is in the checkpoints of what the accelerator trains next.
             self.accelerator.free_memory()
             self.accelerator._custom_objects.clear()
 
@@ -211,9 +217,9 @@ class Loop:
             state.visits += 1
             say(task.says(total), state.visits / task.visits)
             task.after_visit(self)
-            if task.may_stop():
+            if self.folder is not None and task.may_stop():
                 self._save_when_due()
-        self.save()
+        self._save()
         task.after_all(self)
         if self.ema is not None:
             self.ema.copy_to(task.averaged.parameters())
@@ -221,8 +227,7 @@ class Loop:
 
     def _update(self, batch: Any, total: int) -> None:
         task, state, accelerator = self.task, self.state, self.accelerator
-        number = state.updates * accelerator.num_processes + accelerator.process_index
-        torch.manual_seed(mixed(task.settings.seed, _DROPOUT + number))
+        torch.manual_seed(mixed(task.settings.seed, _DROPOUT + task.number(state.updates)))
         for group in self.optimizer.param_groups:
             group["lr"] = task.settings.learning_rate * task.rate(state.updates, total)
         with accelerator.autocast():
@@ -243,15 +248,19 @@ class Loop:
             state.terms.setdefault(name, []).append(value)
 
     def _check_finite(self, number: float, what: str) -> None:
-        if not math.isfinite(number):
-            raise TrainingError(
-                f"{self.task.name}the {what} is not finite at update {self.state.updates}; {self.kept()}; "
-                f"{self.task.advice} with a lower learning_rate than {self.task.settings.learning_rate:g}"
-            )
+        if math.isfinite(number):
+            return
+        settings = self.task.settings
+        resumes = self._newest() is not None and "learning_rate" in settings.free
+        raise TrainingError(
+            f"{self.task.name}the {what} is not finite at update {self.state.updates}; {self.kept()}; "
+            f"{'resume from it' if resumes else 'start again'} with a lower learning_rate than "
+            f"{settings.learning_rate:g}"
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Puts the averaged weights in place, in evaluation mode, for as long as the block takes."""
+        """Puts the averaged weights in place, in evaluation mode, until the block ends."""
         assert self.ema is not None
         module = self.task.averaged
         self.ema.store(module.parameters())
@@ -264,7 +273,7 @@ class Loop:
             module.train()
 
     def count_time(self) -> None:
-        """Adds the time since this was last called to what the training has taken."""
+        """Adds the time since the last call to what the training has taken."""
         now = time.monotonic()
         self.state.seconds += now - self._began
         self._began = now
@@ -272,15 +281,13 @@ class Loop:
     # Checkpoints
 
     def kept(self) -> str:
-        """What is left to go on from, in words."""
+        """What is left to resume from, in words."""
         newest = self._newest()
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint before it"
 
     def _newest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        if self.folder is None or not self.folder.is_dir():
-            return None
-        return max((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), default=None)
+        found = [] if self.folder is None else [p for p in self.folder.glob(_CHECKPOINT) if p.is_dir()]
+        return max(found, default=None)
 
     def _resume(self) -> None:
         newest = self._newest()
@@ -290,21 +297,18 @@ class Loop:
             self.accelerator.load_state(str(newest))
         except Exception as e:  # a damaged file raises whatever its reader runs into
             raise TargetError(f"{newest} is damaged ({one_line(e)[:200]}); remove {self.folder} to start again") from e
-        if self.ema is not None:  # it comes back on the CPU
+        if self.ema is not None:  # it is read to the CPU
             self.ema.to(self.accelerator.device)
 
     def _save_when_due(self) -> None:
-        """Writes a checkpoint where the last one is old enough, by the clock of any process: all write it together."""
-        due = torch.tensor(float(time.monotonic() - self._saved >= 60 * self.minutes), device=self.accelerator.device)
+        """Writes a checkpoint where the last one is old enough by the clock of any process: all write it together."""
+        old = time.monotonic() - self._saved >= 60 * self.task.settings.checkpoint_minutes
+        due = torch.tensor(float(old), device=self.accelerator.device)
         if float(self.accelerator.reduce(due, reduction="sum")) > 0:
-            self.save()
+            self._save()
 
-    def save(self) -> None:
-        """Writes a checkpoint, then removes the ones before it.
-
-        Raises:
-            TargetError: It cannot be written.
-        """
+    def _save(self) -> None:
+        """Writes a checkpoint, then removes those before it."""
         self.count_time()
         self._saved = self._began
         if self.folder is None:
@@ -312,16 +316,13 @@ class Loop:
         final = self.folder / f"visit-{self.state.visits:08d}"
         if final.exists():
             return
-        partial = final.with_suffix(_PARTIAL)
+        partial = final.with_suffix(".partial")
         main = self.accelerator.is_main_process
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        try:
+        with writing(partial, self.kept()):
             self.accelerator.save_state(str(partial))
-        except (SafetensorError, RuntimeError, OSError) as e:
-            # torch and safetensors have their own errors for a full disk.
-            raise TargetError(f"{partial} cannot be written: {one_line(e)[:200]}; {self.kept()}") from e
         self.accelerator.wait_for_everyone()
         if main:
             os.replace(partial, final)

@@ -1,7 +1,7 @@
 """Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance, and a store of them.
 
-No images are needed, labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3). Everything drawn
-follows from the seed, the round and the process, so that an interrupted training goes on as if it had not been.
+No images are needed: labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3). All random draws
+follow from the seed, the round and the process.
 """
 
 import shutil
@@ -30,7 +30,7 @@ from edgediff_runtime.loop import Request, denoise, initial_latents
 from edgediff_runtime.schedulers import make_scheduler
 
 TARGET = "target"
-# Far from the small seeds that users take: what is trained on is not what is looked at.
+# Far from the small seeds that users take, so that nobody looks at what was trained on.
 FIRST_SEED = 2**52
 GB = 1e9
 
@@ -40,12 +40,11 @@ Rows = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What trajectories are conditioned on: the rows of every prompt or class.
+    """What trajectories are conditioned on: `count` prompts or classes.
 
     Attributes:
-        cond: Conditional rows by name, [P, ...]; empty where the model has no condition.
+        cond: Conditional rows by name, [count, ...]; empty where the model has no condition.
         uncond: Unconditional rows by name, [1, ...]; empty where there is no guidance.
-        count: P.
     """
 
     cond: Rows
@@ -54,16 +53,10 @@ class Prompts:
 
     @classmethod
     def of(cls, model: Model, guided: bool, path: str | None) -> "Prompts":
-        """Collects what a model is conditioned on.
-
-        Args:
-            model: The model.
-            guided: Whether unconditional rows are needed.
-            path: The file of a text model's embeddings: ``encoder_hidden_states`` [P, S, D],
-                ``negative_encoder_hidden_states`` [1, S, D] and what else the model takes.
+        """Collects what a model is conditioned on, a text model's from the file of embeddings at `path`.
 
         Raises:
-            ConfigError: The file is missing, not wanted, lacks a tensor or has one of another shape; or there is no
+            ConfigError: The file is missing, not needed, lacks a tensor or has one of another shape; or there is no
                 unconditional class to guide with.
         """
         known = model.conditioning
@@ -89,7 +82,8 @@ class Prompts:
                 array = arrays.get(key, np.empty(0, dtype="V1"))
                 if array.shape[1:] != spec.shape or len(array) == 0 or array.dtype.kind not in "biuf":
                     what = f"{array.dtype.name} {list(array.shape)}" if key in arrays else "missing"
-                    raise ConfigError(f"conditioning {path}: {key} is {what}; expected [P, {_spell(spec.shape)}]")
+                    expected = ", ".join(str(size) for size in spec.shape)
+                    raise ConfigError(f"conditioning {path}: {key} is {what}; expected [P, {expected}]")
                 found[name] = array.astype(str(spec.dtype).removeprefix("torch."))
         count = len(rows[0]["encoder_hidden_states"])
         for name, array in rows[0].items():
@@ -97,31 +91,33 @@ class Prompts:
                 raise ConfigError(f"conditioning {path}: {name} has {len(array)} rows for {count} prompts")
         return cls(*rows, count)
 
+    def take(self, chosen: np.ndarray) -> tuple[Rows, Rows]:
+        """Conditional and unconditional rows, [N, ...], of prompts by their numbers modulo `count`, int64 [N]."""
+        cond = {name: rows[chosen % self.count % len(rows)] for name, rows in self.cond.items()}
+        return cond, {name: np.repeat(rows[:1], len(chosen), axis=0) for name, rows in self.uncond.items()}
+
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Rows, Rows]:
-        """Draws so many prompts: conditional and unconditional rows, [count, ...]."""
-        chosen = rng.integers(self.count, size=count)
-        cond = {name: rows[chosen % len(rows)] for name, rows in self.cond.items()}
-        return cond, {name: np.repeat(rows[:1], count, axis=0) for name, rows in self.uncond.items()}
+        """Draws `count` prompts: conditional and unconditional rows, [count, ...]."""
+        return self.take(rng.integers(self.count, size=count))
 
 
 class Rollouts:
-    """Draws trajectories and keeps what an adaptor learns from."""
+    """Draws trajectories, and takes from them what an adaptor learns from."""
 
     def __init__(self, model: Model, split: SplitUNet, settings: AdaptorTraining) -> None:
-        """Takes a model, and the same divided, with the adaptor that learns, on the device where it is to run.
+        """Takes a model, and the same divided, with the adaptor that learns, on its device.
 
         Raises:
             ConfigError: The conditioning does not fit the model.
-            UnsupportedError: The sampler cannot be carried over.
+            UnsupportedError: The sampler is not supported.
         """
-        guidance = usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
-        self.settings = settings
-        self.split = split
+        self.settings, self.split = settings, split
         self.shape = model.sample_shape
-        self.guidance = guidance
+        given = settings.guidance_scale
+        self.guidance = usual_guidance(model.conditioning) if given is None else given
         self.mask = clock_mask(settings.clock, settings.steps)
         self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
-        self.prompts = Prompts.of(model, guidance > 1, settings.conditioning)
+        self.prompts = Prompts.of(model, self.guidance > 1, settings.conditioning)
         self.session = TorchSession(split.parts, graph_list(split, model))
         self._graphs = {graph.name: graph for graph in self.session.graphs}
         self.names = tuple(dict.fromkeys(split.adaptor.inputs))
@@ -134,11 +130,11 @@ class Rollouts:
         return Request(graphs=session.graphs, scheduler=self.scheduler, guidance=guidance, **rest)
 
     def draw(self, index: int) -> Samples:
-        """Draws the trajectories of a round and of a process, which have a number together.
+        """Draws the trajectories of a round in a process, by the number of the two.
 
         Returns:
             Tensors by name, [samples, ...], a sample being a row of a cached step: the adaptor's inputs and ``target``;
-            with a loss on the output also what highres_out takes and ``out_sample``, as the full step makes it.
+            with a loss on the output also what highres_out takes and the full step's ``out_sample``.
         """
         settings = self.settings
         rng = np.random.default_rng([settings.seed, index])
@@ -170,24 +166,15 @@ class Rollouts:
 
 
 class Store:
-    """A folder with one file for each round of trajectories.
-
-    What an interrupted training left is used again: a file is there whole or not at all.
-    """
+    """A folder with a file, complete or absent, for each round of trajectories; a resumed training uses them again."""
 
     def __init__(self, folder: Path, bound_gb: float, rounds: int) -> None:
-        """Opens a store for so many rounds, which may take `bound_gb` GB; the folder is made with the first."""
         self.folder = folder
         self.bound = int(bound_gb * GB)
         self.rounds = rounds
 
     def get(self, index: int, draw: Callable[[], Samples], device: torch.device) -> Samples:
         """Reads a round, or draws and stores it.
-
-        Args:
-            index: Its number.
-            draw: Draws it.
-            device: Where its tensors are to be.
 
         Raises:
             ConfigError: All rounds would take more than the bound; nothing is stored then.
@@ -198,7 +185,7 @@ class Store:
             try:
                 return load_file(path, device=str(device))
             except SafetensorError as e:
-                raise TargetError(f"{path} is damaged ({e}); remove the file, and it is drawn again") from e
+                raise TargetError(f"{path} is damaged ({e}); remove the file to draw it again") from e
         samples = draw()
         self._check(sum(tensor.nbytes for tensor in samples.values()))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -211,14 +198,10 @@ class Store:
         if total > self.bound:
             raise ConfigError(
                 f"{self.rounds} rounds of {size / GB:.3g} GB take {total / GB:.3g} GB, more than store_gb: "
-                f"{self.bound / GB:.3g}; raise it, ask for fewer rounds or images, or leave it out: trajectories are "
-                "then drawn again in each round"
+                f"{self.bound / GB:.3g}; raise it, ask for fewer rounds or images, or leave it out: each round then "
+                "draws new trajectories"
             )
         held = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder.is_dir() else 0
         free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.is_dir())).free
         if total - held > free:
             raise TargetError(f"the trajectories take {total / GB:.3g} GB; the disk has {free / GB:.3g} GB left")
-
-
-def _spell(shape: tuple[int, ...]) -> str:
-    return ", ".join(str(size) for size in shape)

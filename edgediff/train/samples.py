@@ -1,4 +1,4 @@
-"""Samples of a UNet while it is trained, through the loop that runs on the device."""
+"""Samples of a UNet while it is trained, by the loop that runs on the device."""
 
 import math
 from collections import deque
@@ -12,6 +12,7 @@ from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
+from edgediff.train.rollout import Prompts
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.image import grid, write_png
 from edgediff_runtime.loop import Request, denoise, initial_latents
@@ -25,7 +26,7 @@ def make_sampler(model: Model) -> Scheduler:
     """The sampler that grids are drawn with: `STEPS` steps, or fewer where the schedule is shorter.
 
     Raises:
-        UnsupportedError: The model's own cannot be carried over.
+        UnsupportedError: The model's sampler is not supported.
     """
     config = scheduler_config(model.scheduler, SCHEDULER)
     try:
@@ -34,34 +35,23 @@ def make_sampler(model: Model) -> Scheduler:
         raise UnsupportedError(f"{model.name} cannot be sampled: {e}") from e
 
 
-def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None = None) -> NDArray[np.float32]:
-    """Samples a model with its usual guidance, every step in full.
+def draw_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
+    """Samples a model of classes or of nothing with its usual guidance, every step in full.
 
-    Args:
-        model: Of classes or of nothing; its UNet is where it is to run, in evaluation mode. Image i has class i mod the
-            number of classes.
-        count: How many.
-        seed: Of the noise.
-        at_once: Most rows that go through the UNet together, two for an image with guidance; None for all.
+    Image i has class i mod the number of classes, and noise of seed 0. At most `at_once` rows go through the UNet
+    together, two for an image with guidance.
 
     Returns:
         float32 [count, C, H, W].
 
     Raises:
-        UnsupportedError: The sampler cannot be carried over.
+        UnsupportedError: The model's sampler is not supported.
     """
-    known = model.conditioning
-    guidance = usual_guidance(known)
-    cond: dict[str, np.ndarray] = {}
-    uncond: dict[str, np.ndarray] = {}
-    if known.kind == "class":
-        cond["class_labels"] = np.arange(count, dtype=np.int64) % len(known.labels)
-        if guidance > 1:
-            uncond["class_labels"] = np.full(count, known.null_label, dtype=np.int64)
+    guidance = usual_guidance(model.conditioning)
+    cond, uncond = Prompts.of(model, guidance > 1, None).take(np.arange(count))
     rows = count * (2 if guidance > 1 else 1)
-    # As many in each part, since the loop fills up parts that are not full.
-    even = None if at_once is None else math.ceil(rows / math.ceil(rows / at_once))
-    session = undivided_session(model, even)
+    # Equal parts, since the loop pads those that are not full.
+    session = undivided_session(model, math.ceil(rows / math.ceil(rows / at_once)))
     scheduler = make_sampler(model)
     steps = scheduler.num_inference_steps
     request = Request(
@@ -69,10 +59,10 @@ def draw_samples(model: Model, count: int, *, seed: int = 0, at_once: int | None
         scheduler=scheduler,
         clock=(True,) * steps,
         guidance=(guidance,) * steps,
-        latents=initial_latents(seed, count, model.sample_shape, scheduler.init_noise_sigma),
+        latents=initial_latents(0, count, model.sample_shape, scheduler.init_noise_sigma),
         cond=cond,
         uncond=uncond,
-        seed=seed,
+        seed=0,
     )
     made: NDArray[np.float32] = deque(denoise(request, session), maxlen=1).pop().latents
     return made

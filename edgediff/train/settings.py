@@ -7,7 +7,7 @@ import msgspec
 
 from edgediff.config.choices import Cut, SchedulerName
 from edgediff.config.recipes import find_recipe
-from edgediff.config.strict import check_ranges, read_yaml, retyped, spell_clock, strict
+from edgediff.config.strict import check_ranges, clock_to_text, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import Kind
 from edgediff.models.wavelet import check_wavelet
@@ -16,8 +16,8 @@ from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.conditioning import MAX_IMAGES
 from edgediff_runtime.errors import RequestError
 
-# Where features are compared: what each level hands on on the way down (after its downsampler), after the mid block,
-# what each level makes on the way up (before its upsampler), and the prediction itself. A cut is at such places.
+# Where features are compared: the output of each level on the way down (after its downsampler), the mid block's, the
+# output of each level on the way up (before its upsampler), and the prediction itself. A cut is at such places.
 POINTS = ("down", "mid", "up", "out")
 # More is a typing error, and would show only after hours or as a lack of memory.
 MOST = {
@@ -33,17 +33,7 @@ SHARES = ("ema", "label_dropout")
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What all trainings have in common.
-
-    Attributes:
-        batch: Samples of an update, in each process.
-        learning_rate: The optimizer's highest.
-        ema: Decay of the averaged weights, which are what is kept.
-        checkpoint_minutes: Between checkpoints.
-        seed: Of weights, order and noise.
-        free: Settings that a training that has begun may change.
-        free_after: Those of them that make no other weights, and may differ from a finished training's.
-    """
+    """What all trainings have in common; `free` are the settings that may differ when one is resumed."""
 
     batch: int = 64
     learning_rate: float = 4e-4
@@ -52,25 +42,22 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     seed: int = 0
 
     free: ClassVar[tuple[str, ...]] = ("learning_rate", "checkpoint_minutes")
-    free_after: ClassVar[tuple[str, ...]] = ("checkpoint_minutes",)
+
+    def check(self) -> None:
+        """Checks what neither types nor ranges of single fields say; a ConfigError where it does not fit."""
 
 
 class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An adaptor's (Clockwork Diffusion, section 3.3; the paper's: Adam, 1e-4, batch 16, plain L2 on r_out).
 
     Attributes:
-        clock: Period or mask; the loss is taken where it says cached.
-        steps: Denoising steps.
         guidance_scale: Classifier-free guidance; None takes what the model is usually sampled with.
         rollout: Whose trajectories are learnt from: ``teacher`` runs every step in full, as the paper does; ``student``
-            runs the clock with the adaptor as it is, so that its own outputs are fed back, which clocks with
-            consecutive cached steps need.
-        rounds: How many times trajectories are drawn.
-        images: Trajectories of a round, for each process.
-        batch: Samples (rows of a cached step) of an update.
+            runs the clock with the adaptor so far, so that its own outputs are fed back.
+        images: Trajectories of a round, in each process.
+        batch: Rows of a cached step in an update.
         output_weight: Weight of a second loss on ``out_sample``, relative to the identity's; 0 leaves it out.
-        store_gb: Bound in GB (1e9 bytes) of trajectories stored on disk and learnt from again in each pass; None draws
-            new ones in each round.
+        store_gb: Most GB (1e9 bytes) of trajectories to store and to learn from in every pass; None draws new ones.
     """
 
     model: str | None = None
@@ -92,8 +79,24 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
     store_gb: float | None = None
     conditioning: str | None = None
 
-    free: ClassVar[tuple[str, ...]] = ("learning_rate", "checkpoint_minutes", "store_gb")
-    free_after: ClassVar[tuple[str, ...]] = ("checkpoint_minutes", "store_gb")
+    free: ClassVar[tuple[str, ...]] = (*Training.free, "store_gb")
+
+    def check(self) -> None:
+        """Checks clock and store."""
+        if self.store_gb is not None and self.rollout == "student":
+            raise ConfigError(
+                "'store_gb' with rollout student: its trajectories change with the adaptor and cannot be stored; "
+                "leave store_gb out, or learn from the teacher's"
+            )
+        try:
+            mask = clock_mask(self.clock, self.steps)
+        except RequestError as e:
+            raise ConfigError(str(e)) from e
+        if all(mask):
+            raise ConfigError(
+                f"clock {self.clock} over {self.steps} steps has no cached step: there is nothing to train; "
+                "expected a clock with one, such as 2"
+            )
 
 
 class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -101,8 +104,8 @@ class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_
 
     Attributes:
         block_out_channels: Channels of each level; every level but the first halves the map.
-        kl_weight: Weight of a latent's divergence from the standard normal beside the absolute error of a pixel's
-            channel, both summed, as in latent diffusion.
+        kl_weight: Weight of a latent's KL divergence from the standard normal beside the absolute error, both summed,
+            as in latent diffusion.
     """
 
     latent_channels: int = 4
@@ -120,16 +123,16 @@ class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_
         """How many pixels of a side become one of a latent."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
+    def check(self) -> None:
+        """Checks the levels."""
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if not widths or any(width < 1 or width % groups for width in widths):
+            expected = f"one or more multiples of norm_num_groups: {groups}"
+            raise ConfigError(f"'block_out_channels' is {list(widths)}; expected {expected}")
+
 
 class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What trainings of teachers and of students have in common; both by AdamW.
-
-    Attributes:
-        data: A folder of images, a subfolder for each class where there are classes.
-        held_out: A folder of images that are not learnt from; None holds back a tenth of each class of `data`.
-        label_dropout: Share of the images whose class is replaced by the null class, for guidance.
-        sample_every: Updates between sample grids and held-out losses; None makes them at the end only.
-    """
+    """What trainings of teachers and of students have in common; both by AdamW."""
 
     data: str | None = None
     held_out: str | None = None
@@ -144,22 +147,17 @@ class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     sample_every: int | None = None
 
     free: ClassVar[tuple[str, ...]] = ("data", "held_out", "checkpoint_minutes", "sample_every")
-    free_after: ClassVar[tuple[str, ...]] = free
 
 
 class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A slim UNet and its distillation (Spectral Diffusion, section 4; lambdas and alpha are the paper's).
 
-    With both lambdas at 0 there is no distillation: what is learnt is the data alone, and the teacher lends its
-    geometry, schedule and classes.
-
     Attributes:
-        student: A model to go on from, by directory or name, with a schedule of its own; None makes a new one of the
-            teacher's geometry, which `width`, `gating`, `wavelet` and `gate_takes_time` then shape.
+        student: A model to continue from, with a schedule of its own; None makes a new one of the teacher's geometry,
+            which `width`, `gating`, `wavelet` and `gate_takes_time` change.
         width: Channels of the student's highest level; None keeps the teacher's.
-        gating: Wavelet gating; without it the student is the plain small UNet.
+        spatial, frequency: The lambdas; with both at 0 nothing is learnt from the teacher.
         alpha: Exponent of the frequency weights; 0 weighs all frequencies alike.
-        points: Where features are compared: ``down``, ``mid``, ``up`` (after each level) and ``out`` (the prediction).
     """
 
     teacher: str | None = None
@@ -178,17 +176,27 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
         """Whether the teacher's features are learnt from."""
         return self.spatial > 0 or self.frequency > 0
 
+    def check(self) -> None:
+        """Checks the student's shape and the terms."""
+        check_wavelet(self.wavelet)
+        if self.student is not None and self.width is not None:
+            raise ConfigError("'student' and 'width' were given: an existing student has its own width; leave one out")
+        if not -4 <= self.alpha <= 4:
+            raise ConfigError(f"'alpha' is {self.alpha}; expected -4 to 4 (the paper's is -1)")
+        if not self.points or len(set(self.points)) != len(self.points):
+            raise ConfigError(f"'points' is {list(self.points)}; expected one or more of {', '.join(POINTS)}")
+
 
 class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A UNet trained from scratch.
 
     Attributes:
-        model: Whose geometry is trained: a diffusers directory or a built-in name, without its weights.
-        unet: Or the geometry itself: settings of a diffusers UNet, ``_class_name`` among them.
-        size: Height and width of the images in pixels; None takes what the geometry has.
-        classes: Whether the folder's classes are learnt; without, the model is conditioned on nothing.
-        autoencoder: Settings of a small KL autoencoder whose latents are learnt in the place of pixels, or a directory
-            of one; None learns pixels.
+        model: Whose geometry is trained, without its weights: a diffusers directory or a built-in name.
+        unet: Or the geometry itself: settings of a diffusers UNet with its ``_class_name``.
+        size: Height and width of the images in pixels; None takes the geometry's.
+        classes: Whether the model is conditioned on the folder's classes.
+        autoencoder: Settings of a small KL autoencoder that is trained first, or a directory of one: the UNet then
+            learns latents. None learns pixels.
     """
 
     model: str | None = None
@@ -200,16 +208,20 @@ class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
     num_train_timesteps: int = 1000
     autoencoder: str | dict[str, Any] | None = None
 
+    def check(self) -> None:
+        """Checks that there is one geometry, and the schedule's length."""
+        if (self.model is None) == (self.unet is None):
+            given = "neither" if self.model is None else "both"
+            raise ConfigError(f"'model' and 'unet': {given} given; expected one geometry, by name or by its settings")
+        if self.num_train_timesteps < 2:
+            raise ConfigError(f"'num_train_timesteps' is {self.num_train_timesteps}; expected 2 or more")
+
 
 T = TypeVar("T", bound=Training)
 
 
 def load_training(path: str | Path, kind: type[T]) -> T:
-    """Reads a YAML file of settings strictly.
-
-    Args:
-        path: The file; for teachers and students also the name of a built-in recipe.
-        kind: The struct.
+    """Reads a YAML file of settings strictly; for teachers and students also a built-in recipe, by its name.
 
     Raises:
         ConfigError: The file cannot be read, or a key in it is unknown, mistyped or out of range.
@@ -224,16 +236,14 @@ def training_from(data: Any, kind: type[T]) -> T:
     Raises:
         ConfigError: A key is unknown (the nearest valid one is named), mistyped or out of range.
 
-    >>> training_from({"alpha": 0}, StudentTraining).alpha
-    0.0
     >>> training_from({"clock": 4, "rollout": "student"}, AdaptorTraining).rounds
     200
     """
-    return check_training(strict(spell_clock(data) if issubclass(kind, AdaptorTraining) else data, kind))
+    return check_training(strict(clock_to_text(data) if issubclass(kind, AdaptorTraining) else data, kind))
 
 
 def check_training(settings: T) -> T:
-    """Checks what types cannot; gives the same settings, of the declared types throughout.
+    """Checks what types cannot; returns the same settings, of the declared types throughout.
 
     Raises:
         ConfigError: With the field, its value and what was expected.
@@ -249,54 +259,5 @@ def check_training(settings: T) -> T:
             raise ConfigError(f"'{name}' is {value}; expected at most {MOST[name]}")
         if isinstance(value, str) and as_text(value) != value:
             raise ConfigError(f"'{name}' is {as_text(value)}, which is not UTF-8; rename it")
-    if isinstance(settings, AdaptorTraining):
-        _check_adaptor(settings)
-    if isinstance(settings, AutoencoderTraining):
-        _check_autoencoder(settings)
-    if isinstance(settings, StudentTraining):
-        _check_student(settings)
-    if isinstance(settings, TeacherTraining):
-        _check_teacher(settings)
+    settings.check()
     return settings
-
-
-def _check_adaptor(settings: AdaptorTraining) -> None:
-    if settings.store_gb is not None and settings.rollout == "student":
-        raise ConfigError(
-            "'store_gb' with rollout student: its trajectories change with the adaptor and cannot be stored; "
-            "leave store_gb out, or learn from the teacher's"
-        )
-    try:
-        mask = clock_mask(settings.clock, settings.steps)
-    except RequestError as e:
-        raise ConfigError(str(e)) from e
-    if all(mask):
-        raise ConfigError(
-            f"clock {settings.clock} over {settings.steps} steps has no cached step: there is nothing to train; "
-            "expected a clock with one, such as 2"
-        )
-
-
-def _check_autoencoder(settings: AutoencoderTraining) -> None:
-    widths, groups = settings.block_out_channels, settings.norm_num_groups
-    if not widths or any(width < 1 or width % groups for width in widths):
-        expected = f"one or more multiples of norm_num_groups: {groups}"
-        raise ConfigError(f"'block_out_channels' is {list(widths)}; expected {expected}")
-
-
-def _check_student(settings: StudentTraining) -> None:
-    check_wavelet(settings.wavelet)
-    if settings.student is not None and settings.width is not None:
-        raise ConfigError("'student' and 'width' were given: an existing student has its own width; leave one out")
-    if not -4 <= settings.alpha <= 4:
-        raise ConfigError(f"'alpha' is {settings.alpha}; expected -4 to 4 (the paper's is -1)")
-    if not settings.points or len(set(settings.points)) != len(settings.points):
-        raise ConfigError(f"'points' is {list(settings.points)}; expected one or more of {', '.join(POINTS)}")
-
-
-def _check_teacher(settings: TeacherTraining) -> None:
-    if (settings.model is None) == (settings.unet is None):
-        given = "neither" if settings.model is None else "both"
-        raise ConfigError(f"'model' and 'unet': {given} given; expected one geometry, by name or by its settings")
-    if settings.num_train_timesteps < 2:
-        raise ConfigError(f"'num_train_timesteps' is {settings.num_train_timesteps}; expected 2 or more")

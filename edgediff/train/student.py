@@ -4,31 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.load import Model, load_model
 from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
-from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.learner import check_pair
-from edgediff.train.loop import Say, silent
+from edgediff.train.loop import Say, begin
 from edgediff.train.settings import StudentTraining, check_training
 from edgediff.train.unet import UNetTrained, train_unet
 
 
 def train_student(path: str | Path, settings: StudentTraining, *, progress: Say | None = None) -> UNetTrained | None:
-    """Trains a student, or goes on where an interrupted training of the same settings stopped.
-
-    Args:
-        path: Where the student is to be, a diffusers directory.
-        settings: What is asked for; `teacher` and `data` must be there.
-        progress: Told what is being done, and the share of it that is done.
+    """Trains a student in the folder `path`, or resumes an interrupted training of the same settings.
 
     Returns:
-        What became of it; None where the student is there already.
+        None where the student is there already.
 
     Raises:
         ConfigError: The settings do not fit, or teacher and student do not.
@@ -42,9 +35,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     if settings.teacher is None:
         raise ConfigError("no teacher: name a diffusers directory or a built-in model, 'teacher' in the settings")
     path = Path(path)
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    check_output(path, accelerator)
-    say = progress if progress is not None and accelerator.is_main_process else silent
+    accelerator, say = begin(path, progress, settings.precision)
     teacher = load_model(settings.teacher)
     teacher.check_schedule()
     if settings.distils and not teacher.has_weights:
@@ -53,7 +44,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     check_pair(teacher, model)
     _, height, width = model.sample_shape
     if height != width:
-        raise ConfigError(f"the UNet takes {height}x{width}; expected a square: of images the centre is taken")
+        raise ConfigError(f"the UNet takes {height}x{width}; expected a square, since images are cropped to one")
     vae = None if teacher.space == "pixel" else load_autoencoder(teacher.home / FOLDER)
     factor = 1 if vae is None else factor_of(vae)
     channels = 3 if vae is None else vae.config.latent_channels
@@ -82,9 +73,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
 
 
 def student_of(teacher: Model, settings: StudentTraining) -> Model:
-    """The student that a training begins with: one that is there, or a new one, its weights drawn by the seed.
-
-    The teacher lends geometry, schedule and classes.
+    """The student that a training begins with: an existing one, or a new one of the teacher's geometry and classes.
 
     Raises:
         ConfigError: The width does not fit.

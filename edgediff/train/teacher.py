@@ -6,39 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError
 from edgediff.models.card import Card
 from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
-from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model, one_line
+from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model
 from edgediff.models.slim import plain_config
 from edgediff.models.undivided import predict
 from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
-from edgediff.train.claim import check_output
 from edgediff.train.dataset import read_data
 from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
-from edgediff.train.loop import Say, silent
+from edgediff.train.loop import Say, begin
 from edgediff.train.settings import MOST, AutoencoderTraining, TeacherTraining, check_training, training_from
 from edgediff.train.unet import UNetTrained, train_unet
+from edgediff_runtime.errors import one_line
 
-# A geometry's own conditioning that images in folders do not bring.
+# Conditioning of a geometry that images in folders do not have.
 _UNCLASSED = {"class_embed_type": None, "num_class_embeds": None}
 
 
 def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say | None = None) -> UNetTrained | None:
-    """Trains a UNet from scratch, or goes on where an interrupted training of the same settings stopped.
-
-    Args:
-        path: Where the model is to be, a diffusers directory.
-        settings: What is asked for; a geometry and `data` must be there.
-        progress: Told what is being done, and the share of it that is done.
+    """Trains a UNet from scratch in the folder `path`, or resumes an interrupted training of the same settings.
 
     Returns:
-        What became of it; None where the model is there already.
+        None where the model is there already.
 
     Raises:
         ConfigError: The settings, the geometry and the images do not fit together.
@@ -50,22 +43,24 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     """
     settings = check_training(settings)
     path = Path(path)
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    check_output(path, accelerator)
-    say = progress if progress is not None and accelerator.is_main_process else silent
+    accelerator, say = begin(path, progress, settings.precision)
     kind, config = geometry_of(settings)
     own = settings.autoencoder
     given = load_autoencoder(own) if isinstance(own, str) else None
     asked = training_from(own, AutoencoderTraining) if isinstance(own, dict) else None
-    factor = factor_of(given) if given is not None else asked.factor if asked is not None else 1
+    factor, latent = 1, None
+    if given is not None:
+        factor, latent = factor_of(given), given.config.latent_channels
+    elif asked is not None:
+        factor, latent = asked.factor, asked.latent_channels
     size = factor * _side(config) if settings.size is None else settings.size
     if size % factor:
         raise ConfigError(f"'size' is {size}; expected a multiple of {factor}, which the autoencoder divides by")
     if asked is not None:
         check_autoencoder(asked, size)
     data = read_data(settings, size, say)
-    latent = given.config.latent_channels if given is not None else asked.latent_channels if asked is not None else None
-    model = _teacher(path.resolve().name, path, kind, config, data[0], settings, size // factor, latent)
+    labels = data[0].names if settings.classes else ()
+    model = _teacher(path, kind, config, labels, settings, size // factor, latent)
     sources = {"another geometry": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
     if given is not None:
         sources["another autoencoder"] = hash_of_autoencoder(given)
@@ -75,20 +70,12 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
             return given.to(accelerator.device)
         return train_autoencoder(data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=say)
 
-    return train_unet(
-        model,
-        data,
-        path,
-        settings,
-        accelerator=accelerator,
-        autoencoder=None if latent is None else autoencoder,
-        sources=sources,
-        say=say,
-    )
+    made = None if latent is None else autoencoder
+    return train_unet(model, data, path, settings, accelerator=accelerator, autoencoder=made, sources=sources, say=say)
 
 
 def geometry_of(settings: TeacherTraining) -> tuple[Any, dict[str, Any]]:
-    """The UNet's class and what it takes, of a model that is named or of the settings themselves.
+    """The UNet's class and its arguments, of the model or the settings that are given.
 
     Raises:
         ConfigError: The class is unknown.
@@ -106,20 +93,18 @@ def geometry_of(settings: TeacherTraining) -> tuple[Any, dict[str, Any]]:
 
 
 def _teacher(
-    name: str,
     path: Path,
     kind: Any,
     config: dict[str, Any],
-    data: ImageSet,
+    labels: tuple[str, ...],
     settings: TeacherTraining,
     side: int,
     latent: int | None,
 ) -> Model:
-    """The model that the training begins with."""
+    """The model that the training begins with, `side` high and wide; `latent` is the number of latent channels."""
     channels = 3 if latent is None else latent
     config = config | _UNCLASSED | {"sample_size": side, "in_channels": channels, "out_channels": channels}
     tensors: dict[str, TensorSpec] = {}
-    labels = data.names if settings.classes else ()
     if labels:
         config["num_class_embeds"] = len(labels) + 1
         tensors["class_labels"] = TensorSpec((), torch.int64)
@@ -133,7 +118,7 @@ def _teacher(
     if whole.get("addition_embed_type") is not None or looks_at_text(whole):
         raise ConfigError("the geometry is conditioned on text; expected classes, or no condition")
     check_size(side, side, 2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None))
-    _try(unet, channels, side, len(labels))
+    _check_runs(unet, channels, side, len(labels))
     scheduler = DDPMScheduler(
         num_train_timesteps=settings.num_train_timesteps,
         beta_schedule=settings.beta_schedule,
@@ -141,7 +126,7 @@ def _teacher(
         clip_sample=latent is None,
     )
     return Model(
-        name=name,
+        name=path.resolve().name,
         unet=unet,
         scheduler=scheduler,
         conditioning=Conditioning("class" if labels else "none", tensors, labels, len(labels) if labels else None),
@@ -154,7 +139,7 @@ def _teacher(
 
 
 @torch.no_grad()
-def _try(unet: Any, channels: int, side: int, null_label: int) -> None:
+def _check_runs(unet: Any, channels: int, side: int, null_label: int) -> None:
     """Runs the UNet once, at the least noise: some settings fail only then, or give NaN there."""
     cond = {"class_labels": torch.tensor([null_label])} if null_label else {}
     try:

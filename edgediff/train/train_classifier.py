@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from edgediff.config.strict import check_ranges
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.classifier import Classifier, ClassifierShape, as_input
@@ -20,20 +22,15 @@ _SHIFT = 3
 _LIGHT = 0.1
 
 
-@dataclass(frozen=True)
-class ClassifierRecipe:
+class ClassifierRecipe(msgspec.Struct, frozen=True):
     """How a classifier is trained.
 
     Attributes:
         widths: Channels of each level; every level but the first halves the map. The last is the number of features.
         epochs: Passes over the images at most.
-        minutes: Wall-clock time at most; None sets no bound. The learning rate falls to 0 with whichever comes first,
-            so a run that time ends is annealed too, but no longer repeatable to the bit.
-        batch: Images of a step.
-        learning_rate: The highest, after a short warm-up.
-        weight_decay: AdamW's.
-        label_smoothing: Share of the target that goes to all classes alike; keeps features from growing without end.
-        seed: Of the weights, the order and the augmentation.
+        minutes: Wall-clock time at most, by which the learning rate falls to 0 too; the weights then differ from run
+            to run. None sets no bound.
+        label_smoothing: Share of the target that is spread over all classes; it bounds the features.
     """
 
     widths: tuple[int, ...] = (24, 48, 96, 128)
@@ -48,14 +45,7 @@ class ClassifierRecipe:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave.
-
-    Attributes:
-        classifier: In evaluation mode.
-        epochs: Passes over the images; the last may be incomplete where time ended it.
-        steps: Steps of the optimiser.
-        loss: Mean over the last epoch's steps.
-    """
+    """The result of a training: `loss` is the mean over the last epoch, which may be incomplete where time ended it."""
 
     classifier: Classifier
     epochs: int
@@ -66,22 +56,19 @@ class Trained:
 def train_classifier(
     data: ImageSet, recipe: ClassifierRecipe | None = None, progress: Callable[[str], None] = lambda what: None
 ) -> Trained:
-    """Trains a classifier: cross-entropy, AdamW, cosine decay; images flipped, shifted and lit a little differently.
+    """Trains a classifier of square images: cross-entropy, AdamW, cosine decay; images are augmented.
 
-    The same images, recipe, versions and number of threads give the same weights.
-
-    Args:
-        data: The images, square.
-        recipe: How; the default one where None.
-        progress: Told what is being done, once for each epoch.
+    The same images, recipe, versions and number of threads give the same weights. `progress` is called once an epoch.
 
     Raises:
         ConfigError: A number of the recipe is out of range.
         DataError: There are fewer images than a step takes, or fewer than two classes.
         TrainingError: The loss is not finite.
     """
-    accelerator = Accelerator()
-    recipe = _checked(ClassifierRecipe() if recipe is None else recipe)
+    recipe = ClassifierRecipe() if recipe is None else recipe
+    check_ranges(recipe, ("epochs", "batch", "learning_rate", "minutes"))
+    if recipe.batch < 2:  # batch normalisation has no variance of one image
+        raise ConfigError("'batch' is 1; expected 2 or more")
     if len(data.names) < 2 or len(data) < recipe.batch:
         raise DataError(
             f"{len(data)} images of {len(data.names)} classes; expected two classes and {recipe.batch} images or more"
@@ -89,19 +76,18 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         classifier = Classifier(ClassifierShape(data.images.shape[1], recipe.widths, data.names))
-    task = _ClassifierTask(accelerator, classifier, data, recipe, progress)
-    Loop(accelerator, task).run()
-    last = task.state.losses[-task.per_epoch :]
+    task = _ClassifierTask(Accelerator(), classifier, data, recipe, progress)
+    Loop(task).run()
     return Trained(
         classifier=classifier.requires_grad_(False).cpu(),
         epochs=math.ceil(task.state.updates / task.per_epoch),
         steps=task.state.updates,
-        loss=sum(last) / len(last),
+        loss=task.last_epoch(),
     )
 
 
 class _ClassifierTask(Task):
-    """A visit is one update. All is drawn from one generator, so there are no checkpoints to go on from."""
+    """A visit is one update. All random draws come from one generator, so a training cannot be resumed."""
 
     def __init__(
         self,
@@ -113,8 +99,7 @@ class _ClassifierTask(Task):
     ) -> None:
         self.per_epoch = len(data) // recipe.batch
         optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=recipe.weight_decay)
-        super().__init__(classifier, optimizer, classifier, recipe, recipe.epochs * self.per_epoch)
-        self.device = accelerator.device
+        super().__init__(accelerator, recipe, classifier, optimizer, classifier, recipe.epochs * self.per_epoch)
         self.images, self.labels = as_input(data.images), torch.from_numpy(data.labels)
         self.progress = progress
         self.rng = torch.Generator().manual_seed(recipe.seed)
@@ -141,11 +126,15 @@ class _ClassifierTask(Task):
     def rate(self, update: int, total: int) -> float:
         return cosine(min(max(update / total, self._spent()), 1)) * min((update + 1) / _WARM_UP, 1)
 
+    def last_epoch(self) -> float:
+        """Mean loss over the last epoch's updates."""
+        last = self.state.losses[-self.per_epoch :]
+        return sum(last) / len(last)
+
     def after_visit(self, loop: Loop) -> None:
         done = self.state.updates
         if done % self.per_epoch == 0:
-            loss = sum(self.state.losses[-self.per_epoch :]) / self.per_epoch
-            self.progress(f"epoch {done // self.per_epoch} of {self.settings.epochs}: loss {loss:.3f}")
+            self.progress(f"epoch {done // self.per_epoch} of {self.settings.epochs}: loss {self.last_epoch():.3f}")
 
 
 def augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -163,14 +152,3 @@ def augment(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     contrast, brightness = _LIGHT * (2 * torch.rand(2, count, 1, 1, 1, generator=rng) - 1)
     lit: torch.Tensor = images * (1 + contrast) + brightness
     return lit
-
-
-def _checked(recipe: ClassifierRecipe) -> ClassifierRecipe:
-    for name in ("epochs", "batch", "learning_rate"):
-        if getattr(recipe, name) <= 0:
-            raise ConfigError(f"{name} is {getattr(recipe, name)}; expected a number above 0")
-    if recipe.minutes is not None and recipe.minutes <= 0:
-        raise ConfigError(f"minutes is {recipe.minutes}; expected a number above 0")
-    if recipe.batch < 2:  # batch normalisation has no variance of one image
-        raise ConfigError("batch is 1; expected 2 or more")
-    return recipe

@@ -25,7 +25,7 @@ from edgediff_runtime.manifest import Cost
 CARD = "README.md"
 LOSSES = "loss.png"
 TOOLS = ("edgediff", "torch", "diffusers", "accelerate", "numpy")
-# Dark enough for the mean; single updates are drawn lighter in the same colour.
+# Of the means; single updates are drawn lighter in the same colour.
 COLOURS = ("#1f4e79", "#2e7d32", "#b9770e", "#7d3c98")
 _POINTS = "#b03a2e"
 
@@ -47,28 +47,25 @@ def adaptor_card(
         "none": "noise alone; no images",
     }[known.kind]
     what = "8-bit images" if gain.space == "pixel" else "latents"
-    lines = [
-        f"# {record.kind} adaptor for {model.name}",
-        "",
-        "Stands in for the low-resolution part on cached steps (Clockwork Diffusion, arXiv 2312.08128).",
-        "",
-        f"- **Serves**: `{model.name}`, sha256 `{model.sha256}`, divided at level {record.cut.level}, "
-        f"{record.cut.point}: {record.shape}.",
-        f"- **Operating point**: {point.num_inference_steps} steps of {point.scheduler}, clock {point.clock}, "
-        f"guidance {point.guidance_scale:g}. Elsewhere it works less well than it could.",
-        f"- **Data**: {data}.",
-        f"- **Training**: {settings.rollout} rollout; {settings.rounds} rounds of {settings.images} trajectories "
-        f"for each process, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.learning_rate:g} "
-        f"({settings.schedule}), weight {settings.output_weight:g} on the output's loss, averaged weights "
-        f"({settings.ema:g}), seed {settings.seed}: {state.updates} updates in {_where(state, accelerator)}.",
-        f"- **Loss** over the last tenth: {recent(state.losses):.4f} of the identity's ([curve]({LOSSES})).",
-        f"- **Gain**: PSNR of {gain.images} {what} of unseen seeds against clock 1: "
-        f"identity {gain.identity:.2f} dB, this {gain.learned:.2f} dB.",
-        f"- **Versions**: {_versions()}.",
-        f"- **Licence**: as the model's, {model.card.license}.",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"""# {record.kind} adaptor for {model.name}
+
+Stands in for the low-resolution part on cached steps (Clockwork Diffusion, arXiv 2312.08128).
+
+- **Serves**: `{model.name}`, sha256 `{model.sha256}`, divided at level {record.cut.level}, {record.cut.point}: \
+{record.shape}.
+- **Operating point**: {point.num_inference_steps} steps of {point.scheduler}, clock {point.clock}, guidance \
+{point.guidance_scale:g}. Elsewhere it works less well than it could.
+- **Data**: {data}.
+- **Training**: {settings.rollout} rollout; {settings.rounds} rounds of {settings.images} trajectories for each \
+process, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.learning_rate:g} \
+({settings.schedule}), weight {settings.output_weight:g} on the output's loss, averaged weights \
+({settings.ema:g}), seed {settings.seed}: {state.updates} updates in {_where(state, accelerator)}.
+- **Loss** over the last tenth: {recent(state.losses):.4f} of the identity's ([curve]({LOSSES})).
+- **Gain**: PSNR of {gain.images} {what} of unseen seeds against clock 1: identity {gain.identity:.2f} dB, this \
+{gain.learned:.2f} dB.
+- **Versions**: {_versions()}.
+- **Licence**: as the model's, {model.card.license}.
+"""
 
 
 def unet_card(
@@ -81,40 +78,38 @@ def unet_card(
 ) -> str:
     """The card of a UNet, in Markdown; `images` are those that it learnt from, and those held out."""
     data, held_out = images
-    cost = _cost(model)
+    cost, config = _cost(model), model.unet.config
     size = f"{data.images.shape[1]}x{data.images.shape[2]}"
-    lines = [
-        f"# {model.name}",
-        "",
-        f"- **What**: {_what(model)}, {cost.parameters:,} parameters, {cost.macs:,} multiply-adds of a sample without "
-        f"and {cost.macs_attention:,} of attention matmuls.",
-    ]
+    widths = "/".join(str(width) for width in config.block_out_channels)
+    gated = f", {config.wavelet} wavelet gating" if "wavelet" in config else ""
+    taught = ""
     if isinstance(settings, StudentTraining) and teacher is not None:
         theirs = _cost(teacher)
-        lines.append(
+        taught = (
             f"- **Teacher**: `{teacher.name}`, sha256 `{teacher.sha256}`, {theirs.parameters:,} parameters: "
-            f"{theirs.macs / cost.macs:.1f} times the multiply-adds. {_terms(settings)}"
+            f"{theirs.macs / cost.macs:.1f} times the multiply-adds. {_terms(settings)}\n"
         )
     skipped = f" {data.skipped.in_words()}" if data.skipped.count else ""
-    lines += [
-        f"- **Data**: {len(data):,} images of {len(data.names)} classes, brought to {size} (centre, Lanczos, mean of "
-        f"squares), sha256 `{hash_of(data)}`; {len(held_out):,} held out, sha256 `{hash_of(held_out)}`.{skipped}",
-        f"- **Training**: {state.updates:,} updates of {settings.batch * accelerator.num_processes} images in "
-        f"{_where(state, accelerator)}.",
-        f"- **Loss** (denoising): {recent(state.terms[DDPM]):.4f} over the last tenth, {state.held_out[-1][1]:.4f} of "
-        f"the averaged weights on held-out images ([curves]({LOSSES})).",
-        "- **Samples**: 20 steps of dpmpp_2m, classes in their order ([grid](samples.png)).",
-        f"- **Versions**: {_versions()}.",
-        "- **Licence**: not stated; what it learnt from has a say in it.",
-        "",
-        "Settings (`edgediff train` takes them as they stand, as `--config`):",
-        "",
-        "```json",
-        msgspec.json.format(msgspec.json.encode(settings), indent=1).decode(),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"""# {model.name}
+
+- **What**: {type(model.unet).__name__}, levels {widths}{gated}, {cost.parameters:,} parameters, {cost.macs:,} \
+multiply-adds of a sample without and {cost.macs_attention:,} of attention matmuls.
+{taught}- **Data**: {len(data):,} images of {len(data.names)} classes, brought to {size} (centre, Lanczos, mean of \
+squares), sha256 `{hash_of(data)}`; {len(held_out):,} held out, sha256 `{hash_of(held_out)}`.{skipped}
+- **Training**: {state.updates:,} updates of {settings.batch * accelerator.num_processes} images in \
+{_where(state, accelerator)}.
+- **Loss** (denoising): {recent(state.terms[DDPM]):.4f} over the last tenth, {state.held_out[-1][1]:.4f} of the \
+averaged weights on held-out images ([curves]({LOSSES})).
+- **Samples**: 20 steps of dpmpp_2m, classes in their order ([grid](samples.png)).
+- **Versions**: {_versions()}.
+- **Licence**: not stated; what it learnt from has a say in it.
+
+Settings (`edgediff train` takes them as they stand, as `--config`):
+
+```json
+{msgspec.json.format(msgspec.json.encode(settings), indent=1).decode()}
+```
+"""
 
 
 def _where(state: Progress, accelerator: Accelerator) -> str:
@@ -124,13 +119,6 @@ def _where(state: Progress, accelerator: Accelerator) -> str:
 
 def _versions() -> str:
     return f"{', '.join(f'{tool} {version(tool)}' for tool in TOOLS)}, Python {platform.python_version()}"
-
-
-def _what(model: Model) -> str:
-    config = model.unet.config
-    widths = "/".join(str(width) for width in config.block_out_channels)
-    gated = f", {config.wavelet} wavelet gating" if "wavelet" in config else ""
-    return f"{type(model.unet).__name__}, levels {widths}{gated}"
 
 
 def _terms(settings: StudentTraining) -> str:
@@ -155,15 +143,10 @@ def draw_losses(
     level: tuple[float, str] | None = None,
     points: tuple[str, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
-    """Draws the losses of a training.
+    """Draws the losses of a training, one for each update by name, to a ``.png``.
 
-    Args:
-        curves: One loss for each update, by name.
-        path: A ``.png``.
-        title: Over the picture.
-        what: Beside the losses' axis.
-        level: A horizontal line and its name.
-        points: Name, then update and loss of each point of a curve that is measured now and then.
+    `what` is the label of their axis, `level` a horizontal line and its name, `points` the name of a curve that is
+    measured now and then, with its updates and losses.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

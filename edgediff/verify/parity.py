@@ -65,10 +65,8 @@ def verify_bundle(
     """Verifies a bundle: every file's hash, then every number.
 
     Args:
-        path: The bundle.
         model: The source: a loaded `Model`, a directory or a built-in name; None looks where the manifest says. Where
             there is none, or no torch, the trajectory is compared with the evidence's final latents.
-        progress: Called with what is being done.
         record: Write the report to ``evidence/parity.json``; not done where `targets` leaves one out.
         targets: Which targets to verify; None verifies all.
 
@@ -90,7 +88,7 @@ def verify_bundle(
     findings: list[Finding] = []
     for entry in wanted:
         form = TARGETS[entry.target]
-        for backend in form.backends:
+        for backend in form.verifiers:
             target = entry.with_unet(floors=form.floors_on(backend, entry.unet.floors))
             say(f"{backend}: loading")
             try:
@@ -99,7 +97,7 @@ def verify_bundle(
                 log.debug("%s: %s", backend, e)
                 found = _none_run(target, manifest, reference, backend, str(e))
             else:
-                findings += _findings(target, reference, session, say) if backend == form.backends[0] else []
+                findings += _findings(target, reference, session, say) if backend == form.verifiers[0] else []
                 found = [
                     *_step_rows(target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
@@ -107,7 +105,7 @@ def verify_bundle(
                     *_picture_rows(bundle, target, reference, session, backend, say),
                 ]
                 del session
-                if backend == form.backends[0]:
+                if backend == form.verifiers[0]:
                     found += _undivided_rows(bundle, target, reference, backend, say)
             rows += [msgspec.structs.replace(row, target=target.target) for row in found]
     report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
@@ -325,7 +323,7 @@ def _none_run(target: Target, manifest: Manifest, reference: Reference, backend:
     floors = target.unet.floors
     names = [graph.name for graph in target.unet.graphs if graph.file is not None]
     rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
-    if backend == TARGETS[target.target].backends[0] and floors.program is not None:
+    if backend == TARGETS[target.target].verifiers[0] and floors.program is not None:
         rows += [not_run("program", name, backend, floors.program, note) for name in names]
     rows += [
         not_run("composed", "full" if full else "cached", backend, floors.composed, note)
@@ -345,7 +343,7 @@ def _write(bundle: Bundle, report: ParityReport) -> None:
     """Replaces evidence/parity.json in one step; a bundle on read-only media is verified all the same."""
     ran = {row.backend for row in report.rows if row.status == "measured"}
     ours = (TARGETS[name] for name in report.targets)
-    tools = dict.fromkeys((*TOOLS, *(tool for form in ours if ran & {*form.backends} for tool in form.tools_to_run)))
+    tools = dict.fromkeys((*TOOLS, *(tool for form in ours if ran & {*form.verifiers} for tool in form.tools_to_run)))
     evidence = {
         **report.to_dict(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

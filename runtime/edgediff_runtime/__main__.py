@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, write_output
+
+# As a shell reports a program that SIGPIPE ended.
+CLOSED_PIPE = 141
 
 
 def main() -> int:
@@ -61,14 +65,18 @@ def main() -> int:
         return 130
     if args.json:
         ledger = [step.to_dict() for step in result.ledger]
-        print(
-            json.dumps(
-                {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}, indent=1
-            )
+        said = json.dumps(
+            {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}, indent=1
         )
     else:
         mask = letters(result.mask)
-        print(f"{len(result.latents)} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}")
+        count = len(result.latents)
+        said = f"{count} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}"
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # the reader has left; the images are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     return 0
 
 

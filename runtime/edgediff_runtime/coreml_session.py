@@ -110,10 +110,10 @@ def _check_tensors(graph: Graph, spec: Any) -> None:
         arrays = {feature.name: feature.type.multiArrayType for feature in found}
         return {name: (ARRAY_TYPES.get(a.dataType, str(a.dataType)), tuple(a.shape)) for name, a in arrays.items()}
 
-    hold_tensors(graph, features(described.input), features(described.output))
+    check_features(graph, features(described.input), features(described.output))
 
 
-def hold_tensors(graph: Graph, inputs: Features, outputs: Features) -> None:
+def check_features(graph: Graph, inputs: Features, outputs: Features) -> None:
     """Checks a package's tensors, dtype and shape by name, against the manifest's graph.
 
     Core ML needs no shape of outputs: none, (), fits any.

@@ -30,9 +30,9 @@ class OperatingPointWarning(UserWarning):
     """A generation is not what the bundle's adaptor was trained for: other steps, clock, guidance or sampler."""
 
 
-def one_line(error: object) -> str:
-    """What an error says, on one line of 400 characters at the most; its class's name where it says nothing."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def one_line(error: object, limit: int | None = 400) -> str:
+    """What an error says, on one line of `limit` characters at the most; its class's name where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 @contextmanager

@@ -49,20 +49,20 @@ def check_manifest(manifest: Manifest) -> None:
         ("num_images", point.num_images), ("channels", sample.channels), ("height", sample.height),
         ("width", sample.width), ("cut.level", manifest.cut.level), ("cache_bytes", manifest.cache_bytes),
     ):  # fmt: skip
-        _hold(number > 0, name, number, "a whole number above 0")
-    _hold(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, f"{sample.channels} or more")
-    _hold((known.kind == "class") <= bool(known.labels), "labels", known.labels, "the names of the classes")
-    _hold((known.kind != "none") == bool(known.tensors), "conditioning.tensors", [t.name for t in known.tensors],
+        _must(number > 0, name, number, "a whole number above 0")
+    _must(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, f"{sample.channels} or more")
+    _must((known.kind == "class") <= bool(known.labels), "labels", known.labels, "the names of the classes")
+    _must((known.kind != "none") == bool(known.tensors), "conditioning.tensors", [t.name for t in known.tensors],
           "tensors where there is a condition, none where there is not")  # fmt: skip
     for tensor in known.tensors:
         _check_sizes(tensor)
-    _hold(known.null_label is None or 0 <= known.null_label <= len(known.labels), "null_label", known.null_label,
+    _must(known.null_label is None or 0 <= known.null_label <= len(known.labels), "null_label", known.null_label,
           f"0 to {len(known.labels)}")  # fmt: skip
     for name, file in manifest.files.items():
-        _hold(file.size >= 0, f"size of {name}", file.size, "0 or more")
+        _must(file.size >= 0, f"size of {name}", file.size, "0 or more")
         _check_hash(f"sha256 of {name}", file.sha256)
     kinds = [target.target for target in manifest.targets]
-    _hold(0 < len(set(kinds)) == len(kinds), "targets", kinds, "one of a kind, one at least that this runtime knows")
+    _must(0 < len(set(kinds)) == len(kinds), "targets", kinds, "one of a kind, one at least that this runtime knows")
     for target in manifest.targets:
         _check_target(target, manifest)
 
@@ -70,24 +70,24 @@ def check_manifest(manifest: Manifest) -> None:
 def _check_point(where: str, point: TrainedFor) -> None:
     """Checks that the mask is the clock's, and the guidance a number."""
     mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps)))
-    _hold(point.mask == mask, f"{where}.mask", point.mask, f"the mask of clock {point.clock}")
+    _must(point.mask == mask, f"{where}.mask", point.mask, f"the mask of clock {point.clock}")
     scale = point.guidance_scale
-    _hold(0 < scale <= MAX_GUIDANCE, f"{where}.guidance_scale", scale, "a number above 0")
+    _must(0 < scale <= MAX_GUIDANCE, f"{where}.guidance_scale", scale, "a number above 0")
 
 
 def _check_seed(where: str, seed: str) -> None:
     plain = seed.isascii() and seed.isdigit() and len(seed) <= 20 and str(int(seed)) == seed
-    _hold(plain and int(seed) <= MAX_SEED, where, seed, "0 to 2^64 - 1 as decimal text")
+    _must(plain and int(seed) <= MAX_SEED, where, seed, "0 to 2^64 - 1 as decimal text")
 
 
 def _check_adaptor(adaptor: Adaptor) -> None:
     """The identity is described by its kind alone; a learned adaptor by its name, its hash and its training."""
-    _hold(adaptor.kind in ADAPTORS, "adaptor.kind", adaptor.kind, f"one of {', '.join(ADAPTORS)}")
+    _must(adaptor.kind in ADAPTORS, "adaptor.kind", adaptor.kind, f"one of {', '.join(ADAPTORS)}")
     learned = adaptor.kind != "identity"
     for name in ("name", "sha256", "trained_for"):
         value = getattr(adaptor, name)
-        _hold((value is not None) == learned, f"adaptor.{name}", value, "a value for a learned one, null for identity")
-    _hold(learned or adaptor.path is None, "adaptor.path", adaptor.path, "null for identity")
+        _must((value is not None) == learned, f"adaptor.{name}", value, "a value for a learned one, null for identity")
+    _must(learned or adaptor.path is None, "adaptor.path", adaptor.path, "null for identity")
     if adaptor.sha256 is not None:
         _check_hash("adaptor.sha256", adaptor.sha256)
     if adaptor.trained_for is not None:
@@ -95,32 +95,32 @@ def _check_adaptor(adaptor: Adaptor) -> None:
 
 
 def _check_hash(name: str, given: str) -> None:
-    _hold(len(given) == 64 and set(given) <= set("0123456789abcdef"), name, given, "64 hexadecimal digits")
+    _must(len(given) == 64 and set(given) <= set("0123456789abcdef"), name, given, "64 hexadecimal digits")
 
 
 def _check_target(target: Target, manifest: Manifest) -> None:
     for holds, name, given, expected in target.faults():
-        _hold(holds, name, given, expected)
+        _must(holds, name, given, expected)
     steps = [name for name, component in target.components.items() if component.stage == "step"]
-    _hold(steps == ["unet"], f"components of stage step in {target.target}", steps, "the unet alone")
+    _must(steps == ["unet"], f"components of stage step in {target.target}", steps, "the unet alone")
     for component in target.components.values():
         for name, floor in msgspec.structs.asdict(component.floors).items():
-            _hold(floor is None or floor > 0, f"floors.{name}", floor, "dB above 0")
+            _must(floor is None or floor > 0, f"floors.{name}", floor, "dB above 0")
         batch = component.batch
-        _hold(batch is None or batch > 0, "batch", batch, "null or a whole number above 0")
+        _must(batch is None or batch > 0, "batch", batch, "null or a whole number above 0")
         half = component.dtype == "fp16"
-        _hold((component.floors.program is not None) == half, "floors.program", component.floors.program,
+        _must((component.floors.program is not None) == half, "floors.program", component.floors.program,
               "dB for fp16 alone")  # fmt: skip
         tensors = [t for graph in component.graphs for t in (*graph.inputs, *graph.outputs)]
-        _hold(half or all(t.dtype != "float16" for t in tensors), "dtype", component.dtype, "fp16 for float16 tensors")
+        _must(half or all(t.dtype != "float16" for t in tensors), "dtype", component.dtype, "fp16 for float16 tensors")
         names = [graph.name for graph in component.graphs]
-        _hold(len(set(names)) == len(names), "graphs", names, "distinct names")
+        _must(len(set(names)) == len(names), "graphs", names, "distinct names")
         unknown = [name for name in component.files if name not in manifest.files]
-        _hold(not manifest.files or not unknown, "files of a component", unknown, "files of the bundle")
+        _must(not manifest.files or not unknown, "files of a component", unknown, "files of the bundle")
         looped = component.stage == "step"
-        _hold((component.layout is not None) == looped, "layout", component.layout, "a value for the unet alone")
+        _must((component.layout is not None) == looped, "layout", component.layout, "a value for the unet alone")
         for graph in component.graphs:
-            _hold((graph.frequency is not None) == looped, f"frequency of {graph.name}", graph.frequency,
+            _must((graph.frequency is not None) == looped, f"frequency of {graph.name}", graph.frequency,
                   "a value for graphs of the unet alone")  # fmt: skip
     _check_unet(target.unet, manifest)
 
@@ -128,11 +128,11 @@ def _check_target(target: Target, manifest: Manifest) -> None:
 def _check_unet(unet: Component, manifest: Manifest) -> None:
     sample = manifest.sample
     parts = {*(graph.name for graph in unet.graphs), "full", "cached"}
-    _hold(parts <= manifest.cost.keys(), "cost", sorted(manifest.cost), f"an entry for {', '.join(sorted(parts))}")
+    _must(parts <= manifest.cost.keys(), "cost", sorted(manifest.cost), f"an entry for {', '.join(sorted(parts))}")
     for graph in unet.graphs:
         if graph.name == "adaptor":
             without = manifest.adaptor.kind == "identity"
-            _hold((graph.file is None) == without, "file of adaptor", graph.file, "null for the identity alone")
+            _must((graph.file is None) == without, "file of adaptor", graph.file, "null for the identity alone")
     given = tuple(tensor.name for tensor in manifest.conditioning.tensors)
     for full in (True, False):
         _check_wiring(unet.graphs, given, full)
@@ -143,15 +143,15 @@ def _check_unet(unet: Component, manifest: Manifest) -> None:
     }
     for tensor in (t for graph in unet.graphs for t in (*graph.inputs, *graph.outputs)):
         if tensor.name == TIMESTEP:
-            _hold(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
+            _must(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
             continue
         shares = tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,)
-        _hold(shares or tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")
+        _must(shares or tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")
         image = shapes.get(tensor.name, tensor.shape[1:])
-        _hold(tensor.shape[1:] == image, f"shape of {tensor.name}", tensor.shape, f"{(rows, *image)}")
+        _must(tensor.shape[1:] == image, f"shape of {tensor.name}", tensor.shape, f"{(rows, *image)}")
     for graph in unet.graphs:
         can = unet.batch is None and graph.can_count_rows and all(tensor.name != SAMPLE for tensor in graph.outputs)
-        _hold(can or not graph.shares_rows, f"shape of {SAMPLE} in {graph.name}", IMAGES,
+        _must(can or not graph.shares_rows, f"shape of {SAMPLE} in {graph.name}", IMAGES,
               f"{rows}: graphs share rows where the batch is symbolic and something else has all rows")  # fmt: skip
 
 
@@ -162,25 +162,25 @@ def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool)
         names = {tensor.name for tensor in graph.outputs}
         # Where nothing runs, the cache keeps the name that the last step gave it.
         stays = {LOWRES_FEATURE if tensor.name == CACHE else tensor.name for tensor in graph.inputs}
-        _hold(graph.file is not None or names <= stays, f"file of {graph.name}", graph.file,
+        _must(graph.file is not None or names <= stays, f"file of {graph.name}", graph.file,
               "a file: what it makes does not come in")  # fmt: skip
         for tensor in (*graph.inputs, *graph.outputs):
             _check_sizes(tensor)
         if graph.runs(full):
             missing = [tensor.name for tensor in graph.inputs if tensor.name not in there]
-            _hold(not missing, f"inputs of {graph.name}", missing, "tensors that a step has by then")
+            _must(not missing, f"inputs of {graph.name}", missing, "tensors that a step has by then")
             there |= names
-    _hold({"out_sample", LOWRES_FEATURE} <= there, "outputs of a step", sorted(there), "out_sample, lowres_feature")
+    _must({"out_sample", LOWRES_FEATURE} <= there, "outputs of a step", sorted(there), "out_sample, lowres_feature")
 
 
 def _check_sizes(tensor: Tensor) -> None:
     # The component determines the first dimension; only a text's length may be any.
     symbolic = (0, 1) if tensor.name == TEXT and tensor.shape[1:2] == (TOKENS,) else (0,)
     sizes = [n for i, n in enumerate(tensor.shape) if i not in symbolic or isinstance(n, int)]
-    _hold(all(isinstance(n, int) and n > 0 for n in sizes), f"shape of {tensor.name}", tensor.shape, "sizes")
+    _must(all(isinstance(n, int) and n > 0 for n in sizes), f"shape of {tensor.name}", tensor.shape, "sizes")
 
 
-def _hold(holds: bool, name: str, given: object, expected: str) -> None:
+def _must(holds: bool, name: str, given: object, expected: str) -> None:
     if not holds:
         raise BundleError(f"manifest.json: {name} is {given!r}; expected {expected}")
 

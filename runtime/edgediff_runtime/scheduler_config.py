@@ -108,7 +108,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     lambda_min_clipped: float | None = None
 
     def __post_init__(self) -> None:
-        """Hold each setting to its type and range, and to the kind that reads it."""
+        """Checks each setting: its type, its range, and that its kind reads it."""
         if self.timestep_spacing is None and self.name in _DEFAULT_SPACING:
             msgspec.structs.force_setattr(self, "timestep_spacing", _DEFAULT_SPACING[self.name])
         for field, choices in _CHOICES.items():

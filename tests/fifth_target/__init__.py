@@ -1,10 +1,11 @@
 """A target as an exercise: torch.export's own files. All of a fifth target is this folder and its name in the table."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
-from edgediff.targets.base import Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import Backend, Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -28,8 +29,8 @@ class ToyTarget(Target):
 
     name, title, files = "toy", "Toy", "toy programs"
     config = ToyConfig
-    packages = ("torch",)
-    backends = own_backends = ("toy-torch",)
+    packages: ClassVar[Mapping[str, str]] = {"torch": "2.13.0"}
+    backends = (Backend("toy-torch", ("toy",), ("torch",), "pip install torch", is_own=True),)
 
     def check(self, config: ToyConfig, layout: Layout) -> None:
         """Checks the batch."""

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
-from edgediff.targets.base import ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -32,6 +32,8 @@ IDS = "input_ids"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
 # Floors of Apple's runtime, whatever the recipe asks of the evaluator: it may add in fp16.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
+# Systems whose programs have attention as one op, which has no scale of its own.
+FUSED_ATTENTION = ("iOS18",)
 # What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
 # thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
 OUTSIDE = (
@@ -62,9 +64,28 @@ class CoreMLTarget(Target):
 
     name, title, files = "coreml", "Core ML", "Core ML packages"
     config = CoreMLConfig
-    packages = ("coremltools",)
-    backends = (EVALUATOR, DEVICE)
-    own_backends = (EVALUATOR,)
+    packages: ClassVar[Mapping[str, str]] = {"coremltools": "9.0"}
+    backends = (
+        # Evaluated in torch, for checking and not for speed.
+        Backend(
+            EVALUATOR,
+            ("coreml",),
+            ("torch", "coremltools"),
+            'pip install "edgediff[export]"',
+            "verify Core ML packages (mil-reference)",
+            is_own=True,
+            by_default=False,
+        ),
+        Backend(
+            DEVICE,
+            ("coreml",),
+            ("coremltools",),
+            'pip install "edgediff[export]", on macOS',
+            "run Core ML packages on Apple's runtime",
+            only_mac=True,
+            on_cpu=False,
+        ),
+    )
     accelerators = ("ane",)
 
     def check(self, config: CoreMLConfig, layout: Layout) -> None:
@@ -148,10 +169,14 @@ class CoreMLTarget(Target):
         return DEVICE if sys.platform == "darwin" else None
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None, component: str = "unet") -> "Session":
-        """Opens the evaluator; it has no choice of threads."""
+        """Opens the evaluator."""
         with needing(self.extra, "evaluating Core ML packages"):
             from edgediff.targets.coreml.mil_session import MilSession
-        return MilSession(bundle, component)
+        return MilSession(bundle, threads, component)
+
+    def rounds_attention_scale(self, entry: Any) -> bool:
+        """Not where attention is one op."""
+        return entry.deployment_target not in FUSED_ATTENTION
 
     def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
         """Lower ones for Apple's runtime."""

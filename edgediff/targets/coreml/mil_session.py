@@ -11,7 +11,7 @@ from edgediff.mil.function import Function
 from edgediff.mil.program import open_program
 from edgediff.models.torch_session import TorchTensors
 from edgediff_runtime import Bundle, BundleError
-from edgediff_runtime.coreml_session import hold_tensors
+from edgediff_runtime.coreml_session import check_features
 from edgediff_runtime.manifest import CoreMLTarget, Graph
 
 
@@ -21,15 +21,17 @@ class MilSession(TorchTensors):
     Attributes:
         functions: The evaluated function of each graph by the graph's name.
         rounded: Whether results are rounded to the program's precision, as a device does.
+        threads: How many of torch's threads a graph is computed with; None leaves them as they are.
     """
 
-    def __init__(self, bundle: Bundle, component: str = "unet") -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, component: str = "unet") -> None:
         """Checks and reads the packages of a component; a BundleError where one cannot be evaluated or is another."""
         target = cast(CoreMLTarget, bundle.manifest.target("coreml"))
         loaded = target.component(component)
         self.graphs = loaded.graphs
         self.batch = loaded.batch
         self.rounded = True
+        self.threads = threads
         self.functions: dict[str, Function] = {}
         programs: dict[str, Any] = {}
         for graph in self.graphs:
@@ -52,7 +54,7 @@ class MilSession(TorchTensors):
                 {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
                 for specs in (function.inputs, function.outputs)
             )
-            hold_tensors(graph, inputs, outputs)
+            check_features(graph, inputs, outputs)
 
     @contextlib.contextmanager
     def unrounded(self) -> Iterator[None]:
@@ -67,7 +69,12 @@ class MilSession(TorchTensors):
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Evaluates a graph; a BundleError where an operation cannot be."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
+        # The threads are the process's: others who compute in torch get them back.
+        before = torch.get_num_threads()
+        torch.set_num_threads(before if self.threads is None else self.threads)
         try:
             tensors.update(self.functions[graph.name].run(feeds, rounded=self.rounded))
         except ProgramError as e:
             raise BundleError(f"{graph.file}: {e}") from e
+        finally:
+            torch.set_num_threads(before)

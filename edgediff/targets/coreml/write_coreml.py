@@ -28,8 +28,6 @@ from edgediff.targets.coreml import CoreMLConfig
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph, Tensor
 
-# Core ML has no tensors of more dimensions.
-MAX_RANK = 5
 # What the sine and cosine of a time embedding are taken of goes into the thousands, where fp16 counts in whole steps:
 # in fp16 the embedding of t >= 500 is noise at 24 to 32 dB.
 PERIODIC = ("sin", "cos")
@@ -89,7 +87,6 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
             skip_model_load=True,
             package_dir=str(path),
         )
-    _hold_ranks(path, graph, config)
 
 
 def _example(tensor: Tensor) -> torch.Tensor:
@@ -144,20 +141,6 @@ def _before_periodic(block: Any) -> set[Any]:
                     found.add(before.name)
                     waiting.append(before)
     return found
-
-
-def _hold_ranks(path: Path, graph: Graph, config: CoreMLConfig) -> None:
-    """Refuses what Core ML cannot hold; the converter only warns."""
-    for function in read_package(path).spec.mlProgram.functions.values():
-        for block in function.block_specializations.values():
-            for op in block.operations:
-                for output in op.outputs:
-                    rank = len(output.type.tensorType.dimensions)
-                    if rank > MAX_RANK:
-                        raise UnsupportedError(
-                            f"{graph.name}: {config.deployment_target} cannot hold {output.name} ({op.type}): it has "
-                            f"{rank} dimensions, {MAX_RANK} at most"
-                        )
 
 
 def _join(ct: Any, functions: Mapping[str, Path], path: Path) -> None:

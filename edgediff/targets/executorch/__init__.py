@@ -1,12 +1,13 @@
 """ExecuTorch: one program with a method for each graph, computed by XNNPACK."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
 from edgediff.config.floors import VerifyConfig
 from edgediff.extras import needing
-from edgediff.targets.base import ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -34,8 +35,12 @@ class ExecuTorchTarget(Target):
     name, title, files = "executorch", "ExecuTorch", "ExecuTorch programs"
     config = ExecuTorchConfig
     extra = "executorch"
-    packages = ("executorch",)
-    backends = own_backends = ("executorch",)
+    packages: ClassVar[Mapping[str, str]] = {"executorch": "1.5.1"}
+    backends = (
+        Backend(
+            "executorch", ("executorch",), ("torch", "executorch"), 'pip install "edgediff[executorch]"', is_own=True
+        ),
+    )
     tools_to_run = ("executorch",)
 
     def check(self, config: ExecuTorchConfig, layout: Layout) -> None:

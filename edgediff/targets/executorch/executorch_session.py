@@ -40,7 +40,7 @@ class ExecuTorchSession(TorchTensors):
             except (RuntimeError, KeyError) as e:
                 raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
             self._methods[graph.name] = method
-            _hold(graph, method.metadata)
+            _check_method(graph, method.metadata)
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
@@ -52,8 +52,8 @@ class ExecuTorchSession(TorchTensors):
         tensors.update((tensor.name, value) for tensor, value in zip(graph.outputs, made, strict=True))
 
 
-def _hold(graph: Graph, metadata: Any) -> None:
-    """Holds a method's inputs and outputs, which have an order and no names, to the manifest."""
+def _check_method(graph: Graph, metadata: Any) -> None:
+    """Checks a method's inputs and outputs, which have an order and no names, against the manifest."""
     for kind, said, count, meta in (
         ("inputs", graph.inputs, metadata.num_inputs(), metadata.input_tensor_meta),
         ("outputs", graph.outputs, metadata.num_outputs(), metadata.output_tensor_meta),

@@ -1,19 +1,23 @@
 """ONNX: torch's dynamo exporter, passes over its graphs, int8."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.outputs import write_json
-from edgediff.targets.base import ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import Backend, ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
+from edgediff_runtime.ort_bound_session import CUDA
 
 # The first operator set that has attention, and one that is everywhere.
 FUSED_OPSET, PORTABLE_OPSET = 23, 21
 FOLDER = "onnx/unet"
+# Both install the same package name: one replaces the other.
+INSTALL_CUDA = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
 WEIGHTS = f"{FOLDER}/weights.bin"
 
 
@@ -54,9 +58,26 @@ class OnnxTarget(Target):
 
     name, title, files = "onnx", "ONNX", "ONNX graphs"
     config = OnnxConfig
-    packages = ("onnx", "onnxscript", "onnxsim", "onnxruntime")
-    backends = ("onnxruntime",)
+    packages: ClassVar[Mapping[str, str]] = {
+        "onnx": "1.23.2",
+        "onnxscript": "0.7.2",
+        "onnxsim": "0.8.1",
+        "onnxruntime": "1.31.1",
+    }
+    backends = (
+        Backend("onnxruntime", ("onnx",), ("onnxruntime",), "pip install edgediff", "run and verify ONNX bundles"),
+        Backend(
+            "onnxruntime-cuda",
+            ("onnx",),
+            ("onnxruntime",),
+            INSTALL_CUDA,
+            verifies=False,
+            provider=CUDA,
+            on_cpu=False,
+        ),
+    )
     accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
+    takes_traces = True
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
         """Checks the operator set and the int8 settings."""

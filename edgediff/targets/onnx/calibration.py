@@ -32,7 +32,7 @@ class Calibration:
 
     Attributes:
         steps: Every step, with the tensors that the target's graphs take and give.
-        floor_db: PSNR that each graph must hold to torch on them before it is quantized.
+        floor_db: Least PSNR of each graph against torch on them before it is quantized.
     """
 
     steps: tuple[Recorded, ...]
@@ -98,7 +98,7 @@ def measure_ranges(path: Path, graph: Graph, calibration: Calibration) -> dict[s
             wanted = groups({name: step.tensors[name] for name in outputs}, ROWS)
             for given, want in zip(groups(step_inputs(step, graph), ROWS), wanted, strict=True):
                 made = session.run([*outputs, *lows, *highs], given)
-                _hold(graph, dict(zip(outputs, made, strict=False)), want, calibration.floor_db)
+                _check_graph(graph, dict(zip(outputs, made, strict=False)), want, calibration.floor_db)
                 found.append(np.array(made[len(outputs) :]).reshape(2, -1))
     ends = np.array(found)
     return {
@@ -126,7 +126,7 @@ def open_graph(model: str | bytes) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _hold(graph: Graph, made: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], floor_db: float) -> None:
+def _check_graph(graph: Graph, made: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], floor_db: float) -> None:
     for name, value in want.items():
         number = psnr_db(value, made[name])
         if not number >= floor_db:

@@ -48,7 +48,7 @@ from edgediff_runtime.ort_session import APART_BYTES
 EXTERNAL_DATA_BYTES = 2**30
 EXTERNAL_TENSOR_BYTES = 1024
 # Simplifying changes constants, not arithmetic: only rounding may differ.
-HELD_DB = 100.0
+SIMPLIFIED_DB = 100.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def write_onnx(
             job.say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            done = write_graph(job.modules[graph.name], graph, examples[graph.name], path, config, share)
+            done = write_graph(job.modules[graph.name], graph, examples[graph.name], path, config, share, job.traces)
             if calibration is not None:
                 job.say(f"measuring ranges and quantizing {graph.name}")
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
@@ -140,7 +140,13 @@ def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: s
 
 
 def write_graph(
-    part: Part, graph: Graph, inputs: Mapping[str, np.ndarray], path: Path, config: OnnxConfig, share: bool = False
+    part: Part,
+    graph: Graph,
+    inputs: Mapping[str, np.ndarray],
+    path: Path,
+    config: OnnxConfig,
+    share: bool = False,
+    traces: Path | None = None,
 ) -> Written:
     """Exports a module to an ONNX file, large weights beside it.
 
@@ -148,35 +154,40 @@ def write_graph(
         inputs: Real inputs by name, for tracing and for the check of the simplified graph.
         config: How to write; with int8, what is written is in fp32 and ready to be quantized.
         share: Whether rows of one image may share what they have in common.
+        traces: A folder in which the traced graph is kept, or found where it was traced before.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
     """
     names = [tensor.name for tensor in graph.inputs]
     args = tuple(_at_least_two(torch.from_numpy(inputs[name]), graph, name) for name in names)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
+        traced = Path(scratch if traces is None else traces) / f"{graph.name}-{opset_of(config)}.onnx"
+        if not traced.exists():
+            _trace(part, graph, args, traced, opset_of(config))
+        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share)
+
+
+def _trace(part: Part, graph: Graph, args: tuple[torch.Tensor, ...], path: Path, opset: int) -> None:
     # A name lets the exporter find the range itself: diffusers' upsamplers look at the batch (copies from 64 rows on),
     # which a fixed range would contradict, and every contradiction costs another attempt of export.
     dynamic = tuple(
         {place: size for place, size in enumerate(tensor.shape) if isinstance(size, str)} or None
         for tensor in graph.inputs
     )
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
-        traced = Path(scratch) / "traced.onnx"
-        with converter_errors(f"{graph.name}: torch.onnx.export"), _quiet():
-            program = torch.onnx.export(
-                part,
-                args,
-                dynamo=True,
-                opset_version=opset_of(config),
-                input_names=names,
-                output_names=[tensor.name for tensor in graph.outputs],
-                dynamic_shapes=(dynamic,),
-                verbose=False,
-            )
-            assert program is not None  # None is what the old exporter returns
-            program.save(traced, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
-        del program
-        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share)
+    with converter_errors(f"{graph.name}: torch.onnx.export"), _quiet():
+        program = torch.onnx.export(
+            part,
+            args,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[tensor.name for tensor in graph.inputs],
+            output_names=[tensor.name for tensor in graph.outputs],
+            dynamic_shapes=(dynamic,),
+            verbose=False,
+        )
+        assert program is not None  # None is what the old exporter returns
+        program.save(path, external_data=_parameter_bytes(part) > EXTERNAL_DATA_BYTES)
 
 
 def _finish(
@@ -189,7 +200,7 @@ def _finish(
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         simplify = SIMPLIFY if config.quantize_nbits is None else SIMPLIFY_UNMERGED
         if not large:
-            simplify = _holding(simplify, feeds)
+            simplify = _checked(simplify, feeds)
         # Only the graph's verification checks group normalization: the pass is nearer to torch than ONNX Runtime's own
         # expansion, by more than rounding where means are large. The same goes for the last passes.
         passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
@@ -245,22 +256,22 @@ def _quantize(
     return replace(done, shares_rows=has_shared_rows(model), external_data=external)
 
 
-def _holding(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
+def _checked(step: Pass, feeds: Mapping[str, np.ndarray]) -> Pass:
     """A pass whose result is compared with the model before it, on real inputs."""
     # One row is enough, and half the memory of two where attention is large.
     feeds = {name: array[:1] for name, array in feeds.items()}
 
-    def held(before: onnx.ModelProto) -> onnx.ModelProto:
+    def compared(before: onnx.ModelProto) -> onnx.ModelProto:
         want = _run(before.SerializeToString(), feeds)
         after = step.apply(before)
         got = _run(after.SerializeToString(), feeds)
         for name in want:
             number = psnr_db(want[name], got[name])
-            if number < HELD_DB:
+            if number < SIMPLIFIED_DB:
                 raise UnsupportedError(f"{name} changed: {number:.1f} dB of what it was before")
         return after
 
-    return Pass(step.name, held)
+    return Pass(step.name, compared)
 
 
 def _how_simplified(config: OnnxConfig, large: bool) -> str:

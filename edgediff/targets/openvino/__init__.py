@@ -1,12 +1,13 @@
 """OpenVINO's IR, made from the default ONNX graphs."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
 from edgediff.extras import import_extra
 from edgediff.outputs import write_json
-from edgediff.targets.base import ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import Backend, ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
 from edgediff.targets.onnx import TARGET as ONNX
 from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
@@ -14,6 +15,11 @@ from edgediff_runtime import manifest as m
 FOLDER = "openvino/unet"
 MODEL = f"{FOLDER}/openvino_model.xml"
 WEIGHTS = f"{FOLDER}/openvino_model.bin"
+# What it runs, and what installs it: less than the extra, which writes graphs too.
+READS = ("openvino", ONNX.name)
+INSTALL = "pip install openvino"
+# The bundle's own floor is for fp32; bf16 has a lower one.
+BF16_DB = 35.0
 
 
 class OpenVinoConfig(Int8Config, frozen=True):
@@ -32,9 +38,13 @@ class OpenVinoTarget(Target):
     name, title, files = "openvino", "OpenVINO", "OpenVINO's models"
     config = OpenVinoConfig
     extra = "openvino"
-    packages = (*ONNX.packages, "openvino")
-    backends = ("openvino",)
+    packages: ClassVar[Mapping[str, str]] = {**ONNX.packages, "openvino": "2026.4.0"}
+    backends = (
+        Backend("openvino", READS, ("openvino",), INSTALL, "run ONNX and OpenVINO bundles in OpenVINO"),
+        Backend("openvino-bf16", READS, ("openvino",), INSTALL, verifies=False, floor_db=BF16_DB),
+    )
     tools_to_run = ("openvino",)
+    takes_traces = True
 
     def check(self, config: OpenVinoConfig, layout: Layout) -> None:
         """Checks the int8 settings."""

@@ -1,0 +1,104 @@
+"""Files of a model: JSON and tensors, each read with one ModelError that names the file.
+
+Weights are read from safetensors first, from ``.bin`` only with ``weights_only=True``, and from no other pickle.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from edgediff.errors import ModelError
+from edgediff_runtime.errors import one_line
+
+WEIGHTS = "diffusion_pytorch_model"
+VARIANTS = ("", ".fp16", ".bf16")
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Reads a JSON file of settings by name (or of any value: `kind` object); a ModelError where it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ModelError(f"{path} is missing; expected a directory saved by diffusers") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path} cannot be read as JSON: {one_line(e)}") from e
+    if not isinstance(data, kind):
+        raise ModelError(f"{path} contains a {type(data).__name__}; expected an object of settings by name")
+    return data
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a UNet's weights: one or an index's shards, safetensors before .bin, fp32 before fp16.
+
+    Raises:
+        ModelError: An index names shards that are missing or outside of the folder.
+    """
+    for suffix in ("safetensors", "bin"):
+        for variant in VARIANTS:
+            single = folder / f"{WEIGHTS}{variant}.{suffix}"
+            index = folder / f"{WEIGHTS}.{suffix}.index{variant}.json"
+            if single.exists():
+                return [single]
+            if index.exists():
+                named = read_json(index).get("weight_map")
+                shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else []
+                bad = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
+                if bad or not shards:
+                    raise ModelError(f"{index} names shards that are missing: {', '.join(bad) or 'none'}")
+                return [folder / shard for shard in shards]
+    return []
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Reads tensors by name; a ModelError where the file is damaged, or contains anything else."""
+    try:
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(f"{file} is a Git LFS pointer without weights; run `git lfs pull` in its repository")
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError) as e:
+        raise ModelError(f"{file} cannot be read as weights ({one_line(e)}); is it damaged or truncated?") from e
+    except Exception as e:  # pickle's own errors share no base class
+        # torch's own message goes on to say how to run the file's code.
+        raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
+    named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{file} does not contain tensors by name; expected safetensors")
+    return tensors
+
+
+def fill(module: nn.Module, state: dict[str, torch.Tensor], where: Path, config: str) -> None:
+    """Replaces the parameters of a module on the meta device by tensors, which are not copied.
+
+    Raises:
+        ModelError: Names or shapes differ from what `config`, the name of a file, describes, or a value is not finite.
+    """
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        reason = _known_misfit({*state}, {*module.state_dict()}) or one_line(e)
+        raise ModelError(f"{where}: the weights do not fit its {config}: {reason}") from e
+    not_finite = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise ModelError(f"{where}: weights are not finite in {', '.join(not_finite[:3])}")
+
+
+def _known_misfit(given: set[str], wanted: set[str]) -> str | None:
+    """Why names do not fit, where the names themselves say so."""
+    if any(".base_layer." in name or ".lora_" in name for name in given):
+        return "they contain LoRA layers of PEFT; fuse them (merge_and_unload() or fuse_lora()) and save the UNet again"
+    prefix = next(iter(given), "").partition(".")[0] + "."
+    if {name.removeprefix(prefix) for name in given if name.startswith(prefix)} == wanted:
+        return f"every name begins with {prefix!r}, as a module around the UNet saves them; save the UNet inside of it"
+    return None
