@@ -159,7 +159,7 @@ def _is_listed(listed: dict[str, Any], name: str) -> bool:
 
 
 def _is_xl(model: Model) -> bool:
-    return model.unet.config.get("addition_embed_type") == "text_time"
+    return bool(model.unet.config.get("addition_embed_type") == "text_time")
 
 
 def _config(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:

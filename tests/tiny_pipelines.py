@@ -1,0 +1,119 @@
+"""Small Stable Diffusion pipelines of random weights, saved by diffusers itself: 1.x, 2.x, XL and LCM."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENS, WIDTH, LATENT, SIDE = 77, 32, 4, 16
+NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+# Pairs that are joined, the most frequent first; every other word is spelt in characters.
+MERGES = ("r e", "re d</w>", "a p", "ap p", "l e</w>", "app le</w>", "d o", "do g</w>", "p h", "o t", "ph ot", "phot o</w>")
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer with all bytes and a dozen merges."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    characters = list(bytes_to_unicode().values())
+    entries = [*characters, *(f"{c}</w>" for c in characters), *("".join(merge.split()) for merge in MERGES)]
+    vocabulary = {entry: i for i, entry in enumerate([*entries, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=[tuple(merge.split()) for merge in MERGES], pad_token=pad, model_max_length=TOKENS
+    )
+
+
+def text_config(words: CLIPTokenizer, layers: int = 3, **more: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, **more,
+    )  # fmt: skip
+
+
+def unet(**more: Any) -> UNet2DConditionModel:
+    settings: dict[str, Any] = {
+        "sample_size": SIDE, "in_channels": LATENT, "out_channels": LATENT, "block_out_channels": (16, 32),
+        "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    return UNet2DConditionModel(**settings | more)
+
+
+def vae(**more: Any) -> AutoencoderKL:
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": LATENT,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "sample_size": 2 * SIDE, "scaling_factor": 0.18215,
+    }  # fmt: skip
+    return AutoencoderKL(**settings | more)
+
+
+def _without_checker(kind: Any, **parts: Any) -> Any:
+    return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def save_sd1(folder: Path) -> None:
+    """Stable Diffusion 1.x: epsilon, one text encoder, the last state."""
+    torch.manual_seed(1)
+    words = tokenizer()
+    _without_checker(
+        StableDiffusionPipeline, unet=unet(), vae=vae(), tokenizer=words,
+        text_encoder=CLIPTextModel(text_config(words)),
+        scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_sd2(folder: Path) -> None:
+    """Stable Diffusion 2.x: v-prediction, a GELU text encoder, padding with an exclamation mark, linear projections."""
+    torch.manual_seed(2)
+    words = tokenizer(pad="!")
+    _without_checker(
+        StableDiffusionPipeline, unet=unet(use_linear_projection=True, attention_head_dim=(2, 4)), vae=vae(),
+        tokenizer=words, text_encoder=CLIPTextModel(text_config(words, hidden_act="gelu")),
+        scheduler=DDIMScheduler(**NOISE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_xl(folder: Path) -> None:
+    """SDXL: two text encoders joined, the pooled text and time ids added, zeros without a negative prompt."""
+    torch.manual_seed(3)
+    words, words_2 = tokenizer(), tokenizer(pad="!")
+    StableDiffusionXLPipeline(
+        unet=unet(
+            cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=WIDTH + 6 * 8, use_linear_projection=True,
+            transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4),
+        ),
+        vae=vae(scaling_factor=0.13025),
+        tokenizer=words, tokenizer_2=words_2,
+        text_encoder=CLIPTextModel(text_config(words)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words_2, hidden_act="gelu", projection_dim=WIDTH)),
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_lcm(folder: Path) -> None:
+    """A latent consistency model: guidance as an embedding, its own scheduler."""
+    torch.manual_seed(4)
+    words = tokenizer()
+    _without_checker(
+        LatentConsistencyModelPipeline, unet=unet(time_cond_proj_dim=16), vae=vae(), tokenizer=words,
+        text_encoder=CLIPTextModel(text_config(words)), scheduler=LCMScheduler(**NOISE),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+SAVE = {"sd1": save_sd1, "sd2": save_sd2, "xl": save_xl, "lcm": save_lcm}
