@@ -21,7 +21,7 @@ from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FOLDER = Path(__file__).parents[1] / "runtime/golden"
-BY_EXPORT = ("bundle", "manifests/class", "manifests/text")
+BY_EXPORT = ("bundle", "manifests/class", "manifests/text", "manifests/pipeline")
 GOLDEN = sorted((FOLDER / "schedulers").glob("*.json"))
 TOLERANCE = 1e-5
 
