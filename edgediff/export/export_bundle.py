@@ -25,6 +25,7 @@ from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
 from edgediff.export.component_reference import component_inputs, encode_prompt, record_component, source_tokenizers
+from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import draft_manifest, essence, operating_point
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
@@ -126,6 +127,10 @@ def export_bundle(
         reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
         say("comparing the parts with the undivided UNet")
         _check_split(model, divided, reference)
+        if draft.evidence.verified == "full" and can_compare(model, components, draft):
+            say("drawing a picture with diffusers' own pipeline")
+            texts = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
+            check_against_diffusers(model, components, draft, config.scheduler, texts)
         reference = half_outputs(draft, divided, reference, say)
 
         # Write each target.

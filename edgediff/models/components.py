@@ -259,7 +259,7 @@ def prompt_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Pro
     if not encoders:
         return None
     listed = read_json(model.home / "model_index.json")
-    zeros = bool(listed.get("force_zeros_for_empty_prompt", False)) and _is_xl(model)
+    zeros = bool(listed.get("force_zeros_for_empty_prompt", True)) and _is_xl(model)
     return Prompt(encoders, zeros)
 
 
