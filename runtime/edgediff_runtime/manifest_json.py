@@ -166,6 +166,9 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _must(len(set(names)) == len(names), "graphs", names, "distinct names")
         unknown = [name for name in component.files if name not in manifest.files]
         _must(not manifest.files or not unknown, "files of a component", unknown, "files of the bundle")
+        file, is_text = component.tokenizer, component.stage == "prompt"
+        listed = file is None or (is_text and (not manifest.files or file in manifest.files))
+        _must(listed, f"tokenizer of {kind}", file, "a file of the bundle where it is a text encoder, else null")
         looped = component.stage == "step"
         _must((component.layout is not None) == looped, "layout", component.layout, "a value for the unet alone")
         for graph in component.graphs:
@@ -187,12 +190,7 @@ def _check_component(name: str, component: Component, manifest: Manifest) -> Non
         _check_sizes(tensor)
         _must(tensor.shape[:1] == (rows,), f"shape of {tensor.name} in {name}", tensor.shape, f"{rows} first")
     _must(len(graph.inputs) == 1, f"inputs of {name}", [tensor.name for tensor in graph.inputs], "one")
-    is_text = component.stage == "prompt"
-    file = component.tokenizer
-    _must(is_text or file is None, f"tokenizer of {name}", file, "null but for a text encoder")
-    listed = file is None or not manifest.files or file in manifest.files
-    _must(listed, f"tokenizer of {name}", file, "a file of the bundle")
-    if is_text:
+    if component.stage == "prompt":
         _check_text_encoder(name, graph, manifest)
         return
     vae, sample = manifest.vae, manifest.sample
