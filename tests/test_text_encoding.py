@@ -7,7 +7,7 @@ import pytest
 
 from edgediff_runtime.components import Components
 from edgediff_runtime.conditioning import Texts
-from edgediff_runtime.errors import RequestError
+from edgediff_runtime.errors import NotFiniteError, RequestError
 from edgediff_runtime.manifest import Encoder, Graph, Prompt, Tensor
 from edgediff_runtime.prompt import emphasize
 from edgediff_runtime.text_encoding import Encoded, TextStage
@@ -144,6 +144,22 @@ def test_a_long_text_for_graphs_of_one_length() -> None:
         encode(stage, "abcde", any_length=False)
     assert not fake.runs
     assert encode(stage, "abcd", any_length=False).hidden.shape == (1, LENGTH, WIDTH)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_states_that_are_not_finite_are_a_fault_of_the_bundle(value: float) -> None:
+    stage, (fake,) = stage_of()
+    run = fake.run
+
+    def overflow(graph: Graph, tensors: dict[str, Any]) -> None:
+        run(graph, tensors)
+        tensors["hidden_states.1"][0, 2] = value
+
+    fake.run = overflow  # type: ignore[method-assign]
+    with pytest.raises(
+        NotFiniteError, match=r"^text_encoder: its hidden_states\.1 holds NaN or infinity; export it in"
+    ):
+        encode(stage, "a")
 
 
 def test_emphasis_keeps_the_mean() -> None:

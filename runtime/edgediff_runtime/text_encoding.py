@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgediff_runtime.components import Components
-from edgediff_runtime.errors import BundleError, RequestError, one_line
+from edgediff_runtime.errors import BundleError, NotFiniteError, RequestError, one_line
 from edgediff_runtime.manifest import Encoder, Graph, Prompt
 from edgediff_runtime.prompt import Chunk, emphasize, empty_chunk, tokenized
 from edgediff_runtime.sessions import Array, Session
@@ -120,6 +120,9 @@ def run_one(session: Session, graph: Graph, inputs: dict[str, Array]) -> dict[st
     """Runs one row through a graph of a component outside of the loop: float32 outputs by name, of one row.
 
     A graph of a fixed batch is given the row as often as it takes.
+
+    Raises:
+        NotFiniteError: An output holds NaN or infinity.
     """
     tensors: dict[str, Any] = {}
     for tensor in graph.inputs:
@@ -127,4 +130,8 @@ def run_one(session: Session, graph: Graph, inputs: dict[str, Array]) -> dict[st
         rows = row if session.batch is None else np.repeat(row, session.batch, axis=0)
         tensors[tensor.name] = session.put(np.ascontiguousarray(rows))
     session.run(graph, tensors)
-    return {t.name: np.array(session.get(tensors[t.name])[:1], dtype=np.float32) for t in graph.outputs}
+    made = {t.name: np.array(session.get(tensors[t.name])[:1], dtype=np.float32) for t in graph.outputs}
+    for name, value in made.items():
+        if not np.isfinite(value).all():
+            raise NotFiniteError(f"{graph.name}: its {name} holds NaN or infinity; export it in fp32")
+    return made
