@@ -191,7 +191,13 @@ class EdgePipeline:
 
     @classmethod
     def of_bundle(
-        cls, bundle: Bundle, targets: Sequence[str], open_component: Callable[[str], Session], low_memory: bool = False
+        cls,
+        bundle: Bundle,
+        targets: Sequence[str],
+        open_component: Callable[[str], Session],
+        low_memory: bool = False,
+        *,
+        warn: bool = True,
     ) -> "EdgePipeline":
         """Makes a pipeline of a bundle's components in the first of some targets that it has; opens the UNet.
 
@@ -210,7 +216,7 @@ class EdgePipeline:
             files = [entry.component(encoder.component).tokenizer for encoder in encoders]
             return [Tokenizer.from_file(bundle.file(str(file))) for file in files]
 
-        return cls(bundle.manifest, components, tokenizers)
+        return cls(bundle.manifest, components, tokenizers, warn=warn)
 
     @property
     def session(self) -> Session:
