@@ -56,6 +56,7 @@ def test_the_papers_sizes_at_sd15(kind: str, millions: float, tolerance: float) 
 
 
 def test_sizes_follow_the_unet() -> None:
+    assert [adaptor_width(kind, 960) for kind in LEARNED] == [352, 640, 96]
     assert [adaptor_width(kind, 144) for kind in LEARNED] == [64, 96, 16]
 
 
