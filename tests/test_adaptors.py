@@ -331,7 +331,7 @@ def test_bad_adaptors_on_the_command_line(command: Command, class_model: Path, t
         (foreign, (), ("trained for tiny-text of sha256", "other weights")),
         (own, ("--point", "after_upsample"), ("lowres_feature 16x8x8, emb 32", "after_upsample has", "16x16x16")),
         (place / "empty", (), ("is not an adaptor",)),
-        ("resnet", (), ("no adaptor 'resnet' is trained for", "choices: identity")),
+        ("resnet", (), ("no adaptor 'resnet' beside tiny-class", "choices: identity")),
     ):
         assert_error(command("export", class_model, "-o", place / "bundle", "--adaptor", spec, *options), *parts)
     assert not (place / "bundle").exists()
