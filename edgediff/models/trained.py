@@ -164,7 +164,7 @@ def read_record(path: Path) -> AdaptorRecord:
         raise ModelError(f"{file} has sizes {', '.join(map(str, sizes))}; expected 1 to {MAX_SIZE}")
     point = record.trained_for
     try:
-        mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps)))
+        mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps, point.scheduler)))
     except RequestError as e:
         raise ModelError(f"{file}: {e}") from e
     if mask != point.mask or not 0 < point.guidance_scale <= MAX_GUIDANCE:

@@ -28,6 +28,7 @@ from edgediff.targets.backends import open_session, usual_backend
 from edgediff_runtime import Bundle, Manifest, clock_mask, open_bundle
 from edgediff_runtime.clock import format_mask
 from edgediff_runtime.operating_point import departure
+from edgediff_runtime.schedulers import sampler_of
 
 log = logging.getLogger(__name__)
 
@@ -197,10 +198,11 @@ def make_plan(
     steps = point.num_inference_steps if steps is None else steps
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"steps is {steps}; a plan is made for 1 to {MAX_STEPS}")
+    calls = sampler_of(manifest.scheduler.name).calls(steps)
     cost = count_cost(opened.path)
     if unit == "flops":
-        cost.fewest_cached(budget, steps)
-    plan_recipe(manifest, (True,) * steps, guidance_scale)
+        cost.fewest_cached(budget, calls)
+    plan_recipe(manifest, (True,) * calls, guidance_scale)
     chosen_backend = usual_backend(opened) if backend is None else backend
     images = Trajectories(
         manifest,
@@ -225,7 +227,7 @@ def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost
     Raises:
         ConfigError: No mask meets the budget.
     """
-    steps = images.steps
+    steps = images.calls
     wanted = cost.fewest_cached(budget, steps)
     tried = probes(steps)
     errors = images.errors(tried)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgediff.errors import ConfigError
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.manifest import Graph
+from edgediff_runtime.schedulers import sampler_of
 from edgediff_runtime.sessions import Array, Session
 
 Mask = tuple[bool, ...]
@@ -81,6 +82,7 @@ class Trajectories:
         manifest: The bundle's manifest.
         session: What runs its graphs.
         steps: Denoising steps.
+        calls: Calls of the UNet in so many steps: entries of a mask.
         guidance_scale: Classifier-free guidance; 1 is off.
         seed: Of the first image; image i has seed + i.
         num_images: How many images.
@@ -101,6 +103,7 @@ class Trajectories:
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ConfigError(f"num_images is {self.num_images}; expected a whole number above 0")
+        self.calls = sampler_of(self.manifest.scheduler.name).calls(self.steps)
         self._replay = ReplaySession(self.session)
         # An adaptor was trained for one clock, and the others are what is measured here.
         self._pipe = EdgePipeline(self.manifest, self._replay, warn=False)
@@ -135,7 +138,7 @@ class Trajectories:
         for image in range(self.num_images if new else 0):
             self.say(f"planning: image {image + 1} of {self.num_images}, {len(new)} masks of {self.steps} steps")
             if image not in self._references:
-                self._references[image] = self._run(image, (True,) * self.steps)
+                self._references[image] = self._run(image, (True,) * self.calls)
             reference = self._references[image]
             scale = 255.0**2 if self._in_pixels else max(float(np.var(reference)), 1e-12)
             for k, mask in enumerate(new):

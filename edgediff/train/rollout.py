@@ -119,7 +119,7 @@ class Rollouts:
         self.split = split
         self.shape = model.sample_shape
         self.guidance = guidance
-        self.mask = clock_mask(settings.clock, settings.steps)
+        self.mask = clock_mask(settings.clock, settings.steps, settings.scheduler)
         self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
         self.prompts = Prompts.of(model, guidance > 1, settings.conditioning)
         self.session = TorchSession(split.parts, graph_list(split, model))
@@ -130,7 +130,7 @@ class Rollouts:
 
     def request(self, session: TorchSession, **rest: Any) -> Request:
         """A generation at the operating point; `rest` is clock, latents, prompts and seed of a `Request`."""
-        guidance = (self.guidance,) * self.settings.steps
+        guidance = (self.guidance,) * len(self.mask)
         return Request(graphs=session.graphs, scheduler=self.scheduler, guidance=guidance, **rest)
 
     def draw(self, index: int) -> Samples:

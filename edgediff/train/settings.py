@@ -267,7 +267,7 @@ def _check_adaptor(settings: AdaptorTraining) -> None:
             "leave store_gb out, or learn from the teacher's"
         )
     try:
-        mask = clock_mask(settings.clock, settings.steps)
+        mask = clock_mask(settings.clock, settings.steps, settings.scheduler)
     except RequestError as e:
         raise ConfigError(str(e)) from e
     if all(mask):
