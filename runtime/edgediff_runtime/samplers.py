@@ -211,10 +211,8 @@ class Ddim(Scheduler):
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._rows[i]
-        x_prev = _mix((of_x, x_t), (of_out, out), (of_noise, noise))
-        if self._clip is not None:
-            x_prev += of_x0 * self._clipped(_mix((x0_x, x_t), (x0_out, out)))
-        return x_prev, ()
+        x_0 = None if self._clip is None else self._clipped(_mix((x0_x, x_t), (x0_out, out)))
+        return _mix((of_x, x_t), (of_out, out), (of_x0, x_0), (of_noise, noise)), ()
 
 
 class Pndm(Scheduler):
