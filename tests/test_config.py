@@ -12,6 +12,7 @@ from edgediff.errors import ConfigError
 from edgediff.export.export_config import check_config, config_from, layout_of
 from edgediff.targets.base import Layout
 from edgediff.targets.onnx import OnnxConfig
+from edgediff_runtime.schedulers import SCHEDULER_NAMES
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs").glob("*.yaml"))
 

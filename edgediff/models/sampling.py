@@ -93,6 +93,8 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
     _refuse_unimplemented(settings, name)
     _refuse_foreign(read, name)
     _read(settings, name)
+    if not target._compatibles:  # it would log the others as ignored
+        settings = {key: value for key, value in settings.items() if key in _parameters(target)}
     try:
         return target.from_config(settings)
     except (ValueError, TypeError, NotImplementedError) as e:
