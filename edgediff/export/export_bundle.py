@@ -291,8 +291,8 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
 def _warn_of_adaptor(draft: Manifest) -> None:
     """Warns where the bundle's operating point is not what its adaptor was trained for; it is exported all the same."""
     point = draft.operating_point
-    clock = clock_mask(point.clock, point.num_inference_steps)
-    differs = departure(draft, clock, (point.guidance_scale,) * point.num_inference_steps, point.clock)
+    clock = clock_mask(point.clock, point.num_inference_steps, point.scheduler)
+    differs = departure(draft, clock, (point.guidance_scale,) * len(clock), point.clock)
     if differs is not None:
         warnings.warn(differs, OperatingPointWarning, stacklevel=3)
 
