@@ -1,14 +1,15 @@
 """A prompt goes in and a picture comes out, as diffusers' own pipeline draws it; over torch, and over ONNX graphs."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pipelines import Pair, exported_pipeline, guided_embeds, open_in_diffusers, open_in_torch, reference_embeds
+from pipelines import SEED, Pair, exported_pipeline, guided_embeds, open_in_diffusers, open_in_torch, reference_embeds
 
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, noise
 
 PROMPT, NEGATIVE = "a photo of a red apple", "dog, bad photo"
 FLOOR_DB = 60.0
@@ -44,6 +45,20 @@ def test_the_picture_is_diffusers_own(pair: Open, name: str, guidance: float) ->
     asked = {"prompt": PROMPT, "guidance_scale": guidance}
     assert pair(name).psnr(asked) >= FLOOR_DB
     assert pair(name).psnr({**asked, "negative_prompt": NEGATIVE}) >= FLOOR_DB
+
+
+@pytest.mark.parametrize("guidance", [1.0, 8.0])
+def test_a_latent_consistency_model(pair: Open, monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
+    draws = itertools.count(1)
+
+    def fresh(shape: tuple[int, ...], **_: Any) -> torch.Tensor:
+        draw = next(draws)
+        return torch.from_numpy(np.stack([noise(SEED, shape[1:], image=i, draw=draw) for i in range(shape[0])]))
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", fresh)
+    asked = {"prompt": [PROMPT, "a dog"], "guidance_scale": guidance}
+    assert pair("lcm").psnr(asked, images=2) >= FLOOR_DB
+    assert next(draws) == 8  # none for the last step
 
 
 @NAMES
