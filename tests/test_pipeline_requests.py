@@ -41,7 +41,7 @@ def sd1() -> EdgePipeline:
         ({"negative_prompt": []}, "negative_prompt has 0 entries for 1 images; expected one each"),
         ({"prompt": None, "negative_prompt": "a"}, "a negative prompt or a second one was given without a prompt"),
         ({"prompt_2": "a"}, "prompt_2 was given, but the bundle has one text encoder; leave it out"),
-        ({"prompt": "\udc00"}, "prompt: character 0 is the surrogate U+DC00, half of a character"),
+        ({"prompt": "\udc00"}, "prompt: character 0 is U+DC00, a lone surrogate; expected valid Unicode"),
         ({"prompt": "(a:11)"}, "prompt: the weight of 'a' is 11; expected 0 to 10"),
         ({"clip_skip": 3}, "clip_skip is 3; expected a whole number from 0 to 2"),
         ({"clip_skip": -1}, "clip_skip is -1; expected"),

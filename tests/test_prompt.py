@@ -54,7 +54,7 @@ def test_emphasis(prompt: str, pieces: list[tuple[str, float]]) -> None:
         ("(red:-1)", "the weight of 'red' is -1"),
         ("(" * 30 + "red" + ")" * 30, "the weight of 'red' is 17.4"),
         ("(" * 9000 + "red" + ")" * 9000, "the weight of 'red' is inf"),
-        ("red \ud83d apple", "character 4 is the surrogate U\\+D83D"),
+        ("red \ud83d apple", "character 4 is U\\+D83D, a lone surrogate"),
         ("a" * (MAX_CHARACTERS + 1), "100001 characters; expected 100000 at most"),
         ("a " * (75 * MAX_CHUNKS + 1), "4801 tokens; expected 4800 at most"),
     ],

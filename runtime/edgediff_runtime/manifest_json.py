@@ -199,11 +199,12 @@ def _check_component(name: str, component: Component, manifest: Manifest) -> Non
     picture = (3, vae.downscale * sample.height, vae.downscale * sample.width)
     latent = (sample.channels, sample.height, sample.width)
     _must(len(graph.outputs) == 1, f"outputs of {name}", [tensor.name for tensor in graph.outputs], "one")
-    (given,), (made,) = graph.inputs, graph.outputs
     decodes = component.stage == "decode"
-    for tensor, shape in ((given, latent if decodes else picture), (made, picture if decodes else None)):
-        if shape is not None:
-            _must(tensor.shape[1:] == shape, f"shape of {tensor.name} in {name}", tensor.shape, f"{(rows, *shape)}")
+    expected = [(graph.inputs[0], latent if decodes else picture)]
+    if decodes:
+        expected.append((graph.outputs[0], picture))
+    for tensor, shape in expected:
+        _must(tensor.shape[1:] == shape, f"shape of {tensor.name} in {name}", tensor.shape, f"{(rows, *shape)}")
 
 
 def _check_text_encoder(name: str, graph: Graph, manifest: Manifest) -> None:
@@ -218,6 +219,9 @@ def _check_text_encoder(name: str, graph: Graph, manifest: Manifest) -> None:
     outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
     for wanted in (*encoder.hidden, *(() if encoder.pooled is None else (encoder.pooled,))):
         _must(wanted in outputs, f"outputs of {name}", sorted(outputs), f"{wanted}, which prompt.encoders names")
+    if encoder.pooled is not None:
+        shape = outputs[encoder.pooled]
+        _must(len(shape) == 2, f"shape of {encoder.pooled} in {name}", shape, "a row for each text")
     for hidden in encoder.hidden:
         fits = len(outputs[hidden]) == 3 and outputs[hidden][1] == encoder.max_length
         _must(fits, f"shape of {hidden} in {name}", outputs[hidden], f"a row for each of {encoder.max_length} tokens")
@@ -232,12 +236,12 @@ def _check_widths(target: Target, manifest: Manifest) -> None:
     given: dict[str, int] = {TEXT: 0}
     for encoder in encoders:
         (graph,) = target.components[encoder.component].graphs
-        widths = {tensor.name: int(tensor.shape[-1]) for tensor in graph.outputs}
-        states = {widths[name] for name in encoder.hidden}
-        _must(len(states) == 1, f"widths of hidden in {encoder.component}", sorted(states), "the same for all")
-        given[TEXT] += states.pop()
+        widths = {tensor.name: tensor.shape[-1] for tensor in graph.outputs}
+        states = [int(widths[name]) for name in encoder.hidden]
+        _must(len(set(states)) == 1, f"widths of hidden in {encoder.component}", states, "the same for all")
+        given[TEXT] += states[0]
         if encoder.pooled is not None:
-            given[POOLED] = widths[encoder.pooled]
+            given[POOLED] = int(widths[encoder.pooled])
     for name, width in given.items():
         _must(taken.get(name, width) == width, f"width of {name}", taken.get(name), f"{width}, as the encoders give it")
 

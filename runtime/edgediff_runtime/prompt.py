@@ -110,7 +110,7 @@ def tokenized(prompt: str, tokenize: Tokenize, encoder: Encoder, emphasis: bool 
         emphasis: Read brackets as weights; else they are characters like others.
 
     Raises:
-        RequestError: The prompt is too long, holds half of a character, or a weight is not 0 to `MAX_WEIGHT`.
+        RequestError: The prompt is too long, holds a lone surrogate, or a weight is not 0 to `MAX_WEIGHT`.
     """
     _check(prompt)
     ids: list[int] = []
@@ -133,8 +133,7 @@ def _check(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as e:
         raise RequestError(
-            f"prompt: character {e.start} is the surrogate U+{ord(prompt[e.start]):04X}, half of a character; "
-            "give it whole"
+            f"prompt: character {e.start} is U+{ord(prompt[e.start]):04X}, a lone surrogate; expected valid Unicode"
         ) from e
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 COMPONENTS: list[str | int] = ["targets", 0, "components"]
+FIRST: list[str | int] = ["graphs", 0]
 FLOORS = {"graph": 100.0, "composed": 90.0, "trajectory": 70.0, "caching": None}
 OTHER = {"stage": "decode", "dtype": "fp32", "batch": None, "floors": FLOORS, "graphs": []}
 VAE = {"scaling_factor": 0.13025, "downscale": 2}
@@ -59,6 +60,8 @@ BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("pipeline", ["prompt", "encoders", 1, "pooled"], "pooler_output", "a pooled text that no output gives"),
     ("pipeline", ["prompt", "encoders", 1, "pooled"], None, "text_embeds that no text encoder gives"),
     ("pipeline", ["prompt", "encoders", 0, "pooled"], "pooler_output", "two pooled texts"),
+    ("pipeline", [*COMPONENTS, "text_encoder_2", *FIRST, "outputs", 0, "shape"], ["batch"], "pooled text without width"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "graphs", 0, "outputs", 3, "shape", 2], 16, "layers of unlike widths"),
     ("pipeline", ["conditioning", "tensors", 0, "shape", 2], 32, "features of another width than the UNet takes"),
     ("pipeline", [*COMPONENTS, "text_encoder", "tokenizer"], "onnx/x.json", "a tokenizer that is not a file"),
     ("pipeline", [*COMPONENTS, "unet", "tokenizer"], "onnx/tokenizer/tokenizer.json", "a tokenizer of a UNet"),
