@@ -60,7 +60,7 @@ BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("pipeline", ["prompt", "encoders", 1, "pooled"], "pooler_output", "a pooled text that no output gives"),
     ("pipeline", ["prompt", "encoders", 1, "pooled"], None, "text_embeds that no text encoder gives"),
     ("pipeline", ["prompt", "encoders", 0, "pooled"], "pooler_output", "two pooled texts"),
-    ("pipeline", [*COMPONENTS, "text_encoder_2", *FIRST, "outputs", 0, "shape"], ["batch"], "pooled text without width"),
+    ("pipeline", [*COMPONENTS, "text_encoder_2", *FIRST, "outputs", 0, "shape"], ["batch"], "pooled text of no width"),
     ("pipeline", [*COMPONENTS, "text_encoder", "graphs", 0, "outputs", 3, "shape", 2], 16, "layers of unlike widths"),
     ("pipeline", ["conditioning", "tensors", 0, "shape", 2], 32, "features of another width than the UNet takes"),
     ("pipeline", [*COMPONENTS, "text_encoder", "tokenizer"], "onnx/x.json", "a tokenizer that is not a file"),
