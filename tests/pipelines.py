@@ -121,8 +121,8 @@ Pieces = Sequence[tuple[str, float]]
 def reference_embeds(theirs: Any, pieces: Pieces, clip_skip: int = 0) -> dict[str, torch.Tensor]:
     """What a prompt of weighted pieces comes to, in plain torch: by the names of diffusers' arguments.
 
-    Every 75 tokens are a chunk between the marks of beginning and end, each encoded alone; weights multiply states,
-    and the mean of the chunk's states is restored.
+    Every 75 tokens, two less than the encoder takes, are a chunk between the marks of beginning and end, each encoded
+    alone; weights multiply states, and the mean of the chunk's states is restored.
     """
     is_xl = hasattr(theirs, "text_encoder_2")
     words, encoders = [theirs.tokenizer], [theirs.text_encoder]
@@ -131,10 +131,10 @@ def reference_embeds(theirs: Any, pieces: Pieces, clip_skip: int = 0) -> dict[st
     features, pooled = [], None
     for tokenizer, encoder in zip(words, encoders, strict=True):
         ids = [(i, weight) for text, weight in pieces for i in tokenizer(text, add_special_tokens=False).input_ids]
-        states = []
-        for start in range(0, max(len(ids), 1), 75):
-            chunk = ids[start : start + 75]
-            rest = 75 - len(chunk)
+        states, size = [], tokenizer.model_max_length - 2
+        for start in range(0, max(len(ids), 1), size):
+            chunk = ids[start : start + size]
+            rest = size - len(chunk)
             row = [tokenizer.bos_token_id, *(i for i, _ in chunk), tokenizer.eos_token_id]
             row += [tokenizer.pad_token_id] * rest
             out = encoder(torch.tensor([row]), output_hidden_states=True)
