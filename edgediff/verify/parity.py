@@ -97,13 +97,14 @@ def verify_bundle(
                 log.debug("%s: %s", backend, e)
                 found = _none_run(target, manifest, reference, backend, str(e))
             else:
-                findings += _findings(target, reference, session, say) if backend == form.verifiers[0] else []
                 found = [
-                    *_step_rows(target, reference, session, backend, say),
+                    *_step_rows(bundle, target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
                     *_component_rows(bundle, target, reference, backend, say),
                     *_picture_rows(bundle, target, reference, session, backend, say),
                 ]
+                if backend == form.verifiers[0]:
+                    findings += _findings(bundle, target, reference, session, say)
                 del session
                 if backend == form.verifiers[0]:
                     found += _undivided_rows(bundle, target, reference, backend, say)
@@ -133,7 +134,9 @@ class _Source:
         return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
-def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
+def _step_rows(
+    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
+) -> list[Row]:
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.unet.floors
     if share_rows(target.unet.graphs):
@@ -141,15 +144,17 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
-    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
+    keys = [(step, graph.name) for step in reference.steps for graph in target.unet.graphs]
+    recorded = {(step.index, name): step.tensors for step, name in keys}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    unrounded = TARGETS[target.target].unrounded(backend, session)
+    unrounded = TARGETS[target.target].unrounded(bundle, backend, session)
     if floors.program is not None and unrounded is not None:
         say(f"{backend}: graphs in fp32 arithmetic")
-        with unrounded:
-            exact = _run_alone(target, reference, session)
+        with unrounded as exactly:
+            exact = _run_alone(target, reference, exactly)
+        half = {(step.index, name): reference.half.get((target.target, step.index, name), {}) for step, name in keys}
         # Without rounding a slightly wrong program shows.
-        rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, PROGRAM_NOTE)
+        rows += _graph_rows("program", target, backend, exact, half, floors.program, PROGRAM_NOTE)
     say(f"{backend}: composed steps")
     return rows + _composed_rows(target, reference, session, backend, alone)
 
@@ -188,11 +193,11 @@ def _component_rows(bundle: Bundle, target: Target, reference: Reference, backen
         made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
         numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
         rows.append(judged("graph", name, backend, numbers, component.floors.graph))
-        unrounded = TARGETS[target.target].unrounded(backend, session)
+        unrounded = TARGETS[target.target].unrounded(bundle, backend, session, name)
         if component.floors.program is not None and unrounded is not None:
-            with unrounded:
-                made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
-            half = reference.half[0, name]
+            with unrounded as exactly:
+                made = run_rows(exactly, (graph,), inputs, [t.name for t in graph.outputs])
+            half = reference.half[target.target, 0, name]
             numbers = [(psnr_db(half[output], value), output) for output, value in made.items()]
             rows.append(judged("program", name, backend, numbers, component.floors.program, PROGRAM_NOTE))
     return rows
@@ -273,19 +278,28 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
     ]
 
 
-def _findings(target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
-    """What fp16 may damage, on the first recorded step in which each graph runs."""
-    if target.unet.dtype != "fp16":
-        return []
-    say(f"{target.target}: headroom")
+def _findings(bundle: Bundle, target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
+    """What fp16 may damage in each component: overflows first, of graphs on the first recorded step that runs them."""
     found: list[Finding] = []
-    for graph in target.unet.graphs:
-        steps = [step for step in reference.steps if graph.runs(step.full)]
-        if graph.file is not None and steps:
-            inputs = step_inputs(steps[0], graph)
-            first = next(groups(inputs, count_rows(inputs) if session.batch is None else session.batch))
-            found += TARGETS[target.target].findings(session, graph, first)
-    return found
+    for name, component in target.components.items():
+        if component.dtype != "fp16":
+            continue
+        say(f"{target.target}: headroom of {name}")
+        opened = (
+            session if name == "unet" else open_session(bundle, TARGETS[target.target].verifiers[0], component=name)
+        )
+        for graph in component.graphs:
+            if name != "unet":
+                tensors = reference.components[name]
+                inputs = {t.name: tensors[t.name].astype(t.dtype) for t in graph.inputs}
+            else:
+                steps = [step for step in reference.steps if graph.runs(step.full)]
+                inputs = step_inputs(steps[0], graph) if graph.file is not None and steps else {}
+            if inputs:
+                first = next(groups(inputs, count_rows(inputs) if opened.batch is None else opened.batch))
+                said = TARGETS[target.target].findings(bundle, opened, graph, first)
+                found += [msgspec.structs.replace(each, component=name, target=target.target) for each in said]
+    return sorted(found, key=lambda each: each.kind != "overflow")
 
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:
