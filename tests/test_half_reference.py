@@ -10,6 +10,7 @@ from unets import CASES, Case, unet2d, unet2d_condition
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.errors import UnsupportedError
 from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
@@ -79,3 +80,13 @@ def test_the_timestep_s_frequencies_stay_exact() -> None:
     with half.scalars:
         assert torch.equal(rounded(torch.tensor([637.0])), want)
         assert torch.ones(1) / 1.41 != 1 / 1.41
+
+
+def test_a_weight_that_fp16_does_not_hold_is_named() -> None:
+    part = edgediff.split(unet2d(**PLAIN)).parts["highres_in"]
+    name, weight = next(iter(part.named_parameters()))
+    with torch.no_grad():
+        weight[0] = 7e4
+    words = rf"unet: fp16 overflows in the weight {name} \(largest 7e\+04, fp16 holds 65504\); keep it in fp32"
+    with pytest.raises(UnsupportedError, match=words):
+        HalfPart(part, half_constants("iOS18"))

@@ -15,7 +15,7 @@ from edgediff.config.recipes import find_recipe
 from edgediff.config.strict import clock_to_text, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
-from edgediff.targets.base import Int8Config, Layout, Precision, Target
+from edgediff.targets.base import PRECISIONS, Int8Config, Layout, Target
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
@@ -61,7 +61,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     guidance_scale: float | None = None
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
-    dtypes: dict[str, Precision] = {}
+    dtypes: dict[str, str] = {}
     components: tuple[str, ...] | None = None
     prompt: str = "a photo of a red apple"
     negative_prompt: str | None = None
@@ -141,9 +141,11 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
-    for name in config.dtypes:
+    for name, dtype in config.dtypes.items():
         if name not in COMPONENTS:
             raise ConfigError(f"'dtypes' names {name!r}; expected components of: {', '.join(COMPONENTS)}")
+        if dtype not in PRECISIONS:
+            raise ConfigError(f"'dtypes.{name}' is {dtype!r}; expected one of: {', '.join(PRECISIONS)}")
     if config.cut.level < 1:
         raise ConfigError(f"'cut.level' is {config.cut.level}; expected 1 or more")
     block = block_of(config.cut.point)

@@ -17,11 +17,12 @@ from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
 from torch.overrides import TorchFunctionMode
 
 from edgediff.bundle.reference import Reference, step_inputs
+from edgediff.errors import UnsupportedError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Part
 from edgediff.models.spectral import WaveletGating
 from edgediff.targets import TARGETS
-from edgediff.targets.base import HalfConstants
+from edgediff.targets.base import LARGEST_HALF, HalfConstants
 from edgediff.targets.layout import modules
 from edgediff_runtime import Manifest
 from edgediff_runtime.manifest import Target
@@ -76,16 +77,24 @@ class HalfPart(Part):
     The timestep's frequencies, and what is computed of them up to sine and cosine, stay exact, as they do in a program.
     """
 
-    def __init__(self, part: Part, constants: HalfConstants) -> None:
+    def __init__(self, part: Part, constants: HalfConstants, component: str = "unet") -> None:
+        """Copies a part of a component; an UnsupportedError names a weight that fp16 does not hold."""
         super().__init__(part.inputs, part.outputs)
         self.part = copy.deepcopy(part)
         self.scalars = HalfScalars(constants)
         exact = [m for m in self.part.modules() if isinstance(m, GaussianFourierProjection | Timesteps)]
         kept = {id(parameter) for module in exact for parameter in module.parameters()}
         with torch.no_grad():
-            for parameter in self.part.parameters():
-                if id(parameter) not in kept:
-                    parameter.copy_(parameter.half().float())
+            for name, parameter in self.part.named_parameters():
+                if id(parameter) in kept:
+                    continue
+                largest = float(parameter.abs().amax()) if parameter.numel() else 0.0
+                if largest > LARGEST_HALF:
+                    raise UnsupportedError(
+                        f"{component}: fp16 overflows in the weight {name} (largest {largest:.2g}, fp16 holds "
+                        f"{LARGEST_HALF:.0f}); keep it in fp32: --dtype {component}=fp32"
+                    )
+                parameter.copy_(parameter.half().float())
         for module in exact:
             module.register_forward_pre_hook(lambda *_: setattr(self.scalars, "is_exact", True))
             module.register_forward_hook(lambda *_: setattr(self.scalars, "is_exact", False))
@@ -131,7 +140,7 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
 @torch.no_grad()
 def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a component of an fp16 target gives in fp32 arithmetic on rounded weights, constants and inputs."""
-    module = HalfPart(part, TARGETS[target.target].half_constants(target))
+    module = HalfPart(part, TARGETS[target.target].half_constants(target), name)
     taken = {tensor.name: tensor.dtype for tensor in target.components[name].graphs[0].inputs}
     rounded = {key: _rounded(value, taken[key]) for key, value in inputs.items()}
     outputs = module(*(torch.from_numpy(rounded[key]) for key in module.inputs))

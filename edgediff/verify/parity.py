@@ -42,7 +42,7 @@ from edgediff_runtime import Bundle, EdgePipeline, Manifest, OperatingPointWarni
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import TIMESTEP, Target, share_rows
+from edgediff_runtime.manifest import TIMESTEP, Graph, Target, share_rows
 from edgediff_runtime.pipeline import DECODER
 from edgediff_runtime.sessions import Session
 
@@ -104,7 +104,8 @@ def verify_bundle(
                     *_picture_rows(bundle, target, reference, session, backend, say),
                 ]
                 if backend == form.verifiers[0]:
-                    findings += _findings(bundle, target, reference, session, say)
+                    is_finite = all(row.psnr_db is not None for row in found if row.status == "measured")
+                    findings += _findings(bundle, target, reference, session, 1 if is_finite else None, say)
                 del session
                 if backend == form.verifiers[0]:
                     found += _undivided_rows(bundle, target, reference, backend, say)
@@ -189,7 +190,7 @@ def _component_rows(bundle: Bundle, target: Target, reference: Reference, backen
         say(f"{backend}: {name}")
         session, tensors = open_session(bundle, backend, component=name), reference.components[name]
         (graph,) = component.graphs
-        inputs = {t.name: tensors[t.name].astype(t.dtype) for t in graph.inputs}
+        inputs = _component_inputs(reference, name, graph)
         made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
         numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
         rows.append(judged("graph", name, backend, numbers, component.floors.graph))
@@ -278,28 +279,38 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
     ]
 
 
-def _findings(bundle: Bundle, target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
-    """What fp16 may damage in each component: overflows first, of graphs on the first recorded step that runs them."""
-    found: list[Finding] = []
+def _findings(
+    bundle: Bundle, target: Target, reference: Reference, session: Session, most: int | None, say: Progress
+) -> list[Finding]:
+    """What fp16 may damage in each component, overflows first.
+
+    Args:
+        most: On how many of the recorded steps each graph of the UNet is looked at; None for all.
+    """
+    form, found = TARGETS[target.target], []
     for name, component in target.components.items():
         if component.dtype != "fp16":
             continue
         say(f"{target.target}: headroom of {name}")
-        opened = (
-            session if name == "unet" else open_session(bundle, TARGETS[target.target].verifiers[0], component=name)
-        )
+        opened = session if name == "unet" else open_session(bundle, form.verifiers[0], component=name)
         for graph in component.graphs:
-            if name != "unet":
-                tensors = reference.components[name]
-                inputs = {t.name: tensors[t.name].astype(t.dtype) for t in graph.inputs}
-            else:
-                steps = [step for step in reference.steps if graph.runs(step.full)]
-                inputs = step_inputs(steps[0], graph) if graph.file is not None and steps else {}
-            if inputs:
-                first = next(groups(inputs, count_rows(inputs) if opened.batch is None else opened.batch))
-                said = TARGETS[target.target].findings(bundle, opened, graph, first)
+            for given in _given(reference, graph, name, most):
+                first = next(groups(given, count_rows(given) if opened.batch is None else opened.batch))
+                said = form.findings(bundle, opened, graph, first)
                 found += [msgspec.structs.replace(each, component=name, target=target.target) for each in said]
     return sorted(found, key=lambda each: each.kind != "overflow")
+
+
+def _given(reference: Reference, graph: Graph, component: str, most: int | None) -> list[dict[str, np.ndarray]]:
+    """Recorded inputs of a graph, of the UNet's in several steps; none where it has no file."""
+    if component != "unet":
+        return [_component_inputs(reference, component, graph)]
+    steps = [step for step in reference.steps if graph.runs(step.full) and graph.file is not None]
+    return [step_inputs(step, graph) for step in steps[:most]]
+
+
+def _component_inputs(reference: Reference, component: str, graph: Graph) -> dict[str, np.ndarray]:
+    return {t.name: reference.components[component][t.name].astype(t.dtype) for t in graph.inputs}
 
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:

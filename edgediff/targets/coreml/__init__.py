@@ -13,6 +13,7 @@ from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.targets.base import (
     OUTSIDE,
+    PRECISIONS,
     Backend,
     ComponentJob,
     HalfConstants,
@@ -92,7 +93,7 @@ class CoreMLTarget(Target):
             on_cpu=False,
         ),
     )
-    precisions = ("fp32", "fp16")
+    precisions = PRECISIONS
     accelerators = ("ane",)
 
     def check(self, config: CoreMLConfig, layout: Layout) -> None:

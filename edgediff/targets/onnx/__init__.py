@@ -12,6 +12,7 @@ from edgediff.extras import needing
 from edgediff.outputs import write_json
 from edgediff.targets.base import (
     OUTSIDE,
+    PRECISIONS,
     Backend,
     ComponentJob,
     HalfConstants,
@@ -103,7 +104,7 @@ class OnnxTarget(Target):
         ),
     )
     accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
-    precisions = ("fp32", "fp16")
+    precisions = PRECISIONS
     takes_traces = True
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
