@@ -48,6 +48,11 @@ def _unet_name(name: str, layers: int, levels: int, added: bool) -> str:
     return ".".join((block, *tail))
 
 
+def sgm_name(module: str, config: dict[str, Any]) -> str:
+    """The original name of a module of the UNet, without the weight's."""
+    return _unet_name(f"{module}.weight", config["layers_per_block"], 2, True).removesuffix(".weight")
+
+
 def _vae_name(name: str, levels: int) -> str:
     outside = DIFFUSERS_TO_LDM_MAPPING["vae"]
     if name in outside:

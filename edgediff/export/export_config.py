@@ -5,7 +5,7 @@ Rules that tie two fields together are in `check_config`; those of one target's 
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -24,7 +24,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One recipe: a model, a cut, an operating point and the targets, without the targets' sections.
 
     Attributes:
-        model: A diffusers directory or a built-in name; the command line's argument comes first.
+        model: A diffusers directory, a single file or a built-in name; the command line's argument comes first.
+        lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
+        vae: A directory or a file with the autoencoder that replaces the pipeline's.
+        prediction_type: What the UNet of a single file predicts; None infers it.
         targets: What is written into the bundle, by the names in `edgediff.targets.TARGETS`.
         adaptor: What stands in for the low-resolution part on cached steps: ``identity``, a built-in one by its name
             or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
@@ -47,6 +50,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     model: str | None = None
+    lora: tuple[str, ...] = ()
+    vae: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     targets: tuple[str, ...] = ("onnx",)
     cut: Cut = Cut()
     adaptor: str | None = None

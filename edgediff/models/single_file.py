@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.loaders import single_file_utils as ldm
@@ -23,7 +23,7 @@ from edgediff_runtime.errors import one_line
 
 log = logging.getLogger(__name__)
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SAFE, PICKLED = (".safetensors",), (".ckpt", ".pt", ".pth", ".bin")
 FOLDER = Path(__file__).parent / "single_files"
@@ -158,6 +158,8 @@ def _kind(path: Path, checkpoint: dict[str, torch.Tensor]) -> str:
     supported = "single files of Stable Diffusion 1.x, 2.x and XL base (with UNet, VAE and text encoders)"
     if kind not in KINDS:
         raise UnsupportedError(f"{path} is a checkpoint of the kind {kind}; supported: {supported}")
+    if (path.parent / "config.json").exists():
+        raise ModelError(f"{path} has the weights of a diffusers directory; name the directory: {path.parent}")
     if CONV_IN not in checkpoint:  # diffusers takes whatever it does not know for "v1"
         raise UnsupportedError(f"{path} is no checkpoint of a known kind; supported: {supported}")
     return kind
