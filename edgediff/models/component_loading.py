@@ -8,38 +8,36 @@ from torch import nn
 
 from edgediff.errors import ModelError
 from edgediff.extras import needing
-from edgediff.models.model_files import BAD_SETTINGS, check_finite, fill
+from edgediff.models.model_files import BAD_SETTINGS, fill
 from edgediff_runtime.errors import one_line
 
 
 def text_encoder(config: dict[str, Any], state: dict[str, torch.Tensor], where: Path) -> nn.Module:
-    """Transformers' text encoder with weights, float32, in evaluation mode.
+    """Transformers' text encoder with weights, float32, in evaluation mode; weights of other modules are left out.
 
     Raises:
         ModelError: The weights do not fit the configuration, or are not finite.
     """
-    kind = _text_class(config)
-    try:
-        found, told = kind.from_pretrained(
-            None, config=kind.config_class.from_dict(config), state_dict=state, dtype=torch.float32,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, *BAD_SETTINGS) as e:
-        raise ModelError(f"{where} cannot be loaded as a {kind.__name__}: {one_line(e)[:300]}") from e
-    misfits = [f"{each} is missing" for each in sorted(told["missing_keys"])]
-    misfits += [f"{each} has another shape" for each in sorted(map(str, told["mismatched_keys"]))]
-    if misfits:
-        raise ModelError(f"{where}: the weights do not fit its configuration: {', '.join(misfits[:3])}")
-    check_finite(found.state_dict(), where)
-    return found.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    encoder = empty_text_encoder(config)
+    if not hasattr(encoder, "text_model"):  # transformers has taken a level away; files still name it
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    wanted = encoder.state_dict()
+    fill(encoder, {name: state[name].float() for name in wanted if name in state}, where, "config.json")
+    for module in encoder.modules():
+        if "position_ids" in module._buffers:  # a constant, which no file has
+            module.position_ids = torch.arange(config["max_position_embeddings"])[None]
+    return encoder.eval().requires_grad_(False)
 
 
 def empty_text_encoder(config: dict[str, Any]) -> nn.Module:
-    """The text encoder on the meta device, to compare names and shapes with."""
+    """The text encoder on the meta device, without weights."""
     kind = _text_class(config)
-    with torch.device("meta"):
-        found: nn.Module = kind(kind.config_class.from_dict(config))
-    return found
+    try:
+        with torch.device("meta"):
+            encoder: nn.Module = kind(kind.config_class.from_dict(config))
+    except BAD_SETTINGS as e:
+        raise ModelError(f"a text encoder's configuration describes no {kind.__name__}: {one_line(e)[:300]}") from e
+    return encoder
 
 
 def _text_class(config: dict[str, Any]) -> Any:

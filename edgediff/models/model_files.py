@@ -104,7 +104,7 @@ def file_sha256(file: Path) -> bytes:
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Reads tensors by name; a ModelError where the file is damaged, or contains anything else.
 
-    A training's checkpoint (``.ckpt``) has them under ``state_dict``.
+    A training's checkpoint (``.ckpt``, ``.pt``) has them under ``state_dict``.
     """
     tensors: Any
     try:
@@ -122,7 +122,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # pickle's own errors share no base class
         # torch's own message goes on to say how to run the file's code.
         raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
-    if file.suffix == ".ckpt" and isinstance(tensors, dict):
+    if file.suffix in (".ckpt", ".pt", ".pth") and isinstance(tensors, dict):
         tensors = tensors.get("state_dict", tensors)
     named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

@@ -35,7 +35,7 @@ def no_model(source: str) -> ModelError:
         )
     choices = ", ".join(ZOO)
     return ModelError(
-        f"no model at {source or repr(source)}: no such directory or file, and no built-in name (choices: {choices})"
+        f"no model at {source or repr(source)}: no such directory, and no built-in name (choices: {choices})"
     )
 
 
