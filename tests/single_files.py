@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from edgediff.models.model_files import WEIGHTS, read_json
+from edgediff.models.model_files import DIFFUSERS, TRANSFORMERS, read_json, read_state
 
 Tensors = dict[str, torch.Tensor]
 RESNET = {
@@ -21,7 +21,7 @@ RESNET = {
 ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
 
 
-def _unet_name(name: str, layers: int, levels: int, added: bool) -> str:
+def _unet_name(name: str, layers: int, added: bool) -> str:
     outside = dict(DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"])
     if added:
         outside |= DIFFUSERS_TO_LDM_MAPPING["unet"]["addition_embed_type"]
@@ -50,7 +50,7 @@ def _unet_name(name: str, layers: int, levels: int, added: bool) -> str:
 
 def sgm_name(module: str, config: dict[str, Any]) -> str:
     """The original name of a module of the UNet, without the weight's."""
-    return _unet_name(f"{module}.weight", config["layers_per_block"], 2, True).removesuffix(".weight")
+    return _unet_name(f"{module}.weight", config["layers_per_block"], True).removesuffix(".weight")
 
 
 def _vae_name(name: str, levels: int) -> str:
@@ -74,11 +74,11 @@ def _vae_name(name: str, levels: int) -> str:
     return f"{block}.{'.'.join(tail).replace('conv_shortcut', 'nin_shortcut')}"
 
 
-def _unet(folder: Path) -> Tensors:
-    config, state = read_json(folder / "config.json"), load_file(folder / f"{WEIGHTS}.safetensors")
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+def unet_tensors(config: dict[str, Any], state: Tensors) -> Tensors:
+    """A UNet's weights by the original names."""
+    layers = config["layers_per_block"]
     added = config.get("addition_embed_type") is not None
-    named = {_unet_name(name, layers, levels, added): tensor for name, tensor in state.items()}
+    named = {_unet_name(name, layers, added): tensor for name, tensor in state.items()}
     made = {}
     for name, tensor in named.items():
         if ".UP." in name:  # after the attention, where the level has one
@@ -90,9 +90,8 @@ def _unet(folder: Path) -> Tensors:
     return made
 
 
-def vae_tensors(folder: Path, prefix: str = "first_stage_model.") -> Tensors:
+def vae_tensors(config: dict[str, Any], state: Tensors, prefix: str = "first_stage_model.") -> Tensors:
     """An autoencoder's weights by the original names."""
-    config, state = read_json(folder / "config.json"), load_file(folder / f"{WEIGHTS}.safetensors")
     levels = len(config["block_out_channels"])
     made = {prefix + _vae_name(name, levels): tensor for name, tensor in state.items()}
     made = {name: t[..., None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in made.items()}
@@ -128,25 +127,27 @@ def _open_clip(state: Tensors, prefix: str) -> Tensors:
     return {prefix + name: tensor for name, tensor in made.items()}
 
 
-def tensors(folder: Path, kind: str) -> Tensors:
-    """A pipeline's weights by the original names; `kind` is ``sd1``, ``sd2`` or ``xl``."""
-    text = load_file(folder / "text_encoder" / "model.safetensors")
-    made = _unet(folder / "unet") | vae_tensors(folder / "vae")
+def checkpoint(configs: dict[str, dict[str, Any]], states: dict[str, Tensors], kind: str) -> Tensors:
+    """A pipeline's weights by the original names, from those of its folders; `kind` is ``sd1``, ``sd2`` or ``xl``."""
+    text = states["text_encoder"]
+    made = unet_tensors(configs["unet"], states["unet"]) | vae_tensors(configs["vae"], states["vae"])
     if kind == "sd1":
         return made | _clip(text, "cond_stage_model.")
     if kind == "sd2":
         width = text["embeddings.position_embedding.weight"].shape[1]
         # As in the published files: OpenCLIP's projection, which 2.x does not use.
-        return made | _open_clip(text, "cond_stage_model.model.") | {
-            "cond_stage_model.model.text_projection": torch.zeros(width, width)
-        }  # fmt: skip
-    text_2 = load_file(folder / "text_encoder_2" / "model.safetensors")
+        unused = {"cond_stage_model.model.text_projection": torch.zeros(width, width)}
+        return made | _open_clip(text, "cond_stage_model.model.") | unused
+    text_2 = states["text_encoder_2"]
     return made | _clip(text, "conditioner.embedders.0.") | _open_clip(text_2, "conditioner.embedders.1.model.")
 
 
 def save_single(folder: Path, kind: str, file: Path) -> Path:
     """Writes a pipeline of diffusers' folders as a single file."""
-    found: Any = {name: tensor.contiguous() for name, tensor in tensors(folder, kind).items()}
+    names = ("unet", "vae", "text_encoder", *(["text_encoder_2"] if kind == "xl" else []))
+    configs = {name: read_json(folder / name / "config.json") for name in names}
+    states = {name: read_state(folder / name, TRANSFORMERS if "text" in name else DIFFUSERS) for name in names}
+    found: Any = {name: tensor.contiguous() for name, tensor in checkpoint(configs, states, kind).items()}
     if file.suffix == ".ckpt":
         torch.save({"state_dict": found, "global_step": 7}, file)
     else:

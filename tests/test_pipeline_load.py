@@ -17,7 +17,7 @@ from edgediff import ExportConfig, export_bundle, load_model
 from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
 from edgediff.models.components import load_tokenizer, pipeline_components, write_tokenizer
 from edgediff.models.load import PIPELINES
-from edgediff.models.model_files import WEIGHTS
+from edgediff.models.model_files import WEIGHTS, read_json, read_state
 
 COMPONENTS = ("text_encoder/model", "text_encoder_2/model", f"vae/{WEIGHTS}", f"unet/{WEIGHTS}")
 
@@ -178,7 +178,8 @@ def test_an_autoencoder_from_a_file(sd1: Path, tmp_path: Path, prefix: str) -> N
     """By the original names it is of the pipeline's geometry; diffusers' own have a config.json beside them."""
     folder = other_vae(tmp_path / "vae")
     file = tmp_path / "other.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in vae_tensors(folder, prefix).items()}, file)
+    made = vae_tensors(read_json(folder / "config.json"), read_state(folder), prefix)
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, file)
     want, plain = load_model(sd1, vae=folder), load_model(sd1)
     for named in (file, folder / f"{WEIGHTS}.safetensors"):
         model = load_model(sd1, vae=named)

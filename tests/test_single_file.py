@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from model_folders import load_whole
 from safetensors.torch import load_file, save_file
-from single_files import save_single
+from single_files import checkpoint, save_single
 from tiny_pipelines import SAVE
 from unets import assert_same_unet
 
@@ -16,7 +17,7 @@ from edgediff.models.component_loading import empty_text_encoder
 from edgediff.models.components import load_tokenizer, pipeline_components, prompt_settings, write_tokenizer
 from edgediff.models.conditioning import read_conditioning
 from edgediff.models.model_files import read_json
-from edgediff.models.single_file import CONV_IN, FOLDER, open_single_file
+from edgediff.models.single_file import CONV_IN, FOLDER, _converted, open_single_file
 from edgediff.zoo import FOLDER as ZOO
 
 V2 = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
@@ -135,29 +136,37 @@ def test_a_base_model_of_2_x_has_512_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "geometry", "encoders", "shapes"),
+    ("home", "geometry", "kind", "encoders", "shapes"),
     [
-        ("v1", "sd15", [123_060_480], {"encoder_hidden_states": (77, 768)}),
-        ("v2", "sd21", [340_387_840], {"encoder_hidden_states": (77, 1024)}),
-        ("xl_base", "sdxl", [123_060_480, 694_659_840],
+        ("v1", "sd15", "sd1", [123_060_480], {"encoder_hidden_states": (77, 768)}),
+        ("v2", "sd21", "sd2", [340_387_840], {"encoder_hidden_states": (77, 1024)}),
+        ("xl_base", "sdxl", "xl", [123_060_480, 694_659_840],
          {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)}),
     ],
 )  # fmt: skip
-def test_the_configurations_are_those_of_the_published_models(
-    kind: str, geometry: str, encoders: list[int], shapes: dict[str, tuple[int, ...]]
+def test_published_models_fit_their_configurations(
+    home: str, geometry: str, kind: str, encoders: list[int], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    from diffusers import AutoencoderKL
-
-    home = FOLDER / kind
-    folders = sorted(home.glob("text_encoder*"))
-    counts = [
-        sum(p.numel() for p in empty_text_encoder(read_json(each / "config.json")).parameters()) for each in folders
-    ]
-    assert counts == encoders
+    """Sizes as published, and every name of a checkpoint of that size becomes diffusers' own: on the meta device."""
+    folders = {each.name: each for each in sorted((FOLDER / home).glob("text_encoder*"))}
+    folders |= {"unet": ZOO / geometry / "unet", "vae": FOLDER / home / "vae"}
+    configs = {name: read_json(folder / "config.json") for name, folder in folders.items()}
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(read_json(home / "vae" / "config.json"))
-    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    known = read_conditioning(home, read_json(ZOO / geometry / "unet" / "config.json"))
+        modules: dict[str, Any] = {
+            "unet": UNet2DConditionModel.from_config(configs["unet"]), "vae": AutoencoderKL.from_config(configs["vae"]),
+        }  # fmt: skip
+        modules |= {name: empty_text_encoder(configs[name]) for name in folders if name.startswith("text")}
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    assert [counts[name] for name in folders if name.startswith("text")] == encoders
+    assert counts["vae"] == 83_653_863
+    states = {name: dict(module.state_dict()) for name, module in modules.items()}
+    made = checkpoint(configs, states, kind)
+    for name, state in states.items():
+        converted = {key.removeprefix("text_model."): t for key, t in _converted(made, name, configs[name]).items()}
+        assert {key.removeprefix("text_model."): t.shape for key, t in state.items()} == {
+            key: t.shape for key, t in converted.items()
+        }
+    known = read_conditioning(FOLDER / home, configs["unet"])
     assert {name: spec.shape for name, spec in known.tensors.items()} == shapes
 
 
