@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import exit_code
+from command_line import Command, assert_error
 from diffusers import AutoencoderTiny
 from model_folders import PIPELINE, change_json, load_whole
 from safetensors.torch import load_file, save_file
@@ -68,15 +68,12 @@ def test_other_classes_are_refused_by_name(sd1: Path, name: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["acme/tiny-diffusion", "stable-diffusion-v1-5/stable-diffusion-v1-5"])
-def test_an_id_of_the_hub(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_id_of_the_hub(name: str, tmp_path: Path, command: Command) -> None:
     words = f"if it is an id of the Hugging Face hub, download it first (huggingface-cli download {name} --local-dir"
     with pytest.raises(ModelError) as caught:
         load_model(name)
     assert words in str(caught.value)
-    assert exit_code(monkeypatch, "export", name, "-o", tmp_path / "out") == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    assert_error(command("export", name, "-o", tmp_path / "out"), words)
     assert not (tmp_path / "out").exists()
 
 
@@ -219,6 +216,27 @@ def test_autoencoders_that_do_not_fit(sd1: Path, tmp_path: Path, class_model: Pa
     refused(UnsupportedError, "'VQModel'; supported: AutoencoderKL, AutoencoderTiny", sd1, vae=folder)
     torch.save({}, tmp_path / "vae.pt")
     refused(ModelError, r"vae\.pt is a pickle, .*; convert it", sd1, vae=tmp_path / "vae.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lora", "nowhere.safetensors"], "LoRA 'nowhere.safetensors': no such file; expected FILE or FILE:SCALE"),
+        (["--vae", "nowhere"], "no autoencoder at nowhere; name a directory"),
+        (["--prediction-type", "epsilon"], "is no single file; leave them out"),
+        (["--prediction-type", "flow"], "'prediction_type'"),
+    ],
+)
+def test_options_that_do_not_fit(sd1: Path, tmp_path: Path, command: Command, options: list[str], words: str) -> None:
+    assert_error(command("export", sd1, "-o", tmp_path / "out", *options), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ckpt_on_the_command_line(tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, file)
+    assert_error(command("export", file, "-o", tmp_path / "out"), "is a pickle", "--allow-pickle")
+    assert_error(command("export", file, "-o", tmp_path / "out", "--allow-pickle"), "no checkpoint of a known kind")
 
 
 # Tokenizers

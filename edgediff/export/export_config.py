@@ -25,9 +25,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         model: A diffusers directory, a single file or a built-in name; the command line's argument comes first.
-        lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
-        vae: A directory or a file with the autoencoder that replaces the pipeline's.
-        prediction_type: What the UNet of a single file predicts; None infers it.
         targets: What is written into the bundle, by the names in `edgediff.targets.TARGETS`.
         adaptor: What stands in for the low-resolution part on cached steps: ``identity``, a built-in one by its name
             or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
@@ -38,6 +35,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
+        lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
+        vae: A directory or a file with the autoencoder that replaces the pipeline's.
+        prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
         prompt: Prompt of the reference trajectory, where there is a text encoder.
@@ -50,9 +50,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     model: str | None = None
-    lora: tuple[str, ...] = ()
-    vae: str | None = None
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     targets: tuple[str, ...] = ("onnx",)
     cut: Cut = Cut()
     adaptor: str | None = None
@@ -62,6 +59,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     guidance_scale: float | None = None
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
+    lora: tuple[str, ...] = ()
+    vae: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
     prompt: str = "a photo of a red apple"
     negative_prompt: str | None = None
