@@ -202,5 +202,5 @@ def test_a_bundle_says_what_was_fused(pipelines: Path, tmp_path: Path, command: 
     # Found again where the manifest says, and fused again.
     rows = verify_bundle(out).rows
     assert {row.note for row in rows if row.check == "trajectory"} == {"against torch, computed again"}
-    config = ExportConfig(steps=1, clock=1, lora=(spec,))
+    config = ExportConfig(steps=1, clock="1", lora=(spec,))
     assert export_bundle(model, out, config).report is None, "the same model by the same recipe"

@@ -40,12 +40,10 @@ from edgediff_runtime.errors import one_line
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
 # Classes of diffusers' pipelines whose UNet and components are handled; the last is that of models trained here.
 PIPELINES = (
-    *(
-        f"{family}{task}Pipeline"
-        for family in ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
-        for task in ("", "Img2Img", "Inpaint", "InstructPix2Pix")
-    ),
-    "StableDiffusionDepth2ImgPipeline", "LDMPipeline", "LDMTextToImagePipeline", "DDPMPipeline", "DDIMPipeline",
+    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline", "LDMTextToImagePipeline", "DDPMPipeline", "DDIMPipeline",
     "PNDMPipeline", "DiffusionPipeline",
 )  # fmt: skip
 SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
