@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import state_dict_utils as names
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgediff.errors import ConfigError, ModelError, UnsupportedError
+from edgediff.extras import needing
 from edgediff.models.model_files import BAD_SETTINGS, check_finite, file_sha256, read_tensors
 from edgediff_runtime.errors import one_line
 
@@ -88,6 +88,10 @@ class Lora:
             ModelError: The file is damaged, or no LoRA.
             UnsupportedError: It is an adapter of another kind.
         """
+        with needing("export", "a LoRA"):
+            import transformers  # noqa: F401 - without it, diffusers has no such loader
+        from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
         tensors = read_tensors(self.path)
         for part, kind in OTHER_KINDS.items():
             if any(part in name for name in tensors):
