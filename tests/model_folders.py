@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from edgediff import load_model
 from edgediff.errors import EdgediffError
+from edgediff.models.components import pipeline_components, prompt_settings
+from edgediff.models.load import Model
 from edgediff.models.model_files import WEIGHTS
 
 SAFE = f"unet/{WEIGHTS}.safetensors"
@@ -48,6 +50,16 @@ def as_bin(folder: Path) -> Path:
     torch.save(load_file(folder / SAFE), folder / BIN)
     (folder / SAFE).unlink()
     return folder / BIN
+
+
+def load_whole(source: Path, **options: Any) -> Model:
+    """A model of which every component was loaded once."""
+    model = load_model(source, **options)
+    components = pipeline_components(model)
+    prompt_settings(model, components)
+    for component in components.values():
+        component.load()
+    return model
 
 
 def refused(folder: Path, kind: type[EdgediffError], *words: str) -> str:

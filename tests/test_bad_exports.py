@@ -27,7 +27,7 @@ def _config(**values: Any) -> Callable[[Path], None]:
 BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (shutil.rmtree, "no such directory, and no built-in name (choices: "),
     "empty": (lambda m: (shutil.rmtree(m), m.mkdir()), "is empty; expected config.json"),
-    "a file": (lambda m: (shutil.rmtree(m), m.touch()), "is a file; expected a diffusers directory"),
+    "a file": (lambda m: (shutil.rmtree(m), m.touch()), "is a file of another kind; expected .safetensors"),
     "empty unet": (lambda m: (shutil.rmtree(m / "unet"), (m / "unet").mkdir()), "unet is empty"),
     "no weights": (lambda m: (m / SAFE).unlink(), "has a config.json but no weights"),
     "no config": (lambda m: (m / CONFIG).unlink(), "config.json is missing"),

@@ -44,7 +44,8 @@ def test_an_empty_directory(tmp_path: Path) -> None:
 
 
 def test_a_file_instead_of_a_directory(folder: Path) -> None:
-    refused(folder / SAFE, ModelError, SAFE, "is a file", "expected a diffusers directory or one of: ")
+    file = folder / SAFE
+    refused(file, ModelError, f"{file} has the weights of a diffusers directory", f"name the directory: {file.parent}")
 
 
 def test_no_config(folder: Path) -> None:

@@ -37,9 +37,25 @@ def _titles(setting: str) -> str:
     "--clock 1,0,0,1,0,0,0,1   |   edgediff export sd15 -o sd --random-weights 0 --verify graphs"
 )
 def export(
-    model: Annotated[str | None, typer.Argument(help="A diffusers directory, or a built-in name.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A diffusers directory, a single file, or a built-in name.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is to be.")] = Path("bundle"),
     config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE[:scale]: a LoRA that is fused into the model; may be given more than once."),
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="A directory or a file with the VAE that replaces the pipeline's.")
+    ] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a .ckpt too: its tensors, and nothing that runs code.")
+    ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(help=f"What to write: {', '.join(TARGETS)}; may be given more than once."),
@@ -94,6 +110,7 @@ def export(
         "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
+        "lora": lora, "vae": vae, "prediction_type": prediction_type,
     }  # fmt: skip
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (
@@ -120,7 +137,11 @@ def export(
     try:
         with progress() as say:
             say(f"loading {checked.model}")
-            done = pipeline.export_bundle(load.load_model(checked.model), output, checked, force=force, progress=say)
+            loaded = load.load_model(
+                checked.model, lora=checked.lora, vae=checked.vae, prediction_type=checked.prediction_type,
+                allow_pickle=allow_pickle,
+            )  # fmt: skip
+            done = pipeline.export_bundle(loaded, output, checked, force=force, progress=say)
     except VerificationError as e:
         if e.report is not None:
             _show_report(e.report, as_json)

@@ -67,7 +67,7 @@ def draft_manifest(
         )
     assert model.scheduler is not None
     # As the manifest's JSON gives it back, so that the two can be compared.
-    recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None)))
+    recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None, lora=(), vae=None)))
     recipe |= {"seed": str(config.seed), "random_weights": _text(config.random_weights)}
     prompt = (config.prompt, config.negative_prompt) if conditioning_source == "prompt" else None
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
@@ -81,6 +81,9 @@ def draft_manifest(
             sha256=model.sha256,
             random_weights=_text(config.random_weights),
             components={name: component.sha256 for name, component in components.items()},
+            lora=tuple(lora.spec for lora in model.lora),
+            vae=None if model.vae is None else str(model.vae),
+            prediction_type=None if model.single is None else model.single.prediction_type,
         ),
         license=model.card.license if config.license is None else config.license,
         cut=m.Cut(level=config.cut.level, point=config.cut.point),
@@ -143,6 +146,6 @@ def essence(manifest: Manifest) -> Manifest:
         The manifest without what writing fills in, and without where the source lies.
     """
     targets = tuple(TARGETS[entry.target].essence(entry) for entry in manifest.targets)
-    source = msgspec.structs.replace(manifest.source, path=None)
+    source = msgspec.structs.replace(manifest.source, path=None, lora=(), vae=None)
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

@@ -42,6 +42,7 @@ from edgediff.models.components import (
 )
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, random_weights, unet_config
+from edgediff.models.lora import read_spec
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
@@ -97,6 +98,8 @@ def export_bundle(
     path = Path(path)
     for name in config.targets:
         TARGETS[name].require()
+
+    _check_loaded(model, config)
 
     # Load: weights, and what the reference is conditioned on.
     model = _with_weights(model, config, say)
@@ -246,6 +249,19 @@ def _write_pipeline(
             tokenizer = f"{where}/{tokenizer_folder(model, name).name}/tokenizer.json"
             entry = entry.with_component(name, msgspec.structs.replace(entry.components[name], tokenizer=tokenizer))
     return entry
+
+
+def _check_loaded(model: Model, config: ExportConfig) -> None:
+    """Refuses a recipe that names weights which the model was not loaded with."""
+    if config.lora and [read_spec(spec) for spec in config.lora] != [(lora.path, lora.scale) for lora in model.lora]:
+        raise ConfigError(f"'lora' names {', '.join(config.lora)}, which {model.name} was not loaded with; pass "
+                          "lora= to load_model")  # fmt: skip
+    if config.vae is not None and Path(config.vae) != model.vae:
+        raise ConfigError(f"'vae' is {config.vae}, which {model.name} was not loaded with; pass vae= to load_model")
+    said = None if model.single is None else model.single.prediction_type
+    if config.prediction_type not in (None, said):
+        raise ConfigError(f"'prediction_type' is {config.prediction_type}, {model.name} was loaded with {said}; pass "
+                          "prediction_type= to load_model")  # fmt: skip
 
 
 def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:

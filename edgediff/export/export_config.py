@@ -5,7 +5,7 @@ Rules that tie two fields together are in `check_config`; those of one target's 
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -27,7 +27,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One recipe: a model, a cut, an operating point and the targets, without the targets' sections.
 
     Attributes:
-        model: A diffusers directory or a built-in name; the command line's argument comes first.
+        model: A diffusers directory, a single file or a built-in name; the command line's argument comes first.
         targets: What is written into the bundle, by the names in `edgediff.targets.TARGETS`.
         adaptor: What stands in for the low-resolution part on cached steps: ``identity``, a built-in one by its name
             or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
@@ -40,6 +40,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
         dtypes: Precision by component, for each target that has it: ``{vae_decoder: fp32}``. It goes before the
             ``dtype`` of a target's section.
+        lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
+        vae: A directory or a file with the autoencoder that replaces the pipeline's.
+        prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
         prompt: Prompt of the reference trajectory, where there is a text encoder.
@@ -62,6 +65,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
     dtypes: dict[str, str] = {}
+    lora: tuple[str, ...] = ()
+    vae: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
     prompt: str = "a photo of a red apple"
     negative_prompt: str | None = None

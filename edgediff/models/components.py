@@ -4,12 +4,11 @@ What they are follows from their configurations; their weights are loaded one co
 or run, so that a large pipeline is never in memory as a whole.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,22 @@ from torch import nn
 
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.extras import needing
-from edgediff.models.load import BAD_SETTINGS, Model
-from edgediff.models.model_files import read_json
+from edgediff.models.component_loading import autoencoder, text_encoder
+from edgediff.models.load import Model
+from edgediff.models.lora import Lora
+from edgediff.models.model_files import (
+    BAD_SETTINGS,
+    DIFFUSERS,
+    TRANSFORMERS,
+    check_weights,
+    file_sha256,
+    read_json,
+    read_state,
+    weight_files,
+)
 from edgediff.models.part import Part
+from edgediff.models.single_file import FOLDER as SINGLE_FILES
+from edgediff.models.single_file import CheckpointFile, clip_vocabulary
 from edgediff.outputs import write_json
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Encoder, Graph, Prompt, Stage, Symbol, Tensor, Vae
@@ -38,9 +50,11 @@ class PipelineComponent:
     """A component that a bundle may carry.
 
     Attributes:
-        folder: Where its configuration and weights lie.
+        folder: Where its configuration lies, and its weights where `file` is None.
         config: Its configuration, as it lies there.
         graph: Its inputs and outputs, with a symbolic batch.
+        file: The checkpoint that its weights come from, or None.
+        lora: What is fused into it when it is loaded.
     """
 
     name: str
@@ -48,6 +62,8 @@ class PipelineComponent:
     folder: Path
     config: dict[str, Any]
     graph: Graph
+    file: CheckpointFile | None = None
+    lora: tuple[Lora, ...] = ()
 
     def load(self) -> Part:
         """Its module with weights, float32, in evaluation mode.
@@ -56,20 +72,34 @@ class PipelineComponent:
             ModelError: The weights are missing, damaged, not finite, or of another model.
         """
         outputs = tuple(tensor.name for tensor in self.graph.outputs)
+        where = self.folder if self.file is None else self.file.path
         if self.name in TEXT_ENCODERS:
-            return TextEncoder(_pretrained(_text_class(self.config), self.folder), outputs)
-        vae = _pretrained(_autoencoder_class(self.config), self.folder)
+            encoder = text_encoder(self.config, self._state(self.name), where)
+            for lora in self.lora:
+                lora.fuse(self.name, encoder)
+            return TextEncoder(encoder, outputs)
+        vae = autoencoder(self.config, self._state("vae"), where)
         return VaeDecoder(vae) if self.name == "vae_decoder" else VaeEncoder(vae, outputs)
 
     @property
     def sha256(self) -> str:
-        """Hash over its configuration and weights."""
-        digest = hashlib.sha256()
-        for file in sorted(self.folder.iterdir()):
-            if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        """Hash over its configuration, its weights and what is fused into them."""
+        digest = hashlib.sha256(file_sha256(self.folder / "config.json"))
+        if self.file is not None:
+            digest.update(self.file.sha256)
+        else:
+            for file in weight_files(self.folder, self._stems):
+                digest.update(file_sha256(file))
+        for lora in self.lora:
+            digest.update(lora.sha256.encode())
         return digest.hexdigest()
+
+    @property
+    def _stems(self) -> tuple[str, str]:
+        return TRANSFORMERS if self.name in TEXT_ENCODERS else DIFFUSERS
+
+    def _state(self, name: str) -> dict[str, torch.Tensor]:
+        return read_state(self.folder, self._stems) if self.file is None else self.file.state(name, self.config)
 
 
 class TextEncoder(Part):
@@ -142,17 +172,32 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
         UnsupportedError: A component is of a class, or has a setting, that edgediff does not handle.
     """
     index = model.home / "model_index.json"
-    listed = read_json(index) if index.exists() else {}
+    # A built-in geometry lists an autoencoder that it has no weights of.
+    listed = read_json(index) if index.exists() and not model.is_built_in else {}
     found = {}
     for name in TEXT_ENCODERS:
         folder = model.home / name
         if _is_listed(listed, name) and model.conditioning.kind == "text":
-            found[name] = _text_component(name, folder, is_xl=_is_xl(model))
+            found[name] = replace(_text_component(name, folder, _is_xl(model)), file=model.single, lora=model.lora)
     if _is_listed(listed, "vae"):
-        config = _config(model.home / "vae", AUTOENCODERS)
+        folder, file = _vae_source(model)
+        config = _config(folder, AUTOENCODERS)
         for name in ("vae_decoder", "vae_encoder"):
-            found[name] = _vae_component(name, model, config)
+            found[name] = _vae_component(name, model, folder, config, file)
+    for component in found.values():
+        if component.file is None:
+            check_weights(component.folder, weight_files(component.folder, component._stems), component._stems)
     return found
+
+
+def _vae_source(model: Model) -> tuple[Path, CheckpointFile | None]:
+    """Where the autoencoder's configuration lies, and the file of its weights where it does not lie beside them."""
+    if model.vae is None:
+        return model.home / "vae", model.single
+    if model.vae.is_dir():
+        return (model.vae / "vae" if (model.vae / "vae").is_dir() else model.vae), None
+    own = model.vae.parent
+    return (own if (own / "config.json").exists() else model.home / "vae"), CheckpointFile(model.vae)
 
 
 def _is_listed(listed: dict[str, Any], name: str) -> bool:
@@ -166,7 +211,7 @@ def _is_xl(model: Model) -> bool:
 
 def _config(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
     if not folder.is_dir():
-        raise ModelError(f"{folder} is missing, though model_index.json lists it; copy the whole pipeline")
+        raise ModelError(f"{folder} is missing; copy the whole pipeline")
     config: dict[str, Any] = read_json(folder / "config.json")
     kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
     if kind not in classes:
@@ -200,14 +245,16 @@ def _text_component(name: str, folder: Path, is_xl: bool) -> PipelineComponent:
     return PipelineComponent(name, "prompt", folder, config, graph)
 
 
-def _vae_component(name: str, model: Model, config: dict[str, Any]) -> PipelineComponent:
+def _vae_component(
+    name: str, model: Model, folder: Path, config: dict[str, Any], file: CheckpointFile | None
+) -> PipelineComponent:
     _, height, width = model.sample_shape
     channels, each = int(config["latent_channels"]), _downscale(config)
     latent: Shape = ("batch", channels, height, width)
     image: Shape = ("batch", 3, each * height, each * width)
     if channels != model.out_channels:
         raise ModelError(
-            f"{model.home}/vae has {channels} latent channels, the UNet gives {model.out_channels}; take one that fits"
+            f"{folder} has {channels} latent channels, the UNet gives {model.out_channels}; take one that fits"
         )
     if name == "vae_decoder":
         inputs, outputs = Tensor("latent_sample", "float32", latent), Tensor("sample", "float32", image)
@@ -217,7 +264,7 @@ def _vae_component(name: str, model: Model, config: dict[str, Any]) -> PipelineC
         inputs = Tensor("sample", "float32", image)
         outputs = Tensor("latent_parameters" if has_variance else "latent_sample", "float32", made)
     graph = Graph(name, name, None, (inputs,), (outputs,))
-    return PipelineComponent(name, "decode" if name == "vae_decoder" else "image", model.home / "vae", config, graph)
+    return PipelineComponent(name, "decode" if name == "vae_decoder" else "image", folder, config, graph, file)
 
 
 def _downscale(config: dict[str, Any]) -> int:
@@ -225,45 +272,6 @@ def _downscale(config: dict[str, Any]) -> int:
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     assert blocks is not None
     return int(2 ** (len(blocks) - 1))
-
-
-def _pretrained(kind: Any, folder: Path) -> Any:
-    try:
-        name = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
-        with _without_progress():
-            found = kind.from_pretrained(folder, local_files_only=True, **{name: torch.float32})
-    except (OSError, *BAD_SETTINGS) as e:
-        raise ModelError(f"{folder} cannot be loaded as a {kind.__name__}: {one_line(e)[:300]}") from e
-    bad = [key for key, tensor in found.state_dict().items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise ModelError(f"{folder}: weights are not finite in {', '.join(bad[:3])}")
-    return found.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _without_progress() -> Iterator[None]:
-    """Keeps transformers' bars off the screen while it loads: the caller owns progress."""
-    with needing("export", "a text encoder"):
-        from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _text_class(config: dict[str, Any]) -> Any:
-    with needing("export", "a text encoder"):
-        import transformers
-    return getattr(transformers, config["architectures"][0])
-
-
-def _autoencoder_class(config: dict[str, Any]) -> Any:
-    import diffusers
-
-    return getattr(diffusers, config["_class_name"])
 
 
 def prompt_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Prompt | None:
@@ -308,6 +316,8 @@ def tokenizer_folder(model: Model, encoder: str) -> Path:
 def load_tokenizer(folder: Path) -> Any:
     """Transformers' CLIP tokenizer of a folder, from tokenizer.json or from vocab.json and merges.txt.
 
+    Those for single files have their settings alone: the vocabulary is CLIP's.
+
     Raises:
         ModelError: The folder is missing or holds no tokenizer.
     """
@@ -315,6 +325,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder} is missing; expected a tokenizer beside its text encoder")
     with needing("export", "a tokenizer"):
         from transformers import CLIPTokenizer
+    if SINGLE_FILES in folder.parents:
+        vocabulary, merges = clip_vocabulary()
+        settings = read_json(folder / "tokenizer_config.json")
+        return CLIPTokenizer(vocab=vocabulary, merges=merges, **settings)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(f"{folder} holds no vocabulary; expected tokenizer.json, or vocab.json and merges.txt")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, *BAD_SETTINGS) as e:
@@ -346,14 +362,12 @@ def vae_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Vae | 
     """
     if "vae_decoder" not in found:
         return None
-    config = found["vae_decoder"].config
+    config, where = found["vae_decoder"].config, found["vae_decoder"].folder
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if config.get("shift_factor"):
-        raise UnsupportedError(f"{model.home}/vae: shift_factor {config['shift_factor']!r}; supported: none")
+        raise UnsupportedError(f"{where}: shift_factor {config['shift_factor']!r}; supported: none")
     if (mean is None) != (std is None) or (mean is not None and not _is_xl(model)):
-        raise UnsupportedError(
-            f"{model.home}/vae: latents_mean {mean!r}, latents_std {std!r}; supported: both, in SDXL"
-        )
+        raise UnsupportedError(f"{where}: latents_mean {mean!r}, latents_std {std!r}; supported: both, in SDXL")
     return Vae(
         float(config.get("scaling_factor", 1.0)),
         _downscale(config),
@@ -375,6 +389,8 @@ def write_pipeline_files(model: Model, scheduler: Any, folder: Path) -> None:
         if isinstance(value, list) and name not in there:  # a safety checker, an image encoder
             listed[name] = [None, None]
     listed["scheduler"] = ["diffusers", type(scheduler).__name__]
+    if model.vae is not None:
+        listed["vae"] = ["diffusers", read_json(_vae_source(model)[0] / "config.json")["_class_name"]]
     write_json(folder / "model_index.json", listed)
     # JSON has no infinity, which diffusers writes for a default all the same: OpenVINO GenAI cannot read that.
     settings = json.loads(scheduler.to_json_string())

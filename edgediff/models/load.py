@@ -1,4 +1,4 @@
-"""A trained model from disk: a UNet with what it needs to be sampled.
+"""A trained model from disk, a directory or a single file: a UNet with what it needs to be sampled.
 
 The network is built and tried on the meta device and takes the loaded tensors as they are: loading costs the weights
 once.
@@ -6,6 +6,7 @@ once.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,25 +14,39 @@ from typing import Any, Literal
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
-from edgediff.errors import EdgediffError, ModelError, UnsupportedError
+from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
+from edgediff.models.component_loading import empty_text_encoder
 from edgediff.models.conditioning import Conditioning, read_conditioning
 from edgediff.models.embedding import StepEmbedding
-from edgediff.models.model_files import WEIGHTS, fill, read_json, read_tensors, weight_files
+from edgediff.models.lora import TEXT, UNET, Lora, read_spec
+from edgediff.models.model_files import (
+    BAD_SETTINGS,
+    check_weights,
+    file_sha256,
+    fill,
+    read_json,
+    read_state,
+    weight_files,
+)
 from edgediff.models.sampling import scheduler_class
+from edgediff.models.single_file import SingleFile, check_file, open_single_file
 from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
-from edgediff.zoo import ZOO, built_in
+from edgediff.zoo import ZOO, built_in, no_model
 from edgediff_runtime.errors import one_line
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
-SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
-# What torch and diffusers raise for settings of the wrong kind.
-BAD_SETTINGS = (
-    TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError, AssertionError,
-    ImportError, MemoryError,
+# Classes of diffusers' pipelines whose UNet and components are handled; the last is that of models trained here.
+PIPELINES = (
+    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline", "LDMTextToImagePipeline", "DDPMPipeline", "DDIMPipeline",
+    "PNDMPipeline", "DiffusionPipeline",
 )  # fmt: skip
+SCHEDULER_FILES = ("scheduler/scheduler_config.json", "scheduler_config.json")
 # Settings that say how often something is built or listed: a huge one would take hours, or all memory.
 COUNTS = {
     "layers_per_block": 100,
@@ -41,8 +56,6 @@ COUNTS = {
     "num_train_timesteps": 2**20,
 }
 MAX_SIDE = 2**16
-# Attention layers in checkpoints from before diffusers 0.12.
-LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,12 @@ class Model:
             can be counted, not sampled.
         space: ``pixel`` where the UNet works on images, ``latent`` where a decoder comes after it.
         sha256: Hash over configuration and weights; a bundle is compared with it.
-        path: The directory that it came from.
-        home: Where schedule, autoencoder and card are: ``path``, or the directory around it.
+        path: The directory or the file that it came from.
+        home: Where the configurations of the components are: ``path``, the directory around it, or edgediff's own for
+            a single file.
+        single: The single file that the weights come from, or None.
+        vae: What replaces the pipeline's autoencoder: a directory or a file, or None.
+        lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
     """
 
     name: str
@@ -69,6 +86,9 @@ class Model:
     sha256: str
     path: Path
     home: Path
+    single: SingleFile | None = None
+    vae: Path | None = None
+    lora: tuple[Lora, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -113,34 +133,56 @@ class Model:
             )
 
 
-def load_model(source: str | Path) -> Model:
-    """Loads a model from a diffusers directory (a UNet's, or a whole pipeline's) or by its built-in name.
+def load_model(
+    source: str | Path,
+    *,
+    lora: Sequence[str] = (),
+    vae: str | Path | None = None,
+    configs: str | Path | None = None,
+    prediction_type: str | None = None,
+    allow_pickle: bool = False,
+) -> Model:
+    """Loads a model from a diffusers directory (a UNet's, or a pipeline's), a single file, or by its built-in name.
 
     A path that exists comes before a name.
 
+    Args:
+        lora: ``FILE[:scale]`` of each LoRA that is fused, in order.
+        vae: A directory or a file with the autoencoder that replaces the pipeline's.
+        configs: For a single file of another geometry: a pipeline's directory whose configurations fit.
+        prediction_type: For a single file: ``epsilon``, ``v_prediction`` or ``sample``; None infers it.
+        allow_pickle: Read a ``.ckpt`` too, tensors only.
+
     Raises:
-        ModelError: The directory is missing, empty, or its files cannot be read.
+        ModelError: The model is missing, empty, or its files cannot be read.
+        ConfigError: An option does not fit the model.
         UnsupportedError: The model is of a class that edgediff does not handle.
     """
-    choices = f"a diffusers directory or one of: {', '.join(ZOO)}"
+    choices = f"a diffusers directory, a single file or one of: {', '.join(ZOO)}"
     if not str(source):
         raise ModelError(f"the model has no name; expected {choices}")
     path = Path(source)
-    if path.is_dir():
-        return _load(path, name=repository_name(path), weights_required=True)
-    if path.exists():
-        raise ModelError(
-            f"{source} is a file; expected {choices}. A single-file checkpoint is converted by diffusers: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY)"
+    if path.is_file():
+        model = _load_single(open_single_file(path, configs, allow_pickle, prediction_type))
+    elif prediction_type is not None or configs is not None:
+        raise ConfigError(
+            f"a prediction type or configurations were given, but {source} is no single file; leave them out: a "
+            "directory has its own"
         )
-    return load_built_in(str(source))
+    elif path.is_dir():
+        model = _load(path, name=repository_name(path), weights_required=True)
+    else:
+        model = load_built_in(str(source))
+    if vae is not None:
+        model = _with_vae(model, Path(vae), allow_pickle)
+    return _with_lora(model, lora) if lora else model
 
 
 def load_built_in(name: str) -> Model:
     """Loads a model of the zoo, whatever the working directory contains under its name; a ModelError if none has it."""
     folder = built_in(name)
     if folder is None:
-        raise ModelError(f"no model at {name}: no such directory, and no built-in name (choices: {', '.join(ZOO)})")
+        raise no_model(name)
     return _load(folder, name=name, weights_required=False)
 
 
@@ -174,6 +216,8 @@ def unet_config(model: Model) -> dict[str, Any]:
 
 
 def _load(path: Path, name: str, weights_required: bool) -> Model:
+    pipeline = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    check_pipeline(path, pipeline)
     folder = path / "unet" if (path / "unet").is_dir() else path
     # A UNet's folder within a pipeline's: its scheduler and the rest are in the folder around it.
     home = path.parent if folder == path and (path.parent / "scheduler").is_dir() else path
@@ -183,17 +227,16 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
     files = weight_files(folder)
     if weights_required:
         check_weights(folder, files)
+    pipeline = read_json(home / "model_index.json") if (home / "model_index.json").exists() else {}
     unet = _build(config, folder / "config.json")
     conditioning = _conditioning(home, unet, folder / "config.json")
     if files:
-        state = {_modern(key): tensor.float() for file in files for key, tensor in read_tensors(file).items()}
-        fill(unet, state, folder, "config.json")
-    pipeline = read_json(home / "model_index.json") if (home / "model_index.json").exists() else {}
+        fill(unet, {key: tensor.float() for key, tensor in read_state(folder).items()}, folder, "config.json")
     schedule = next((home / file for file in SCHEDULER_FILES if (home / file).exists()), None)
     return Model(
         name=repository_name(home) if home != path else name,
         unet=unet.eval().requires_grad_(False),
-        scheduler=None if schedule is None else _scheduler(schedule),
+        scheduler=None if schedule is None else _scheduler(schedule, read_json(schedule)),
         conditioning=conditioning,
         space="latent" if _is_latent(pipeline, unet.config.out_channels) else "pixel",
         card=read_card(home),
@@ -201,6 +244,64 @@ def _load(path: Path, name: str, weights_required: bool) -> Model:
         path=path,
         home=home,
     )
+
+
+def _load_single(single: SingleFile) -> Model:
+    config, schedule = single.unet_config(), single.scheduler_config()
+    file = single.geometry / "unet" / "config.json"
+    check_config(file, config)
+    unet = _build(config, file)
+    conditioning = _conditioning(single.home, unet, file)
+    state = single.state("unet", config)
+    fill(unet, {key: tensor.float() for key, tensor in state.items()}, single.path, "kind's configuration")
+    settings = json.dumps([config, schedule], sort_keys=True)
+    return Model(
+        name=single.path.stem,
+        unet=unet.eval().requires_grad_(False),
+        scheduler=_scheduler(single.geometry / "scheduler" / "scheduler_config.json", schedule),
+        conditioning=conditioning,
+        space="latent",
+        card=Card("unknown", None, ""),
+        sha256=hashlib.sha256(settings.encode() + single.sha256).hexdigest(),
+        path=single.path,
+        home=single.home,
+        single=single,
+    )
+
+
+def _with_vae(model: Model, vae: Path, allow_pickle: bool) -> Model:
+    index = model.home / "model_index.json"
+    if not index.exists() or read_json(index).get("vae") in (None, [None, None]):
+        raise ConfigError(f"{vae} would replace an autoencoder, and {model.name} has none; name a whole pipeline")
+    if vae.is_file():
+        check_file(vae, allow_pickle)
+    elif not vae.is_dir():
+        raise ConfigError(f"no autoencoder at {vae}; name a directory with config.json and weights, or a file")
+    return replace(model, vae=vae)
+
+
+def _with_lora(model: Model, specs: Sequence[str]) -> Model:
+    """Fuses each LoRA into the UNet, and checks those for the text encoders: those are fused when they are loaded."""
+    if not model.has_weights:
+        raise ConfigError(f"{model.name} is a geometry without weights; name a model with weights for a LoRA")
+    digest = model.sha256
+    found = []
+    for spec in specs:
+        lora = Lora(*read_spec(spec), model.unet.config)
+        for component, layers in lora.layers().items():
+            if component == UNET:
+                lora.check(component, model.unet, layers)
+                continue
+            file = model.home / component / "config.json"
+            if component not in TEXT or not file.exists():
+                raise ModelError(
+                    f"{lora.path} has weights for {component}, which {model.name} does not have; take one of its own"
+                )
+            lora.check(component, empty_text_encoder(read_json(file)), layers)
+        lora.fuse(UNET, model.unet)
+        found.append(lora)
+        digest = hashlib.sha256(f"{digest} lora {lora.sha256}".encode()).hexdigest()
+    return replace(model, sha256=digest, lora=tuple(found))
 
 
 def _build(config: dict[str, Any], file: Path) -> Any:
@@ -229,8 +330,7 @@ def _conditioning(home: Path, unet: Any, file: Path) -> Conditioning:
     return known
 
 
-def _scheduler(file: Path) -> SchedulerMixin:
-    config = read_json(file)
+def _scheduler(file: Path, config: dict[str, Any]) -> SchedulerMixin:
     kind = scheduler_class(config)
     if kind is None:
         raise ModelError(f"{file} is of class {config.get('_class_name')!r}; expected a scheduler of diffusers")
@@ -245,8 +345,7 @@ def _scheduler(file: Path) -> SchedulerMixin:
 def _digest(files: list[Path], schedule: Path | None) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file_sha256(file))
     if schedule is not None:
         digest.update(schedule.read_bytes())
     return digest.hexdigest()
@@ -258,14 +357,14 @@ def _is_latent(pipeline: dict[str, Any], channels: int) -> bool:
     return any(decoders) or channels not in (1, 3)
 
 
-def _modern(key: str) -> str:
-    parts = key.split(".")
-    if "attentions" in parts and parts[-2] in LEGACY_ATTENTION:
-        parts[-2] = LEGACY_ATTENTION[parts[-2]]
-    return ".".join(parts)
-
-
 # What is refused
+
+
+def check_pipeline(path: Path, pipeline: dict[str, Any]) -> None:
+    """Refuses a pipeline of another class, by name."""
+    name = pipeline.get("_class_name")
+    if name is not None and name not in PIPELINES:
+        raise UnsupportedError(f"{path} is a pipeline of class {name!r}; supported: {', '.join(PIPELINES)}")
 
 
 def check_folder(folder: Path) -> None:
@@ -306,11 +405,3 @@ def check_sample_size(file: Path, size: Any) -> None:
     sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
     if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MAX_SIDE for side in sides):
         raise ModelError(f"{file} has sample_size {size!r}; expected a size, or height and width")
-
-
-def check_weights(folder: Path, files: list[Path]) -> None:
-    """Refuses a UNet without weights, and names files of weights that have another name."""
-    if not files:
-        others = sorted(file.name for file in folder.glob(f"{WEIGHTS}.*") if file.is_file())
-        found = f" of a known name (found: {', '.join(others)})" if others else ""
-        raise ModelError(f"{folder} has a config.json but no weights{found}; expected {WEIGHTS}.safetensors")

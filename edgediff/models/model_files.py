@@ -1,9 +1,11 @@
 """Files of a model: JSON and tensors, each read with one ModelError that names the file.
 
-Weights are read from safetensors first, from ``.bin`` only with ``weights_only=True``, and from no other pickle.
+Weights are read from safetensors first, and from a pickle (``.bin``, ``.ckpt``) only with ``weights_only=True``.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ from edgediff.errors import ModelError
 from edgediff_runtime.errors import one_line
 
 WEIGHTS = "diffusion_pytorch_model"
+# How diffusers and transformers name files of weights: as safetensors, and as .bin.
+DIFFUSERS, TRANSFORMERS = (WEIGHTS, WEIGHTS), ("model", "pytorch_model")
 VARIANTS = ("", ".fp16", ".bf16")
+# Attention layers in checkpoints from before diffusers 0.12.
+LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What torch, diffusers and transformers raise for settings of the wrong kind.
+BAD_SETTINGS = (
+    TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, NameError, AssertionError,
+    ImportError, MemoryError,
+)  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -33,16 +44,19 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return data
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a UNet's weights: one or an index's shards, safetensors before .bin, fp32 before fp16.
+def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> list[Path]:
+    """The files of a component's weights: one or an index's shards, safetensors before .bin, fp32 before fp16.
+
+    Args:
+        stems: Their names as safetensors and as .bin: `DIFFUSERS` or `TRANSFORMERS`.
 
     Raises:
         ModelError: An index names shards that are missing or outside of the folder.
     """
-    for suffix in ("safetensors", "bin"):
+    for suffix, stem in zip(("safetensors", "bin"), stems, strict=True):
         for variant in VARIANTS:
-            single = folder / f"{WEIGHTS}{variant}.{suffix}"
-            index = folder / f"{WEIGHTS}.{suffix}.index{variant}.json"
+            single = folder / f"{stem}{variant}.{suffix}"
+            index = folder / f"{stem}.{suffix}.index{variant}.json"
             if single.exists():
                 return [single]
             if index.exists():
@@ -55,8 +69,44 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def check_weights(folder: Path, files: list[Path], stems: tuple[str, str] = DIFFUSERS) -> None:
+    """Refuses a component without weights, and names files of weights that have another name."""
+    if not files:
+        others = sorted(file.name for file in folder.glob(f"{stems[0]}.*") if file.is_file())
+        found = f" of a known name (found: {', '.join(others)})" if others else ""
+        raise ModelError(f"{folder} has a config.json but no weights{found}; expected {stems[0]}.safetensors")
+
+
+def read_state(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> dict[str, torch.Tensor]:
+    """The weights of a component's folder, by today's names and of the type that they are saved in.
+
+    Raises:
+        ModelError: A file is missing or damaged.
+    """
+    files = weight_files(folder, stems)
+    check_weights(folder, files, stems)
+    return {_modern(key): tensor for file in files for key, tensor in read_tensors(file).items()}
+
+
+def _modern(key: str) -> str:
+    parts = key.split(".")
+    if "attentions" in parts and parts[-2] in LEGACY_ATTENTION:
+        parts[-2] = LEGACY_ATTENTION[parts[-2]]
+    return ".".join(parts)
+
+
+def file_sha256(file: Path) -> bytes:
+    """Hash over a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Reads tensors by name; a ModelError where the file is damaged, or contains anything else."""
+    """Reads tensors by name; a ModelError where the file is damaged, or contains anything else.
+
+    A training's checkpoint (``.ckpt``, ``.pt``) has them under ``state_dict``.
+    """
+    tensors: Any
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -72,10 +122,15 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # pickle's own errors share no base class
         # torch's own message goes on to say how to run the file's code.
         raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
+    if file.suffix in (".ckpt", ".pt", ".pth") and isinstance(tensors, dict):
+        tensors = tensors.get("state_dict", tensors)
     named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ModelError(f"{file} does not contain tensors by name; expected safetensors")
-    return tensors
+    complex_ones = [key for key, tensor in tensors.items() if tensor.is_complex()]
+    if complex_ones:
+        raise ModelError(f"{file}: weights are complex numbers in {', '.join(complex_ones[:3])}; expected real ones")
+    return dict(tensors)
 
 
 def fill(module: nn.Module, state: dict[str, torch.Tensor], where: Path, config: str) -> None:
@@ -89,9 +144,14 @@ def fill(module: nn.Module, state: dict[str, torch.Tensor], where: Path, config:
     except RuntimeError as e:
         reason = _known_misfit({*state}, {*module.state_dict()}) or one_line(e)
         raise ModelError(f"{where}: the weights do not fit its {config}: {reason}") from e
-    not_finite = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise ModelError(f"{where}: weights are not finite in {', '.join(not_finite[:3])}")
+    check_finite(state, where)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Refuses weights with a value that is not finite."""
+    bad = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ModelError(f"{where}: weights are not finite in {', '.join(bad[:3])}; take an undamaged copy")
 
 
 def _known_misfit(given: set[str], wanted: set[str]) -> str | None:

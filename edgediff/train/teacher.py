@@ -12,7 +12,8 @@ from edgediff.errors import ConfigError
 from edgediff.models.card import Card
 from edgediff.models.clockwork import check_size
 from edgediff.models.conditioning import Conditioning, TensorSpec, looks_at_text
-from edgediff.models.load import BAD_SETTINGS, UNETS, Model, load_model
+from edgediff.models.load import UNETS, Model, load_model
+from edgediff.models.model_files import BAD_SETTINGS
 from edgediff.models.slim import plain_config
 from edgediff.models.undivided import predict
 from edgediff.train.autoencoder import check_autoencoder, train_autoencoder

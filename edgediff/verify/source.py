@@ -62,7 +62,10 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
     else:
         try:
             named = source.path if model is None else str(model)
-            loaded = load_built_in(source.name) if named is None else load_model(named)
+            if named is None:
+                loaded = load_built_in(source.name)
+            else:
+                loaded = load_model(named, lora=source.lora, prediction_type=source.prediction_type)
         except (EdgediffError, OSError):
             if model is not None:
                 raise

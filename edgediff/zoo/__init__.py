@@ -1,11 +1,13 @@
 """Built-in models: diffusers directories with a card, some with weights, some only a geometry to count."""
 
 import json
+import re
 from pathlib import Path
 
 from edgediff.errors import ModelError, UnsupportedError
 
 FOLDER = Path(__file__).parent
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ZOO = tuple(sorted(path.name for path in FOLDER.iterdir() if (path / "unet").is_dir()))
 
 
@@ -21,10 +23,20 @@ def check_source(source: str) -> None:
         ModelError: With the built-in names.
     """
     if built_in(source) is None and not (source and Path(source).exists()):
-        choices = ", ".join(ZOO)
-        raise ModelError(
-            f"no model at {source or repr(source)}: no such directory, and no built-in name (choices: {choices})"
+        raise no_model(source)
+
+
+def no_model(source: str) -> ModelError:
+    """What is said of a model that is neither on disk nor built in; an id of the Hugging Face hub is recognized."""
+    if HUB_ID.fullmatch(source):
+        return ModelError(
+            f"no model at {source}: no such directory; if it is an id of the Hugging Face hub, download it first "
+            f"(huggingface-cli download {source} --local-dir DIRECTORY) and name the directory"
         )
+    choices = ", ".join(ZOO)
+    return ModelError(
+        f"no model at {source or repr(source)}: no such directory, and no built-in name (choices: {choices})"
+    )
 
 
 def check_adaptor(adaptor: str, source: str) -> None:

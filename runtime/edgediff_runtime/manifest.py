@@ -264,10 +264,13 @@ class Source(Struct, frozen=True):
 
     Attributes:
         name: Built-in name or directory name.
-        path: The directory as it was given; None for built-in models.
+        path: The directory or file as it was given; None for built-in models.
         sha256: Hash over configuration, weights and scheduler.
         random_weights: Seed as decimal text, where the weights are random and the model is a geometry only.
         components: Hash over configuration and weights of each component beside the UNet.
+        lora: What was fused into the weights, each as ``FILE:scale``.
+        vae: What replaced the pipeline's autoencoder, as it was given.
+        prediction_type: What the UNet of a single file was taken to predict.
     """
 
     name: str
@@ -275,6 +278,9 @@ class Source(Struct, frozen=True):
     sha256: str
     random_weights: str | None = None
     components: dict[str, str] = {}
+    lora: tuple[str, ...] = ()
+    vae: str | None = None
+    prediction_type: str | None = None
 
 
 class Cut(Struct, frozen=True):
