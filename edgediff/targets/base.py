@@ -263,6 +263,10 @@ class Target(ABC):
         """Where model_index.json and the tokenizers of a whole pipeline lie; None where the format has none."""
         return None
 
+    def tokenizer_files(self, tokenizer: str) -> Mapping[str, str]:
+        """Where files of a tokenizer lie in the target's folder, by their names, where it has no `pipeline_folder`."""
+        return {"tokenizer.json": f"{tokenizer}/tokenizer.json"}
+
     def essence(self, entry: Any) -> m.Target:
         """The entry without what only writing fills in: two exports with equal essences are the same bundle."""
         components = {
