@@ -1,0 +1,106 @@
+"""Whole pipelines in Core ML packages: as Apple's Swift pipeline calls them, and as edgediff's own loop does."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import msgspec
+import numpy as np
+import pytest
+import torch
+from artefacts import saved_once
+from conftest import Export
+from seals import manifest_of, rows_of
+from swift_pipeline import SwiftModel, draw
+from tiny_pipelines import LATENT, SAVE, SIDE, TOKENS, WIDTH
+
+import edgediff
+from edgediff.bundle.psnr import psnr_db
+from edgediff.mil import open_program
+from edgediff.targets.coreml.swift_pipeline import undivided_graph
+from edgediff_runtime import noise
+from edgediff_runtime.manifest import Graph, Tensor
+
+PROMPT, STEPS, GUIDANCE, SIZE = "a photo of a red apple dog", 16, 5.0, 1024.0
+XL = pytest.param("xl", marks=pytest.mark.long)
+
+
+@pytest.fixture
+def bundle(request: pytest.FixtureRequest, export_once: Export) -> Path:
+    config = edgediff.ExportConfig(targets=("coreml",), steps=4)
+    return export_once(saved_once(request.param, SAVE[request.param]), config)
+
+
+def _unet_sizes(name: str) -> dict[str, tuple[int, ...]]:
+    if name == "sd1":
+        return {"encoder_hidden_states": (2, WIDTH, 1, TOKENS)}
+    return {"encoder_hidden_states": (2, 2 * WIDTH, 1, TOKENS), "text_embeds": (2, WIDTH), "time_ids": (2, 6)}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler
+@pytest.mark.parametrize(
+    ("name", "bundle"), [("sd1", "sd1"), pytest.param("xl", "xl", marks=pytest.mark.long)], indirect=["bundle"]
+)
+def test_apples_pipeline_draws_diffusers_picture(name: str, bundle: Path) -> None:
+    folder = bundle / "coreml"
+    unet = SwiftModel(folder, "Unet").function
+    latent = {"sample": (2, LATENT, SIDE, SIDE), "timestep": (2,)}
+    assert {key: spec.shape for key, spec in unet.inputs.items()} == latent | _unet_sizes(name)
+    assert {key: (spec.dtype, spec.shape) for key, spec in unet.outputs.items()} == {
+        "noise_pred": ("float32", (2, LATENT, SIDE, SIDE))
+    }
+    kind = {"sd1": diffusers.StableDiffusionPipeline, "xl": diffusers.StableDiffusionXLPipeline}[name]
+    pipe = kind.from_pretrained(saved_once(name, SAVE[name]))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_type="midpoint"
+    )
+    latents = noise(7, (LATENT, SIDE, SIDE), image=0)[None]
+    more: dict[str, Any] = {} if name == "sd1" else {"original_size": (SIZE, SIZE), "target_size": (SIZE, SIZE)}
+    want = pipe(
+        PROMPT, negative_prompt="", latents=torch.from_numpy(latents), num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE, output_type="np", **more,
+    ).images.transpose(0, 3, 1, 2)  # fmt: skip
+    got = draw(folder, PROMPT, latents, STEPS, GUIDANCE, pipe.vae.config.scaling_factor, SIZE)
+    assert want.std() > 0.01
+    assert psnr_db(want, np.clip(got / 2 + 0.5, 0, 1)) > 50
+
+    picture = 2 * want - 1
+    with torch.no_grad():
+        encoded = pipe.vae.encode(torch.from_numpy(picture)).latent_dist.parameters.numpy()
+    assert psnr_db(encoded, SwiftModel(folder, "VAEEncoder").only(picture)) > 45
+
+
+@pytest.mark.parametrize("bundle", ["sd1", XL], indirect=True)
+def test_every_number_of_a_pipeline_is_measured(bundle: Path) -> None:
+    rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(bundle) if row["status"] == "measured"}
+    target = manifest_of(bundle).target("coreml")
+    parts = [name for name in target.components if name != "unet"]
+    assert {"text_encoder", "vae_decoder", "vae_encoder"} <= {*parts}
+    assert all(rows["graph", part] > 45 and rows["program", part] > 100 for part in [*parts, "highres_in"])
+    assert rows["graph", "undivided"] > 45
+    assert rows["picture", "pixels"] > 35
+    weights = bundle / "coreml/Unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    assert open_program(bundle / "coreml/Unet.mlpackage").default == "undivided"
+    parameters = sum(manifest_of(bundle).cost[part].parameters for part in ("highres_in", "lowres", "highres_out"))
+    assert weights.stat().st_size < 1.1 * 2 * parameters
+
+
+def _step(**shapes: tuple[int, ...]) -> Graph:
+    given = {"sample": (2, 4, 8, 8), "timestep": (1,), "encoder_hidden_states": (2, 77, 16)} | shapes
+    inputs = tuple(Tensor(name, "float32", shape) for name, shape in given.items() if shape)
+    return Graph("full", "x", "full_step", inputs, (Tensor("out_sample", "float32", (2, 4, 8, 8)),))
+
+
+def test_only_what_apples_pipeline_can_call_has_a_function_for_it() -> None:
+    whole = undivided_graph((_step(), msgspec.structs.replace(_step(), name="cached", frequency="cached_step")), "y")
+    assert whole is not None
+    assert {t.name: t.shape for t in whole.inputs}["encoder_hidden_states"] == (2, 16, 1, 77)
+    assert undivided_graph((_step(text_embeds=(2, 8), time_ids=(2, 6)),), "y") is not None
+    for other in (
+        {"timestep_cond": (2, 8)},
+        {"class_labels": (2,)},
+        {"sample": (2, 9, 8, 8)},
+        {"encoder_hidden_states": ()},
+    ):
+        assert undivided_graph((_step(**other),), "y") is None  # type: ignore[arg-type]
