@@ -13,13 +13,20 @@ from conftest import Export
 from seals import manifest_of, rows_of
 from swift_pipeline import SwiftModel, draw
 from tiny_pipelines import LATENT, SAVE, SIDE, TOKENS, WIDTH
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.config.floors import VerifyConfig
+from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
+from edgediff.models.components import TextEncoder
+from edgediff.targets import TARGETS
+from edgediff.targets.base import ComponentJob
+from edgediff.targets.coreml import CoreMLConfig
 from edgediff.targets.coreml.swift_pipeline import undivided_graph
 from edgediff_runtime import noise
-from edgediff_runtime.manifest import Graph, Tensor
+from edgediff_runtime.manifest import CoreMLTarget, Graph, Tensor
 
 PROMPT, STEPS, GUIDANCE, SIZE = "a photo of a red apple dog", 16, 5.0, 1024.0
 XL = pytest.param("xl", marks=pytest.mark.long)
@@ -84,6 +91,40 @@ def test_every_number_of_a_pipeline_is_measured(bundle: Path) -> None:
     assert open_program(bundle / "coreml/Unet.mlpackage").default == "undivided"
     parameters = sum(manifest_of(bundle).cost[part].parameters for part in ("highres_in", "lowres", "highres_out"))
     assert weights.stat().st_size < 1.1 * 2 * parameters
+
+
+@pytest.mark.parametrize(
+    ("system", "act"), [("iOS17", "quick_gelu"), pytest.param("iOS16", "gelu", marks=pytest.mark.long)]
+)
+def test_token_ids_beyond_those_of_fp16_are_exact(system: Any, act: str, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=8, hidden_act=act, eos_token_id=49407, **sizes)
+    part = TextEncoder(CLIPTextModel(config).eval(), ("last_hidden_state", "clip_skip.1", "pooler_output"))
+    # fp16 counts in steps of 2 from 2,048 on, of 32 from 32,768 on.
+    ids = np.array([[49406, 2049, 4099, 32769, 49405, 49407, 49407, 49407]])
+    states, dtype = ("batch", 8, 16), "float32"
+    outputs = (
+        Tensor("last_hidden_state", dtype, states),
+        Tensor("clip_skip.1", dtype, states),
+        Tensor("pooler_output", dtype, ("batch", 16)),
+    )
+    graph = Graph("text_encoder", "x", None, (Tensor("input_ids", "int64", ("batch", 8)),), outputs)
+    target, recipe = TARGETS["coreml"], CoreMLConfig(deployment_target=system)
+    entry = target.describe_component("prompt", graph, VerifyConfig(), recipe)
+    assert entry is not None
+    target.write_component(
+        ComponentJob(tmp_path, graph.name, entry, part, {"input_ids": ids}, {}, recipe, lambda what: None)
+    )
+    function = open_program(tmp_path / str(entry.graphs[0].file)).function()
+    given = {"input_ids": ids.astype(np.float32)}
+    got, exact = function.run(given), function.run(given, rounded=False)
+    half = HalfPart(part, target.rounds_attention_scale(CoreMLTarget({}, system, 0)))
+    with torch.no_grad():
+        wanted, sharp = part(torch.from_numpy(ids)), half(torch.from_numpy(ids))
+    for tensor, want, want_exact in zip(entry.graphs[0].outputs, wanted, sharp, strict=True):
+        assert psnr_db(want.numpy(), got[tensor.stored_name].numpy()) > 45
+        assert psnr_db(want_exact.numpy(), exact[tensor.stored_name].numpy()) > 100
 
 
 def _step(**shapes: tuple[int, ...]) -> Graph:
