@@ -56,6 +56,7 @@ def test_the_papers_sizes_at_sd15(kind: str, millions: float, tolerance: float) 
 
 
 def test_sizes_follow_the_unet() -> None:
+    assert [adaptor_width(kind, 960) for kind in LEARNED] == [352, 640, 96]
     assert [adaptor_width(kind, 144) for kind in LEARNED] == [64, 96, 16]
 
 
@@ -330,7 +331,7 @@ def test_bad_adaptors_on_the_command_line(command: Command, class_model: Path, t
         (foreign, (), ("trained for tiny-text of sha256", "other weights")),
         (own, ("--point", "after_upsample"), ("lowres_feature 16x8x8, emb 32", "after_upsample has", "16x16x16")),
         (place / "empty", (), ("is not an adaptor",)),
-        ("resnet", (), ("no adaptor 'resnet' is trained for", "choices: identity")),
+        ("resnet", (), ("no adaptor 'resnet' beside tiny-class", "choices: identity")),
     ):
         assert_error(command("export", class_model, "-o", place / "bundle", "--adaptor", spec, *options), *parts)
     assert not (place / "bundle").exists()

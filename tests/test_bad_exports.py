@@ -99,7 +99,7 @@ def test_weights_that_are_not_finite(command: Command, folder: Path, place: Path
         ("targets: []", ("'targets' is empty",)),
         ("scheduler: lms", ("'scheduler'", "dpmpp_2m")),
         ("random_weights: 3", ("has weights of its own",)),
-        ("conditioning: x.npz", ("not conditioned on text",)),
+        ("conditioning: x.npz", ("conditioning x.npz cannot be read",)),
         ("- 1", ("expected a mapping of settings, got list",)),
         ("{", ("not YAML",)),
         ("a: !!python/object/apply:os.system [id]", ("not YAML",)),

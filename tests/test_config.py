@@ -12,6 +12,7 @@ from edgediff.errors import ConfigError
 from edgediff.export.export_config import check_config, config_from, layout_of
 from edgediff.targets.base import Layout
 from edgediff.targets.onnx import OnnxConfig
+from edgediff_runtime.schedulers import SCHEDULER_NAMES
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs").glob("*.yaml"))
 
@@ -157,7 +158,7 @@ def test_wrong_types(data: dict[str, Any], words: list[str]) -> None:
         ({"onnx": {"layout": "heap"}}, "onnx.layout", "heap", "split, pair"),
         ({"coreml": {"dtype": "int8"}}, "coreml.dtype", "int8", "fp16, fp32"),
         ({"coreml": {"deployment_target": "iOS15"}}, "coreml.deployment_target", "iOS15", "iOS16, iOS17, iOS18"),
-        ({"scheduler": "pndm"}, "scheduler", "pndm", "dpmpp_2m, dpmpp_2m_karras, ddim, euler"),
+        ({"scheduler": "ddpm"}, "scheduler", "ddpm", ", ".join(SCHEDULER_NAMES)),
         ({"onnx": {"dtype": "fp16"}}, "onnx.dtype", "fp16", "fp32"),
         ({"verify": {"mode": "none"}}, "verify.mode", "none", "full, graphs"),
     ],

@@ -19,7 +19,9 @@ from edgediff.evaluate.distance import compare, evaluate_distance, examine
 from edgediff.evaluate.report import Distances
 from edgediff.evaluate.sampler import check_manifest, chunks, sample_bundle
 from edgediff.models.classifier import Classifier, ClassifierShape, load_classifier, save_classifier
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, open_bundle
+from edgediff_runtime.samplers import SAMPLERS
+from edgediff_runtime.schedulers import SchedulerConfig
 
 RNG = np.random.default_rng(0)
 
@@ -181,3 +183,15 @@ def test_bundles_that_cannot_be_evaluated(
     manifest = manifest_of(bundle)
     seal(bundle, msgspec.structs.replace(manifest, sample=msgspec.structs.replace(manifest.sample, space="latent")))
     assert_error(say(bundle), "works on latents")
+
+
+@pytest.mark.parametrize("settings", [{"name": name} for name in SAMPLERS] + [{"name": "ddim", "eta": 0.5}])
+def test_samplers_that_draw_noise_are_not_compared_with_photographs(settings: dict[str, Any]) -> None:
+    bundle = open_bundle(Path(__file__).parents[1] / "runtime/golden/bundle")
+    config = SchedulerConfig(**settings)
+    manifest = msgspec.structs.replace(bundle.manifest, scheduler=config)
+    if config.draws_noise:
+        with pytest.raises(UnsupportedError, match=f"sampler is {config.name}, which draws fresh noise"):
+            check_manifest(manifest)
+    else:
+        check_manifest(manifest)

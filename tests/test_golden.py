@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgediff.bundle.feed import undivided_step
-from edgediff_runtime import BundleError, EdgePipeline, noise, open_bundle
+from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, denoise
 from edgediff_runtime.manifest import Graph, Tensor
@@ -73,9 +73,10 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
 
     config = msgspec.convert(case["scheduler"], SchedulerConfig)
     session = FakeSession(case["graphs"], case["batch"])
+    scheduler = make_scheduler(config, case["num_inference_steps"])
     request = Request(
         graphs=session.graphs,
-        scheduler=make_scheduler(config, case["num_inference_steps"]),
+        scheduler=scheduler,
         clock=tuple(map(bool, case["clock"])),
         guidance=tuple(case["guidance"]),
         latents=array("latents", *shape),
@@ -87,7 +88,7 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
     )
     steps = list(denoise(request, session))
     assert [int(step.full) for step in steps] == case["mask"]
-    assert [step.index for step in steps] == list(range(case["start"], case["num_inference_steps"]))
+    assert [step.index for step in steps] == list(range(case["start"], len(scheduler.timesteps)))
     for step, want in zip(steps, case["steps"], strict=True):
         expected = np.array(want["latents"], dtype=np.float32).reshape(step.latents.shape)
         assert np.abs(step.latents - expected).max() <= CLOSE * np.abs(expected).max()
@@ -131,6 +132,25 @@ def test_the_whole_bundle_makes_its_pictures() -> None:
     pictures = np.array(want["images"], dtype=np.uint8).reshape(result.images.shape)
     # Kernels differ from machine to machine: a byte on the edge between two may go either way.
     assert np.abs(result.images.astype(int) - pictures.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "calls"), [("heun", 7), ("pndm", 5), ("lcm", 4)])
+def test_a_clock_goes_over_the_calls_of_the_unet(name: str, calls: int) -> None:
+    bundle = open_bundle(GOLDEN / "bundle")
+    manifest = msgspec.structs.replace(bundle.manifest, scheduler=SchedulerConfig(name=name))
+    pipe = EdgePipeline(manifest, open_session(bundle, "onnxruntime"))
+    request = {"label": "round", "num_inference_steps": 4}
+    assert pipe(**request, clock=3).mask == tuple(int(i % 3 == 0) for i in range(calls))
+    chosen = (1, 0, 0, 1, 0, 1, 0)[:calls]
+    changing = [2.0] * (calls - 1) + [1.0]
+    result = pipe(**request, clock=chosen, guidance_scale=changing)
+    assert result.mask == chosen
+    assert [step.guided for step in result.ledger] == [scale > 1 for scale in changing]
+    for wrong in ({"clock": (1, 0)}, {"guidance_scale": [2.0, 1.0]}):
+        with pytest.raises(RequestError, match=r"has 2 entries for .*; expected one each") as raised:
+            pipe(**request, **wrong)
+        if calls != 4:
+            assert f"for {calls} model calls (4 steps: {name} calls the model twice in " in str(raised.value)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -94,11 +94,12 @@ def test_a_bin_of_tensors(folder: Path, class_model: Path) -> None:
     assert_reads(folder, load_model(class_model).unet)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("safe", [True, False])
-def test_shards(folder: Path, class_model: Path, safe: bool) -> None:
+def test_shards(folder: Path, class_model: Path, safe: bool, variant: str | None) -> None:
     unet = UNet2DModel.from_pretrained(folder / "unet")
     (folder / SAFE).unlink()
-    unet.save_pretrained(folder / "unet", max_shard_size="50KB", safe_serialization=safe)
+    unet.save_pretrained(folder / "unet", max_shard_size="50KB", safe_serialization=safe, variant=variant)
     assert len(list((folder / "unet").glob("*-of-*"))) > 2
     assert_reads(folder, load_model(class_model).unet)
 

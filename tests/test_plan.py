@@ -59,7 +59,8 @@ class Synthetic:
         measure: Callable[[np.ndarray, Mask], float] = squared,
     ) -> None:
         self.moves, self.measure = moves, measure
-        self.steps, self.num_images, self.seed, self.guidance_scale = len(moves), 2, 0, 2.0
+        self.steps = self.calls = len(moves)
+        self.num_images, self.seed, self.guidance_scale = 2, 0, 2.0
         self.manifest = manifest
 
     def errors(self, asked: Iterable[Mask]) -> dict[Mask, Errors]:

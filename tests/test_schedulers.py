@@ -1,4 +1,4 @@
-"""The schedulers: held to recorded traces, to diffusers itself, and to what they refuse."""
+"""The schedulers: checked against recorded traces and diffusers itself, and what they refuse."""
 
 import importlib.util
 import json
@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from edgediff.models.sampling import SCHEDULERS, diffusers_scheduler, scheduler_config
+from edgediff.models.sampling import diffusers_scheduler, scheduler_config
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.noise import noise
-from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
+from edgediff_runtime.samplers import SAMPLERS
+from edgediff_runtime.schedule_tables import beta_quantiles
+from edgediff_runtime.schedulers import SCHEDULER_NAMES, SchedulerConfig, make_scheduler, sampler_of, steps_of
 
 # diffusers' own: it hands torch tensors to numpy's array(copy=False).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -44,6 +46,7 @@ Case, SD15, COSINE, V, SAMPLE, ZERO_SNR = (
     make.ZERO_SNR,
 )
 LDM = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
+READS_ZERO_SNR = [name for name, sampler in SAMPLERS.items() if "rescale_betas_zero_snr" in sampler.settings]
 TRAINED = {"trained_betas": np.linspace(1e-4, 0.03, 100).tolist(), "num_train_timesteps": 100}
 
 
@@ -61,7 +64,7 @@ def hold(scheduler, trace):
     """Assert that a scheduler takes every step of a trace, alone and, where it says so, in a row."""
     steps = trace["steps"]
     np.testing.assert_allclose(scheduler.timesteps, trace["timesteps"], rtol=0, atol=1e-3)
-    assert scheduler.num_inference_steps == len(steps)
+    assert len(scheduler.timesteps) == len(steps)
     assert scheduler.init_noise_sigma == pytest.approx(float(trace["init_noise_sigma"]), rel=TOLERANCE)
     state = None
     for i, step in enumerate(steps):
@@ -131,7 +134,7 @@ def assert_close(given, expected, where, size=1.0):
 
 
 def test_the_golden_folder_is_small():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 1_000_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 1_100_000
 
 
 def test_a_golden_trace_repeats_timesteps():
@@ -141,9 +144,16 @@ def test_a_golden_trace_repeats_timesteps():
 
 # --- diffusers, live ---
 
+
+def _spaced(name, base, spacing, prediction, steps):
+    """A case; a prediction that the sampler does not take is its first one instead."""
+    known = prediction.get("prediction_type", "epsilon") in sampler_of(name).predictions
+    return Case({**base, "timestep_spacing": spacing, **(prediction if known else {})}, name, steps)
+
+
 LIVE = [
-    Case({**base, "timestep_spacing": spacing, **prediction}, name, steps)
-    for name in SCHEDULERS
+    _spaced(name, base, spacing, prediction, steps)
+    for name in SCHEDULER_NAMES
     for base in (SD15, LDM)
     for spacing, prediction, steps in (
         ("leading", {}, 3),
@@ -153,12 +163,19 @@ LIVE = [
         ("leading", V, 25),
         ("linspace", {}, 50),
     )
+    if base is SD15 or name in ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "euler", "pndm", "unipc")
+    # Beta's levels crowd at both ends, where diffusers' float32 is off by 1.5e-5 (unipc, 50 steps, against float64).
+    if not name.endswith("_beta") or 4 <= steps <= 25
 ] + [
-    *(Case({**COSINE, **V, "timestep_spacing": "linspace"}, name, 8) for name in SCHEDULERS),
-    *(Case({**ZERO_SNR, "timestep_spacing": "linspace"}, name, 5) for name in SCHEDULERS),
-    *(Case(ZERO_SNR, name, 20) for name in SCHEDULERS),
-    *(Case({**TRAINED, "clip_sample": False}, name, 9) for name in SCHEDULERS),
-    *(Case({"num_train_timesteps": 50}, name, steps) for name in SCHEDULERS for steps in (1, 24)),
+    # From cosine's last timestep heun and pndm take differences of numbers a thousand times larger than x_t.
+    *(
+        Case({**COSINE, **V, "timestep_spacing": "leading" if name in ("heun", "pndm") else "linspace"}, name, 8)
+        for name in SAMPLERS
+    ),
+    *(Case({**ZERO_SNR, "timestep_spacing": "linspace"}, name, 5) for name in READS_ZERO_SNR),
+    *(Case(ZERO_SNR, name, 20) for name in READS_ZERO_SNR),
+    *(Case({**TRAINED, "clip_sample": False}, name, 9) for name in SAMPLERS),
+    *(Case({"num_train_timesteps": 50}, name, steps) for name in SAMPLERS for steps in (1, 24)),
     *(Case({"set_alpha_to_one": flag, "clip_sample_range": 0.5}, "ddim", 6, 0.3) for flag in (True, False)),
     Case({"timestep_spacing": "trailing", "clip_sample": False}, "ddim", 6, 1.0),
     *(
@@ -167,39 +184,49 @@ LIVE = [
             name,
             steps,
         )
-        for name in ("dpmpp_2m", "dpmpp_2m_karras")
+        for name in ("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras")
         for final in ("zero", "sigma_min")
         for low in (True, False)
         for euler in (True, False)
         for steps in (14, 15)
     ),
     *(
-        Case({**COSINE, **V, "lambda_min_clipped": -5.1, "timestep_spacing": spacing}, "dpmpp_2m", 20)
+        Case({**SD15, "final_sigmas_type": "sigma_min", "lower_order_final": low}, name, 6)
+        for name in ("unipc", "unipc_karras")
+        for low in (True, False)
+    ),
+    *(
+        Case({**COSINE, **V, "lambda_min_clipped": -5.1, "timestep_spacing": spacing}, name, 20)
+        for name in ("dpmpp_2m", "dpmpp_2m_sde")
         for spacing in ("linspace", "leading", "trailing")
     ),
     *(
         Case(
-            {**SD15, "use_karras_sigmas": True, "timestep_spacing": spacing, "final_sigmas_type": final},
+            {**SD15, f"use_{spread}_sigmas": True, "timestep_spacing": spacing, "final_sigmas_type": final},
             "euler",
             9,
         )
+        for spread in ("karras", "exponential", "beta")
         for spacing in ("linspace", "leading", "trailing")
         for final in ("zero", "sigma_min")
     ),
+    *(Case({**SD15, **V}, "tcd", 4, eta) for eta in (0.0, 0.5, 1.0)),
+    Case({"set_alpha_to_one": True, "skip_prk_steps": True}, "pndm", 7),
+    *(Case({**SD15, **prediction, "clip_sample": True}, "heun", 6) for prediction in ({}, V, SAMPLE)),
+    *(Case({**SD15, "timestep_scaling": 2.0, "original_inference_steps": n}, "lcm", 4) for n in (4, 33)),
 ]
 
 
 @pytest.mark.parametrize("case", LIVE, ids=lambda case: f"{case.name}-{case.steps}")
 def test_each_step_is_diffusers(case):
-    config = msgspec.structs.replace(scheduler_config(case.source, case.name), eta=case.eta)
     trace = make.trace(case, seed=5)
     # Outputs that do not follow x_t let diffusers' float32 coefficients drift: after 50 Karras steps it is
     # 2e-4 from a float64 trajectory, six times farther than this scheduler.
     trace["hold_trajectory"] &= case.steps <= 25
-    hold(make_scheduler(config, case.steps), trace)
+    hold(make_scheduler(case.config(), case.steps), trace)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
 @pytest.mark.parametrize("steps", [2, 8, 20])
 def test_a_whole_generation_is_diffusers(name, steps):
     """A smooth function of input and timestep stands in for the UNet: errors may grow along the way."""
@@ -209,16 +236,19 @@ def test_a_whole_generation_is_diffusers(name, steps):
 
     reference = diffusers_scheduler(SD15, name)
     reference.set_timesteps(steps)
-    if name != "ddim":
+    if hasattr(reference, "set_begin_index"):
         reference.set_begin_index(0)
-    scheduler = make_scheduler(scheduler_config(SD15, name), steps)
+    config = scheduler_config(SD15, name)
+    scheduler = make_scheduler(config, steps)
     x = noise(9, (1, 3, 8, 8)) * np.float32(scheduler.init_noise_sigma)
     y, state, largest = torch.from_numpy(x), None, 0.0
     for i, t in enumerate(reference.timesteps):
         largest = max(largest, np.abs(x).max())
-        out = torch.from_numpy(model(reference.scale_model_input(y, t).numpy(), float(t)))
-        y = reference.step(out, t, y).prev_sample
-        x, state = scheduler.step(i, x, model(scheduler.scale_model_input(i, x), float(scheduler.timesteps[i])), state)
+        fresh = noise(9, x.shape, draw=i + 1) if scheduler.needs_noise else None
+        out = model(reference.scale_model_input(y, t).numpy(), float(t))
+        y = torch.from_numpy(make.diffusers_step(reference, t, out, y.numpy(), config, fresh))
+        out = model(scheduler.scale_model_input(i, x), float(scheduler.timesteps[i]))
+        x, state = scheduler.step(i, x, out, state, fresh)
     np.testing.assert_allclose(x, y.numpy(), rtol=0, atol=TOLERANCE * largest)
 
 
@@ -233,36 +263,41 @@ def test_trailing_spacing_has_the_steps_asked_for_where_rounding_would_add_one()
 # --- state and immutability ---
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_two_generations_at_once_do_not_meet(name):
     scheduler = make_scheduler(scheduler_config(SD15, name), 6)
     latents = [noise(seed, (1, 2, 4, 4)) for seed in (0, 1)]
 
     def run(x):
-        state = None
-        for i in range(6):
-            x, state = scheduler.step(i, x, x * np.float32(0.3), state)
+        state, fresh = None, x
+        for i in range(len(scheduler.timesteps)):
+            x, state = scheduler.step(i, x, x * np.float32(0.3), state, fresh)
             yield x
 
     alone = [list(run(x)) for x in latents]
     together = list(zip(run(latents[0]), run(latents[1]), strict=True))
     for i in (0, 1):
-        for step in range(6):
+        for step in range(len(scheduler.timesteps)):
             np.testing.assert_array_equal(together[step][i], alone[i][step])
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("prediction", [{}, V, SAMPLE])
-def test_a_step_leaves_its_inputs_alone_and_keeps_none(name, prediction):
-    scheduler = make_scheduler(scheduler_config({**SD15, **prediction}, name), 4)
-    x_t, out = noise(0, (1, 2, 4, 4)), noise(1, (1, 2, 4, 4))
-    before = x_t.copy(), out.copy()
-    x_prev, state = scheduler.step(0, x_t, out)
-    np.testing.assert_array_equal(x_t, before[0])
-    np.testing.assert_array_equal(out, before[1])
-    assert not any(np.shares_memory(x_prev, array) for array in (x_t, out))
-    if state is not None:
-        assert not any(np.shares_memory(state, array) for array in (x_t, out, x_prev))
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [(name, prediction) for name, sampler in SAMPLERS.items() for prediction in sampler.predictions],
+)
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_step_leaves_its_inputs_alone_and_keeps_none(name, prediction, start):
+    scheduler = make_scheduler(scheduler_config({**SD15, "prediction_type": prediction}, name), 4)
+    state = None
+    for i in range(start, len(scheduler.timesteps)):
+        given = [noise(0, (1, 2, 4, 4), draw=i), noise(1, (1, 2, 4, 4), draw=i), noise(2, (1, 2, 4, 4), draw=i)]
+        given += [] if state is None else state
+        before = [array.copy() for array in given]
+        x_prev, state = scheduler.step(i, given[0], given[1], state, given[2], i == start)
+        for array, kept in zip(given, before, strict=True):
+            np.testing.assert_array_equal(array, kept)
+        assert not any(np.shares_memory(x_prev, array) for array in given)
+        assert not any(np.shares_memory(kept, array) for kept in state for array in (*given[:3], x_prev))
 
 
 def test_a_scheduler_cannot_be_changed():
@@ -279,15 +314,24 @@ def test_no_scaling_means_no_copy():
         assert make_scheduler(SchedulerConfig(name=name), 3).scale_model_input(0, x_t) is x_t
 
 
-def test_noise_is_wanted_only_by_ddim_with_eta():
-    assert [make_scheduler(SchedulerConfig(name=n), 3).needs_noise for n in ("ddim", "dpmpp_2m", "euler")] == [
-        False
-    ] * 3
-    scheduler = make_scheduler(SchedulerConfig(name="ddim", eta=0.5), 3)
-    assert scheduler.needs_noise
+@pytest.mark.parametrize(
+    ("config", "needs_noise"),
+    [
+        *(({"name": name}, name in ("dpmpp_2m_sde", "euler_ancestral", "lcm", "tcd")) for name in SAMPLERS),
+        ({"name": "ddim", "eta": 0.5}, True),
+        ({"name": "tcd", "eta": 0.0}, False),
+    ],
+)
+def test_noise_is_wanted_by_stochastic_samplers(config, needs_noise):
+    config = SchedulerConfig(**config)
+    scheduler = make_scheduler(config, 3)
+    assert scheduler.needs_noise == config.draws_noise == needs_noise
     x = noise(0, (1, 2, 4, 4))
-    with pytest.raises(RequestError, match="fresh noise, none"):
-        scheduler.step(0, x, x)
+    if needs_noise:
+        with pytest.raises(RequestError, match=f"fresh noise, none: {config.name} draws it"):
+            scheduler.step(0, x, x)
+        with pytest.raises(RequestError, match=r"fresh noise, shape \[4\]"):
+            scheduler.step(0, x, x, noise=noise(0, (4,)))
 
 
 def test_a_step_is_quick():
@@ -297,7 +341,7 @@ def test_a_step_is_quick():
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(50):
-            scheduler.step(3, x, out, state)
+            scheduler.step(3, x, out, (state,))
         best = min(best, (time.perf_counter() - start) / 50)
     # About 10 microseconds; the margin is for a loaded machine.
     assert best < 100e-6
@@ -319,6 +363,9 @@ def test_a_bad_number_of_steps_is_refused(steps):
         ({"name": "ddim", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 4),
         ({"name": "dpmpp_2m"}, 1000),
         ({"name": "dpmpp_2m", "timestep_spacing": "leading"}, 1000),
+        ({"name": "lcm", "rescale_betas_zero_snr": True}, 4),
+        # Order 2 into sigma 0.
+        ({"name": "unipc", "lower_order_final": False}, 4),
     ],
 )
 def test_a_schedule_that_would_divide_by_zero_is_refused(config, steps):
@@ -340,7 +387,7 @@ def test_lambda_clipped_above_the_schedule_is_refused():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("name", "heun"),
+        ("name", "ddpm"),
         ("beta_schedule", "sigmoid"),
         ("prediction_type", "flow_prediction"),
         ("timestep_spacing", "even"),
@@ -364,6 +411,10 @@ def test_lambda_clipped_above_the_schedule_is_refused():
         ("final_sigmas_type", "one"),
         ("lambda_min_clipped", -math.inf),
         ("use_karras_sigmas", True),
+        ("use_beta_sigmas", True),
+        ("use_exponential_sigmas", 1),
+        ("original_inference_steps", 50),
+        ("timestep_scaling", 10.0),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(setting, value):
@@ -373,9 +424,15 @@ def test_a_bad_setting_is_refused_by_name(setting, value):
     assert "\n" not in str(raised.value)
 
 
-def test_a_config_comes_back_from_json():
-    config = scheduler_config({**COSINE, **TRAINED, "lambda_min_clipped": -5.1}, "dpmpp_2m_karras")
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_a_config_comes_back_from_json(name):
+    config = scheduler_config({**COSINE, **TRAINED, "lambda_min_clipped": -5.1}, name)
     assert msgspec.json.decode(msgspec.json.encode(config), type=SchedulerConfig) == config
+    assert config.recipe_name == name
+    assert sampler_of(name).name == config.name
+
+
+def test_a_bad_config_in_json_is_refused():
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
         msgspec.json.decode(b'{"name": "ddim", "thresholding": true}', type=SchedulerConfig)
     with pytest.raises(msgspec.ValidationError, match="eta 2"):
@@ -396,22 +453,134 @@ def test_an_output_of_another_shape_is_refused():
 
 def test_a_missing_state_is_refused():
     x = noise(0, (1, 2, 4, 4))
-    with pytest.raises(RequestError, match="step 1 expected the state of step 0"):
-        make_scheduler(SchedulerConfig(name="dpmpp_2m"), 4).step(1, x, x)
+    for name in SAMPLERS:
+        with pytest.raises(RequestError, match="none: step 1 expected the state of step 0"):
+            make_scheduler(SchedulerConfig(name=name), 4).step(1, x, x, noise=x)
+    with pytest.raises(RequestError, match=r"of shapes \[\[4\]\]: step 1"):
+        make_scheduler(SchedulerConfig(name="dpmpp_2m"), 4).step(1, x, x, (noise(0, (4,)),))
 
 
-@pytest.mark.parametrize("begin", [1, 3, 7])
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler"])
+@pytest.mark.parametrize("begin", [2, 4, 6])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
 def test_a_generation_that_begins_on_the_way_is_diffusers(name, begin):
+    config = scheduler_config(make.SD15, name)
     theirs = diffusers_scheduler(make.SD15, name)
     theirs.set_timesteps(8)
     if name != "ddim":
         theirs.set_begin_index(begin)
-    ours = make_scheduler(scheduler_config(make.SD15, name), 8)
+    ours = make_scheduler(config, 8)
     x = y = noise(1, (1, 2, 4, 4))
     state = None
-    for i in range(begin, 8):
+    for i in range(begin, len(ours.timesteps)):
         output = noise(2, x.shape, draw=i)
-        x = theirs.step(torch.from_numpy(output), theirs.timesteps[i], torch.from_numpy(x)).prev_sample.numpy()
-        y, state = ours.step(i, y, output, state, first=i == begin)
-        assert np.abs(x - y).max() <= 1e-5 * np.abs(x).max()
+        fresh = noise(3, x.shape, draw=i)
+        if name.startswith("euler") or name == "heun":
+            theirs.scale_model_input(torch.from_numpy(x), theirs.timesteps[i])
+        within = 1e-5 * max(np.abs(x).max(), 1)
+        x = make.diffusers_step(theirs, theirs.timesteps[i], output, x, config, fresh)
+        y, state = ours.step(i, y, output, state, fresh, first=i == begin)
+        assert np.abs(x - y).max() <= within
+
+
+@pytest.mark.parametrize("begin", [1, 2, 5, 8])
+def test_pndm_begins_anywhere_with_first_order(begin):
+    """diffusers' is a level off when it begins on the way."""
+    scheduler = make_scheduler(scheduler_config(make.PNDM, "pndm"), 8)
+    table = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    x, state, kept = noise(1, (1, 2, 4, 4)), None, []
+    for i in range(begin, 9):
+        output = noise(2, x.shape, draw=i)
+        y, state = scheduler.step(i, x, output, state, first=i == begin)
+        kept = [output, *kept][:4]
+        now = int(scheduler.timesteps[i])
+        a, b = table[now], table[max(now - 125, 0)]
+        eps = sum(w * e for w, e in zip(weights[len(kept) - 1], kept, strict=True))
+        moved = np.sqrt(b / a) * x - (b - a) * eps / (a * np.sqrt(1 - b) + np.sqrt(a * (1 - a) * b))
+        # The second call alone has nothing to correct.
+        np.testing.assert_allclose(y, x if i == 1 else moved, rtol=0, atol=TOLERANCE * np.abs(x).max())
+        x = y
+
+
+def test_heun_begins_with_a_correction_that_changes_nothing():
+    scheduler = make_scheduler(SchedulerConfig(name="heun"), 4)
+    x, out = noise(0, (1, 2, 4, 4)), noise(1, (1, 2, 4, 4))
+    y, state = scheduler.step(3, x, out, first=True)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(scheduler.step(4, y, out, state)[0], scheduler.step(4, x, out, first=True)[0])
+
+
+# --- what a table says of all samplers ---
+
+
+def test_quantiles_of_beta_are_scipy_s():
+    # scipy.stats.beta.ppf(share, 0.6, 0.6) of scipy 1.17.1.
+    known = {
+        0.0: 0.0,
+        1e-6: 1.8558824624053043e-10,
+        0.1: 0.03958440558878085,
+        0.25: 0.17568037865269498,
+        0.5: 0.5,
+        1.0: 1.0,
+    }
+    shares = np.array(list(known))
+    np.testing.assert_allclose(beta_quantiles(shares), list(known.values()), rtol=1e-10, atol=0)
+    np.testing.assert_allclose(beta_quantiles(1 - shares), 1 - beta_quantiles(shares), rtol=0, atol=1e-12)
+    scipy_stats = pytest.importorskip("scipy.stats")
+    shares = np.linspace(0, 1, 1000)
+    np.testing.assert_allclose(beta_quantiles(shares), scipy_stats.beta.ppf(shares, 0.6, 0.6), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("heun", [1, 3, 5, 15]), ("pndm", [1, 3, 4, 9]), ("ddim", [1, 2, 3, 8])])
+def test_calls_of_the_unet_are_the_scheduler_s_timesteps(name, calls):
+    for steps, expected in zip((1, 2, 3, 8), calls, strict=True):
+        assert len(make_scheduler(SchedulerConfig(name=name), steps).timesteps) == expected
+        assert SAMPLERS[name].calls(steps) == expected
+        assert steps_of(name, expected) == steps
+    if name != "ddim":
+        with pytest.raises(RequestError, match=f"2 model calls: {name} calls the model twice"):
+            steps_of(name, 2)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_reads_or_refuses_every_setting(name):
+    odd = {
+        "timestep_spacing": "trailing", "steps_offset": 1, "rescale_betas_zero_snr": True, "clip_sample": False,
+        "clip_sample_range": 2.0, "set_alpha_to_one": False, "eta": 0.5, "use_karras_sigmas": True,
+        "final_sigmas_type": "sigma_min", "lower_order_final": False, "euler_at_final": True,
+        "lambda_min_clipped": -5.1, "use_exponential_sigmas": True, "use_beta_sigmas": True,
+        "original_inference_steps": 40, "timestep_scaling": 9.0,
+    }  # fmt: skip
+    process = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+    assert odd.keys() == {*SchedulerConfig.__struct_fields__} - process - {"name"}
+    for setting, value in odd.items():
+        if setting in SAMPLERS[name].settings:
+            assert getattr(SchedulerConfig(name=name, **{setting: value}), setting) == value
+        else:
+            with pytest.raises(RequestError, match=f"{setting} .*: {name} does not read it; expected"):
+                SchedulerConfig(name=name, **{setting: value})
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        if prediction in SAMPLERS[name].predictions:
+            SchedulerConfig(name=name, prediction_type=prediction)
+        else:
+            with pytest.raises(RequestError, match=f"prediction_type '{prediction}': expected one of epsilon, v_pred"):
+                SchedulerConfig(name=name, prediction_type=prediction)
+
+
+def test_two_layouts_of_noise_levels_are_refused():
+    with pytest.raises(RequestError, match="use_karras_sigmas and use_beta_sigmas are both True: expected one"):
+        SchedulerConfig(name="euler", use_karras_sigmas=True, use_beta_sigmas=True)
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+@pytest.mark.parametrize(("steps", "original"), [(51, 50), (4, 3), (4, 1001)])
+def test_more_steps_than_the_model_was_distilled_on_are_refused(name, steps, original):
+    with pytest.raises(RequestError, match=f"{steps} steps of {name} with original_inference_steps {original}"):
+        make_scheduler(SchedulerConfig(name=name, original_inference_steps=original), steps)
+
+
+def test_settings_written_before_there_were_others_are_written_as_they_were():
+    for path in GOLDEN:
+        given = json.loads(path.read_text())["config"]
+        config = msgspec.convert(given, SchedulerConfig)
+        assert json.dumps(msgspec.to_builtins(config)) == json.dumps(given)

@@ -189,7 +189,7 @@ def test_parts_are_written_completely(tmp_path: Path) -> None:
 def test_schedules_of_all_lengths_can_be_sampled(class_model: Path, steps: int) -> None:
     model = load_model(class_model)
     model = replace(model, scheduler=DDPMScheduler(num_train_timesteps=steps, prediction_type="v_prediction"))
-    assert make_sampler(model).num_inference_steps == min(STEPS, steps - 1)
+    assert len(make_sampler(model).timesteps) == min(STEPS, steps - 1)
 
 
 def test_a_conditional_unet_without_text_learns(teacher_training: TeacherTraining, tmp_path: Path) -> None:

@@ -20,7 +20,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 TOKENS, WIDTH, LATENT, SIDE = 77, 32, 4, 16
 NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 # Pairs that are joined, the most frequent first; every other word is spelt in characters.
-MERGES = ("r e", "re d</w>", "a p", "ap p", "l e</w>", "app le</w>", "d o", "do g</w>", "p h", "o t", "ph ot", "phot o</w>")
+MERGES = (
+    "r e",
+    "re d</w>",
+    "a p",
+    "ap p",
+    "l e</w>",
+    "app le</w>",
+    "d o",
+    "do g</w>",
+    "p h",
+    "o t",
+    "ph ot",
+    "phot o</w>",
+)
 
 
 def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:

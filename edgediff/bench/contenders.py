@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from edgediff.targets.backends import open_session
 from edgediff.targets.base import Backend
 from edgediff.verify.source import open_source
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
+from edgediff_runtime.components import UNET
 from edgediff_runtime.sessions import Session
+from edgediff_runtime.text_encoding import run_one
 
+IMAGE_ENCODER = "vae_encoder"
 TORCH = 'pip install "edgediff[export]"'
 BACKENDS = (
     Backend("torch", (), ("torch",), TORCH),
@@ -70,28 +73,35 @@ def time_bundle(
     start = time.perf_counter()
     session = _open(bundle, chosen, threads, undivided)
     load_ms = 1e3 * (time.perf_counter() - start)
-    pipe = EdgePipeline(bundle.manifest, session, warn=False)
+    start = time.perf_counter()
+    others = {} if undivided else _open_components(bundle, chosen, threads)
+    load_others_ms = 1e3 * (time.perf_counter() - start)
+    pipe = _pipeline(bundle, chosen, {UNET: session, **others})
     asked = reference_request(bundle.manifest, reference.conditioning) | {"num_images": num_images, "seed": 0}
     # The reference's clock is a mask for its own number of steps; left out, the clock is the bundle's.
     del asked["clock"]
     asked |= {name: value for name, value in request.items() if value is not None}
+    asked["output_type"] = "latent"
+    whole = asked | _whole_pipeline(pipe)
     # Some backends compile a graph when it first runs, and for its number of rows: none of that is a turn's time.
     first = _generate(pipe, asked | {"clock": 1}, "loop_clock1")
     if not undivided:
-        _generate(pipe, asked, "loop")
+        _generate(pipe, whole, "loop")
     worst, floor = check(session, reference, only_full=undivided), _floor(bundle.manifest, chosen)
     if worst < floor:
         says = f"a step is {worst:.1f} dB of the reference" if math.isfinite(worst) else "a step is not finite"
         yield Said(says=f"{says}; expected {floor:g} dB", wrong=True, psnr_db=worst)
         return
-    yield Said(psnr_db=worst, parts={"load": [load_ms], "first_call": first.parts["full"][:1]})
+    once = {"load": [load_ms], "first_call": first.parts["full"][:1]}
+    yield Said(psnr_db=worst, parts=once | ({"load_components": [load_others_ms]} if others else {}))
     while True:
         always = _generate(pipe, asked | {"clock": 1}, "loop_clock1")
         if undivided:
             parts = {"undivided": always.parts["full"], "undivided_loop": always.parts["loop_clock1"]}
             yield Said(parts=parts, rows=always.rows)
             continue
-        clocked = _generate(pipe, asked, "loop")
+        clocked = _generate(pipe, whole, "loop")
+        clocked.parts.update(_encode_image(others, reference))
         names = (*clocked.parts, "loop_clock1")
         parts = {name: [*clocked.parts.get(name, []), *always.parts.get(name, [])] for name in names}
         yield Said(parts=parts, mask=clocked.mask, rows=clocked.rows)
@@ -113,23 +123,63 @@ def _floor(manifest: Manifest, backend: Backend) -> float:
 
 
 def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:
-    """One generation: milliseconds of each part in each step, and of all steps as the part `loop`."""
+    """One generation: milliseconds of each part in each step, and of all steps as the part `loop`.
+
+    Where components beside the UNet ran, also of each of them, and of all as the part ``picture``.
+    """
     nothing = {graph.name for graph in pipe.session.graphs if graph.file is None}
     parts: dict[str, list[float]] = {}
-    mask = []
-    rows, total = 0, 0.0
-    for step in pipe.stream(**request):
-        whole = sum(step.ms.values())
-        total += whole
-        mask.append(int(step.full))
-        rows = len(step.latents) * (2 if step.guided else 1)
-        for name, ms in {**step.ms, "full" if step.full else "cached": whole}.items():
+    result = pipe(**request)
+    for step in result.ledger:
+        for name, ms in {**step.ms, "full" if step.full else "cached": sum(step.ms.values())}.items():
             if name not in nothing:
                 parts.setdefault(name, []).append(ms)
-    return Said(parts=parts | {loop: [total]}, mask=tuple(mask), rows=rows)
+    parts[loop] = [sum(sum(step.ms.values()) for step in result.ledger)]
+    parts |= {name: [ms] for name, ms in result.stages.items()}
+    if result.stages:
+        parts["picture"] = [result.ms]
+    rows = len(result.latents) * (2 if result.ledger[-1].guided else 1)
+    return Said(parts=parts, mask=result.mask, rows=rows)
+
+
+def _whole_pipeline(pipe: EdgePipeline) -> dict[str, Any]:
+    """What makes a generation run from the prompt to the picture, as far as the bundle has the components."""
+    asked: dict[str, Any] = {"output_type": "image"} if pipe.can_decode else {}
+    prompt = pipe.manifest.evidence.prompt
+    spec = pipe.manifest.prompt
+    if prompt is not None and spec is not None and all(each.component in pipe.components for each in spec.encoders):
+        nothing = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds", "added_cond", "negative_added_cond"))
+        asked |= nothing | {"prompt": prompt[0], "negative_prompt": prompt[1]}
+    return asked
+
+
+def _encode_image(others: Mapping[str, Session], reference: Reference) -> dict[str, list[float]]:
+    """Milliseconds of the image encoder on one image, which no generation from text runs; empty where there is none."""
+    session = others.get(IMAGE_ENCODER)
+    if session is None:
+        return {}
+    (graph,) = session.graphs
+    inputs = {t.name: reference.components[IMAGE_ENCODER][t.name][:1] for t in graph.inputs}
+    start = time.perf_counter()
+    run_one(session, graph, inputs)
+    return {IMAGE_ENCODER: [1e3 * (time.perf_counter() - start)]}
 
 
 # How it is opened
+
+
+def _open_components(bundle: Bundle, backend: Backend, threads: int | None) -> dict[str, Session]:
+    """The components beside the UNet that a backend runs."""
+    target = backend.target(bundle.manifest)
+    names = () if target is None else bundle.manifest.target(target).components
+    return {name: open_session(bundle, backend.name, threads=threads, component=name) for name in names if name != UNET}
+
+
+def _pipeline(bundle: Bundle, backend: Backend, sessions: Mapping[str, Session]) -> EdgePipeline:
+    target = backend.target(bundle.manifest)
+    if target is None or len(sessions) == 1:
+        return EdgePipeline(bundle.manifest, sessions[UNET], warn=False)
+    return EdgePipeline.of_bundle(bundle, (target,), lambda name: sessions[name], warn=False)
 
 
 def _open(bundle: Bundle, backend: Backend, threads: int | None, undivided: bool) -> Session:

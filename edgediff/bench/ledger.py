@@ -14,7 +14,7 @@ from edgediff_runtime.manifest import Struct
 
 FORMAT = 1
 # Measured once in each process: their noise is not known, so two ledgers are not compared by them.
-ONCE = ("load", "first_call")
+ONCE = ("load", "load_components", "first_call")
 
 Status = Literal["measured", "absent", "refused", "wrong", "died"]
 
@@ -119,7 +119,8 @@ class Row(Struct, frozen=True):
         bundle: As of its contender.
         backend: As of its contender.
         part: A graph; ``full`` or ``cached``, a whole step; ``guidance``, ``scheduler``, ``other`` (hand-off); ``loop``
-            and ``loop_clock1``, all steps; ``undivided`` and ``undivided_loop``; ``load`` and ``first_call``.
+            and ``loop_clock1``, all steps; ``undivided`` and ``undivided_loop``; ``load``,
+            ``load_components`` and ``first_call``; each component beside the UNet, and ``picture``, all of it.
         median_ms: Of all samples.
         p10_ms: The 10th percentile.
         p90_ms: The 90th percentile.

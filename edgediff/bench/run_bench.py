@@ -78,7 +78,7 @@ def run_bench(
         point = bundle.manifest.operating_point
         count = point.num_inference_steps if steps is None else steps
         make_scheduler(bundle.manifest.scheduler, count)
-        clock_mask(point.clock if clock is None else clock, count)
+        clock_mask(point.clock if clock is None else clock, count, bundle.manifest.scheduler.name)
     asked = {"num_inference_steps": steps, "clock": clock, "num_images": num_images, "guidance_scale": guidance_scale}
     asked["threads"] = threads
     entries = [entry for name, bundle in opened for entry in _entries(name, bundle, chosen, asked, undivided)]

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgediff.errors import EdgediffError, MissingExtraError, VerificationError
 from edgediff_runtime.errors import EdgeRuntimeError, one_line, warnings_told
+from edgediff_runtime.schedulers import SCHEDULER_NAMES
 
 app = typer.Typer(
     name="edgediff",
@@ -50,6 +51,7 @@ LevelOption = Annotated[int | None, typer.Option(help="High-resolution levels th
 PointOption = Annotated[str | None, typer.Option(help="Where lowres ends: before_upsample, after_upsample or block:N.")]
 ClockOption = Annotated[str | None, typer.Option(help="Period (2) or mask (1,0,1,0; 1 = full) of the full steps.")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
+SchedulerOption = Annotated[str | None, typer.Option(help=f"Of a model: {', '.join(SCHEDULER_NAMES)}.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 
 

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from edgediff import outputs
-from edgediff.cli.app import GuidanceOption, JsonOption, StepsOption, app, err, out, print_json, progress, toolchain
+from edgediff.cli.app import (
+    GuidanceOption,
+    JsonOption,
+    SchedulerOption,
+    StepsOption,
+    app,
+    err,
+    out,
+    print_json,
+    progress,
+    toolchain,
+)
 from edgediff.zoo import check_source
 
 evaluate = typer.Typer(help="Compare a model's images with photographs.", no_args_is_help=True)
@@ -15,9 +26,6 @@ app.add_typer(evaluate, name="evaluate")
 ImagesOption = Annotated[
     Path,
     typer.Option(help="Photographs: a folder with a subfolder for each class; or images alone, where there are none."),
-]
-SchedulerOption = Annotated[
-    str | None, typer.Option(help="Of a model: dpmpp_2m, dpmpp_2m_karras, ddim or euler. A bundle brings its own.")
 ]
 
 
@@ -116,7 +124,7 @@ def spectrum(
     num_images: Annotated[int, typer.Option(help="Images to generate, and photographs to noise at most.")] = 256,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
-    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
+    scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(help="Seed of all noise and of the order of photographs.")] = 0,
     batch: Annotated[int, typer.Option(help="Images in one generation; results do not depend on it.")] = 50,
     as_json: JsonOption = False,

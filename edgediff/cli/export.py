@@ -12,6 +12,7 @@ from edgediff.cli.app import (
     JsonOption,
     LevelOption,
     PointOption,
+    SchedulerOption,
     StepsOption,
     app,
     out,
@@ -50,7 +51,7 @@ def export(
     ] = None,
     clock: ClockOption = None,
     steps: StepsOption = None,
-    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
+    scheduler: SchedulerOption = None,
     guidance_scale: GuidanceOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Precision of ONNX and Core ML: fp32, or fp16 for Core ML (its default).")

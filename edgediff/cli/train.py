@@ -14,6 +14,7 @@ from edgediff.cli.app import (
     JsonOption,
     LevelOption,
     PointOption,
+    SchedulerOption,
     StepsOption,
     app,
     err,
@@ -56,7 +57,7 @@ def adaptor(
     point: PointOption = None,
     clock: ClockOption = None,
     steps: StepsOption = None,
-    scheduler: Annotated[str | None, typer.Option(help="dpmpp_2m, dpmpp_2m_karras, ddim or euler.")] = None,
+    scheduler: SchedulerOption = None,
     guidance_scale: GuidanceOption = None,
     rollout: Annotated[
         str | None, typer.Option(help="teacher (the paper's), or student: its own outputs are fed back.")

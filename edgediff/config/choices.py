@@ -1,12 +1,17 @@
 """What several recipes choose from: where the UNet is divided, and the sampler."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from edgediff_runtime.schedulers import SCHEDULER_NAMES
+
 POINTS = ("before_upsample", "after_upsample")
 VerifyMode = Literal["full", "graphs"]
-SchedulerName = Literal["dpmpp_2m", "dpmpp_2m_karras", "ddim", "euler"]
+if TYPE_CHECKING:
+    SchedulerName = str
+else:
+    SchedulerName = Literal[SCHEDULER_NAMES]
 
 
 class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,7 +27,7 @@ from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request
 from edgediff_runtime.manifest import Manifest
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
-from edgediff_runtime.schedulers import SchedulerConfig
+from edgediff_runtime.schedulers import SchedulerConfig, steps_of
 from edgediff_runtime.sessions import Session
 
 SCHEDULER = "dpmpp_2m"
@@ -77,8 +77,16 @@ def check_manifest(manifest: Manifest) -> None:
     sample = manifest.sample
     shape = (sample.channels, sample.height, sample.width)
     _check_images("the bundle's model", manifest.conditioning.kind, sample.space, shape)
-    if manifest.scheduler.eta > 0:
-        raise UnsupportedError("the bundle's sampler draws fresh noise in every step (eta above 0); expected eta 0")
+    _check_noise("the bundle's sampler", manifest.scheduler)
+
+
+def _check_noise(subject: str, scheduler: SchedulerConfig) -> None:
+    """Refuses samplers whose images would depend on which are drawn together."""
+    if scheduler.draws_noise:
+        raise UnsupportedError(
+            f"{subject} is {scheduler.name}, which draws fresh noise in every step; expected one that does not, "
+            "such as dpmpp_2m"
+        )
 
 
 def _check_images(subject: str, conditioning: str, space: str, shape: tuple[int, ...]) -> None:
@@ -122,7 +130,7 @@ class Sampler:
     @property
     def scheduler_name(self) -> str:
         """The scheduler's name in options."""
-        return self.scheduler.name + ("_karras" if self.scheduler.use_karras_sigmas else "")
+        return self.scheduler.recipe_name
 
     def check(self, clock: str, steps: int, guidance_scale: float, seed: int) -> Mask:
         """Refuses what does not fit, before anything runs; returns the clock's mask, True = full.
@@ -131,7 +139,7 @@ class Sampler:
             ConfigError: Of a model: the guidance is out of range or needs a null class, or the clock skips steps.
             RequestError: The clock, the number of steps or the seed is out of range, or does not fit the bundle.
         """
-        mask = clock_mask(clock, steps)
+        mask = clock_mask(clock, steps, self.scheduler.name)
         if self.pipe is not None:
             label = None if self.labels is None else 0
             self.pipe.stream(
@@ -161,7 +169,7 @@ class Sampler:
         """
         try:
             graphs = self.session.graphs
-            scheduler = make_scheduler(self.scheduler, len(mask))
+            scheduler = make_scheduler(self.scheduler, steps_of(self.scheduler.name, len(mask)))
             latents = np.stack([noise(seed, (3, self.size, self.size), image=int(i)) for i in numbers])
             cond, uncond = {}, {}
             if classes is not None:
@@ -195,13 +203,15 @@ def sample_model(model: Model, scheduler: str | None = None, device: torch.devic
     Raises as `check_model`; an UnsupportedError also where the scheduler is unknown or cannot be carried over.
     """
     check_model(model)
+    config = scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler)
+    _check_noise("the scheduler", config)
     known = model.conditioning
     model.unet.to(torch.device("cpu") if device is None else device)
     return Sampler(
         name=model.name,
         backend=TORCH,
         session=undivided_session(model),
-        scheduler=scheduler_config(model.scheduler, SCHEDULER if scheduler is None else scheduler),
+        scheduler=config,
         size=model.sample_shape[1],
         labels=known.labels if known.kind == "class" else None,
         null_label=known.null_label,

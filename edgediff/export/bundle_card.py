@@ -1,6 +1,7 @@
 """A bundle's README.md: the model card that travels with it."""
 
 import re
+import shlex
 
 from edgediff.inspect.survey import adaptor_in_words
 from edgediff.models.load import Model
@@ -33,6 +34,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         "in such a step.",
         f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
         f"conditioned on: {manifest.conditioning.kind}.",
+        *_components(manifest),
         f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.evidence.conditioning}. "
         "The figures stand in evidence/parity.json; `edgediff verify` measures them again.",
@@ -53,7 +55,20 @@ def _precisions(manifest: Manifest) -> str:
 
 def _how_to_run(manifest: Manifest) -> list[str]:
     there = {entry.target: entry for entry in manifest.targets}
-    return [target.run_hint(there[name]) for name, target in TARGETS.items() if name in there]
+    hints = [target.run_hint(there[name]) for name, target in TARGETS.items() if name in there]
+    if manifest.prompt is None:
+        return hints
+    asked = "a photo of a red apple" if manifest.evidence.prompt is None else manifest.evidence.prompt[0]
+    return [*hints, "", f"Each of them takes a prompt: `--prompt {shlex.quote(asked)}`, and `--negative-prompt`."]
+
+
+def _components(manifest: Manifest) -> list[str]:
+    """What lies beside the UNet, where something does."""
+    hashes = manifest.source.components
+    if not hashes:
+        return []
+    named = ", ".join(f"`{name}` (sha256 `{hashes[name][:12]}`...)" for name in hashes)
+    return [f"- **Components beside the UNet**: {named}."]
 
 
 def _step_macs(manifest: Manifest, step: str) -> int:

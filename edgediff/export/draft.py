@@ -33,7 +33,7 @@ def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
         clock=config.clock,
-        mask=tuple(map(int, clock_mask(config.clock, config.steps))),
+        mask=tuple(map(int, clock_mask(config.clock, config.steps, config.scheduler))),
         guidance_scale=usual_guidance(model.conditioning) if config.guidance_scale is None else config.guidance_scale,
     )
 

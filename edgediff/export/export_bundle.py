@@ -25,6 +25,7 @@ from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
 from edgediff.export.component_reference import component_inputs, encode_prompt, record_component, source_tokenizers
+from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import draft_manifest, essence, operating_point
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
@@ -127,6 +128,10 @@ def export_bundle(
         reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
         say("comparing the parts with the undivided UNet")
         _check_split(model, divided, reference)
+        if draft.evidence.verified == "full" and can_compare(model, components, draft):
+            say("drawing a picture with diffusers' own pipeline")
+            texts = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
+            check_against_diffusers(model, components, draft, config.scheduler, texts)
         reference = half_outputs(draft, divided, reference, say)
 
         # Write each target.
@@ -291,8 +296,8 @@ def _is_there(path: Path, draft: Manifest, say: Progress, force: bool) -> bool:
 def _warn_of_adaptor(draft: Manifest) -> None:
     """Warns where the bundle's operating point is not what its adaptor was trained for; it is exported all the same."""
     point = draft.operating_point
-    clock = clock_mask(point.clock, point.num_inference_steps)
-    differs = departure(draft, clock, (point.guidance_scale,) * point.num_inference_steps, point.clock)
+    clock = clock_mask(point.clock, point.num_inference_steps, point.scheduler)
+    differs = departure(draft, clock, (point.guidance_scale,) * len(clock), point.clock)
     if differs is not None:
         warnings.warn(differs, OperatingPointWarning, stacklevel=3)
 

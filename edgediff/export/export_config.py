@@ -155,7 +155,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         if seed is not None and not 0 <= seed < 2**63:
             raise ConfigError(f"'{name}' is {seed}; expected 0 to 2^63 - 1")
     try:
-        mask = clock_mask(config.clock, config.steps)
+        mask = clock_mask(config.clock, config.steps, config.scheduler)
     except RequestError as e:
         raise ConfigError(str(e)) from e
     for name, target in TARGETS.items():
@@ -188,7 +188,7 @@ def layout_of(config: ExportConfig, target: str) -> Layout:
     chosen = config.layout if own is None else own
     if chosen is not None:
         return chosen
-    return TARGETS[target].default_layout(section, clock_mask(config.clock, config.steps))
+    return TARGETS[target].default_layout(section, clock_mask(config.clock, config.steps, config.scheduler))
 
 
 def _positive(x: float) -> bool:

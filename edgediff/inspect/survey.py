@@ -77,7 +77,7 @@ def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch:
     manifest = open_bundle(path).manifest
     point = manifest.operating_point
     clock = point.clock if clock is None else clock
-    mask = clock_mask(clock, point.num_inference_steps if steps is None else steps)
+    mask = clock_mask(clock, point.num_inference_steps if steps is None else steps, manifest.scheduler.name)
     return Survey(
         name=manifest.source.name,
         cut=f"level {manifest.cut.level}, {manifest.cut.point}",
@@ -94,13 +94,12 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     """What a user wants to know of a bundle besides its costs."""
     sample, known, point = manifest.sample, manifest.conditioning, manifest.operating_point
     size = sum(file.size for file in manifest.files.values())
-    karras = " (Karras sigmas)" if manifest.scheduler.use_karras_sigmas else ""
     facts = {
         "source": f"{manifest.source.name}, sha256 {manifest.source.sha256[:12]}",
         "licence": manifest.license,
         "sample": f"{sample.channels} x {sample.height} x {sample.width}, {sample.space} space",
         "conditioned on": known.kind,
-        "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.name}{karras}, clock {point.clock}, "
+        "made for": f"{point.num_inference_steps} steps of {manifest.scheduler.recipe_name}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}",
         "adaptor": adaptor_in_words(manifest.adaptor),
         "targets": "; ".join(map(_target_in_words, manifest.targets)),

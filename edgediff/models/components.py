@@ -4,10 +4,11 @@ What they are follows from their configurations; their weights are loaded one co
 or run, so that a large pipeline is never in memory as a whole.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,13 +230,28 @@ def _downscale(config: dict[str, Any]) -> int:
 def _pretrained(kind: Any, folder: Path) -> Any:
     try:
         name = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
-        found = kind.from_pretrained(folder, local_files_only=True, **{name: torch.float32})
+        with _without_progress():
+            found = kind.from_pretrained(folder, local_files_only=True, **{name: torch.float32})
     except (OSError, *BAD_SETTINGS) as e:
         raise ModelError(f"{folder} cannot be loaded as a {kind.__name__}: {one_line(e)[:300]}") from e
     bad = [key for key, tensor in found.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
         raise ModelError(f"{folder}: weights are not finite in {', '.join(bad[:3])}")
     return found.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    """Keeps transformers' bars off the screen while it loads: the caller owns progress."""
+    with needing("export", "a text encoder"):
+        from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _text_class(config: dict[str, Any]) -> Any:
@@ -260,7 +276,7 @@ def prompt_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Pro
     if not encoders:
         return None
     listed = read_json(model.home / "model_index.json")
-    zeros = bool(listed.get("force_zeros_for_empty_prompt", False)) and _is_xl(model)
+    zeros = bool(listed.get("force_zeros_for_empty_prompt", True)) and _is_xl(model)
     return Prompt(encoders, zeros)
 
 

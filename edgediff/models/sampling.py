@@ -14,19 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 
 from edgediff.errors import UnsupportedError
 from edgediff_runtime.errors import RequestError, one_line
-from edgediff_runtime.schedulers import SchedulerConfig
+from edgediff_runtime.samplers import SAMPLERS
+from edgediff_runtime.schedulers import SCHEDULER_NAMES, SPREADS, SchedulerConfig, sampler_of
 
-SCHEDULERS: dict[str, Any] = {
-    "ddim": DDIMScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-    "dpmpp_2m_karras": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
-
+# The class in diffusers that each name stands for.
+SCHEDULERS: dict[str, Any] = {name: getattr(diffusers, sampler_of(name).diffusers_class) for name in SCHEDULER_NAMES}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 _PROCESS = (
@@ -35,20 +31,14 @@ _PROCESS = (
 )  # fmt: skip
 # How one sampler takes its steps: another does not read it.
 _OF_ONE_SAMPLER = {
-    "algorithm_type", "clip_sample", "clip_sample_range", "corrector_order", "disable_corrector", "eta",
-    "euler_at_final", "final_sigmas_type", "interpolation_type", "lambda_min_clipped", "lower_order_final",
-    "predict_x0", "predictor_order", "set_alpha_to_one", "skip_prk_steps", "solver_order", "solver_p", "solver_type",
-    "steps_offset", "tau_func", "timestep_spacing", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
-    "use_lu_lambdas", "variance_type",
-}  # fmt: skip
+    *(key for sampler in SAMPLERS.values() for key in (*sampler.settings, *sampler.diffusers_settings)),
+    "corrector_order", "disable_corrector", "interpolation_type", "predict_x0", "predictor_order", "solver_order",
+    "solver_p", "tau_func", "use_lu_lambdas", "variance_type",
+} - {*_PROCESS}  # fmt: skip
 # Read only together with a setting that is itself refused.
 _WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
-# Values with the same effect as the default.
-_SAME_AS_DEFAULT: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("deis",),
-    "solver_type": ("logrho", "bh1", "bh2"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
+# Read by samplers of other names only, whose step draws noise.
+_FIXED_VARIANCE = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 _LEARNED_VARIANCE = ("learned", "learned_range")
 
 
@@ -56,9 +46,10 @@ def scheduler_config(source: Any, name: str) -> SchedulerConfig:
     """The runtime's settings for sampling as diffusers' class does that is built from ``source``.
 
     Args:
-        source: A diffusers scheduler of any class, or its configuration as a mapping.
-        name: One of ``SCHEDULERS``. A source with Karras sigmas keeps them under plain ``dpmpp_2m`` and ``euler`` too;
-            ``dpmpp_2m_karras`` is ``dpmpp_2m`` with ``use_karras_sigmas``.
+        source: A diffusers scheduler of any kind, or its configuration as a mapping.
+        name: One of ``SCHEDULERS``. A source that asks for Karras sigmas gets them under plain ``dpmpp_2m``
+            as well; ``dpmpp_2m_karras`` is ``dpmpp_2m`` with ``use_karras_sigmas``, and so for other samplers and
+            layouts of noise levels.
 
     Raises:
         UnsupportedError: The name is unknown, the source's noise process differs, or no runtime implements a setting.
@@ -80,7 +71,7 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
         )
     kind = type(source) if isinstance(source, SchedulerMixin) else scheduler_class(given)
     target = SCHEDULERS[name]
-    if kind is not None and target.__name__ not in (kind.__name__, *kind._compatibles):
+    if kind is not None and not _follows(target, kind):
         raise UnsupportedError(
             f"scheduler {kind.__name__}: {name} does not follow its noise process; expected a model saved with a "
             "scheduler that diffusers lists as compatible (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, ...)"
@@ -89,17 +80,31 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
     settings = {key: value for key, value in given.items() if key[:1] != "_" and key not in defaults}
     own = {} if kind is None else _parameters(kind)
     settings = {key: own[key] for key in _PROCESS if key in own} | settings
-    if name.endswith("_karras"):
-        settings["use_karras_sigmas"] = True
-    # Before `from_config`, whose own errors do not always name the setting.
-    _refuse_unimplemented(settings, name)
+    sampler = sampler_of(name)
+    if name != sampler.name:
+        settings[SPREADS[name.rpartition("_")[2]]] = True
     read = settings if kind is None else {key: given.get(key, default) for key, default in own.items()}
+    # Before `from_config`, whose own errors do not always name the setting.
+    for key, values in sampler.diffusers_settings.items():
+        if read.get(key, values[0]) not in values:
+            raise UnsupportedError(f"{name}: scheduler {key} {read[key]!r}: expected {values[0]!r}")
+        settings[key] = values[0]
+    _refuse_unimplemented(settings, name)
     _refuse_foreign(read, name)
     _read(settings, name)
+    if not target._compatibles:  # it would log the others as ignored
+        settings = {key: value for key, value in settings.items() if key in _parameters(target)}
     try:
         return target.from_config(settings)
     except (ValueError, TypeError, NotImplementedError) as e:
         raise UnsupportedError(f"scheduler {name}: diffusers refuses these settings: {one_line(e)}") from e
+
+
+def _follows(target: Any, kind: Any) -> bool:
+    """Whether one class follows the noise process of another's settings."""
+    # The classes of distilled models list no others; what they are distilled from is what DDIM follows.
+    distilled = not target._compatibles and SCHEDULERS["ddim"].__name__ in kind._compatibles
+    return distilled or target.__name__ in (kind.__name__, *kind._compatibles)
 
 
 def scheduler_class(config: Mapping[str, Any]) -> Any:
@@ -110,15 +115,14 @@ def scheduler_class(config: Mapping[str, Any]) -> Any:
 
 def _read(settings: Mapping[str, Any], name: str) -> SchedulerConfig:
     # A built scheduler's config also contains its source's settings for other classes.
-    known = _parameters(SCHEDULERS[name])
+    sampler, known = sampler_of(name), _parameters(SCHEDULERS[name])
     fields: dict[str, Any] = {
         field: _plain(field, settings[field])
-        for field in SchedulerConfig.__struct_fields__
+        for field in (*_PROCESS, *sampler.settings)
         if field in settings and field in known
     }
-    kind: Any = name.removesuffix("_karras")
     try:
-        return SchedulerConfig(name=kind, **fields)
+        return SchedulerConfig(name=sampler.name, **fields)
     except RequestError as e:
         raise UnsupportedError(f"{name}: {e}") from e
 
@@ -130,13 +134,15 @@ def _refuse_unimplemented(settings: Mapping[str, Any], name: str) -> None:
         raise UnsupportedError(
             f"{name}: scheduler variance_type {settings['variance_type']!r}: expected a UNet that predicts no variance"
         )
+    sampler = sampler_of(name)
+    carried = {*_PROCESS, *sampler.settings, *sampler.diffusers_settings}
     for key, supported in _parameters(SCHEDULERS[name]).items():
-        if key not in settings or key in SchedulerConfig.__struct_fields__ or key in _WITHOUT_EFFECT:
+        if key not in settings or key in carried or key in _WITHOUT_EFFECT or key in sampler.diffusers_ignores:
             continue
         given = settings[key]
         # diffusers' flags may be null for false.
         at_default = given == supported or (given is None and supported is False)
-        if not at_default and given not in _SAME_AS_DEFAULT.get(key, ()):
+        if not at_default and (key != "variance_type" or given not in _FIXED_VARIANCE):
             raise UnsupportedError(f"{name}: scheduler {key} {given!r}: expected {supported!r}")
 
 
@@ -163,6 +169,6 @@ def _plain(field: str, value: Any) -> Any:
         return None
     if field == "trained_betas" and value is not None:
         return tuple(float(beta) for beta in value)
-    if field == "use_karras_sigmas":
+    if field in SPREADS.values():
         return bool(value)
     return value

@@ -130,7 +130,8 @@ def read_record(path: Path) -> AdaptorRecord:
         raise ModelError(f"{path} is not an adaptor: it has no {RECORD}; expected a folder that train adaptor wrote")
     try:
         record = msgspec.json.decode(file.read_bytes(), type=AdaptorRecord)
-        mask = tuple(map(int, clock_mask(record.trained_for.clock, record.trained_for.num_inference_steps)))
+        point = record.trained_for
+        mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps, point.scheduler)))
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RequestError) as e:
         raise ModelError(f"{file} does not describe an adaptor: {one_line(e)}") from e
     if record.edgediff_adaptor != FORMAT:
@@ -138,7 +139,6 @@ def read_record(path: Path) -> AdaptorRecord:
     sizes = (*record.highres, *record.lowres, record.emb, *(record.text[1:] if record.text else ()))
     if not all(0 < size <= MAX_SIZE for size in sizes):
         raise ModelError(f"{file} has sizes {', '.join(map(str, sizes))}; expected 1 to {MAX_SIZE}")
-    point = record.trained_for
     if mask != point.mask or not 0 < point.guidance_scale <= MAX_GUIDANCE:
         raise ModelError(
             f"{file}: mask {point.mask} and guidance {point.guidance_scale:g} are none of clock {point.clock}'s over "

@@ -19,6 +19,7 @@ from edgediff.targets import TARGETS
 from edgediff_runtime import Manifest
 from edgediff_runtime.bundle import MANIFEST
 from edgediff_runtime.clock import format_mask, letters
+from edgediff_runtime.schedulers import steps_of
 
 if TYPE_CHECKING:
     from edgediff.plan.planner import Plan, Point
@@ -97,7 +98,7 @@ def plan_recipe(manifest: Manifest, mask: Mask, guidance_scale: float | None) ->
         "seed": int(data.get("seed", 0)),
         # By name: a recipe that leaves it open takes another for another clock, and this one was measured.
         "adaptor": "identity" if adaptor.kind == "identity" else adaptor.path or adaptor.name,
-        "steps": len(mask),
+        "steps": steps_of(manifest.scheduler.name, len(mask)),
         "clock": format_mask(mask),
     }
     if guidance_scale is not None:

@@ -31,6 +31,7 @@ from edgediff.targets.backends import open_session, usual_backend
 from edgediff_runtime import Manifest, clock_mask, open_bundle
 from edgediff_runtime.clock import format_mask
 from edgediff_runtime.operating_point import departure
+from edgediff_runtime.schedulers import sampler_of
 
 log = logging.getLogger(__name__)
 
@@ -201,10 +202,11 @@ def make_plan(
     steps = point.num_inference_steps if steps is None else steps
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"steps is {steps}; a plan is made for 1 to {MAX_STEPS}")
+    calls = sampler_of(manifest.scheduler.name).calls(steps)
     cost = count_cost(opened.path)
     if unit == "flops":
-        cost.fewest_cached(budget, steps)
-    plan_recipe(manifest, (True,) * steps, guidance_scale)
+        cost.fewest_cached(budget, calls)
+    plan_recipe(manifest, (True,) * calls, guidance_scale)
     backend = usual_backend(opened) if backend is None else backend
     guidance_scale = point.guidance_scale if guidance_scale is None else guidance_scale
     own = conditioning is None
@@ -223,7 +225,7 @@ def make_plan(
 
 def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost: StepCost) -> Plan:
     """Measures, and takes the best; a ConfigError where no mask meets the budget."""
-    steps = images.steps
+    steps = images.calls
     wanted = cost.fewest_cached(budget, steps)
     tried = probes(steps)
     errors = images.errors(tried)

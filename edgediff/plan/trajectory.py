@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgediff.errors import ConfigError
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.manifest import Graph
+from edgediff_runtime.schedulers import sampler_of
 from edgediff_runtime.sessions import Array, Session
 
 Mask = tuple[bool, ...]
@@ -75,6 +76,7 @@ class Trajectories:
     """The planning images: each is made by clock 1 and by as many other clocks as are asked for.
 
     Attributes:
+        calls: Calls of the UNet in so many steps: entries of a mask.
         seed: Of the first image; image i has seed + i.
         conditioning: Arguments of `EdgePipeline.stream` for a model of text: embeddings with one row for all images, or
             rows that the images take one after the other.
@@ -92,6 +94,7 @@ class Trajectories:
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ConfigError(f"num_images is {self.num_images}; expected a whole number above 0")
+        self.calls = sampler_of(self.manifest.scheduler.name).calls(self.steps)
         self._replay = ReplaySession(self.session)
         # An adaptor was trained for one clock, and the others are what is measured here.
         self._pipe = EdgePipeline(self.manifest, self._replay, warn=False)
@@ -125,7 +128,7 @@ class Trajectories:
         for image in range(self.num_images if new else 0):
             self.say(f"planning: image {image + 1} of {self.num_images}, {len(new)} masks of {self.steps} steps")
             if image not in self._references:
-                self._references[image] = self._run(image, (True,) * self.steps)
+                self._references[image] = self._run(image, (True,) * self.calls)
             reference = self._references[image]
             scale = 255.0**2 if self._in_pixels else max(float(np.var(reference)), 1e-12)
             for k, mask in enumerate(new):

@@ -115,7 +115,7 @@ class Rollouts:
         self.shape = model.sample_shape
         given = settings.guidance_scale
         self.guidance = usual_guidance(model.conditioning) if given is None else given
-        self.mask = clock_mask(settings.clock, settings.steps)
+        self.mask = clock_mask(settings.clock, settings.steps, settings.scheduler)
         self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
         self.prompts = Prompts.of(model, self.guidance > 1, settings.conditioning)
         self.session = TorchSession(split.parts, graph_list(split, model))
@@ -126,7 +126,7 @@ class Rollouts:
 
     def request(self, session: TorchSession, **rest: Any) -> Request:
         """A generation at the operating point; `rest` is clock, latents, prompts and seed of a `Request`."""
-        guidance = (self.guidance,) * self.settings.steps
+        guidance = (self.guidance,) * len(self.mask)
         return Request(graphs=session.graphs, scheduler=self.scheduler, guidance=guidance, **rest)
 
     def draw(self, index: int) -> Samples:

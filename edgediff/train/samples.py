@@ -53,7 +53,7 @@ def draw_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
     # Equal parts, since the loop pads those that are not full.
     session = undivided_session(model, math.ceil(rows / math.ceil(rows / at_once)))
     scheduler = make_sampler(model)
-    steps = scheduler.num_inference_steps
+    steps = len(scheduler.timesteps)
     request = Request(
         graphs=session.graphs,
         scheduler=scheduler,

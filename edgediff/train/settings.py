@@ -89,7 +89,7 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
                 "leave store_gb out, or learn from the teacher's"
             )
         try:
-            mask = clock_mask(self.clock, self.steps)
+            mask = clock_mask(self.clock, self.steps, self.scheduler)
         except RequestError as e:
             raise ConfigError(str(e)) from e
         if all(mask):

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +37,7 @@ from edgediff.errors import MissingExtraError
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session
 from edgediff.verify.source import torch_latents
-from edgediff_runtime import Bundle, EdgePipeline, Manifest, OperatingPointWarning, RequestError, open_bundle
+from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_bundle
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
@@ -210,7 +209,7 @@ def _picture_rows(
     def open_component(name: str) -> Session:
         return session if name == "unet" else open_session(bundle, backend, component=name)
 
-    pipe = EdgePipeline.of_bundle(bundle, (target.target,), open_component)
+    pipe = EdgePipeline.of_bundle(bundle, (target.target,), open_component, warn=False)
     request = reference_request(manifest, reference.conditioning)
     encoders = () if manifest.prompt is None else manifest.prompt.encoders
     if manifest.evidence.prompt is not None and all(each.component in target.components for each in encoders):
@@ -218,8 +217,7 @@ def _picture_rows(
         request = {name: request[name] for name in ("num_images", "seed", "clock")}
         request |= {"prompt": prompt, "negative_prompt": negative}
     try:
-        with warnings.catch_warnings(action="ignore", category=OperatingPointWarning):
-            pixels = pipe(**request).pixels
+        pixels = pipe(**request).pixels
     except NotFiniteError as e:
         return [judged("picture", "pixels", backend, [(-math.inf, "sample")], target.unet.floors.trajectory, str(e))]
     assert pixels is not None

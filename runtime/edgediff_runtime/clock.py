@@ -1,8 +1,13 @@
-"""The clock: which denoising steps are full and which are cached (Clockwork Diffusion, section 3)."""
+"""The clock: which denoising steps are full and which are cached (Clockwork Diffusion, section 3).
+
+Every call of the UNet is a step of the clock. Heun and pndm call it more often than once in each of
+``num_inference_steps``.
+"""
 
 from collections.abc import Iterable
 
 from edgediff_runtime.errors import RequestError
+from edgediff_runtime.schedulers import sampler_of
 
 MAX_STEPS = 10_000
 PERIOD_OR_MASK = "a period such as 2 or a mask such as 1,0,1,0"
@@ -10,21 +15,26 @@ PERIOD_OR_MASK = "a period such as 2 or a mask such as 1,0,1,0"
 ClockSpec = int | str | list[int] | tuple[int, ...]
 
 
-def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
-    """Reads a clock: for each step whether it is full; the first always is.
+def clock_mask(clock: ClockSpec, num_inference_steps: int, scheduler: str | None = None) -> tuple[bool, ...]:
+    """Reads a clock: for each call of the UNet whether it is full; the first always is.
 
     Args:
         clock: A period N (every N-th step is full, beginning with the first), as an integer or its digits; or a mask
-            with one entry for each step, 1 = full, as text such as ``1,0,1,0`` or as a sequence.
+            with one entry for each call, 1 = full, as text such as ``1,0,1,0`` or as a sequence.
         num_inference_steps: Denoising steps, 1 to 10,000.
+        scheduler: A sampler's name, as recipes and manifests have it; None calls the UNet once in each step.
 
     Raises:
-        RequestError: It is no period above 0, and no mask of that many entries, 0 or 1, that begins with 1.
+        RequestError: It is no period above 0, and no mask of that many entries, 0 or 1, that begins with 1; or the
+            scheduler is unknown.
 
     >>> clock_mask(3, 5)
     (True, False, False, True, False)
+    >>> clock_mask(2, 2, "heun")
+    (True, False, True)
     """
     _check_steps(num_inference_steps)
+    calls = num_inference_steps if scheduler is None else sampler_of(scheduler).calls(num_inference_steps)
     if isinstance(clock, str):
         clock = _parse(clock)
     if isinstance(clock, bool) or not isinstance(clock, int | list | tuple):
@@ -32,17 +42,30 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int) -> tuple[bool, ...]:
     if isinstance(clock, int):
         if clock < 1:
             raise RequestError(f"clock is {clock}; expected a period of 1 or more")
-        return tuple(i % clock == 0 for i in range(num_inference_steps))
+        return tuple(i % clock == 0 for i in range(calls))
     shown = format_mask(clock)
     if any(bit not in (0, 1) for bit in clock):
         raise RequestError(f"clock mask is {shown}; each entry is 0 (cached) or 1 (full)")
-    if len(clock) != num_inference_steps:
+    if len(clock) != calls:
         raise RequestError(
-            f"clock mask {shown} has {len(clock)} entries for {num_inference_steps} steps; expected one each"
+            f"clock mask {shown} has {len(clock)} entries for {calls_in_words(num_inference_steps, scheduler)}; "
+            "expected one each"
         )
     if not clock[0]:
         raise RequestError(f"clock mask {shown} begins with 0; the first step is always full")
     return tuple(bool(bit) for bit in clock)
+
+
+def calls_in_words(num_inference_steps: int, scheduler: str | None) -> str:
+    """How many entries a mask has, and why, for messages.
+
+    >>> calls_in_words(4, "ddim"), calls_in_words(4, "heun")
+    ('4 steps', '7 model calls (4 steps: heun calls the model twice in each step but the last)')
+    """
+    sampler = None if scheduler is None else sampler_of(scheduler)
+    if sampler is None or not sampler.calls_words:
+        return f"{num_inference_steps} steps"
+    return f"{sampler.calls(num_inference_steps)} model calls ({num_inference_steps} steps: {sampler.calls_words})"
 
 
 def _check_steps(steps: int) -> None:

@@ -39,8 +39,8 @@ class Request:
 
     Attributes:
         graphs: The graphs in the order in which a step runs them.
-        clock: One entry for each step, True = full.
-        guidance: Guidance scale of each step; a step at or below 1 runs the conditional rows alone.
+        clock: One entry for each of the scheduler's steps, each a call of the UNet; True = full.
+        guidance: Guidance scale of each; a step at or below 1 runs the conditional rows alone.
         latents: Initial latents [N, C, H, W], already scaled by the scheduler's initial sigma.
         cond: Conditional rows of each conditioning tensor, [N, ...].
         uncond: Unconditional rows, [N, ...]; empty where no step is guided.

@@ -69,7 +69,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 def _check_point(where: str, point: TrainedFor) -> None:
     """Checks that the mask is the clock's, and the guidance a number."""
-    mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps)))
+    mask = tuple(map(int, clock_mask(point.clock, point.num_inference_steps, point.scheduler)))
     _must(point.mask == mask, f"{where}.mask", point.mask, f"the mask of clock {point.clock}")
     scale = point.guidance_scale
     _must(0 < scale <= MAX_GUIDANCE, f"{where}.guidance_scale", scale, "a number above 0")

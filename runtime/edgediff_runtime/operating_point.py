@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from edgediff_runtime.clock import ClockSpec, clock_mask, format_mask
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import Manifest, TrainedFor
+from edgediff_runtime.schedulers import steps_of
 
 
 def departure(
@@ -20,7 +21,8 @@ def departure(
     """Says in what a generation differs from what the bundle's adaptor was trained for.
 
     Args:
-        guidance: Guidance scale of each step; 1 or less is off.
+        mask: The clock, an entry for each call of the UNet.
+        guidance: Guidance scale of each call; 1 or less is off.
         asked: The clock as it was given, for the message.
 
     Returns:
@@ -31,11 +33,12 @@ def departure(
         return None
     sampler = manifest.operating_point.scheduler
     differs = []
-    if len(guidance) != trained.num_inference_steps:
-        differs.append(f"{len(guidance)} steps")
+    steps = steps_of(sampler, len(mask))
+    if steps != trained.num_inference_steps:
+        differs.append(f"{steps} steps")
     if sampler != trained.scheduler:
         differs.append(sampler)
-    if not _same_clock(mask, trained, len(guidance)):
+    if not _same_clock(mask, trained, steps, sampler):
         differs.append(f"clock {format_mask(asked) if isinstance(asked, list | tuple) else asked}")
     if any(max(scale, 1.0) != max(trained.guidance_scale, 1.0) for scale in guidance):
         differs.append(f"guidance {', '.join(f'{scale:g}' for scale in dict.fromkeys(guidance))}")
@@ -48,10 +51,10 @@ def departure(
     )
 
 
-def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int) -> bool:
-    if steps == trained.num_inference_steps:
+def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int, sampler: str) -> bool:
+    if len(mask) == len(trained.mask):
         return mask == trained.mask
     try:
-        return clock_mask(trained.clock, steps) == mask
-    except RequestError:  # a mask for another number of steps
+        return clock_mask(trained.clock, steps, sampler) == mask
+    except RequestError:  # a mask for another number of calls
         return False

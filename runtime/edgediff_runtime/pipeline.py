@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from edgediff_runtime.bundle import Bundle, open_bundle
-from edgediff_runtime.clock import ClockSpec, clock_mask
+from edgediff_runtime.clock import ClockSpec, calls_in_words, clock_mask
 from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.conditioning import (
     Label,
@@ -64,8 +64,8 @@ class Arguments(TypedDict, total=False):
         num_images: N; 1 if left out, or the number of labels, prompts or prompt embeddings given.
         num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
             is a mask asks for one.
-        clock: Period or mask of the full steps.
-        guidance_scale: One number from 0, or one for each step; 1 or less runs without guidance.
+        clock: Period or mask of the full steps; a mask has an entry for each call of the UNet.
+        guidance_scale: One number from 0, or one for each call of the UNet; 1 or less runs without guidance.
         seed: 0 to 2^64 - 1.
     """
 
@@ -191,7 +191,13 @@ class EdgePipeline:
 
     @classmethod
     def of_bundle(
-        cls, bundle: Bundle, targets: Sequence[str], open_component: Callable[[str], Session], low_memory: bool = False
+        cls,
+        bundle: Bundle,
+        targets: Sequence[str],
+        open_component: Callable[[str], Session],
+        low_memory: bool = False,
+        *,
+        warn: bool = True,
     ) -> "EdgePipeline":
         """Makes a pipeline of a bundle's components in the first of some targets that it has; opens the UNet.
 
@@ -210,7 +216,7 @@ class EdgePipeline:
             files = [entry.component(encoder.component).tokenizer for encoder in encoders]
             return [Tokenizer.from_file(bundle.file(str(file))) for file in files]
 
-        return cls(bundle.manifest, components, tokenizers)
+        return cls(bundle.manifest, components, tokenizers, warn=warn)
 
     @property
     def session(self) -> Session:
@@ -322,8 +328,10 @@ class EdgePipeline:
         steps = point.num_inference_steps if num_inference_steps is None else plain(num_inference_steps)
         scheduler = make_scheduler(self.manifest.scheduler, steps)
         clock = point.clock if clock is None else plain(clock)
-        mask = clock_mask(clock, steps)
-        guidance = _guidance(point.guidance_scale if guidance_scale is None else guidance_scale, steps)
+        sampler = self.manifest.scheduler.name
+        mask = clock_mask(clock, steps, sampler)
+        scale = point.guidance_scale if guidance_scale is None else guidance_scale
+        guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler))
         differs = departure(self.manifest, mask, guidance, clock)
         texts = None
         if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
@@ -334,7 +342,7 @@ class EdgePipeline:
         if GUIDANCE in tensors:
             if len(set(guidance)) > 1:
                 raise RequestError("guidance_scale differs between steps, but the model is told one; give one number")
-            told, guidance = guidance[0], (1.0,) * steps
+            told, guidance = guidance[0], (1.0,) * len(mask)
         before = perf_counter()
         cond, uncond, count = self._conditioning(
             label, texts, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images, tensors,
@@ -457,10 +465,10 @@ class EdgePipeline:
         return cond, uncond, num_images
 
 
-def _guidance(scale: float | Sequence[float], steps: int) -> tuple[float, ...]:
-    scales: list[Any] = list(scale) if isinstance(scale, list | tuple) else [scale] * steps
-    if len(scales) != steps:
-        raise RequestError(f"guidance_scale has {len(scales)} entries for {steps} steps; expected one each")
+def _guidance(scale: float | Sequence[float], calls: int, in_words: str) -> tuple[float, ...]:
+    scales: list[Any] = list(scale) if isinstance(scale, list | tuple) else [scale] * calls
+    if len(scales) != calls:
+        raise RequestError(f"guidance_scale has {len(scales)} entries for {in_words}; expected one each")
     for value in scales:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_GUIDANCE:
             raise RequestError(f"guidance_scale is {value!r}; expected a finite number from 0; 1 or less is off")

@@ -1,322 +1,278 @@
-"""The schedulers: how x_t and the UNet's output become the next, less noisy x.
+"""The settings of a scheduler, as a bundle's manifest holds them, and the scheduler that is made from them.
 
 Constraints that shaped this file:
 
-- Each kind is what diffusers' class of that kind computes (DDIMScheduler, DPMSolverMultistepScheduler,
-  EulerDiscreteScheduler), checked against recorded traces of it.
-- A step is a linear combination with coefficients known before the first image, so they are computed once, in
-  float64, and rounded to float32; a step is then a few passes over the array, cheap on a phone.
-- A scheduler is immutable. The caller keeps the state between steps, so concurrent generations are independent, and
-  nothing has to be reset.
-- Coefficients belong to step i. A timestep is never looked up: Karras spacing repeats timesteps.
+- A field for every setting that a sampler implements and for no other, under diffusers' names, so that a manifest can
+  be laid beside a ``scheduler_config.json``. What is not here is refused when the bundle is exported.
+- JSON has no infinity and not every language reads it back, so ``lambda_min_clipped`` says None for it.
+- A setting that a sampler does not read must stay at its default: no setting is ignored silently.
 """
 
 import math
 import operator
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
+from msgspec import UNSET, UnsetType
 
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.schedule_tables import alphas_cumprod, sigma_schedule, spaced_timesteps
-from edgediff_runtime.scheduler_config import SchedulerConfig
+from edgediff_runtime.samplers import SAMPLERS, Scheduler
 
-__all__ = [
-    "DDIMScheduler",
-    "DPMScheduler",
-    "EulerScheduler",
-    "Scheduler",
-    "SchedulerConfig",
-    "make_scheduler",
-]
+__all__ = ["SCHEDULER_NAMES", "Scheduler", "SchedulerConfig", "make_scheduler", "sampler_of", "steps_of"]
 
-Array = NDArray[np.float32]
-State = Any
-Row = tuple[np.float32, ...]
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
+FinalSigmasType = Literal["zero", "sigma_min"]
 
-# dpmpp_2m drops to first order at the end only of schedules shorter than this.
-_LOWER_ORDER_BELOW = 15
+# How noise levels may be laid out, by the ending that a recipe's name has for it.
+SPREADS: Final = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
+# What a recipe may name: a sampler, or a sampler with one of these layouts.
+SCHEDULER_NAMES: Final = tuple(
+    name + ending
+    for name, sampler in SAMPLERS.items()
+    for ending in ("", *(f"_{spread}" for spread, setting in SPREADS.items() if setting in sampler.settings))
+)
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "beta_schedule": get_args(BetaSchedule),
+    "prediction_type": get_args(PredictionType),
+    "timestep_spacing": get_args(TimestepSpacing),
+    "final_sigmas_type": get_args(FinalSigmasType),
+}
+_BOOLEANS: Final = (
+    "rescale_betas_zero_snr", "clip_sample", "set_alpha_to_one", "use_karras_sigmas", "lower_order_final",
+    "euler_at_final", "use_exponential_sigmas", "use_beta_sigmas",
+)  # fmt: skip
+# What is written for these where the sampler does not read them.
+_UNREAD: Final[dict[str, Any]] = {
+    "timestep_spacing": "leading",
+    "clip_sample": True,
+    "set_alpha_to_one": True,
+    "eta": 0.0,
+}
+_ANY: Final = cast(Any, UNSET)
 
 
-@dataclass(frozen=True, eq=False)
-class Scheduler(ABC):
-    """The steps of one schedule, ready to take.
+class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How noise levels are laid out and stepped down.
+
+    A setting that is left out takes the sampler's own default, and reads back as that.
 
     Attributes:
-        timesteps: float32 [N], as fed to the UNet; read-only.
-        init_noise_sigma: Standard deviation of the initial latent.
-        needs_noise: Whether ``step`` wants fresh noise.
+        name: The sampler.
+        beta_start: First beta of ``linear`` and ``scaled_linear``.
+        beta_end: Last beta of ``linear`` and ``scaled_linear``.
+        beta_schedule: How betas run between them; ``squaredcos_cap_v2`` reads neither.
+        trained_betas: The betas themselves, one per training timestep; they replace the three above.
+        prediction_type: What the UNet returns.
+        timestep_spacing: How the steps divide the training schedule.
+        steps_offset: Timesteps added under ``leading`` spacing.
+        rescale_betas_zero_snr: Shift the schedule so that its last timestep is pure noise (Lin et al. 2023).
+        clip_sample: Clip the predicted x_0.
+        clip_sample_range: To plus and minus this.
+        set_alpha_to_one: The last step ends at alpha 1 rather than at the first timestep's alpha.
+        eta: Share of fresh noise per step, 0 (none) to 1: of DDPM's in ddim; tcd's gamma.
+        use_karras_sigmas: Noise levels spaced as Karras et al. 2022, equation 5, with rho 7.
+        final_sigmas_type: End at sigma 0 or at the training schedule's smallest.
+        lower_order_final: The last step is first order; dpmpp_2m's only of fewer than 15 steps.
+        euler_at_final: The last step is always first order.
+        lambda_min_clipped: Steps start where log(alpha/sigma) is at least this; None is minus infinity.
+        use_exponential_sigmas: Noise levels evenly spaced in their logarithm; left out where false.
+        use_beta_sigmas: Noise levels at quantiles of Beta(0.6, 0.6) (Lee et al. 2024); left out where false.
+        original_inference_steps: Steps of the teacher's schedule that the model was distilled on.
+        timestep_scaling: Of the boundary condition of lcm.
+
+    Raises:
+        RequestError: If a setting is of the wrong type, not finite, out of its range, or not read by
+        ``name``.
     """
 
-    timesteps: Array
-    init_noise_sigma: float
-    needs_noise: bool
-    _rows: tuple[Row, ...]
+    name: SamplerName
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: BetaSchedule = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: PredictionType = "epsilon"
+    timestep_spacing: TimestepSpacing | None = None
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    clip_sample: bool = _ANY
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = _ANY
+    eta: float = _ANY
+    use_karras_sigmas: bool = False
+    final_sigmas_type: FinalSigmasType = "zero"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    lambda_min_clipped: float | None = None
+    use_exponential_sigmas: bool | UnsetType = UNSET
+    use_beta_sigmas: bool | UnsetType = UNSET
+    original_inference_steps: int = _ANY
+    timestep_scaling: float = _ANY
+
+    def __post_init__(self) -> None:
+        """Fills in the sampler's defaults, and checks each setting's type and range, and that the sampler reads it."""
+        if self.name not in SAMPLERS:
+            raise RequestError(f"scheduler name {self.name!r}: expected one of {', '.join(SAMPLERS)}")
+        sampler = SAMPLERS[self.name]
+        _fill(self, sampler)
+        for field, choices in _CHOICES.items():
+            given = getattr(self, field)
+            if field == "prediction_type":
+                choices = sampler.predictions
+            if not isinstance(given, str) or given not in choices:
+                raise RequestError(f"scheduler {field} {given!r}: expected one of {', '.join(choices)} for {self.name}")
+        for field in _BOOLEANS:
+            given = getattr(self, field)
+            if not isinstance(given, bool) and given is not UNSET:
+                raise RequestError(f"scheduler {field} {given!r}: expected true or false")
+        _integer("num_train_timesteps", self.num_train_timesteps, at_least=1)
+        _integer("steps_offset", self.steps_offset, at_least=0)
+        _betas(self)
+        _number("clip_sample_range", self.clip_sample_range, "a number above 0", lambda v: v > 0)
+        _number("eta", self.eta, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        if self.lambda_min_clipped is not None:
+            _number("lambda_min_clipped", self.lambda_min_clipped, "a finite number, or null", lambda _: True)
+        if "original_inference_steps" in sampler.settings:
+            _integer("original_inference_steps", self.original_inference_steps, at_least=1)
+        if "timestep_scaling" in sampler.settings:
+            _number("timestep_scaling", self.timestep_scaling, "a number above 0", lambda v: v > 0)
+        _only_what_is_read(self, sampler)
+        spreads = [setting for setting in SPREADS.values() if getattr(self, setting)]
+        if len(spreads) > 1:
+            raise RequestError(f"scheduler {spreads[0]} and {spreads[1]} are both True: expected one of them")
 
     @property
-    def num_inference_steps(self) -> int:
-        """Number of steps, N."""
-        return len(self._rows)
+    def spread(self) -> str | None:
+        """The layout of the noise levels, a key of `SPREADS`; None where the timesteps' own levels are taken."""
+        return next((spread for spread, setting in SPREADS.items() if getattr(self, setting)), None)
 
-    def scale_model_input(self, i: int, x_t: Array) -> Array:
-        """The UNet's input at step i, of x_t's shape; ``x_t`` itself where the kind does not scale."""
-        return x_t
+    @property
+    def recipe_name(self) -> str:
+        """One of `SCHEDULER_NAMES`: the sampler and the layout of its noise levels."""
+        return self.name if self.spread is None else f"{self.name}_{self.spread}"
 
-    def step(
-        self,
-        i: int,
-        x_t: Array,
-        model_output: Array,
-        state: State = None,
-        noise: Array | None = None,
-        first: bool = False,
-    ) -> tuple[Array, State]:
-        """Take step i.
-
-        Args:
-            i: Step, 0 to N - 1.
-            x_t: float32 [B, C, H, W], the latent before the step; left as it is.
-            model_output: float32 [B, C, H, W], what the UNet returned for it; left as it is, and not kept.
-            state: None at the first step, else what step i - 1 returned.
-            noise: float32 [B, C, H, W], standard normal, where ``needs_noise``; not read otherwise.
-            first: Whether it is the first step that is run, wherever that is: a multistep sampler is of first order
-                there.
-
-        Returns:
-            The latent after the step, a new array of the same shape, and the state for step i + 1.
-
-        Raises:
-            RequestError: If the step, a shape, the state or the noise does not fit.
-        """
-        self._check(i)
-        if model_output.shape != x_t.shape:
-            raise RequestError(
-                f"model output of shape {list(model_output.shape)}: expected the latent's, {list(x_t.shape)}"
-            )
-        return self._step(i, x_t, model_output, state, noise, first)
-
-    def _check(self, i: int) -> None:
-        if not 0 <= i < len(self._rows):
-            raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
-
-    @abstractmethod
-    def _step(
-        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
-    ) -> tuple[Array, State]:
-        """Takes a step that was checked."""
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the steps draw fresh noise."""
+        return SAMPLERS[self.name].draws_noise(self)
 
 
-@dataclass(frozen=True, eq=False)
-class DDIMScheduler(Scheduler):
-    """Denoising diffusion implicit models (Song et al. 2020, equation 12).
+def sampler_of(name: str) -> type[Scheduler]:
+    """The sampler of one of `SCHEDULER_NAMES`.
 
-    A row is (x_0 from x_t, x_0 from the output, x_prev from x_0, from x_t, from the output, from the
-    noise); where x_0 is not clipped its part is folded into the fourth and fifth.
+    Raises:
+        RequestError: It is none of them.
     """
-
-    clip: np.float32 | None
-
-    def _step(
-        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
-    ) -> tuple[Array, State]:
-        x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._rows[i]
-        x_prev = x_t * of_x
-        x_prev += model_output * of_out
-        if self.clip is not None:
-            x_0 = x_t * x0_x
-            x_0 += model_output * x0_out
-            np.maximum(x_0, -self.clip, out=x_0)
-            np.minimum(x_0, self.clip, out=x_0)
-            x_0 *= of_x0
-            x_prev += x_0
-        if self.needs_noise:
-            if noise is None or noise.shape != x_t.shape:
-                given = "none" if noise is None else f"shape {list(noise.shape)}"
-                raise RequestError(f"fresh noise, {given}: ddim with eta above 0 expected shape {list(x_t.shape)}")
-            x_prev += noise * of_noise
-        return x_prev, None
+    if name not in SCHEDULER_NAMES:
+        raise RequestError(f"scheduler {name!r}: expected one of {', '.join(SCHEDULER_NAMES)}")
+    return SAMPLERS[name] if name in SAMPLERS else SAMPLERS[name.rpartition("_")[0]]
 
 
-@dataclass(frozen=True, eq=False)
-class DPMScheduler(Scheduler):
-    """DPM-Solver++, second-order multistep, midpoint (Lu et al. 2022, Algorithm 2).
+def steps_of(name: str, calls: int) -> int:
+    """How many ``num_inference_steps`` take so many calls of the UNet.
 
-    A row is (x_0 from x_t, x_0 from the output, x_prev from x_t, from x_0, from the step before's x_0). The
-    state is x_0 as the last step predicted it.
+    Raises:
+        RequestError: No number does, or the name is unknown.
+
+    >>> steps_of("ddim", 15), steps_of("heun", 15)
+    (15, 8)
     """
-
-    def _step(
-        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
-    ) -> tuple[Array, State]:
-        x0_x, x0_out, of_x, of_x0, of_before = self._rows[i]
-        if x0_x:
-            x_0 = x_t * x0_x
-            x_0 += model_output * x0_out
-        else:
-            # A copy: the session that made the output may write the next one into the same memory.
-            x_0 = model_output * x0_out
-        x_prev = x_t * of_x
-        x_prev += x_0 * of_x0
-        if of_before:
-            if first:
-                state = x_0
-            if state is None or state.shape != x_t.shape:
-                given = "none" if state is None else f"one of shape {list(state.shape)}"
-                raise RequestError(f"scheduler state, {given}: step {i} expected the state of step {i - 1}")
-            x_prev += state * of_before
-        return x_prev, x_0
-
-
-@dataclass(frozen=True, eq=False)
-class EulerScheduler(Scheduler):
-    """Euler's method in sigma (Karras et al. 2022, Algorithm 2 without churn).
-
-    A row is (the input's scale, x_prev from x_t, from the output).
-    """
-
-    def scale_model_input(self, i: int, x_t: Array) -> Array:
-        """Divide by sqrt(sigma**2 + 1); see ``Scheduler.scale_model_input``."""
-        self._check(i)
-        return x_t * self._rows[i][0]
-
-    def _step(
-        self, i: int, x_t: Array, model_output: Array, state: State, noise: Array | None, first: bool
-    ) -> tuple[Array, State]:
-        _, of_x, of_out = self._rows[i]
-        x_prev = x_t * of_x
-        x_prev += model_output * of_out
-        return x_prev, None
+    sampler = sampler_of(name)
+    for steps in range(1, calls + 1):
+        if sampler.calls(steps) == calls:
+            return steps
+    raise RequestError(f"{calls} model calls: {sampler.calls_words}; expected such a number of calls")
 
 
 def make_scheduler(config: SchedulerConfig, num_inference_steps: int) -> Scheduler:
     """A scheduler with every coefficient of its steps computed.
 
     Args:
-        num_inference_steps: Number of steps, N, from 1 to ``config.num_train_timesteps``. Under dpmpp_2m with
-            ``trailing`` spacing and ``lambda_min_clipped`` the scheduler has fewer, as diffusers' has.
+        num_inference_steps: Number of steps, N, from 1 to ``config.num_train_timesteps``. Heun and pndm call the UNet
+            more often, and each call is a step of the scheduler. Under dpmpp_2m with ``trailing`` spacing and
+            ``lambda_min_clipped`` it has fewer, as diffusers' has.
 
     Raises:
         RequestError: If the number of steps is not such an integer, or these settings admit no such schedule.
     """
     steps = _steps(num_inference_steps, config.num_train_timesteps)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        match config.name:
-            case "ddim":
-                scheduler: Scheduler = _make_ddim(config, steps)
-            case "dpmpp_2m":
-                scheduler = _make_dpm(config, steps)
-            case "euler":
-                scheduler = _make_euler(config, steps)
+        scheduler = SAMPLERS[config.name].make(config, steps)
     for i, row in enumerate(scheduler._rows):
         if not np.isfinite(row).all():
             raise RequestError(
                 f"{config.name} in {steps} steps: step {i} (timestep {scheduler.timesteps[i]:g}) would "
                 f"divide by zero with timestep_spacing {config.timestep_spacing}, prediction_type "
-                f"{config.prediction_type}, rescale_betas_zero_snr {config.rescale_betas_zero_snr}; expected "
-                "distinct noise levels (take fewer steps) and, where the terminal SNR is zero, a prediction "
-                "other than epsilon"
+                f"{config.prediction_type}, final_sigmas_type {config.final_sigmas_type}, rescale_betas_zero_snr "
+                f"{config.rescale_betas_zero_snr}; expected distinct noise levels (take fewer steps) and, where the "
+                "terminal SNR is zero, a prediction other than epsilon"
             )
     scheduler.timesteps.flags.writeable = False
     return scheduler
 
 
-def _make_ddim(config: SchedulerConfig, steps: int) -> DDIMScheduler:
-    table = alphas_cumprod(config).astype(np.float64)
-    timesteps = spaced_timesteps(config, steps, config.num_train_timesteps)
-    now = timesteps.astype(np.int64)
-    # Not the next step's timestep: under linspace and trailing spacing the two differ.
-    before = now - config.num_train_timesteps // steps
-    final = 1.0 if config.set_alpha_to_one else table[0]
-    alpha = table[now]
-    alpha_prev = np.where(before >= 0, table[before], final)
-
-    root, noise_root = np.sqrt(alpha), np.sqrt(1 - alpha)
-    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
-    std = config.eta * np.sqrt(variance)
-    direction = np.sqrt(1 - alpha_prev - std**2)
-
-    x0_x, x0_out = _x0(config, root, noise_root)
-    if config.prediction_type == "epsilon":
-        eps_x, eps_out = np.zeros(steps), np.ones(steps)
-    elif config.prediction_type == "v_prediction":
-        eps_x, eps_out = noise_root, root
-    else:
-        eps_x, eps_out = 1 / noise_root, -root / noise_root
-    of_x0, of_x, of_out = np.sqrt(alpha_prev), direction * eps_x, direction * eps_out
-    if not config.clip_sample:
-        of_x, of_out = of_x + of_x0 * x0_x, of_out + of_x0 * x0_out
-    return DDIMScheduler(
-        timesteps=timesteps.astype(np.float32),
-        init_noise_sigma=1.0,
-        needs_noise=config.eta > 0,
-        _rows=_rows(x0_x, x0_out, of_x0, of_x, of_out, std),
-        clip=np.float32(config.clip_sample_range) if config.clip_sample else None,
-    )
+def _fill(config: SchedulerConfig, sampler: type[Scheduler]) -> None:
+    for field in SchedulerConfig.__struct_fields__:
+        given = getattr(config, field)
+        if given is UNSET or (field == "timestep_spacing" and given is None):
+            msgspec.structs.force_setattr(config, field, sampler.settings.get(field, _UNREAD.get(field, UNSET)))
+    for field in ("use_exponential_sigmas", "use_beta_sigmas"):
+        if getattr(config, field) is False:
+            msgspec.structs.force_setattr(config, field, UNSET)
 
 
-def _make_dpm(config: SchedulerConfig, num_inference_steps: int) -> DPMScheduler:
-    timesteps, sigmas = sigma_schedule(config, num_inference_steps)
-    steps = len(timesteps)
-    sigma, sigma_next = sigmas[:-1], sigmas[1:]
-    alpha, alpha_next = 1 / np.sqrt(sigma**2 + 1), 1 / np.sqrt(sigma_next**2 + 1)
-    x0_x, x0_out = _x0(config, alpha, sigma * alpha)
-
-    ratio = sigma_next / sigma
-    gain = alpha_next * (1 - ratio)
-    second_order = np.arange(steps) > 0
-    second_order[-1] &= not (
-        config.final_sigmas_type == "zero"
-        or config.euler_at_final
-        or (config.lower_order_final and steps < _LOWER_ORDER_BELOW)
-    )
-    # h is the step's length in lambda = log(alpha / sigma) = -log of the sigma here.
-    h = np.log(sigma) - np.log(np.where(sigma_next > 0, sigma_next, 1.0))
-    extrapolation = np.zeros(steps)
-    later = np.flatnonzero(second_order)
-    extrapolation[later] = 0.5 * gain[later] * h[later] / h[later - 1]
-    return DPMScheduler(
-        timesteps=timesteps,
-        init_noise_sigma=1.0,
-        needs_noise=False,
-        _rows=_rows(x0_x, x0_out, ratio * alpha_next / alpha, gain + extrapolation, -extrapolation),
-    )
+def _betas(config: SchedulerConfig) -> None:
+    _number("beta_start", config.beta_start, "a number above 0 and below 1", _is_beta)
+    _number("beta_end", config.beta_end, "a number above 0 and below 1", _is_beta)
+    betas = config.trained_betas
+    if betas is not None:
+        if not isinstance(betas, tuple) or len(betas) != config.num_train_timesteps:
+            given = f"{len(betas)} of them" if isinstance(betas, tuple) else repr(type(betas).__name__)
+            raise RequestError(
+                f"scheduler trained_betas, {given}: expected a tuple of {config.num_train_timesteps} betas, "
+                "one per training timestep"
+            )
+        for i, beta in enumerate(betas):
+            _number(f"trained_betas[{i}]", beta, "a number above 0 and below 1", _is_beta)
 
 
-def _make_euler(config: SchedulerConfig, num_inference_steps: int) -> EulerScheduler:
-    timesteps, sigmas = sigma_schedule(config, num_inference_steps)
-    sigma, sigma_next = sigmas[:-1], sigmas[1:]
-    variance = sigma**2 + 1
-    if config.prediction_type == "epsilon":
-        of_x, of_out = np.ones_like(sigma), sigma_next - sigma
-    elif config.prediction_type == "v_prediction":
-        of_x, of_out = (sigma * sigma_next + 1) / variance, (sigma_next - sigma) / np.sqrt(variance)
-    else:
-        of_x, of_out = sigma_next / sigma, 1 - sigma_next / sigma
-    sigma_max = float(sigmas.max())
-    return EulerScheduler(
-        timesteps=timesteps,
-        init_noise_sigma=math.sqrt(sigma_max**2 + 1) if config.timestep_spacing == "leading" else sigma_max,
-        needs_noise=False,
-        _rows=_rows(1 / np.sqrt(variance), of_x, of_out),
-    )
+def _only_what_is_read(config: SchedulerConfig, sampler: type[Scheduler]) -> None:
+    readable = {setting for each in SAMPLERS.values() for setting in each.settings}
+    for field in msgspec.structs.fields(SchedulerConfig):
+        unread = _UNREAD.get(field.name, field.default)
+        given = getattr(config, field.name)
+        if field.name in readable and field.name not in sampler.settings and given != unread:
+            readers = [name for name, each in SAMPLERS.items() if field.name in each.settings]
+            raise RequestError(
+                f"scheduler {field.name} {given!r}: {config.name} does not read it; expected "
+                f"{'none' if unread is UNSET else repr(unread)}; it is a setting of {', '.join(readers)}"
+            )
 
 
-def _x0(
-    config: SchedulerConfig, alpha: NDArray[np.float64], sigma: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What x_0 takes from x_t = alpha * x_0 + sigma * eps, and what from the UNet's output."""
-    if config.prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if config.prediction_type == "v_prediction":
-        return alpha, -sigma
-    return np.zeros_like(alpha), np.ones_like(alpha)
+def _is_beta(value: float) -> bool:
+    return 0 < value < 1
 
 
-def _rows(*columns: NDArray[np.float64]) -> tuple[Row, ...]:
-    return tuple(tuple(row) for row in np.stack(columns, axis=1).astype(np.float32))
+def _integer(field: str, given: Any, at_least: int) -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or given < at_least:
+        raise RequestError(f"scheduler {field} {given!r}: expected an integer of at least {at_least}")
+
+
+def _number(field: str, given: Any, expected: str, holds: Callable[[float], bool]) -> None:
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given) or not holds(given):
+        raise RequestError(f"scheduler {field} {given!r}: expected {expected}")
 
 
 def _steps(given: Any, limit: int) -> int:

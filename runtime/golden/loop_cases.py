@@ -21,6 +21,10 @@ EMBEDDING = (1, 2)
 DDIM = SchedulerConfig(name="ddim")
 DPM = SchedulerConfig(name="dpmpp_2m")
 STOCHASTIC = SchedulerConfig(name="ddim", eta=1.0)
+HEUN = SchedulerConfig(name="heun", beta_end=0.002)
+PNDM = SchedulerConfig(name="pndm", steps_offset=1)
+UNIPC = SchedulerConfig(name="unipc", timestep_spacing="leading")
+LCM = SchedulerConfig(name="lcm")
 
 
 def _matrix(rows: int, columns: int, image: int) -> np.ndarray:
@@ -127,6 +131,10 @@ CASES = {
     "batch_4_padded": LoopCase(guidance=(2.0,) * 5, images=3, batch=4),
     "batch_1": LoopCase(guidance=(2.0,) * 5, images=2, batch=1),
     "fresh_noise": LoopCase(scheduler=STOCHASTIC, images=2),
+    "fresh_noise_of_lcm": LoopCase(scheduler=LCM, images=2),
+    "two_calls_a_step": LoopCase(scheduler=HEUN, steps=3, mask=(1, 0, 1, 0, 0), guidance=(2.0,) * 5),
+    "two_calls_in_the_first_step": LoopCase(scheduler=PNDM, steps=4),
+    "starts_at_2_with_a_corrector": LoopCase(scheduler=UNIPC, start=2),
     "starts_at_2": LoopCase(start=2, images=2),
     "starts_on_a_cached_step": LoopCase(start=1, guidance=(2.0,) * 5, scheduler=DPM),
     "concatenated_channels": LoopCase(concat=1, guidance=(2.0,) * 5, images=2),

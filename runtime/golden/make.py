@@ -9,10 +9,13 @@ Constraints that shaped this file:
 """
 
 import contextlib
+import importlib
+import inspect
 import json
 import math
 import shutil
 import tempfile
+import unittest.mock
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +34,7 @@ from edgediff_runtime import EdgePipeline
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.noise import noise, philox
+from edgediff_runtime.schedulers import SchedulerConfig
 
 SHAPE = (1, 2, 4, 4)
 # Beyond it float32 itself leaves a whole trajectory less than 1e-5.
@@ -48,18 +52,25 @@ SD15 = {
 # As a model directory has it: DDPM knows no clipping after the last step.
 SD15_SAVED = {key: value for key, value in SD15.items() if key != "set_alpha_to_one"}
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading", "clip_sample": False}
+PNDM = {**SD15, "skip_prk_steps": True}
 V = {"prediction_type": "v_prediction"}
 SAMPLE = {"prediction_type": "sample"}
 ZERO_SNR = {**SD15, **V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 class Case(NamedTuple):
-    """One trace to record: a diffusers configuration, the scheduler's name, N, and ddim's eta."""
+    """One trace to record: a diffusers configuration, the scheduler's name, N, eta if it is not the sampler's own."""
 
     source: Mapping[str, Any]
     name: str
     steps: int
-    eta: float = 0.0
+    eta: float | None = None
+    shape: tuple[int, ...] = SHAPE
+
+    def config(self) -> SchedulerConfig:
+        """The runtime's settings."""
+        config = scheduler_config(self.source, self.name)
+        return config if self.eta is None else msgspec.structs.replace(config, eta=self.eta)
 
 
 CASES = {
@@ -100,6 +111,33 @@ CASES = {
     "euler_cosine_v_8": Case({**COSINE, **V}, "euler", 8),
     "euler_zero_snr_v_8": Case(ZERO_SNR, "euler", 8),
 }
+# Cases of a quarter of the size.
+SMALL_CASES = {
+    "dpmpp_2m_exponential_8": Case({**SD15, "use_exponential_sigmas": True}, "dpmpp_2m", 8),
+    "dpmpp_2m_sde_sd15_8": Case(SD15, "dpmpp_2m_sde", 8),
+    "dpmpp_2m_sde_karras_v_16": Case({**SD15, **V}, "dpmpp_2m_sde_karras", 16),
+    "pndm_sd15_1": Case(PNDM, "pndm", 1),
+    "pndm_sd15_8": Case(PNDM, "pndm", 8),
+    "pndm_linspace_v_7": Case({**PNDM, **V, "timestep_spacing": "linspace", "set_alpha_to_one": True}, "pndm", 7),
+    "unipc_sd15_1": Case(SD15, "unipc", 1),
+    "unipc_sd15_8": Case(SD15, "unipc", 8),
+    "unipc_sigma_min_7": Case({**SD15, "final_sigmas_type": "sigma_min", "lower_order_final": False}, "unipc", 7),
+    "unipc_beta_sample_8": Case({**SD15, **SAMPLE}, "unipc_beta", 8),
+    "unipc_karras_cosine_v_8": Case({**COSINE, **V}, "unipc_karras", 8),
+    "unipc_zero_snr_v_8": Case(ZERO_SNR, "unipc", 8),
+    "euler_beta_8": Case(SD15, "euler_beta", 8),
+    "euler_ancestral_sd15_8": Case(SD15, "euler_ancestral", 8),
+    "euler_ancestral_zero_snr_v_4": Case(ZERO_SNR, "euler_ancestral", 4),
+    "heun_sd15_1": Case(SD15, "heun", 1),
+    "heun_sd15_6": Case(SD15, "heun", 6),
+    "heun_clip_karras_v_5": Case({**SD15, **V, "clip_sample": True}, "heun_karras", 5),
+    "lcm_sd15_4": Case(SD15, "lcm", 4),
+    "lcm_clip_v_2": Case({**SD15, **V, "clip_sample": True, "original_inference_steps": 20}, "lcm", 2),
+    "tcd_sd15_4": Case(SD15, "tcd", 4),
+    "tcd_v_eta1_4": Case({**SD15, **V}, "tcd", 4, eta=1.0),
+    "tcd_sample_eta0_3": Case({**SD15, **SAMPLE}, "tcd", 3, eta=0.0),
+}
+CASES |= {name: case._replace(shape=(1, 2, 2, 2)) for name, case in SMALL_CASES.items()}
 
 PHILOX = (
     ((0, 0, 0, 0), (0, 0)),
@@ -116,23 +154,19 @@ NOISE = (
 )
 
 
-def trace(case: Case, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> dict[str, Any]:
+def trace(case: Case, seed: int = 0) -> dict[str, Any]:
     """What diffusers computes at each step, for made-up model outputs that follow their input.
 
-    Args:
-        case: What to record.
-        seed: Of every array in the trace.
-        shape: Of every array in the trace.
-
     Returns:
-        The trace, with its arrays as float32 numpy arrays of ``shape``.
+        The trace, with its arrays as float32 numpy arrays of the case's shape.
     """
+    shape = case.shape
     scheduler = diffusers_scheduler(case.source, case.name)
     scheduler.set_timesteps(case.steps)
-    if case.name != "ddim":
+    if hasattr(scheduler, "set_begin_index"):
         # diffusers looks a first timestep up, and takes the second of two that are equal.
         scheduler.set_begin_index(0)
-    config = msgspec.structs.replace(scheduler_config(case.source, case.name), eta=case.eta)
+    config = case.config()
 
     init_noise_sigma = float(scheduler.init_noise_sigma)
     x_t = noise(seed, shape) * np.float32(init_noise_sigma)
@@ -141,10 +175,8 @@ def trace(case: Case, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> dict[str
         scaled = scheduler.scale_model_input(torch.from_numpy(x_t), t).numpy()
         draw = noise(seed, shape, image=1, draw=i + 1)
         model_output = np.float32(0.6) * scaled + np.float32(0.8) * draw
-        fresh = noise(seed, shape, draw=i + 1) if case.eta > 0 else None
-        extra = {} if fresh is None else {"eta": case.eta, "variance_noise": torch.from_numpy(fresh)}
-        stepped = scheduler.step(torch.from_numpy(model_output), t, torch.from_numpy(x_t), **extra)
-        x_prev = stepped.prev_sample.numpy()
+        fresh = noise(seed, shape, draw=i + 1) if config.draws_noise else None
+        x_prev = diffusers_step(scheduler, t, model_output, x_t, config, fresh)
         steps.append(
             {
                 "x_t": x_t,
@@ -165,6 +197,20 @@ def trace(case: Case, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> dict[str
         "shape": list(shape),
         "steps": steps,
     }
+
+
+def diffusers_step(
+    scheduler: Any, t: Any, model_output: np.ndarray, x_t: np.ndarray, config: SchedulerConfig, fresh: np.ndarray | None
+) -> np.ndarray:
+    """A step of diffusers' scheduler, with the fresh noise that it is to draw."""
+    # Only some take eta, and only some take noise; the others draw it by a function of their module.
+    extra = {"eta": config.eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    module = importlib.import_module(type(scheduler).__module__)
+    given = None if fresh is None else torch.from_numpy(fresh)
+    with unittest.mock.patch.object(module, "randn_tensor", return_value=given, create=True):
+        stepped = scheduler.step(torch.from_numpy(model_output), t, torch.from_numpy(x_t), **extra)
+    made: np.ndarray = stepped.prev_sample.numpy()
+    return made
 
 
 def noise_vectors() -> dict[str, Any]:

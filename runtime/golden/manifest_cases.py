@@ -7,7 +7,7 @@ BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("class", ["format_version"], 3, "a newer format"),
     ("class", ["format_version"], 1, "an older format, which was never released"),
     ("class", ["surprise"], 1, "an unknown key"),
-    ("class", ["scheduler", "name"], "heun", "a sampler that no runtime has"),
+    ("class", ["scheduler", "name"], "ddpm", "a sampler that no runtime has"),
     ("class", ["sample", "height"], 0, "a size of 0"),
     ("class", ["sample", "in_channels"], 2, "fewer channels in than the latent has"),
     ("class", ["operating_point", "clock"], 3, "a mask that is not the clock's"),

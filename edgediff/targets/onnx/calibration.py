@@ -56,9 +56,9 @@ def calibrate_for(job: Job) -> Calibration | None:
         "num_images": settings.calibration_images,
         "seed": (int(point.seed) + 1) % 2**63,
     }
-    always = (1,) * point.num_inference_steps
+    always = (1,) * len(point.mask)
     clocks = dict.fromkeys((request["clock"], always))
-    last = point.num_inference_steps - 1
+    last = len(point.mask) - 1
     if pipe.manifest.source.random_weights is not None:
         last = min(last, 0 if clocks == {always: None} else 1)
         clocks = dict.fromkeys([(1, *(0 for _ in always[1:]))])
