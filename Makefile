@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONTENDERS := $(VENV)/.contenders
 OPTIMUM := .venv-optimum
+GENAI := .venv-genai
 
 .PHONY: demo test test-long test-all lint bench clean
 .DELETE_ON_ERROR:
@@ -28,7 +29,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
+bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready $(GENAI)/.ready
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/adaptors.py
@@ -36,6 +37,7 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready
 	$(BIN)/python benchmarks/students.py
 	$(BIN)/python benchmarks/against.py
 	$(BIN)/python benchmarks/against.py sd15 --random-weights 0 --rounds 3 --optimum $(OPTIMUM)/bin/python
+	$(BIN)/python benchmarks/elsewhere.py --optimum $(OPTIMUM)/bin/python --genai $(GENAI)/bin/python
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/edgediff export grocery-32 -o out/bench/grocery-32
 	$(BIN)/edgediff export grocery-32 --layout split -o out/bench/grocery-32-split
@@ -60,10 +62,10 @@ $(CONTENDERS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[contenders]"
 	touch $@
 
-$(OPTIMUM)/.ready: benchmarks/optimum-requirements.txt
-	$(PYTHON) -m venv $(OPTIMUM)
-	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+.venv-%/.ready: benchmarks/%-requirements.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM) $(GENAI) out .pytest_cache .mypy_cache .ruff_cache

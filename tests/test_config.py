@@ -159,7 +159,7 @@ def test_wrong_types(data: dict[str, Any], words: list[str]) -> None:
         ({"coreml": {"dtype": "int8"}}, "coreml.dtype", "int8", "fp16, fp32"),
         ({"coreml": {"deployment_target": "iOS15"}}, "coreml.deployment_target", "iOS15", "iOS16, iOS17, iOS18"),
         ({"scheduler": "ddpm"}, "scheduler", "ddpm", ", ".join(SCHEDULER_NAMES)),
-        ({"onnx": {"dtype": "fp16"}}, "onnx.dtype", "fp16", "fp32"),
+        ({"onnx": {"dtype": "int8"}}, "onnx.dtype", "int8", "fp16, fp32"),
         ({"verify": {"mode": "none"}}, "verify.mode", "none", "full, graphs"),
     ],
 )

@@ -23,7 +23,7 @@ from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
 from edgediff.targets.backends import open_session
-from edgediff.targets.coreml import FUSED_ATTENTION, CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig, half_constants
 from edgediff.targets.coreml.write_coreml import write_coreml
 from edgediff.targets.layout import modules
 from edgediff_runtime import EdgePipeline, open_bundle
@@ -95,7 +95,7 @@ def test_every_geometry_is_converted_and_evaluated(name: str, dtype: Any, tmp_pa
         assert psnr_db(value, got[key].numpy()) > (45 if dtype == "fp16" else 100)
     if dtype == "fp16":
         exact = function.run(given, rounded=False)
-        for key, value in _run(HalfPart(whole, config.deployment_target not in FUSED_ATTENTION), values).items():
+        for key, value in _run(HalfPart(whole, half_constants(config.deployment_target)), values).items():
             assert psnr_db(value, exact[key].numpy()) > 100
 
 

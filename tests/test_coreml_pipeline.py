@@ -23,10 +23,10 @@ from edgediff.mil import open_program
 from edgediff.models.components import TextEncoder
 from edgediff.targets import TARGETS
 from edgediff.targets.base import ComponentJob
-from edgediff.targets.coreml import CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig, half_constants
 from edgediff.targets.coreml.swift_pipeline import undivided_graph
 from edgediff_runtime import noise
-from edgediff_runtime.manifest import CoreMLTarget, Graph, Tensor
+from edgediff_runtime.manifest import Graph, Tensor
 
 PROMPT, STEPS, GUIDANCE, SIZE = "a photo of a red apple dog", 16, 5.0, 1024.0
 XL = pytest.param("xl", marks=pytest.mark.long)
@@ -119,7 +119,7 @@ def test_token_ids_beyond_those_of_fp16_are_exact(system: Any, act: str, tmp_pat
     function = open_program(tmp_path / str(entry.graphs[0].file)).function()
     given = {"input_ids": ids.astype(np.float32)}
     got, exact = function.run(given), function.run(given, rounded=False)
-    half = HalfPart(part, target.rounds_attention_scale(CoreMLTarget({}, system, 0)))
+    half = HalfPart(part, half_constants(system))
     with torch.no_grad():
         wanted, sharp = part(torch.from_numpy(ids)), half(torch.from_numpy(ids))
     for tensor, want, want_exact in zip(entry.graphs[0].outputs, wanted, sharp, strict=True):

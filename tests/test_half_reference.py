@@ -10,10 +10,11 @@ from unets import CASES, Case, unet2d, unet2d_condition
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.errors import UnsupportedError
 from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
-from edgediff.targets.coreml import FUSED_ATTENTION, CoreMLConfig
+from edgediff.targets.coreml import CoreMLConfig, half_constants
 from edgediff.targets.coreml.write_coreml import write_coreml
 from edgediff.targets.layout import modules
 from edgediff_runtime.manifest import Graph, Tensor
@@ -61,9 +62,9 @@ def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_pat
         tensors = reference(*(values[key] for key in part.inputs))
         return min(psnr_db(t.numpy(), got[key].numpy()) for key, t in zip(part.outputs, tensors, strict=True))
 
-    assert worst(HalfPart(part, system not in FUSED_ATTENTION)) > 110
+    assert worst(HalfPart(part, half_constants(system))) > 110
     # One scalar a thousandth off is found.
-    half = HalfPart(part, system not in FUSED_ATTENTION)
+    half = HalfPart(part, half_constants(system))
     for module in half.modules():
         if hasattr(module, "output_scale_factor"):
             module.output_scale_factor *= 1.001
@@ -73,9 +74,19 @@ def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_pat
 @torch.no_grad()
 def test_the_timestep_s_frequencies_stay_exact() -> None:
     part = edgediff.split(unet2d(**PLAIN)).parts["highres_in"]
-    half = HalfPart(part, False)
+    half = HalfPart(part, half_constants("iOS18"))
     (exact,), (rounded,) = ({m for m in p.modules() if type(m).__name__ == "Timesteps"} for p in (part, half))
     want = exact(torch.tensor([637.0]))
     with half.scalars:
         assert torch.equal(rounded(torch.tensor([637.0])), want)
         assert torch.ones(1) / 1.41 != 1 / 1.41
+
+
+def test_a_weight_that_fp16_does_not_hold_is_named() -> None:
+    part = edgediff.split(unet2d(**PLAIN)).parts["highres_in"]
+    name, weight = next(iter(part.named_parameters()))
+    with torch.no_grad():
+        weight[0] = 7e4
+    words = rf"unet: fp16 overflows in the weight {name} \(largest 7e\+04, fp16 holds 65504\); keep it in fp32"
+    with pytest.raises(UnsupportedError, match=words):
+        HalfPart(part, half_constants("iOS18"))

@@ -14,6 +14,7 @@ from absent import hide
 from command_line import Command, assert_error, snapshot
 from conftest import Export
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, rows_of, seal
+from tiny_pipelines import tokenizer
 
 import edgediff
 from edgediff.bench.run_bench import run_bench
@@ -26,6 +27,7 @@ from edgediff.export.export_config import ExportConfig, config_from, load_config
 from edgediff.extras import import_extra
 from edgediff.models.graphs import graph_list
 from edgediff.models.torch_session import TorchSession
+from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session, usual_backend
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.openvino import OpenVinoConfig
@@ -346,3 +348,35 @@ def test_graphs_stay_compiled_for_a_few_numbers_of_rows_only(ir_bundle: Path) ->
         assert len(session._requests.known) <= KEPT * len(session.graphs)
     assert len(session._compiled) == KEPT * len(session.graphs)
     assert np.array_equal(pipe(num_images=1, num_inference_steps=2, seed=1).latents, first)
+
+
+def _tree(folder: Path) -> Path:
+    tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_tokenizers_are_written_for_genai(tmp_path: Path) -> None:
+    openvino_tokenizers = pytest.importorskip("openvino_tokenizers")
+    said: list[str] = []
+    trees = [_tree(tmp_path / name) for name in ("one", "two")]
+    for tree in trees:
+        TARGETS["openvino"].finish_pipeline(tree, said.append)
+    assert said == []
+    files = [{file.name: file.read_bytes() for file in (tree / "tokenizer").glob("openvino_*")} for tree in trees]
+    assert files[0].keys() == {"openvino_tokenizer.xml", "openvino_tokenizer.bin"}
+    assert files[0] == files[1]
+    openvino = import_extra("openvino", "a test", "openvino")
+    core = openvino.Core()
+    core.add_extension(str(openvino_tokenizers._ext_path))
+    model = core.compile_model(tmp_path / "one" / "tokenizer" / "openvino_tokenizer.xml", "CPU")
+    assert model(["a red apple"])["input_ids"].tolist() == [tokenizer()("a red apple")["input_ids"]]
+
+
+def test_without_openvino_tokenizers_the_export_says_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    said: list[str] = []
+    TARGETS["openvino"].finish_pipeline(_tree(tmp_path), said.append)
+    assert said == ["openvino-tokenizers is not installed: the tokenizers that OpenVINO GenAI reads are left out"]
+    assert not list(tmp_path.rglob("openvino_*"))

@@ -43,15 +43,15 @@ class Reference:
     Attributes:
         latents: Final latents [N, C, H, W]; None where only the first steps were run.
         conditioning: Embeddings that the trajectory was conditioned on, by name; empty for classes.
-        half: For each recorded step and graph of an fp16 target, its outputs in fp32 arithmetic on weights and inputs
-            rounded to fp16.
+        half: For each target in fp16, recorded step and graph (0 and the name of another component), its outputs in
+            fp32 arithmetic on weights and inputs rounded to fp16.
         components: Inputs and outputs of each component beside the UNet, by tensor names.
     """
 
     steps: tuple[Recorded, ...]
     latents: np.ndarray | None
     conditioning: dict[str, np.ndarray]
-    half: dict[tuple[int, str], dict[str, np.ndarray]] = field(default_factory=dict)
+    half: dict[tuple[str, int, str], dict[str, np.ndarray]] = field(default_factory=dict)
     components: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
@@ -153,7 +153,8 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
         for target in manifest.targets:
             for graph in target.unet.graphs:
                 if graph.runs(step.full):
-                    _check_graph(step, graph, rows, reference.half, half_wanted=target.unet.floors.program is not None)
+                    half = reference.half.get((target.target, step.index, graph.name), {})
+                    _check_graph(step, graph, rows, half, half_wanted=target.unet.floors.program is not None)
 
 
 def _check_component(component: Component, tensors: dict[str, np.ndarray]) -> None:
@@ -168,13 +169,10 @@ def _check_component(component: Component, tensors: dict[str, np.ndarray]) -> No
             _check_array(f"{tensor.name} of {graph.name}", value, dtype, (*value.shape[:1], *tensor.shape[1:]))
 
 
-def _check_graph(
-    step: Recorded, graph: Graph, rows: int, half: dict[tuple[int, str], dict[str, np.ndarray]], half_wanted: bool
-) -> None:
+def _check_graph(step: Recorded, graph: Graph, rows: int, half: dict[str, np.ndarray], half_wanted: bool) -> None:
     """Checks the tensors that one graph takes and gives."""
     there = {tensor.name: (tensor, step.tensors) for tensor in (*graph.inputs, *graph.outputs)}
-    rounded = half.get((step.index, graph.name), {})
-    halves = {tensor.name: (tensor, rounded) for tensor in graph.outputs} if half_wanted and graph.file else {}
+    halves = {tensor.name: (tensor, half) for tensor in graph.outputs} if half_wanted and graph.file else {}
     for what, wanted in (("", there), (f"{graph.name} with weights of fp16: ", halves)):
         for name, (tensor, tensors) in wanted.items():
             if name not in tensors:
@@ -212,8 +210,8 @@ def save_reference(reference: Reference, path: Path) -> None:
         flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
     for component, tensors in reference.components.items():
         flat.update({f"components/{component}/{name}": value for name, value in tensors.items()})
-    for (index, graph), tensors in reference.half.items():
-        flat.update({f"half/{index}/{graph}/{name}": value for name, value in tensors.items()})
+    for (target, index, graph), tensors in reference.half.items():
+        flat.update({f"half/{target}/{index}/{graph}/{name}": value for name, value in tensors.items()})
     # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
     path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}))
 
@@ -225,7 +223,7 @@ def load_reference(path: Path) -> Reference:
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
     conditioning: dict[str, np.ndarray] = {}
-    half: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    half: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
     components: dict[str, dict[str, np.ndarray]] = {}
     found: dict[tuple[int, bool], dict[str, np.ndarray]] = {}
     latents = None
@@ -239,8 +237,8 @@ def load_reference(path: Path) -> Reference:
                 found.setdefault((int(index), kind == "full"), {})[name] = value
             case ["components", component, name]:
                 components.setdefault(component, {})[name] = value
-            case ["half", index, graph, name] if index.isdigit():
-                half.setdefault((int(index), graph), {})[name] = value
+            case ["half", target, index, graph, name] if index.isdigit():
+                half.setdefault((target, int(index), graph), {})[name] = value
             case _:
                 raise BundleError(f"{REFERENCE} holds {key!r}, which no reference has; export again")
     steps = [Recorded(index, full, tensors) for (index, full), tensors in sorted(found.items())]

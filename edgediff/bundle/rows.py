@@ -42,6 +42,7 @@ class Finding(msgspec.Struct, frozen=True):
         value: How many numbers are not finite; the largest magnitude as a share of fp16's 65504; the constant's largest
             magnitude.
         warns: Whether there is something to do about it: a headroom of less than one half is only shown.
+        largest: The largest magnitude of an overflow, where it was computed in fp32 arithmetic.
     """
 
     kind: Literal["overflow", "headroom", "small-constant"]
@@ -50,6 +51,17 @@ class Finding(msgspec.Struct, frozen=True):
     op: str
     value: float
     warns: bool = True
+    component: str = "unet"
+    target: str = ""
+    largest: float | None = None
+
+    def __str__(self) -> str:
+        """An overflow in words, with what to do about it."""
+        how = f"{self.value:,.0f} numbers are not finite" if self.largest is None else f"largest {self.largest:.2g}"
+        return (
+            f"{self.component}: fp16 overflows in {self.tensor} of the {self.target} graph {self.graph} ({how}, fp16 "
+            f"holds 65504); keep it in fp32: --dtype {self.component}=fp32"
+        )
 
 
 class ParityReport(msgspec.Struct, frozen=True):
@@ -62,12 +74,20 @@ class ParityReport(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """No row is below its floor, and all that the export measured was measured for every target."""
-        return bool(self.targets) and not self._unmeasured and not any(row.ok is False for row in self.rows)
+        """No row is below its floor, nothing overflows, and all that the export measured was measured."""
+        failed = any(row.ok is False for row in self.rows) or bool(self.overflows)
+        return bool(self.targets) and not self._unmeasured and not failed
+
+    @property
+    def overflows(self) -> list[Finding]:
+        """What fp16 cannot hold, in the order in which it arises."""
+        return [finding for finding in self.findings if finding.kind == "overflow"]
 
     @property
     def failure(self) -> str:
-        """Why the report is not `ok`, in one line: the worst row below its floor, or what was not measured."""
+        """Why the report is not `ok`, in one line: the first overflow, the worst row, or what was not measured."""
+        if self.overflows:
+            return str(self.overflows[0])
         failed = [row for row in self.rows if row.ok is False]
         if not failed:
             unmeasured = ", ".join(self._unmeasured) or "any target"

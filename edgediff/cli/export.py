@@ -54,7 +54,11 @@ def export(
     scheduler: SchedulerOption = None,
     guidance_scale: GuidanceOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Precision of ONNX and Core ML: fp32, or fp16 for Core ML (its default).")
+        list[str] | None,
+        typer.Option(
+            help="fp32 (ONNX's default) or fp16 (Core ML's), of everything; or COMPONENT=DTYPE, such as "
+            "vae_decoder=fp32; may be given more than once."
+        ),
     ] = None,
     quantize_nbits: Annotated[
         int | None, typer.Option(help=f"8: weights and matmuls of {_titles('quantize_nbits')} in int8.")
@@ -97,7 +101,8 @@ def export(
     ):  # fmt: skip
         if value is not None:
             recipe[section][key] = value
-    settings = {"dtype": dtype, "quantize_nbits": quantize_nbits, "deployment_target": deployment_target}
+    _set_precisions(recipe, dtype or [])
+    settings = {"quantize_nbits": quantize_nbits, "deployment_target": deployment_target}
     for key, value in settings.items():
         _set_in_sections(recipe, key, value)
     checked = config_from(recipe)
@@ -140,6 +145,19 @@ def _set_in_sections(recipe: dict[str, Any], key: str, value: object) -> None:
         raise ConfigError(f"--{key.replace('_', '-')} is for {_titles(key)}; the targets are: {targets}")
     for name in chosen:
         recipe[name][key] = value
+
+
+def _set_precisions(recipe: dict[str, Any], given: list[str]) -> None:
+    """Puts precisions where a recipe has them: of everything into the targets' sections, others by component."""
+    for text in given:
+        component, named, dtype = text.rpartition("=")
+        if named:
+            recipe["dtypes"][component] = dtype
+            continue
+        for name in recipe["targets"]:
+            if name in TARGETS and dtype == "fp16" and dtype not in TARGETS[name].precisions:
+                raise ConfigError(f"--dtype {dtype}: {TARGETS[name].title} has fp32 alone; leave target {name} out")
+        _set_in_sections(recipe, "dtype", dtype)
 
 
 @app.command(epilog="Examples:  edgediff verify bundle   |   edgediff verify bundle --json")

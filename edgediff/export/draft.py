@@ -122,7 +122,8 @@ def _targets(
         target, section = TARGETS[name], config.section(name)
         entry = target.describe(Outline(parts, divided, layout_of(config, name), rows, config.verify), section)
         for component in components.values():
-            described = target.describe_component(component.stage, component.graph, config.verify, section)
+            own = config.section(name, component.name)
+            described = target.describe_component(component.stage, component.graph, config.verify, own)
             if described is not None:
                 entry = entry.with_component(component.name, described)
         entries.append(entry)

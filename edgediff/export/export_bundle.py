@@ -173,6 +173,10 @@ def export_bundle(
 def _components(model: Model, config: ExportConfig) -> dict[str, PipelineComponent]:
     """The components that the recipe asks for, of those that the pipeline has."""
     found = pipeline_components(model)
+    for name in config.dtypes:
+        if name not in ("unet", *found):
+            there = ", ".join(("unet", *found))
+            raise ConfigError(f"'dtypes' names {name}, which {model.name} does not have; it has: {there}")
     if config.components is None:
         return found
     missing = [name for name in config.components if name not in found]
@@ -213,26 +217,32 @@ def _write_components(
         for i, entry in enumerate(entries):
             if name in entry.components:
                 if entry.components[name].dtype == "fp16":
-                    reference.half[0, name] = half_component(entry, name, part, inputs)
+                    reference.half[entry.target, 0, name] = half_component(entry, name, part, inputs)
                 job = ComponentJob(
                     folder, name, entry.components[name], part, inputs, component.config,
-                    config.section(entry.target), say, traces,
+                    config.section(entry.target, name), say, traces,
                 )  # fmt: skip
                 entries[i] = entry.with_component(name, TARGETS[entry.target].write_component(job))
                 del job
         del part
     scheduler = diffusers_scheduler(model.scheduler, config.scheduler)
-    return [_write_pipeline(folder, model, components, entry, scheduler) for entry in entries]
+    return [_write_pipeline(folder, model, components, entry, scheduler, say) for entry in entries]
 
 
 def _write_pipeline(
-    folder: Path, model: Model, components: Mapping[str, PipelineComponent], entry: m.Target, scheduler: Any
+    folder: Path,
+    model: Model,
+    components: Mapping[str, PipelineComponent],
+    entry: m.Target,
+    scheduler: Any,
+    say: Progress,
 ) -> m.Target:
     """Writes model_index.json and the tokenizers where a target's ecosystem looks for them."""
     target = TARGETS[entry.target]
     where = target.pipeline_folder(entry) if components else None
     if where is not None:
         write_pipeline_files(model, scheduler, folder / where)
+        target.finish_pipeline(folder / where, say)
     for name in TEXT_ENCODERS:
         if name in entry.components:
             source = tokenizer_folder(model, name)

@@ -15,9 +15,12 @@ from edgediff.config.recipes import find_recipe
 from edgediff.config.strict import clock_to_text, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
-from edgediff.targets.base import Int8Config, Layout
+from edgediff.targets.base import PRECISIONS, Int8Config, Layout, Target
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
+
+# What a precision is asked for by name.
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,6 +38,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
+        dtypes: Precision by component, for each target that has it: ``{vae_decoder: fp32}``. It goes before the
+            ``dtype`` of a target's section.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
         prompt: Prompt of the reference trajectory, where there is a text encoder.
@@ -56,6 +61,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     guidance_scale: float | None = None
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
+    dtypes: dict[str, str] = {}
     components: tuple[str, ...] | None = None
     prompt: str = "a photo of a red apple"
     negative_prompt: str | None = None
@@ -64,9 +70,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: int = 0
     license: str | None = None
 
-    def section(self, target: str) -> Any:
-        """How one target's graphs are written: its own struct."""
-        return getattr(self, target)
+    def section(self, target: str, component: str = "unet") -> Any:
+        """How one target's graphs of a component are written: its own struct, in the component's precision."""
+        own = getattr(self, target)
+        if component not in self.dtypes or "dtype" not in own.__struct_fields__:
+            return own
+        return msgspec.structs.replace(own, dtype=self.dtypes[component])
 
 
 if TYPE_CHECKING:
@@ -132,6 +141,11 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
+    for name, dtype in config.dtypes.items():
+        if name not in COMPONENTS:
+            raise ConfigError(f"'dtypes' names {name!r}; expected components of: {', '.join(COMPONENTS)}")
+        if dtype not in PRECISIONS:
+            raise ConfigError(f"'dtypes.{name}' is {dtype!r}; expected one of: {', '.join(PRECISIONS)}")
     if config.cut.level < 1:
         raise ConfigError(f"'cut.level' is {config.cut.level}; expected 1 or more")
     block = block_of(config.cut.point)
@@ -161,6 +175,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
     for name, target in TARGETS.items():
         section, layout = config.section(name), layout_of(config, name)
         chosen = name in config.targets
+        if chosen:
+            _check_precisions(config, target)
         target.check(section, layout if chosen else "split")
         if isinstance(section, Int8Config) and section.quantize_nbits is not None and not chosen:
             raise ConfigError(
@@ -189,6 +205,17 @@ def layout_of(config: ExportConfig, target: str) -> Layout:
     if chosen is not None:
         return chosen
     return TARGETS[target].default_layout(section, clock_mask(config.clock, config.steps, config.scheduler))
+
+
+def _check_precisions(config: ExportConfig, target: Target) -> None:
+    """Checks that a target has the precision that each component is asked for in."""
+    for name, dtype in config.dtypes.items():
+        if dtype not in target.precisions:
+            has = " or ".join(target.precisions)
+            raise ConfigError(
+                f"'dtypes.{name}' is {dtype}; {target.title} has it in {has} alone: leave target {target.name} out, or "
+                f"ask for {has}"
+            )
 
 
 def _positive(x: float) -> bool:

@@ -17,10 +17,12 @@ from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
 from torch.overrides import TorchFunctionMode
 
 from edgediff.bundle.reference import Reference, step_inputs
+from edgediff.errors import UnsupportedError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Part
 from edgediff.models.spectral import WaveletGating
 from edgediff.targets import TARGETS
+from edgediff.targets.base import LARGEST_HALF, HalfConstants
 from edgediff.targets.layout import modules
 from edgediff_runtime import Manifest
 from edgediff_runtime.manifest import Target
@@ -34,14 +36,11 @@ NORMS = ("group_norm", "layer_norm")
 
 
 class HalfScalars(TorchFunctionMode):
-    """Rounds numbers that a module's code holds as an fp16 program stores them: as constants of their own.
+    """Rounds numbers that a module's code holds as an fp16 graph of a target stores them."""
 
-    A division is stored as a multiplication by the inverse.
-    """
-
-    def __init__(self, rounds_attention_scale: bool) -> None:
+    def __init__(self, constants: HalfConstants) -> None:
         super().__init__()
-        self.rounds_attention_scale = rounds_attention_scale
+        self.constants = constants
         self.is_exact = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,18 +51,24 @@ class HalfScalars(TorchFunctionMode):
         if name in ARITHMETIC:
             args = [_half(value) if _is_number(value) else value for value in args]
         elif name in DIVISIONS and len(args) > 1 and _is_number(args[1]):
-            return func(args[0], 1 / _half(1 / args[1]), **kwargs)
-        elif name in NORMS:
+            divisor = _half(args[1]) if self.constants.divides else 1 / _half(1 / args[1])
+            return func(args[0], divisor, **kwargs)
+        elif name in NORMS and self.constants.rounds_epsilon:
             # eps is the fifth argument of both where it is not named.
             if "eps" in kwargs:
                 kwargs["eps"] = _half(kwargs["eps"])
             else:
                 args = [*args[:4], _half(args[4] if len(args) > 4 else 1e-5), *args[5:]]
         elif name == "scaled_dot_product_attention":
-            scale = kwargs.get("scale")
-            if scale is not None or self.rounds_attention_scale:
-                kwargs["scale"] = _half(1 / math.sqrt(args[0].shape[-1]) if scale is None else scale)
+            kwargs["scale"] = self._attention_scale(kwargs.get("scale"), args[0].shape[-1])
         return func(*args, **kwargs)
+
+    def _attention_scale(self, given: float | None, width: int) -> float | None:
+        how = self.constants.attention_scale
+        if given is None and how == "exact":
+            return None
+        scale = 1 / math.sqrt(width) if given is None else given
+        return _half(math.sqrt(scale)) ** 2 if how == "root" else _half(scale)
 
 
 class HalfPart(Part):
@@ -72,16 +77,24 @@ class HalfPart(Part):
     The timestep's frequencies, and what is computed of them up to sine and cosine, stay exact, as they do in a program.
     """
 
-    def __init__(self, part: Part, rounds_attention_scale: bool) -> None:
+    def __init__(self, part: Part, constants: HalfConstants, component: str = "unet") -> None:
+        """Copies a part of a component; an UnsupportedError names a weight that fp16 does not hold."""
         super().__init__(part.inputs, part.outputs)
         self.part = copy.deepcopy(part)
-        self.scalars = HalfScalars(rounds_attention_scale)
+        self.scalars = HalfScalars(constants)
         exact = [m for m in self.part.modules() if isinstance(m, GaussianFourierProjection | Timesteps)]
         kept = {id(parameter) for module in exact for parameter in module.parameters()}
         with torch.no_grad():
-            for parameter in self.part.parameters():
-                if id(parameter) not in kept:
-                    parameter.copy_(parameter.half().float())
+            for name, parameter in self.part.named_parameters():
+                if id(parameter) in kept:
+                    continue
+                largest = float(parameter.abs().amax()) if parameter.numel() else 0.0
+                if largest > LARGEST_HALF:
+                    raise UnsupportedError(
+                        f"{component}: fp16 overflows in the weight {name} (largest {largest:.2g}, fp16 holds "
+                        f"{LARGEST_HALF:.0f}); keep it in fp32: --dtype {component}=fp32"
+                    )
+                parameter.copy_(parameter.half().float())
         for module in exact:
             module.register_forward_pre_hook(lambda *_: setattr(self.scalars, "is_exact", True))
             module.register_forward_hook(lambda *_: setattr(self.scalars, "is_exact", False))
@@ -101,25 +114,25 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
     Returns:
         The reference, with `half` filled where a target is fp16.
     """
-    found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    found: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
     for target in manifest.targets:
         unet = target.unet
         if unet.dtype != "fp16" or unet.layout is None:
             continue
         parts = modules(divided, unet.layout)
-        rounds = TARGETS[target.target].rounds_attention_scale(target)
+        constants = TARGETS[target.target].half_constants(target)
         for graph in unet.graphs:
             if graph.file is None:
                 continue
-            say(f"reference with constants of fp16: {graph.name}")
-            module = HalfPart(parts[graph.name], rounds)
+            say(f"reference with constants of fp16 for {target.target}: {graph.name}")
+            module = HalfPart(parts[graph.name], constants)
             for step in reference.steps:
                 if graph.runs(step.full):
                     inputs = step_inputs(step, graph)
                     given = [torch.from_numpy(inputs[name].astype(np.float32)) if inputs[name].dtype == np.float16
                              else torch.from_numpy(inputs[name]) for name in module.inputs]  # fmt: skip
                     made = zip(module.outputs, module(*given), strict=True)
-                    found[step.index, graph.name] = {name: value.numpy() for name, value in made}
+                    found[target.target, step.index, graph.name] = {name: value.numpy() for name, value in made}
             del module
     return replace(reference, half=found)
 
@@ -127,7 +140,7 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
 @torch.no_grad()
 def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a component of an fp16 target gives in fp32 arithmetic on rounded weights, constants and inputs."""
-    module = HalfPart(part, TARGETS[target.target].rounds_attention_scale(target))
+    module = HalfPart(part, TARGETS[target.target].half_constants(target), name)
     taken = {tensor.name: tensor.dtype for tensor in target.components[name].graphs[0].inputs}
     rounded = {key: _rounded(value, taken[key]) for key, value in inputs.items()}
     outputs = module(*(torch.from_numpy(rounded[key]) for key in module.inputs))

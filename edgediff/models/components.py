@@ -7,6 +7,7 @@ or run, so that a large pipeline is never in memory as a whole.
 import contextlib
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -387,7 +388,10 @@ def write_pipeline_files(model: Model, scheduler: Any, folder: Path) -> None:
             listed[name] = [None, None]
     listed["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_json(folder / "model_index.json", listed)
-    write_json(folder / "scheduler" / "scheduler_config.json", json.loads(scheduler.to_json_string()))
+    # JSON has no infinity, which diffusers writes for a default all the same: OpenVINO GenAI cannot read that.
+    settings = json.loads(scheduler.to_json_string())
+    finite = {key: value for key, value in settings.items() if not isinstance(value, float) or math.isfinite(value)}
+    write_json(folder / "scheduler" / "scheduler_config.json", finite)
     for encoder in TEXT_ENCODERS:
         source = tokenizer_folder(model, encoder)
         if _is_listed(listed, encoder):

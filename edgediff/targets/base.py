@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -31,7 +31,33 @@ if TYPE_CHECKING:
     from edgediff_runtime.sessions import Session
 
 Layout = Literal["split", "pair"]
+Precision = Literal["fp32", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Say = Callable[[str], None]
+# The largest number that fp16 holds.
+LARGEST_HALF = 65504.0
+# What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
+# thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
+OUTSIDE = (
+    "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
+    "timestep_cond", "latent_sample", "latent_parameters",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HalfConstants:
+    """How the fp16 graphs of a target hold the numbers that a module's code holds.
+
+    Attributes:
+        attention_scale: ``rounded`` as a constant of its own; ``root`` as its square root, which queries and keys are
+            multiplied by; ``exact`` where attention is one operation that has no such constant.
+        rounds_epsilon: Whether a norm's epsilon is a constant, and no attribute of the operation.
+        divides: Whether a division by a number stays one; else it is a multiplication by the inverse.
+    """
+
+    attention_scale: Literal["exact", "rounded", "root"] = "rounded"
+    rounds_epsilon: bool = True
+    divides: bool = False
 
 
 class Int8Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -196,6 +222,7 @@ class Target(ABC):
         packages: What has to be installed to write it, by the names that pip knows, in the versions of the tests.
         backends: What is made to run its graphs. Verification takes them in this order, and one must have measured.
         tools_to_run: The packages whose versions a verification records.
+        precisions: Of its components, where nothing is quantized.
         takes_traces: Whether its graphs are made of torch's ONNX export; several such targets share what is traced.
         accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
     """
@@ -208,6 +235,7 @@ class Target(ABC):
     packages: ClassVar[Mapping[str, str]]
     backends: tuple[Backend, ...]
     tools_to_run: tuple[str, ...] = ()
+    precisions: tuple[Precision, ...] = ("fp32",)
     takes_traces: bool = False
     accelerators: tuple[str, ...] = ()
 
@@ -267,6 +295,9 @@ class Target(ABC):
         """Where files of a tokenizer lie in the target's folder, by their names, where it has no `pipeline_folder`."""
         return {"tokenizer.json": f"{tokenizer}/tokenizer.json"}
 
+    def finish_pipeline(self, folder: Path, say: Say) -> None:  # noqa: B027 - most formats add nothing
+        """Adds to the tree of a whole pipeline, tokenizers in it, what the format's own readers want besides."""
+
     def essence(self, entry: Any) -> m.Target:
         """The entry without what only writing fills in: two exports with equal essences are the same bundle."""
         components = {
@@ -312,9 +343,9 @@ class Target(ABC):
         """Opens a component of a bundle in one of `own_backends`."""
         raise RequestError(f"backend {backend!r}: {self.title} brings none; choose a backend of the runtime")
 
-    def rounds_attention_scale(self, entry: Any) -> bool:
-        """Whether an fp16 graph holds attention's scale as a constant, which is rounded like any other."""
-        return True
+    def half_constants(self, entry: Any) -> HalfConstants:
+        """How its fp16 graphs hold numbers."""
+        return HalfConstants()
 
     # Verification and inspection
 
@@ -322,11 +353,19 @@ class Target(ABC):
         """What a backend must reach; an accelerator that rounds as it likes may have lower floors."""
         return floors
 
-    def unrounded(self, backend: str, session: "Session") -> contextlib.AbstractContextManager[None] | None:
-        """Lets a session compute fp16 graphs in fp32 arithmetic while the context lasts; None where it cannot."""
+    def unrounded(
+        self, bundle: "Bundle", backend: str, session: "Session", component: str = "unet"
+    ) -> "contextlib.AbstractContextManager[Session] | None":
+        """A session that computes a component's fp16 graphs in fp32 arithmetic; None where the backend cannot.
+
+        Args:
+            session: The component's session, which may be lent for as long as the context lasts.
+        """
         return None
 
-    def findings(self, session: "Session", graph: m.Graph, inputs: Mapping[str, np.ndarray]) -> "tuple[Finding, ...]":
+    def findings(
+        self, bundle: "Bundle", session: "Session", graph: m.Graph, inputs: Mapping[str, np.ndarray]
+    ) -> "tuple[Finding, ...]":
         """What fp16 may damage in a graph, from one run of it."""
         return ()
 

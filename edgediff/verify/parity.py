@@ -41,7 +41,7 @@ from edgediff_runtime import Bundle, EdgePipeline, Manifest, RequestError, open_
 from edgediff_runtime.bundle import PARITY
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import TIMESTEP, Target, share_rows
+from edgediff_runtime.manifest import TIMESTEP, Graph, Target, share_rows
 from edgediff_runtime.pipeline import DECODER
 from edgediff_runtime.sessions import Session
 
@@ -96,13 +96,15 @@ def verify_bundle(
                 log.debug("%s: %s", backend, e)
                 found = _none_run(target, manifest, reference, backend, str(e))
             else:
-                findings += _findings(target, reference, session, say) if backend == form.verifiers[0] else []
                 found = [
-                    *_step_rows(target, reference, session, backend, say),
+                    *_step_rows(bundle, target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
                     *_component_rows(bundle, target, reference, backend, say),
                     *_picture_rows(bundle, target, reference, session, backend, say),
                 ]
+                if backend == form.verifiers[0]:
+                    is_finite = all(row.psnr_db is not None for row in found if row.status == "measured")
+                    findings += _findings(bundle, target, reference, session, 1 if is_finite else None, say)
                 del session
                 if backend == form.verifiers[0]:
                     found += _undivided_rows(bundle, target, reference, backend, say)
@@ -132,7 +134,9 @@ class _Source:
         return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
-def _step_rows(target: Target, reference: Reference, session: Session, backend: str, say: Progress) -> list[Row]:
+def _step_rows(
+    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
+) -> list[Row]:
     """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
     floors = target.unet.floors
     if share_rows(target.unet.graphs):
@@ -140,15 +144,17 @@ def _step_rows(target: Target, reference: Reference, session: Session, backend: 
         reference = replace(reference, steps=tuple(map(guided, reference.steps)))
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
-    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
+    keys = [(step, graph.name) for step in reference.steps for graph in target.unet.graphs]
+    recorded = {(step.index, name): step.tensors for step, name in keys}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    unrounded = TARGETS[target.target].unrounded(backend, session)
+    unrounded = TARGETS[target.target].unrounded(bundle, backend, session)
     if floors.program is not None and unrounded is not None:
         say(f"{backend}: graphs in fp32 arithmetic")
-        with unrounded:
-            exact = _run_alone(target, reference, session)
+        with unrounded as exactly:
+            exact = _run_alone(target, reference, exactly)
+        half = {(step.index, name): reference.half.get((target.target, step.index, name), {}) for step, name in keys}
         # Without rounding a slightly wrong program shows.
-        rows += _graph_rows("program", target, backend, exact, reference.half, floors.program, PROGRAM_NOTE)
+        rows += _graph_rows("program", target, backend, exact, half, floors.program, PROGRAM_NOTE)
     say(f"{backend}: composed steps")
     return rows + _composed_rows(target, reference, session, backend, alone)
 
@@ -183,15 +189,15 @@ def _component_rows(bundle: Bundle, target: Target, reference: Reference, backen
         say(f"{backend}: {name}")
         session, tensors = open_session(bundle, backend, component=name), reference.components[name]
         (graph,) = component.graphs
-        inputs = {t.name: tensors[t.name].astype(t.dtype) for t in graph.inputs}
+        inputs = _component_inputs(reference, name, graph)
         made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
         numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
         rows.append(judged("graph", name, backend, numbers, component.floors.graph))
-        unrounded = TARGETS[target.target].unrounded(backend, session)
+        unrounded = TARGETS[target.target].unrounded(bundle, backend, session, name)
         if component.floors.program is not None and unrounded is not None:
-            with unrounded:
-                made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
-            half = reference.half[0, name]
+            with unrounded as exactly:
+                made = run_rows(exactly, (graph,), inputs, [t.name for t in graph.outputs])
+            half = reference.half[target.target, 0, name]
             numbers = [(psnr_db(half[output], value), output) for output, value in made.items()]
             rows.append(judged("program", name, backend, numbers, component.floors.program, PROGRAM_NOTE))
     return rows
@@ -271,19 +277,38 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
     ]
 
 
-def _findings(target: Target, reference: Reference, session: Session, say: Progress) -> list[Finding]:
-    """What fp16 may damage, on the first recorded step in which each graph runs."""
-    if target.unet.dtype != "fp16":
-        return []
-    say(f"{target.target}: headroom")
-    found: list[Finding] = []
-    for graph in target.unet.graphs:
-        steps = [step for step in reference.steps if graph.runs(step.full)]
-        if graph.file is not None and steps:
-            inputs = step_inputs(steps[0], graph)
-            first = next(groups(inputs, count_rows(inputs) if session.batch is None else session.batch))
-            found += TARGETS[target.target].findings(session, graph, first)
-    return found
+def _findings(
+    bundle: Bundle, target: Target, reference: Reference, session: Session, most: int | None, say: Progress
+) -> list[Finding]:
+    """What fp16 may damage in each component, overflows first.
+
+    Args:
+        most: On how many of the recorded steps each graph of the UNet is looked at; None for all.
+    """
+    form, found = TARGETS[target.target], []
+    for name, component in target.components.items():
+        if component.dtype != "fp16":
+            continue
+        say(f"{target.target}: headroom of {name}")
+        opened = session if name == "unet" else open_session(bundle, form.verifiers[0], component=name)
+        for graph in component.graphs:
+            for given in _given(reference, graph, name, most):
+                first = next(groups(given, count_rows(given) if opened.batch is None else opened.batch))
+                said = form.findings(bundle, opened, graph, first)
+                found += [msgspec.structs.replace(each, component=name, target=target.target) for each in said]
+    return sorted(found, key=lambda each: each.kind != "overflow")
+
+
+def _given(reference: Reference, graph: Graph, component: str, most: int | None) -> list[dict[str, np.ndarray]]:
+    """Recorded inputs of a graph, of the UNet's in several steps; none where it has no file."""
+    if component != "unet":
+        return [_component_inputs(reference, component, graph)]
+    steps = [step for step in reference.steps if graph.runs(step.full) and graph.file is not None]
+    return [step_inputs(step, graph) for step in steps[:most]]
+
+
+def _component_inputs(reference: Reference, component: str, graph: Graph) -> dict[str, np.ndarray]:
+    return {t.name: reference.components[component][t.name].astype(t.dtype) for t in graph.inputs}
 
 
 def _trajectory_rows(target: Target, source: _Source, session: Session, backend: str) -> list[Row]:

@@ -11,7 +11,20 @@ import numpy as np
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
-from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import (
+    OUTSIDE,
+    PRECISIONS,
+    Backend,
+    ComponentJob,
+    HalfConstants,
+    Job,
+    Layout,
+    Outline,
+    Precision,
+    Target,
+    batch_check,
+    fixed,
+)
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -36,12 +49,6 @@ DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
 SEVERAL_FUNCTIONS = "iOS18"
 # Systems whose programs have attention as one op, which has no scale of its own.
 FUSED_ATTENTION = ("iOS18",)
-# What stays fp32 in fp16 graphs: the sample, and whatever comes from outside of the model. Sizes and times in the
-# thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
-OUTSIDE = (
-    "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
-    "timestep_cond", "latent_sample", "latent_parameters",
-)  # fmt: skip
 
 
 class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +62,7 @@ class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             unconditional and the conditional row of an image), 1 where it is not.
     """
 
-    dtype: Literal["fp16", "fp32"] = "fp16"
+    dtype: Precision = "fp16"
     deployment_target: DeploymentTarget = "iOS18"
     batch: int | None = None
     layout: Layout | None = None
@@ -88,6 +95,7 @@ class CoreMLTarget(Target):
             on_cpu=False,
         ),
     )
+    precisions = PRECISIONS
     accelerators = ("ane",)
 
     def check(self, config: CoreMLConfig, layout: Layout) -> None:
@@ -196,9 +204,9 @@ class CoreMLTarget(Target):
             from edgediff.targets.coreml.mil_session import MilSession
         return MilSession(bundle, threads, component)
 
-    def rounds_attention_scale(self, entry: Any) -> bool:
-        """Not where attention is one op."""
-        return entry.deployment_target not in FUSED_ATTENTION
+    def half_constants(self, entry: Any) -> HalfConstants:
+        """Attention's scale is none where attention is one op."""
+        return half_constants(entry.deployment_target)
 
     def floors_on(self, backend: str, floors: m.Floors) -> m.Floors:
         """Lower ones for Apple's runtime."""
@@ -211,11 +219,15 @@ class CoreMLTarget(Target):
             trajectory=min(floors.trajectory, DEVICE_TRAJECTORY_DB),
         )
 
-    def unrounded(self, backend: str, session: Any) -> contextlib.AbstractContextManager[None] | None:
+    def unrounded(
+        self, bundle: Bundle, backend: str, session: Any, component: str = "unet"
+    ) -> "contextlib.AbstractContextManager[Session] | None":
         """The evaluator can leave rounding out."""
         return session.unrounded() if backend == EVALUATOR else None
 
-    def findings(self, session: Any, graph: m.Graph, inputs: Mapping[str, np.ndarray]) -> "tuple[Finding, ...]":
+    def findings(
+        self, bundle: Bundle, session: Any, graph: m.Graph, inputs: Mapping[str, np.ndarray]
+    ) -> "tuple[Finding, ...]":
         """Overflow and headroom along one evaluation."""
         from edgediff.targets.coreml.headroom import findings
 
@@ -238,6 +250,11 @@ def _placed(graph: m.Graph, is_one: bool) -> m.Graph:
     if is_one:
         return msgspec.structs.replace(graph, file=UNET, function=graph.name)
     return msgspec.structs.replace(graph, file=f"coreml/{graph.name}.mlpackage")
+
+
+def half_constants(deployment_target: str) -> HalfConstants:
+    """How the programs of a system hold numbers in fp16."""
+    return HalfConstants("exact" if deployment_target in FUSED_ATTENTION else "rounded")
 
 
 def _typed(tensors: tuple[m.Tensor, ...], dtype: str) -> tuple[m.Tensor, ...]:

@@ -57,11 +57,11 @@ class MilSession(TorchTensors):
             check_features(graph, inputs, outputs)
 
     @contextlib.contextmanager
-    def unrounded(self) -> Iterator[None]:
+    def unrounded(self) -> Iterator["MilSession"]:
         """While the block runs, results keep fp32's precision: what the program says, without what fp16 makes of it."""
         before, self.rounded = self.rounded, False
         try:
-            yield
+            yield self
         finally:
             self.rounded = before
 

@@ -1,17 +1,36 @@
 """ONNX: torch's dynamo exporter, passes over its graphs, int8."""
 
+import contextlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
+import numpy as np
 
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.outputs import write_json
-from edgediff.targets.base import Backend, ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import (
+    OUTSIDE,
+    PRECISIONS,
+    Backend,
+    ComponentJob,
+    HalfConstants,
+    Int8Config,
+    Job,
+    Layout,
+    Outline,
+    Precision,
+    Target,
+    int8_check,
+)
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 from edgediff_runtime.ort_bound_session import CUDA
+
+if TYPE_CHECKING:
+    from edgediff.bundle.rows import Finding
+    from edgediff_runtime.sessions import Session
 
 # The first operator set that has attention, and one that is everywhere.
 FUSED_OPSET, PORTABLE_OPSET = 23, 21
@@ -26,7 +45,10 @@ class OnnxConfig(Int8Config, frozen=True):
 
     Attributes:
         opset: Version of the default operator set, 18 to 23. In 23 attention is one operator; earlier ones have it
-            decomposed. None takes 23, or 21 where the graphs are to be portable.
+            decomposed. None takes 23, or 21 where the graphs are to be portable or in fp16.
+        dtype: ``fp16`` has weights, features and arithmetic in fp16, in operators of the standard alone, for WebGPU,
+            NVIDIA's GPUs and NPUs; ONNX Runtime's CPU computes it in fp32, more slowly. The timestep's path through
+            sine and cosine, the sample, the conditioning and the output stay fp32.
         simplify: Run onnxsim over every graph; its result is checked numerically before it is taken.
         portable: Keep to operators that accelerators know too (ONNX Runtime's providers for Core ML, NNAPI and WebGPU).
             Otherwise graphs have what is fastest on ONNX Runtime's CPU: attention as one operator, its own
@@ -36,7 +58,7 @@ class OnnxConfig(Int8Config, frozen=True):
     """
 
     opset: int | None = None
-    dtype: Literal["fp32"] = "fp32"
+    dtype: Precision = "fp32"
     simplify: bool = True
     portable: bool = False
     layout: Layout | None = None
@@ -45,12 +67,17 @@ class OnnxConfig(Int8Config, frozen=True):
 def opset_of(config: OnnxConfig) -> int:
     """The operator set that is asked for, or the one that goes with the operators that are wanted.
 
-    >>> opset_of(OnnxConfig()), opset_of(OnnxConfig(portable=True)), opset_of(OnnxConfig(opset=20))
+    >>> opset_of(OnnxConfig()), opset_of(OnnxConfig(dtype="fp16")), opset_of(OnnxConfig(opset=20))
     (23, 21, 20)
     """
     if config.opset is not None:
         return config.opset
-    return PORTABLE_OPSET if config.portable else FUSED_OPSET
+    return PORTABLE_OPSET if is_standard(config) else FUSED_OPSET
+
+
+def is_standard(config: OnnxConfig) -> bool:
+    """Whether graphs keep to operators that accelerators know too."""
+    return config.portable or config.dtype == "fp16"
 
 
 class OnnxTarget(Target):
@@ -77,15 +104,21 @@ class OnnxTarget(Target):
         ),
     )
     accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
+    precisions = PRECISIONS
     takes_traces = True
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
-        """Checks the operator set and the int8 settings."""
-        latest = FUSED_OPSET - 1 if config.portable else FUSED_OPSET
+        """Checks the operator set, the precision and the int8 settings."""
+        latest = FUSED_OPSET - 1 if is_standard(config) else FUSED_OPSET
         if not 18 <= opset_of(config) <= latest:
-            why = ", since in 23 attention is an operator that is not portable" if config.portable else ""
+            why = ", since in 23 attention is an operator that few accelerators know" if is_standard(config) else ""
             raise ConfigError(f"'onnx.opset' is {config.opset}; expected 18 to {latest}{why}")
         int8_check(self, config)
+        if config.dtype == "fp16" and config.quantize_nbits is not None:
+            raise ConfigError(
+                "'onnx.dtype' is fp16, and 'onnx.quantize_nbits' asks for a UNet in int8, which is fp32 between its "
+                "matmuls; name the components that are to be fp16: dtypes: {vae_decoder: fp16}"
+            )
         if config.quantize_attention and opset_of(config) < FUSED_OPSET:
             raise ConfigError(f"'onnx.quantize_attention' needs 'onnx.opset' {FUSED_OPSET}")
 
@@ -102,7 +135,7 @@ class OnnxTarget(Target):
         """Graphs of symbolic batch with fp32 tensors, over one file of weights unless they are portable."""
         from edgediff.targets.layout import pack
 
-        dtype: Literal["fp32", "int8"] = config.dtype if config.quantize_nbits is None else "int8"
+        dtype = config.dtype if config.quantize_nbits is None else "int8"
         weights = None if config.portable else WEIGHTS
         graphs = tuple(
             graph
@@ -112,12 +145,14 @@ class OnnxTarget(Target):
         )
         if not config.portable:
             graphs = tuple(graph.with_any_text() for graph in graphs)
+        if dtype == "fp16":
+            graphs = tuple(map(_in_half, graphs))
         return m.OnnxTarget({"unet": outline.unet(graphs, dtype, None)}, opset=opset_of(config), ir_version=0)
 
     def describe_component(self, stage: m.Stage, graph: m.Graph, verify: Any, config: OnnxConfig) -> m.Component | None:
-        """One graph of symbolic batch in fp32, named as optimum looks for it."""
+        """One graph of symbolic batch with fp32 inputs and outputs, named as optimum looks for it."""
         graph = msgspec.structs.replace(graph, file=f"onnx/{graph.name}/model.onnx")
-        return m.Component(stage, "fp32", None, verify.floors("fp32"), (graph,))
+        return m.Component(stage, config.dtype, None, verify.floors(config.dtype), (graph,))
 
     def pipeline_folder(self, entry: Any) -> str:
         """Optimum's."""
@@ -152,12 +187,41 @@ class OnnxTarget(Target):
         write_json((job.folder / str(graph.file)).parent / "config.json", job.settings)
         return msgspec.structs.replace(job.component, graphs=(write_component(job, graph),))
 
+    def half_constants(self, entry: Any) -> HalfConstants:
+        """Attention's scale as its root, divisions as they are; epsilons are attributes."""
+        return HalfConstants("root", rounds_epsilon=False, divides=True)
+
+    def unrounded(
+        self, bundle: Bundle, backend: str, session: Any, component: str = "unet"
+    ) -> "contextlib.AbstractContextManager[Session]":
+        """The same graphs with fp32 arithmetic on the weights that they have."""
+        from edgediff.targets.onnx.unrounded import UnroundedSession
+
+        return contextlib.nullcontext(UnroundedSession(bundle, component))
+
+    def findings(
+        self, bundle: Bundle, session: Any, graph: m.Graph, inputs: Mapping[str, np.ndarray]
+    ) -> "tuple[Finding, ...]":
+        """Overflow and headroom along one run in fp32 arithmetic."""
+        from edgediff.targets.onnx.unrounded import findings
+
+        return findings(bundle, graph, inputs)
+
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:
         """Reads the graph's nodes; what lies outside is not read."""
         with needing(self.extra, "reading an ONNX graph"):
             from edgediff.targets.onnx.onnx_operations import read_onnx
 
         return read_onnx(bundle.file(str(graph.file)))
+
+
+def _in_half(graph: m.Graph) -> m.Graph:
+    """The entry of the same graph in fp16: tensors that cross between graphs are fp16."""
+    inputs, outputs = (
+        tuple(t if t.name in OUTSIDE else msgspec.structs.replace(t, dtype="float16") for t in side)
+        for side in (graph.inputs, graph.outputs)
+    )
+    return msgspec.structs.replace(graph, inputs=inputs, outputs=outputs)
 
 
 def essential(entry: m.Target) -> m.Target:

@@ -38,6 +38,20 @@ class Pass:
     apply: Callable[[ModelProto], ModelProto]
 
 
+def name_by_module(model: ModelProto) -> ModelProto:
+    """Names nodes after the modules of torch that they come of, where the exporter's notes say: faults are named so."""
+    count: dict[str, int] = {}
+    for node in model.graph.node:
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        scopes = notes.get("pkg.torch.onnx.name_scopes", "").strip("[]").replace("'", "").split(", ")
+        path = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        if path:
+            name = f"{path}/{node.op_type}"
+            count[name] = count.get(name, 0) + 1
+            node.name = name if count[name] == 1 else f"{name}.{count[name]}"
+    return model
+
+
 def strip_metadata(model: ModelProto) -> ModelProto:
     """Removes the exporter's stack traces and module paths: they name files of the exporting machine."""
     graph = model.graph
@@ -118,6 +132,7 @@ def run_passes(model: ModelProto, passes: tuple[Pass, ...]) -> ModelProto:
     return model
 
 
+NAME_BY_MODULE = Pass("names", name_by_module)
 STRIP_METADATA = Pass("strip-metadata", strip_metadata)
 GROUP_NORM = Pass("group-norm", expand_group_norm)
 PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))

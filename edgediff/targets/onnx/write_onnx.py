@@ -18,13 +18,15 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
 from edgediff.targets.base import ComponentJob, Job, converter_errors
-from edgediff.targets.onnx import OnnxConfig, opset_of
+from edgediff.targets.onnx import OnnxConfig, is_standard, opset_of
 from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
+from edgediff.targets.onnx.half_precision import to_half
 from edgediff.targets.onnx.passes import (
     ATTENTION,
     DECOMPOSE_ATTENTION,
     FASTER,
     GROUP_NORM,
+    NAME_BY_MODULE,
     PORTABLE_GROUP_NORM,
     SEPARATE_GATES,
     SHARED_ROWS,
@@ -89,7 +91,7 @@ def write_onnx(
     graphs = tuple(graphs)
     counted = all(graph.can_count_rows for graph in graphs if graph.takes_sample)
     # OrtSession runs the rows of smaller graphs on separate threads, which saves more than sharing does.
-    share = counted and _weights(job.modules.values(), config) > APART_BYTES and not config.portable
+    share = counted and _weights(job.modules.values(), config) > APART_BYTES and not is_standard(config)
     finished = []
     for graph in graphs:
         if graph.file is not None:
@@ -116,7 +118,7 @@ def write_onnx(
 
 
 def write_component(job: ComponentJob, graph: Graph) -> Graph:
-    """Writes the graph of a component beside the UNet, in fp32, its weights inside unless they are too many.
+    """Writes the graph of a component beside the UNet, its weights inside unless they are too many.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
@@ -160,7 +162,7 @@ def write_graph(
         UnsupportedError: The exporter, a pass or onnx.checker failed.
     """
     names = [tensor.name for tensor in graph.inputs]
-    args = tuple(_at_least_two(torch.from_numpy(inputs[name]), graph, name) for name in names)
+    args = tuple(_at_least_two(_single(inputs[name]), graph, name) for name in names)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
         traced = Path(scratch if traces is None else traces) / f"{graph.name}-{opset_of(config)}.onnx"
         if not traced.exists():
@@ -203,12 +205,16 @@ def _finish(
             simplify = _checked(simplify, feeds)
         # Only the graph's verification checks group normalization: the pass is nearer to torch than ONNX Runtime's own
         # expansion, by more than rounding where means are large. The same goes for the last passes.
-        passes = (STRIP_METADATA, PORTABLE_GROUP_NORM if config.portable else GROUP_NORM, ATTENTION)
-        last = () if config.portable or config.quantize_nbits is not None else _last(FASTER, share)
+        group_norm = PORTABLE_GROUP_NORM if is_standard(config) else GROUP_NORM
+        named = (NAME_BY_MODULE,) if config.dtype == "fp16" else ()
+        passes = (*named, STRIP_METADATA, group_norm, ATTENTION)
+        last = () if is_standard(config) or config.quantize_nbits is not None else _last(FASTER, share)
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
         if large:
             onnx.load_external_data_for_model(model, str(traced.parent))
+        if config.dtype == "fp16":
+            model = to_half(model, (*graph.inputs, *graph.outputs))
         external = _save(model, path)
         check(str(path))
     except UnsupportedError as e:
@@ -299,6 +305,11 @@ def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
         ordered = sorted(values, key=lambda value: names.index(value.name))
         del values[:]
         values.extend(ordered)
+
+
+def _single(array: np.ndarray) -> torch.Tensor:
+    """An input as the module in torch takes it, in fp32 whatever the graph is to be in."""
+    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array)
 
 
 def _at_least_two(tensor: torch.Tensor, graph: Graph, name: str) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """OpenVINO's IR, made from the default ONNX graphs."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
 
 from edgediff.extras import import_extra
 from edgediff.outputs import write_json
-from edgediff.targets.base import Backend, ComponentJob, Int8Config, Job, Layout, Outline, Target, int8_check
+from edgediff.targets.base import Backend, ComponentJob, Int8Config, Job, Layout, Outline, Say, Target, int8_check
 from edgediff.targets.onnx import TARGET as ONNX
 from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
@@ -80,6 +81,12 @@ class OpenVinoTarget(Target):
     def pipeline_folder(self, entry: Any) -> str:
         """OpenVINO GenAI's."""
         return "openvino"
+
+    def finish_pipeline(self, folder: Path, say: Say) -> None:
+        """Writes tokenizers as OpenVINO's models, which GenAI looks for."""
+        from edgediff.targets.openvino.write_openvino import write_tokenizers
+
+        write_tokenizers(folder, say)
 
     def essence(self, entry: Any) -> m.Target:
         """Without what the exporter of ONNX graphs decides."""

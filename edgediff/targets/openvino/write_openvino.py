@@ -13,6 +13,7 @@ Constraints that shaped this file:
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -22,7 +23,8 @@ import onnx
 
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
-from edgediff.targets.base import ComponentJob, Job
+from edgediff.models.components import load_tokenizer
+from edgediff.targets.base import ComponentJob, Job, Say, converter_errors
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.pool_weights import place_weights
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
@@ -93,6 +95,21 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
     return msgspec.structs.replace(graph, external_data=weights, simplified=made.simplified)
 
 
+def write_tokenizers(folder: Path, say: Say) -> None:
+    """Writes each tokenizer of a pipeline's tree as a model of OpenVINO's, where openvino-tokenizers is installed."""
+    tokenizers = sorted(folder.glob("tokenizer*/"))
+    if tokenizers and find_spec("openvino_tokenizers") is None:
+        say("openvino-tokenizers is not installed: the tokenizers that OpenVINO GenAI reads are left out")
+        return
+    for each in tokenizers:
+        openvino = import_extra("openvino", "exporting to OpenVINO", "openvino")
+        convert = import_extra("openvino_tokenizers", "exporting a tokenizer to OpenVINO", "openvino")
+        with converter_errors(f"{each.name}: openvino_tokenizers"):
+            model = convert.convert_tokenizer(load_tokenizer(each), with_detokenizer=False)
+            _settle_names(model, each.name)
+            openvino.save_model(model, each / "openvino_tokenizer.xml", compress_to_fp16=False)
+
+
 def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
     """Moves the weights of .xml models, each in a .bin beside it, into one file; equal ones share a place."""
     places: dict[bytes, tuple[int, int]] = {}
@@ -110,14 +127,18 @@ def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
     pooled.rename(weights)
 
 
+def _settle_names(model: Any, name: str) -> None:
+    model.set_friendly_name(name)
+    for i, op in enumerate(model.get_ordered_ops()):
+        if op.get_friendly_name() == op.get_name():  # it has none from the graph
+            op.set_friendly_name(f"{op.get_type_name()}.{i}")
+
+
 def _write(openvino: Any, source: Path, path: Path, name: str) -> None:
     """Reads an ONNX graph and writes it as IR, the same bytes for the same graph."""
     try:
         model = openvino.Core().read_model(source)
-        model.set_friendly_name(name)
-        for i, op in enumerate(model.get_ordered_ops()):
-            if op.get_friendly_name() == op.get_name():  # it has none from the graph
-                op.set_friendly_name(f"{op.get_type_name()}.{i}")
+        _settle_names(model, name)
         notes = model.get_rt_info()
         for key in list(notes.keys()):  # onnxsim's statistics
             del notes[key]

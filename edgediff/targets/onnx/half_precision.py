@@ -1,0 +1,177 @@
+"""ONNX graphs in fp16: weights, features and arithmetic, but for what fp16 would lose or overflow.
+
+A pass of our own, and not ONNX Runtime's converter: that one rounds weights below 1e-7 up and cuts those beyond 1e4 off
+without a word, and needs the whole model in one protobuf for its shapes.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgediff.errors import UnsupportedError
+from edgediff.targets.base import LARGEST_HALF
+from edgediff.targets.onnx.passes import SKELETON_BYTES, tensor_bytes
+from edgediff.targets.onnx.rewriting import attributes_of
+from edgediff_runtime.manifest import Tensor
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+# What the sine and cosine of a time embedding are taken of goes into the thousands, where fp16 counts in whole steps.
+PERIODIC = ("Sin", "Cos")
+# Inputs that are fp32 whatever else is computed in: the region and the scales.
+ALWAYS_FLOAT = {"Resize": (1, 2)}
+# A number that stands for minus infinity in a mask; what takes its place is as good after the exponential function, and
+# leaves room for a score to be added.
+MASKED, MASK = -1e30, -1e4
+
+
+def to_half(model: ModelProto, tensors: Iterable[Tensor]) -> ModelProto:
+    """Converts a graph to fp16.
+
+    Args:
+        model: In fp32, of standard operators, weights inside; changed in place.
+        tensors: The graph's inputs and outputs as they are to be.
+
+    Raises:
+        UnsupportedError: A weight is beyond fp16's range.
+    """
+    graph, kinds = model.graph, element_types(model)
+    declared = {tensor.name: HALF if tensor.dtype == "float16" else FLOAT for tensor in tensors}
+    exact = _before_periodic(graph)
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    # What each value is after the conversion; what is no float stays what it is.
+    made = {name: HALF for name, kind in kinds.items() if kind == FLOAT}
+    made |= dict.fromkeys(exact & made.keys(), FLOAT)
+    made |= {value.name: declared[value.name] for value in graph.input if kinds[value.name] == FLOAT}
+    outputs = {value.name for value in graph.output}
+    nodes: list[NodeProto] = []
+    added: dict[str, TensorProto] = {}
+    casts: dict[str, str] = {}
+
+    def taken(name: str, kind: int) -> str:
+        """The name of a float value as a node or an output takes it."""
+        if name in weights:
+            found = f"{name}.half" if kind == HALF else name
+            if found not in added:
+                added[found] = _half_weight(weights[name], found) if kind == HALF else weights[name]
+            return found
+        if made[name] == kind:
+            return name
+        found = f"{name}.{'half' if kind == HALF else 'float'}"
+        if found not in casts:
+            casts[found] = name
+            nodes.append(helper.make_node("Cast", [name], [found], found, to=kind))
+        return found
+
+    for node in graph.node:
+        always = ALWAYS_FLOAT.get(node.op_type, ())
+        kind = FLOAT if node.output[0] in exact else HALF
+        node.input[:] = [
+            taken(name, FLOAT if place in always else kind) if kinds.get(name) == FLOAT else name
+            for place, name in enumerate(node.input)
+        ]
+        if kind == HALF:
+            _retype_attributes(node, FLOAT, HALF)
+        # An output of another type than its node computes gets a cast under its own name.
+        cast_after = [name for name in node.output if name in outputs and kinds.get(name) == FLOAT
+                      and made[name] != declared[name]]  # fmt: skip
+        nodes.append(node)
+        for name in cast_after:
+            inner = f"{name}.computed"
+            node.output[:] = [inner if each == name else each for each in node.output]
+            nodes.append(helper.make_node("Cast", [inner], [name], f"{name}.cast", to=declared[name]))
+            made[inner], made[name] = made[name], declared[name]
+    untouched = {name for node in nodes for name in node.input} & {n for n in weights if kinds[n] != FLOAT}
+    kept = [tensor for name, tensor in weights.items() if name in untouched]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend([*kept, *added.values()])
+    for value in (*graph.input, *graph.output):
+        if kinds.get(value.name) == FLOAT:
+            value.type.tensor_type.elem_type = declared[value.name]
+    return model
+
+
+def to_float(model: ModelProto) -> tuple[ModelProto, dict[str, NodeProto]]:
+    """Gives an fp16 graph fp32 arithmetic on the weights that it has.
+
+    Args:
+        model: As `to_half` leaves it, weights inside; changed in place.
+
+    Returns:
+        The model, and the nodes whose results were fp16, by the results' names, in order.
+    """
+    graph = model.graph
+    half = {name for name, kind in element_types(model).items() if kind == HALF}
+    rounded = {name: node for node in graph.node for name in node.output if name in half}
+    for tensor in graph.initializer:
+        if tensor.data_type == HALF:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for node in graph.node:
+        _retype_attributes(node, HALF, FLOAT)
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == HALF:
+            value.type.tensor_type.elem_type = FLOAT
+    return model, rounded
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """The element type of every tensor of a graph, by name; weights may lie outside."""
+    skeleton = ModelProto()
+    skeleton.CopyFrom(_without_weights(model))
+    graph = onnx.shape_inference.infer_shapes(skeleton).graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    return {value.name: value.type.tensor_type.elem_type for value in values} | {
+        tensor.name: tensor.data_type for tensor in model.graph.initializer
+    }
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
+    """A model whose large weights are inputs, which is all that types and shapes depend on."""
+    graph = GraphProto(name=model.graph.name)
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if tensor_bytes(tensor) > SKELETON_BYTES or tensor.data_location == TensorProto.EXTERNAL:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+        else:
+            graph.initializer.append(tensor)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _before_periodic(graph: GraphProto) -> set[str]:
+    """What is computed on the way to a sine or a cosine, and these themselves."""
+    makers = {name: node for node in graph.node for name in node.output}
+    waiting = [name for node in graph.node if node.op_type in PERIODIC for name in node.output]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in makers and name not in found:
+            found.update(makers[name].output)
+            waiting.extend(makers[name].input)
+    return found
+
+
+def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
+    array = numpy_helper.to_array(tensor)
+    array = np.where(array <= MASKED, np.float32(MASK), array)
+    largest = float(np.abs(array).max(initial=0.0))
+    if largest > LARGEST_HALF:
+        raise UnsupportedError(
+            f"fp16 overflows in the weight {tensor.name} (largest {largest:.2g}, fp16 holds {LARGEST_HALF:.0f}); keep "
+            "the component in fp32: --dtype COMPONENT=fp32"
+        )
+    return numpy_helper.from_array(np.asarray(array, order="C").astype(np.float16), name)
+
+
+def _retype_attributes(node: NodeProto, before: int, after: int) -> None:
+    """Changes the type that a node casts to or makes."""
+    if node.op_type == "Cast" and attributes_of(node)["to"] == before:
+        next(each for each in node.attribute if each.name == "to").i = after
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == before:
+            array = numpy_helper.to_array(attribute.t)
+            attribute.t.CopyFrom(numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(after))))

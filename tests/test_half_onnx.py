@@ -1,0 +1,236 @@
+"""ONNX in fp16: what is converted, what stays fp32, precision by component, and overflows, refused by name."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from artefacts import saved_once
+from command_line import Command, assert_error
+from conftest import Export
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
+from seals import manifest_of, rows_of
+from tiny_pipelines import save_sd1
+
+import edgediff
+from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
+from edgediff.errors import ConfigError, UnsupportedError, VerificationError
+from edgediff.export.export_config import config_from
+from edgediff.targets.base import LARGEST_HALF
+from edgediff.targets.onnx.half_precision import element_types, to_float, to_half
+from edgediff.targets.onnx.unrounded import UnroundedSession
+from edgediff_runtime import open_bundle
+from edgediff_runtime.manifest import Tensor
+
+
+@pytest.fixture(scope="module")
+def sd1() -> Path:
+    """A small Stable Diffusion 1.x; copy it before a change."""
+    return saved_once("tiny-sd1", save_sd1)
+
+
+@pytest.fixture(scope="module")
+def half_bundle(sd1: Path, export_once: Export) -> Path:
+    """That in fp16, with its decoder in fp32."""
+    return export_once(sd1, config_from({"steps": 2, "adaptor": "identity", "onnx": {"dtype": "fp16"},
+                                         "dtypes": {"vae_decoder": "fp32"}}))  # fmt: skip
+
+
+def _embedding() -> onnx.ModelProto:
+    """sin(timestep * 1000) * weight + mask: a time embedding, a weight and a constant for minus infinity."""
+    nodes = [
+        helper.make_node("Mul", ["timestep", "frequency"], ["angle"]),
+        helper.make_node("Sin", ["angle"], ["wave"]),
+        helper.make_node("Mul", ["wave", "weight"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["out"]),
+        helper.make_node("Add", ["scaled", "cache"], ["feature"]),
+    ]
+    values = {"frequency": [997.0] * 3, "weight": [0.1, 0.2, 0.3], "mask": [0.0, -3.4e38, 0.0]}
+    weights = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in values.items()]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in names]
+        for names in (("timestep", "cache"), ("out", "feature"))
+    )
+    graph = helper.make_graph(nodes, "embedding", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+KINDS = {"timestep": "float32", "cache": "float16", "out": "float32", "feature": "float16"}
+TENSORS = [Tensor(name, kind, (3,)) for name, kind in KINDS.items()]  # type: ignore[arg-type]
+
+
+def test_the_timestep_s_path_and_what_comes_from_outside_stay_fp32() -> None:
+    model = to_half(_embedding(), TENSORS)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = {name: helper.tensor_dtype_to_np_dtype(kind).name for name, kind in element_types(model).items()}
+    assert {name: kinds[name] for name in KINDS} == KINDS
+    assert {name: kinds[name] for name in ("frequency", "angle", "wave", "weight.half", "scaled", "masked")} == {
+        "frequency": "float32", "angle": "float32", "wave": "float32",
+        "weight.half": "float16", "scaled": "float16", "masked": "float16",
+    }  # fmt: skip
+    feeds = {"timestep": np.array([1, 500, 999], np.float32), "cache": np.zeros(3, np.float16)}
+    out, feature = ort.InferenceSession(model.SerializeToString()).run(["out", "feature"], feeds)
+    wave = np.sin(feeds["timestep"] * 997) * np.float16([0.1, 0.2, 0.3])
+    np.testing.assert_allclose(feature, wave, atol=1e-3)
+    assert (out[1], feature.dtype) == (0, np.float16)
+
+
+def test_fp32_arithmetic_has_the_rounded_weights() -> None:
+    model, rounded = to_float(to_half(_embedding(), TENSORS))
+    assert set(rounded) == {"wave.half", "scaled", "masked", "feature", "out.computed"}
+    feeds = {"timestep": np.array([1, 500, 999], np.float32), "cache": np.ones(3, np.float32)}
+    (feature,) = ort.InferenceSession(model.SerializeToString()).run(["feature"], feeds)
+    np.testing.assert_allclose(
+        feature, np.sin(feeds["timestep"] * 997) * np.float16([0.1, 0.2, 0.3]).astype(np.float32) + 1, rtol=1e-6
+    )
+
+
+def test_a_weight_beyond_fp16_is_refused() -> None:
+    model = _embedding()
+    large = numpy_helper.from_array(np.array([1, 2, 7e4], np.float32), "weight")
+    next(tensor for tensor in model.graph.initializer if tensor.name == "weight").CopyFrom(large)
+    with pytest.raises(UnsupportedError, match=r"overflows in the weight weight \(largest 7e\+04, fp16 holds 65504\)"):
+        to_half(model, TENSORS)
+
+
+def test_each_component_has_its_precision(half_bundle: Path) -> None:
+    target = manifest_of(half_bundle).target("onnx")
+    assert {name: each.dtype for name, each in target.components.items()} == {
+        "unet": "fp16", "text_encoder": "fp16", "vae_decoder": "fp32", "vae_encoder": "fp16"
+    }  # fmt: skip
+    full, cached = target.unet.graphs
+    crossing = {t.name: t.dtype for graph in (full, cached) for t in (*graph.inputs, *graph.outputs)}
+    assert crossing == {
+        "sample": "float32", "timestep": "float32", "encoder_hidden_states": "float32", "out_sample": "float32",
+        "lowres_feature": "float16", "cache": "float16",
+    }  # fmt: skip
+    for name, component in target.components.items():
+        for graph in component.graphs:
+            model = onnx.load(half_bundle / str(graph.file))
+            bytes_of = Counter[int]()
+            for tensor in model.graph.initializer:
+                bytes_of[tensor.data_type] += numpy_helper.to_array(tensor).nbytes
+            kind, other = TensorProto.FLOAT16, TensorProto.FLOAT
+            if component.dtype == "fp32":
+                kind, other = other, kind
+            assert bytes_of[kind] > 20 * bytes_of[other], name
+            assert component.dtype == "fp32" or {node.domain for node in model.graph.node} == {""}
+    floors = {name: (each.floors.graph, each.floors.program) for name, each in target.components.items()}
+    assert floors == {name: (100, None) if name == "vae_decoder" else (45, 100) for name in floors}
+
+
+def test_fp16_is_verified_twice(half_bundle: Path) -> None:
+    rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(half_bundle) if row["status"] == "measured"}
+    for name in ("full", "cached", "text_encoder", "vae_encoder"):
+        # Rounded results are some 70 dB of fp32; the same graph in fp32 arithmetic shows that its constants are right.
+        assert 45 < rows["graph", name] < 100
+        assert rows["program", name] > 100
+    assert rows["graph", "vae_decoder"] > 100
+    assert ("program", "vae_decoder") not in rows
+    assert rows["picture", "pixels"] > 35
+
+
+def test_a_wrong_constant_shows_in_fp32_arithmetic(half_bundle: Path, place: Path) -> None:
+    bundle = open_bundle(shutil.copytree(half_bundle, place / "bundle"))
+    reference, graph = load_reference(bundle.path / REFERENCE), bundle.manifest.target("onnx").unet.graphs[0]
+    inputs = step_inputs(reference.steps[0], graph)
+    want = reference.half["onnx", 0, "full"]["out_sample"]
+
+    def number() -> float:
+        session = UnroundedSession(bundle, "unet")
+        tensors = {name: session.put(value) for name, value in inputs.items()}
+        session.run(graph, tensors)
+        return psnr_db(want, tensors["out_sample"])
+
+    assert number() > 100
+    path = bundle.path / str(graph.file)
+    model = onnx.load(path)
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == norm.input[1])
+    bias.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(bias) * 1.01).astype(np.float16), bias.name))
+    onnx.save(model, path)
+    assert number() < 90
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"dtypes": {"vae": "fp32"}}, "'dtypes' names 'vae'; expected components of: text_encoder, "),
+        ({"dtypes": {"unet": "bf16"}}, "'dtypes.unet' is 'bf16'; expected one of: fp32, fp16"),
+        ({"targets": ["onnx", "openvino"], "dtypes": {"vae_decoder": "fp16"}}, "'dtypes.vae_decoder' is fp16; Open"),
+        ({"targets": ["executorch"], "dtypes": {"unet": "fp16"}}, "'dtypes.unet' is fp16; ExecuTorch has it in fp32"),
+        ({"onnx": {"dtype": "fp16", "quantize_nbits": 8}}, "'onnx.dtype' is fp16, and 'onnx.quantize_nbits' asks"),
+        ({"dtypes": {"unet": "fp16"}, "onnx": {"quantize_nbits": 8}}, "'onnx.dtype' is fp16, and"),
+        ({"onnx": {"dtype": "fp16", "opset": 23}}, "'onnx.opset' is 23; expected 18 to 22"),
+    ],
+)  # fmt: skip
+def test_a_precision_that_is_not_there_is_refused(data: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from(data)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dtype", "vae=fp32"], "'dtypes' names 'vae'"),
+        (["--dtype", "vae_decoder=fp8"], "'dtypes.vae_decoder' is 'fp8'"),
+        (["--dtype", "text_encoder_2=fp32"], "'dtypes' names text_encoder_2, which"),
+        (["--dtype", "fp16", "--target", "onnx", "--target", "openvino"], "--dtype fp16: OpenVINO has fp32 alone"),
+    ],
+)
+def test_the_command_line_refuses_them_too(
+    command: Command, sd1: Path, place: Path, options: list[str], words: str
+) -> None:
+    assert_error(command("export", sd1, "-o", place / "bundle", *options), words)
+    assert [path.name for path in place.iterdir()] == ["mine.txt"]
+
+
+def test_int8_and_other_precisions_go_together() -> None:
+    config = config_from(
+        {"dtypes": {"vae_encoder": "fp16"}, "onnx": {"quantize_nbits": 8}, "targets": ["onnx", "coreml"]}
+    )
+    assert [config.section("onnx", name).dtype for name in ("unet", "vae_encoder")] == ["fp32", "fp16"]
+    assert [config.section("coreml", name).dtype for name in ("unet", "vae_decoder")] == ["fp16", "fp16"]
+
+
+def _plant(model: Path, folder: str, weight: str) -> None:
+    """Lets one convolution make numbers beyond fp16; a norm comes after it."""
+    file = model / folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights[weight] = weights[weight] * 3e5
+    assert weights[weight].abs().max() < LARGEST_HALF
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_an_overflow_ends_the_export_and_is_named(sd1: Path, place: Path) -> None:
+    source = shutil.copytree(sd1, place / "planted")
+    _plant(source, "unet", "down_blocks.0.resnets.0.conv1.weight")
+    _plant(source, "vae", "decoder.up_blocks.1.resnets.0.conv1.weight")
+    model = edgediff.load_model(source)
+    recipe = {"steps": 1, "clock": 1, "adaptor": "identity", "onnx": {"dtype": "fp16"}, "components": ["vae_decoder"]}
+
+    def refused(dtypes: dict[str, str]) -> str:
+        with pytest.raises(VerificationError) as caught:
+            edgediff.export_bundle(model, place / "bundle", config_from(recipe | {"dtypes": dtypes}))
+        assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "planted"]
+        return str(caught.value)
+
+    for component, dtypes, module in (
+        ("unet", {}, "layers.0.resnet.conv1"),  # the first of highres_in
+        ("vae_decoder", {"unet": "fp32"}, "decoder.up_blocks.1.resnets.0.conv1"),
+    ):
+        said = refused(dtypes)
+        assert said.startswith(f"{component}: fp16 overflows in ")
+        assert f"{module}/Conv" in said
+        assert f"fp16 holds 65504); keep it in fp32: --dtype {component}=fp32" in said
+    both = config_from(recipe | {"dtypes": {"unet": "fp32", "vae_decoder": "fp32"}})
+    done = edgediff.export_bundle(model, place / "bundle", both)
+    assert done.report is not None
+    assert done.report.ok
