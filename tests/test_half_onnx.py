@@ -162,7 +162,7 @@ def test_a_wrong_constant_shows_in_fp32_arithmetic(half_bundle: Path, place: Pat
     ("data", "words"),
     [
         ({"dtypes": {"vae": "fp32"}}, "'dtypes' names 'vae'; expected components of: text_encoder, "),
-        ({"dtypes": {"unet": "bf16"}}, "'dtypes.unet' is 'bf16'; expected one of: fp32, fp16"),
+        ({"dtypes": {"unet": "bf16"}}, "'dtypes.unet' is 'bf16'; expected one of: fp16, fp32"),
         ({"targets": ["onnx", "openvino"], "dtypes": {"vae_decoder": "fp16"}}, "'dtypes.vae_decoder' is fp16; Open"),
         ({"targets": ["executorch"], "dtypes": {"unet": "fp16"}}, "'dtypes.unet' is fp16; ExecuTorch has it in fp32"),
         ({"onnx": {"dtype": "fp16", "quantize_nbits": 8}}, "'onnx.dtype' is fp16, and 'onnx.quantize_nbits' asks"),

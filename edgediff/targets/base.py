@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgediff_runtime.sessions import Session
 
 Layout = Literal["split", "pair"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Say = Callable[[str], None]
 # The largest number that fp16 holds.
