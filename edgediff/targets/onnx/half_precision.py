@@ -1,8 +1,8 @@
 """ONNX graphs in fp16: weights, features and arithmetic, but for what fp16 would lose or overflow.
 
 A pass of our own, and not ONNX Runtime's converter: that one rounds weights below 1e-7 up and cuts those beyond 1e4 off
-without a word, has the time embedding in fp16, and needs the whole model in one protobuf for its shapes. On a small UNet
-this pass gives 72 dB of fp32, that one 69.
+without a word, has the time embedding in fp16, and needs the whole model in one protobuf for its shapes. On a small
+UNet this pass gives 72 dB of fp32, that one 69.
 """
 
 from collections.abc import Iterable
