@@ -28,7 +28,7 @@ import edgediff
 
 KEPT_STORES = 2
 # All that an artefact follows from, but its own settings.
-HELPERS = ("artefacts", "conftest", "guard", "traces", "unets")
+HELPERS = ("artefacts", "conftest", "guard", "tiny_pipelines", "traces", "unets")
 SOURCES = ("edgediff", "runtime/edgediff_runtime", *(f"tests/{name}.py" for name in HELPERS))
 
 

@@ -72,7 +72,8 @@ def test_requests_that_a_text_bundle_cannot_serve(command: Command, text_bundle:
 
 
 BAD_EMBEDDINGS: dict[str, tuple[Any, str]] = {
-    "length": (np.zeros((1, 6, 12), np.float32), "has shape [1, 6, 12]; expected [batch, 7, 12]"),
+    "width": (np.zeros((1, 7, 11), np.float32), "has shape [1, 7, 11]; expected [batch, tokens, 12]"),
+    "length": (np.zeros((1, 6, 12), np.float32), "shape [1, 6, 12] and negative encoder_hidden_states [1, 7, 12]"),
     "rows": (np.zeros((3, 7, 12), np.float32), "1 or 1 rows"),
     "none": (np.zeros((0, 7, 12), np.float32), "has shape [0, 7, 12]"),
     "scalar": (np.float32(1), "has shape []"),

@@ -15,10 +15,12 @@ from edgediff.bundle.feed import undivided_step
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, denoise
-from edgediff_runtime.manifest import Graph, Tensor
+from edgediff_runtime.manifest import Encoder, Graph, Tensor
 from edgediff_runtime.manifest_json import parse_manifest
+from edgediff_runtime.prompt import tokenized
 from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
 from edgediff_runtime.sessions import open_session
+from edgediff_runtime.text_encoding import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "runtime" / "golden"
 # float32 in another order of additions, over five steps.
@@ -100,10 +102,11 @@ def test_cases_tell_clocks_guidance_and_starts_apart() -> None:
     assert len(set(finals)) == len(finals) - len(same)
 
 
-@pytest.mark.parametrize("name", ["class", "text"])
-def test_good_manifests_are_read(name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("class", "class"), ("text", "text"), ("pipeline", "text")])
+def test_good_manifests_are_read(name: str, kind: str) -> None:
     manifest = parse_manifest((GOLDEN / f"manifests/{name}.json").read_bytes())
-    assert manifest.conditioning.kind == name
+    assert manifest.conditioning.kind == kind
+    assert (manifest.prompt is not None) == (manifest.vae is not None) == (name == "pipeline")
     # The class manifest has a target of a format that nobody knows: it is left out.
     assert "tensorflow-9" not in [target.target for target in manifest.targets]
 
@@ -115,6 +118,23 @@ def test_bad_manifests_are_refused(case: Mapping[str, Any]) -> None:
     assert bad != good
     with pytest.raises(BundleError):
         parse_manifest(json.dumps(bad).encode())
+
+
+@pytest.mark.parametrize("change", [{"mean": [0.5] * 4, "std": [1.0] * 4}, {"scaling_factor": 1}])
+def test_other_scales_of_latents_are_read(change: Mapping[str, Any]) -> None:
+    good = read("manifests/pipeline.json")
+    assert parse_manifest(json.dumps({**good, "vae": {**good["vae"], **change}}).encode()).vae is not None
+
+
+def test_prompts_become_tokens() -> None:
+    document = read("tokens/prompts.json")
+    encoder = msgspec.convert(document["encoder"], Encoder)
+    tokenizer = Tokenizer.from_file(GOLDEN / "tokens/tokenizer.json")
+    for case in document["cases"]:
+        chunks = tokenized(case["prompt"], tokenizer, encoder, case["emphasis"])
+        assert [list(chunk.ids) for chunk in chunks] == [chunk["ids"] for chunk in case["chunks"]], case["prompt"]
+        for chunk, want in zip(chunks, case["chunks"], strict=True):
+            assert chunk.weights == pytest.approx(want["weights"]), case["prompt"]
 
 
 def test_pixels_become_bytes() -> None:

@@ -1,31 +1,43 @@
 """ONNX in fp16: what is converted, what stays fp32, precision by component, and overflows, refused by name."""
 
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from artefacts import saved_once
 from command_line import Command, assert_error
-from conftest import Export
+from conftest import SMALL_CLASS, Export
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from seals import manifest_of, rows_of
 from tiny_pipelines import save_sd1
+from unets import unet2d
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
+from edgediff.config.floors import HalfFloors
 from edgediff.errors import ConfigError, UnsupportedError, VerificationError
 from edgediff.export.export_config import config_from
-from edgediff.targets.base import LARGEST_HALF
+from edgediff.export.half_reference import HalfPart
+from edgediff.models.torch_session import graph_tensor
+from edgediff.targets import TARGETS
+from edgediff.targets.base import LARGEST_HALF, HalfConstants
+from edgediff.targets.layout import modules
+from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.half_precision import element_types, to_float, to_half
 from edgediff.targets.onnx.unrounded import UnroundedSession
+from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime import open_bundle
-from edgediff_runtime.manifest import Tensor
+from edgediff_runtime.loop import LOWRES_FEATURE
+from edgediff_runtime.manifest import Graph, Tensor
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +109,39 @@ def test_a_weight_beyond_fp16_is_refused() -> None:
     next(tensor for tensor in model.graph.initializer if tensor.name == "weight").CopyFrom(large)
     with pytest.raises(UnsupportedError, match=r"overflows in the weight weight \(largest 7e\+04, fp16 holds 65504\)"):
         to_half(model, TENSORS)
+
+
+@torch.no_grad()
+def test_a_graph_has_the_reference_s_constants(tmp_path: Path) -> None:
+    # Divisions, a norm's epsilon, and heads whose scale fp16 does not hold.
+    odd = {"mid_block_scale_factor": math.sqrt(2), "norm_eps": 3e-6, "attention_head_dim": 6}
+    unet = unet2d(**SMALL_CLASS | odd | {"block_out_channels": (8, 24)})
+    part = modules(edgediff.split(unet), "pair")["full"]
+    given = {
+        "sample": torch.randn(2, 3, 16, 16),
+        "timestep": torch.tensor([637.0]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    made = dict(zip(part.outputs, part(*(given[name] for name in part.inputs)), strict=True))
+
+    def listed(tensors: dict[str, torch.Tensor]) -> tuple[Tensor, ...]:
+        return tuple(
+            msgspec.structs.replace(each, dtype="float16") if each.name == LOWRES_FEATURE else each
+            for each in (graph_tensor(name, tensor) for name, tensor in tensors.items())
+        )
+
+    graph = Graph("full", "full.onnx", "full_step", listed({name: given[name] for name in part.inputs}), listed(made))
+    arrays = {name: tensor.numpy() for name, tensor in given.items()}
+    write_graph(part, graph, arrays, tmp_path / "full.onnx", OnnxConfig(dtype="fp16"))
+    model, _ = to_float(onnx.load(tmp_path / "full.onnx"))
+    got = ort.InferenceSession(model.SerializeToString()).run(list(part.outputs), arrays)
+
+    def worst(constants: HalfConstants) -> float:
+        want = HalfPart(part, constants)(*(given[name] for name in part.inputs))
+        return min(psnr_db(tensor.numpy(), array) for tensor, array in zip(want, got, strict=True))
+
+    assert worst(TARGETS["onnx"].half_constants(None)) > HalfFloors().program_db + 10
+    assert worst(HalfConstants()) < HalfFloors().program_db
 
 
 def test_each_component_has_its_precision(half_bundle: Path) -> None:

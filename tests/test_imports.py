@@ -30,8 +30,8 @@ STAGES = (
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}
 OF_THE_RUNTIME = {"numpy", "msgspec"}
-# Only where they are needed: a session, a PNG.
-LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL", "openvino"}
+# Only where they are needed: a session, a PNG, a prompt.
+LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL", "openvino", "tokenizers"}
 
 
 def module_name(file: Path) -> str:

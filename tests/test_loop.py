@@ -244,7 +244,7 @@ def test_text_rows_are_repeated_and_checked(text_bundle: Path) -> None:
     assert np.abs(three[:1] - one).max() < REGROUPED * np.abs(one).max()
     many = pipe(prompt_embeds=np.repeat(prompt, 2, axis=0), negative_prompt_embeds=negative).latents
     assert many.shape[0] == 2
-    with pytest.raises(RequestError, match=r"shape \[1, 7, 11\]; expected \[batch, 7, 12\]"):
+    with pytest.raises(RequestError, match=r"shape \[1, 7, 11\]; expected \[batch, tokens, 12\]"):
         pipe(prompt_embeds=prompt[:, :, :11], negative_prompt_embeds=negative)
     with pytest.raises(RequestError, match="needs negative prompt_embeds"):
         pipe(prompt_embeds=prompt)

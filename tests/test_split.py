@@ -165,16 +165,12 @@ SKIP = {
         (lambda: unet2d(**SKIP), "cannot cut a UNet with a SkipDownBlock2D; supported blocks: DownBlock2D, "),
         (lambda: unet2d_condition(attention_type="gated"), "cannot cut a GLIGEN UNet (attention_type 'gated')"),
         (
-            lambda: unet2d_condition(time_cond_proj_dim=8),
-            "the UNet takes its guidance scale as an embedding (time_cond_proj_dim, as LCM models do); supported",
-        ),
-        (
             lambda: unet2d_condition(encoder_hid_dim=6, encoder_hid_dim_type="image_proj"),
             "the UNet's encoder_hid_dim_type is 'image_proj'; supported: None, text_proj",
         ),
         (lambda: torch.nn.Linear(1, 1), "cannot cut a Linear; supported: UNet2DModel, UNet2DConditionModel"),
     ],
-    ids=["skip blocks", "GLIGEN", "guidance embedding", "image", "no UNet"],
+    ids=["skip blocks", "GLIGEN", "image", "no UNet"],
 )
 def test_what_cannot_be_cut_is_refused_by_name(build: Callable[[], torch.nn.Module], words: str) -> None:
     with pytest.raises(UnsupportedError, match=re.escape(words)):

@@ -105,6 +105,10 @@ CASES: dict[str, Case] = {
         ),
         _text(12, added_cond_kwargs=_sdxl),
     ),
+    "lcm-like": Case(
+        lambda: unet2d_condition(time_cond_proj_dim=6),
+        _text(12, timestep_cond=lambda batch: torch.randn(batch, 6)),
+    ),
     "bk-sdm-like-no-mid": Case(lambda: unet2d_condition(mid_block_type=None, layers_per_block=1), _text(12)),
     "uneven-layers": Case(lambda: unet2d_condition(layers_per_block=(1, 2, 3)), _text(12)),
     "text-and-class": Case(

@@ -91,7 +91,8 @@ def run(
     write_output(result, output, scale)
     if as_json:
         ledger = [step.to_dict() for step in result.ledger]
-        print_json({"images": [str(output)], "mask": result.mask, "ledger": ledger, "stages": result.stages})
+        told = {"ledger": ledger, "stages": result.stages, "peak_bytes": result.peak_bytes}
+        print_json({"images": [str(output)], "mask": result.mask, **told})
     else:
         from edgediff.cli.render.tables import ledger_table
 

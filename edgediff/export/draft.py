@@ -99,7 +99,9 @@ def draft_manifest(
         evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash, prompt),
         cost=counts.parts,
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
-        targets=_targets(model, divided, config, components, guided=point.guidance_scale > 1),
+        targets=_targets(
+            model, divided, config, components, guided=point.guidance_scale > 1 and m.GUIDANCE not in known.tensors
+        ),
         config=recipe,
         versions={tool: version(tool) for tool in tools},
         files={},

@@ -9,6 +9,7 @@ from edgediff.errors import ConfigError
 from edgediff.models.conditioning import Conditioning
 from edgediff_runtime import noise
 from edgediff_runtime.conditioning import time_ids
+from edgediff_runtime.manifest import GUIDANCE
 
 Source = Literal["none", "labels", "prompt", "file", "synthetic"]
 # Pixels of SDXL's time ids: original size, crop, target size.
@@ -44,7 +45,7 @@ def reference_conditioning(
         if known.kind != "text":
             raise ConfigError(f"conditioning {path} was given, but the model is not conditioned on text")
         arrays = load_arrays(path)
-        missing = [name for name in known.tensors if name not in arrays]
+        missing = [name for name in known.tensors if name not in arrays and name != GUIDANCE]
         if missing:
             raise ConfigError(f"conditioning {path} lacks {', '.join(missing)}; it has {', '.join(arrays)}")
         return extra | arrays, "file"
@@ -54,6 +55,8 @@ def reference_conditioning(
         return extra, "none"
     arrays = extra
     for draw, (name, spec) in enumerate(known.tensors.items()):
+        if name == GUIDANCE:
+            continue  # the loop computes it from the operating point's guidance
         if prompt is not None and name in prompt:
             arrays |= {key: prompt[key] for key in (name, f"negative_{name}")}
         elif name == "time_ids" and size is not None and spec.shape[0] in (5, 6):

@@ -12,6 +12,7 @@ import torch
 
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.models.model_files import read_json
+from edgediff_runtime.manifest import GUIDANCE
 
 Kind = Literal["none", "class", "text"]
 # CLIP's, transformers' defaults for what a text encoder's configuration leaves out.
@@ -41,7 +42,7 @@ class Conditioning:
 
     Attributes:
         tensors: Each conditioning input by name: ``class_labels``, ``encoder_hidden_states``, ``text_embeds``,
-            ``time_ids``.
+            ``time_ids``, ``timestep_cond``.
         labels: Names of the classes without the null class; empty where there are none.
         null_label: Index of the class that stands for 'no class' in guidance, or None.
     """
@@ -76,6 +77,8 @@ def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
         tensors["encoder_hidden_states"] = TensorSpec((_tokens(path), _text_width(config)), torch.float32)
     if config.get("addition_embed_type") == "text_time":
         tensors["text_embeds"], tensors["time_ids"] = _added(path, config)
+    if config.get("time_cond_proj_dim") is not None:
+        tensors[GUIDANCE] = TensorSpec((int(config["time_cond_proj_dim"]),), torch.float32)
     count = config.get("num_class_embeds")
     if config.get("class_embed_type") in VECTORS:
         shape = () if config["class_embed_type"] == "timestep" else (_class_width(config),)

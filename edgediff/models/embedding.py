@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from edgediff.errors import UnsupportedError
+from edgediff_runtime.manifest import GUIDANCE
 
 # A learned one is a table of whole time steps; samplers use fractional ones.
 TIME_KINDS = ("positional", "fourier")
@@ -36,11 +37,6 @@ class StepEmbedding(nn.Module):
         self.class_kind = _one_of(config, "class_embed_type", CLASS_KINDS)
         self.added_kind = _one_of(config, "addition_embed_type", ADDED_KINDS)
         text_kind = _one_of(config, "encoder_hid_dim_type", TEXT_KINDS)
-        if config.get("time_cond_proj_dim") is not None:
-            raise UnsupportedError(
-                "the UNet takes its guidance scale as an embedding (time_cond_proj_dim, as LCM models do); "
-                "supported: UNets without it"
-            )
         self.center_input = bool(config.center_input_sample)
         self.concat_class = bool(config.get("class_embeddings_concat", False))
         _one_of(config, "time_embedding_type", TIME_KINDS)
@@ -52,7 +48,10 @@ class StepEmbedding(nn.Module):
         self.encoder_hid_proj: Any = unet.encoder_hid_proj if text_kind else None
         self.time_embed_act: Any = getattr(unet, "time_embed_act", None)
         self.projects_text = self.encoder_hid_proj is not None
+        self.takes_guidance = config.get("time_cond_proj_dim") is not None  # as a latent consistency model's does
         names = ["timestep"]
+        if self.takes_guidance:
+            names.append(GUIDANCE)
         if self.class_embedding is not None:
             names.append("class_labels")
         if self.added_kind == "text" or self.projects_text:
@@ -68,10 +67,12 @@ class StepEmbedding(nn.Module):
             sample: [B, C, H, W]; only its batch and dtype are used.
             tensors: By the names in `inputs`: ``timestep`` [1] or [B], which may be fractional; ``class_labels`` [B]
                 integers, or [B, D] where the UNet projects a vector; ``encoder_hidden_states`` [B, S, D]; SDXL's
-                ``text_embeds`` [B, P], and ``time_ids`` [B, K], its sizes and crops.
+                ``text_embeds`` [B, P], and ``time_ids`` [B, K], its sizes and crops; ``timestep_cond`` [B, G], the
+                guidance scale embedded (Latent Consistency Models, section 4.2).
         """
         t = tensors["timestep"].expand(sample.shape[0])
-        emb: Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype))
+        guidance = tensors[GUIDANCE] if self.takes_guidance else None
+        emb: Tensor = self.time_embedding(self.time_proj(t).to(sample.dtype), guidance)
         if self.class_embedding is not None:
             class_labels = tensors["class_labels"]
             if self.class_kind == "timestep":

@@ -16,8 +16,7 @@ def open_session(
     component: str = "unet",
 ) -> runtime.Session:
     """Opens a component of a bundle as the runtime's `open_session` does, or in a target's own backend."""
-    if backend not in BACKENDS:
-        raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
+    _check_backend(backend)
     if backend in runtime.BACKENDS:
         return runtime.open_session(bundle, backend, compute_units, threads, component)
     runtime.check_threads(threads)
@@ -33,10 +32,16 @@ def open_pipeline(
     low_memory: bool = False,
 ) -> EdgePipeline:
     """Opens a bundle's pipeline as `EdgePipeline.from_pretrained` does, or in a target's own backend."""
+    _check_backend(backend)
     targets = runtime.TARGETS_OF[backend] if backend in runtime.TARGETS_OF else (_owner(backend).name,)
     return EdgePipeline.of_bundle(
         bundle, targets, lambda name: open_session(bundle, backend, compute_units, threads, name), low_memory
     )
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
 
 
 def _owner(backend: str) -> Target:

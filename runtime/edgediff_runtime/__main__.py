@@ -65,9 +65,8 @@ def main() -> int:
         return 130
     if args.json:
         ledger = [step.to_dict() for step in result.ledger]
-        said = json.dumps(
-            {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}, indent=1
-        )
+        whole = {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}
+        said = json.dumps({**whole, "peak_bytes": result.peak_bytes}, indent=1)
     else:
         mask = letters(result.mask)
         count = len(result.latents)

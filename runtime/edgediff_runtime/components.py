@@ -1,11 +1,13 @@
 """The components of a pipeline at run time: each opened when its stage comes, kept or let go after it."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import Graph
+from edgediff_runtime.memory import Usage
 from edgediff_runtime.sessions import Session
 
 UNET = "unet"
@@ -33,11 +35,23 @@ class Components:
         self._keep = keep
         self._opened: dict[str, Session] = {}
         self._opening = threading.Lock()
+        self._usage = Usage(measures_memory=False)
 
     @classmethod
     def of(cls, sessions: Mapping[str, Session]) -> "Components":
         """Components whose sessions are open already."""
         return cls({name: session.graphs for name, session in sessions.items()}, lambda name: sessions[name])
+
+    def measured(self, usage: Usage) -> "Components":
+        """The same components and sessions, for one generation whose stages `usage` measures."""
+        found = copy.copy(self)
+        found._usage = usage
+        return found
+
+    @property
+    def keeps(self) -> bool:
+        """Whether sessions stay open."""
+        return self._keep
 
     def __contains__(self, name: str) -> bool:
         return name in self.graphs
@@ -52,10 +66,8 @@ class Components:
     @contextmanager
     def use(self, name: str) -> Iterator[Session]:
         """The session of a component while its stage lasts."""
-        if self._keep or name in self._opened:
-            yield self.session(name)
-        else:
-            yield self._open(name)
+        with self._usage.stage(name):
+            yield self.session(name) if self._keep or name in self._opened else self._open(name)
 
     def _open(self, name: str) -> Session:
         if name not in self.graphs:

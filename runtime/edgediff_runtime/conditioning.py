@@ -39,7 +39,12 @@ class Texts:
 
     def count(self) -> int:
         """The number of images that a list of texts is for; 1 where one text is for all."""
-        return next((len(text) for text in (self.prompt, self.prompt_2) if not isinstance(text, str | None)), 1)
+        for name, texts in (("prompt", self.prompt), ("prompt_2", self.prompt_2)):
+            if isinstance(texts, list | tuple):
+                if not texts:
+                    raise RequestError(f"{name} is an empty list; expected a text, or a list with one for each image")
+                return len(texts)
+        return 1
 
     def encode(
         self, stage: TextStage, count: int, guided: bool, any_length: bool

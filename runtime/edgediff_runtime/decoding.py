@@ -1,22 +1,19 @@
-"""The ``decode`` stage: finished latents become pictures, one after the other, in tiles where memory is short."""
+"""The ``decode`` stage: finished latents become pictures, one after the other."""
 
 import numpy as np
 
-from edgediff_runtime.manifest import Graph, Vae
+from edgediff_runtime.manifest import Vae
 from edgediff_runtime.sessions import Array, Session
 from edgediff_runtime.text_encoding import run_one
 
 
 def decode(session: Session, vae: Vae, latents: Array) -> Array:
-    """Decodes latents.
-
-    Args:
-        latents: float32 [N, C, H, W], as the loop gives them.
+    """Decodes the loop's latents, float32 [N, C, H, W], one at a time.
 
     Returns:
         float32 [N, 3, H * downscale, W * downscale], about -1 to 1.
     """
-    graph: Graph = session.graphs[0]
+    (graph,) = session.graphs
     wanted, given = graph.outputs[0].name, graph.inputs[0].name
     z = to_vae(vae, latents)
     return np.concatenate([run_one(session, graph, {given: z[i : i + 1]})[wanted] for i in range(len(z))])

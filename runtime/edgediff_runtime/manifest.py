@@ -29,6 +29,8 @@ IMAGES = "images"
 TOKENS = "tokens"
 TEXT = "encoder_hidden_states"
 GUIDANCE = "timestep_cond"
+# What pools a text, of SDXL.
+POOLED = "text_embeds"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

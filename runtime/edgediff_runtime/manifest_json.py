@@ -12,6 +12,7 @@ from edgediff_runtime.manifest import (
     CACHE,
     IMAGES,
     LOWRES_FEATURE,
+    POOLED,
     SAMPLE,
     TARGETS,
     TEXT,
@@ -19,11 +20,15 @@ from edgediff_runtime.manifest import (
     TOKENS,
     Adaptor,
     Component,
+    Conditioning,
     Graph,
     Manifest,
+    Prompt,
+    Sample,
     Target,
     Tensor,
     TrainedFor,
+    Vae,
 )
 
 FORMAT_VERSION = 2
@@ -31,6 +36,10 @@ FORMAT_VERSION = 2
 MAX_GUIDANCE = 3.4028234663852886e38  # float32's largest
 MAX_SEED = 2**64 - 1
 ADAPTORS = ("identity", "resnet", "unet", "unet-light")
+STAGE_OF = {
+    "text_encoder": "prompt", "text_encoder_2": "prompt", "unet": "step",
+    "vae_decoder": "decode", "vae_encoder": "image",
+}  # fmt: skip
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -58,6 +67,10 @@ def check_manifest(manifest: Manifest) -> None:
         _check_sizes(tensor)
     _must(known.null_label is None or 0 <= known.null_label <= len(known.labels), "null_label", known.null_label,
           f"0 to {len(known.labels)}")  # fmt: skip
+    if manifest.prompt is not None:
+        _check_prompt(manifest.prompt, known)
+    if manifest.vae is not None:
+        _check_vae(manifest.vae, sample)
     for name, file in manifest.files.items():
         _must(file.size >= 0, f"size of {name}", file.size, "0 or more")
         _check_hash(f"sha256 of {name}", file.sha256)
@@ -65,6 +78,39 @@ def check_manifest(manifest: Manifest) -> None:
     _must(0 < len(set(kinds)) == len(kinds), "targets", kinds, "one of a kind, one at least that this runtime knows")
     for target in manifest.targets:
         _check_target(target, manifest)
+
+
+def _check_prompt(prompt: Prompt, known: Conditioning) -> None:
+    _must(known.kind == "text", "prompt", prompt, f"null where the condition is {known.kind}")
+    names = [encoder.component for encoder in prompt.encoders]
+    expected = "text encoders, each once"
+    _must(0 < len(set(names)) == len(names), "prompt.encoders", names, expected)
+    for encoder in prompt.encoders:
+        where = encoder.component
+        _must(STAGE_OF.get(where) == "prompt", "prompt.encoders", names, expected)
+        _must(encoder.max_length > 2, f"max_length of {where}", encoder.max_length, "3 or more")
+        for name in ("bos", "eos", "pad"):
+            _must(getattr(encoder, name) >= 0, f"{name} of {where}", getattr(encoder, name), "a token id from 0")
+        _must(0 < len(set(encoder.hidden)) == len(encoder.hidden), f"hidden of {where}", encoder.hidden,
+              "names of outputs, each once")  # fmt: skip
+    lengths = {encoder.max_length for encoder in prompt.encoders}
+    _must(len(lengths) == 1, "max_length", sorted(lengths), "the same for all text encoders")
+    pooled = [encoder.component for encoder in prompt.encoders if encoder.pooled is not None]
+    wanted = any(tensor.name == POOLED for tensor in known.tensors)
+    _must(len(pooled) == wanted, "pooled", pooled, f"one text encoder where the UNet takes {POOLED}, else none")
+
+
+def _check_vae(vae: Vae, sample: Sample) -> None:
+    _must(sample.space == "latent", "vae", vae, f"null where the space is {sample.space}")
+    scale = vae.scaling_factor
+    _must(0 < scale <= MAX_GUIDANCE, "vae.scaling_factor", scale, "a number above 0")
+    _must(vae.downscale > 0, "vae.downscale", vae.downscale, "a whole number above 0")
+    _must((vae.mean is None) == (vae.std is None), "vae.std", vae.std, "a value where there is a mean, else null")
+    for name, values in (("mean", vae.mean), ("std", vae.std)):
+        if values is not None:
+            _must(len(values) == sample.channels, f"vae.{name}", values, f"a number for each of {sample.channels}")
+            _must(all(abs(value) <= MAX_GUIDANCE for value in values), f"vae.{name}", values, "finite numbers")
+    _must(vae.std is None or min(vae.std) > 0, "vae.std", vae.std, "numbers above 0")
 
 
 def _check_point(where: str, point: TrainedFor) -> None:
@@ -103,7 +149,10 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _must(holds, name, given, expected)
     steps = [name for name, component in target.components.items() if component.stage == "step"]
     _must(steps == ["unet"], f"components of stage step in {target.target}", steps, "the unet alone")
-    for component in target.components.values():
+    for kind, component in target.components.items():
+        stage = STAGE_OF.get(kind)
+        _must(stage is not None, "components", kind, f"one of {', '.join(STAGE_OF)}")
+        _must(component.stage == stage, f"stage of {kind}", component.stage, repr(stage))
         for name, floor in msgspec.structs.asdict(component.floors).items():
             _must(floor is None or floor > 0, f"floors.{name}", floor, "dB above 0")
         batch = component.batch
@@ -117,12 +166,84 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         _must(len(set(names)) == len(names), "graphs", names, "distinct names")
         unknown = [name for name in component.files if name not in manifest.files]
         _must(not manifest.files or not unknown, "files of a component", unknown, "files of the bundle")
+        file, is_text = component.tokenizer, component.stage == "prompt"
+        listed = file is None or (is_text and (not manifest.files or file in manifest.files))
+        _must(listed, f"tokenizer of {kind}", file, "a file of the bundle where it is a text encoder, else null")
         looped = component.stage == "step"
         _must((component.layout is not None) == looped, "layout", component.layout, "a value for the unet alone")
         for graph in component.graphs:
             _must((graph.frequency is not None) == looped, f"frequency of {graph.name}", graph.frequency,
                   "a value for graphs of the unet alone")  # fmt: skip
+        if not looped:
+            _check_component(kind, component, manifest)
     _check_unet(target.unet, manifest)
+    _check_widths(target, manifest)
+
+
+def _check_component(name: str, component: Component, manifest: Manifest) -> None:
+    """Checks a component beside the UNet against what the manifest says of prompts and latents."""
+    names = [graph.name for graph in component.graphs]
+    _must(len(names) == 1 and component.graphs[0].file is not None, f"graphs of {name}", names, "one, with a file")
+    (graph,) = component.graphs
+    rows: int | str = "batch" if component.batch is None else component.batch
+    for tensor in (*graph.inputs, *graph.outputs):
+        _check_sizes(tensor)
+        _must(tensor.shape[:1] == (rows,), f"shape of {tensor.name} in {name}", tensor.shape, f"{rows} first")
+    _must(len(graph.inputs) == 1, f"inputs of {name}", [tensor.name for tensor in graph.inputs], "one")
+    if component.stage == "prompt":
+        _check_text_encoder(name, graph, manifest)
+        return
+    vae, sample = manifest.vae, manifest.sample
+    _must(vae is not None, "vae", vae, f"a value where there is a {name}")
+    assert vae is not None
+    picture = (3, vae.downscale * sample.height, vae.downscale * sample.width)
+    latent = (sample.channels, sample.height, sample.width)
+    _must(len(graph.outputs) == 1, f"outputs of {name}", [tensor.name for tensor in graph.outputs], "one")
+    decodes = component.stage == "decode"
+    expected = [(graph.inputs[0], latent if decodes else picture)]
+    if decodes:
+        expected.append((graph.outputs[0], picture))
+    for tensor, shape in expected:
+        _must(tensor.shape[1:] == shape, f"shape of {tensor.name} in {name}", tensor.shape, f"{(rows, *shape)}")
+
+
+def _check_text_encoder(name: str, graph: Graph, manifest: Manifest) -> None:
+    encoders = () if manifest.prompt is None else manifest.prompt.encoders
+    encoder = next((each for each in encoders if each.component == name), None)
+    _must(encoder is not None, "prompt.encoders", [each.component for each in encoders], f"an entry for {name}")
+    assert encoder is not None
+    (ids,) = graph.inputs
+    _must(ids.name == "input_ids", f"inputs of {name}", [ids.name], "input_ids")
+    _must(ids.shape[1:] == (encoder.max_length,), f"shape of input_ids in {name}", ids.shape,
+          f"max_length {encoder.max_length} of prompt.encoders")  # fmt: skip
+    outputs = {tensor.name: tensor.shape for tensor in graph.outputs}
+    for wanted in (*encoder.hidden, *(() if encoder.pooled is None else (encoder.pooled,))):
+        _must(wanted in outputs, f"outputs of {name}", sorted(outputs), f"{wanted}, which prompt.encoders names")
+    if encoder.pooled is not None:
+        shape = outputs[encoder.pooled]
+        _must(len(shape) == 2, f"shape of {encoder.pooled} in {name}", shape, "a row for each text")
+    for hidden in encoder.hidden:
+        fits = len(outputs[hidden]) == 3 and outputs[hidden][1] == encoder.max_length
+        _must(fits, f"shape of {hidden} in {name}", outputs[hidden], f"a row for each of {encoder.max_length} tokens")
+
+
+def _check_widths(target: Target, manifest: Manifest) -> None:
+    """Checks that what a target's text encoders give together is what the UNet takes."""
+    encoders = () if manifest.prompt is None else manifest.prompt.encoders
+    if not encoders or not all(encoder.component in target.components for encoder in encoders):
+        return
+    taken = {tensor.name: tensor.shape[-1] for tensor in manifest.conditioning.tensors}
+    given: dict[str, int] = {TEXT: 0}
+    for encoder in encoders:
+        (graph,) = target.components[encoder.component].graphs
+        widths = {tensor.name: tensor.shape[-1] for tensor in graph.outputs}
+        states = [int(widths[name]) for name in encoder.hidden]
+        _must(len(set(states)) == 1, f"widths of hidden in {encoder.component}", states, "the same for all")
+        given[TEXT] += states[0]
+        if encoder.pooled is not None:
+            given[POOLED] = int(widths[encoder.pooled])
+    for name, width in given.items():
+        _must(taken.get(name, width) == width, f"width of {name}", taken.get(name), f"{width}, as the encoders give it")
 
 
 def _check_unet(unet: Component, manifest: Manifest) -> None:

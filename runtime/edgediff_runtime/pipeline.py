@@ -4,13 +4,13 @@ The arguments are diffusers' where diffusers has them. Numbers may be numpy's or
 holds nothing of any generation, so that one object may serve several threads.
 """
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
@@ -28,14 +28,16 @@ from edgediff_runtime.conditioning import (
     guidance_embedding,
     plain,
     rows_of,
+    spell_shape,
     time_ids,
 )
 from edgediff_runtime.decoding import decode
-from edgediff_runtime.errors import OperatingPointWarning, RequestError
+from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import GUIDANCE, TOKENS, Conditioning, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
+from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
 from edgediff_runtime.schedulers import make_scheduler
 from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, open_session
@@ -97,12 +99,15 @@ class Result:
         ledger: Each step without its tensors and latents, which would stay in memory.
         stages: Milliseconds of each component outside of the loop, by its name.
         pixels: float32 [N, C, H, W], about -1 to 1; None where latents were asked for, or nothing decodes them.
+        peak_bytes: With `low_memory`, peak resident memory of the process while each component ran, by its name; None
+            otherwise, and where the system does not tell it.
     """
 
     latents: Array
     ledger: tuple[Step, ...]
     stages: dict[str, float] = field(default_factory=dict)
     pixels: Array | None = None
+    peak_bytes: dict[str, int] | None = None
 
     @property
     def images(self) -> Array:
@@ -152,7 +157,7 @@ class EdgePipeline:
         self.manifest = manifest
         self.components = components if isinstance(components, Components) else Components.of({UNET: components})
         self._tokenizers = tokenizers
-        self._text: TextStage | None = None
+        self._read_tokenizers: list[Tokenizer] | None = None
         # Taken by the first thread that warns and never released.
         self._warning = threading.Lock()
         if not warn:
@@ -213,8 +218,13 @@ class EdgePipeline:
 
         def tokenizers() -> list[Tokenizer]:
             encoders = () if bundle.manifest.prompt is None else bundle.manifest.prompt.encoders
-            files = [entry.component(encoder.component).tokenizer for encoder in encoders]
-            return [Tokenizer.from_file(bundle.file(str(file))) for file in files]
+            found = []
+            for encoder in encoders:
+                file = entry.component(encoder.component).tokenizer
+                if file is None:
+                    raise BundleError(f"{encoder.component}: the {entry.target} target has no tokenizer; export again")
+                found.append(Tokenizer.from_file(bundle.file(file)))
+            return found
 
         return cls(bundle.manifest, components, tokenizers, warn=warn)
 
@@ -239,22 +249,29 @@ class EdgePipeline:
         """
         if output_type not in ("image", "latent"):
             raise RequestError(f"output_type is {output_type!r}; expected image or latent")
-        prepared, stages = self._prepare(**request)
+        prepared, usage = self._prepare(**request)
+        latents, ledger = self._denoise(prepared, usage, callback)
+        pixels = None
+        if output_type == "image" and self.manifest.sample.space == "pixel":
+            pixels = latents
+        elif output_type == "image" and self.can_decode:
+            pixels = self._decode(latents, usage)
+        stages = {name: ms for name, ms in usage.ms.items() if name != UNET}
+        return Result(latents, ledger, stages, pixels, usage.peak_bytes or None)
+
+    def _denoise(
+        self, prepared: Request, usage: Usage, callback: Callable[[Step], None] | None
+    ) -> tuple[Array, tuple[Step, ...]]:
+        """Finished latents and the ledger; the tensors of the last step do not outlive it."""
         ledger = []
-        with self._denoising(prepared) as steps:
+        latents = prepared.latents
+        with self._denoising(prepared, usage) as steps:
             for step in steps:
                 latents = step.latents
                 ledger.append(replace(step, tensors=(), latents=NO_LATENTS))
                 if callback is not None:
                     callback(step)
-        pixels = None
-        if output_type == "image" and self.manifest.sample.space == "pixel":
-            pixels = latents
-        elif output_type == "image" and self.can_decode:
-            before = perf_counter()
-            pixels = self.decode(latents)
-            stages[DECODER] = 1e3 * (perf_counter() - before)
-        return Result(latents, tuple(ledger), stages, pixels)
+        return latents, tuple(ledger)
 
     @property
     def can_decode(self) -> bool:
@@ -265,12 +282,24 @@ class EdgePipeline:
         """Decodes finished latents, float32 [N, C, H, W]: pixels, float32 [N, 3, h, w], about -1 to 1.
 
         Raises:
-            RequestError: The bundle has no decoder for this backend.
+            RequestError: The bundle has no decoder for this backend, or the latents do not fit it.
         """
+        sample = self.manifest.sample
+        given, shape = np.asarray(latents), (sample.channels, sample.height, sample.width)
+        if given.dtype.kind != "f" or given.ndim != 4 or given.shape[1:] != shape or not given.size:
+            raise RequestError(
+                f"latents are {given.dtype.name} {list(given.shape)}; expected float32 {spell_shape(('N', *shape))}"
+            )
+        return self._decode(given.astype(np.float32), self._usage())
+
+    def _decode(self, latents: Array, usage: Usage) -> Array:
         if self.manifest.vae is None:
             raise RequestError("the bundle has no decoder; export it with its autoencoder")
-        with self.components.use(DECODER) as session:
+        with self.components.measured(usage).use(DECODER) as session:
             return decode(session, self.manifest.vae, latents)
+
+    def _usage(self) -> Usage:
+        return Usage(measures_memory=not self.components.keeps)
 
     def stream(self, **request: Unpack[Arguments]) -> Iterator[Step]:
         """Generates latents step by step; closing the iterator cancels.
@@ -286,18 +315,18 @@ class EdgePipeline:
         Warns:
             OperatingPointWarning: It is not what the bundle's adaptor was trained for; once for each pipeline.
         """
-        prepared, _ = self._prepare(**request)
+        prepared, usage = self._prepare(**request)
 
         def steps() -> Iterator[Step]:
-            with self._denoising(prepared) as running:
+            with self._denoising(prepared, usage) as running:
                 yield from running
 
         return steps()
 
     @contextmanager
-    def _denoising(self, prepared: Request) -> Iterator[Iterator[Step]]:
+    def _denoising(self, prepared: Request, usage: Usage) -> Iterator[Iterator[Step]]:
         """The loop, with the UNet open while the block lasts."""
-        with self.components.use(UNET) as session:
+        with self.components.measured(usage).use(UNET) as session:
             yield denoise(prepared, session)
 
     def _prepare(
@@ -320,8 +349,8 @@ class EdgePipeline:
         clock: ClockSpec | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         seed: int = 0,
-    ) -> tuple[Request, dict[str, float]]:
-        """A checked request, and the milliseconds that its text took."""
+    ) -> tuple[Request, Usage]:
+        """A checked request, and what its text took."""
         point = self.manifest.operating_point
         label, num_images, seed = plain(label), plain(num_images), plain(seed)
         guidance_scale, clip_skip = plain(guidance_scale), plain(clip_skip)
@@ -343,12 +372,11 @@ class EdgePipeline:
             if len(set(guidance)) > 1:
                 raise RequestError("guidance_scale differs between steps, but the model is told one; give one number")
             told, guidance = guidance[0], (1.0,) * len(mask)
-        before = perf_counter()
+        usage = self._usage()
         cond, uncond, count = self._conditioning(
             label, texts, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images, tensors,
-            guided=any(g > 1 for g in guidance),
+            guided=any(g > 1 for g in guidance), usage=usage,
         )  # fmt: skip
-        stages = {} if texts is None else {"text_encoder": 1e3 * (perf_counter() - before)}
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         sample = self.manifest.sample
@@ -366,7 +394,7 @@ class EdgePipeline:
         )
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)
-        return request, stages
+        return request, usage
 
     def _check_text(self, prompt: Text, prompt_embeds: object, negative_prompt_embeds: object) -> None:
         """Refuses texts that nothing can encode."""
@@ -374,7 +402,8 @@ class EdgePipeline:
         if known.kind != "text":
             raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}; leave it out")
         spec = self.manifest.prompt
-        if spec is None or not all(encoder.component in self.components for encoder in spec.encoders):
+        there = spec is not None and all(encoder.component in self.components for encoder in spec.encoders)
+        if not there or self._tokenizers is None:
             raise RequestError(
                 "the bundle has no text encoder; give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
             )
@@ -383,12 +412,29 @@ class EdgePipeline:
         if prompt is None:
             raise RequestError("a negative prompt or a second one was given without a prompt; give one")
 
-    def _text_stage(self) -> TextStage:
-        if self._text is None:
-            assert self.manifest.prompt is not None
+    def _text_stage(self, usage: Usage) -> TextStage:
+        assert self.manifest.prompt is not None
+        if self._read_tokenizers is None:
             assert self._tokenizers is not None
-            self._text = TextStage(self.manifest.prompt, self._tokenizers(), self.components)
-        return self._text
+            self._read_tokenizers = list(self._tokenizers())
+        return TextStage(self.manifest.prompt, self._read_tokenizers, self.components.measured(usage))
+
+    def _check_memory(self, count: int, guided: bool) -> None:
+        """Refuses images that cannot be in memory together: their latents, what crosses between graphs, their pixels.
+
+        This is the least that they take; what a backend needs inside of a graph is not known.
+        """
+        rows = 2 * count if guided else count
+        tensors = {t.name: t for graph in self.components.graphs[UNET] for t in (*graph.inputs, *graph.outputs)}
+        needed = rows * sum(_row_bytes(tensor) for tensor in tensors.values())
+        if self.manifest.vae is not None and DECODER in self.components:
+            needed += count * sum(_row_bytes(t) for graph in self.components.graphs[DECODER] for t in graph.outputs)
+        available = available_bytes()
+        if available is not None and needed > available:
+            raise RequestError(
+                f"num_images is {count}: they take {needed / 1e9:.1f} GB of memory at least, {available / 1e9:.1f} GB "
+                "are available; ask for fewer at a time"
+            )
 
     def _concat(self, given: Array | None, count: int) -> Array | None:
         """Rows of the channels that are concatenated to the latents; None where the UNet takes none."""
@@ -413,6 +459,7 @@ class EdgePipeline:
         num_images: int | None,
         tensors: Mapping[str, Tensor],
         guided: bool,
+        usage: Usage,
     ) -> tuple[dict[str, Array], dict[str, Array], int]:
         """Rows of every conditioning tensor: conditional, unconditional, and the number of images."""
         known = self.manifest.conditioning
@@ -428,9 +475,13 @@ class EdgePipeline:
         if known.kind == "none":
             if guided:
                 raise RequestError("guidance_scale is above 1, but the model has no condition; give 1")
-            return {}, {}, 1 if num_images is None else num_images
+            count = 1 if num_images is None else num_images
+            self._check_memory(count, guided)
+            return {}, {}, count
         if known.kind == "class":
-            return class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
+            rows = class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
+            self._check_memory(rows[-1], guided)
+            return rows
         needed = {name: tensors[name] for name in (*TEXT_INPUTS, "class_labels") if name in tensors}
         given = arrays(prompt_embeds, added_cond, "")
         negative = arrays(negative_prompt_embeds, negative_added_cond, "negative ")
@@ -441,9 +492,10 @@ class EdgePipeline:
             found = given.get("encoder_hidden_states")
             num_images = (1 if found is None else (*found.shape, 1)[0]) if texts is None else texts.count()
             check_count(num_images)
+        self._check_memory(num_images, guided)
         if texts is not None:
             any_length = TOKENS in needed["encoder_hidden_states"].shape if "encoder_hidden_states" in needed else True
-            made, made_negative = texts.encode(self._text_stage(), num_images, guided, any_length)
+            made, made_negative = texts.encode(self._text_stage(usage), num_images, guided, any_length)
             given |= {name: value for name, value in made.items() if name in needed}
             negative |= {name: value for name, value in made_negative.items() if name in needed}
             if "time_ids" in needed and self.manifest.vae is not None:
@@ -473,6 +525,12 @@ def _guidance(scale: float | Sequence[float], calls: int, in_words: str) -> tupl
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_GUIDANCE:
             raise RequestError(f"guidance_scale is {value!r}; expected a finite number from 0; 1 or less is off")
     return tuple(float(value) for value in scales)
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's row; sizes that only a request tells count as 1."""
+    sizes = [size for size in tensor.shape[1:] if isinstance(size, int)]
+    return np.dtype(tensor.dtype).itemsize * math.prod(sizes)
 
 
 def _what(known: Conditioning) -> str:

@@ -1,11 +1,11 @@
 """From a prompt to token ids: emphasis, chunks, padding. Texts in, integers and weights out; no encoder runs here.
 
-Emphasis is written as in AUTOMATIC1111's web UI and what copied it: ``(word)`` multiplies a word's weight by 1.1,
-``[word]`` divides it, ``(word:1.3)`` sets the factor, a backslash keeps a bracket. A prompt longer than the text
-encoder takes is divided into chunks of as many tokens as it does take.
+Emphasis is written as in AUTOMATIC1111's web UI: ``(word)`` multiplies a word's weight by 1.1, ``[word]`` divides it,
+``(word:1.3)`` sets the factor, a backslash keeps a bracket. A prompt longer than the text encoder takes is divided into
+chunks of as many tokens as it does take.
 """
 
-import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +15,13 @@ from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import Encoder
 
 UP, MAX_WEIGHT = 1.1, 10.0
-# A chunk more costs a step's cross-attention so many keys; nobody writes a longer prompt on purpose.
-MAX_CHUNKS = 64
+# Each chunk adds keys to every cross-attention; nobody writes a longer prompt on purpose.
+MAX_CHUNKS, MAX_CHARACTERS = 64, 100_000
+
+_MARK = re.compile(r"\\[()\[\]\\]|[()\[\]]")
+_OPENING = {")": "(", "]": "["}
+# The factor of a bracket, up to the place where the bracket closes; no longer than MAX_FACTOR characters.
+_FACTOR, MAX_FACTOR = re.compile(r":\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*\Z"), 40
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -40,43 +45,31 @@ class Chunk:
 def parse(prompt: str) -> list[Piece]:
     """Reads the emphasis out of a prompt; brackets that do not match stand for themselves.
 
+    Raises:
+        RequestError: A weight is not 0 to `MAX_WEIGHT`.
+
     >>> parse("a (red:1.5) apple")
     [Piece(text='a ', weight=1.0), Piece(text='red', weight=1.5), Piece(text=' apple', weight=1.0)]
     """
-    # Characters with their weights, brackets resolved when they close.
-    texts: list[str] = []
-    weights: list[float] = []
-    opened: list[tuple[str, int]] = []
-    i = 0
-    while i < len(prompt):
-        char = prompt[i]
-        if char == "\\" and prompt[i + 1 : i + 2] in ("(", ")", "[", "]", "\\"):
-            texts.append(prompt[i + 1])
-            weights.append(1.0)
-            i += 2
-            continue
-        if char in "([":
-            opened.append((char, len(texts)))
-        if char in ")]" and opened and opened[-1][0] == {")": "(", "]": "["}[char]:
-            _, start = opened.pop()
-            end, factor = len(texts), UP if char == ")" else 1 / UP
-            if char == ")":
-                written = _factor("".join(texts[start + 1 :]))
-                if written is not None:
-                    factor, end = written[0], end - written[1]
-            texts[start:] = texts[start + 1 : end]
-            weights[start:] = [weight * factor for weight in weights[start + 1 : end]]
-            i += 1
-            continue
-        texts.append(char)
-        weights.append(1.0)
-        i += 1
     pieces: list[Piece] = []
-    for text, weight in zip(texts, weights, strict=True):
-        if pieces and pieces[-1].weight == weight:
-            pieces[-1] = Piece(pieces[-1].text + text, weight)
+    weights, at = [1.0], 0
+
+    def add(text: str) -> None:
+        if pieces and pieces[-1].weight == weights[-1]:
+            text = pieces.pop().text + text
+        if text:
+            pieces.append(Piece(text, weights[-1]))
+
+    for start, stop, what in _marks(prompt):
+        add(prompt[at:start])
+        at = stop
+        if isinstance(what, str):
+            add(what)
+        elif what is None:
+            weights.pop()
         else:
-            pieces.append(Piece(text, weight))
+            weights.append(weights[-1] * what)
+    add(prompt[at:])
     for piece in pieces:
         if not 0 <= piece.weight <= MAX_WEIGHT:
             raise RequestError(
@@ -85,16 +78,28 @@ def parse(prompt: str) -> list[Piece]:
     return pieces or [Piece("")]
 
 
-def _factor(text: str) -> tuple[float, int] | None:
-    """The number after the last colon in brackets, and the length of both."""
-    before, colon, written = text.rpartition(":")
-    if not colon or not before:
-        return None
-    try:
-        factor = float(written)
-    except ValueError:
-        return None
-    return (factor, len(written) + 1) if math.isfinite(factor) else None
+def _marks(prompt: str) -> list[tuple[int, int, str | float | None]]:
+    """Start and end of every mark, and what it means: a text, the factor of a bracket that opens, None where it closes.
+
+    Until a bracket has closed it is a text.
+    """
+    marks: list[tuple[int, int, str | float | None]] = []
+    opened: list[int] = []
+    for found in _MARK.finditer(prompt):
+        start, stop, char = found.start(), found.end(), found[0]
+        if char in ("(", "["):
+            opened.append(len(marks))
+            marks.append((start, stop, char))
+        elif char not in _OPENING:
+            marks.append((start, stop, char[1]))
+        elif opened and marks[opened[-1]][2] == _OPENING[char]:
+            place = opened.pop()
+            first = marks[place][1] + 1  # a factor follows a text
+            factor = _FACTOR.search(prompt, max(first, start - MAX_FACTOR), start) if char == ")" else None
+            usual = UP if char == ")" else 1 / UP
+            marks[place] = (*marks[place][:2], usual if factor is None else float(factor[1]))
+            marks.append((start if factor is None else factor.start(), stop, None))
+    return marks
 
 
 def tokenized(prompt: str, tokenize: Tokenize, encoder: Encoder, emphasis: bool = True) -> list[Chunk]:
@@ -103,7 +108,11 @@ def tokenized(prompt: str, tokenize: Tokenize, encoder: Encoder, emphasis: bool 
     Args:
         tokenize: Token ids of a text, without the marks of beginning and end.
         emphasis: Read brackets as weights; else they are characters like others.
+
+    Raises:
+        RequestError: The prompt is too long, holds a lone surrogate, or a weight is not 0 to `MAX_WEIGHT`.
     """
+    _check(prompt)
     ids: list[int] = []
     weights: list[float] = []
     for piece in parse(prompt) if emphasis else [Piece(prompt)]:
@@ -115,6 +124,17 @@ def tokenized(prompt: str, tokenize: Tokenize, encoder: Encoder, emphasis: bool 
     if len(starts) > MAX_CHUNKS:
         raise RequestError(f"prompt: {len(ids)} tokens; expected {MAX_CHUNKS * size} at most")
     return [_chunk(ids[i : i + size], weights[i : i + size], encoder) for i in starts]
+
+
+def _check(prompt: str) -> None:
+    if len(prompt) > MAX_CHARACTERS:
+        raise RequestError(f"prompt: {len(prompt)} characters; expected {MAX_CHARACTERS} at most")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise RequestError(
+            f"prompt: character {e.start} is U+{ord(prompt[e.start]):04X}, a lone surrogate; expected valid Unicode"
+        ) from e
 
 
 def empty_chunk(encoder: Encoder) -> Chunk:
@@ -133,9 +153,7 @@ def _chunk(ids: list[int], weights: list[float], encoder: Encoder) -> Chunk:
 def emphasize(hidden: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Multiplies each token's state by its weight and restores the mean of the whole, as AUTOMATIC1111 does.
 
-    Args:
-        hidden: float32 [S, D].
-        weights: float32 [S].
+    `hidden` is float32 [S, D], `weights` [S].
     """
     if (weights == 1).all():
         return hidden

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgediff_runtime.components import Components
-from edgediff_runtime.errors import BundleError, RequestError, one_line
+from edgediff_runtime.errors import BundleError, NotFiniteError, RequestError, one_line
 from edgediff_runtime.manifest import Encoder, Graph, Prompt
 from edgediff_runtime.prompt import Chunk, emphasize, empty_chunk, tokenized
 from edgediff_runtime.sessions import Array, Session
@@ -31,7 +31,7 @@ class Tokenizer:
     """CLIP's tokenizer, read from a ``tokenizer.json`` by the Rust library that transformers uses too."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Takes a tokenizer of that library."""
+        """Takes the library's own object."""
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -42,11 +42,11 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as e:
-            raise RequestError("a prompt needs the package tokenizers; pip install 'edgediff[text]'") from e
+            raise RequestError("prompt: the package tokenizers is not installed; pip install 'edgediff[text]'") from e
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as e:  # its errors share no base class
-            raise BundleError(f"{path.name} cannot be read as a tokenizer: {one_line(e)}; export again") from e
+            raise BundleError(f"{path.name}: it cannot be read as a tokenizer ({one_line(e)}); export again") from e
 
     def __call__(self, text: str) -> list[int]:
         """Token ids, without the marks of beginning and end."""
@@ -55,7 +55,7 @@ class Tokenizer:
 
 
 class TextStage:
-    """Text encoders in a row."""
+    """The text encoders of a pipeline, which run one after the other."""
 
     def __init__(self, prompt: Prompt, tokenizers: Sequence[Tokenizer], components: Components) -> None:
         """Takes a tokenizer for each of the encoders of `prompt`."""
@@ -68,23 +68,24 @@ class TextStage:
 
         Args:
             texts: For each row a text for each encoder.
-            clip_skip: How many layers are left out at an encoder's end.
-            emphasis: Read brackets as weights.
             any_length: Whether the UNet takes more than one chunk.
 
         Raises:
-            RequestError: A text is too long, or `clip_skip` leaves no layer.
+            RequestError: A text cannot be encoded or is too long, or `clip_skip` leaves no layer.
         """
         columns = []
         for i, encoder in enumerate(self.prompt.encoders):
-            if not 0 <= clip_skip < len(encoder.hidden):
-                raise RequestError(f"clip_skip is {clip_skip!r}; expected 0 to {len(encoder.hidden) - 1}")
+            whole = isinstance(clip_skip, int) and not isinstance(clip_skip, bool)
+            if not whole or not 0 <= clip_skip < len(encoder.hidden):
+                raise RequestError(
+                    f"clip_skip is {clip_skip!r}; expected a whole number from 0 to {len(encoder.hidden) - 1}"
+                )
             columns.append([tokenized(row[i], self._tokenizers[i], encoder, emphasis) for row in texts])
         length = max(len(chunks) for column in columns for chunks in column)
         if length > 1 and not any_length:
             most = min(encoder.max_length for encoder in self.prompt.encoders) - 2
             raise RequestError(
-                f"prompt: it is longer than {most} tokens, which the graphs of this target take at most; shorten it, "
+                f"prompt: it is longer than {most} tokens, the most that the graphs of this target take; shorten it, "
                 "or use the ONNX target"
             )
         hidden, pooled = [], None
@@ -119,6 +120,9 @@ def run_one(session: Session, graph: Graph, inputs: dict[str, Array]) -> dict[st
     """Runs one row through a graph of a component outside of the loop: float32 outputs by name, of one row.
 
     A graph of a fixed batch is given the row as often as it takes.
+
+    Raises:
+        NotFiniteError: An output holds NaN or infinity.
     """
     tensors: dict[str, Any] = {}
     for tensor in graph.inputs:
@@ -126,4 +130,8 @@ def run_one(session: Session, graph: Graph, inputs: dict[str, Array]) -> dict[st
         rows = row if session.batch is None else np.repeat(row, session.batch, axis=0)
         tensors[tensor.name] = session.put(np.ascontiguousarray(rows))
     session.run(graph, tensors)
-    return {t.name: np.array(session.get(tensors[t.name])[:1], dtype=np.float32) for t in graph.outputs}
+    made = {t.name: np.array(session.get(tensors[t.name])[:1], dtype=np.float32) for t in graph.outputs}
+    for name, value in made.items():
+        if not np.isfinite(value).all():
+            raise NotFiniteError(f"{graph.name}: its {name} holds NaN or infinity; export it in fp32")
+    return made

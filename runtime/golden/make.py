@@ -9,11 +9,13 @@ Constraints that shaped this file:
 """
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import json
 import math
 import shutil
+import sys
 import tempfile
 import unittest.mock
 from collections.abc import Mapping
@@ -29,13 +31,18 @@ import torch
 
 import edgediff
 from edgediff.export.draft import draft_manifest
+from edgediff.models.components import pipeline_components
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.image import to_uint8
+from edgediff_runtime.manifest import Encoder, File
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.noise import noise, philox
+from edgediff_runtime.prompt import tokenized
 from edgediff_runtime.schedulers import SchedulerConfig
+from edgediff_runtime.text_encoding import Tokenizer
 
+FOLDER = Path(__file__).parent
 SHAPE = (1, 2, 4, 4)
 # Beyond it float32 itself leaves a whole trajectory less than 1e-5.
 TRAJECTORY_SIGMA_MAX = 200.0
@@ -153,6 +160,24 @@ NOISE = (
     (2**64 - 1, (2, 3), 2**32 - 1, 2**32 - 1),
 )
 
+# A text encoder that takes few tokens, so that chunks are short, and texts that tokenizers get wrong.
+ENCODER = Encoder("text_encoder", 12, bos=524, eos=525, pad=525, hidden=("last_hidden_state",))
+PROMPTS = (
+    "",
+    "a red apple",
+    " A  RED\tapple\n",
+    "it's 12 apples, the dog's!",
+    "(photo) of a [red] (apple:1.3)",
+    "((a) b:0.5) \\(c\\) \\\\ (d: 1.25 )",
+    "(a [b) c] :) (:2) (e:x) ()",
+    "re(d) apple",
+    "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{COOKING} \N{SNOWMAN}\N{VARIATION SELECTOR-16}",
+    "\N{LATIN SMALL LETTER E WITH ACUTE} e\N{COMBINING ACUTE ACCENT} \N{LATIN CAPITAL LETTER I WITH DOT ABOVE}",
+    "\N{HEBREW LETTER SHIN}\N{HEBREW LETTER LAMED} \N{ARABIC LETTER SEEN} \N{CJK UNIFIED IDEOGRAPH-732B}",
+    "a\0b\N{NO-BREAK SPACE}c<|endoftext|>d",
+    "red apple dog photo " * 6,
+)
+
 
 def trace(case: Case, seed: int = 0) -> dict[str, Any]:
     """What diffusers computes at each step, for made-up model outputs that follow their input.
@@ -246,12 +271,31 @@ def pixels() -> dict[str, Any]:
     return {"values": values, "bytes": to_uint8(values.reshape(1, 1, 1, -1)).reshape(-1).tolist()}
 
 
+def tokens() -> dict[str, Any]:
+    """Prompts and their chunks; all of them with emphasis, and one whose brackets are characters."""
+    tokenizer = Tokenizer.from_file(FOLDER / "tokens" / "tokenizer.json")
+    cases = [(prompt, True) for prompt in PROMPTS] + [(PROMPTS[4], False)]
+    return {
+        "encoder": msgspec.to_builtins(ENCODER),
+        "cases": [
+            {
+                "prompt": prompt,
+                "emphasis": emphasis,
+                "chunks": [dataclasses.asdict(chunk) for chunk in tokenized(prompt, tokenizer, ENCODER, emphasis)],
+            }
+            for prompt, emphasis in cases
+        ],
+    }
+
+
 def write(folder: Path) -> None:
-    """Writes every golden file but the bundle below a folder."""
-    for name in ("schedulers", "loop", "manifests"):
+    """Writes every golden file but the bundle, and manifests that an export makes, below a folder."""
+    for name in ("schedulers", "loop", "manifests", "tokens"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "noise.json").write_text(_dump(noise_vectors()))
     (folder / "uint8.json").write_text(_dump(pixels()))
+    shutil.copyfile(FOLDER / "tokens" / "tokenizer.json", folder / "tokens" / "tokenizer.json")
+    (folder / "tokens" / "prompts.json").write_text(_dump(tokens()))
     for name, case in CASES.items():
         (folder / "schedulers" / f"{name}.json").write_text(_dump(trace(case)))
     for name, case in loop_cases.CASES.items():
@@ -302,9 +346,28 @@ def _write_text_manifest(path: Path) -> None:
     diffusers.DDPMScheduler(**SD15_SAVED).save_pretrained("text/scheduler")
     model = edgediff.load_model("text")
     config = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair", seed=2**53 + 1)
-    draft = draft_manifest(model, edgediff.split(model.unet), config, "synthetic")
+    draft = draft_manifest(model, edgediff.split(model.unet), config, "synthetic", {})
     targets = (msgspec.structs.replace(draft.targets[0], specification_version=9),)
     path.write_bytes(render_manifest(msgspec.structs.replace(draft, targets=targets)))
+
+
+def write_pipeline_manifest(path: Path) -> None:
+    """The manifest of a tiny SDXL pipeline in ONNX, as its export would draft it, with its tokenizers as files."""
+    sys.path.append(str(FOLDER.parents[1] / "tests"))
+    from tiny_pipelines import save_xl
+
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        save_xl(Path("xl"))
+        model = edgediff.load_model("xl")
+        config = edgediff.ExportConfig(steps=4, layout="pair")
+        draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", pipeline_components(model))
+    (entry,) = draft.targets
+    files = {}
+    for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        file = f"onnx/{folder}/tokenizer.json"
+        entry = entry.with_component(encoder, msgspec.structs.replace(entry.component(encoder), tokenizer=file))
+        files[file] = File(size=1, sha256="0" * 64)
+    path.write_bytes(render_manifest(msgspec.structs.replace(draft, targets=(entry,), files=files)))
 
 
 def _sigma_max(scheduler: Any) -> float:
@@ -346,5 +409,6 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parent)
-    write_bundle(Path(__file__).parent)
+    write(FOLDER)
+    write_bundle(FOLDER)
+    write_pipeline_manifest(FOLDER / "manifests" / "pipeline.json")

@@ -2,6 +2,11 @@
 
 from typing import Any
 
+COMPONENTS: list[str | int] = ["targets", 0, "components"]
+FIRST: list[str | int] = ["graphs", 0]
+FLOORS = {"graph": 100.0, "composed": 90.0, "trajectory": 70.0, "caching": None}
+OTHER = {"stage": "decode", "dtype": "fp32", "batch": None, "floors": FLOORS, "graphs": []}
+VAE = {"scaling_factor": 0.13025, "downscale": 2}
 # Where in which manifest a value is put, and why a reader refuses the result. "remove" takes the key away.
 BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("class", ["format_version"], 3, "a newer format"),
@@ -39,6 +44,44 @@ BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("text", ["targets", 0, "specification_version"], 7, "a model format that is not the system's"),
     ("text", ["targets", 0, "components", "unet", "dtype"], "fp32", "float16 tensors in fp32"),
     ("text", ["targets", 0, "components", "unet", "floors", "program"], None, "fp16 without a floor for the program"),
+    ("class", ["prompt"], {"encoders": []}, "prompts of a model without text"),
+    ("class", ["vae"], {"scaling_factor": 1.0, "downscale": 8}, "a decoder of pixels"),
+    ("pipeline", ["prompt"], None, "text encoders that are not described"),
+    ("pipeline", ["prompt", "encoders"], [], "prompts without a text encoder"),
+    ("pipeline", ["prompt", "encoders", 0, "component"], "vae_decoder", "a decoder that encodes text"),
+    ("pipeline", ["prompt", "encoders", 0, "component"], "text_encoder_2", "the same text encoder twice"),
+    ("pipeline", ["prompt", "encoders", 0, "max_length"], 2, "no room for a token"),
+    ("pipeline", ["prompt", "encoders", 0, "max_length"], 64, "text encoders of different lengths"),
+    ("pipeline", ["prompt", "encoders", 1, "pad"], -1, "a token id below 0"),
+    ("pipeline", ["prompt", "encoders", 0, "hidden"], [], "no state that stands for the prompt"),
+    ("pipeline", ["prompt", "encoders", 0, "hidden", 1], "hidden_states.2", "a state twice"),
+    ("pipeline", ["prompt", "encoders", 0, "hidden", 0], "clip_skip.1", "a state that the text encoder does not give"),
+    ("pipeline", ["prompt", "encoders", 0, "hidden", 0], "pooler_output", "a pooled text as the state of each token"),
+    ("pipeline", ["prompt", "encoders", 1, "pooled"], "pooler_output", "a pooled text that no output gives"),
+    ("pipeline", ["prompt", "encoders", 1, "pooled"], None, "text_embeds that no text encoder gives"),
+    ("pipeline", ["prompt", "encoders", 0, "pooled"], "pooler_output", "two pooled texts"),
+    ("pipeline", [*COMPONENTS, "text_encoder_2", *FIRST, "outputs", 0, "shape"], ["batch"], "pooled text of no width"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "graphs", 0, "outputs", 3, "shape", 2], 16, "layers of unlike widths"),
+    ("pipeline", ["conditioning", "tensors", 0, "shape", 2], 32, "features of another width than the UNet takes"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "tokenizer"], "onnx/x.json", "a tokenizer that is not a file"),
+    ("pipeline", [*COMPONENTS, "unet", "tokenizer"], "onnx/tokenizer/tokenizer.json", "a tokenizer of a UNet"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "stage"], "decode", "a text encoder that is run at the end"),
+    ("pipeline", [*COMPONENTS, "vae_encoder", "stage"], "decode", "two decoders"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "graphs"], [], "a component without graphs"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "graphs", 0, "file"], None, "a decoder without a file"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "graphs", 0, "outputs"], [], "a decoder that gives nothing"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "graphs", 0, "inputs", 0, "shape", 2], 8, "a decoder of smaller latents"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "graphs", 0, "outputs", 0, "shape", 3], 64, "a picture of another size"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "batch"], 2, "a fixed batch in a graph of any"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "graphs", 0, "inputs", 0, "name"], "ids", "token ids of another name"),
+    ("pipeline", [*COMPONENTS, "text_encoder", "graphs", 0, "inputs", 0, "shape", 1], 64, "another number of tokens"),
+    ("pipeline", [*COMPONENTS, "safety_checker"], OTHER, "a component that no runtime knows"),
+    ("pipeline", ["vae"], None, "a decoder that is not described"),
+    ("pipeline", ["vae", "scaling_factor"], 0, "latents that are divided by 0"),
+    ("pipeline", ["vae", "downscale"], 0, "a picture without pixels"),
+    ("pipeline", ["vae", "mean"], [0, 0, 0, 0], "a mean without a deviation"),
+    ("pipeline", ["vae"], {**VAE, "mean": [0, 0, 0], "std": [1, 1, 1]}, "means of fewer channels"),
+    ("pipeline", ["vae"], {**VAE, "mean": [0, 0, 0, 0], "std": [1, 1, 1, 0]}, "a deviation of 0"),
 )  # fmt: skip
 
 

@@ -106,7 +106,8 @@ def write_tokenizers(folder: Path, say: Say) -> None:
         convert = import_extra("openvino_tokenizers", "exporting a tokenizer to OpenVINO", "openvino")
         with converter_errors(f"{each.name}: openvino_tokenizers"):
             model = convert.convert_tokenizer(load_tokenizer(each), with_detokenizer=False)
-            _settle_names(model, each.name)
+            _settle_names(model, each.name, every=True)
+            model.inputs[0].get_tensor().set_names({"text"})
             openvino.save_model(model, each / "openvino_tokenizer.xml", compress_to_fp16=False)
 
 
@@ -127,10 +128,11 @@ def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
     pooled.rename(weights)
 
 
-def _settle_names(model: Any, name: str) -> None:
+def _settle_names(model: Any, name: str, every: bool = False) -> None:
+    """Names the operations that have no name from the graph, or every one: generated names contain a counter."""
     model.set_friendly_name(name)
     for i, op in enumerate(model.get_ordered_ops()):
-        if op.get_friendly_name() == op.get_name():  # it has none from the graph
+        if every or op.get_friendly_name() == op.get_name():
             op.set_friendly_name(f"{op.get_type_name()}.{i}")
 
 

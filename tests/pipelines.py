@@ -1,0 +1,160 @@
+"""Small pipelines in our runtime, over torch or over exported graphs, beside diffusers' own."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from artefacts import exported, saved_once
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import SAVE
+
+import edgediff
+from edgediff.bundle.psnr import psnr_db
+from edgediff.config.floors import VerifyConfig
+from edgediff.export.component_reference import source_tokenizers
+from edgediff.export.draft import draft_manifest
+from edgediff.models.components import pipeline_components
+from edgediff.models.sampling import diffusers_scheduler
+from edgediff.models.torch_session import TorchSession
+from edgediff.models.undivided import undivided_session
+from edgediff_runtime import EdgePipeline
+from edgediff_runtime.components import UNET, Components
+from edgediff_runtime.loop import initial_latents
+from edgediff_runtime.sessions import Session
+
+CONFIG = edgediff.ExportConfig(steps=8, verify=VerifyConfig(mode="graphs"))
+# A latent consistency model is of no use with another sampler than its own.
+CONFIGS = {"lcm": msgspec.structs.replace(CONFIG, scheduler="lcm")}
+SEED = 3
+
+
+def saved(name: str) -> Path:
+    """The folder of a small pipeline, saved by diffusers; its text encoders' states have a mean, as trained ones do.
+
+    Emphasis restores that mean, which magnifies rounding where it is nearly 0.
+    """
+
+    def save(folder: Path) -> None:
+        SAVE[name](folder)
+        for file in sorted(folder.glob("text_encoder*/model.safetensors")):
+            weights = load_file(file)
+            (bias,) = [each for each in weights if each.endswith("final_layer_norm.bias")]
+            save_file({**weights, bias: weights[bias] + 0.5}, file, {"format": "pt"})
+
+    return saved_once(f"tiny-{name}-with-mean", save)
+
+
+def exported_pipeline(name: str) -> Path:
+    """Its bundle of ONNX graphs; tests leave it as it is."""
+    return exported(saved(name), CONFIGS.get(name, CONFIG), {})
+
+
+def open_in_torch(name: str, low_memory: bool = False, opened: Callable[[Session], None] | None = None) -> EdgePipeline:
+    """Our runtime over the source's own modules; each session that is opened is shown to `opened`."""
+    model = edgediff.load_model(saved(name))
+    found = pipeline_components(model)
+    draft = draft_manifest(model, edgediff.split(model.unet), CONFIGS.get(name, CONFIG), "prompt", found)
+
+    def unet() -> Session:
+        session = undivided_session(model)
+        session.graphs = tuple(graph.with_any_text() for graph in session.graphs)
+        return session
+
+    def open_session(component: str) -> Session:
+        session: Session
+        if component == UNET:
+            session = unet()
+        else:
+            session = TorchSession({component: found[component].load()}, (found[component].graph,))
+        if opened is not None:
+            opened(session)
+        return session
+
+    graphs = {UNET: unet().graphs, **{component: (each.graph,) for component, each in found.items()}}
+    assert draft.prompt is not None
+    words = source_tokenizers(model, draft.prompt)
+    return EdgePipeline(draft, Components(graphs, open_session, keep=not low_memory), lambda: words)
+
+
+def open_in_diffusers(name: str) -> Any:
+    """diffusers' pipeline with the sampler of the bundle."""
+    theirs = DiffusionPipeline.from_pretrained(saved(name))
+    theirs.scheduler = diffusers_scheduler(
+        edgediff.load_model(saved(name)).scheduler, CONFIGS.get(name, CONFIG).scheduler
+    )
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+@dataclass
+class Pair:
+    """The same pipeline twice."""
+
+    ours: EdgePipeline
+    theirs: Any
+
+    def psnr(self, ours: dict[str, Any], theirs: dict[str, Any] | None = None, images: int = 1) -> float:
+        """PSNR of our pictures against theirs of the same latents, 8 steps, each of them full; in dB.
+
+        Args:
+            theirs: What diffusers is asked for instead of what we are.
+        """
+        pixels = self.ours(seed=SEED, num_inference_steps=8, clock=1, **ours).pixels
+        assert pixels is not None
+        sample = self.ours.manifest.sample
+        latents = initial_latents(SEED, images, (sample.channels, sample.height, sample.width), 1.0)
+        asked = ours if theirs is None else theirs
+        drawn = self.theirs(num_inference_steps=8, latents=torch.from_numpy(latents), output_type="np", **asked).images
+        assert drawn.shape == (images, *pixels.shape[2:], 3)
+        return psnr_db(drawn, np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1))
+
+
+Pieces = Sequence[tuple[str, float]]
+
+
+@torch.no_grad()
+def reference_embeds(theirs: Any, pieces: Pieces, clip_skip: int = 0) -> dict[str, torch.Tensor]:
+    """What a prompt of weighted pieces comes to, in plain torch: by the names of diffusers' arguments.
+
+    Every 75 tokens, two less than the encoder takes, are a chunk between the marks of beginning and end, each encoded
+    alone; weights multiply states, and the mean of the chunk's states is restored.
+    """
+    is_xl = hasattr(theirs, "text_encoder_2")
+    words, encoders = [theirs.tokenizer], [theirs.text_encoder]
+    if is_xl:
+        words, encoders = [*words, theirs.tokenizer_2], [*encoders, theirs.text_encoder_2]
+    features, pooled = [], None
+    for tokenizer, encoder in zip(words, encoders, strict=True):
+        ids = [(i, weight) for text, weight in pieces for i in tokenizer(text, add_special_tokens=False).input_ids]
+        states, size = [], tokenizer.model_max_length - 2
+        for start in range(0, max(len(ids), 1), size):
+            chunk = ids[start : start + size]
+            rest = size - len(chunk)
+            row = [tokenizer.bos_token_id, *(i for i, _ in chunk), tokenizer.eos_token_id]
+            row += [tokenizer.pad_token_id] * rest
+            out = encoder(torch.tensor([row]), output_hidden_states=True)
+            if is_xl:
+                state = out.hidden_states[-2 - clip_skip]
+            else:
+                state = out.hidden_states[-1 - clip_skip]
+                norm = getattr(encoder, "text_model", encoder).final_layer_norm
+                state = norm(state)
+            weights = torch.tensor([1.0, *(weight for _, weight in chunk), 1.0, *[1.0] * rest])
+            weighted = state * weights[None, :, None]
+            states.append(weighted * state.mean() / weighted.mean())
+            if is_xl and start == 0 and encoder is theirs.text_encoder_2:
+                pooled = out.text_embeds
+        features.append(torch.cat(states, dim=1))
+    embeds = {"prompt_embeds": torch.cat(features, dim=-1)}
+    return embeds if pooled is None else {**embeds, "pooled_prompt_embeds": pooled}
+
+
+def guided_embeds(theirs: Any, pieces: Pieces, negative: Pieces, clip_skip: int = 0) -> dict[str, torch.Tensor]:
+    """Both prompts, by the names of diffusers' arguments."""
+    against = reference_embeds(theirs, negative, clip_skip)
+    return reference_embeds(theirs, pieces, clip_skip) | {f"negative_{name}": each for name, each in against.items()}
