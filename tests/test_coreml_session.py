@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from artefacts import saved_once
 from command_line import Command, assert_error
+from conftest import Export
 from ml_packages import Opened, change_package
 from seals import flip_bit, reseal, seal_plain
+from tiny_pipelines import SAVE
 
+import edgediff
 from edgediff import verify_bundle
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import MissingExtraError
@@ -20,7 +24,7 @@ from edgediff.mil import evaluate
 from edgediff.mil.coremltools_quiet import import_coremltools
 from edgediff.mil.function import Function
 from edgediff.mil.package import read_package
-from edgediff.targets.backends import open_session
+from edgediff.targets.backends import open_pipeline, open_session
 from edgediff.verify import parity
 from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, open_bundle
 
@@ -54,8 +58,9 @@ class Stand:
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> type[Stand]:
     Stand.opened = []
+    models = import_coremltools("tests").models  # before it takes this machine for a Mac
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(import_coremltools("tests").models, "MLModel", Stand)
+    monkeypatch.setattr(models, "MLModel", Stand)
     return Stand
 
 
@@ -69,6 +74,22 @@ def test_a_mac_makes_the_images_that_the_evaluator_makes(coreml_bundle: Path, ma
     # Guidance that ends on the way keeps the conditional half of a cache in the graph's own dtype.
     request |= {"guidance_scale": [2.0, 1.0, 1.0], "clock": "1,0,0"}
     assert psnr_db(other(**request).latents, pipe(**request).latents) > 60
+
+
+def test_a_mac_draws_a_prompt_as_the_evaluator_does(export_once: Export, mac: type[Stand]) -> None:
+    config = edgediff.ExportConfig(targets=("coreml",), steps=4)
+    bundle = open_bundle(export_once(saved_once("sd1", SAVE["sd1"]), config))
+    request: dict[str, Any] = {"prompt": "a red dog", "clip_skip": 1, "num_inference_steps": 2, "seed": 5}
+    got = EdgePipeline.from_pretrained(bundle.path, backend="coreml")(**request)
+    want = open_pipeline(bundle, "mil-reference")(**request)
+    # Not bit for bit: the evaluator hands on tensors in any memory layout, and torch adds them in another order.
+    assert psnr_db(want.latents, got.latents) > 45
+    assert psnr_db(want.pixels, got.pixels) > 45
+    # Outputs under other names in the package, each function by its own.
+    assert {(name, function) for name, _, function in mac.opened} == {
+        ("Unet.mlpackage", "highres_in"), ("Unet.mlpackage", "lowres"), ("Unet.mlpackage", "highres_out"),
+        ("TextEncoder.mlpackage", None), ("VAEDecoder.mlpackage", None),
+    }  # fmt: skip
 
 
 def test_a_mac_is_asked_by_verify_too(coreml_bundle: Path, mac: type[Stand]) -> None:

@@ -15,14 +15,18 @@ from command_line import Command, assert_error
 from conftest import SMALL_CLASS, Export, save_class_model
 from safetensors.numpy import load_file
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, rows_of, seal
+from tiny_pipelines import SAVE
 from unets import unet2d
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.models.components import pipeline_components
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession
+from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session, usual_backend
+from edgediff.targets.base import ComponentJob
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff.targets.executorch.write_executorch import group_norm, write_executorch
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
@@ -95,6 +99,31 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
         given = [torch.from_numpy(values[key]) for key in module.inputs]
         (got,) = program.load_method(name).execute(given)
         torch.testing.assert_close(got, module(*given)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["text_encoder", "vae_decoder", "vae_encoder"])
+def test_a_component_is_a_program_of_one_method(name: str, tmp_path: Path) -> None:
+    component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
+    target, config = TARGETS["executorch"], edgediff.ExportConfig()
+    entry = target.describe_component(component.stage, component.graph, config.verify, config.section("executorch"))
+    assert entry is not None
+    (graph,) = entry.graphs
+    assert (graph.file, graph.function, entry.batch, entry.dtype) == (f"executorch/{name}.pte", "forward", 1, "fp32")
+    (given,) = graph.inputs
+    rng = np.random.default_rng(0)
+    shape = tuple(map(int, given.shape))
+    value = rng.integers(0, 500, shape) if given.dtype == "int64" else rng.standard_normal(shape).astype(np.float32)
+    part = component.load()
+    job = ComponentJob(tmp_path, name, entry, part, {given.name: value}, component.config, None, lambda what: None)
+    assert target.write_component(job) == entry
+    program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(tmp_path / str(graph.file))
+    made = program.load_method("forward").execute([torch.from_numpy(value)])
+    with torch.no_grad():
+        wanted = part(torch.from_numpy(value))
+    for tensor, want, got in zip(graph.outputs, wanted, made, strict=True):
+        assert tuple(got.shape) == tensor.shape
+        assert psnr_db(want.numpy(), got.numpy()) > 100
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 12, 7), (3, 12, 1, 1)])

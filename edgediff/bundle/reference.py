@@ -17,7 +17,7 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import TIMESTEP, Component, Graph
+from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph
 
 REFERENCE = "evidence/reference.safetensors"
 
@@ -113,8 +113,13 @@ def step_inputs(step: Recorded, graph: Graph) -> dict[str, np.ndarray]:
     inputs = {}
     for tensor in graph.inputs:
         value = step.tensors[tensor.name].astype(tensor.dtype)
-        # The undivided model of an ecosystem may take the timestep as a scalar.
-        inputs[tensor.name] = value.reshape(cast(Any, tensor.shape)) if tensor.name == TIMESTEP else value
+        # The undivided step of an ecosystem may take the timestep as a scalar or for each row, and a text with its
+        # channels before its tokens.
+        if tensor.name == TIMESTEP:
+            value = np.full(cast(Any, tensor.shape), value.flat[0])
+        elif tensor.name == TEXT and len(tensor.shape) == 4:
+            value = np.ascontiguousarray(value.transpose(0, 2, 1)[:, :, None])
+        inputs[tensor.name] = value
     return inputs
 
 

@@ -35,6 +35,7 @@ from edgediff.models.components import (
     TEXT_ENCODERS,
     PipelineComponent,
     pipeline_components,
+    place_tokenizer,
     prompt_settings,
     tokenizer_folder,
     vae_settings,
@@ -225,6 +226,7 @@ def _write_components(
                     config.section(entry.target, name), say, traces,
                 )  # fmt: skip
                 entries[i] = entry.with_component(name, TARGETS[entry.target].write_component(job))
+                del job
         del part
     scheduler = diffusers_scheduler(model.scheduler, config.scheduler)
     return [_write_pipeline(folder, model, components, entry, scheduler, say) for entry in entries]
@@ -239,14 +241,17 @@ def _write_pipeline(
     say: Progress,
 ) -> m.Target:
     """Writes model_index.json and the tokenizers where a target's ecosystem looks for them."""
-    where = TARGETS[entry.target].pipeline_folder(entry) if components else None
-    if where is None:
-        return entry
-    write_pipeline_files(model, scheduler, folder / where)
-    TARGETS[entry.target].finish_pipeline(folder / where, say)
+    target = TARGETS[entry.target]
+    where = target.pipeline_folder(entry) if components else None
+    if where is not None:
+        write_pipeline_files(model, scheduler, folder / where)
+        target.finish_pipeline(folder / where, say)
     for name in TEXT_ENCODERS:
         if name in entry.components:
-            tokenizer = f"{where}/{tokenizer_folder(model, name).name}/tokenizer.json"
+            source = tokenizer_folder(model, name)
+            if where is None:
+                place_tokenizer(source, folder / entry.target, target.tokenizer_files(source.name))
+            tokenizer = f"{where or entry.target}/{source.name}/tokenizer.json"
             entry = entry.with_component(name, msgspec.structs.replace(entry.components[name], tokenizer=tokenizer))
     return entry
 

@@ -7,6 +7,7 @@ or run, so that a large pipeline is never in memory as a whole.
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -352,6 +353,17 @@ def write_tokenizer(source: Path, folder: Path) -> None:
     for file in folder.iterdir():
         if file.name not in TOKENIZER_FILES:
             file.unlink()
+
+
+def place_tokenizer(source: Path, folder: Path, places: Mapping[str, str]) -> None:
+    """Writes some of a tokenizer's files, by their names, to places in a folder; what is there already stays."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as scratch:
+        written = Path(scratch) / "tokenizer"
+        write_tokenizer(source, written)
+        for name, place in places.items():
+            if not (folder / place).exists():
+                (folder / place).parent.mkdir(exist_ok=True)
+                (written / name).rename(folder / place)
 
 
 def vae_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Vae | None:

@@ -291,6 +291,10 @@ class Target(ABC):
         """Where model_index.json and the tokenizers of a whole pipeline lie; None where the format has none."""
         return None
 
+    def tokenizer_files(self, tokenizer: str) -> Mapping[str, str]:
+        """Where files of a tokenizer lie in the target's folder, by their names, where it has no `pipeline_folder`."""
+        return {"tokenizer.json": f"{tokenizer}/tokenizer.json"}
+
     def finish_pipeline(self, folder: Path, say: Say) -> None:  # noqa: B027 - most formats add nothing
         """Adds to the tree of a whole pipeline, tokenizers in it, what the format's own readers want besides."""
 

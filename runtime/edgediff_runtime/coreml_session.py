@@ -89,12 +89,13 @@ class CoreMLSession:
         except Exception as e:
             raise BundleError(f"{graph.file}: the prediction failed: {one_line(e)}") from e
         for tensor in graph.outputs:
-            if tensor.name not in made or np.shape(made[tensor.name]) != tensor.shape:
+            name = tensor.stored_name
+            if name not in made or np.shape(made[name]) != tensor.shape:
                 found = {name: list(np.shape(value)) for name, value in made.items()}
                 raise BundleError(
-                    f"{graph.file} gave {found}; the manifest says {tensor.name} {list(tensor.shape)}; export again"
+                    f"{graph.file} gave {found}; the manifest says {name} {list(tensor.shape)}; export again"
                 )
-            tensors[tensor.name] = np.asarray(made[tensor.name], dtype=tensor.dtype)
+            tensors[tensor.name] = np.asarray(made[name], dtype=tensor.dtype)
 
 
 def _check_tensors(graph: Graph, spec: Any) -> None:
@@ -119,7 +120,8 @@ def check_features(graph: Graph, inputs: Features, outputs: Features) -> None:
     Core ML needs no shape of outputs: none, (), fits any.
     """
     for said, found in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        want = {t.name: (t.dtype, t.shape if found.get(t.name, ("", t.shape))[1] else ()) for t in said}
+        named = {tensor.stored_name: tensor for tensor in said}
+        want = {n: (t.dtype, t.shape if found.get(n, ("", t.shape))[1] else ()) for n, t in named.items()}
         if want != dict(found):
             raise BundleError(f"{graph.file} has {_spell(found)}; the manifest says {_spell(want)}; export again")
 

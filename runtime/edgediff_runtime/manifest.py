@@ -41,15 +41,23 @@ class Tensor(Struct, frozen=True):
     """A tensor that goes into or comes out of a graph.
 
     Attributes:
-        name: Name in the graph and in the table of tensors.
+        name: Name in the table of tensors, and in the file unless `stored_as` says another.
         dtype: numpy's name of the element type.
         shape: Sizes; ``"batch"`` stands for the number of rows, ``"images"``, of a sample alone, for the number of
             images or that of rows, whichever is given, ``"tokens"`` for the length of the text.
+        stored_as: Its name in the file, where that is another: Core ML has no dots in names, and Apple's pipeline has
+            names of its own.
     """
 
     name: str
     dtype: Literal["float32", "float16", "int64", "int32"]
     shape: tuple[int | Symbol, ...]
+    stored_as: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the file."""
+        return self.name if self.stored_as is None else self.stored_as
 
 
 class Graph(Struct, frozen=True):

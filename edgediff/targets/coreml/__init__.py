@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from edgediff_runtime.sessions import Session
 
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
-PAIR = "coreml/Unet.mlpackage"
+UNET = "coreml/Unet.mlpackage"
 # Apple's names of the components' packages.
 PACKAGES = {
     "text_encoder": "TextEncoder",
@@ -45,6 +45,8 @@ IDS = "input_ids"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
 # Floors of Apple's runtime, whatever the recipe asks of the evaluator: it may add in fp16.
 DEVICE_DB, DEVICE_TRAJECTORY_DB = 45.0, 35.0
+# The system whose packages hold several functions over weights stored once.
+SEVERAL_FUNCTIONS = "iOS18"
 # Systems whose programs have attention as one op, which has no scale of its own.
 FUSED_ATTENTION = ("iOS18",)
 
@@ -99,10 +101,10 @@ class CoreMLTarget(Target):
     def check(self, config: CoreMLConfig, layout: Layout) -> None:
         """Checks the batch, and that the system can load several functions in one package."""
         batch_check(self, config.batch)
-        if layout == "pair" and config.deployment_target != "iOS18":
+        if layout == "pair" and config.deployment_target != SEVERAL_FUNCTIONS:
             raise ConfigError(
                 f"layout pair needs Core ML packages of several functions, which {config.deployment_target} cannot "
-                "load; expected 'coreml.deployment_target' iOS18, or layout split"
+                f"load; expected 'coreml.deployment_target' {SEVERAL_FUNCTIONS}, or layout split"
             )
 
     def default_layout(self, config: CoreMLConfig, mask: tuple[bool, ...]) -> Layout:
@@ -116,31 +118,43 @@ class CoreMLTarget(Target):
         import_coremltools("exporting to Core ML")
 
     def describe(self, outline: Outline, config: CoreMLConfig) -> m.Target:
-        """Graphs of fixed shapes: features in the graph's dtype, int32 in the place of int64."""
+        """Graphs of fixed shapes: features in the graph's dtype, int32 in the place of int64.
+
+        Each is a package; functions of one in the layout ``pair``, and where the undivided step is beside them, whose
+        weights are theirs.
+        """
+        from edgediff.targets.coreml.swift_pipeline import undivided_graph
         from edgediff.targets.layout import pack
 
         batch = outline.rows if config.batch is None else config.batch
         graphs = []
         for graph in pack(outline.parts, outline.divided, outline.layout):
-            file, function = None, None
-            if graph.file is not None:
-                file = f"coreml/{graph.name}.mlpackage"
-                if outline.layout == "pair":
-                    file, function = PAIR, graph.name
             inputs, outputs = (_typed(fixed(side, batch), config.dtype) for side in (graph.inputs, graph.outputs))
-            graphs.append(msgspec.structs.replace(graph, file=file, function=function, inputs=inputs, outputs=outputs))
-        unet = outline.unet(tuple(graphs), config.dtype, batch)
+            graphs.append(msgspec.structs.replace(graph, inputs=inputs, outputs=outputs))
+        model = undivided_graph(graphs, UNET) if config.deployment_target == SEVERAL_FUNCTIONS else None
+        is_one = outline.layout == "pair" or model is not None
+        placed = tuple(_placed(graph, is_one) if graph.file is not None else graph for graph in graphs)
+        unet = msgspec.structs.replace(outline.unet(placed, config.dtype, batch), model=model)
         return m.CoreMLTarget({"unet": unet}, config.deployment_target, specification_version=0)
 
     def describe_component(
         self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: CoreMLConfig
     ) -> m.Component | None:
-        """One package of one row under Apple's name, as Apple's Swift pipeline calls it: token ids are float32."""
+        """One package of one row, named as Apple's Swift pipeline calls it."""
+        from edgediff.targets.coreml.swift_pipeline import encoder_names
+
         inputs, outputs = (_typed(fixed(side, 1), config.dtype) for side in (graph.inputs, graph.outputs))
         inputs = tuple(msgspec.structs.replace(t, dtype="float32") if t.name == IDS else t for t in inputs)
+        # A package has no dots in names.
+        names = {t.name: t.name.replace(".", "_") for t in outputs if "." in t.name} | encoder_names(outputs)
+        outputs = tuple(msgspec.structs.replace(t, stored_as=names.get(t.name)) for t in outputs)
         file = f"coreml/{PACKAGES[graph.name]}.mlpackage"
         graph = msgspec.structs.replace(graph, file=file, inputs=inputs, outputs=outputs)
         return m.Component(stage, config.dtype, 1, verify.floors(config.dtype), (graph,))
+
+    def tokenizer_files(self, tokenizer: str) -> Mapping[str, str]:
+        """The vocabulary and the merges lie where Apple's pipeline reads them."""
+        return {**super().tokenizer_files(tokenizer), "vocab.json": "vocab.json", "merges.txt": "merges.txt"}
 
     def essence(self, entry: Any) -> m.Target:
         """Without the specification version, which the converter decides."""
@@ -158,15 +172,23 @@ class CoreMLTarget(Target):
         )
 
     def write(self, job: Job) -> m.Target:
-        """Converts each graph, and joins them to one package where the layout is ``pair``."""
+        """Converts each graph, and joins those of one package; the undivided step is its default function."""
+        from edgediff.targets.coreml.swift_pipeline import SwiftStep
         from edgediff.targets.coreml.write_coreml import write_coreml
 
-        version = write_coreml(job.folder, job.target.unet.graphs, job.modules, job.config, job.say)
+        unet, modules = job.target.unet, dict(job.modules)
+        graphs = unet.graphs
+        if unet.model is not None:
+            full = [modules[graph.name] for graph in graphs if graph.runs(full=True)]
+            modules[unet.model.name] = SwiftStep(unet.model, full)
+            graphs = (unet.model, *graphs)
+        version = write_coreml(job.folder, graphs, modules, job.config, job.say)
         return msgspec.structs.replace(job.target, specification_version=version)
 
     def write_component(self, job: ComponentJob) -> m.Component:
         """Converts the component's graph."""
-        from edgediff.targets.coreml.write_coreml import FloatIds, write_coreml
+        from edgediff.targets.coreml.swift_pipeline import FloatIds
+        from edgediff.targets.coreml.write_coreml import write_coreml
 
         part = FloatIds(job.part) if IDS in job.part.inputs else job.part
         write_coreml(job.folder, job.component.graphs, {job.name: part}, job.config, job.say)
@@ -221,6 +243,13 @@ class CoreMLTarget(Target):
 
         bundle.folder(str(graph.file))
         return read_mlprogram(bundle.path / str(graph.file), graph.function)
+
+
+def _placed(graph: m.Graph, is_one: bool) -> m.Graph:
+    """A graph in a package of its own, or as a function of the UNet's one package."""
+    if is_one:
+        return msgspec.structs.replace(graph, file=UNET, function=graph.name)
+    return msgspec.structs.replace(graph, file=f"coreml/{graph.name}.mlpackage")
 
 
 def half_constants(deployment_target: str) -> HalfConstants:

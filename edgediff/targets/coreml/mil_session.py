@@ -73,8 +73,9 @@ class MilSession(TorchTensors):
         before = torch.get_num_threads()
         torch.set_num_threads(before if self.threads is None else self.threads)
         try:
-            tensors.update(self.functions[graph.name].run(feeds, rounded=self.rounded))
+            made = self.functions[graph.name].run(feeds, rounded=self.rounded)
         except ProgramError as e:
             raise BundleError(f"{graph.file}: {e}") from e
         finally:
             torch.set_num_threads(before)
+        tensors.update((tensor.name, made[tensor.stored_name]) for tensor in graph.outputs)

@@ -81,7 +81,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
         ct.convert(
             program,
             inputs=[_tensor_type(ct, inputs[name]) for name in module.inputs],
-            outputs=[ct.TensorType(name=tensor.name, dtype=_dtype(tensor)) for tensor in graph.outputs],
+            outputs=[ct.TensorType(name=each.stored_name, dtype=_dtype(each)) for each in graph.outputs],
             minimum_deployment_target=ct.target[config.deployment_target],
             compute_precision=_half_but_time(ct) if config.dtype == "fp16" else ct.precision.FLOAT32,
             skip_model_load=True,
@@ -101,18 +101,6 @@ def _tensor_type(ct: Any, tensor: Tensor) -> Any:
 
 def _dtype(tensor: Tensor) -> Any:
     return np.dtype(tensor.dtype).type
-
-
-class FloatIds(Part):
-    """A text encoder that takes its token ids as float32, as Apple's Swift pipeline hands them over."""
-
-    def __init__(self, encoder: Part) -> None:
-        super().__init__(encoder.inputs, encoder.outputs)
-        self.encoder = encoder
-
-    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Encodes float32 [B, S]."""
-        return self.encoder.compute({name: ids.to(torch.int32) for name, ids in tensors.items()})
 
 
 def _half_but_time(ct: Any) -> Any:
