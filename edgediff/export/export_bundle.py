@@ -186,7 +186,12 @@ def _components(model: Model, config: ExportConfig) -> dict[str, PipelineCompone
     if missing:
         there = ", ".join(found) or "none beside the UNet"
         raise ConfigError(f"'components' asks for {missing[0]}, which {model.name} does not have; it has: {there}")
-    return {name: component for name, component in found.items() if name in config.components}
+    chosen = {name: component for name, component in found.items() if name in config.components}
+    for name, needed in (("vae_encoder", ["vae_decoder"]), *((each, TEXT_ENCODERS) for each in TEXT_ENCODERS)):
+        without = [each for each in needed if each in found and each not in chosen]
+        if name in chosen and without:
+            raise ConfigError(f"'components' has {name} without {without[0]}, which it goes with; name both")
+    return chosen
 
 
 def _pixels(model: Model, components: Mapping[str, PipelineComponent]) -> tuple[int, int] | None:
