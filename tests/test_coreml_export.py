@@ -219,8 +219,6 @@ def test_systems_that_cannot_load_a_pair_are_refused(command: Command, class_mod
     assert_error(said, "'coreml.deployment_target'", "iOS16, iOS17, iOS18")
     said = command(*asked, "--clock", "1")
     assert_error(said, "layout pair with clock 1", "no cached step")
-    said = command("export", class_model, "-o", place / "out", "--target", "onnx", "--dtype", "fp16")
-    assert_error(said, "'onnx.dtype'", "fp32")
 
 
 def test_without_coremltools_the_extra_is_named(

@@ -198,7 +198,7 @@ def test_backends_of_other_targets_say_what_the_bundle_has(
 
 def test_a_dtype_that_no_target_has_is_refused(class_model: Path, place: Path, command: Command) -> None:
     said = command("export", class_model, "-o", place / "bundle", "--target", "executorch", "--dtype", "fp16")
-    assert_error(said, "--dtype is for ONNX and Core ML", "executorch")
+    assert_error(said, "--dtype fp16: ExecuTorch has fp32 alone", "leave target executorch out")
     assert not (place / "bundle").exists()
 
 

@@ -271,7 +271,7 @@ def test_other_targets_and_backends_are_named(ir_bundle: Path, command: Command,
     ("args", "parts"),
     [
         (("--quantize-nbits", 4), ("openvino.quantize_nbits",)),
-        (("--dtype", "fp16"), ("--dtype is for ONNX and Core ML", "openvino")),
+        (("--dtype", "fp16"), ("--dtype fp16: OpenVINO has fp32 alone", "leave target openvino out")),
         (("--clock", 1, "--layout", "pair"), ("layout pair with clock 1",)),
     ],
 )

@@ -65,7 +65,7 @@ def test_the_report_is_written_and_is_the_design_s_json(class_bundle: Path, tmp_
 
 
 def test_without_the_source_the_evidence_is_the_reference(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*args: object) -> None:
+    def gone(*args: object, **settings: object) -> None:
         raise ModelError("no such directory")
 
     monkeypatch.setattr("edgediff.models.load.load_model", gone)
@@ -77,7 +77,7 @@ def test_without_the_source_the_evidence_is_the_reference(class_bundle: Path, mo
 
 
 def test_a_source_that_cannot_be_read_is_not_at_hand(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*args: object) -> None:
+    def forbidden(*args: object, **settings: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("edgediff.models.load.load_model", forbidden)
@@ -94,7 +94,7 @@ def test_a_named_model_must_be_the_source(class_bundle: Path, text_model: Path, 
 def test_a_source_that_has_changed_is_said(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = open_bundle(class_bundle).manifest
     other = edgediff.load_model("grocery-32")
-    monkeypatch.setattr("edgediff.models.load.load_model", lambda _: other)
+    monkeypatch.setattr("edgediff.models.load.load_model", lambda *args, **settings: other)
     latents, note = source.torch_latents(manifest, {}, None)
     assert latents is None
     assert note.endswith("the source has changed")

@@ -147,14 +147,15 @@ def _step_rows(
     keys = [(step, graph.name) for step in reference.steps for graph in target.unet.graphs]
     recorded = {(step.index, name): step.tensors for step, name in keys}
     rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    unrounded = TARGETS[target.target].unrounded(bundle, backend, session)
-    if floors.program is not None and unrounded is not None:
+    half_floor, form = floors.program, TARGETS[target.target]
+    unrounded = None if half_floor is None else form.unrounded(bundle, backend, session)
+    if half_floor is not None and unrounded is not None:
         say(f"{backend}: graphs in fp32 arithmetic")
         with unrounded as exactly:
             exact = _run_alone(target, reference, exactly)
         half = {(step.index, name): reference.half.get((target.target, step.index, name), {}) for step, name in keys}
         # Without rounding a slightly wrong program shows.
-        rows += _graph_rows("program", target, backend, exact, half, floors.program, PROGRAM_NOTE)
+        rows += _graph_rows("program", target, backend, exact, half, half_floor, PROGRAM_NOTE)
     say(f"{backend}: composed steps")
     return rows + _composed_rows(target, reference, session, backend, alone)
 
@@ -193,13 +194,14 @@ def _component_rows(bundle: Bundle, target: Target, reference: Reference, backen
         made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
         numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
         rows.append(judged("graph", name, backend, numbers, component.floors.graph))
-        unrounded = TARGETS[target.target].unrounded(bundle, backend, session, name)
-        if component.floors.program is not None and unrounded is not None:
+        half_floor, form = component.floors.program, TARGETS[target.target]
+        unrounded = None if half_floor is None else form.unrounded(bundle, backend, session, name)
+        if unrounded is not None:
             with unrounded as exactly:
                 made = run_rows(exactly, (graph,), inputs, [t.name for t in graph.outputs])
             half = reference.half[target.target, 0, name]
             numbers = [(psnr_db(half[output], value), output) for output, value in made.items()]
-            rows.append(judged("program", name, backend, numbers, component.floors.program, PROGRAM_NOTE))
+            rows.append(judged("program", name, backend, numbers, half_floor, PROGRAM_NOTE))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -193,8 +194,10 @@ class OnnxTarget(Target):
 
     def unrounded(
         self, bundle: Bundle, backend: str, session: Any, component: str = "unet"
-    ) -> "contextlib.AbstractContextManager[Session]":
-        """The same graphs with fp32 arithmetic on the weights that they have."""
+    ) -> "contextlib.AbstractContextManager[Session] | None":
+        """The same graphs with fp32 arithmetic on the weights that they have; None where onnx is not installed."""
+        if find_spec("onnx") is None:
+            return None
         from edgediff.targets.onnx.unrounded import UnroundedSession
 
         return contextlib.nullcontext(UnroundedSession(bundle, component))
@@ -202,7 +205,9 @@ class OnnxTarget(Target):
     def findings(
         self, bundle: Bundle, session: Any, graph: m.Graph, inputs: Mapping[str, np.ndarray]
     ) -> "tuple[Finding, ...]":
-        """Overflow and headroom along one run in fp32 arithmetic."""
+        """Overflow and headroom along one run in fp32 arithmetic; nothing where onnx is not installed."""
+        if find_spec("onnx") is None:
+            return ()
         from edgediff.targets.onnx.unrounded import findings
 
         return findings(bundle, graph, inputs)

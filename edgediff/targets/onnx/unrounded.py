@@ -31,7 +31,7 @@ class UnroundedSession:
         """Loads the graphs."""
         self.graphs = bundle.manifest.target("onnx").component(component).graphs
         written = [graph for graph in self.graphs if graph.file is not None]
-        models = {graph.name: to_float(onnx.load(bundle.path / str(graph.file)))[0] for graph in written}
+        models = {graph.name: to_float(_load(bundle, graph))[0] for graph in written}
         self._sessions = {name: _open(model) for name, model in models.items()}
 
     def put(self, array: np.ndarray) -> Any:
@@ -57,7 +57,7 @@ def findings(bundle: Bundle, graph: Graph, inputs: Mapping[str, np.ndarray]) -> 
     Returns:
         Overflows in the graph's order, then by headroom all that use half of the range, and the `SHOWN` largest.
     """
-    model, rounded = to_float(onnx.load(bundle.path / str(graph.file)))
+    model, rounded = to_float(_load(bundle, graph))
     _watch(model, rounded)
     feeds = {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in inputs.items()}
     names = [f"{name}.{what}" for what in ("largest", "beyond") for name in rounded]
@@ -73,6 +73,22 @@ def findings(bundle: Bundle, graph: Graph, inputs: Mapping[str, np.ndarray]) -> 
     full.sort(key=lambda finding: -finding.value)
     kept = [finding for place, finding in enumerate(full) if place < SHOWN or finding.warns]
     return (*overflows, *kept)
+
+
+def _load(bundle: Bundle, graph: Graph) -> onnx.ModelProto:
+    """A graph with its weights, which onnx itself does not read through the links of a hub's cache."""
+    model = onnx.load(bundle.path / str(graph.file), load_external_data=False)
+    if graph.external_data is None:
+        return model
+    weights = np.memmap(bundle.path / graph.external_data, np.uint8, mode="r")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+            begin = place.get("offset", 0)
+            tensor.raw_data = weights[begin : begin + place["length"]].tobytes()
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return model
 
 
 def _watch(model: onnx.ModelProto, names: Iterable[str]) -> None:
