@@ -44,6 +44,7 @@ def _unet_sizes(name: str) -> dict[str, tuple[int, ...]]:
     return {"encoder_hidden_states": (2, 2 * WIDTH, 1, TOKENS), "text_embeds": (2, WIDTH), "time_ids": (2, 6)}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler
 @pytest.mark.parametrize(
     ("name", "bundle"), [("sd1", "sd1"), pytest.param("xl", "xl", marks=pytest.mark.long)], indirect=["bundle"]
@@ -78,6 +79,7 @@ def test_apples_pipeline_draws_diffusers_picture(name: str, bundle: Path) -> Non
     assert psnr_db(encoded, SwiftModel(folder, "VAEEncoder").only(picture)) > 45
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bundle", ["sd1", XL], indirect=True)
 def test_every_number_of_a_pipeline_is_measured(bundle: Path) -> None:
     rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(bundle) if row["status"] == "measured"}
@@ -93,6 +95,7 @@ def test_every_number_of_a_pipeline_is_measured(bundle: Path) -> None:
     assert weights.stat().st_size < 1.1 * 2 * parameters
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("system", "act"), [("iOS17", "quick_gelu"), pytest.param("iOS16", "gelu", marks=pytest.mark.long)]
 )

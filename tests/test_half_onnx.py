@@ -111,6 +111,7 @@ def test_a_weight_beyond_fp16_is_refused() -> None:
         to_half(model, TENSORS)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_graph_has_the_reference_s_constants(tmp_path: Path) -> None:
     # Divisions, a norm's epsilon, and heads whose scale fp16 does not hold.
@@ -144,6 +145,7 @@ def test_a_graph_has_the_reference_s_constants(tmp_path: Path) -> None:
     assert worst(HalfConstants()) < HalfFloors().program_db
 
 
+@pytest.mark.long
 def test_each_component_has_its_precision(half_bundle: Path) -> None:
     target = manifest_of(half_bundle).target("onnx")
     assert {name: each.dtype for name, each in target.components.items()} == {
@@ -170,6 +172,7 @@ def test_each_component_has_its_precision(half_bundle: Path) -> None:
     assert floors == {name: (100, None) if name == "vae_decoder" else (45, 100) for name in floors}
 
 
+@pytest.mark.long
 def test_fp16_is_verified_twice(half_bundle: Path) -> None:
     rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(half_bundle) if row["status"] == "measured"}
     for name in ("full", "cached", "text_encoder", "vae_encoder"):
@@ -181,6 +184,7 @@ def test_fp16_is_verified_twice(half_bundle: Path) -> None:
     assert rows["picture", "pixels"] > 35
 
 
+@pytest.mark.long
 def test_a_wrong_constant_shows_in_fp32_arithmetic(half_bundle: Path, place: Path) -> None:
     bundle = open_bundle(shutil.copytree(half_bundle, place / "bundle"))
     reference, graph = load_reference(bundle.path / REFERENCE), bundle.manifest.target("onnx").unet.graphs[0]
@@ -254,6 +258,7 @@ def _plant(model: Path, folder: str, weight: str) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+@pytest.mark.long
 def test_an_overflow_ends_the_export_and_is_named(sd1: Path, place: Path) -> None:
     source = shutil.copytree(sd1, place / "planted")
     _plant(source, "unet", "down_blocks.0.resnets.0.conv1.weight")

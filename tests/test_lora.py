@@ -191,6 +191,7 @@ def test_a_recipe_whose_lora_was_not_loaded(pipelines: Path, tmp_path: Path) -> 
         export_bundle(load_model(pipelines / "sd1"), tmp_path / "out", ExportConfig(lora=(str(file),)))
 
 
+@pytest.mark.long
 def test_a_bundle_says_what_was_fused(pipelines: Path, tmp_path: Path, command: Command) -> None:
     file = kohya_lora(pipelines / "sd1", "sd1", tmp_path / "a.safetensors")
     spec, out = f"{file}:0.5", tmp_path / "out"

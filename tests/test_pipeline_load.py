@@ -187,6 +187,7 @@ def test_an_autoencoder_from_a_file(sd1: Path, tmp_path: Path, prefix: str) -> N
         assert model.sha256 == plain.sha256
 
 
+@pytest.mark.long
 def test_a_tiny_autoencoder_in_a_bundle(sd1: Path, tmp_path: Path) -> None:
     torch.manual_seed(9)
     AutoencoderTiny(
