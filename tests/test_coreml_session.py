@@ -76,9 +76,15 @@ def test_a_mac_makes_the_images_that_the_evaluator_makes(coreml_bundle: Path, ma
     assert psnr_db(other(**request).latents, pipe(**request).latents) > 60
 
 
-def test_a_mac_draws_a_prompt_as_the_evaluator_does(export_once: Export, mac: type[Stand]) -> None:
-    config = edgediff.ExportConfig(targets=("coreml",), steps=4)
-    bundle = open_bundle(export_once(saved_once("sd1", SAVE["sd1"]), config))
+@pytest.fixture(scope="module")
+def pipeline_bundle(export_once: Export) -> Path:
+    """A whole pipeline, exported before a test takes this machine for a Mac."""
+    return export_once(saved_once("sd1", SAVE["sd1"]), edgediff.ExportConfig(targets=("coreml",), steps=4))
+
+
+@pytest.mark.long
+def test_a_mac_draws_a_prompt_as_the_evaluator_does(pipeline_bundle: Path, mac: type[Stand]) -> None:
+    bundle = open_bundle(pipeline_bundle)
     request: dict[str, Any] = {"prompt": "a red dog", "clip_skip": 1, "num_inference_steps": 2, "seed": 5}
     got = EdgePipeline.from_pretrained(bundle.path, backend="coreml")(**request)
     want = open_pipeline(bundle, "mil-reference")(**request)
