@@ -159,7 +159,9 @@ def _kind(path: Path, checkpoint: dict[str, torch.Tensor]) -> str:
     if kind not in KINDS:
         raise UnsupportedError(f"{path} is a checkpoint of the kind {kind}; supported: {supported}")
     if (path.parent / "config.json").exists():
-        raise ModelError(f"{path} has the weights of a diffusers directory; name the directory: {path.parent}")
+        raise ModelError(
+            f"{path} has the weights of a diffusers directory, no single file; name the directory: {path.parent}"
+        )
     if CONV_IN not in checkpoint:  # diffusers takes whatever it does not know for "v1"
         raise UnsupportedError(f"{path} is no checkpoint of a known kind; supported: {supported}")
     return kind
