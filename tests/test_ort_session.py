@@ -1,6 +1,8 @@
 """ONNX Runtime's session where each thread has its own rows, and where all share a graph."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -51,6 +53,15 @@ def test_graphs_are_opened_twice_where_rows_divide_and_weights_are_small(
         with monkeypatch.context() as patch:
             patch.setattr(ort_session, name, value)
             assert OrtSession(open_bundle(class_bundle), 2).put(rows_of(4)).shape()[0] == 4
+
+
+def test_a_bundle_that_is_gone_while_it_is_open_goes_on_as_it_was_opened(class_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
+    pipe = EdgePipeline.from_pretrained(bundle, threads=2)
+    shutil.rmtree(bundle)
+    whole = EdgePipeline.from_pretrained(class_bundle, threads=2)
+    request: dict[str, Any] = {"num_images": 4, "seed": 3, "guidance_scale": 1.0}
+    assert np.abs(whole(**request).latents - pipe(**request).latents).max() < REGROUPED
 
 
 def test_threads_are_the_callers(class_bundle: Path) -> None:

@@ -5,6 +5,7 @@ Rows are independent, so where every thread gets equally many, each runs its own
 needs the graphs in memory a second time, so only small graphs are loaded twice, when such rows first come.
 """
 
+import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from edgediff_runtime.ort_options import session_options
 from edgediff_runtime.tensor_check import Found, check_tensors
 
 Array = npt.NDArray[Any]
+log = logging.getLogger(__name__)
 
 # ONNX Runtime's execution provider.
 CPU = "CPUExecutionProvider"
@@ -57,7 +59,7 @@ class OrtSession:
         # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
         shares = any(graph.shares_rows for graph in self.graphs)
         self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES
-        self._apart: dict[str, Any] | None = None
+        self._apart: dict[str, Any] = {}
         self._loading = threading.Lock()
         self._shared = self._load(threads)
 
@@ -70,9 +72,21 @@ class OrtSession:
         if not array.ndim:
             return self._from_numpy(array)
         each, left = divmod(len(array), self.threads)
-        if left or not each or not self._may_divide:
+        if left or not each or not self._can_divide():
             return self._from_numpy(array)
         return tuple(self._from_numpy(array[i * each : (i + 1) * each]) for i in range(self.threads))
+
+    def _can_divide(self) -> bool:
+        """Whether rows may go to threads of their own; their graphs are loaded when this is first asked."""
+        with self._loading:
+            if self._may_divide and not self._apart:
+                try:
+                    self._apart = self._load(1)
+                except BundleError as e:
+                    # The bundle was moved or deleted while it is open: the graphs that are loaded do without.
+                    log.info("all rows go through the graphs together: %s", e)
+                    self._may_divide = False
+            return self._may_divide
 
     def get(self, value: Any) -> Array:
         """Copies a tensor out."""
@@ -87,9 +101,6 @@ class OrtSession:
             made = _run(self._shared[graph.name], graph, names, feeds)
             tensors.update(zip(names, made, strict=True))
             return
-        with self._loading:
-            if self._apart is None:
-                self._apart = self._load(1)
         session = self._apart[graph.name]
 
         def run_rows(i: int) -> Any:
