@@ -118,7 +118,7 @@ def draw_in_genai(tree: Path, kind: str, latents: np.ndarray, request: dict[str,
 
         def next(self) -> float:
             """Nothing else is drawn."""
-            raise NotImplementedError
+            raise AssertionError("GenAI draws one number where a whole tensor was expected")
 
         def randn_tensor(self, shape: Any) -> Any:
             """The latents."""

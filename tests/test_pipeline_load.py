@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from model_folders import PIPELINE, change_json, load_whole
 from safetensors.torch import load_file, save_file
 from single_files import vae_tensors
-from tiny_pipelines import SAVE, tokenizer, vae
+from tiny_pipelines import SAVE, tokenizer, unet, vae
 from unets import assert_same_unet
 
 from edgediff import ExportConfig, export_bundle, load_model
@@ -205,6 +205,17 @@ def test_a_tiny_autoencoder_in_a_bundle(sd1: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "onnx" / PIPELINE).read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
     with pytest.raises(ConfigError, match="was not loaded with; pass vae= to load_model"):
         export_bundle(load_model(sd1), tmp_path / "other", config)
+
+
+@pytest.mark.long
+def test_an_inpainting_pipeline_is_verified_from_the_prompt_to_the_picture(sd1: Path, tmp_path: Path) -> None:
+    torch.manual_seed(10)
+    unet(in_channels=9).save_pretrained(sd1 / "unet")
+    change_json(sd1 / PIPELINE, _class_name="StableDiffusionInpaintPipeline")
+    done = export_bundle(load_model(sd1), tmp_path / "out", ExportConfig(steps=1, clock=1))
+    assert done.report is not None
+    assert done.report.ok
+    assert [row.status for row in done.report.rows if row.check == "picture"] == ["measured"]
 
 
 def test_autoencoders_that_do_not_fit(sd1: Path, tmp_path: Path, class_model: Path) -> None:

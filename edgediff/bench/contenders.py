@@ -10,7 +10,7 @@ from edgediff.bench.machine import peak_gflops
 from edgediff.bench.turns import Said
 from edgediff.bundle.feed import run_step, undivided_step
 from edgediff.bundle.psnr import psnr_db
-from edgediff.bundle.reference import REFERENCE, Reference, load_reference, reference_request
+from edgediff.bundle.reference import REFERENCE, Reference, load_reference, prompt_request, reference_request
 from edgediff.errors import UnsupportedError
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session
@@ -82,7 +82,7 @@ def time_bundle(
     del asked["clock"]
     asked |= {name: value for name, value in request.items() if value is not None}
     asked["output_type"] = "latent"
-    whole = asked | _whole_pipeline(pipe)
+    whole = asked | prompt_request(pipe) | ({"output_type": "image"} if pipe.can_decode else {})
     # Some backends compile a graph when it first runs, and for its number of rows: none of that is a turn's time.
     first = _generate(pipe, asked | {"clock": 1}, "loop_clock1")
     if not undivided:
@@ -140,17 +140,6 @@ def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:
         parts["picture"] = [result.ms]
     rows = len(result.latents) * (2 if result.ledger[-1].guided else 1)
     return Said(parts=parts, mask=result.mask, rows=rows)
-
-
-def _whole_pipeline(pipe: EdgePipeline) -> dict[str, Any]:
-    """What makes a generation run from the prompt to the picture, as far as the bundle has the components."""
-    asked: dict[str, Any] = {"output_type": "image"} if pipe.can_decode else {}
-    prompt = pipe.manifest.evidence.prompt
-    spec = pipe.manifest.prompt
-    if prompt is not None and spec is not None and all(each.component in pipe.components for each in spec.encoders):
-        nothing = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds", "added_cond", "negative_added_cond"))
-        asked |= nothing | {"prompt": prompt[0], "negative_prompt": prompt[1]}
-    return asked
 
 
 def _encode_image(others: Mapping[str, Session], reference: Reference) -> dict[str, list[float]]:

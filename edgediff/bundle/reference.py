@@ -67,6 +67,18 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     return request
 
 
+def prompt_request(pipe: EdgePipeline) -> dict[str, Any]:
+    """The reference's prompts in place of its embeddings; nothing where it was not made of prompts, or none is encoded.
+
+    To be joined to `reference_request`: the generation then runs from the text on.
+    """
+    said = pipe.manifest.evidence.prompt
+    if said is None or not pipe.can_encode:
+        return {}
+    embeddings = ("prompt_embeds", "negative_prompt_embeds", "added_cond", "negative_added_cond")
+    return {**dict.fromkeys(embeddings), "prompt": said[0], "negative_prompt": said[1]}
+
+
 def record(
     pipe: EdgePipeline,
     conditioning: dict[str, np.ndarray],

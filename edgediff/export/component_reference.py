@@ -51,8 +51,8 @@ def encode_prompt(
 @torch.no_grad()
 def record_component(part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Inputs and outputs of a component, by tensor names."""
-    outputs = part(*(torch.from_numpy(inputs[name]) for name in part.inputs))
-    return inputs | {name: value.numpy() for name, value in zip(part.outputs, outputs, strict=True)}
+    outputs = part.run({name: torch.from_numpy(value) for name, value in inputs.items()})
+    return inputs | {name: value.numpy() for name, value in outputs.items()}
 
 
 def component_inputs(

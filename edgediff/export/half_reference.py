@@ -143,8 +143,8 @@ def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.n
     module = HalfPart(part, TARGETS[target.target].half_constants(target), name)
     taken = {tensor.name: tensor.dtype for tensor in target.components[name].graphs[0].inputs}
     rounded = {key: _rounded(value, taken[key]) for key, value in inputs.items()}
-    outputs = module(*(torch.from_numpy(rounded[key]) for key in module.inputs))
-    return {key: value.numpy() for key, value in zip(module.outputs, outputs, strict=True)}
+    outputs = module.run({key: torch.from_numpy(value) for key, value in rounded.items()})
+    return {key: value.numpy() for key, value in outputs.items()}
 
 
 def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:

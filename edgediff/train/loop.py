@@ -143,7 +143,7 @@ class Task:
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
         """The terms of the loss of one update, scalars by name; `model` is `module` as it is to be called."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.terms")
 
     def rate(self, update: int, total: int) -> float:
         """The learning rate's share of its highest, at one of `total` updates."""

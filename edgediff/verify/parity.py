@@ -29,6 +29,7 @@ from edgediff.bundle.reference import (
     Reference,
     check_reference,
     load_reference,
+    prompt_request,
     reference_request,
     step_inputs,
 )
@@ -218,12 +219,7 @@ def _picture_rows(
         return session if name == "unet" else open_session(bundle, backend, component=name)
 
     pipe = EdgePipeline.of_bundle(bundle, (target.target,), open_component, warn=False)
-    request = reference_request(manifest, reference.conditioning)
-    encoders = () if manifest.prompt is None else manifest.prompt.encoders
-    if manifest.evidence.prompt is not None and all(each.component in target.components for each in encoders):
-        prompt, negative = manifest.evidence.prompt
-        request = {name: request[name] for name in ("num_images", "seed", "clock")}
-        request |= {"prompt": prompt, "negative_prompt": negative}
+    request = reference_request(manifest, reference.conditioning) | prompt_request(pipe)
     try:
         pixels = pipe(**request).pixels
     except NotFiniteError as e:

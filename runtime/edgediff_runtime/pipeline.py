@@ -278,6 +278,13 @@ class EdgePipeline:
         """Whether latents can be made into images."""
         return self.manifest.sample.space == "pixel" or (self.manifest.vae is not None and DECODER in self.components)
 
+    @property
+    def can_encode(self) -> bool:
+        """Whether prompts can be made into embeddings: the bundle says how, and each text encoder is there."""
+        spec = self.manifest.prompt
+        there = spec is not None and all(encoder.component in self.components for encoder in spec.encoders)
+        return there and self._tokenizers is not None
+
     def decode(self, latents: Array) -> Array:
         """Decodes finished latents, float32 [N, C, H, W]: pixels, float32 [N, 3, h, w], about -1 to 1.
 
@@ -401,9 +408,7 @@ class EdgePipeline:
         known = self.manifest.conditioning
         if known.kind != "text":
             raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}; leave it out")
-        spec = self.manifest.prompt
-        there = spec is not None and all(encoder.component in self.components for encoder in spec.encoders)
-        if not there or self._tokenizers is None:
+        if not self.can_encode:
             raise RequestError(
                 "the bundle has no text encoder; give embeddings (prompt_embeds=, or --conditioning FILE), not a prompt"
             )
