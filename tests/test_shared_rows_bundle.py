@@ -55,7 +55,8 @@ def shares(bundle: Path, target: str = "onnx") -> dict[str, bool]:
     return {graph.name: graph.shares_rows for graph in graphs if any(t.name == "sample" for t in graph.inputs)}
 
 
-@pytest.mark.parametrize("layout", ["pair", pytest.param("split", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["pair", "split"])
 def test_a_bundle_that_shares_rows_makes_the_same_images(
     layout: Any, text_model: Path, text_bundle: Path, large: Export, handed: list[int]
 ) -> None:
@@ -123,6 +124,7 @@ def test_graphs_of_eight_bits_share_rows(text_model: Path, export_once: Export) 
     assert psnr_db(one, other) > 60
 
 
+@pytest.mark.long
 def test_a_portable_graph_and_a_small_one_take_every_row(class_model: Path, text_bundle: Path, large: Export) -> None:
     portable = large(class_model, layout="split", onnx=OnnxConfig(portable=True))
     assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}

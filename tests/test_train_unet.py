@@ -39,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("few_samples")
 # What is learnt
 
 
+@pytest.mark.long
 def test_a_student_is_a_model_that_loads_exports_and_runs(student_training: StudentTraining, tmp_path: Path) -> None:
     done = train_student(tmp_path / "mine", student_training)
     assert isinstance(done, UNetTrained)
