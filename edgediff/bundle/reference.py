@@ -4,11 +4,13 @@
 and the last step, the conditioning, and the final latents. With it a bundle is verified where there is no torch.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -17,7 +19,7 @@ from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph
+from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph, Sample
 
 REFERENCE = "evidence/reference.safetensors"
 
@@ -46,6 +48,7 @@ class Reference:
         half: For each target in fp16, recorded step and graph (0 and the name of another component), its outputs in
             fp32 arithmetic on weights and inputs rounded to fp16.
         components: Inputs and outputs of each component beside the UNet, by tensor names.
+        sizes: The same for further sizes of the latent, height and width: the first steps, without conditioning.
     """
 
     steps: tuple[Recorded, ...]
@@ -53,6 +56,22 @@ class Reference:
     conditioning: dict[str, np.ndarray]
     half: dict[tuple[str, int, str], dict[str, np.ndarray]] = field(default_factory=dict)
     components: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    sizes: "dict[tuple[int, int], Reference]" = field(default_factory=dict)
+
+
+def at_size(manifest: Manifest, size: tuple[int, int]) -> Manifest:
+    """What a bundle's evidence for a further size is compared with: no whole trajectory, what has a size alone."""
+    there = manifest.at(*size)
+    targets = []
+    for target in there.targets:
+        sized = {
+            name: component
+            for name, component in target.components.items()
+            if any(t.is_map for graph in component.graphs for t in (*graph.inputs, *graph.outputs))
+        }
+        targets.append(msgspec.structs.replace(target, components=sized))
+    evidence = msgspec.structs.replace(manifest.evidence, verified="graphs", sizes=())
+    return msgspec.structs.replace(there, evidence=evidence, targets=tuple(targets))
 
 
 def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -145,6 +164,13 @@ def recorded_inputs(reference: Reference, graph: Graph) -> dict[str, np.ndarray]
 
 def check_reference(reference: Reference, manifest: Manifest) -> None:
     """Checks a reference's steps, and each tensor's dtype and shape, against the manifest; else a BundleError."""
+    if sorted(reference.sizes) != sorted(manifest.evidence.sizes):
+        raise BundleError(
+            f"{REFERENCE} holds the sizes {sorted(reference.sizes)}; the manifest asks for "
+            f"{sorted(manifest.evidence.sizes)}"
+        )
+    for size, sized in reference.sizes.items():
+        check_reference(sized, at_size(manifest, size))
     mask = manifest.operating_point.mask
     expected = [(index, bool(mask[index])) for index in sorted(_wanted(manifest))]
     found = [(step.index, step.full) for step in reference.steps]
@@ -159,17 +185,18 @@ def check_reference(reference: Reference, manifest: Manifest) -> None:
     for target in manifest.targets:
         for name, component in target.components.items():
             if name != "unet":
-                _check_component(component, reference.components.get(name, {}))
+                _check_component(component, reference.components.get(name, {}), sample)
     for step in reference.steps:
         rows = next(iter(step.tensors["sample"].shape), 0) if "sample" in step.tensors else 0
         for target in manifest.targets:
             for graph in target.unet.graphs:
                 if graph.runs(step.full):
+                    graph = graph.at(sample.height, sample.width)
                     half = reference.half.get((target.target, step.index, graph.name), {})
                     _check_graph(step, graph, rows, half, half_wanted=target.unet.floors.program is not None)
 
 
-def _check_component(component: Component, tensors: dict[str, np.ndarray]) -> None:
+def _check_component(component: Component, tensors: dict[str, np.ndarray], sample: Sample) -> None:
     """Checks the tensors that a component takes and gives."""
     for graph in component.graphs:
         for tensor in (*graph.inputs, *graph.outputs):
@@ -178,7 +205,8 @@ def _check_component(component: Component, tensors: dict[str, np.ndarray]) -> No
             value = tensors[tensor.name]
             # torch takes token ids as int64, whatever a target makes of them.
             dtype = "int64" if tensor.name == "input_ids" else "float32"
-            _check_array(f"{tensor.name} of {graph.name}", value, dtype, (*value.shape[:1], *tensor.shape[1:]))
+            shape = tensor.at(sample.height, sample.width).shape
+            _check_array(f"{tensor.name} of {graph.name}", value, dtype, (*value.shape[:1], *shape[1:]))
 
 
 def _check_graph(step: Recorded, graph: Graph, rows: int, half: dict[str, np.ndarray], half_wanted: bool) -> None:
@@ -214,6 +242,14 @@ def _spell(steps: list[tuple[int, bool]]) -> str:
 
 def save_reference(reference: Reference, path: Path) -> None:
     """Writes a reference."""
+    flat = _flat(reference)
+    for (height, width), sized in reference.sizes.items():
+        flat |= {f"sizes/{height}x{width}/{name}": value for name, value in _flat(sized).items()}
+    # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
+    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}))
+
+
+def _flat(reference: Reference) -> dict[str, np.ndarray]:
     flat = {f"conditioning/{name}": value for name, value in reference.conditioning.items()}
     if reference.latents is not None:
         flat["latents"] = reference.latents
@@ -224,8 +260,7 @@ def save_reference(reference: Reference, path: Path) -> None:
         flat.update({f"components/{component}/{name}": value for name, value in tensors.items()})
     for (target, index, graph), tensors in reference.half.items():
         flat.update({f"half/{target}/{index}/{graph}/{name}": value for name, value in tensors.items()})
-    # Through Python: safetensors' own writer has its own error for a full disk, and leaves the file to its owner alone.
-    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(flat.items())}))
+    return flat
 
 
 def load_reference(path: Path) -> Reference:
@@ -234,6 +269,18 @@ def load_reference(path: Path) -> Reference:
         flat = load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise BundleError(f"{REFERENCE} cannot be read: {e}") from e
+    usual: dict[str, np.ndarray] = {}
+    sized: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for key, value in flat.items():
+        found = re.fullmatch(r"sizes/(\d+)x(\d+)/(.+)", key)
+        if found is None:
+            usual[key] = value
+        else:
+            sized.setdefault((int(found[1]), int(found[2])), {})[found[3]] = value
+    return replace(_unflat(usual), sizes={size: _unflat(tensors) for size, tensors in sized.items()})
+
+
+def _unflat(flat: dict[str, np.ndarray]) -> Reference:
     conditioning: dict[str, np.ndarray] = {}
     half: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
     components: dict[str, dict[str, np.ndarray]] = {}

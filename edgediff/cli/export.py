@@ -88,6 +88,13 @@ def export(
     deployment_target: Annotated[
         str | None, typer.Option(help="Oldest system for Core ML: iOS16, iOS17 or iOS18.")
     ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="WIDTHxHEIGHT in pixels, such as 512x768, or any; may be given more than once, the first is the usual "
+            "one; left out, the model's."
+        ),
+    ] = None,
     conditioning: Annotated[
         Path | None, typer.Option(help="Embeddings for the reference, .safetensors or .npz.")
     ] = None,
@@ -110,7 +117,7 @@ def export(
         "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
-        "lora": lora, "vae": vae, "prediction_type": prediction_type,
+        "lora": lora, "vae": vae, "sizes": size, "prediction_type": prediction_type,
     }  # fmt: skip
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (

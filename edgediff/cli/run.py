@@ -57,6 +57,9 @@ def run(
     clock: ClockOption = None,
     guidance_scale: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT of the picture, such as 512x768; left out, the bundle's usual one.")
+    ] = None,
     scale: Annotated[int, typer.Option(help="Each pixel becomes a square of this many.")] = 1,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the backend; left out, its own choice. Core ML has none.")
@@ -69,10 +72,11 @@ def run(
     """Generate images with a bundle."""
     from edgediff.targets.backends import open_pipeline, usual_backend
     from edgediff_runtime import open_bundle
-    from edgediff_runtime.image import check_output, write_output
+    from edgediff_runtime.image import check_output, read_size, write_output
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
+    request["width"], request["height"] = read_size(size)
     request["prompt"] = prompt[0] if prompt is not None and len(prompt) == 1 else prompt
     request["num_images"] = 16 if num_images is None and prompt is None else num_images
     opened = open_bundle(bundle)

@@ -81,7 +81,8 @@ def check_against_diffusers(
     sample = draft.sample
     latents = initial_latents(seed, 1, (sample.channels, sample.height, sample.width), 1.0)
     with warnings.catch_warnings(action="ignore"):  # diffusers' own deprecations
-        drawn = theirs(latents=torch.from_numpy(latents), output_type="np", **given).images
+        size = {"height": pixels.shape[2], "width": pixels.shape[3]}
+        drawn = theirs(latents=torch.from_numpy(latents), output_type="np", **size, **given).images
     number = psnr_db(drawn, np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1))
     if number < FLOOR_DB:
         raise VerificationError(

@@ -18,7 +18,7 @@ from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
 from edgediff.targets import TARGETS
-from edgediff.targets.base import Outline
+from edgediff.targets.base import Outline, Sizes
 from edgediff_runtime import Manifest, clock_mask
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import sha256_of
@@ -44,6 +44,7 @@ def draft_manifest(
     config: ExportConfig,
     conditioning_source: Source,
     components: Mapping[str, PipelineComponent],
+    sizes: Sizes,
     adaptor: m.Adaptor | None = None,
 ) -> Manifest:
     """Drafts the manifest of a bundle.
@@ -88,7 +89,7 @@ def draft_manifest(
         license=model.card.license if config.license is None else config.license,
         cut=m.Cut(level=config.cut.level, point=config.cut.point),
         adaptor=m.Adaptor(kind="identity") if adaptor is None else adaptor,
-        sample=m.Sample(channels, in_channels, height, width, model.space),
+        sample=m.Sample(channels, in_channels, height, width, model.space, divided.factor),
         conditioning=m.Conditioning(
             kind=known.kind,
             tensors=conditioning_tensors(model),
@@ -99,11 +100,16 @@ def draft_manifest(
         operating_point=m.OperatingPoint(
             **msgspec.structs.asdict(point), seed=str(config.seed), num_images=1 if known.kind == "text" else 2
         ),
-        evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash, prompt),
+        evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash, prompt, sizes.further),
         cost=counts.parts,
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
         targets=_targets(
-            model, divided, config, components, guided=point.guidance_scale > 1 and m.GUIDANCE not in known.tensors
+            model,
+            divided,
+            config,
+            components,
+            sizes,
+            guided=point.guidance_scale > 1 and m.GUIDANCE not in known.tensors,
         ),
         config=recipe,
         versions={tool: version(tool) for tool in tools},
@@ -118,6 +124,7 @@ def _targets(
     divided: SplitUNet,
     config: ExportConfig,
     components: Mapping[str, PipelineComponent],
+    sizes: Sizes,
     guided: bool,
 ) -> tuple[m.Target, ...]:
     parts = graph_list(divided, model)
@@ -125,10 +132,11 @@ def _targets(
     entries = []
     for name in config.targets:
         target, section = TARGETS[name], config.section(name)
-        entry = target.describe(Outline(parts, divided, layout_of(config, name), rows, config.verify), section)
+        outline = Outline(parts, divided, layout_of(config, name), rows, config.verify, sizes)
+        entry = target.describe(outline, section)
         for component in components.values():
             own = config.section(name, component.name)
-            described = target.describe_component(component.stage, component.graph, config.verify, own)
+            described = target.describe_component(component.stage, component.graph, config.verify, own, sizes)
             if described is not None:
                 entry = entry.with_component(component.name, described)
         entries.append(entry)

@@ -5,6 +5,7 @@ exists, since it is all that the runtime's loop needs: the reference trajectory 
 device does, with torch behind it.
 """
 
+import dataclasses
 import gc
 import logging
 import tempfile
@@ -19,7 +20,7 @@ import torch
 
 from edgediff.bundle.files import check_files, component_files, list_files
 from edgediff.bundle.psnr import psnr_db
-from edgediff.bundle.reference import REFERENCE, Reference, record, save_reference
+from edgediff.bundle.reference import REFERENCE, Reference, at_size, record, save_reference
 from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
@@ -30,6 +31,7 @@ from edgediff.export.draft import draft_manifest, essence, operating_point
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
+from edgediff.export.sizes import latent_sizes, resized
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.components import (
     TEXT_ENCODERS,
@@ -44,6 +46,7 @@ from edgediff.models.components import (
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, random_weights, unet_config
 from edgediff.models.lora import read_spec
+from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
@@ -52,7 +55,7 @@ from edgediff.targets import TARGETS
 from edgediff.targets.base import ComponentJob, Job
 from edgediff.targets.layout import modules
 from edgediff.verify.parity import verify_bundle
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, noise, open_bundle
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums
 from edgediff_runtime.manifest_json import render_manifest
@@ -105,6 +108,8 @@ def export_bundle(
     # Load: weights, and what the reference is conditioned on.
     model = _with_weights(model, config, say)
     components = _components(model, config)
+    sizes = latent_sizes(model, components, config)
+    model, components = resized(model, components, sizes.usual)
     settings = prompt_settings(model, components)
     prompt = None
     if settings is not None and config.conditioning is None:
@@ -118,7 +123,7 @@ def export_bundle(
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = split(model.unet, config.cut, adaptor.part)
-    draft = draft_manifest(model, divided, config, conditioning_source, components, adaptor.manifest)
+    draft = draft_manifest(model, divided, config, conditioning_source, components, sizes, adaptor.manifest)
     clear_stale(path)
     if _is_there(path, draft, say, force):
         return Exported(path, None)
@@ -129,6 +134,9 @@ def export_bundle(
         # Record the reference trajectory in torch, and compare the parts with the undivided UNet.
         pipe = EdgePipeline(draft, TorchSession(divided.parts, graph_list(divided, model)), warn=False)
         reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
+        for size in sizes.further:
+            say(f"first steps in torch for latents of {size[1]} x {size[0]}")
+            reference.sizes[size] = _first_steps(model, divided, at_size(draft, size), conditioning)
         say("comparing the parts with the undivided UNet")
         _check_split(model, divided, reference)
         if draft.evidence.verified == "full" and can_compare(model, components, draft):
@@ -136,6 +144,8 @@ def export_bundle(
             texts = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
             check_against_diffusers(model, components, draft, config.scheduler, texts)
         reference = half_outputs(draft, divided, reference, say)
+        for size, first in reference.sizes.items():
+            reference.sizes[size] = half_outputs(at_size(draft, size), divided, first, say)
 
         # Write each target.
         entries = []
@@ -220,12 +230,12 @@ def _write_components(
     for name, component in components.items():
         say(f"loading {name}")
         part = component.load()
-        inputs = component_inputs(component, draft, tokenizers, reference)
-        reference.components[name] = record_component(part, inputs)
+        inputs = _record_component(component, part, draft, tokenizers, reference)
+        if any(tensor.is_map for tensor in component.graph.inputs):
+            for size, sized in reference.sizes.items():
+                _record_component(component, part, at_size(draft, size), tokenizers, sized)
         for i, entry in enumerate(entries):
             if name in entry.components:
-                if entry.components[name].dtype == "fp16":
-                    reference.half[entry.target, 0, name] = half_component(entry, name, part, inputs)
                 job = ComponentJob(
                     folder, name, entry.components[name], part, inputs, component.config,
                     config.section(entry.target, name), say, traces,
@@ -235,6 +245,34 @@ def _write_components(
         del part
     scheduler = diffusers_scheduler(model.scheduler, config.scheduler)
     return [_write_pipeline(folder, model, components, entry, scheduler, say) for entry in entries]
+
+
+def _record_component(
+    component: PipelineComponent,
+    part: Part,
+    draft: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    reference: Reference,
+) -> dict[str, np.ndarray]:
+    """Adds to a reference what torch computes in a component, rounded to fp16 too where a target is; its inputs."""
+    inputs = component_inputs(component, draft, tokenizers, reference)
+    reference.components[component.name] = record_component(part, inputs)
+    for entry in draft.targets:
+        if component.name in entry.components and entry.components[component.name].dtype == "fp16":
+            reference.half[entry.target, 0, component.name] = half_component(entry, component.name, part, inputs)
+    return inputs
+
+
+def _first_steps(model: Model, divided: SplitUNet, draft: Manifest, conditioning: dict[str, np.ndarray]) -> Reference:
+    """The first full and the first cached step in torch, for a draft whose usual size is a further one."""
+    sample = draft.sample
+    graphs = graph_list(divided, dataclasses.replace(model, size=(sample.height, sample.width)))
+    given = dict(conditioning)
+    if sample.in_channels > sample.channels:
+        shape = (sample.in_channels - sample.channels, sample.height, sample.width)
+        given["concat_latents"] = noise(int(draft.operating_point.seed), shape, image=0)[None]
+    found = record(EdgePipeline(draft, TorchSession(divided.parts, graphs), warn=False), given)
+    return dataclasses.replace(found, conditioning={})
 
 
 def _write_pipeline(

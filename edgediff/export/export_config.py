@@ -12,6 +12,7 @@ import msgspec
 from edgediff.config.choices import POINTS, Cut, SchedulerName, block_of
 from edgediff.config.floors import VerifyConfig
 from edgediff.config.recipes import find_recipe
+from edgediff.config.sizes import read_sizes
 from edgediff.config.strict import clock_to_text, read_yaml, retyped, strict
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
@@ -45,6 +46,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
+        sizes: Pictures that the graphs take, each ``WIDTHxHEIGHT`` in pixels (of the sample, where there is no
+            autoencoder), or ``any``; the first is the usual one, left out that of the model. Graphs of ONNX and
+            OpenVINO take one size, and the passes that want a fixed one are applied, or with several named or ``any``
+            every size that the levels divide; those of Core ML and ExecuTorch take the sizes that are named.
         prompt: Prompt of the reference trajectory, where there is a text encoder.
         negative_prompt: What its guidance leads away from; None is what the model takes for none.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
@@ -69,6 +74,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vae: str | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
+    sizes: tuple[str, ...] = ()
     prompt: str = "a photo of a red apple"
     negative_prompt: str | None = None
     conditioning: str | None = None
@@ -178,12 +184,15 @@ def check_config(config: ExportConfig) -> ExportConfig:
         mask = clock_mask(config.clock, config.steps, config.scheduler)
     except RequestError as e:
         raise ConfigError(str(e)) from e
+    sizes = read_sizes(config.sizes)
     for name, target in TARGETS.items():
         section, layout = config.section(name), layout_of(config, name)
         chosen = name in config.targets
         if chosen:
             _check_precisions(config, target)
         target.check(section, layout if chosen else "split")
+        if chosen:
+            target.check_sizes(section, sizes)
         if isinstance(section, Int8Config) and section.quantize_nbits is not None and not chosen:
             raise ConfigError(
                 f"'{name}.quantize_nbits' is for {target.files}; the targets are: {', '.join(config.targets)}"

@@ -234,7 +234,7 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
     text = PROJECTED_TEXT if PROJECTED_TEXT in highres_in.outputs else TEXT
     divided = SplitUNet(
         cut=cut,
-        factor=2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None),
+        factor=level_factor(unet),
         highres_in=highres_in,
         lowres=Lowres(lowres, text, carries_skip),
         adaptor=IdentityAdaptor() if adaptor is None else adaptor,
@@ -271,6 +271,11 @@ def _places(cut: Cut, down: list[list[AnyLayer]], up: list[list[AnyLayer]]) -> t
     top = sum(len(level) for level in down[: cut.level])
     bottom = layers_up - sum(len(level) for level in up[-cut.level :])
     return top, bottom - 1 if cut.point == "before_upsample" else bottom
+
+
+def level_factor(unet: UNet) -> int:
+    """What a sample's height and width must be multiples of: two for each level that halves it."""
+    return int(2 ** sum(1 for block in unet.down_blocks if block.downsamplers is not None))
 
 
 def check_size(height: int, width: int, factor: int) -> None:

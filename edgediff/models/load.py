@@ -75,6 +75,7 @@ class Model:
         single: The single file that the weights come from, or None.
         vae: What replaces the pipeline's autoencoder: a directory or a file, or None.
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
+        size: Height and width of the sample in place of the configuration's.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Model:
     single: SingleFile | None = None
     vae: Path | None = None
     lora: tuple[Lora, ...] = ()
+    size: tuple[int, int] | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ class Model:
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the UNet's input."""
-        size = self.unet.config.sample_size
+        size = self.unet.config.sample_size if self.size is None else self.size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
@@ -209,6 +211,9 @@ def repository_name(path: Path) -> str:
 def unet_config(model: Model) -> dict[str, Any]:
     """The UNet's configuration as diffusers saves it, without where it was loaded from."""
     config = json.loads(model.unet.to_json_string())
+    if model.size is not None:
+        height, width = model.size
+        config["sample_size"] = height if height == width else [height, width]
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from edgediff.config.floors import VerifyConfig
+from edgediff.config.sizes import PictureSizes
 from edgediff.errors import ConfigError, MissingExtraError, UnsupportedError
 from edgediff_runtime import RequestError
 from edgediff_runtime import manifest as m
@@ -77,6 +78,36 @@ class Int8Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Heights and widths of latents.
+
+    Attributes:
+        usual: What the evidence's trajectory is of.
+        further: What graphs take too; where there are any, graphs that can take any size do.
+    """
+
+    usual: tuple[int, int]
+    further: tuple[tuple[int, int], ...] = ()
+
+    def any_size(self, graphs: Iterable[m.Graph]) -> tuple[m.Graph, ...]:
+        """Graphs for the usual size, or for any where there are further ones."""
+        return tuple(graph.of_any_size(*self.usual) if self.further else graph for graph in graphs)
+
+    def each(self, component: m.Component) -> m.Component:
+        """A component whose graphs take the usual size, with a function beside each of them for every further one."""
+        if not any(tensor.is_map for graph in component.graphs for tensor in (*graph.inputs, *graph.outputs)):
+            return component
+        return msgspec.structs.replace(component, further=tuple(self._at(component.graphs, *s) for s in self.further))
+
+    def _at(self, graphs: Iterable[m.Graph], height: int, width: int) -> m.Sized:
+        found = []
+        for graph in graphs:
+            function = None if graph.function is None else f"{graph.function}_{width}x{height}"
+            found.append(msgspec.structs.replace(graph.of_any_size(*self.usual).at(height, width), function=function))
+        return m.Sized(height, width, tuple(found))
+
+
+@dataclass(frozen=True)
 class Outline:
     """What a target's entry in the manifest follows from.
 
@@ -89,6 +120,7 @@ class Outline:
     layout: Layout
     rows: int
     verify: VerifyConfig
+    sizes: Sizes
 
     def unet(self, graphs: tuple[m.Graph, ...], dtype: Any, batch: int | None) -> m.Component:
         """The UNet's entry, with these graphs and the floors that go with a dtype."""
@@ -223,6 +255,7 @@ class Target(ABC):
         backends: What is made to run its graphs. Verification takes them in this order, and one must have measured.
         tools_to_run: The packages whose versions a verification records.
         precisions: Of its components, where nothing is quantized.
+        takes_any_size: Whether one graph of it can take latents of any size.
         takes_traces: Whether its graphs are made of torch's ONNX export; several such targets share what is traced.
         accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
     """
@@ -236,6 +269,7 @@ class Target(ABC):
     backends: tuple[Backend, ...]
     tools_to_run: tuple[str, ...] = ()
     precisions: tuple[Precision, ...] = ("fp32",)
+    takes_any_size: bool = False
     takes_traces: bool = False
     accelerators: tuple[str, ...] = ()
 
@@ -259,6 +293,14 @@ class Target(ABC):
             ConfigError: With the field, its value and what is expected.
         """
 
+    def check_sizes(self, config: Any, sizes: PictureSizes) -> None:
+        """Checks that graphs of the format can take the sizes of a recipe; a ConfigError says which they can."""
+        if sizes.takes_any and not self.takes_any_size:
+            raise ConfigError(
+                f"'sizes' has any, and graphs of {self.title} take fixed sizes; name them: --size 512x512 --size "
+                f"512x768, or leave target {self.name} out"
+            )
+
     def default_layout(self, config: Any, mask: tuple[bool, ...]) -> Layout:
         """The layout where the recipe names none: the faster one that the clock allows."""
         return "split" if all(mask) else "pair"
@@ -278,12 +320,13 @@ class Target(ABC):
         """The target's entry in the manifest before any file exists."""
 
     def describe_component(
-        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: Any
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: Any, sizes: Sizes
     ) -> m.Component | None:
         """A component's entry in the manifest before its file exists; None where the format has the UNet alone.
 
         Args:
-            graph: Its inputs and outputs in fp32, with a symbolic batch; its name is the component's.
+            graph: Its inputs and outputs in fp32, for the usual size, with a symbolic batch; its name is the
+                component's.
         """
         return None
 

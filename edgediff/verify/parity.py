@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import (
     REFERENCE,
     Reference,
+    at_size,
     check_reference,
     load_reference,
     prompt_request,
@@ -96,11 +97,14 @@ def verify_bundle(
             except (RequestError, MissingExtraError) as e:
                 log.debug("%s: %s", backend, e)
                 found = _none_run(target, manifest, reference, backend, str(e))
+                for there, sized in _at_sizes(manifest, target):
+                    found += [_sized(row, there) for row in _graphs_not_run(sized, backend, str(e))]
             else:
                 found = [
                     *_step_rows(bundle, target, reference, session, backend, say),
                     *_trajectory_rows(target, source, session, backend),
                     *_component_rows(bundle, target, reference, backend, say),
+                    *_further_rows(bundle, target, reference, session, backend, say),
                     *_picture_rows(bundle, target, reference, session, backend, say),
                 ]
                 if backend == form.verifiers[0]:
@@ -159,6 +163,35 @@ def _step_rows(
         rows += _graph_rows("program", target, backend, exact, half, half_floor, PROGRAM_NOTE)
     say(f"{backend}: composed steps")
     return rows + _composed_rows(target, reference, session, backend, alone)
+
+
+def _further_rows(
+    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
+) -> list[Row]:
+    """Graphs and composed steps with latents of further sizes, and the components that have a size."""
+    rows = []
+    for there, sized in _at_sizes(bundle.manifest, target):
+        sample = there.sample
+        say(f"{backend}: latents of {sample.width} x {sample.height}")
+        found = reference.sizes[sample.height, sample.width]
+        made = [
+            *_step_rows(bundle, sized, found, session, backend, log.debug),
+            *_component_rows(bundle, sized, found, backend, log.debug),
+        ]
+        rows += [_sized(row, there) for row in made]
+    return rows
+
+
+def _at_sizes(manifest: Manifest, target: Target) -> Iterator[tuple[Manifest, Target]]:
+    """For each further size, the manifest with it as the usual one, and a target's components for it."""
+    for size in manifest.evidence.sizes:
+        there = at_size(manifest, size)
+        yield there, there.target(target.target).with_unet(floors=target.unet.floors)
+
+
+def _sized(row: Row, there: Manifest) -> Row:
+    """A row that names the size of its latents."""
+    return msgspec.structs.replace(row, part=f"{row.part} {there.sample.width}x{there.sample.height}")
 
 
 def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
@@ -342,22 +375,28 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
     """A row for everything that a backend would have measured."""
     floors = target.unet.floors
-    names = [graph.name for graph in target.unet.graphs if graph.file is not None]
-    rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
-    if backend == TARGETS[target.target].verifiers[0] and floors.program is not None:
-        rows += [not_run("program", name, backend, floors.program, note) for name in names]
+    rows = _graphs_not_run(target, backend, note)
     rows += [
         not_run("composed", "full" if full else "cached", backend, floors.composed, note)
         for full in sorted({step.full for step in reference.steps}, reverse=True)
     ]
-    rows += [
+    rows.append(not_run("trajectory", "latents", backend, floors.trajectory, note))
+    rows.append(not_run("caching", "latents", backend, floors.caching, note))
+    return rows
+
+
+def _graphs_not_run(target: Target, backend: str, note: str) -> list[Row]:
+    """A row for each graph of each component."""
+    floors = target.unet.floors
+    names = [graph.name for graph in target.unet.graphs if graph.file is not None]
+    rows = [not_run("graph", name, backend, floors.graph, note) for name in names]
+    if backend == TARGETS[target.target].verifiers[0] and floors.program is not None:
+        rows += [not_run("program", name, backend, floors.program, note) for name in names]
+    return rows + [
         not_run("graph", name, backend, component.floors.graph, note)
         for name, component in target.components.items()
         if name != "unet"
     ]
-    rows.append(not_run("trajectory", "latents", backend, floors.trajectory, note))
-    rows.append(not_run("caching", "latents", backend, floors.caching, note))
-    return rows
 
 
 def _write(bundle: Bundle, report: ParityReport) -> None:

@@ -3,6 +3,7 @@
 Only this module of verification needs torch, and does without it where it is not installed.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash differs; name the bundle's source")
         return None, "the source has changed"
+    loaded = replace(loaded, size=(manifest.sample.height, manifest.sample.width))
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
     try:
         point = said.trained_for

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
-from edgediff_runtime.image import check_output, write_output
+from edgediff_runtime.image import check_output, read_size, write_output
 
 # As a shell reports a program that SIGPIPE ended.
 CLOSED_PIPE = 141
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels, such as 512x768 (default: the bundle's)")
     parser.add_argument("--low-memory", action="store_true", help="open one component at a time")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the backend's own choice)")
     backends = (
@@ -41,6 +42,7 @@ def main() -> int:
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
         pipe = EdgePipeline.from_pretrained(args.bundle, args.backend, threads=args.threads, low_memory=args.low_memory)
+        width, height = read_size(args.size)
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
                 label=args.label,
@@ -52,6 +54,8 @@ def main() -> int:
                 clock=args.clock,
                 guidance_scale=args.guidance_scale,
                 seed=args.seed,
+                width=width,
+                height=height,
             )
         write_output(result, output, scale=1)
     except EdgeRuntimeError as e:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import Graph, Sample, Sized, graphs_at
 from edgediff_runtime.memory import Usage
 from edgediff_runtime.sessions import Session
 
@@ -20,7 +20,11 @@ class Components:
     """
 
     def __init__(
-        self, graphs: Mapping[str, tuple[Graph, ...]], open_session: Callable[[str], Session], keep: bool = True
+        self,
+        graphs: Mapping[str, tuple[Graph, ...]],
+        open_session: Callable[[str], Session],
+        keep: bool = True,
+        further: Mapping[str, tuple[Sized, ...]] | None = None,
     ) -> None:
         """Takes what there is, and how it is opened.
 
@@ -29,8 +33,10 @@ class Components:
             open_session: Opens a component by its name.
             keep: Whether sessions stay open; False for a device with little memory, where each generation opens a
                 component when its stage comes and drops it after.
+            further: The graphs of each component for further sizes.
         """
         self.graphs = dict(graphs)
+        self.further = dict(further or {})
         self._open_session = open_session
         self._keep = keep
         self._opened: dict[str, Session] = {}
@@ -47,6 +53,10 @@ class Components:
         found = copy.copy(self)
         found._usage = usage
         return found
+
+    def graphs_at(self, name: str, sample: Sample, height: int, width: int) -> tuple[Graph, ...] | None:
+        """A component's graphs for a latent of this size; None where it has none."""
+        return graphs_at(self.graphs[name], self.further.get(name, ()), sample, height, width)
 
     @property
     def keeps(self) -> bool:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,29 +48,36 @@ class CoreMLSession:
                 ) from e
         self.graphs = loaded.graphs
         self.batch = loaded.batch
+        self._bundle: Bundle = bundle
+        self._load: Callable[[str, str | None], Any] = lambda path, function: ct.models.MLModel(
+            path, compute_units=ct.ComputeUnit[compute_units.upper()], function_name=function
+        )
         self._models: dict[str, Any] = {}
-        checked: set[str] = set()
+        self._checked: set[str] = set()
         for graph in self.graphs:
-            if graph.file is None:
-                continue
-            if graph.file not in checked:
-                bundle.folder(graph.file)
-                checked.add(graph.file)
-            try:
-                with quiet():
-                    model = ct.models.MLModel(
-                        os.fspath(bundle.path / graph.file),
-                        compute_units=ct.ComputeUnit[compute_units.upper()],
-                        function_name=graph.function,
-                    )
-            except Exception as e:  # coremltools' errors share no base class
-                raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
-            _check_tensors(graph, model.get_spec())
-            # coremltools also opens what this system cannot load, and fails at the first prediction.
-            if model.__proxy__ is None:
-                why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
-                raise RequestError(f"{graph.file} cannot be loaded by Core ML here: {one_line(why)}")
-            self._models[graph.name] = model
+            if graph.file is not None:
+                self._model(graph)
+
+    def _model(self, graph: Graph) -> Any:
+        """A graph's model; one of a further size is loaded when it is first run."""
+        if graph.key in self._models:
+            return self._models[graph.key]
+        file = str(graph.file)
+        if file not in self._checked:
+            self._bundle.folder(file)
+            self._checked.add(file)
+        try:
+            with quiet():
+                model = self._load(os.fspath(self._bundle.path / file), graph.function)
+        except Exception as e:  # coremltools' errors share no base class
+            raise BundleError(f"{file} cannot be loaded: {one_line(e)}") from e
+        _check_tensors(graph, model.get_spec())
+        # coremltools also opens what this system cannot load, and fails at the first prediction.
+        if model.__proxy__ is None:
+            why = getattr(model, "_framework_error", None) or "the package is newer than this system's Core ML"
+            raise RequestError(f"{file} cannot be loaded by Core ML here: {one_line(why)}")
+        self._models[graph.key] = model
+        return model
 
     def put(self, array: Array) -> Any:
         """Takes an array as it is."""
@@ -84,8 +91,9 @@ class CoreMLSession:
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Runs a graph on tensors by name and adds its outputs, in the dtypes that the manifest declares."""
         feeds = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
+        model = self._model(graph)
         try:
-            made = self._models[graph.name].predict(feeds)
+            made = model.predict(feeds)
         except Exception as e:
             raise BundleError(f"{graph.file}: the prediction failed: {one_line(e)}") from e
         for tensor in graph.outputs:

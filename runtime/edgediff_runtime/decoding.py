@@ -2,18 +2,17 @@
 
 import numpy as np
 
-from edgediff_runtime.manifest import Vae
+from edgediff_runtime.manifest import Graph, Vae
 from edgediff_runtime.sessions import Array, Session
 from edgediff_runtime.text_encoding import run_one
 
 
-def decode(session: Session, vae: Vae, latents: Array) -> Array:
-    """Decodes the loop's latents, float32 [N, C, H, W], one at a time.
+def decode(session: Session, graph: Graph, vae: Vae, latents: Array) -> Array:
+    """Decodes the loop's latents, float32 [N, C, H, W], one at a time with the decoder's graph for their size.
 
     Returns:
         float32 [N, 3, H * downscale, W * downscale], about -1 to 1.
     """
-    (graph,) = session.graphs
     wanted, given = graph.outputs[0].name, graph.inputs[0].name
     z = to_vae(vae, latents)
     return np.concatenate([run_one(session, graph, {given: z[i : i + 1]})[wanted] for i in range(len(z))])

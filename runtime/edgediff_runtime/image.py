@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,23 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
         raise RequestError(f"the image has {image.shape[-1]} channels; a PNG takes 1 or 3, write .npy")
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+
+
+def read_size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height that WIDTHxHEIGHT stands for; None and None where there is no text.
+
+    Raises:
+        RequestError: It is no size.
+
+    >>> read_size("512x768")
+    (512, 768)
+    """
+    if text is None:
+        return None, None
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if found is None:
+        raise RequestError(f"--size is {text!r}; expected WIDTHxHEIGHT in pixels, such as 512x768")
+    return int(found[1]), int(found[2])
 
 
 def check_output(path: Path, scale: int, has_decoder: bool) -> None:

@@ -5,8 +5,10 @@ taking inputs from and putting outputs into a table of tensors by name. The JSON
 generated from these structs.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Self
+import re
+from collections.abc import Callable, Iterable, Iterator
+from math import gcd
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
@@ -15,7 +17,9 @@ from edgediff_runtime.schedulers import SchedulerConfig
 
 Stage = Literal["prompt", "image", "step", "decode"]
 Frequency = Literal["step", "full_step", "cached_step"]
-Symbol = Literal["batch", "images", "tokens"]
+# A size that only a request tells: of rows, of the text, or of the picture: what ``5*height/4`` says, of the latent's.
+SYMBOL = r"^(batch|images|tokens|([1-9][0-9]*\*)?(height|width)(/[1-9][0-9]*)?)$"
+Symbol = Annotated[str, msgspec.Meta(pattern=SYMBOL)]
 # Tensors that the loop itself reads: a step's output, and the next step's input.
 LOWRES_FEATURE = "lowres_feature"
 CACHE = "cache"
@@ -44,7 +48,8 @@ class Tensor(Struct, frozen=True):
         name: Name in the table of tensors, and in the file unless `stored_as` says another.
         dtype: numpy's name of the element type.
         shape: Sizes; ``"batch"`` stands for the number of rows, ``"images"``, of a sample alone, for the number of
-            images or that of rows, whichever is given, ``"tokens"`` for the length of the text.
+            images or that of rows, whichever is given, ``"tokens"`` for the length of the text; ``"height"`` and
+            ``"width"`` for the latent's, of which ``"height/2"`` is a half and ``"8*height"`` eight times as much.
         stored_as: Its name in the file, where that is another: Core ML has no dots in names, and Apple's pipeline has
             names of its own.
     """
@@ -58,6 +63,49 @@ class Tensor(Struct, frozen=True):
     def stored_name(self) -> str:
         """Its name in the file."""
         return self.name if self.stored_as is None else self.stored_as
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it has a height and a width: [B, C, H, W]."""
+        return len(self.shape) == 4 and self.name != TEXT
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether its height and width are those of whatever latent is given."""
+        return self.is_map and not all(isinstance(size, int) for size in self.shape[2:])
+
+    def at(self, height: int, width: int) -> Self:
+        """The tensor for a latent of this size."""
+        shape = tuple(_size_at(size, height, width) for size in self.shape)
+        return msgspec.structs.replace(self, shape=shape)
+
+    def of_any_size(self, height: int, width: int) -> Self:
+        """The tensor for a latent of any size, from that for one of this size."""
+        if not self.is_map or self.takes_any_size:
+            return self
+        _, _, rows, columns = self.shape
+        spatial = (_as_symbol("height", rows, height), _as_symbol("width", columns, width))
+        return msgspec.structs.replace(self, shape=(*self.shape[:2], *spatial))
+
+
+def _size_at(size: int | str, height: int, width: int) -> int | str:
+    """What a size of a shape is for a latent of this size; the other symbols stay."""
+    found = re.fullmatch(r"(?:(\d+)\*)?(height|width)(?:/(\d+))?", str(size))
+    if found is None:
+        return size
+    times, side, parts = found.groups()
+    return int(times or 1) * (height if side == "height" else width) // int(parts or 1)
+
+
+def _as_symbol(side: str, size: int | str, of: int) -> str:
+    """A size as a multiple or a part of the latent's.
+
+    >>> _as_symbol("height", 512, 64), _as_symbol("width", 32, 64), _as_symbol("width", 64, 64)
+    ('8*height', 'width/2', 'width')
+    """
+    shared = gcd(int(size), of)
+    times, parts = int(size) // shared, of // shared
+    return f"{times}*{side}" * (times > 1) + side * (times == 1) + f"/{parts}" * (parts > 1)
 
 
 class Graph(Struct, frozen=True):
@@ -88,6 +136,28 @@ class Graph(Struct, frozen=True):
     def runs(self, full: bool) -> bool:
         """Whether the graph belongs to a full or a cached step; graphs of other stages belong to neither."""
         return self.frequency in ("step", "full_step" if full else "cached_step")
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other graphs of its component, those for further sizes included."""
+        return self.name if self.function is None else self.function
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether it takes a latent, or gives a picture, of any size."""
+        return any(tensor.takes_any_size for tensor in (*self.inputs, *self.outputs))
+
+    def at(self, height: int, width: int) -> "Graph":
+        """The entry of the same graph as a latent of this size runs through it."""
+        return self._with_tensors(lambda tensor: tensor.at(height, width))
+
+    def of_any_size(self, height: int, width: int) -> "Graph":
+        """The entry of the same graph where it takes any size, from that for a latent of this size."""
+        return self._with_tensors(lambda tensor: tensor.of_any_size(height, width))
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Graph":
+        inputs, outputs = (tuple(map(change, side)) for side in (self.inputs, self.outputs))
+        return msgspec.structs.replace(self, inputs=inputs, outputs=outputs)
 
     @property
     def takes_sample(self) -> bool:
@@ -142,6 +212,19 @@ class Floors(Struct, frozen=True):
     program: float | None = None
 
 
+class Sized(Struct, frozen=True):
+    """A component's graphs for a further size, of the same names and in the same order as those of the usual one.
+
+    Attributes:
+        height: Of the latent.
+        width: Of the latent.
+    """
+
+    height: int
+    width: int
+    graphs: tuple[Graph, ...]
+
+
 class Component(Struct, frozen=True):
     """A component of a pipeline, as diffusers has them, in one target.
 
@@ -159,6 +242,7 @@ class Component(Struct, frozen=True):
         files: Paths in the bundle of everything that the component consists of.
         tokenizer: Of a text encoder, path in the bundle of the ``tokenizer.json`` that its ids come from.
         peak_bytes: Peak resident memory of running it, where it was measured.
+        further: The graphs for further sizes, where a graph takes one size; files and weights are shared.
     """
 
     stage: Stage
@@ -171,6 +255,12 @@ class Component(Struct, frozen=True):
     files: tuple[str, ...] = ()
     tokenizer: str | None = None
     peak_bytes: int | None = None
+    further: tuple[Sized, ...] = ()
+
+    @property
+    def every_graph(self) -> tuple[Graph, ...]:
+        """The graphs of every size."""
+        return (*self.graphs, *(graph for sized in self.further for graph in sized.graphs))
 
 
 class Target(Struct, frozen=True, tag_field="target"):
@@ -305,6 +395,8 @@ class Sample(Struct, frozen=True):
         channels: Channels of a latent, and of what the UNet gives.
         in_channels: Channels that the UNet takes: the latent's, then those of what is concatenated to it (a mask and
             a masked image in inpainting).
+        height: Of the usual latent, as is `width`.
+        multiple: What height and width of any latent are multiples of.
         space: ``pixel`` where a latent is an image in [-1, 1], ``latent`` where a decoder comes after it.
     """
 
@@ -313,6 +405,7 @@ class Sample(Struct, frozen=True):
     height: int
     width: int
     space: Literal["pixel", "latent"]
+    multiple: int = 1
 
 
 class Conditioning(Struct, frozen=True):
@@ -420,12 +513,14 @@ class Evidence(Struct, frozen=True):
             ``none``.
         sha256: Hash of that file, or None.
         prompt: The prompt, and the negative one, where it came from those.
+        sizes: Height and width of the further latents that graphs were verified with.
     """
 
     verified: Literal["full", "graphs"]
     conditioning: Literal["none", "labels", "prompt", "file", "synthetic"] = "none"
     sha256: str | None = None
     prompt: tuple[str, str | None] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 class Adaptor(Struct, frozen=True):
@@ -463,6 +558,24 @@ class File(Struct, frozen=True):
 
     size: int
     sha256: str
+
+
+def graphs_at(
+    graphs: tuple[Graph, ...], further: Iterable[Sized], sample: Sample, height: int, width: int
+) -> tuple[Graph, ...] | None:
+    """A component's graphs for a latent of this size; None where it has none.
+
+    Args:
+        graphs: Those of the usual size, which `sample` names.
+        further: Those of further sizes.
+    """
+    tensors = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
+    if (height, width) == (sample.height, sample.width) or not any(tensor.is_map for tensor in tensors):
+        return graphs
+    if any(graph.takes_any_size for graph in graphs):
+        fits = height % sample.multiple == width % sample.multiple == 0
+        return tuple(graph.at(height, width) for graph in graphs) if fits else None
+    return next((sized.graphs for sized in further if (sized.height, sized.width) == (height, width)), None)
 
 
 def share_rows(graphs: Iterable[Graph]) -> bool:
@@ -510,6 +623,25 @@ class Manifest(Struct, frozen=True):
     def has_decoder(self) -> bool:
         """Whether some target makes pictures: latents are pictures, or there is a decoder for them."""
         return self.sample.space == "pixel" or any("vae_decoder" in target.components for target in self.targets)
+
+    def at(self, height: int, width: int) -> "Manifest":
+        """The same with a latent of this size as the usual one, in the targets that take it."""
+        if (height, width) == (self.sample.height, self.sample.width):
+            return self
+        targets = []
+        for target in self.targets:
+            found = {
+                name: graphs_at(component.graphs, component.further, self.sample, height, width)
+                for name, component in target.components.items()
+            }
+            if None not in found.values():
+                components = {
+                    name: msgspec.structs.replace(component, graphs=found[name], further=())
+                    for name, component in target.components.items()
+                }
+                targets.append(msgspec.structs.replace(target, components=components))
+        sample = msgspec.structs.replace(self.sample, height=height, width=width)
+        return msgspec.structs.replace(self, sample=sample, targets=tuple(targets))
 
     def target(self, *names: str) -> Target:
         """The entry of a target, of several names the first that is there; a BundleError where none is."""

@@ -35,6 +35,8 @@ FORMAT_VERSION = 2
 
 MAX_GUIDANCE = 3.4028234663852886e38  # float32's largest
 MAX_SEED = 2**64 - 1
+# A height that every part of it divides: where a symbol alone is looked at.
+UNIT = 2**20
 ADAPTORS = ("identity", "resnet", "unet", "unet-light")
 STAGE_OF = {
     "text_encoder": "prompt", "text_encoder_2": "prompt", "unet": "step",
@@ -56,9 +58,13 @@ def check_manifest(manifest: Manifest) -> None:
         _check_seed("source.random_weights", manifest.source.random_weights)
     for name, number in (
         ("num_images", point.num_images), ("channels", sample.channels), ("height", sample.height),
-        ("width", sample.width), ("cut.level", manifest.cut.level), ("cache_bytes", manifest.cache_bytes),
+        ("width", sample.width), ("multiple", sample.multiple), ("cut.level", manifest.cut.level),
+        ("cache_bytes", manifest.cache_bytes),
     ):  # fmt: skip
         _must(number > 0, name, number, "a whole number above 0")
+    for size in ((sample.height, sample.width), *manifest.evidence.sizes):
+        _must(all(side > 0 and side % sample.multiple == 0 for side in size), "size of a latent", size,
+              f"multiples of {sample.multiple}")  # fmt: skip
     _must(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, f"{sample.channels} or more")
     _must((known.kind == "class") <= bool(known.labels), "labels", known.labels, "the names of the classes")
     _must((known.kind != "none") == bool(known.tensors), "conditioning.tensors", [t.name for t in known.tensors],
@@ -174,10 +180,40 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         for graph in component.graphs:
             _must((graph.frequency is not None) == looped, f"frequency of {graph.name}", graph.frequency,
                   "a value for graphs of the unet alone")  # fmt: skip
-        if not looped:
-            _check_component(kind, component, manifest)
-    _check_unet(target.unet, manifest)
+        _check_graphs(kind, component, manifest)
+        _check_further(kind, component, manifest)
     _check_widths(target, manifest)
+
+
+def _check_graphs(name: str, component: Component, manifest: Manifest) -> None:
+    """Checks a component's graphs for the usual size against what the manifest says of latents and prompts."""
+    maps = [t for graph in component.graphs for t in (*graph.inputs, *graph.outputs) if t.is_map]
+    _must(len({tensor.takes_any_size for tensor in maps}) < 2, f"shapes in {name}", [t.shape for t in maps],
+          "all of one size, or all of any")  # fmt: skip
+    if component.stage == "step":
+        _check_unet(component, manifest)
+    else:
+        _check_component(name, component, manifest)
+
+
+def _check_further(name: str, component: Component, manifest: Manifest) -> None:
+    """Checks a component's graphs for further sizes as if each of these were the usual one."""
+    usual = manifest.sample
+    sizes = [(usual.height, usual.width), *((sized.height, sized.width) for sized in component.further)]
+    is_any = any(graph.takes_any_size for graph in component.graphs)
+    _must(len(set(sizes)) == len(sizes), f"further of {name}", sizes, "other sizes than the usual one, each once")
+    _must(not (is_any and component.further), f"further of {name}", sizes, "none where graphs take any size")
+    keys = [graph.key for graph in component.every_graph]
+    _must(len(set(keys)) == len(keys), f"functions of {name}", keys, "a function of its own for each size")
+    for sized in component.further:
+        _must(sized.height % usual.multiple == sized.width % usual.multiple == 0, f"further of {name}",
+              (sized.height, sized.width), f"multiples of {usual.multiple}")  # fmt: skip
+        said = [(graph.name, graph.frequency) for graph in sized.graphs]
+        expected = [(graph.name, graph.frequency) for graph in component.graphs]
+        _must(said == expected, f"further of {name}", said, f"the graphs of the usual size: {expected}")
+        sample = msgspec.structs.replace(usual, height=sized.height, width=sized.width)
+        _check_graphs(name, msgspec.structs.replace(component, graphs=sized.graphs, further=()),
+                      msgspec.structs.replace(manifest, sample=sample))  # fmt: skip
 
 
 def _check_component(name: str, component: Component, manifest: Manifest) -> None:
@@ -204,7 +240,8 @@ def _check_component(name: str, component: Component, manifest: Manifest) -> Non
     if decodes:
         expected.append((graph.outputs[0], picture))
     for tensor, shape in expected:
-        _must(tensor.shape[1:] == shape, f"shape of {tensor.name} in {name}", tensor.shape, f"{(rows, *shape)}")
+        found = tensor.at(sample.height, sample.width).shape[1:]
+        _must(found == shape, f"shape of {tensor.name} in {name}", tensor.shape, f"{(rows, *shape)}")
 
 
 def _check_text_encoder(name: str, graph: Graph, manifest: Manifest) -> None:
@@ -268,8 +305,9 @@ def _check_unet(unet: Component, manifest: Manifest) -> None:
             continue
         shares = tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,)
         _must(shares or tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")
-        image = shapes.get(tensor.name, tensor.shape[1:])
-        _must(tensor.shape[1:] == image, f"shape of {tensor.name}", tensor.shape, f"{(rows, *image)}")
+        found = tensor.at(sample.height, sample.width).shape[1:]
+        image = shapes.get(tensor.name, found)
+        _must(found == image, f"shape of {tensor.name}", tensor.shape, f"{(rows, *image)}")
     for graph in unet.graphs:
         can = unet.batch is None and graph.can_count_rows and all(tensor.name != SAMPLE for tensor in graph.outputs)
         _must(can or not graph.shares_rows, f"shape of {SAMPLE} in {graph.name}", IMAGES,
@@ -295,9 +333,10 @@ def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool)
 
 
 def _check_sizes(tensor: Tensor) -> None:
-    # The component determines the first dimension; only a text's length may be any.
+    # The component determines the first dimension; only a text's length, and a map's height and width, may be any.
     symbolic = (0, 1) if tensor.name == TEXT and tensor.shape[1:2] == (TOKENS,) else (0,)
-    sizes = [n for i, n in enumerate(tensor.shape) if i not in symbolic or isinstance(n, int)]
+    resolved = tensor.at(UNIT, UNIT).shape if tensor.is_map else tensor.shape
+    sizes = [n for i, n in enumerate(resolved) if i not in symbolic or isinstance(n, int)]
     _must(all(isinstance(n, int) and n > 0 for n in sizes), f"shape of {tensor.name}", tensor.shape, "sizes")
 
 

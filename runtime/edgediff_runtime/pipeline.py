@@ -35,7 +35,7 @@ from edgediff_runtime.decoding import decode
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
-from edgediff_runtime.manifest import GUIDANCE, TOKENS, Conditioning, Manifest, Tensor
+from edgediff_runtime.manifest import GUIDANCE, TOKENS, Conditioning, Graph, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
@@ -69,6 +69,8 @@ class Arguments(TypedDict, total=False):
         clock: Period or mask of the full steps; a mask has an entry for each call of the UNet.
         guidance_scale: One number from 0, or one for each call of the UNet; 1 or less runs without guidance.
         seed: 0 to 2^64 - 1.
+        height: Of the picture in pixels (of the latent, where the bundle has no decoder), as is `width`; left out, the
+            usual size. What a bundle takes was chosen at its export.
     """
 
     label: Label
@@ -88,6 +90,8 @@ class Arguments(TypedDict, total=False):
     clock: ClockSpec | None
     guidance_scale: float | Sequence[float] | None
     seed: int
+    height: int | None
+    width: int | None
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,8 @@ class EdgePipeline:
         """
         entry = bundle.manifest.target(*targets)
         graphs = {name: component.graphs for name, component in entry.components.items()}
-        components = Components(graphs, open_component, keep=not low_memory)
+        further = {name: component.further for name, component in entry.components.items()}
+        components = Components(graphs, open_component, keep=not low_memory, further=further)
         if not low_memory:
             components.session(UNET)
 
@@ -291,19 +296,57 @@ class EdgePipeline:
         Raises:
             RequestError: The bundle has no decoder for this backend, or the latents do not fit it.
         """
-        sample = self.manifest.sample
-        given, shape = np.asarray(latents), (sample.channels, sample.height, sample.width)
-        if given.dtype.kind != "f" or given.ndim != 4 or given.shape[1:] != shape or not given.size:
+        sample, given = self.manifest.sample, np.asarray(latents)
+        if given.dtype.kind != "f" or given.ndim != 4 or given.shape[1] != sample.channels or not given.size:
+            shape = ("N", sample.channels, sample.height, sample.width)
             raise RequestError(
-                f"latents are {given.dtype.name} {list(given.shape)}; expected float32 {spell_shape(('N', *shape))}"
+                f"latents are {given.dtype.name} {list(given.shape)}; expected float32 {spell_shape(shape)}"
             )
         return self._decode(given.astype(np.float32), self._usage())
 
     def _decode(self, latents: Array, usage: Usage) -> Array:
         if self.manifest.vae is None:
             raise RequestError("the bundle has no decoder; export it with its autoencoder")
+        (graph,) = self._graphs(DECODER, *latents.shape[2:])
         with self.components.measured(usage).use(DECODER) as session:
-            return decode(session, self.manifest.vae, latents)
+            return decode(session, graph, self.manifest.vae, latents)
+
+    def _graphs(self, name: str, height: int, width: int) -> tuple[Graph, ...]:
+        """A component's graphs for a latent of this size; a RequestError where it has none."""
+        found = self.components.graphs_at(name, self.manifest.sample, height, width)
+        if found is None:
+            each = self._pixels_of_latent
+            raise RequestError(
+                f"{name}: it has no graphs for {each * width} x {each * height} (width x height); it takes "
+                f"{self._sizes(name)}; ask for one of these, or export with --size {each * width}x{each * height}"
+            )
+        return found
+
+    def _sizes(self, name: str) -> str:
+        """The pictures that a component has graphs for, in words."""
+        sample, each = self.manifest.sample, self._pixels_of_latent
+        if any(graph.takes_any_size for graph in self.components.graphs[name]):
+            return f"multiples of {each * sample.multiple}"
+        further = [(sized.height, sized.width) for sized in self.components.further.get(name, ())]
+        sizes = [(sample.height, sample.width), *further]
+        return ", ".join(f"{each * width} x {each * height}" for height, width in sizes)
+
+    @property
+    def _pixels_of_latent(self) -> int:
+        return 1 if self.manifest.vae is None else self.manifest.vae.downscale
+
+    def _latent_size(self, height: object, width: object) -> tuple[int, int]:
+        """Height and width of the latent for a picture of these, the usual ones where they are None."""
+        sample, each = self.manifest.sample, self._pixels_of_latent
+        found = []
+        for name, given, usual in (("height", height, sample.height), ("width", width, sample.width)):
+            if given is None:
+                found.append(usual)
+            elif isinstance(given, bool) or not isinstance(given, int) or given < 1 or given % each:
+                raise RequestError(f"{name} is {given!r}; expected a multiple of {each * sample.multiple}")
+            else:
+                found.append(given // each)
+        return found[0], found[1]
 
     def _usage(self) -> Usage:
         return Usage(measures_memory=not self.components.keeps)
@@ -356,6 +399,8 @@ class EdgePipeline:
         clock: ClockSpec | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
     ) -> tuple[Request, Usage]:
         """A checked request, and what its text took."""
         point = self.manifest.operating_point
@@ -373,7 +418,9 @@ class EdgePipeline:
         if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
             self._check_text(prompt, prompt_embeds, negative_prompt_embeds)
             texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
-        tensors = {t.name: t for graph in self.components.graphs[UNET] for t in graph.inputs}
+        size = self._latent_size(plain(height), plain(width))
+        graphs = self._graphs(UNET, *size)
+        tensors = {t.name: t for graph in graphs for t in graph.inputs}
         told = None
         if GUIDANCE in tensors:
             if len(set(guidance)) > 1:
@@ -382,14 +429,13 @@ class EdgePipeline:
         usage = self._usage()
         cond, uncond, count = self._conditioning(
             label, texts, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images, tensors,
-            guided=any(g > 1 for g in guidance), usage=usage,
+            guided=any(g > 1 for g in guidance), usage=usage, size=size,
         )  # fmt: skip
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
-        sample = self.manifest.sample
-        shape = (sample.channels, sample.height, sample.width)
+        shape = (self.manifest.sample.channels, *size)
         request = Request(
-            graphs=self.components.graphs[UNET],
+            graphs=graphs,
             scheduler=scheduler,
             clock=mask,
             guidance=guidance,
@@ -397,7 +443,7 @@ class EdgePipeline:
             cond=cond,
             uncond=uncond,
             seed=seed,
-            concat=self._concat(concat_latents, count),
+            concat=self._concat(concat_latents, count, size),
         )
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)
@@ -424,16 +470,16 @@ class EdgePipeline:
             self._read_tokenizers = list(self._tokenizers())
         return TextStage(self.manifest.prompt, self._read_tokenizers, self.components.measured(usage))
 
-    def _check_memory(self, count: int, guided: bool) -> None:
+    def _check_memory(self, count: int, guided: bool, size: tuple[int, int]) -> None:
         """Refuses images that cannot be in memory together: their latents, what crosses between graphs, their pixels.
 
         This is the least that they take; what a backend needs inside of a graph is not known.
         """
         rows = 2 * count if guided else count
-        tensors = {t.name: t for graph in self.components.graphs[UNET] for t in (*graph.inputs, *graph.outputs)}
+        tensors = {t.name: t for graph in self._graphs(UNET, *size) for t in (*graph.inputs, *graph.outputs)}
         needed = rows * sum(_row_bytes(tensor) for tensor in tensors.values())
         if self.manifest.vae is not None and DECODER in self.components:
-            needed += count * sum(_row_bytes(t) for graph in self.components.graphs[DECODER] for t in graph.outputs)
+            needed += count * sum(_row_bytes(t) for graph in self._graphs(DECODER, *size) for t in graph.outputs)
         available = available_bytes()
         if available is not None and needed > available:
             raise RequestError(
@@ -441,7 +487,7 @@ class EdgePipeline:
                 "are available; ask for fewer at a time"
             )
 
-    def _concat(self, given: Array | None, count: int) -> Array | None:
+    def _concat(self, given: Array | None, count: int, size: tuple[int, int]) -> Array | None:
         """Rows of the channels that are concatenated to the latents; None where the UNet takes none."""
         sample = self.manifest.sample
         channels = sample.in_channels - sample.channels
@@ -450,7 +496,7 @@ class EdgePipeline:
                 raise RequestError("concat_latents were given, but the UNet takes the latent alone; leave them out")
             return None
         name = "concat_latents"
-        tensor = Tensor(name, "float32", ("batch", channels, sample.height, sample.width))
+        tensor = Tensor(name, "float32", ("batch", channels, *size))
         return rows_of({name: tensor}, {} if given is None else arrays(None, {name: given}, ""), count, "")[name]
 
     def _conditioning(
@@ -465,6 +511,7 @@ class EdgePipeline:
         tensors: Mapping[str, Tensor],
         guided: bool,
         usage: Usage,
+        size: tuple[int, int],
     ) -> tuple[dict[str, Array], dict[str, Array], int]:
         """Rows of every conditioning tensor: conditional, unconditional, and the number of images."""
         known = self.manifest.conditioning
@@ -481,11 +528,11 @@ class EdgePipeline:
             if guided:
                 raise RequestError("guidance_scale is above 1, but the model has no condition; give 1")
             count = 1 if num_images is None else num_images
-            self._check_memory(count, guided)
+            self._check_memory(count, guided, size)
             return {}, {}, count
         if known.kind == "class":
             rows = class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
-            self._check_memory(rows[-1], guided)
+            self._check_memory(rows[-1], guided, size)
             return rows
         needed = {name: tensors[name] for name in (*TEXT_INPUTS, "class_labels") if name in tensors}
         given = arrays(prompt_embeds, added_cond, "")
@@ -497,18 +544,18 @@ class EdgePipeline:
             found = given.get("encoder_hidden_states")
             num_images = (1 if found is None else (*found.shape, 1)[0]) if texts is None else texts.count()
             check_count(num_images)
-        self._check_memory(num_images, guided)
+        self._check_memory(num_images, guided, size)
         if texts is not None:
             any_length = TOKENS in needed["encoder_hidden_states"].shape if "encoder_hidden_states" in needed else True
             made, made_negative = texts.encode(self._text_stage(usage), num_images, guided, any_length)
             given |= {name: value for name, value in made.items() if name in needed}
             negative |= {name: value for name, value in made_negative.items() if name in needed}
             if "time_ids" in needed and self.manifest.vae is not None:
-                sample, each = self.manifest.sample, self.manifest.vae.downscale
-                width = int(needed["time_ids"].shape[1])
+                height, width = (self.manifest.vae.downscale * side for side in size)
+                ids = int(needed["time_ids"].shape[1])
                 for values, is_negative in ((given, False), (negative, True)):
                     if "time_ids" not in values:
-                        values["time_ids"] = time_ids(width, each * sample.height, each * sample.width, is_negative)
+                        values["time_ids"] = time_ids(ids, height, width, is_negative)
         cond = rows_of(needed, given, num_images, "")
         if not guided:
             return cond, {}, num_images

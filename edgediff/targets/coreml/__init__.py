@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from edgediff.config.floors import VerifyConfig
+from edgediff.config.sizes import PictureSizes
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.targets.base import (
@@ -21,6 +22,7 @@ from edgediff.targets.base import (
     Layout,
     Outline,
     Precision,
+    Sizes,
     Target,
     batch_check,
     fixed,
@@ -107,6 +109,16 @@ class CoreMLTarget(Target):
                 f"load; expected 'coreml.deployment_target' {SEVERAL_FUNCTIONS}, or layout split"
             )
 
+    def check_sizes(self, config: CoreMLConfig, sizes: PictureSizes) -> None:
+        """Checks that sizes are named, and that the system can load a function for each."""
+        super().check_sizes(config, sizes)
+        if len(sizes.named) > 1 and config.deployment_target != SEVERAL_FUNCTIONS:
+            raise ConfigError(
+                f"'sizes' has {len(sizes.named)} sizes, which take Core ML packages of several functions; "
+                f"{config.deployment_target} cannot load those; expected 'coreml.deployment_target' "
+                f"{SEVERAL_FUNCTIONS}, or one size"
+            )
+
     def default_layout(self, config: CoreMLConfig, mask: tuple[bool, ...]) -> Layout:
         """``split``, which every system loads."""
         return "split"
@@ -132,15 +144,15 @@ class CoreMLTarget(Target):
             inputs, outputs = (_typed(fixed(side, batch), config.dtype) for side in (graph.inputs, graph.outputs))
             graphs.append(msgspec.structs.replace(graph, inputs=inputs, outputs=outputs))
         model = undivided_graph(graphs, UNET) if config.deployment_target == SEVERAL_FUNCTIONS else None
-        is_one = outline.layout == "pair" or model is not None
+        is_one = outline.layout == "pair" or model is not None or bool(outline.sizes.further)
         placed = tuple(_placed(graph, is_one) if graph.file is not None else graph for graph in graphs)
-        unet = msgspec.structs.replace(outline.unet(placed, config.dtype, batch), model=model)
+        unet = msgspec.structs.replace(outline.sizes.each(outline.unet(placed, config.dtype, batch)), model=model)
         return m.CoreMLTarget({"unet": unet}, config.deployment_target, specification_version=0)
 
     def describe_component(
-        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: CoreMLConfig
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: CoreMLConfig, sizes: Sizes
     ) -> m.Component | None:
-        """One package of one row, named as Apple's Swift pipeline calls it."""
+        """One package of one row, named as Apple's Swift pipeline calls it; a function for each of several sizes."""
         from edgediff.targets.coreml.swift_pipeline import encoder_names
 
         inputs, outputs = (_typed(fixed(side, 1), config.dtype) for side in (graph.inputs, graph.outputs))
@@ -149,8 +161,10 @@ class CoreMLTarget(Target):
         names = {t.name: t.name.replace(".", "_") for t in outputs if "." in t.name} | encoder_names(outputs)
         outputs = tuple(msgspec.structs.replace(t, stored_as=names.get(t.name)) for t in outputs)
         file = f"coreml/{PACKAGES[graph.name]}.mlpackage"
-        graph = msgspec.structs.replace(graph, file=file, inputs=inputs, outputs=outputs)
-        return m.Component(stage, config.dtype, 1, verify.floors(config.dtype), (graph,))
+        several = bool(sizes.further) and any(tensor.is_map for tensor in (*inputs, *outputs))
+        function = graph.name if several else None
+        graph = msgspec.structs.replace(graph, file=file, inputs=inputs, outputs=outputs, function=function)
+        return sizes.each(m.Component(stage, config.dtype, 1, verify.floors(config.dtype), (graph,)))
 
     def tokenizer_files(self, tokenizer: str) -> Mapping[str, str]:
         """The vocabulary and the merges lie where Apple's pipeline reads them."""
@@ -177,9 +191,9 @@ class CoreMLTarget(Target):
         from edgediff.targets.coreml.write_coreml import write_coreml
 
         unet, modules = job.target.unet, dict(job.modules)
-        graphs = unet.graphs
+        graphs = unet.every_graph
         if unet.model is not None:
-            full = [modules[graph.name] for graph in graphs if graph.runs(full=True)]
+            full = [modules[graph.name] for graph in unet.graphs if graph.runs(full=True)]
             modules[unet.model.name] = SwiftStep(unet.model, full)
             graphs = (unet.model, *graphs)
         version = write_coreml(job.folder, graphs, modules, job.config, job.say)
@@ -191,7 +205,7 @@ class CoreMLTarget(Target):
         from edgediff.targets.coreml.write_coreml import write_coreml
 
         part = FloatIds(job.part) if IDS in job.part.inputs else job.part
-        write_coreml(job.folder, job.component.graphs, {job.name: part}, job.config, job.say)
+        write_coreml(job.folder, job.component.every_graph, {job.name: part}, job.config, job.say)
         return job.component
 
     def usual_backend(self) -> str | None:
@@ -233,7 +247,7 @@ class CoreMLTarget(Target):
 
         return tuple(
             msgspec.structs.replace(finding, graph=graph.name)
-            for finding in findings(session.functions[graph.name], inputs)
+            for finding in findings(session.functions[graph.key], inputs)
         )
 
     def operations(self, bundle: Bundle, graph: m.Graph) -> list[Any]:

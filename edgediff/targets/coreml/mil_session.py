@@ -19,7 +19,7 @@ class MilSession(TorchTensors):
     """Evaluates a bundle's Core ML packages in torch on the CPU.
 
     Attributes:
-        functions: The evaluated function of each graph by the graph's name.
+        functions: The evaluated function of each graph, those of further sizes included, by the graph's key.
         rounded: Whether results are rounded to the program's precision, as a device does.
         threads: How many of torch's threads a graph is computed with; None leaves them as they are.
     """
@@ -34,7 +34,7 @@ class MilSession(TorchTensors):
         self.threads = threads
         self.functions: dict[str, Function] = {}
         programs: dict[str, Any] = {}
-        for graph in self.graphs:
+        for graph in loaded.every_graph:
             if graph.file is None:
                 continue
             if graph.file not in programs:
@@ -42,14 +42,14 @@ class MilSession(TorchTensors):
             try:
                 if graph.file not in programs:
                     programs[graph.file] = open_program(bundle.path / graph.file)
-                self.functions[graph.name] = programs[graph.file].function(graph.function)
+                self.functions[graph.key] = programs[graph.file].function(graph.function)
             except ProgramError as e:
                 raise BundleError(f"{graph.file}: {e}") from e
             version = programs[graph.file].specification_version
             if version != target.specification_version:
                 said = target.specification_version
                 raise BundleError(f"{graph.file} has specification version {version}; the manifest says {said}")
-            function = self.functions[graph.name]
+            function = self.functions[graph.key]
             inputs, outputs = (
                 {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
                 for specs in (function.inputs, function.outputs)
@@ -73,7 +73,7 @@ class MilSession(TorchTensors):
         before = torch.get_num_threads()
         torch.set_num_threads(before if self.threads is None else self.threads)
         try:
-            made = self.functions[graph.name].run(feeds, rounded=self.rounded)
+            made = self.functions[graph.key].run(feeds, rounded=self.rounded)
         except ProgramError as e:
             raise BundleError(f"{graph.file}: {e}") from e
         finally:

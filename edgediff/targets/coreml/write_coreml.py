@@ -57,8 +57,8 @@ def write_coreml(
     with _scratch(folder) as scratch:
         for graph in graphs:
             if graph.file is not None:
-                say(f"exporting {graph.name} to Core ML")
-                made = scratch / f"{graph.name}.mlpackage"
+                say(f"exporting {graph.key} to Core ML")
+                made = scratch / f"{graph.key}.mlpackage"
                 _convert(ct, modules[graph.name], graph, made, config)
                 packages.setdefault(graph.file, {})[graph.function or ""] = made
         for file, functions in packages.items():

@@ -7,7 +7,7 @@ import msgspec
 
 from edgediff.config.floors import VerifyConfig
 from edgediff.extras import needing
-from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Target, batch_check, fixed
+from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Sizes, Target, batch_check, fixed
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 
@@ -68,12 +68,12 @@ class ExecuTorchTarget(Target):
             )
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
-        return m.ExecuTorchTarget({"unet": outline.unet(graphs, "fp32", batch)})
+        return m.ExecuTorchTarget({"unet": outline.sizes.each(outline.unet(graphs, "fp32", batch))})
 
     def describe_component(
-        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: ExecuTorchConfig
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: ExecuTorchConfig, sizes: Sizes
     ) -> m.Component | None:
-        """A program of its own with one method, of one row, in fp32."""
+        """A program of its own with a method for each size, of one row, in fp32."""
         graph = msgspec.structs.replace(
             graph,
             file=f"executorch/{graph.name}.pte",
@@ -81,20 +81,20 @@ class ExecuTorchTarget(Target):
             inputs=fixed(graph.inputs, 1),
             outputs=fixed(graph.outputs, 1),
         )
-        return m.Component(stage, "fp32", 1, verify.floors("fp32"), (graph,))
+        return sizes.each(m.Component(stage, "fp32", 1, verify.floors("fp32"), (graph,)))
 
     def write(self, job: Job) -> m.Target:
         """Writes the program."""
         from edgediff.targets.executorch.write_executorch import write_executorch
 
-        write_executorch(job.folder, job.target.unet, job.modules, job.examples(), job.say)
+        write_executorch(job.folder, job.target.unet, job.modules, job.say)
         return job.target
 
     def write_component(self, job: ComponentJob) -> m.Component:
         """Writes the component's program."""
         from edgediff.targets.executorch.write_executorch import write_executorch
 
-        write_executorch(job.folder, job.component, {job.name: job.part}, {job.name: job.inputs}, job.say)
+        write_executorch(job.folder, job.component, {job.name: job.part}, job.say)
         return job.component
 
     def open_session(self, bundle: Bundle, backend: str, threads: int | None, component: str = "unet") -> "Session":

@@ -24,29 +24,36 @@ class ExecuTorchSession(TorchTensors):
         self.graphs = loaded.graphs
         self.batch = loaded.batch
         lib = import_executorch("executorch.extension.pybindings.portable_lib", "running an ExecuTorch program")
-        runtime = import_executorch("executorch.runtime", "running an ExecuTorch program").Runtime.get()
+        self._runtime = import_executorch("executorch.runtime", "running an ExecuTorch program").Runtime.get()
         if threads is not None:
             lib._unsafe_reset_threadpool(threads)
+        self._bundle = bundle
+        self._programs: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
-        programs: dict[str, Any] = {}
         for graph in self.graphs:
-            if graph.file is None:
-                continue
+            if graph.file is not None:
+                self._method(graph)
+
+    def _method(self, graph: Graph) -> Any:
+        """A graph's method; one of a further size is loaded when it is first run."""
+        if graph.key not in self._methods:
+            file = str(graph.file)
             try:
                 with quiet():
-                    if graph.file not in programs:
-                        programs[graph.file] = runtime.load_program(os.fspath(bundle.file(graph.file)))
-                    method = programs[graph.file].load_method(graph.function)
+                    if file not in self._programs:
+                        self._programs[file] = self._runtime.load_program(os.fspath(self._bundle.file(file)))
+                    method = self._programs[file].load_method(graph.function)
             except (RuntimeError, KeyError) as e:
-                raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}") from e
-            self._methods[graph.name] = method
+                raise BundleError(f"{file} cannot be loaded: {one_line(e)}") from e
             _check_method(graph, method.metadata)
+            self._methods[graph.key] = method
+        return self._methods[graph.key]
 
     @torch.no_grad()
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         """Runs a graph."""
         try:
-            made = self._methods[graph.name].execute([tensors[tensor.name] for tensor in graph.inputs])
+            made = self._method(graph).execute([tensors[tensor.name] for tensor in graph.inputs])
         except RuntimeError as e:
             raise BundleError(f"{graph.file}: {graph.function} failed: {one_line(e)}") from e
         tensors.update((tensor.name, value) for tensor, value in zip(graph.outputs, made, strict=True))

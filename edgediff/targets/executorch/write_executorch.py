@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgediff.bundle.feed import groups
 from edgediff.models.part import Part
 from edgediff.targets.base import converter_errors
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
@@ -26,13 +25,9 @@ def write_executorch(
     folder: Path,
     unet: Component,
     modules: Mapping[str, Part],
-    examples: Mapping[str, Mapping[str, np.ndarray]],
     say: Callable[[str], None],
 ) -> None:
-    """Writes the program of a target.
-
-    Args:
-        examples: Real inputs of each graph by name, any number of rows.
+    """Writes the program of a component.
 
     Raises:
         UnsupportedError: The exporter failed.
@@ -40,11 +35,11 @@ def write_executorch(
     """
     exir = import_executorch("executorch.exir", "exporting to ExecuTorch")
     xnnpack = import_executorch("executorch.backends.xnnpack.partition.xnnpack_partitioner", "exporting to ExecuTorch")
-    written = [graph for graph in unet.graphs if graph.file is not None]
+    written = [graph for graph in unet.every_graph if graph.file is not None]
     programs = {}
     for graph in written:
-        say(f"tracing {graph.name} for ExecuTorch")
-        programs[graph.function] = _trace(modules[graph.name], graph, examples[graph.name], unet.batch)
+        say(f"tracing {graph.key} for ExecuTorch")
+        programs[graph.function] = _trace(modules[graph.name], graph)
     say("handing graphs to XNNPACK")
     path = folder / str(written[0].file)
     path.parent.mkdir(exist_ok=True)
@@ -86,13 +81,12 @@ def group_norm(
     return (centred * scale.reshape(of_channels) + shift.reshape(of_channels)).reshape(x.shape)
 
 
-def _trace(
-    module: Part, graph: Graph, inputs: Mapping[str, np.ndarray], batch: int | None
-) -> torch.export.ExportedProgram:
-    assert batch is not None  # this target's graphs have a fixed batch
-    first = next(groups(inputs, batch))
+def _trace(module: Part, graph: Graph) -> torch.export.ExportedProgram:
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    # Only shapes and dtypes count; ids are indices, and 0 is one.
+    given = tuple(torch.from_numpy(np.zeros(inputs[name].shape, inputs[name].dtype)) for name in module.inputs)
     with converter_errors(f"{graph.name}: torch.export"), quiet(), torch.no_grad():
-        program = torch.export.export(module, tuple(torch.from_numpy(first[name]) for name in module.inputs))
+        program = torch.export.export(module, given)
         decomposed: torch.export.ExportedProgram = program.run_decompositions(
             {torch.ops.aten.group_norm.default: group_norm}
         )

@@ -22,6 +22,7 @@ from edgediff.targets.base import (
     Layout,
     Outline,
     Precision,
+    Sizes,
     Target,
     int8_check,
 )
@@ -106,6 +107,7 @@ class OnnxTarget(Target):
     )
     accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
     precisions = PRECISIONS
+    takes_any_size = True
     takes_traces = True
 
     def check(self, config: OnnxConfig, layout: Layout) -> None:
@@ -142,7 +144,7 @@ class OnnxTarget(Target):
             graph
             if graph.file is None
             else msgspec.structs.replace(graph, file=f"{FOLDER}/{graph.name}.onnx", external_data=weights)
-            for graph in pack(outline.parts, outline.divided, outline.layout)
+            for graph in outline.sizes.any_size(pack(outline.parts, outline.divided, outline.layout))
         )
         if not config.portable:
             graphs = tuple(graph.with_any_text() for graph in graphs)
@@ -150,10 +152,12 @@ class OnnxTarget(Target):
             graphs = tuple(map(_in_half, graphs))
         return m.OnnxTarget({"unet": outline.unet(graphs, dtype, None)}, opset=opset_of(config), ir_version=0)
 
-    def describe_component(self, stage: m.Stage, graph: m.Graph, verify: Any, config: OnnxConfig) -> m.Component | None:
+    def describe_component(
+        self, stage: m.Stage, graph: m.Graph, verify: Any, config: OnnxConfig, sizes: Sizes
+    ) -> m.Component | None:
         """One graph of symbolic batch with fp32 inputs and outputs, named as optimum looks for it."""
         graph = msgspec.structs.replace(graph, file=f"onnx/{graph.name}/model.onnx")
-        return m.Component(stage, config.dtype, None, verify.floors(config.dtype), (graph,))
+        return m.Component(stage, config.dtype, None, verify.floors(config.dtype), sizes.any_size([graph]))
 
     def pipeline_folder(self, entry: Any) -> str:
         """Optimum's."""

@@ -103,7 +103,7 @@ class _JoinHeads(RewriteRuleClassBase):
                 return False
             _, tokens, features = whole.shape
             _, tokens_apart, heads, width = values[apart].shape
-            known = all(isinstance(size, int) for size in (tokens, features, heads, width))
+            known = all(isinstance(size, int) for size in (features, heads, width))
             if not known or tokens != tokens_apart or features != heads * width:
                 return False
         # Its other attributes must have their defaults, which both operators share.
@@ -113,6 +113,8 @@ class _JoinHeads(RewriteRuleClassBase):
     def rewrite(self, op: Any, q: Any, k: Any, v: Any, q_apart: Any, k_apart: Any, **values: Any) -> Any:
         """What takes its place."""
         heads, width, keys = q_apart.shape[2], q_apart.shape[3], k.shape[1]
-        if keys >= MANY_KEYS and heads == k_apart.shape[2]:
+        # Without a number it is either the pixels, which are many and the queries too, or a text, which is short.
+        many = keys >= MANY_KEYS if isinstance(keys, int) else keys == q.shape[1]
+        if many and heads == k_apart.shape[2]:
             return op.MultiHeadAttention(q, k, v, num_heads=heads, scale=width**-0.5, _domain=CONTRIB, _version=1)
         return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=k_apart.shape[2])

@@ -23,11 +23,11 @@ def expand_group_norm(model: ModelProto, portable: bool = False) -> ModelProto:
     """Writes every ``GroupNormalization`` as instance normalization of its groups.
 
     Args:
-        model: Changed in place. Channels, height and width of what is normalized must be known, the batch need not be.
+        model: Changed in place. The channels of what is normalized must be known; its other sizes need not be.
         portable: Scale and shift by Mul and Add: accelerators know no batch normalization of rank 3, some none at all.
 
     Raises:
-        UnsupportedError: A shape is not known.
+        UnsupportedError: The number of channels is not known.
     """
     graph = model.graph
     count = sum(node.op_type == _KIND for node in graph.node)
@@ -53,13 +53,19 @@ class _Expansion:
         settings = attributes_of(node)
         groups = settings["num_groups"]
         shape = self.rewriting.shape(x)[1:]
-        if not shape or not all(shape):
-            raise UnsupportedError(f"{node.name} normalizes {x} of unknown shape; expected fixed height and width")
+        if not shape or not shape[0]:
+            raise UnsupportedError(f"{node.name} normalizes {x}, whose number of channels is not known")
         # A 0 keeps the batch.
         as_groups = self._constant(f"groups_{groups}", np.array([0, groups, -1], np.int64))
-        as_before = self._constant(f"shape_{'x'.join(map(str, shape))}", np.array([0, *shape], np.int64))
         steps = [f"{out}.{step}" for step in ("groups", "normalized", "reshaped")]
+        read = []
+        if all(shape):
+            as_before = self._constant(f"shape_{'x'.join(map(str, shape))}", np.array([0, *shape], np.int64))
+        else:
+            as_before = f"{out}.shape"
+            read.append(helper.make_node("Shape", [x], [as_before], as_before))
         return (
+            *read,
             helper.make_node("Reshape", [x, as_groups], [steps[0]], f"{node.name}_groups"),
             helper.make_node(
                 "InstanceNormalization",

@@ -69,4 +69,10 @@ def _renamed(model: ModelProto, prefix: str) -> ModelProto:
         node.input[:], node.output[:] = [new(name) for name in node.input], [new(name) for name in node.output]
     for value in (*model.graph.initializer, *model.graph.value_info, *model.graph.input):
         value.name = new(value.name)
+    # Sizes that have a name of their own mean something else in each graph; those of inputs are the manifest's.
+    shared = {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim}
+    for value in model.graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param not in shared:
+                dim.dim_param = f"{prefix}{dim.dim_param}"
     return model

@@ -1,4 +1,4 @@
-"""ONNX graphs through torch's dynamo exporter: one file per part, symbolic batch, fixed height and width."""
+"""ONNX graphs through torch's dynamo exporter: one file per part, symbolic batch, fixed or symbolic sizes."""
 
 import contextlib
 import io
@@ -295,7 +295,7 @@ def _run(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
-    """Gives the graph its inputs and outputs in the manifest's order, and checks their names."""
+    """Gives the graph its inputs and outputs in the manifest's order, with its symbols, and checks their names."""
     for values, said in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
         names = [tensor.name for tensor in said]
         if sorted(value.name for value in values) != sorted(names):
@@ -303,6 +303,10 @@ def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
                 f"the exported graph has {', '.join(value.name for value in values)}, not {', '.join(names)}"
             )
         ordered = sorted(values, key=lambda value: names.index(value.name))
+        for value, tensor in zip(ordered, said, strict=True):
+            for dim, size in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+                if tensor.takes_any_size and isinstance(size, str):
+                    dim.dim_param = size
         del values[:]
         values.extend(ordered)
 

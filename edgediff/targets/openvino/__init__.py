@@ -8,7 +8,18 @@ import msgspec
 
 from edgediff.extras import import_extra
 from edgediff.outputs import write_json
-from edgediff.targets.base import Backend, ComponentJob, Int8Config, Job, Layout, Outline, Say, Target, int8_check
+from edgediff.targets.base import (
+    Backend,
+    ComponentJob,
+    Int8Config,
+    Job,
+    Layout,
+    Outline,
+    Say,
+    Sizes,
+    Target,
+    int8_check,
+)
 from edgediff.targets.onnx import TARGET as ONNX
 from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
@@ -45,6 +56,7 @@ class OpenVinoTarget(Target):
         Backend("openvino-bf16", READS, ("openvino",), INSTALL, verifies=False, floor_db=BF16_DB),
     )
     tools_to_run = ("openvino",)
+    takes_any_size = True
     takes_traces = True
 
     def check(self, config: OpenVinoConfig, layout: Layout) -> None:
@@ -66,17 +78,17 @@ class OpenVinoTarget(Target):
             else msgspec.structs.replace(
                 graph.with_any_text(), file=f"{FOLDER}/{graph.name}.xml", external_data=WEIGHTS
             )
-            for graph in pack(outline.parts, outline.divided, outline.layout)
+            for graph in outline.sizes.any_size(pack(outline.parts, outline.divided, outline.layout))
         )
         dtype = "fp32" if config.quantize_nbits is None else "int8"
         return m.OpenVinoTarget({"unet": outline.unet(graphs, dtype, None)})
 
     def describe_component(
-        self, stage: m.Stage, graph: m.Graph, verify: Any, config: OpenVinoConfig
+        self, stage: m.Stage, graph: m.Graph, verify: Any, config: OpenVinoConfig, sizes: Sizes
     ) -> m.Component | None:
         """One model of symbolic batch in fp32, named as OpenVINO GenAI looks for it."""
         graph = msgspec.structs.replace(graph, file=f"openvino/{graph.name}/openvino_model.xml")
-        return m.Component(stage, "fp32", None, verify.floors("fp32"), (graph,))
+        return m.Component(stage, "fp32", None, verify.floors("fp32"), sizes.any_size([graph]))
 
     def pipeline_folder(self, entry: Any) -> str:
         """OpenVINO GenAI's."""
