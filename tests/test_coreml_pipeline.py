@@ -22,7 +22,7 @@ from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.components import TextEncoder
 from edgediff.targets import TARGETS
-from edgediff.targets.base import ComponentJob
+from edgediff.targets.base import ComponentJob, Sizes
 from edgediff.targets.coreml import CoreMLConfig, half_constants
 from edgediff.targets.coreml.swift_pipeline import undivided_graph
 from edgediff_runtime import noise
@@ -114,7 +114,7 @@ def test_token_ids_beyond_those_of_fp16_are_exact(system: Any, act: str, tmp_pat
     )
     graph = Graph("text_encoder", "x", None, (Tensor("input_ids", "int64", ("batch", 8)),), outputs)
     target, recipe = TARGETS["coreml"], CoreMLConfig(deployment_target=system)
-    entry = target.describe_component("prompt", graph, VerifyConfig(), recipe)
+    entry = target.describe_component("prompt", graph, VerifyConfig(), recipe, Sizes((1, 1)))
     assert entry is not None
     target.write_component(
         ComponentJob(tmp_path, graph.name, entry, part, {"input_ids": ids}, {}, recipe, lambda what: None)

@@ -26,7 +26,7 @@ from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session, usual_backend
-from edgediff.targets.base import ComponentJob
+from edgediff.targets.base import ComponentJob, Sizes
 from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
 from edgediff.targets.executorch.write_executorch import group_norm, write_executorch
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
@@ -93,7 +93,7 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
         for name, module in modules.items()
     )  # fmt: skip
     unet = Component("step", "fp32", 2, Floors(100, 100, 80, None), graphs, "pair")
-    write_executorch(tmp_path, unet, modules, dict.fromkeys(modules, values), lambda what: None)
+    write_executorch(tmp_path, unet, modules, lambda what: None)
     program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(tmp_path / PROGRAM)
     for name, module in modules.items():
         given = [torch.from_numpy(values[key]) for key in module.inputs]
@@ -106,7 +106,9 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
 def test_a_component_is_a_program_of_one_method(name: str, tmp_path: Path) -> None:
     component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
     target, config = TARGETS["executorch"], edgediff.ExportConfig()
-    entry = target.describe_component(component.stage, component.graph, config.verify, config.section("executorch"))
+    entry = target.describe_component(
+        component.stage, component.graph, config.verify, config.section("executorch"), Sizes((16, 16))
+    )
     assert entry is not None
     (graph,) = entry.graphs
     assert (graph.file, graph.function, entry.batch, entry.dtype) == (f"executorch/{name}.pte", "forward", 1, "fp32")

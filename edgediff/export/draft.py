@@ -44,10 +44,13 @@ def draft_manifest(
     config: ExportConfig,
     conditioning_source: Source,
     components: Mapping[str, PipelineComponent],
-    sizes: Sizes,
     adaptor: m.Adaptor | None = None,
+    sizes: Sizes | None = None,
 ) -> Manifest:
     """Drafts the manifest of a bundle.
+
+    Args:
+        sizes: Of latents; the model's own alone where there are none.
 
     Returns:
         The manifest without files and without what only writing the graphs can tell.
@@ -59,6 +62,7 @@ def draft_manifest(
     counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     known = model.conditioning
     point = operating_point(model, config)
+    sizes = Sizes(model.sample_shape[1:]) if sizes is None else sizes
     in_channels, height, width = model.sample_shape
     channels = model.out_channels
     if channels > in_channels:

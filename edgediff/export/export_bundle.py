@@ -123,7 +123,7 @@ def export_bundle(
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = split(model.unet, config.cut, adaptor.part)
-    draft = draft_manifest(model, divided, config, conditioning_source, components, sizes, adaptor.manifest)
+    draft = draft_manifest(model, divided, config, conditioning_source, components, adaptor.manifest, sizes)
     clear_stale(path)
     if _is_there(path, draft, say, force):
         return Exported(path, None)

@@ -33,7 +33,7 @@ def latent_sizes(model: Model, components: Mapping[str, PipelineComponent], conf
     usual, *further = [(height // each, width // each) for height, width in wanted.named] or [model.sample_shape[1:]]
     if wanted.takes_any and not further:
         further = [(usual[0] + factor, usual[1] + 2 * factor)]
-    return Sizes(usual, tuple(further))
+    return Sizes(usual, tuple(further), each)
 
 
 def resized(

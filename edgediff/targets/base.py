@@ -84,10 +84,12 @@ class Sizes:
     Attributes:
         usual: What the evidence's trajectory is of.
         further: What graphs take too; where there are any, graphs that can take any size do.
+        pixels: Pixels of a side for one of the latent.
     """
 
     usual: tuple[int, int]
     further: tuple[tuple[int, int], ...] = ()
+    pixels: int = 1
 
     def any_size(self, graphs: Iterable[m.Graph]) -> tuple[m.Graph, ...]:
         """Graphs for the usual size, or for any where there are further ones."""
@@ -100,9 +102,9 @@ class Sizes:
         return msgspec.structs.replace(component, further=tuple(self._at(component.graphs, *s) for s in self.further))
 
     def _at(self, graphs: Iterable[m.Graph], height: int, width: int) -> m.Sized:
-        found = []
+        found, picture = [], f"{self.pixels * width}x{self.pixels * height}"
         for graph in graphs:
-            function = None if graph.function is None else f"{graph.function}_{width}x{height}"
+            function = None if graph.function is None else f"{graph.function}_{picture}"
             found.append(msgspec.structs.replace(graph.of_any_size(*self.usual).at(height, width), function=function))
         return m.Sized(height, width, tuple(found))
 

@@ -172,7 +172,7 @@ def _further_rows(
     rows = []
     for there, sized in _at_sizes(bundle.manifest, target):
         sample = there.sample
-        say(f"{backend}: latents of {sample.width} x {sample.height}")
+        say(f"{backend}: pictures of {_picture(there)}")
         found = reference.sizes[sample.height, sample.width]
         made = [
             *_step_rows(bundle, sized, found, session, backend, log.debug),
@@ -190,8 +190,13 @@ def _at_sizes(manifest: Manifest, target: Target) -> Iterator[tuple[Manifest, Ta
 
 
 def _sized(row: Row, there: Manifest) -> Row:
-    """A row that names the size of its latents."""
-    return msgspec.structs.replace(row, part=f"{row.part} {there.sample.width}x{there.sample.height}")
+    """A row that names the size of its picture."""
+    return msgspec.structs.replace(row, part=f"{row.part} {_picture(there)}")
+
+
+def _picture(there: Manifest) -> str:
+    each = 1 if there.vae is None else there.vae.downscale
+    return f"{each * there.sample.width}x{each * there.sample.height}"
 
 
 def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:

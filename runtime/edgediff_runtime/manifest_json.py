@@ -203,7 +203,7 @@ def _check_further(name: str, component: Component, manifest: Manifest) -> None:
     is_any = any(graph.takes_any_size for graph in component.graphs)
     _must(len(set(sizes)) == len(sizes), f"further of {name}", sizes, "other sizes than the usual one, each once")
     _must(not (is_any and component.further), f"further of {name}", sizes, "none where graphs take any size")
-    keys = [graph.key for graph in component.every_graph]
+    keys = [graph.key for graph in component.every_graph if graph.file is not None]
     _must(len(set(keys)) == len(keys), f"functions of {name}", keys, "a function of its own for each size")
     for sized in component.further:
         _must(sized.height % usual.multiple == sized.width % usual.multiple == 0, f"further of {name}",

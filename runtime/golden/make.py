@@ -33,6 +33,7 @@ import edgediff
 from edgediff.export.draft import draft_manifest
 from edgediff.models.components import pipeline_components
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
+from edgediff.targets.base import Sizes
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.manifest import Encoder, File
@@ -294,7 +295,8 @@ def write(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "noise.json").write_text(_dump(noise_vectors()))
     (folder / "uint8.json").write_text(_dump(pixels()))
-    shutil.copyfile(FOLDER / "tokens" / "tokenizer.json", folder / "tokens" / "tokenizer.json")
+    if folder != FOLDER:
+        shutil.copyfile(FOLDER / "tokens" / "tokenizer.json", folder / "tokens" / "tokenizer.json")
     (folder / "tokens" / "prompts.json").write_text(_dump(tokens()))
     for name, case in CASES.items():
         (folder / "schedulers" / f"{name}.json").write_text(_dump(trace(case)))
@@ -346,13 +348,15 @@ def _write_text_manifest(path: Path) -> None:
     diffusers.DDPMScheduler(**SD15_SAVED).save_pretrained("text/scheduler")
     model = edgediff.load_model("text")
     config = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair", seed=2**53 + 1)
-    draft = draft_manifest(model, edgediff.split(model.unet), config, "synthetic", {})
+    height, width = model.sample_shape[1:]
+    sizes = Sizes((height, width), ((2 * height, width),))
+    draft = draft_manifest(model, edgediff.split(model.unet), config, "synthetic", {}, sizes=sizes)
     targets = (msgspec.structs.replace(draft.targets[0], specification_version=9),)
     path.write_bytes(render_manifest(msgspec.structs.replace(draft, targets=targets)))
 
 
 def write_pipeline_manifest(path: Path) -> None:
-    """The manifest of a tiny SDXL pipeline in ONNX, as its export would draft it, with its tokenizers as files."""
+    """The manifest of a tiny SDXL pipeline in ONNX, of any size, as its export would draft it, with tokenizers."""
     sys.path.append(str(FOLDER.parents[1] / "tests"))
     from tiny_pipelines import save_xl
 
@@ -360,7 +364,10 @@ def write_pipeline_manifest(path: Path) -> None:
         save_xl(Path("xl"))
         model = edgediff.load_model("xl")
         config = edgediff.ExportConfig(steps=4, layout="pair")
-        draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", pipeline_components(model))
+        height, width = model.sample_shape[1:]
+        sizes = Sizes((height, width), ((height, 2 * width),))
+        found = pipeline_components(model)
+        draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found, sizes=sizes)
     (entry,) = draft.targets
     files = {}
     for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):

@@ -3,6 +3,7 @@
 from typing import Any
 
 COMPONENTS: list[str | int] = ["targets", 0, "components"]
+UNET: list[str | int] = [*COMPONENTS, "unet"]
 FIRST: list[str | int] = ["graphs", 0]
 FLOORS = {"graph": 100.0, "composed": 90.0, "trajectory": 70.0, "caching": None}
 OTHER = {"stage": "decode", "dtype": "fp32", "batch": None, "floors": FLOORS, "graphs": []}
@@ -79,6 +80,15 @@ BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("pipeline", ["vae"], None, "a decoder that is not described"),
     ("pipeline", ["vae", "scaling_factor"], 0, "latents that are divided by 0"),
     ("pipeline", ["vae", "downscale"], 0, "a picture without pixels"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "graphs", 0, "outputs", 0, "shape", 2], "4*height", "a picture too high"),
+    ("pipeline", [*COMPONENTS, "vae_decoder", "graphs", 0, "outputs", 0, "shape", 2], "depth", "an unknown symbol"),
+    ("pipeline", [*COMPONENTS, "unet", "graphs", 0, "inputs", 0, "shape", 3], 16, "any height, one width"),
+    ("pipeline", [*COMPONENTS, "unet", "further"], [{"height": 32, "width": 16, "graphs": []}], "any size, and others"),
+    ("pipeline", ["sample", "multiple"], 3, "a usual size that is not a multiple"),
+    ("pipeline", ["evidence", "sizes"], [[17, 16]], "evidence of a size that is not a multiple"),
+    ("text", [*UNET, "further", 0, "height"], 3, "a further size that its graphs do not have"),
+    ("text", [*UNET, "further", 0, "graphs"], [], "a further size without graphs"),
+    ("text", [*UNET, "further", 0, "graphs", 0, "function"], "highres_in", "one function for two sizes"),
     ("pipeline", ["vae", "mean"], [0, 0, 0, 0], "a mean without a deviation"),
     ("pipeline", ["vae"], {**VAE, "mean": [0, 0, 0], "std": [1, 1, 1]}, "means of fewer channels"),
     ("pipeline", ["vae"], {**VAE, "mean": [0, 0, 0, 0], "std": [1, 1, 1, 0]}, "a deviation of 0"),
