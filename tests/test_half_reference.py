@@ -77,7 +77,7 @@ def test_the_timestep_s_frequencies_stay_exact() -> None:
     half = HalfPart(part, half_constants("iOS18"))
     (exact,), (rounded,) = ({m for m in p.modules() if type(m).__name__ == "Timesteps"} for p in (part, half))
     want = exact(torch.tensor([637.0]))
-    with half.scalars:
+    with half.rounding:
         assert torch.equal(rounded(torch.tensor([637.0])), want)
         assert torch.ones(1) / 1.41 != 1 / 1.41
 

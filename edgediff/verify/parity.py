@@ -90,26 +90,9 @@ def verify_bundle(
         form = TARGETS[entry.target]
         for backend in form.verifiers:
             target = entry.with_unet(floors=form.floors_on(backend, entry.unet.floors))
-            say(f"{backend}: loading")
-            try:
-                session = open_session(bundle, backend)
-            except (RequestError, MissingExtraError) as e:
-                log.debug("%s: %s", backend, e)
-                found = _none_run(target, manifest, reference, backend, str(e))
-            else:
-                found = [
-                    *_step_rows(bundle, target, reference, session, backend, say),
-                    *_trajectory_rows(target, source, session, backend),
-                    *_component_rows(bundle, target, reference, backend, say),
-                    *_picture_rows(bundle, target, reference, session, backend, say),
-                ]
-                if backend == form.verifiers[0]:
-                    is_finite = all(row.psnr_db is not None for row in found if row.status == "measured")
-                    findings += _findings(bundle, target, reference, session, 1 if is_finite else None, say)
-                del session
-                if backend == form.verifiers[0]:
-                    found += _undivided_rows(bundle, target, reference, backend, say)
-            rows += [msgspec.structs.replace(row, target=target.target) for row in found]
+            made, found = _measure(bundle, target, source, backend, say)
+            rows += [msgspec.structs.replace(row, target=target.target) for row in made]
+            findings += [msgspec.structs.replace(each, target=target.target) for each in found]
     report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
     if record and len(wanted) == len(all_targets):
         _write(bundle, report)
@@ -135,30 +118,84 @@ class _Source:
         return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
+def _measure(
+    bundle: Bundle, target: Target, source: _Source, backend: str, say: Progress
+) -> tuple[list[Row], list[Finding]]:
+    """Every row of a target in a backend, and what fp16 may damage in it.
+
+    A session is let go of before the next one is opened: a large model is not in memory twice.
+    """
+    manifest, reference, form = bundle.manifest, source.reference, TARGETS[target.target]
+    say(f"{backend}: loading")
+    try:
+        session: Session | None = open_session(bundle, backend)
+    except (RequestError, MissingExtraError) as e:
+        log.debug("%s: %s", backend, e)
+        return _none_run(target, manifest, reference, backend, str(e)), []
+    assert session is not None
+    graphs, composed = _step_rows(target, reference, session, backend, say)
+    trajectories = _trajectory_rows(target, source, session, backend)
+    picture = _picture_rows(bundle, target, reference, session, backend, say)
+    batch = session.batch
+    if not form.lends_session:
+        session = None
+    graphs += _program_rows(bundle, target, reference, session, backend, say)
+    found: list[Finding] = []
+    looks = backend == form.verifiers[0]
+    if looks:
+        measured = [*graphs, *composed, *trajectories, *picture]
+        is_finite = all(row.psnr_db is not None for row in measured if row.status == "measured")
+        found += _findings(bundle, target, reference, "unet", session, batch, 1 if is_finite else None, say)
+    session = None
+    components: list[Row] = []
+    for name in target.components:
+        if name != "unet":
+            rows, damaged = _measure_component(bundle, target, reference, name, backend, looks, say)
+            components += rows
+            found += damaged
+    undivided = _undivided_rows(bundle, target, reference, backend, say) if looks else []
+    found.sort(key=lambda each: each.kind != "overflow")
+    return [*graphs, *composed, *trajectories, *components, *picture, *undivided], found
+
+
 def _step_rows(
-    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
-) -> list[Row]:
-    """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
-    floors = target.unet.floors
-    if share_rows(target.unet.graphs):
-        # Graphs that share rows are checked on shared rows even where the reference has none.
-        reference = replace(reference, steps=tuple(map(guided, reference.steps)))
+    target: Target, reference: Reference, session: Session, backend: str, say: Progress
+) -> tuple[list[Row], list[Row]]:
+    """Each graph on its own, and the steps composed of them."""
+    reference = _shared(target, reference)
     say(f"{backend}: graphs")
     alone = _run_alone(target, reference, session)
-    keys = [(step, graph.name) for step in reference.steps for graph in target.unet.graphs]
-    recorded = {(step.index, name): step.tensors for step, name in keys}
-    rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    half_floor, form = floors.program, TARGETS[target.target]
-    unrounded = None if half_floor is None else form.unrounded(bundle, backend, session)
-    if half_floor is not None and unrounded is not None:
-        say(f"{backend}: graphs in fp32 arithmetic")
-        with unrounded as exactly:
-            exact = _run_alone(target, reference, exactly)
-        half = {(step.index, name): reference.half.get((target.target, step.index, name), {}) for step, name in keys}
-        # Without rounding a slightly wrong program shows.
-        rows += _graph_rows("program", target, backend, exact, half, half_floor, PROGRAM_NOTE)
+    recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
+    rows = _graph_rows("graph", target, backend, alone, recorded, target.unet.floors.graph)
     say(f"{backend}: composed steps")
-    return rows + _composed_rows(target, reference, session, backend, alone)
+    return rows, _composed_rows(target, reference, session, backend, alone)
+
+
+def _shared(target: Target, reference: Reference) -> Reference:
+    """Graphs that share rows are checked on shared rows even where the reference has none."""
+    if not share_rows(target.unet.graphs):
+        return reference
+    return replace(reference, steps=tuple(map(guided, reference.steps)))
+
+
+def _program_rows(
+    bundle: Bundle, target: Target, reference: Reference, session: Session | None, backend: str, say: Progress
+) -> list[Row]:
+    """Each graph that computes in fp16, in fp32 arithmetic: without rounding a slightly wrong program shows."""
+    floor = target.unet.floors.program
+    unrounded = None if floor is None else TARGETS[target.target].unrounded(bundle, backend, session)
+    if floor is None or unrounded is None:
+        return []
+    say(f"{backend}: graphs in fp32 arithmetic")
+    reference = _shared(target, reference)
+    with unrounded as exactly:
+        exact = _run_alone(target, reference, exactly)
+    half = {
+        (step.index, graph.name): reference.half.get((target.target, step.index, graph.name), {})
+        for step in reference.steps
+        for graph in target.unet.graphs
+    }
+    return _graph_rows("program", target, backend, exact, half, floor, PROGRAM_NOTE)
 
 
 def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
@@ -182,28 +219,34 @@ def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backen
     return [judged("graph", model.name, backend, numbers, floor)]
 
 
-def _component_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
-    """Each component beside the UNet on its recorded inputs, against torch."""
-    rows = []
-    for name, component in target.components.items():
-        if name == "unet":
-            continue
-        say(f"{backend}: {name}")
-        session, tensors = open_session(bundle, backend, component=name), reference.components[name]
-        (graph,) = component.graphs
-        inputs = _component_inputs(reference, name, graph)
-        made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
-        numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
-        rows.append(judged("graph", name, backend, numbers, component.floors.graph))
-        half_floor, form = component.floors.program, TARGETS[target.target]
-        unrounded = None if half_floor is None else form.unrounded(bundle, backend, session, name)
-        if unrounded is not None:
-            with unrounded as exactly:
-                made = run_rows(exactly, (graph,), inputs, [t.name for t in graph.outputs])
-            half = reference.half[target.target, 0, name]
-            numbers = [(psnr_db(half[output], value), output) for output, value in made.items()]
-            rows.append(judged("program", name, backend, numbers, half_floor, PROGRAM_NOTE))
-    return rows
+def _measure_component(
+    bundle: Bundle, target: Target, reference: Reference, name: str, backend: str, looks: bool, say: Progress
+) -> tuple[list[Row], list[Finding]]:
+    """A component beside the UNet on its recorded inputs, against torch; and, if asked, what fp16 may damage in it."""
+    say(f"{backend}: {name}")
+    form, component, tensors = TARGETS[target.target], target.components[name], reference.components[name]
+    (graph,) = component.graphs
+    inputs, outputs = _component_inputs(reference, name, graph), [tensor.name for tensor in graph.outputs]
+    session: Session | None = open_session(bundle, backend, component=name)
+    assert session is not None
+    made = run_rows(session, (graph,), inputs, outputs)
+    rows = [
+        judged("graph", name, backend, [(psnr_db(tensors[o], made[o]), o) for o in outputs], component.floors.graph)
+    ]
+    batch = session.batch
+    if not form.lends_session:
+        session = None
+    floor = component.floors.program
+    unrounded = None if floor is None else form.unrounded(bundle, backend, session, name)
+    if floor is not None and unrounded is not None:
+        with unrounded as exactly:
+            made = run_rows(exactly, (graph,), inputs, outputs)
+        half = reference.half[target.target, 0, name]
+        numbers = [(psnr_db(half[o], made[o]), o) for o in outputs]
+        rows.append(judged("program", name, backend, numbers, floor, PROGRAM_NOTE))
+        del unrounded, exactly
+    found = _findings(bundle, target, reference, name, session, batch, None, say) if looks else []
+    return rows, found
 
 
 def _picture_rows(
@@ -276,25 +319,31 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
 
 
 def _findings(
-    bundle: Bundle, target: Target, reference: Reference, session: Session, most: int | None, say: Progress
+    bundle: Bundle,
+    target: Target,
+    reference: Reference,
+    name: str,
+    session: Session | None,
+    batch: int | None,
+    most: int | None,
+    say: Progress,
 ) -> list[Finding]:
-    """What fp16 may damage in each component, overflows first.
+    """What fp16 may damage in a component.
 
     Args:
+        batch: Rows that its graphs take; None for any number.
         most: On how many of the recorded steps each graph of the UNet is looked at; None for all.
     """
-    form, found = TARGETS[target.target], []
-    for name, component in target.components.items():
-        if component.dtype != "fp16":
-            continue
-        say(f"{target.target}: headroom of {name}")
-        opened = session if name == "unet" else open_session(bundle, form.verifiers[0], component=name)
-        for graph in component.graphs:
-            for given in _given(reference, graph, name, most):
-                first = next(groups(given, count_rows(given) if opened.batch is None else opened.batch))
-                said = form.findings(bundle, opened, graph, first)
-                found += [msgspec.structs.replace(each, component=name, target=target.target) for each in said]
-    return sorted(found, key=lambda each: each.kind != "overflow")
+    form, component, found = TARGETS[target.target], target.components[name], []
+    if component.dtype != "fp16":
+        return []
+    say(f"{target.target}: headroom of {name}")
+    for graph in component.graphs:
+        for given in _given(reference, graph, name, most):
+            first = next(groups(given, count_rows(given) if batch is None else batch))
+            said = form.findings(bundle, session, graph, first)
+            found += [msgspec.structs.replace(each, component=name) for each in said]
+    return found
 
 
 def _given(reference: Reference, graph: Graph, component: str, most: int | None) -> list[dict[str, np.ndarray]]:
