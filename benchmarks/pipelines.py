@@ -37,8 +37,11 @@ def main() -> None:
     """Saves, exports and runs the pipelines that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=SAVED, default=["sd15", "sdxl"])
+    parser.add_argument("--what", nargs="*", choices=("export", "memory", "time"), default=("export", "memory", "time"))
     parser.add_argument("--rounds", type=int, default=3, help="of the comparison with diffusers")
-    parser.add_argument("--folder", type=Path, help="what lies there already is taken, and stays; else all is deleted")
+    parser.add_argument(
+        "--folder", type=Path, help="pipelines and bundles stay here, and are found; else all is deleted"
+    )
     given = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,10 +50,11 @@ def main() -> None:
             model, bundle = Path(folder) / kind, Path(folder) / f"{kind}-bundle"
             if not model.exists():
                 in_turns({"save": Call.of(saving, kind=kind, folder=str(model))}, 0)
-            if not bundle.exists():
+            if "export" in given.what or not bundle.exists():
                 show_export(kind, model, bundle)
-            show_memory(kind, bundle)
-            if kind == "sd15" and given.rounds:
+            if "memory" in given.what:
+                show_memory(kind, bundle)
+            if "time" in given.what and kind == "sd15":
                 show_time(model, bundle, given.rounds)
 
 

@@ -103,8 +103,10 @@ class _JoinHeads(RewriteRuleClassBase):
                 return False
             _, tokens, features = whole.shape
             _, tokens_apart, heads, width = values[apart].shape
-            known = all(isinstance(size, int) for size in (tokens, features, heads, width))
-            if not known or tokens != tokens_apart or features != heads * width:
+            known = all(isinstance(size, int) for size in (features, heads, width))
+            # A text of any length has a name for its tokens.
+            named = isinstance(tokens, int) or tokens.value is not None
+            if not (known and named) or tokens != tokens_apart or features != heads * width:
                 return False
         # Its other attributes must have their defaults, which both operators share.
         said = values["attended"].producer().attributes
@@ -113,6 +115,6 @@ class _JoinHeads(RewriteRuleClassBase):
     def rewrite(self, op: Any, q: Any, k: Any, v: Any, q_apart: Any, k_apart: Any, **values: Any) -> Any:
         """What takes its place."""
         heads, width, keys = q_apart.shape[2], q_apart.shape[3], k.shape[1]
-        if keys >= MANY_KEYS and heads == k_apart.shape[2]:
+        if isinstance(keys, int) and keys >= MANY_KEYS and heads == k_apart.shape[2]:
             return op.MultiHeadAttention(q, k, v, num_heads=heads, scale=width**-0.5, _domain=CONTRIB, _version=1)
         return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=k_apart.shape[2])
