@@ -22,23 +22,34 @@ FIRST = [0, 2, 1, 3]
 
 
 def attending(
-    tokens: int = 6, keys: int = 6, *, opset: int = 23, perm: list[int] = FIRST, mask: bool = False, **said: Any
+    tokens: int = 6,
+    keys: int | str | None = 6,
+    *,
+    opset: int = 23,
+    perm: list[int] = FIRST,
+    mask: bool = False,
+    **said: Any,
 ) -> ModelProto:
-    """Attention as torch's exporter writes it: heads taken apart before, put together after."""
+    """Attention as torch's exporter writes it: heads taken apart before, put together after.
+
+    Keys may be of any number, under a name or None.
+    """
     nodes, values, weights = [], [], []
     for name, source, length in (("q", "x", tokens), ("k", "text", keys), ("v", "text", keys)):
         rows = np.random.default_rng(len(weights)).standard_normal((FEATURES, FEATURES)).astype(np.float32)
         weights.append(numpy_helper.from_array(rows, f"{name}_weight"))
-        apart = np.array([-1, length, HEADS, WIDTH], np.int64)
+        fixed = isinstance(length, int)
+        apart = np.array([-1, length, HEADS, WIDTH] if fixed else [0, 0, HEADS, WIDTH], np.int64)
         weights.append(numpy_helper.from_array(apart, f"{name}_apart_shape"))
         nodes += [
             helper.make_node("MatMul", [source, f"{name}_weight"], [name]),
-            helper.make_node("Reshape", [name, f"{name}_apart_shape"], [f"{name}_apart"], allowzero=1),
+            helper.make_node("Reshape", [name, f"{name}_apart_shape"], [f"{name}_apart"], allowzero=int(fixed)),
             helper.make_node("Transpose", [f"{name}_apart"], [f"{name}_heads"], perm=perm),
         ]
         values += [tensor(name, length, FEATURES), tensor(f"{name}_apart", length, HEADS, WIDTH)]
     given = ["q_heads", "k_heads", "v_heads"]
     if mask:
+        assert isinstance(keys, int)
         weights.append(numpy_helper.from_array(np.linspace(-3, 0, keys, dtype=np.float32)[None], "mask"))
         given.append("mask")
     weights.append(numpy_helper.from_array(np.array([-1, tokens, FEATURES], np.int64), "rows_shape"))
@@ -58,7 +69,7 @@ def attending(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
 
 
-def tensor(name: str, *sizes: int) -> Any:
+def tensor(name: str, *sizes: int | str | None) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *sizes])
 
 
@@ -66,7 +77,10 @@ def run(model: ModelProto) -> np.ndarray:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(7)
     feeds = {
-        value.name: rng.standard_normal((2, *value.shape[1:])).astype(np.float32) for value in session.get_inputs()
+        value.name: rng.standard_normal([size if isinstance(size, int) else 2 for size in value.shape]).astype(
+            np.float32
+        )
+        for value in session.get_inputs()
     }
     (out,) = session.run(None, feeds)
     return np.asarray(out)
@@ -81,10 +95,11 @@ def kinds(model: ModelProto) -> Counter[str]:
     [
         (6, 6, "Attention"),
         (6, 3, "Attention"),  # over text
+        (6, "tokens", "Attention"),  # of any length
         (4, MANY_KEYS, f"{CONTRIB}:MultiHeadAttention"),
     ],
 )
-def test_heads_are_the_operators_own_business(tokens: int, keys: int, operator: str) -> None:
+def test_heads_are_the_operators_own_business(tokens: int, keys: int | str, operator: str) -> None:
     model = attending(tokens, keys)
     want = run(model)
     fused = fuse_attention(model)
@@ -98,8 +113,8 @@ def test_heads_are_the_operators_own_business(tokens: int, keys: int, operator: 
 
 @pytest.mark.parametrize(
     "otherwise",
-    [{"mask": True}, {"scale": 0.25}, {"softcap": 2.0}, {"is_causal": 1}, {"perm": [0, 2, 3, 1]}],
-    ids=["mask", "scale", "softcap", "causal", "another order"],
+    [{"mask": True}, {"scale": 0.25}, {"softcap": 2.0}, {"is_causal": 1}, {"perm": [0, 2, 3, 1]}, {"keys": None}],
+    ids=["mask", "scale", "softcap", "causal", "another order", "keys without a name"],
 )
 def test_what_is_more_than_plain_attention_stays(otherwise: dict[str, Any]) -> None:
     model = attending(**otherwise)

@@ -144,11 +144,20 @@ def test_sums_of_rows_filter_exactly() -> None:
         ((CHANNELS - 1, ROWS, ROWS), CHANNELS, {}),
         ((CHANNELS, ROWS, ROWS), CHANNELS - 1, {}),
         ((CHANNELS, ROWS - TILE, ROWS), CHANNELS, {}),
+        ((CHANNELS, CHANNELS // 2 + TILE, 4), CHANNELS, {}),
         ((CHANNELS, ROWS + 2, ROWS), CHANNELS, {}),
         ((CHANNELS, ROWS, ROWS), CHANNELS, {"strides": [2, 2]}),
         ((CHANNELS, ROWS, ROWS), CHANNELS, {"kernel": 1, "pads": [0, 0, 0, 0]}),
     ],
-    ids=["few channels in", "few channels out", "few rows", "four does not divide the rows", "strided", "1 x 1"],
+    ids=[
+        "few channels in",
+        "few channels out",
+        "few rows",
+        "many rows",
+        "four does not divide the rows",
+        "strided",
+        "1 x 1",
+    ],
 )
 def test_what_would_win_nothing_or_cannot_be_filtered_stays(
     size: tuple[int, int, int], outputs: int, said: dict[str, Any]
@@ -156,6 +165,11 @@ def test_what_would_win_nothing_or_cannot_be_filtered_stays(
     model = convolving(size, outputs, **said)
     before = model.SerializeToString(deterministic=True)
     assert filter_rows(model).SerializeToString(deterministic=True) == before
+
+
+def test_more_channels_pay_for_the_sums_of_more_rows() -> None:
+    for rows, channels in ((CHANNELS // 2, CHANNELS), (CHANNELS // 2 + TILE, CHANNELS + 8)):
+        assert kinds(filter_rows(convolving((channels, rows, 4), channels)))["Conv"] == 6
 
 
 def test_a_kernel_that_two_convolutions_share_stays() -> None:

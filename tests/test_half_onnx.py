@@ -1,5 +1,6 @@
 """ONNX in fp16: what is converted, what stays fp32, precision by component, and overflows, refused by name."""
 
+import copy
 import math
 import shutil
 from collections import Counter
@@ -32,7 +33,8 @@ from edgediff.targets import TARGETS
 from edgediff.targets.base import LARGEST_HALF, HalfConstants
 from edgediff.targets.layout import modules
 from edgediff.targets.onnx import OnnxConfig
-from edgediff.targets.onnx.half_precision import element_types, to_float, to_half
+from edgediff.targets.onnx.half_precision import Converting, element_types, to_float, to_half
+from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff.targets.onnx.unrounded import UnroundedSession
 from edgediff.targets.onnx.write_onnx import write_graph
 from edgediff_runtime import open_bundle
@@ -111,6 +113,43 @@ def test_a_weight_beyond_fp16_is_refused() -> None:
         to_half(model, TENSORS)
 
 
+def test_weights_outside_of_a_graph_are_converted_from_file_to_file(tmp_path: Path) -> None:
+    inside = _embedding()
+    numbers = np.linspace(-1, 1, 900, dtype=np.float32).reshape(300, 3)
+    inside.graph.initializer.append(numpy_helper.from_array(numbers, "large"))
+    inside.graph.node.append(helper.make_node("MatMul", ["large", "scaled"], ["more"]))
+    inside.graph.output.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [300]))
+    tensors = [*TENSORS, Tensor("more", "float32", (300,))]
+    onnx.save(
+        copy.deepcopy(inside),
+        tmp_path / "model.onnx",
+        save_as_external_data=True,
+        location="model.bin",
+        size_threshold=0,
+    )
+    outside = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    with WeightFile(tmp_path / "half.bin") as file:
+        half = to_half(outside, tensors, Converting(tmp_path, file))
+    onnx.save(half, tmp_path / "half.onnx")
+    where = {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in half.graph.initializer
+    }
+    # What stays fp32 stays where it is; small weights go into the graph.
+    assert {name: place["location"] for name, place in where.items() if place} == {
+        "large.half": "half.bin", "frequency": "model.bin"
+    }  # fmt: skip
+    with WeightFile(tmp_path / "float.bin") as file:
+        back, _ = to_float(onnx.load(tmp_path / "half.onnx", load_external_data=False), Converting(tmp_path, file))
+    onnx.save(back, tmp_path / "float.onnx")
+    want_half = to_half(inside, tensors)
+    for name, want in (("half", want_half), ("float", to_float(copy.deepcopy(want_half))[0])):
+        found = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / f"{name}.onnx").graph.initializer}
+        for tensor in want.graph.initializer:
+            given = numpy_helper.to_array(tensor)
+            assert found[tensor.name].dtype == given.dtype
+            assert np.array_equal(found[tensor.name], given)
+
+
 @pytest.mark.long
 @torch.no_grad()
 def test_a_graph_has_the_reference_s_constants(tmp_path: Path) -> None:
@@ -182,6 +221,21 @@ def test_fp16_is_verified_twice(half_bundle: Path) -> None:
     assert rows["graph", "vae_decoder"] > 100
     assert ("program", "vae_decoder") not in rows
     assert rows["picture", "pixels"] > 35
+
+
+@pytest.mark.long
+def test_a_large_model_in_fp16_is_verified_without_its_weights_in_memory(sd1: Path, export_once: Export) -> None:
+    large = {"edgediff.targets.onnx.write_onnx.EXTERNAL_DATA_BYTES": 2**10}
+    path = export_once(sd1, config_from({"steps": 2, "adaptor": "identity", "onnx": {"dtype": "fp16"}}), large)
+    components = manifest_of(path).target("onnx").components
+    beside = {name: each.graphs[0].external_data for name, each in components.items()}
+    assert beside == {
+        name: f"onnx/{name}/{'weights.bin' if name == 'unet' else 'model.onnx.data'}" for name in components
+    }
+    for name in components:
+        assert sum(file.suffix in (".bin", ".data") for file in (path / f"onnx/{name}").iterdir()) == 1
+    rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(path) if row["status"] == "measured"}
+    assert all(rows["program", name] > 100 for name in ("full", "cached", "text_encoder", "vae_decoder"))
 
 
 @pytest.mark.long

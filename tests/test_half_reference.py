@@ -1,5 +1,6 @@
 """Numbers that fp16 does not hold: the reference of the `program` check has them as the program has them."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.half_reference import HalfPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
+from edgediff.targets.base import HalfConstants
 from edgediff.targets.coreml import CoreMLConfig, half_constants
 from edgediff.targets.coreml.write_coreml import write_coreml
 from edgediff.targets.layout import modules
@@ -77,9 +79,28 @@ def test_the_timestep_s_frequencies_stay_exact() -> None:
     half = HalfPart(part, half_constants("iOS18"))
     (exact,), (rounded,) = ({m for m in p.modules() if type(m).__name__ == "Timesteps"} for p in (part, half))
     want = exact(torch.tensor([637.0]))
-    with half.scalars:
+    with half.rounding:
         assert torch.equal(rounded(torch.tensor([637.0])), want)
         assert torch.ones(1) / 1.41 != 1 / 1.41
+
+
+@torch.no_grad()
+def test_weights_are_rounded_where_they_are_taken_and_not_copied() -> None:
+    part = modules(edgediff.split(unet2d_condition(**SMALL_TEXT)), "pair")["full"]
+    torch.manual_seed(1)
+    values = {"sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([637.0]), **CASES["sd15-like"].cond(2)}
+    given = [values[name] for name in part.inputs]
+    # Nothing but weights is rounded.
+    half = HalfPart(part, HalfConstants("exact", rounds_epsilon=False, divides=True))
+    assert all(ours is given for ours, given in zip(half.parameters(), part.parameters(), strict=True))
+    before = [parameter.clone() for parameter in part.parameters()]
+    made = half(*given)
+    assert all(torch.equal(old, new) for old, new in zip(before, part.parameters(), strict=True))
+    rounded = copy.deepcopy(part)
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.half().float())
+    exact = rounded(*given)
+    assert all(psnr_db(want.numpy(), got.numpy()) > 120 for want, got in zip(exact, made, strict=True))
 
 
 def test_a_weight_that_fp16_does_not_hold_is_named() -> None:

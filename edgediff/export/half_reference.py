@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from edgediff.bundle.reference import Reference, step_inputs
@@ -35,8 +36,11 @@ DIVISIONS = {"div", "div_", "divide", "true_divide", "__truediv__"}
 NORMS = ("group_norm", "layer_norm")
 
 
-class HalfScalars(TorchFunctionMode):
-    """Rounds numbers that a module's code holds as an fp16 graph of a target stores them."""
+class Rounding(TorchFunctionMode):
+    """Rounds a module's weights, and numbers that its code holds, as an fp16 graph of a target stores them.
+
+    A weight is rounded where a function of torch takes it, so that there is no second copy of them all.
+    """
 
     def __init__(self, constants: HalfConstants) -> None:
         super().__init__()
@@ -44,10 +48,15 @@ class HalfScalars(TorchFunctionMode):
         self.is_exact = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls a function of torch with rounded numbers."""
+        """Calls a function of torch with rounded weights and numbers."""
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if self.is_exact:
             return func(*args, **kwargs)
+        if name == "__get__":  # an attribute: most say nothing of the numbers
+            made = func(*args, **kwargs)
+            return _rounded_weight(args[0], made)
+        args = [_rounded_weight(value, value) for value in args]
+        kwargs = {key: _rounded_weight(value, value) for key, value in kwargs.items()}
         if name in ARITHMETIC:
             args = [_half(value) if _is_number(value) else value for value in args]
         elif name in DIVISIONS and len(args) > 1 and _is_number(args[1]):
@@ -72,16 +81,16 @@ class HalfScalars(TorchFunctionMode):
 
 
 class HalfPart(Part):
-    """A copy of a part with weights and constants rounded to fp16, in fp32 arithmetic.
+    """A part with weights and constants rounded to fp16, in fp32 arithmetic; the weights themselves are shared.
 
     The timestep's frequencies, and what is computed of them up to sine and cosine, stay exact, as they do in a program.
     """
 
     def __init__(self, part: Part, constants: HalfConstants, component: str = "unet") -> None:
-        """Copies a part of a component; an UnsupportedError names a weight that fp16 does not hold."""
+        """Takes a part of a component; an UnsupportedError names a weight that fp16 does not hold."""
         super().__init__(part.inputs, part.outputs)
-        self.part = copy.deepcopy(part)
-        self.scalars = HalfScalars(constants)
+        self.part = copy.deepcopy(part, {id(parameter): parameter for parameter in part.parameters()})
+        self.rounding = Rounding(constants)
         exact = [m for m in self.part.modules() if isinstance(m, GaussianFourierProjection | Timesteps)]
         kept = {id(parameter) for module in exact for parameter in module.parameters()}
         with torch.no_grad():
@@ -94,16 +103,15 @@ class HalfPart(Part):
                         f"{component}: fp16 overflows in the weight {name} (largest {largest:.2g}, fp16 holds "
                         f"{LARGEST_HALF:.0f}); keep it in fp32: --dtype {component}=fp32"
                     )
-                parameter.copy_(parameter.half().float())
         for module in exact:
-            module.register_forward_pre_hook(lambda *_: setattr(self.scalars, "is_exact", True))
-            module.register_forward_hook(lambda *_: setattr(self.scalars, "is_exact", False))
+            module.register_forward_pre_hook(lambda *_: setattr(self.rounding, "is_exact", True))
+            module.register_forward_hook(lambda *_: setattr(self.rounding, "is_exact", False))
         for gating in (m for m in self.part.modules() if isinstance(m, WaveletGating)):
             gating.taps = torch.float16
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the part with rounded constants."""
-        with self.scalars:
+        with self.rounding:
             return self.part.compute(tensors)
 
 
@@ -149,6 +157,13 @@ def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.n
 
 def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:
     return value.astype(np.float16).astype(np.float32) if dtype == "float16" else value
+
+
+def _rounded_weight(of: Any, value: Any) -> Any:
+    """A weight, or an attribute of one, rounded; anything else as it is."""
+    if isinstance(of, nn.Parameter) and isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.half().float()
+    return value
 
 
 def _is_number(value: Any) -> bool:

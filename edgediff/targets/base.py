@@ -258,6 +258,8 @@ class Target(ABC):
         tools_to_run: The packages whose versions a verification records.
         precisions: Of its components, where nothing is quantized.
         takes_any_size: Whether one graph of it can take latents of any size.
+        lends_session: Whether `unrounded` and `findings` need the component's session. Where not, it is let go of
+            before: a large model is not in memory twice.
         takes_traces: Whether its graphs are made of torch's ONNX export; several such targets share what is traced.
         accelerators: What the placement lint knows of that runs its graphs, as `edgediff.inspect.placement` names them.
     """
@@ -272,6 +274,7 @@ class Target(ABC):
     tools_to_run: tuple[str, ...] = ()
     precisions: tuple[Precision, ...] = ("fp32",)
     takes_any_size: bool = False
+    lends_session: bool = False
     takes_traces: bool = False
     accelerators: tuple[str, ...] = ()
 
@@ -399,19 +402,19 @@ class Target(ABC):
         return floors
 
     def unrounded(
-        self, bundle: "Bundle", backend: str, session: "Session", component: str = "unet"
+        self, bundle: "Bundle", backend: str, session: "Session | None", component: str = "unet"
     ) -> "contextlib.AbstractContextManager[Session] | None":
         """A session that computes a component's fp16 graphs in fp32 arithmetic; None where the backend cannot.
 
         Args:
-            session: The component's session, which may be lent for as long as the context lasts.
+            session: The component's session, lent for as long as the context lasts, if `lends_session`; else None.
         """
         return None
 
     def findings(
-        self, bundle: "Bundle", session: "Session", graph: m.Graph, inputs: Mapping[str, np.ndarray]
+        self, bundle: "Bundle", session: "Session | None", graph: m.Graph, inputs: Mapping[str, np.ndarray]
     ) -> "tuple[Finding, ...]":
-        """What fp16 may damage in a graph, from one run of it."""
+        """What fp16 may damage in a graph, from one run of it; `session` as in `unrounded`."""
         return ()
 
     def operations(self, bundle: "Bundle", graph: m.Graph) -> "list[Op]":

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -91,29 +91,9 @@ def verify_bundle(
         form = TARGETS[entry.target]
         for backend in form.verifiers:
             target = entry.with_unet(floors=form.floors_on(backend, entry.unet.floors))
-            say(f"{backend}: loading")
-            try:
-                session = open_session(bundle, backend)
-            except (RequestError, MissingExtraError) as e:
-                log.debug("%s: %s", backend, e)
-                found = _none_run(target, manifest, reference, backend, str(e))
-                for there, sized in _at_sizes(manifest, target):
-                    found += [_sized(row, there) for row in _graphs_not_run(sized, backend, str(e))]
-            else:
-                found = [
-                    *_step_rows(bundle, target, reference, session, backend, say),
-                    *_trajectory_rows(target, source, session, backend),
-                    *_component_rows(bundle, target, reference, backend, say),
-                    *_further_rows(bundle, target, reference, session, backend, say),
-                    *_picture_rows(bundle, target, reference, session, backend, say),
-                ]
-                if backend == form.verifiers[0]:
-                    is_finite = all(row.psnr_db is not None for row in found if row.status == "measured")
-                    findings += _findings(bundle, target, reference, session, 1 if is_finite else None, say)
-                del session
-                if backend == form.verifiers[0]:
-                    found += _undivided_rows(bundle, target, reference, backend, say)
-            rows += [msgspec.structs.replace(row, target=target.target) for row in found]
+            made, found = _measure(bundle, target, source, backend, say)
+            rows += [msgspec.structs.replace(row, target=target.target) for row in made]
+            findings += [msgspec.structs.replace(each, target=target.target) for each in found]
     report = ParityReport(tuple(rows), manifest.evidence.verified, tuple(t.target for t in wanted), tuple(findings))
     if record and len(wanted) == len(all_targets):
         _write(bundle, report)
@@ -139,64 +119,117 @@ class _Source:
         return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
 
 
-def _step_rows(
-    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
-) -> list[Row]:
-    """Each graph on its own, in fp32 arithmetic too where it computes in fp16, then the steps composed of them."""
-    floors = target.unet.floors
-    if share_rows(target.unet.graphs):
-        # Graphs that share rows are checked on shared rows even where the reference has none.
-        reference = replace(reference, steps=tuple(map(guided, reference.steps)))
-    say(f"{backend}: graphs")
-    alone = _run_alone(target, reference, session)
-    keys = [(step, graph.name) for step in reference.steps for graph in target.unet.graphs]
-    recorded = {(step.index, name): step.tensors for step, name in keys}
-    rows = _graph_rows("graph", target, backend, alone, recorded, floors.graph)
-    half_floor, form = floors.program, TARGETS[target.target]
-    unrounded = None if half_floor is None else form.unrounded(bundle, backend, session)
-    if half_floor is not None and unrounded is not None:
-        say(f"{backend}: graphs in fp32 arithmetic")
-        with unrounded as exactly:
-            exact = _run_alone(target, reference, exactly)
-        half = {(step.index, name): reference.half.get((target.target, step.index, name), {}) for step, name in keys}
-        # Without rounding a slightly wrong program shows.
-        rows += _graph_rows("program", target, backend, exact, half, half_floor, PROGRAM_NOTE)
-    say(f"{backend}: composed steps")
-    return rows + _composed_rows(target, reference, session, backend, alone)
+def _measure(
+    bundle: Bundle, target: Target, source: _Source, backend: str, say: Progress
+) -> tuple[list[Row], list[Finding]]:
+    """Every row of a target in a backend, and what fp16 may damage in it.
+
+    A session is let go of before the next one is opened: a large model is not in memory twice.
+    """
+    manifest, reference, form = bundle.manifest, source.reference, TARGETS[target.target]
+    say(f"{backend}: loading")
+    try:
+        session: Session | None = open_session(bundle, backend)
+    except (RequestError, MissingExtraError) as e:
+        log.debug("%s: %s", backend, e)
+        return _none_run(target, manifest, reference, backend, str(e)), []
+    assert session is not None
+    cases = _cases(manifest, target, reference)
+    graphs, composed = _step_rows(cases, session, backend, say)
+    trajectories = _trajectory_rows(target, source, session, backend)
+    picture = _picture_rows(bundle, target, reference, session, backend, say)
+    batch = session.batch
+    if not form.lends_session:
+        session = None
+    graphs += _program_rows(bundle, cases, session, backend, say)
+    found: list[Finding] = []
+    looks = backend == form.verifiers[0]
+    if looks:
+        measured = [*graphs, *composed, *trajectories, *picture]
+        is_finite = all(row.psnr_db is not None for row in measured if row.status == "measured")
+        found += _findings(bundle, target, reference, "unet", session, batch, 1 if is_finite else None, say)
+    session = None
+    components: list[Row] = []
+    for name in target.components:
+        if name != "unet":
+            rows, damaged = _measure_component(bundle, cases, name, backend, looks, say)
+            components += rows
+            found += damaged
+    undivided = _undivided_rows(bundle, target, reference, backend, say) if looks else []
+    found.sort(key=lambda each: each.kind != "overflow")
+    return [*graphs, *composed, *trajectories, *components, *picture, *undivided], found
 
 
-def _further_rows(
-    bundle: Bundle, target: Target, reference: Reference, session: Session, backend: str, say: Progress
+@dataclass(frozen=True)
+class _Case:
+    """A target's components for one size of the picture, and what torch computed of it.
+
+    Attributes:
+        size: In words, for further sizes; empty for the usual one.
+    """
+
+    target: Target
+    reference: Reference
+    size: str = ""
+
+    def named(self, rows: Iterable[Row]) -> list[Row]:
+        """Rows that say which size they are of."""
+        return [msgspec.structs.replace(row, part=f"{row.part} {self.size}".rstrip()) for row in rows]
+
+
+def _cases(manifest: Manifest, target: Target, reference: Reference) -> list[_Case]:
+    """The usual size, then the further ones, for which only components that have a size are there."""
+    cases = [_Case(target, reference)]
+    each = 1 if manifest.vae is None else manifest.vae.downscale
+    for height, width in manifest.evidence.sizes:
+        sized = at_size(manifest, (height, width)).target(target.target).with_unet(floors=target.unet.floors)
+        cases.append(_Case(sized, reference.sizes[height, width], f"{each * width}x{each * height}"))
+    return cases
+
+
+def _step_rows(cases: Iterable[_Case], session: Session, backend: str, say: Progress) -> tuple[list[Row], list[Row]]:
+    """Each graph on its own, and the steps composed of them."""
+    rows, composed = [], []
+    for case in cases:
+        target, reference = case.target, _shared(case.target, case.reference)
+        say(f"{backend}: graphs {case.size}".rstrip())
+        alone = _run_alone(target, reference, session)
+        recorded = {(step.index, graph.name): step.tensors for step in reference.steps for graph in target.unet.graphs}
+        rows += case.named(_graph_rows("graph", target, backend, alone, recorded, target.unet.floors.graph))
+        say(f"{backend}: composed steps {case.size}".rstrip())
+        composed += case.named(_composed_rows(target, reference, session, backend, alone))
+    return rows, composed
+
+
+def _shared(target: Target, reference: Reference) -> Reference:
+    """Graphs that share rows are checked on shared rows even where the reference has none."""
+    if not share_rows(target.unet.graphs):
+        return reference
+    return replace(reference, steps=tuple(map(guided, reference.steps)))
+
+
+def _program_rows(
+    bundle: Bundle, cases: Sequence[_Case], session: Session | None, backend: str, say: Progress
 ) -> list[Row]:
-    """Graphs and composed steps with latents of further sizes, and the components that have a size."""
+    """Each graph that computes in fp16, in fp32 arithmetic: without rounding a slightly wrong program shows."""
+    target = cases[0].target
+    floor = target.unet.floors.program
+    unrounded = None if floor is None else TARGETS[target.target].unrounded(bundle, backend, session)
+    if floor is None or unrounded is None:
+        return []
+    say(f"{backend}: graphs in fp32 arithmetic")
     rows = []
-    for there, sized in _at_sizes(bundle.manifest, target):
-        sample = there.sample
-        say(f"{backend}: pictures of {_picture(there)}")
-        found = reference.sizes[sample.height, sample.width]
-        made = [
-            *_step_rows(bundle, sized, found, session, backend, log.debug),
-            *_component_rows(bundle, sized, found, backend, log.debug),
-        ]
-        rows += [_sized(row, there) for row in made]
+    with unrounded as exactly:
+        for case in cases:
+            reference = _shared(case.target, case.reference)
+            exact = _run_alone(case.target, reference, exactly)
+            half = {
+                (step.index, graph.name): reference.half.get((target.target, step.index, graph.name), {})
+                for step in reference.steps
+                for graph in target.unet.graphs
+            }
+            rows += case.named(_graph_rows("program", case.target, backend, exact, half, floor, PROGRAM_NOTE))
     return rows
-
-
-def _at_sizes(manifest: Manifest, target: Target) -> Iterator[tuple[Manifest, Target]]:
-    """For each further size, the manifest with it as the usual one, and a target's components for it."""
-    for size in manifest.evidence.sizes:
-        there = at_size(manifest, size)
-        yield there, there.target(target.target).with_unet(floors=target.unet.floors)
-
-
-def _sized(row: Row, there: Manifest) -> Row:
-    """A row that names the size of its picture."""
-    return msgspec.structs.replace(row, part=f"{row.part} {_picture(there)}")
-
-
-def _picture(there: Manifest) -> str:
-    each = 1 if there.vae is None else there.vae.downscale
-    return f"{each * there.sample.width}x{each * there.sample.height}"
 
 
 def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
@@ -220,28 +253,44 @@ def _undivided_rows(bundle: Bundle, target: Target, reference: Reference, backen
     return [judged("graph", model.name, backend, numbers, floor)]
 
 
-def _component_rows(bundle: Bundle, target: Target, reference: Reference, backend: str, say: Progress) -> list[Row]:
-    """Each component beside the UNet on its recorded inputs, against torch."""
+def _measure_component(
+    bundle: Bundle, cases: Sequence[_Case], name: str, backend: str, looks: bool, say: Progress
+) -> tuple[list[Row], list[Finding]]:
+    """A component beside the UNet on its recorded inputs, against torch; and, if asked, what fp16 may damage in it."""
+    say(f"{backend}: {name}")
+    target, reference = cases[0].target, cases[0].reference
+    form, component = TARGETS[target.target], target.components[name]
+    cases = [case for case in cases if name in case.target.components]
+    session: Session | None = open_session(bundle, backend, component=name)
+    assert session is not None
     rows = []
-    for name, component in target.components.items():
-        if name == "unet":
-            continue
-        say(f"{backend}: {name}")
-        session, tensors = open_session(bundle, backend, component=name), reference.components[name]
-        (graph,) = component.graphs
-        inputs = _component_inputs(reference, name, graph)
-        made = run_rows(session, (graph,), inputs, [t.name for t in graph.outputs])
-        numbers = [(psnr_db(tensors[output], value), output) for output, value in made.items()]
-        rows.append(judged("graph", name, backend, numbers, component.floors.graph))
-        half_floor, form = component.floors.program, TARGETS[target.target]
-        unrounded = None if half_floor is None else form.unrounded(bundle, backend, session, name)
-        if unrounded is not None:
-            with unrounded as exactly:
-                made = run_rows(exactly, (graph,), inputs, [t.name for t in graph.outputs])
-            half = reference.half[target.target, 0, name]
-            numbers = [(psnr_db(half[output], value), output) for output, value in made.items()]
-            rows.append(judged("program", name, backend, numbers, half_floor, PROGRAM_NOTE))
-    return rows
+    for case in cases:
+        numbers = _component_numbers(session, case, name, case.reference.components[name])
+        rows += case.named([judged("graph", name, backend, numbers, component.floors.graph)])
+    batch = session.batch
+    if not form.lends_session:
+        session = None
+    floor = component.floors.program
+    unrounded = None if floor is None else form.unrounded(bundle, backend, session, name)
+    if floor is not None and unrounded is not None:
+        with unrounded as exactly:
+            for case in cases:
+                half = case.reference.half[target.target, 0, name]
+                numbers = _component_numbers(exactly, case, name, half)
+                rows += case.named([judged("program", name, backend, numbers, floor, PROGRAM_NOTE)])
+        del unrounded, exactly
+    found = _findings(bundle, target, reference, name, session, batch, None, say) if looks else []
+    return rows, found
+
+
+def _component_numbers(
+    session: Session, case: _Case, name: str, want: Mapping[str, np.ndarray]
+) -> list[tuple[float, str]]:
+    """PSNR of each output of a component, on its recorded inputs."""
+    (graph,) = case.target.components[name].graphs
+    outputs = [tensor.name for tensor in graph.outputs]
+    made = run_rows(session, (graph,), _component_inputs(case.reference, name, graph), outputs)
+    return [(psnr_db(want[output], made[output]), output) for output in outputs]
 
 
 def _picture_rows(
@@ -314,25 +363,31 @@ def _composed_rows(target: Target, reference: Reference, session: Session, backe
 
 
 def _findings(
-    bundle: Bundle, target: Target, reference: Reference, session: Session, most: int | None, say: Progress
+    bundle: Bundle,
+    target: Target,
+    reference: Reference,
+    name: str,
+    session: Session | None,
+    batch: int | None,
+    most: int | None,
+    say: Progress,
 ) -> list[Finding]:
-    """What fp16 may damage in each component, overflows first.
+    """What fp16 may damage in a component.
 
     Args:
+        batch: Rows that its graphs take; None for any number.
         most: On how many of the recorded steps each graph of the UNet is looked at; None for all.
     """
-    form, found = TARGETS[target.target], []
-    for name, component in target.components.items():
-        if component.dtype != "fp16":
-            continue
-        say(f"{target.target}: headroom of {name}")
-        opened = session if name == "unet" else open_session(bundle, form.verifiers[0], component=name)
-        for graph in component.graphs:
-            for given in _given(reference, graph, name, most):
-                first = next(groups(given, count_rows(given) if opened.batch is None else opened.batch))
-                said = form.findings(bundle, opened, graph, first)
-                found += [msgspec.structs.replace(each, component=name, target=target.target) for each in said]
-    return sorted(found, key=lambda each: each.kind != "overflow")
+    form, component, found = TARGETS[target.target], target.components[name], []
+    if component.dtype != "fp16":
+        return []
+    say(f"{target.target}: headroom of {name}")
+    for graph in component.graphs:
+        for given in _given(reference, graph, name, most):
+            first = next(groups(given, count_rows(given) if batch is None else batch))
+            said = form.findings(bundle, session, graph, first)
+            found += [msgspec.structs.replace(each, component=name) for each in said]
+    return found
 
 
 def _given(reference: Reference, graph: Graph, component: str, most: int | None) -> list[dict[str, np.ndarray]]:
@@ -380,7 +435,9 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
 def _none_run(target: Target, manifest: Manifest, reference: Reference, backend: str, note: str) -> list[Row]:
     """A row for everything that a backend would have measured."""
     floors = target.unet.floors
-    rows = _graphs_not_run(target, backend, note)
+    rows = []
+    for case in _cases(manifest, target, reference):
+        rows += case.named(_graphs_not_run(case.target, backend, note))
     rows += [
         not_run("composed", "full" if full else "cached", backend, floors.composed, note)
         for full in sorted({step.full for step in reference.steps}, reverse=True)

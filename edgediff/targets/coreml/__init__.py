@@ -99,6 +99,7 @@ class CoreMLTarget(Target):
     )
     precisions = PRECISIONS
     accelerators = ("ane",)
+    lends_session = True
 
     def check(self, config: CoreMLConfig, layout: Layout) -> None:
         """Checks the batch, and that the system can load several functions in one package."""

@@ -104,7 +104,9 @@ class _JoinHeads(RewriteRuleClassBase):
             _, tokens, features = whole.shape
             _, tokens_apart, heads, width = values[apart].shape
             known = all(isinstance(size, int) for size in (features, heads, width))
-            if not known or tokens != tokens_apart or features != heads * width:
+            # A text of any length, and pixels of any number, have a name.
+            named = isinstance(tokens, int) or tokens.value is not None
+            if not (known and named) or tokens != tokens_apart or features != heads * width:
                 return False
         # Its other attributes must have their defaults, which both operators share.
         said = values["attended"].producer().attributes

@@ -5,7 +5,8 @@ without a word, has the time embedding in fp16, and needs the whole model in one
 UNet this pass gives 72 dB of fp32, that one 69.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from edgediff.errors import UnsupportedError
 from edgediff.targets.base import LARGEST_HALF
 from edgediff.targets.onnx.passes import SKELETON_BYTES, tensor_bytes
+from edgediff.targets.onnx.pool_weights import POOLED_BYTES, WeightFile, read_weight
 from edgediff.targets.onnx.rewriting import attributes_of
 from edgediff_runtime.manifest import Tensor
 
@@ -27,16 +29,35 @@ ALWAYS_FLOAT = {"Resize": (1, 2)}
 MASKED, MASK = -1e30, -1e4
 
 
-def to_half(model: ModelProto, tensors: Iterable[Tensor]) -> ModelProto:
+class Converting:
+    """Weights that a conversion reads in one type and gives in another: inside the graph, or from file to file."""
+
+    def __init__(self, folder: Path | None = None, file: WeightFile | None = None) -> None:
+        """Takes where weights outside of the graph are read, and the file that they are written to."""
+        self._folder, self._file = folder, file
+
+    def __call__(self, tensor: TensorProto, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> TensorProto:
+        """A converted weight, under a name."""
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.from_array(convert(numpy_helper.to_array(tensor)), name)
+        assert self._folder is not None
+        assert self._file is not None
+        array = convert(read_weight(tensor, self._folder))
+        return self._file.add(name, array) if array.nbytes >= POOLED_BYTES else numpy_helper.from_array(array, name)
+
+
+def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting | None = None) -> ModelProto:
     """Converts a graph to fp16.
 
     Args:
-        model: In fp32, of standard operators, weights inside; changed in place.
+        model: In fp32, of standard operators; changed in place.
         tensors: The graph's inputs and outputs as they are to be.
+        converting: Where weights are that lie outside of the graph; None where there are none.
 
     Raises:
         UnsupportedError: A weight is beyond fp16's range.
     """
+    converting = Converting() if converting is None else converting
     graph, kinds = model.graph, element_types(model)
     declared = {tensor.name: HALF if tensor.dtype == "float16" else FLOAT for tensor in tensors}
     exact = _before_periodic(graph)
@@ -50,12 +71,15 @@ def to_half(model: ModelProto, tensors: Iterable[Tensor]) -> ModelProto:
     added: dict[str, TensorProto] = {}
     casts: set[str] = set()
 
+    def half_weight(name: str, found: str) -> TensorProto:
+        return converting(weights[name], found, lambda array: _half_array(array, name))
+
     def taken(name: str, kind: int) -> str:
         """The name of a float value as a node or an output takes it."""
         if name in weights:
             found = f"{name}.half" if kind == HALF else name
             if found not in added:
-                added[found] = _half_weight(weights[name], found) if kind == HALF else weights[name]
+                added[found] = half_weight(name, found) if kind == HALF else weights[name]
             return found
         if made[name] == kind:
             return name
@@ -94,21 +118,23 @@ def to_half(model: ModelProto, tensors: Iterable[Tensor]) -> ModelProto:
     return model
 
 
-def to_float(model: ModelProto) -> tuple[ModelProto, dict[str, NodeProto]]:
+def to_float(model: ModelProto, converting: Converting | None = None) -> tuple[ModelProto, dict[str, NodeProto]]:
     """Gives an fp16 graph fp32 arithmetic on the weights that it has.
 
     Args:
-        model: As `to_half` leaves it, weights inside; changed in place.
+        model: As `to_half` leaves it; changed in place.
+        converting: Where weights are that lie outside of the graph; None where there are none.
 
     Returns:
         The model, and the nodes whose results were fp16, by the results' names, in order.
     """
+    converting = Converting() if converting is None else converting
     graph = model.graph
     half = {name for name, kind in element_types(model).items() if kind == HALF}
     rounded = {name: node for node in graph.node for name in node.output if name in half}
     for tensor in graph.initializer:
-        if tensor.data_type == HALF:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+        if tensor.data_type == HALF or tensor.data_location == TensorProto.EXTERNAL:
+            tensor.CopyFrom(converting(tensor, tensor.name, _float_array))
     for node in graph.node:
         _retype_attributes(node, HALF, FLOAT)
     del graph.value_info[:]
@@ -156,16 +182,19 @@ def _before_periodic(graph: GraphProto) -> set[str]:
     return found
 
 
-def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
-    array = numpy_helper.to_array(tensor)
+def _half_array(array: np.ndarray, name: str) -> np.ndarray:
     array = np.where(array <= MASKED, np.float32(MASK), array)
     largest = float(np.abs(array).max(initial=0.0))
     if largest > LARGEST_HALF:
         raise UnsupportedError(
-            f"fp16 overflows in the weight {tensor.name} (largest {largest:.2g}, fp16 holds {LARGEST_HALF:.0f}); keep "
+            f"fp16 overflows in the weight {name} (largest {largest:.2g}, fp16 holds {LARGEST_HALF:.0f}); keep "
             "the component in fp32: --dtype COMPONENT=fp32"
         )
-    return numpy_helper.from_array(np.asarray(array, order="C").astype(np.float16), name)
+    return np.asarray(array, order="C").astype(np.float16)
+
+
+def _float_array(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _retype_attributes(node: NodeProto, before: int, after: int) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import NodeProto
 
 from edgediff.bundle.rows import Finding
 from edgediff.targets.base import LARGEST_HALF
 from edgediff.targets.onnx.calibration import open_graph
-from edgediff.targets.onnx.half_precision import to_float
+from edgediff.targets.onnx.half_precision import Converting, to_float
+from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff_runtime import Bundle
 from edgediff_runtime.manifest import Graph
 
@@ -30,9 +32,7 @@ class UnroundedSession:
     def __init__(self, bundle: Bundle, component: str) -> None:
         """Loads the graphs."""
         self.graphs = bundle.manifest.target("onnx").component(component).graphs
-        written = [graph for graph in self.graphs if graph.file is not None]
-        models = {graph.name: to_float(_load(bundle, graph))[0] for graph in written}
-        self._sessions = {name: _open(model) for name, model in models.items()}
+        self._sessions = {graph.name: _opened(bundle, graph)[0] for graph in self.graphs if graph.file is not None}
 
     def put(self, array: np.ndarray) -> Any:
         """Takes an array in fp32 where it is fp16."""
@@ -57,11 +57,10 @@ def findings(bundle: Bundle, graph: Graph, inputs: Mapping[str, np.ndarray]) -> 
     Returns:
         Overflows in the graph's order, then by headroom all that use half of the range, and the `SHOWN` largest.
     """
-    model, rounded = to_float(_load(bundle, graph))
-    _watch(model, rounded)
+    session, rounded = _opened(bundle, graph, watched=True)
     feeds = {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in inputs.items()}
     names = [f"{name}.{what}" for what in ("largest", "beyond") for name in rounded]
-    numbers = np.array(_open(model).run(names, feeds)).reshape(2, -1).T
+    numbers = np.array(session.run(names, feeds)).reshape(2, -1).T
     overflows, full = [], []
     for node, (largest, beyond) in zip(rounded.values(), numbers.tolist(), strict=True):
         share = largest / LARGEST_HALF
@@ -73,22 +72,6 @@ def findings(bundle: Bundle, graph: Graph, inputs: Mapping[str, np.ndarray]) -> 
     full.sort(key=lambda finding: -finding.value)
     kept = [finding for place, finding in enumerate(full) if place < SHOWN or finding.warns]
     return (*overflows, *kept)
-
-
-def _load(bundle: Bundle, graph: Graph) -> onnx.ModelProto:
-    """A graph with its weights, which onnx itself does not read through the links of a hub's cache."""
-    model = onnx.load(bundle.path / str(graph.file), load_external_data=False)
-    if graph.external_data is None:
-        return model
-    weights = np.memmap(bundle.path / graph.external_data, np.uint8, mode="r")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
-            begin = place.get("offset", 0)
-            tensor.raw_data = weights[begin : begin + place["length"]].tobytes()
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-    return model
 
 
 def _watch(model: onnx.ModelProto, names: Iterable[str]) -> None:
@@ -111,9 +94,18 @@ def _watch(model: onnx.ModelProto, names: Iterable[str]) -> None:
             graph.output.append(value)
 
 
-def _open(model: onnx.ModelProto) -> Any:
-    """Opens a model whose weights may be too many for one protobuf."""
+def _opened(bundle: Bundle, graph: Graph, watched: bool = False) -> tuple[Any, dict[str, NodeProto]]:
+    """A session of a graph in fp32 arithmetic, and the nodes whose results were fp16.
+
+    Its weights are converted from file to file and mapped, since there may be too many for one protobuf or for memory.
+    """
+    path = bundle.path / str(graph.file)
+    weights = path if graph.external_data is None else bundle.path / graph.external_data
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save_model(model, path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
-        return open_graph(os.fspath(path))
+        with WeightFile(Path(folder) / "weights.bin") as file:
+            model, rounded = to_float(onnx.load(path, load_external_data=False), Converting(weights.parent, file))
+        if watched:
+            _watch(model, rounded)
+        made = Path(folder) / "model.onnx"
+        made.write_bytes(model.SerializeToString())
+        return open_graph(os.fspath(made)), rounded

@@ -44,7 +44,7 @@ CHANNELS, ROWS = 128, 32
 def filter_rows(model: ModelProto) -> ModelProto:
     """Writes every convolution of 3 x 3 that is large enough as six of 1 x 3 between sums of rows.
 
-    Those whose input's size is not known, or whose rows four does not divide, stay.
+    Those whose input's size is not known, or whose rows are too many or not a multiple of four, stay.
     """
     rewriting = Rewriting(model)
     nodes: list[NodeProto] = []
@@ -52,7 +52,7 @@ def filter_rows(model: ModelProto) -> ModelProto:
     for node in model.graph.node:
         found = convolution(node, rewriting)
         rows = 0 if found is None else next(iter(rewriting.shape(node.input[0])[2:]), 0)
-        if found is None or min(found.inputs, found.outputs) < CHANNELS or rows < ROWS or rows % TILE:
+        if found is None or not _pays(found, rows):
             nodes.append(node)
         else:
             count += 1
@@ -61,6 +61,17 @@ def filter_rows(model: ModelProto) -> ModelProto:
         return model
     log.info("winograd: %d convolutions", count)
     return rewriting.finish(nodes)
+
+
+def _pays(of: Convolution, rows: int) -> bool:
+    """Whether it is the faster way on maps of so many rows; 0 where they are not known.
+
+    A matrix that sums rows has an entry for each two of them, so that a row of each input and each output takes
+    `1.5 * rows` multiplications, for `4.5 * inputs * outputs` that are saved. Where that is more than a third of the
+    saving, time is lost on memory (the table in benchmarks/log/pipelines.md).
+    """
+    fits = min(of.inputs, of.outputs) >= CHANNELS and rows >= ROWS and rows % TILE == 0
+    return fits and rows * (of.inputs + of.outputs) <= of.inputs * of.outputs
 
 
 def _filtered(of: Convolution, rows: int, rewriting: Rewriting) -> list[NodeProto]:

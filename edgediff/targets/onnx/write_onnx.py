@@ -20,7 +20,7 @@ from edgediff.models.part import Part
 from edgediff.targets.base import ComponentJob, Job, converter_errors
 from edgediff.targets.onnx import OnnxConfig, is_standard, opset_of
 from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
-from edgediff.targets.onnx.half_precision import to_half
+from edgediff.targets.onnx.half_precision import Converting, to_half
 from edgediff.targets.onnx.passes import (
     ATTENTION,
     DECOMPOSE_ATTENTION,
@@ -38,7 +38,7 @@ from edgediff.targets.onnx.passes import (
     run_passes,
     weight_bytes,
 )
-from edgediff.targets.onnx.pool_weights import pool_weights
+from edgediff.targets.onnx.pool_weights import WeightFile, move_weights, pool_weights
 from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
 from edgediff.targets.onnx.shared_rows import has_shared_rows
 from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
@@ -48,7 +48,6 @@ from edgediff_runtime.ort_session import APART_BYTES
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
-EXTERNAL_TENSOR_BYTES = 1024
 # Simplifying changes constants, not arithmetic: only rounding may differ.
 SIMPLIFIED_DB = 100.0
 
@@ -211,11 +210,12 @@ def _finish(
         last = () if is_standard(config) or config.quantize_nbits is not None else _last(FASTER, share)
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
-        if large:
-            onnx.load_external_data_for_model(model, str(traced.parent))
+        halves = traced.with_name(f"{graph.name}-half.bin")
         if config.dtype == "fp16":
-            model = to_half(model, (*graph.inputs, *graph.outputs))
-        external = _save(model, path)
+            with WeightFile(halves) as file:
+                model = to_half(model, (*graph.inputs, *graph.outputs), Converting(traced.parent, file))
+        external = _save(model, path, traced.parent)
+        halves.unlink(missing_ok=True)
         check(str(path))
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
@@ -227,17 +227,18 @@ def _last(passes: tuple[Pass, ...], share: bool) -> tuple[Pass, ...]:
     return (*passes, SHARED_ROWS) if share else passes
 
 
-def _save(model: onnx.ModelProto, path: Path) -> str | None:
-    """Writes a graph; the name of the file beside it, where its weights are too many for one."""
+def _save(model: onnx.ModelProto, path: Path, folder: Path) -> str | None:
+    """Writes a graph whose weights lie inside or in a folder; the name of the file beside it, where they are many."""
     beside = path.with_name(f"{path.name}.data")
     beside.unlink(missing_ok=True)
-    if weight_bytes(model) <= EXTERNAL_DATA_BYTES:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-        return None
-    onnx.save_model(
-        model, str(path), save_as_external_data=True, location=beside.name, size_threshold=EXTERNAL_TENSOR_BYTES
-    )
-    return beside.name
+    external = weight_bytes(model) > EXTERNAL_DATA_BYTES
+    if external:
+        with WeightFile(beside) as file:
+            move_weights(model, folder, file)
+    else:
+        move_weights(model, folder, None)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return beside.name if external else None
 
 
 def _quantize(
@@ -252,10 +253,10 @@ def _quantize(
     """Quantizes a graph's file in place."""
     try:
         passes = (SEPARATE_GATES, DECOMPOSE_ATTENTION) if config.quantize_attention else (SEPARATE_GATES,)
-        _save(run_passes(onnx.load(path), passes), path)
+        _save(run_passes(onnx.load(path), passes), path, path.parent)
         ranges = measure_ranges(path, graph, calibration)
         model = run_passes(onnx.load(path), _last((quantizing(ranges, weight_levels),), share))
-        external = _save(model, path)
+        external = _save(model, path, path.parent)
         check(str(path))
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
