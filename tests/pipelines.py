@@ -30,7 +30,7 @@ from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.loop import initial_latents
 from edgediff_runtime.sessions import Session
 
-CONFIG = edgediff.ExportConfig(steps=8, verify=VerifyConfig(mode="graphs"))
+CONFIG = edgediff.ExportConfig(steps=8, scheduler="dpmpp_2m", verify=VerifyConfig(mode="graphs"))
 # A latent consistency model is of no use with another sampler than its own.
 CONFIGS = {"lcm": msgspec.structs.replace(CONFIG, scheduler="lcm")}
 SEED = 3
