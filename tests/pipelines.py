@@ -1,5 +1,6 @@
 """Small pipelines in our runtime, over torch or over exported graphs, beside diffusers' own."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
+from loras import diffusers_lora, fuse, kohya_lora
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import SAVE
 
@@ -22,15 +25,18 @@ from edgediff.models.components import pipeline_components
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.undivided import undivided_session
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, noise
 from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.loop import initial_latents
 from edgediff_runtime.sessions import Session
 
-CONFIG = edgediff.ExportConfig(steps=8, verify=VerifyConfig(mode="graphs"))
+CONFIG = edgediff.ExportConfig(steps=8, scheduler="dpmpp_2m", verify=VerifyConfig(mode="graphs"))
 # A latent consistency model is of no use with another sampler than its own.
 CONFIGS = {"lcm": msgspec.structs.replace(CONFIG, scheduler="lcm")}
 SEED = 3
+# How strongly a LoRA is fused, by whose names its file has.
+SCALES = {"diffusers": 0.8, "kohya": -0.5}
+Loras = tuple[str, ...]
 
 
 def saved(name: str) -> Path:
@@ -49,16 +55,38 @@ def saved(name: str) -> Path:
     return saved_once(f"tiny-{name}-with-mean", save)
 
 
-def exported_pipeline(name: str) -> Path:
-    """Its bundle of ONNX graphs; tests leave it as it is."""
-    return exported(saved(name), CONFIGS.get(name, CONFIG), {})
+def lora_file(name: str, kind: str) -> Path:
+    """A LoRA for a pipeline, of its UNet and text encoders, by the names of `kind`."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        if kind == "kohya":
+            kohya_lora(saved(name), folder / "pytorch_lora_weights.safetensors")
+        else:
+            diffusers_lora(saved(name), folder)
+
+    return saved_once(f"tiny-{name}-{kind}-lora", save) / "pytorch_lora_weights.safetensors"
 
 
-def open_in_torch(name: str, low_memory: bool = False, opened: Callable[[Session], None] | None = None) -> EdgePipeline:
+def config_of(name: str, loras: Loras = ()) -> edgediff.ExportConfig:
+    """The recipe of a small pipeline, with LoRAs of those kinds."""
+    specs = tuple(f"{lora_file(name, kind)}:{SCALES[kind]}" for kind in loras)
+    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs)
+
+
+def exported_pipeline(name: str, loras: Loras = (), targets: tuple[str, ...] = ("onnx",)) -> Path:
+    """Its bundle; tests leave it as it is."""
+    return exported(saved(name), msgspec.structs.replace(config_of(name, loras), targets=targets), {})
+
+
+def open_in_torch(
+    name: str, loras: Loras = (), low_memory: bool = False, opened: Callable[[Session], None] | None = None
+) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`."""
-    model = edgediff.load_model(saved(name))
+    config = config_of(name, loras)
+    model = edgediff.load_model(saved(name), lora=config.lora)
     found = pipeline_components(model)
-    draft = draft_manifest(model, edgediff.split(model.unet), CONFIGS.get(name, CONFIG), "prompt", found)
+    draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found)
 
     def unet() -> Session:
         session = undivided_session(model)
@@ -81,12 +109,12 @@ def open_in_torch(name: str, low_memory: bool = False, opened: Callable[[Session
     return EdgePipeline(draft, Components(graphs, open_session, keep=not low_memory), lambda: words)
 
 
-def open_in_diffusers(name: str) -> Any:
-    """diffusers' pipeline with the sampler of the bundle."""
+def open_in_diffusers(name: str, loras: Loras = ()) -> Any:
+    """diffusers' pipeline with the sampler of the bundle, and LoRAs as diffusers fuses them."""
     theirs = DiffusionPipeline.from_pretrained(saved(name))
-    theirs.scheduler = diffusers_scheduler(
-        edgediff.load_model(saved(name)).scheduler, CONFIGS.get(name, CONFIG).scheduler
-    )
+    for kind in loras:
+        fuse(theirs, lora_file(name, kind), SCALES[kind])
+    theirs.scheduler = diffusers_scheduler(edgediff.load_model(saved(name)).scheduler, config_of(name).scheduler)
     theirs.set_progress_bar_config(disable=True)
     return theirs
 
@@ -99,7 +127,7 @@ class Pair:
     theirs: Any
 
     def psnr(self, ours: dict[str, Any], theirs: dict[str, Any] | None = None, images: int = 1) -> float:
-        """PSNR of our pictures against theirs of the same latents, 8 steps, each of them full; in dB.
+        """PSNR of our pictures against theirs of the same latents and noise, 8 steps, each of them full; in dB.
 
         Args:
             theirs: What diffusers is asked for instead of what we are.
@@ -109,9 +137,18 @@ class Pair:
         sample = self.ours.manifest.sample
         latents = initial_latents(SEED, images, (sample.channels, sample.height, sample.width), 1.0)
         asked = ours if theirs is None else theirs
-        drawn = self.theirs(num_inference_steps=8, latents=torch.from_numpy(latents), output_type="np", **asked).images
-        assert drawn.shape == (images, *pixels.shape[2:], 3)
-        return psnr_db(drawn, np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1))
+        draws = itertools.count(1)
+
+        def fresh(shape: tuple[int, ...], **_: Any) -> torch.Tensor:
+            draw = next(draws)
+            return torch.from_numpy(np.stack([noise(SEED, shape[1:], image=i, draw=draw) for i in range(shape[0])]))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", fresh)
+            made = self.theirs(num_inference_steps=8, latents=torch.from_numpy(latents), output_type="np", **asked)
+        assert next(draws) == (8 if self.ours.manifest.scheduler.draws_noise else 1)  # none for the last step
+        assert made.images.shape == (images, *pixels.shape[2:], 3)
+        return psnr_db(made.images, np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1))
 
 
 Pieces = Sequence[tuple[str, float]]

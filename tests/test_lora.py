@@ -1,86 +1,26 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from command_line import Command
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import DiffusionPipeline
+from loras import diffusers_lora, fuse, kohya_lora, text_encoders
 from safetensors.torch import load_file, save_file
-from single_files import sgm_name
 from tiny_pipelines import SAVE
 from torch import nn
 
 from edgediff import ExportConfig, export_bundle, load_model, verify_bundle
 from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
 from edgediff.models.components import pipeline_components
-from edgediff.models.model_files import read_json
-
-TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-KOHYA_LAYERS = ("attn", "ff.net", "mlp", "conv1")
-PIPES: dict[str, Any] = {"sd1": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipelines")
-    for kind in PIPES:
+    for kind in ("sd1", "xl"):
         SAVE[kind](root / kind)
     return root
-
-
-def adapted(module: Any, layers: tuple[str, ...], **settings: Any) -> dict[str, torch.Tensor]:
-    """Weights of a peft adapter, random throughout."""
-    module.add_adapter(LoraConfig(target_modules=list(layers), **settings))
-    state = get_peft_model_state_dict(module, adapter_name="default")
-    return {name: torch.randn(tensor.shape) / 8 for name, tensor in state.items()}
-
-
-def diffusers_lora(pipeline: Path, kind: str, folder: Path, alpha: int, rank: int = 4) -> Path:
-    """As diffusers' training scripts save one, with the settings in the header."""
-    torch.manual_seed(5)
-    pipe = PIPES[kind].from_pretrained(pipeline)
-    settings = {"r": rank, "lora_alpha": alpha}
-    layers = {"unet": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"), "text_encoder": TEXT_LAYERS}
-    unet, text = (adapted(getattr(pipe, name), targets, **settings) for name, targets in layers.items())
-    headers = {
-        f"{name}_lora_adapter_metadata": settings | {"target_modules": list(targets)}
-        for name, targets in layers.items()
-    }
-    PIPES[kind].save_lora_weights(folder, unet_lora_layers=unet, text_encoder_lora_layers=text, **headers)
-    return folder / "pytorch_lora_weights.safetensors"
-
-
-def _pairs(module: nn.Module, rank: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and any(
-            part in name for part in ("attn", "ff.net", "mlp", "conv1")
-        ):
-            weight = layer.weight
-            one = (1,) * (weight.ndim - 2)
-            yield name, torch.randn(rank, *weight.shape[1:]) / 8, torch.randn(weight.shape[0], rank, *one) / 8
-
-
-def kohya_lora(pipeline: Path, kind: str, file: Path, rank: int = 3) -> Path:
-    """kohya's names: of diffusers' UNet for 1.x, of the original one for XL; alphas beside the layers."""
-    torch.manual_seed(6)
-    pipe = PIPES[kind].from_pretrained(pipeline)
-    state = {}
-    config = read_json(pipeline / "unet" / "config.json")
-    encoders = {"te": pipe.text_encoder} if kind == "sd1" else {"te1": pipe.text_encoder, "te2": pipe.text_encoder_2}
-    for prefix, module in {"unet": pipe.unet, **encoders}.items():
-        for name, down, up in _pairs(module, rank):
-            if prefix == "unet":
-                name = sgm_name(name, config) if kind == "xl" else name
-            elif not name.startswith("text_model."):
-                name = f"text_model.{name}"
-            key = f"lora_{prefix}_{name.replace('.', '_')}"
-            state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
-    save_file(state, file)
-    return file
 
 
 def assert_close(mine: nn.Module, theirs: nn.Module, plain: nn.Module) -> None:
@@ -92,24 +32,22 @@ def assert_close(mine: nn.Module, theirs: nn.Module, plain: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.8, -0.5])
-@pytest.mark.parametrize(("kind", "names"), [("sd1", "diffusers"), ("sd1", "kohya"), ("xl", "kohya")])
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
 def test_fused_weights_are_those_of_diffusers(
     pipelines: Path, tmp_path: Path, kind: str, names: str, scale: float
 ) -> None:
     folder = pipelines / kind
     if names == "diffusers":
-        file = diffusers_lora(folder, kind, tmp_path, alpha=8)
+        file = diffusers_lora(folder, tmp_path)
     else:
-        file = kohya_lora(folder, kind, tmp_path / "style.safetensors")
-    pipe = PIPES[kind].from_pretrained(folder)
-    pipe.load_lora_weights(file.parent, weight_name=file.name)
-    parts = ["unet", "text_encoder", *(["text_encoder_2"] if kind == "xl" else [])]
-    pipe.fuse_lora(components=parts, lora_scale=scale)
-    pipe.unload_lora_weights()
+        file = kohya_lora(folder, tmp_path / "style.safetensors")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    fuse(pipe, file, scale)
     model, plain = load_model(folder, lora=[f"{file}:{scale}"]), load_model(folder)
     assert_close(model.unet, pipe.unet, plain.unet)
     mine, before = pipeline_components(model), pipeline_components(plain)
-    for name in parts[1:]:
+    for name in text_encoders(pipe):
         assert_close(mine[name].load().encoder, getattr(pipe, name), before[name].load().encoder)  # type: ignore[arg-type]
         assert mine[name].sha256 != before[name].sha256
     assert mine["vae_decoder"].sha256 == before["vae_decoder"].sha256
@@ -118,7 +56,7 @@ def test_fused_weights_are_those_of_diffusers(
 
 def test_two_in_turn_and_their_scales_are_in_the_hash(pipelines: Path, tmp_path: Path) -> None:
     folder = pipelines / "sd1"
-    one, two = (kohya_lora(folder, "sd1", tmp_path / name) for name in ("a.safetensors", "b:2.safetensors"))
+    one, two = (kohya_lora(folder, tmp_path / name) for name in ("a.safetensors", "b:2.safetensors"))
     both, once = load_model(folder, lora=[str(one), f"{two}:0.5"]), load_model(folder, lora=[f"{one}:1.5"])
     assert_close(both.unet, once.unet, load_model(folder).unet)
     shas = {load_model(folder, lora=lora).sha256 for lora in ([], [str(one)], [f"{one}:0.9"], [str(one), str(two)])}
@@ -135,12 +73,12 @@ def refused(folder: Path, lora: str, kind: type[EdgediffError], *words: str) -> 
 
 
 def test_a_lora_of_another_model(pipelines: Path, tmp_path: Path) -> None:
-    file = kohya_lora(pipelines / "xl", "xl", tmp_path / "xl.safetensors")
+    file = kohya_lora(pipelines / "xl", tmp_path / "xl.safetensors")
     refused(pipelines / "sd1", str(file), ModelError, str(file), "take one")
 
 
 def test_a_lora_of_another_width(pipelines: Path, tmp_path: Path) -> None:
-    file = kohya_lora(pipelines / "sd1", "sd1", tmp_path / "a.safetensors")
+    file = kohya_lora(pipelines / "sd1", tmp_path / "a.safetensors")
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
     state = load_file(file)
     save_file(state | {name: torch.zeros(3, 24)}, file)
@@ -150,7 +88,7 @@ def test_a_lora_of_another_width(pipelines: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_match_nothing(pipelines: Path, tmp_path: Path) -> None:
-    file = diffusers_lora(pipelines / "sd1", "sd1", tmp_path, alpha=4)
+    file = diffusers_lora(pipelines / "sd1", tmp_path, alpha=4)
     save_file(load_file(file) | {"unet.down_blocks.9.conv.lora_A.bias": torch.zeros(1)}, file)
     refused(pipelines / "sd1", str(file), ModelError, "1 of its weights match nothing", "unet.down_blocks.9.conv")
 
@@ -175,25 +113,25 @@ def test_files_that_are_no_lora(pipelines: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-2])
     refused(pipelines / "sd1", f"{file}:0.5", ModelError, "damaged or truncated")
     with pytest.raises(ModelError, match="is a LoRA; name its base model, and pass the file with --lora"):
-        load_model(kohya_lora(pipelines / "sd1", "sd1", tmp_path / "b.safetensors"))
+        load_model(kohya_lora(pipelines / "sd1", tmp_path / "b.safetensors"))
 
 
 def test_weights_that_are_not_finite(pipelines: Path, tmp_path: Path) -> None:
-    file = kohya_lora(pipelines / "sd1", "sd1", tmp_path / "a.safetensors")
+    file = kohya_lora(pipelines / "sd1", tmp_path / "a.safetensors")
     state = load_file(file)
     save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}, file)
     refused(pipelines / "sd1", str(file), ModelError, "weights are not finite")
 
 
 def test_a_recipe_whose_lora_was_not_loaded(pipelines: Path, tmp_path: Path) -> None:
-    file = kohya_lora(pipelines / "sd1", "sd1", tmp_path / "a.safetensors")
+    file = kohya_lora(pipelines / "sd1", tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match="was not loaded with; pass lora= to load_model"):
         export_bundle(load_model(pipelines / "sd1"), tmp_path / "out", ExportConfig(lora=(str(file),)))
 
 
 @pytest.mark.long
 def test_a_bundle_says_what_was_fused(pipelines: Path, tmp_path: Path, command: Command) -> None:
-    file = kohya_lora(pipelines / "sd1", "sd1", tmp_path / "a.safetensors")
+    file = kohya_lora(pipelines / "sd1", tmp_path / "a.safetensors")
     spec, out = f"{file}:0.5", tmp_path / "out"
     said = command("export", pipelines / "sd1", "-o", out, "--lora", spec, "--steps", "1", "--clock", "1")
     assert said.code == 0, said

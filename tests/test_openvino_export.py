@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import msgspec
 import numpy as np
 import pytest
@@ -352,7 +353,33 @@ def test_graphs_stay_compiled_for_a_few_numbers_of_rows_only(ir_bundle: Path) ->
 
 def _tree(folder: Path) -> Path:
     tokenizer().save_pretrained(folder / "tokenizer")
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "lacks"),
+    [
+        ("DPMSolverMultistepScheduler", {}, "DPMSolverMultistepScheduler"),
+        ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler"),
+        ("DDIMScheduler", {}, "DDIM that clips samples"),
+        ("DDIMScheduler", {"clip_sample": False}, None),
+        ("LCMScheduler", {}, None),
+    ],
+)
+def test_a_sampler_that_genai_lacks_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, settings: dict[str, Any], lacks: str | None
+) -> None:
+    getattr(diffusers, kind)(**settings).save_pretrained(tmp_path / "scheduler")
+    TARGETS["openvino"].finish_pipeline(tmp_path, lambda _: None)
+    assert [record.message for record in caplog.records] == (
+        []
+        if lacks is None
+        else [
+            f"{tmp_path.name}: OpenVINO GenAI has no {lacks} and will not open it; edgediff's runtimes do. For GenAI, "
+            "export it with another --scheduler, such as euler"
+        ]
+    )
 
 
 def test_tokenizers_are_written_for_genai(tmp_path: Path) -> None:

@@ -1,15 +1,24 @@
 """A prompt goes in and a picture comes out, as diffusers' own pipeline draws it; over torch, and over ONNX graphs."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pipelines import SEED, Pair, exported_pipeline, guided_embeds, open_in_diffusers, open_in_torch, reference_embeds
+from pipelines import (
+    Loras,
+    Pair,
+    exported_pipeline,
+    guided_embeds,
+    open_in_diffusers,
+    open_in_torch,
+    reference_embeds,
+)
 
-from edgediff_runtime import EdgePipeline, noise
+from edgediff.targets import TARGETS
+from edgediff.targets.backends import open_pipeline
+from edgediff_runtime import EdgePipeline, open_bundle
 
 PROMPT, NEGATIVE = "a photo of a red apple", "dog, bad photo"
 FLOOR_DB = 60.0
@@ -17,26 +26,31 @@ LONG = "a red apple and a dog in a photo, " * 8  # 104 tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-Open = Callable[[str], Pair]
+Open = Callable[..., Pair]
 
 
 @pytest.fixture(scope="module", params=["torch", pytest.param("onnx", marks=pytest.mark.long)])
 def pair(request: pytest.FixtureRequest) -> Iterator[Open]:
     """Opens a small pipeline in our runtime and in diffusers, once for all tests."""
-    opened: dict[str, Pair] = {}
+    opened: dict[tuple[str, Loras], Pair] = {}
 
-    def open_pair(name: str) -> Pair:
-        if name not in opened:
+    def open_pair(name: str, loras: Loras = ()) -> Pair:
+        if (name, loras) not in opened:
             on_torch = request.param == "torch"
-            ours = open_in_torch(name) if on_torch else EdgePipeline.from_pretrained(exported_pipeline(name), threads=1)
-            opened[name] = Pair(ours, open_in_diffusers(name))
-        return opened[name]
+            ours = (
+                open_in_torch(name, loras)
+                if on_torch
+                else EdgePipeline.from_pretrained(exported_pipeline(name, loras), threads=1)
+            )
+            opened[name, loras] = Pair(ours, open_in_diffusers(name, loras))
+        return opened[name, loras]
 
     yield open_pair
     opened.clear()
 
 
 NAMES = pytest.mark.parametrize("name", ["sd1", "sd2", "xl"])
+GUIDANCE = pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.long), 5.0])
 
 
 @NAMES
@@ -48,33 +62,66 @@ def test_the_picture_is_diffusers_own(pair: Open, name: str, guidance: float) ->
 
 
 @pytest.mark.parametrize("guidance", [1.0, 8.0])
-def test_a_latent_consistency_model(pair: Open, monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
-    draws = itertools.count(1)
+def test_a_latent_consistency_model(pair: Open, guidance: float) -> None:
+    """Guidance is told to the UNet, and there is no negative prompt."""
+    assert pair("lcm").psnr({"prompt": PROMPT, "guidance_scale": guidance}) >= FLOOR_DB
+    assert pair("lcm").psnr({"prompt": [PROMPT, "a dog"], "guidance_scale": guidance}, images=2) >= FLOOR_DB
+    want = reference_embeds(pair("lcm").theirs, [(LONG, 1.0)])
+    assert want["prompt_embeds"].shape[1] == 2 * 77
+    asked = {"prompt": LONG, "guidance_scale": guidance}
+    assert pair("lcm").psnr(asked, {**want, "guidance_scale": guidance}) >= FLOOR_DB
 
-    def fresh(shape: tuple[int, ...], **_: Any) -> torch.Tensor:
-        draw = next(draws)
-        return torch.from_numpy(np.stack([noise(SEED, shape[1:], image=i, draw=draw) for i in range(shape[0])]))
 
-    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", fresh)
-    asked = {"prompt": [PROMPT, "a dog"], "guidance_scale": guidance}
-    assert pair("lcm").psnr(asked, images=2) >= FLOOR_DB
-    assert next(draws) == 8  # none for the last step
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("backend", "floor_db"), [("openvino", FLOOR_DB), ("executorch", FLOOR_DB), ("mil-reference", 35.0)]
+)
+def test_a_latent_consistency_model_in_other_targets(backend: str, floor_db: float) -> None:
+    (target,) = (name for name, each in TARGETS.items() if backend in {known.name for known in each.backends})
+    bundle = open_bundle(exported_pipeline("lcm", targets=(target,)))
+    assert "timestep_cond" in {
+        tensor.name for graph in bundle.manifest.target(target).unet.graphs for tensor in graph.inputs
+    }
+    drawn = Pair(open_pipeline(bundle, backend), open_in_diffusers("lcm"))
+    assert drawn.psnr({"prompt": PROMPT, "guidance_scale": 8.0}) >= floor_db
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd1", "sd2", "xl", "lcm"])
+def test_loras(pair: Open, name: str) -> None:
+    """Of diffusers' names and of kohya's, one after the other."""
+    with_loras = pair(name, ("diffusers", "kohya"))
+    asked = {"prompt": PROMPT, "guidance_scale": 5.0}
+    assert with_loras.psnr(asked) >= FLOOR_DB
+    assert with_loras.psnr({**asked, "guidance_scale": 1.0}) >= FLOOR_DB
+    changed = with_loras.ours(seed=0, **asked).latents - pair(name).ours(seed=0, **asked).latents
+    assert np.abs(changed).max() > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd1", "sd2", "xl", "lcm"])
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_a_lora(name: str, kind: str) -> None:
+    alone = Pair(open_in_torch(name, (kind,)), open_in_diffusers(name, (kind,)))
+    assert alone.psnr({"prompt": PROMPT, "guidance_scale": 5.0}) >= FLOOR_DB
 
 
 @NAMES
-def test_two_prompts_at_once(pair: Open, name: str) -> None:
-    asked = {"prompt": [PROMPT, "a dog"], "negative_prompt": [NEGATIVE, ""], "guidance_scale": 5.0}
+@GUIDANCE
+def test_two_prompts_at_once(pair: Open, name: str, guidance: float) -> None:
+    asked = {"prompt": [PROMPT, "a dog"], "negative_prompt": [NEGATIVE, ""], "guidance_scale": guidance}
     assert pair(name).psnr(asked, images=2) >= FLOOR_DB
 
 
 @NAMES
-def test_prompts_that_are_longer_than_the_text_encoder_takes(pair: Open, name: str) -> None:
+@GUIDANCE
+def test_prompts_that_are_longer_than_the_text_encoder_takes(pair: Open, name: str, guidance: float) -> None:
     both = pair(name)
     pieces, negative = [(LONG, 1.0)], [("bad dog photo, " * 20, 1.0)]
     want = guided_embeds(both.theirs, pieces, negative)
     assert want["prompt_embeds"].shape[1] == want["negative_prompt_embeds"].shape[1] == 2 * 77
-    asked: dict[str, Any] = {"prompt": LONG, "negative_prompt": negative[0][0], "guidance_scale": 5.0}
-    assert both.psnr(asked, {**want, "guidance_scale": 5.0}) >= FLOOR_DB
+    asked: dict[str, Any] = {"prompt": LONG, "negative_prompt": negative[0][0], "guidance_scale": guidance}
+    assert both.psnr(asked, {**want, "guidance_scale": guidance}) >= FLOOR_DB
 
 
 @NAMES

@@ -2,11 +2,14 @@
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tiny_pipelines import tokenizer
 
+from edgediff.models.components import load_tokenizer, write_tokenizer
+from edgediff.models.single_file import FOLDER as SINGLE_FILES
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Encoder
 from edgediff_runtime.prompt import MAX_CHARACTERS, MAX_CHUNKS, parse, tokenized
@@ -112,9 +115,9 @@ ALPHABET = (
 )  # fmt: skip
 
 
-def _texts(count: int) -> list[str]:
+def _texts(count: int, alphabet: Sequence[str] = ALPHABET) -> list[str]:
     draw = random.Random(5)
-    texts = ["".join(draw.choices(ALPHABET, k=draw.choice((1, 3, 8, 20, 60)))) for _ in range(count)]
+    texts = ["".join(draw.choices(alphabet, k=draw.choice((1, 3, 8, 20, 60)))) for _ in range(count)]
     return [*texts, "red apple " * 3000, "\U0001f469\u200d" * 3000, "a" * 50_000]
 
 
@@ -131,6 +134,20 @@ def test_token_ids_are_those_of_transformers(tmp_path: Path, count: int, pad: st
     theirs.save_pretrained(tmp_path)
     ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
     for text in _texts(count):
+        assert ours(text) == theirs(text, add_special_tokens=False, verbose=False).input_ids, ascii(text)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.long)])
+def test_token_ids_of_clips_own_vocabulary(tmp_path: Path, count: int) -> None:
+    """A bundle's tokenizer.json against transformers' reading of vocab.json and merges.txt."""
+    write_tokenizer(SINGLE_FILES / "xl_base" / "tokenizer_2", tmp_path / "tokenizer")
+    ours = Tokenizer.from_file(tmp_path / "tokenizer" / "tokenizer.json")
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    theirs = load_tokenizer(tmp_path / "tokenizer")
+    assert (len(theirs), theirs.pad_token_id) == (49408, 0)
+    assert ours("a photo of an astronaut") == [320, 1125, 539, 550, 18376]
+    words = [entry.removesuffix("</w>") + " " * entry.endswith("</w>") for entry in theirs.get_vocab()]
+    for text in _texts(count, (*ALPHABET, *random.Random(6).sample(words, len(ALPHABET)))):
         assert ours(text) == theirs(text, add_special_tokens=False, verbose=False).input_ids, ascii(text)
 
 

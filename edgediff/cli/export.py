@@ -104,7 +104,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model as a verified bundle."""
+    """Export a model as a verified bundle.
+
+    Sampler, steps and guidance that are left out are the model's own.
+    """
     import msgspec
 
     from edgediff.bundle.staging import check_place

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from edgediff.errors import ConfigError, ModelError, UnsupportedError
 from edgediff.evaluate.metrics import MIN_IMAGES
-from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
@@ -216,7 +215,7 @@ def sample_model(model: Model, scheduler: str | None = None, device: torch.devic
         labels=known.labels if known.kind == "class" else None,
         null_label=known.null_label,
         steps=STEPS,
-        guidance_scale=usual_guidance(known),
+        guidance_scale=model.usual_guidance,
         clocks=("1",),
     )
 

@@ -3,20 +3,21 @@
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 
 from edgediff.errors import UnsupportedError
-from edgediff.export.export_config import ExportConfig, layout_of
+from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.components import PipelineComponent, prompt_settings, vae_settings
-from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
-from edgediff.models.sampling import scheduler_config
+from edgediff.models.sampling import USUAL, own_sampler, scheduler_config
+from edgediff.models.trained import trained_for
 from edgediff.targets import TARGETS
 from edgediff.targets.base import Outline, Sizes
 from edgediff_runtime import Manifest, clock_mask
@@ -27,14 +28,40 @@ from edgediff_runtime.manifest_json import FORMAT_VERSION
 TOOLS = ("edgediff", "torch", "diffusers", "numpy")
 
 
+def with_defaults(config: ExportConfig, model: Model) -> ExportConfig:
+    """The recipe with the sampler and the steps that it leaves out.
+
+    They are those that the adaptor's folder was trained for where the recipe names one, else the model's own.
+
+    Raises:
+        ModelError: The folder is not an adaptor's.
+        UnsupportedError: The model's own sampler cannot be followed.
+    """
+    assert model.scheduler is not None
+    trained = trained_for(config.adaptor, model)
+    changes: dict[str, Any] = {}
+    if config.scheduler is None:
+        if trained is not None:
+            changes["scheduler"] = trained.scheduler
+        else:  # the adaptors of the built-in models were trained for the usual one
+            changes["scheduler"] = USUAL if model.is_built_in else own_sampler(model.scheduler)
+    if config.steps is None:
+        changes["steps"] = model.usual_steps if trained is None else trained.num_inference_steps
+    if config.guidance_scale is None and trained is not None:
+        changes["guidance_scale"] = trained.guidance_scale
+    return check_config(msgspec.structs.replace(config, **changes))
+
+
 def operating_point(model: Model, config: ExportConfig) -> m.TrainedFor:
-    """The operating point of a recipe, as an adaptor would have been trained for it."""
+    """The operating point of a recipe that `with_defaults` completed, as an adaptor would have been trained for it."""
+    assert config.steps is not None
+    assert config.scheduler is not None
     return m.TrainedFor(
         num_inference_steps=config.steps,
         scheduler=config.scheduler,
         clock=config.clock,
         mask=tuple(map(int, clock_mask(config.clock, config.steps, config.scheduler))),
-        guidance_scale=usual_guidance(model.conditioning) if config.guidance_scale is None else config.guidance_scale,
+        guidance_scale=model.usual_guidance if config.guidance_scale is None else config.guidance_scale,
     )
 
 
@@ -70,7 +97,6 @@ def draft_manifest(
             f"the UNet takes {in_channels} channels and gives {channels}: it also predicts a variance, which no "
             "sampler here uses; supported: as many channels out as the latent has"
         )
-    assert model.scheduler is not None
     # As the manifest's JSON gives it back, so that the two can be compared.
     recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None, lora=(), vae=None)))
     recipe |= {"seed": str(config.seed), "random_weights": _text(config.random_weights)}
@@ -100,7 +126,7 @@ def draft_manifest(
             labels=known.labels,
             null_label=known.null_label,
         ),
-        scheduler=scheduler_config(model.scheduler, config.scheduler),
+        scheduler=scheduler_config(model.scheduler, point.scheduler),
         operating_point=m.OperatingPoint(
             **msgspec.structs.asdict(point), seed=str(config.seed), num_images=1 if known.kind == "text" else 2
         ),

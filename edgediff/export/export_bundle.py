@@ -27,7 +27,7 @@ from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
 from edgediff.export.component_reference import component_inputs, encode_prompt, record_component, source_tokenizers
 from edgediff.export.diffusers_check import can_compare, check_against_diffusers
-from edgediff.export.draft import draft_manifest, essence, operating_point
+from edgediff.export.draft import draft_manifest, essence, operating_point, with_defaults
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
 from edgediff.export.reference_conditioning import reference_conditioning
@@ -107,6 +107,7 @@ def export_bundle(
 
     # Load: weights, and what the reference is conditioned on.
     model = _with_weights(model, config, say)
+    config = with_defaults(config, model)
     components = _components(model, config)
     sizes = latent_sizes(model, components, config)
     model, components = resized(model, components, sizes.usual)
@@ -142,7 +143,7 @@ def export_bundle(
         if draft.evidence.verified == "full" and can_compare(model, components, draft):
             say("drawing a picture with diffusers' own pipeline")
             texts = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
-            check_against_diffusers(model, components, draft, config.scheduler, texts)
+            check_against_diffusers(model, components, draft, draft.operating_point.scheduler, texts)
         reference = half_outputs(draft, divided, reference, say)
         for size, first in reference.sizes.items():
             reference.sizes[size] = half_outputs(at_size(draft, size), divided, first, say)
@@ -243,7 +244,7 @@ def _write_components(
                 entries[i] = entry.with_component(name, TARGETS[entry.target].write_component(job))
                 del job
         del part
-    scheduler = diffusers_scheduler(model.scheduler, config.scheduler)
+    scheduler = diffusers_scheduler(model.scheduler, draft.operating_point.scheduler)
     return [_write_pipeline(folder, model, components, entry, scheduler, say) for entry in entries]
 
 

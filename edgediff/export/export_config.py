@@ -34,8 +34,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             or kind, or a folder that ``train adaptor`` wrote. None takes the built-in one trained for this
             operating point, and the identity where there is none.
         clock: Period (``2``) or mask (``"1,0,1,0"``, 1 = full) of the full steps.
-        guidance_scale: Classifier-free guidance of the operating point; None takes 2.0 for models with classes, 7.5
-            for models with text, 1.0 (off) for models with neither.
+        steps: Denoising steps; None takes those that the adaptor's folder was trained for, else 4 for distilled models
+            (LCM, SDXL-Turbo), 8 for others.
+        scheduler: The sampler; None takes the one that the adaptor's folder was trained for, else the model's own.
+            That is dpmpp_2m for built-in models and for those saved with ``DDPMScheduler``, which models are trained
+            with.
+        guidance_scale: Classifier-free guidance of the operating point; None takes the adaptor's, else 2.0 for models
+            with classes, 7.5 for models with text, 8.5 where the UNet is told (LCM), 1.0 (off) for others, SDXL-Turbo
+            among them.
         layout: How the graphs are packed, where a target does not say otherwise: ``split``, the four parts; or
             ``pair``, a whole full and a whole cached step over the same weights. None takes the faster one that the
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
@@ -64,8 +70,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cut: Cut = Cut()
     adaptor: str | None = None
     clock: int | str = 2
-    steps: int = 8
-    scheduler: SchedulerName = "dpmpp_2m"
+    steps: int | None = None
+    scheduler: SchedulerName | None = None
     guidance_scale: float | None = None
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
@@ -167,7 +173,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         raise ConfigError(
             f"'cut.point' is {config.cut.point}, which divides level 1; 'cut.level' is {config.cut.level}"
         )
-    if config.steps < 1:
+    if config.steps is not None and config.steps < 1:
         raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
     if config.guidance_scale is not None and not _positive(config.guidance_scale):
         raise ConfigError(f"'guidance_scale' is {config.guidance_scale}; expected a finite number above 0")
@@ -180,10 +186,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         seed = getattr(config, name)
         if seed is not None and not 0 <= seed < 2**63:
             raise ConfigError(f"'{name}' is {seed}; expected 0 to 2^63 - 1")
-    try:
-        mask = clock_mask(config.clock, config.steps, config.scheduler)
-    except RequestError as e:
-        raise ConfigError(str(e)) from e
+    mask = _mask(config)
     sizes = read_sizes(config.sizes)
     for name, target in TARGETS.items():
         section, layout = config.section(name), layout_of(config, name)
@@ -197,7 +200,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(
                 f"'{name}.quantize_nbits' is for {target.files}; the targets are: {', '.join(config.targets)}"
             )
-        if chosen and layout == "pair" and all(mask):
+        if chosen and layout == "pair" and mask is not None and all(mask):
             raise ConfigError(
                 f"layout pair with clock {config.clock} over {config.steps} steps: no cached step verifies the cached "
                 "graph; expected a clock with one, or layout split"
@@ -212,14 +215,33 @@ def layout_of(config: ExportConfig, target: str) -> Layout:
         config: The recipe, with a clock that `check_config` takes.
 
     Returns:
-        The target's own layout, or the recipe's, or else the target's default.
+        The target's own layout, or the recipe's, or else the target's default: ``split`` as long as the recipe leaves
+        the steps to the model.
     """
     section = config.section(target)
     own: Layout | None = section.layout
     chosen = config.layout if own is None else own
     if chosen is not None:
         return chosen
-    return TARGETS[target].default_layout(section, clock_mask(config.clock, config.steps, config.scheduler))
+    mask = _mask(config)
+    return "split" if mask is None else TARGETS[target].default_layout(section, mask)
+
+
+def _mask(config: ExportConfig) -> tuple[bool, ...] | None:
+    """The clock as a mask; None where the recipe leaves the steps or the sampler to the model.
+
+    Raises:
+        ConfigError: It is no clock, or one of another number of steps.
+    """
+    entries = len(str(config.clock).split(","))
+    try:
+        if config.steps is not None and config.scheduler is not None:
+            return clock_mask(config.clock, config.steps, config.scheduler)
+        # Another number of entries than the sampler calls the UNet is found when the sampler is known.
+        clock_mask(config.clock, config.steps if entries == 1 and config.steps is not None else entries)
+    except RequestError as e:
+        raise ConfigError(str(e)) from e
+    return None
 
 
 def _check_precisions(config: ExportConfig, target: Target) -> None:

@@ -6,11 +6,11 @@ from edgediff.config.choices import Cut
 from edgediff.inspect.survey import Survey, check_batch
 from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
-from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model, load_model
 from edgediff.models.macs import Tally, tally
 from edgediff_runtime import clock_mask
+from edgediff_runtime.manifest import GUIDANCE
 
 
 def count_parts(model: Model, cut: Cut, adaptor: str | None = None) -> Tally:
@@ -45,7 +45,7 @@ def survey_model(
     cut = Cut(default.level if level is None else level, default.point if point is None else point)
     counts = count_parts(model, cut, adaptor)
     clock = "2" if clock is None else clock
-    guided = usual_guidance(model.conditioning) > 1
+    guided = model.usual_guidance > 1 and GUIDANCE not in model.conditioning.tensors
     return Survey(
         name=model.name,
         cut=f"level {cut.level}, {cut.point}",

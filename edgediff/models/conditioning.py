@@ -53,13 +53,6 @@ class Conditioning:
     null_label: int | None = None
 
 
-def usual_guidance(known: Conditioning) -> float:
-    """The guidance that a model is sampled with by default: 2.0 with a null class, 7.5 with text, else 1.0 (off)."""
-    if known.kind == "class":
-        return 1.0 if known.null_label is None else 2.0
-    return 7.5 if known.kind == "text" else 1.0
-
-
 def read_conditioning(path: Path, config: dict[str, Any]) -> Conditioning:
     """Finds out what a UNet is conditioned on, from its configuration and what is in the model's directory.
 

@@ -29,13 +29,14 @@ from edgediff.models.model_files import (
     read_state,
     weight_files,
 )
-from edgediff.models.sampling import scheduler_class
+from edgediff.models.sampling import is_for_few_steps, scheduler_class
 from edgediff.models.single_file import SingleFile, check_file, open_single_file
 from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in, no_model
 from edgediff_runtime.errors import one_line
+from edgediff_runtime.manifest import GUIDANCE
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
 # Classes of diffusers' pipelines whose UNet and components are handled; the last is that of models trained here.
@@ -118,6 +119,31 @@ class Model:
     def out_channels(self) -> int:
         """Channels of the UNet's output: fewer than the input's where an image or a mask is concatenated to it."""
         return int(self.unet.config.out_channels)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model was distilled to a few steps, by its scheduler or by a guidance that the UNet is told."""
+        few = self.scheduler is not None and is_for_few_steps(self.scheduler)
+        return few or GUIDANCE in self.conditioning.tensors
+
+    @property
+    def usual_steps(self) -> int:
+        """The steps that the model is sampled in by default."""
+        return 4 if self.is_distilled else 8
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance that the model is sampled with by default; 1 is off.
+
+        With a null class 2.0; with text 7.5, 8.5 where the UNet is told (diffusers' default for LCM), and off where
+        it was distilled without.
+        """
+        known = self.conditioning
+        if GUIDANCE in known.tensors:
+            return 8.5
+        if known.kind == "class":
+            return 1.0 if known.null_label is None else 2.0
+        return 7.5 if known.kind == "text" and not self.is_distilled else 1.0
 
     def check_schedule(self) -> None:
         """Refuses a model that cannot be sampled or trained.

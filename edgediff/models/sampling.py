@@ -23,6 +23,8 @@ from edgediff_runtime.schedulers import SCHEDULER_NAMES, SPREADS, SchedulerConfi
 
 # The class in diffusers that each name stands for.
 SCHEDULERS: dict[str, Any] = {name: getattr(diffusers, sampler_of(name).diffusers_class) for name in SCHEDULER_NAMES}
+# What models are trained with: it names a noise process, not how few steps are taken. This sampler stands for it.
+TRAINED_WITH, USUAL = "DDPMScheduler", "dpmpp_2m"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 _PROCESS = (
@@ -98,6 +100,41 @@ def diffusers_scheduler(source: Any, name: str) -> Any:
         return target.from_config(settings)
     except (ValueError, TypeError, NotImplementedError) as e:
         raise UnsupportedError(f"scheduler {name}: diffusers refuses these settings: {one_line(e)}") from e
+
+
+def own_sampler(source: SchedulerMixin) -> str:
+    """The name of the sampler that a model was saved with; dpmpp_2m for a model saved with ``DDPMScheduler``.
+
+    Raises:
+        UnsupportedError: No sampler here is that one, or it has a setting that is not implemented.
+    """
+    kind, why = type(source).__name__, ""
+    if kind == TRAINED_WITH:
+        return USUAL
+    for name, sampler in SAMPLERS.items():
+        if sampler.diffusers_class == kind:
+            try:
+                scheduler_config(source, name)
+                return name
+            except UnsupportedError as e:
+                why = why or f" ({e})"
+    raise UnsupportedError(
+        f"the model's own scheduler {kind} cannot be followed{why}; name another one: {', '.join(SAMPLERS)}"
+    )
+
+
+def is_for_few_steps(source: SchedulerMixin) -> bool:
+    """Whether a scheduler is that of a model distilled to a few steps.
+
+    Those are LCM's and TCD's, and Euler's with trailing timesteps and no other setting that asks for them
+    (SDXL-Turbo, SD-Turbo): such a model is sampled without guidance.
+    """
+    kind, config = type(source).__name__, source.config
+    if kind in ("LCMScheduler", "TCDScheduler"):
+        return True
+    trailing = config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")
+    is_euler = kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    return is_euler and trailing and config.get("prediction_type") == "epsilon"
 
 
 def _follows(target: Any, kind: Any) -> bool:

@@ -161,9 +161,7 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
     if spec == "identity":
         return TrainedAdaptor(IdentityAdaptor())
     built_in = list(built_in_adaptors(model))
-    # A built-in name comes before a folder of that name in the working directory.
-    is_built_in = any(spec in (path.name, record.kind) for path, record in built_in)
-    if spec is not None and not is_built_in and Path(spec).is_dir():
+    if spec is not None and _is_folder(spec, built_in):
         found = load_adaptor(Path(spec))
         check_fit(found, model, cut)
         return found
@@ -186,6 +184,23 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
     raise UnsupportedError(
         f"no adaptor {spec!r} is trained for {model.name} at level {cut.level}, {cut.point}; choices: {choices}"
     )
+
+
+def trained_for(spec: str | None, model: Model) -> m.TrainedFor | None:
+    """What the adaptor of a folder was trained for; None where `choose_adaptor` looks for no folder.
+
+    Raises:
+        ModelError: The folder is not an adaptor's.
+    """
+    if spec is None or not _is_folder(spec, built_in_adaptors(model)):
+        return None
+    return read_record(Path(spec)).trained_for
+
+
+def _is_folder(spec: str, built_in: Iterable[tuple[Path, AdaptorRecord]]) -> bool:
+    """Whether a folder is meant: built-in names and ``identity`` come before folders of the working directory."""
+    named = spec == "identity" or any(spec in (path.name, record.kind) for path, record in built_in)
+    return not named and Path(spec).is_dir()
 
 
 def built_in_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save
 from edgediff.data.arrays import load_arrays
 from edgediff.errors import ConfigError, TargetError
 from edgediff.models.clockwork import SplitUNet
-from edgediff.models.conditioning import usual_guidance
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
@@ -114,7 +113,7 @@ class Rollouts:
         self.settings, self.split = settings, split
         self.shape = model.sample_shape
         given = settings.guidance_scale
-        self.guidance = usual_guidance(model.conditioning) if given is None else given
+        self.guidance = model.usual_guidance if given is None else given
         self.mask = clock_mask(settings.clock, settings.steps, settings.scheduler)
         self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
         self.prompts = Prompts.of(model, self.guidance > 1, settings.conditioning)

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.errors import UnsupportedError
-from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
@@ -47,7 +46,7 @@ def draw_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
     Raises:
         UnsupportedError: The model's sampler is not supported.
     """
-    guidance = usual_guidance(model.conditioning)
+    guidance = model.usual_guidance
     cond, uncond = Prompts.of(model, guidance > 1, None).take(np.arange(count))
     rows = count * (2 if guidance > 1 else 1)
     # Equal parts, since the loop pads those that are not full.

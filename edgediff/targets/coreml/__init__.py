@@ -168,7 +168,10 @@ class CoreMLTarget(Target):
         return sizes.each(m.Component(stage, config.dtype, 1, verify.floors(config.dtype), (graph,)))
 
     def tokenizer_files(self, tokenizer: str) -> Mapping[str, str]:
-        """The vocabulary and the merges lie where Apple's pipeline reads them."""
+        """The vocabulary and the merges lie where Apple's pipeline reads them.
+
+        They lie there once: its two tokenizers of SDXL, which differ in the token that pads, read the same files.
+        """
         return {**super().tokenizer_files(tokenizer), "vocab.json": "vocab.json", "merges.txt": "merges.txt"}
 
     def essence(self, entry: Any) -> m.Target:

@@ -1,5 +1,7 @@
 """OpenVINO's IR, made from the default ONNX graphs."""
 
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,12 +26,19 @@ from edgediff.targets.onnx import TARGET as ONNX
 from edgediff.targets.onnx import essential
 from edgediff_runtime import manifest as m
 
+log = logging.getLogger(__name__)
+
 FOLDER = "openvino/unet"
 MODEL = f"{FOLDER}/openvino_model.xml"
 WEIGHTS = f"{FOLDER}/openvino_model.bin"
 # What it runs, and what installs it: less than the extra, which writes graphs too.
 READS = ("openvino", ONNX.name)
 INSTALL = "pip install openvino"
+SCHEDULER = "scheduler/scheduler_config.json"
+# What GenAI 2026.4 knows of those that a bundle may name.
+GENAI_SCHEDULERS = (
+    "DDIMScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "PNDMScheduler",
+)  # fmt: skip
 # The bundle's own floor is for fp32; bf16 has a lower one.
 BF16_DB = 35.0
 
@@ -95,9 +104,15 @@ class OpenVinoTarget(Target):
         return "openvino"
 
     def finish_pipeline(self, folder: Path, say: Say) -> None:
-        """Writes tokenizers as OpenVINO's models, which GenAI looks for."""
+        """Writes tokenizers as OpenVINO's models, which GenAI looks for, and says if it lacks the sampler."""
         from edgediff.targets.openvino.write_openvino import write_tokenizers
 
+        lacks = genai_lacks(json.loads((folder / SCHEDULER).read_text("utf-8")))
+        if lacks is not None:
+            log.warning(
+                "%s: OpenVINO GenAI has no %s and will not open it; edgediff's runtimes do. For GenAI, export it with "
+                "another --scheduler, such as euler", folder.name, lacks,
+            )  # fmt: skip
         write_tokenizers(folder, say)
 
     def essence(self, entry: Any) -> m.Target:
@@ -119,6 +134,14 @@ class OpenVinoTarget(Target):
         (graph,) = job.component.graphs
         write_json((job.folder / str(graph.file)).parent / "config.json", job.settings)
         return msgspec.structs.replace(job.component, graphs=(write_component(job, graph),))
+
+
+def genai_lacks(scheduler: Mapping[str, Any]) -> str | None:
+    """What OpenVINO GenAI does not have of a scheduler's configuration, or None."""
+    kind = scheduler["_class_name"]
+    if kind not in GENAI_SCHEDULERS:
+        return str(kind)
+    return "DDIM that clips samples" if kind == "DDIMScheduler" and scheduler.get("clip_sample", True) else None
 
 
 TARGET = OpenVinoTarget()
