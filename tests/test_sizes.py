@@ -32,6 +32,8 @@ NAMED = edgediff.ExportConfig(
 REQUEST: dict[str, Any] = {"prompt": "a photo of a red apple", "num_inference_steps": 4, "guidance_scale": 5.0}
 SEED = 3
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' sampler
+
 
 def test_a_shape_names_what_a_request_tells() -> None:
     graph = Graph(
@@ -92,7 +94,7 @@ def test_graphs_of_any_size_draw_what_diffusers_draws(name: str) -> None:
     pipe = EdgePipeline.from_pretrained(bundle, threads=1)
     theirs = open_in_diffusers(name)
     theirs.scheduler = diffusers_scheduler(theirs.scheduler, "euler")
-    for width, height in ((32, 32), (48, 24), (36, 64)):
+    for width, height in ((32, 32), (48, 24), (40, 64)):
         pixels = pipe(**REQUEST, seed=SEED, clock=1, width=width, height=height).pixels
         assert pixels is not None
         assert pixels.shape == (1, 3, height, width)
