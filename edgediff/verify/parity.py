@@ -183,10 +183,12 @@ def _program_rows(
 ) -> list[Row]:
     """Each graph that computes in fp16, in fp32 arithmetic: without rounding a slightly wrong program shows."""
     floor = target.unet.floors.program
-    unrounded = None if floor is None else TARGETS[target.target].unrounded(bundle, backend, session)
-    if floor is None or unrounded is None:
+    if floor is None:
         return []
     say(f"{backend}: graphs in fp32 arithmetic")
+    unrounded = TARGETS[target.target].unrounded(bundle, backend, session)
+    if unrounded is None:
+        return []
     reference = _shared(target, reference)
     with unrounded as exactly:
         exact = _run_alone(target, reference, exactly)
