@@ -214,10 +214,12 @@ def _program_rows(
     """Each graph that computes in fp16, in fp32 arithmetic: without rounding a slightly wrong program shows."""
     target = cases[0].target
     floor = target.unet.floors.program
-    unrounded = None if floor is None else TARGETS[target.target].unrounded(bundle, backend, session)
-    if floor is None or unrounded is None:
+    if floor is None:
         return []
     say(f"{backend}: graphs in fp32 arithmetic")
+    unrounded = TARGETS[target.target].unrounded(bundle, backend, session)
+    if unrounded is None:
+        return []
     rows = []
     with unrounded as exactly:
         for case in cases:
