@@ -105,7 +105,7 @@ def open_in_torch(
 
     graphs = {UNET: unet().graphs, **{component: (each.graph,) for component, each in found.items()}}
     assert draft.prompt is not None
-    words = source_tokenizers(model, draft.prompt)
+    words = source_tokenizers(found, draft.prompt)
     return EdgePipeline(draft, Components(graphs, open_session, keep=not low_memory), lambda: words)
 
 

@@ -76,7 +76,7 @@ def test_weights_that_are_not_finite(command: Command, folder: Path, place: Path
     [
         ("clok: 2", ("unknown key 'clok', did you mean 'clock'?",)),
         ("onnx: {opsett: 21}", ("unknown key 'onnx.opsett', did you mean 'onnx.opset'?",)),
-        ("steps: many", ("'steps'", "expected `int`")),
+        ("steps: many", ("'steps'", "expected `int | null`")),
         ("steps: 2.5", ("'steps'",)),
         ("steps: true", ("'steps'",)),
         ("steps: 0", ("'steps' is 0; expected 1 or more",)),

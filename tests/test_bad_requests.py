@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import FULL, Command, assert_error, process, snapshot, unchanged
+from pipelines import exported_pipeline
 from seals import flip_bit, seal_plain
 
 from edgediff_runtime import Bundle
@@ -69,6 +70,33 @@ def test_requests_that_a_text_bundle_cannot_serve(command: Command, text_bundle:
         assert_error(command(*run, place / "out.npy", "--label", "Apple"), "label 'Apple' was given", "text")
         assert_error(command(*run, place / "out.npy", "--prompt", "x"), "no text encoder")
         assert_error(command(*run, place / "out.png"), "latents and has no decoder; write them with -o out.npy")
+
+
+def test_more_images_than_memory_holds(
+    command: Command, class_bundle: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgediff_runtime.pipeline.available_bytes", lambda: 10**6)
+    with unchanged(place):
+        said = command("run", class_bundle, "-o", place / "out.png", "--num-images", "500")
+    assert_error(said, "num_images is 500: they take", "of memory at least", "ask for fewer at a time")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--prompt", os.fsdecode(b"a red \xff apple")], "prompt: character 6 is U+DCFF, a lone surrogate; expected"),
+        (["--prompt", "(red:11) apple"], "prompt: the weight of 'red' is 11; expected 0 to 10"),
+        (["--prompt", "a", "--negative-prompt", "(b:-1)"], "the weight of 'b' is -1; expected 0 to 10"),
+        (["--negative-prompt", "a dog"], "a negative prompt or a second one was given without a prompt"),
+        (["--prompt", "a", "--clip-skip", "9"], "clip_skip is 9; expected a whole number from 0 to 2"),
+        (["--prompt", "a", "--prompt", "b", "--num-images", "3"], "prompt has 2 entries for 3 images"),
+        (["--prompt", "a", "--label", "Apple"], "label 'Apple' was given"),
+    ],
+)
+def test_prompts_that_nothing_can_draw(command: Command, place: Path, options: list[str], part: str) -> None:
+    with unchanged(place):
+        assert_error(command("run", exported_pipeline("sd1"), "-o", place / "out.png", *options), part)
 
 
 BAD_EMBEDDINGS: dict[str, tuple[Any, str]] = {

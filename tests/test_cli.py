@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from artefacts import saved_once
 from command_line import Command, Said, assert_error, exit_code
 from PIL import Image
 from rich.console import Console
 from seals import seal_plain
+from tiny_pipelines import SAVE, WIDTH
 
 import edgediff
 from edgediff.cli.demo import MODELS
 from edgediff.config.recipes import find_recipe
 from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import load_config
+from edgediff.models.components import pipeline_components
 from edgediff.zoo import check_adaptor
 
 BLOCK = """
@@ -108,6 +111,36 @@ def test_inspect_shows_a_bundle_and_a_model_alike(
     assert "highres_out" in table
     assert "Apple, Banana, Kiwi, Orange" in table
     assert "4 steps of dpmpp_2m, clock 2, guidance 2" in table
+
+
+def test_inspect_shows_what_a_pipeline_consists_of(command: Command) -> None:
+    folder = saved_once("xl", SAVE["xl"])
+    shown = json.loads(command("inspect", folder, "--json").out)["components"]
+    assert {entry["component"]: (entry["class"], entry["stage"]) for entry in shown} == {
+        "text_encoder": ("CLIPTextModel", "prompt"),
+        "text_encoder_2": ("CLIPTextModelWithProjection", "prompt"),
+        "vae_decoder": ("AutoencoderKL", "decode"),
+        "vae_encoder": ("AutoencoderKL", "image"),
+    }
+    loaded = pipeline_components(edgediff.load_model(folder))
+    for entry in shown:
+        part = loaded[entry["component"]].load()
+        assert entry["parameters"] == sum(parameter.numel() for parameter in part.parameters())
+    # 77 tokens through 3 layers: four projections and two layers of the feed-forward, twice as wide.
+    assert shown[0]["gflops"] == pytest.approx(2e-9 * 77 * 3 * (4 + 4) * WIDTH**2)
+    assert shown[0]["gflops_attention"] == pytest.approx(2e-9 * 3 * 2 * 77 * 77 * WIDTH)
+    assert "CLIPTextModelWithProjection" in command("inspect", folder).out
+    assert json.loads(command("inspect", "sd15", "--json").out)["components"] == []
+
+
+def test_inspect_shows_what_a_bundle_has_of_each_component(command: Command, class_bundle: Path) -> None:
+    (unet,) = json.loads(command("inspect", class_bundle, "--json").out)["components"]
+    size = sum(file.stat().st_size for file in (class_bundle / "onnx" / "unet").iterdir())
+    assert unet == {
+        "target": "onnx", "component": "unet", "stage": "step", "dtype": "fp32", "batch": None, "bytes": size,
+        "floors_db": {"graph": 100.0, "composed": 90.0, "trajectory": 70.0, "caching": None, "program": None},
+    }  # fmt: skip
+    assert f"{size / 1e6:.2f}" in command("inspect", class_bundle).out
 
 
 # What a user chose to call things, and what a terminal can show.

@@ -1,12 +1,14 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import Command, assert_error
+from command_line import Command, assert_error, unchanged
 from diffusers import AutoencoderTiny
+from loras import kohya_lora
 from model_folders import PIPELINE, change_json, load_whole
 from safetensors.torch import load_file, save_file
 from single_files import vae_tensors
@@ -75,6 +77,50 @@ def test_an_id_of_the_hub(name: str, tmp_path: Path, command: Command) -> None:
     assert words in str(caught.value)
     assert_error(command("export", name, "-o", tmp_path / "out"), words)
     assert not (tmp_path / "out").exists()
+
+
+# What no export makes anything of, on the command line: one line, and nothing is written
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def _not_finite(file: Path) -> None:
+    state = load_file(file)
+    save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}, file)
+
+
+BAD_PIPELINES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tokenizer": (lambda p: shutil.rmtree(p / "tokenizer"), "tokenizer is missing; expected a tokenizer beside"),
+    "no text encoder": (lambda p: shutil.rmtree(p / "text_encoder"), "text_encoder is missing; copy the whole"),
+    "no autoencoder": (lambda p: shutil.rmtree(p / "vae"), "vae is missing; copy the whole pipeline"),
+    "another class": (
+        lambda p: change_json(p / PIPELINE, _class_name="FluxPipeline"),
+        "is a pipeline of class 'FluxPipeline'; supported: StableDiffusionPipeline, ",
+    ),
+    "truncated": (lambda p: _cut_short(p / "text_encoder/model.safetensors"), "is it damaged or truncated"),
+    "not finite": (lambda p: _not_finite(p / f"vae/{WEIGHTS}.safetensors"), "vae: the weights are not finite in "),
+    "a scheduler that the model cannot use": (
+        lambda p: change_json(p / "scheduler/scheduler_config.json", prediction_type="sample"),
+        "PNDMScheduler cannot be followed (pndm: scheduler prediction_type 'sample': expected one of epsilon, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PIPELINES)
+def test_pipelines_that_cannot_be_exported(sd1: Path, place: Path, command: Command, name: str) -> None:
+    change, words = BAD_PIPELINES[name]
+    change(sd1)
+    with unchanged(place):
+        assert_error(command("export", sd1, "-o", place / "out"), words)
+
+
+def test_a_lora_of_another_base(saved: Path, place: Path, command: Command) -> None:
+    lora = kohya_lora(saved / "xl", place / "xl.safetensors")
+    with unchanged(place):
+        said = command("export", saved / "sd1", "-o", place / "out", "--lora", f"{lora}:0.5")
+    assert_error(said, "xl.safetensors", "take one")
 
 
 # Weights of the components

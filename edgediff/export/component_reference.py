@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from edgediff.bundle.reference import Reference
-from edgediff.models.components import PipelineComponent, load_tokenizer, tokenizer_folder
-from edgediff.models.load import Model
+from edgediff.models.components import PipelineComponent
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession
 from edgediff_runtime import Manifest, noise
@@ -29,21 +28,19 @@ def torch_components(components: Mapping[str, PipelineComponent]) -> Components:
     return Components({name: (each.graph,) for name, each in components.items()}, open_session, keep=False)
 
 
-def source_tokenizers(model: Model, prompt: Prompt) -> list[Tokenizer]:
+def source_tokenizers(components: Mapping[str, PipelineComponent], prompt: Prompt) -> list[Tokenizer]:
     """The tokenizers of a pipeline's text encoders, as the source has them."""
-    folders = [tokenizer_folder(model, encoder.component) for encoder in prompt.encoders]
-    return [Tokenizer(load_tokenizer(folder).backend_tokenizer) for folder in folders]
+    return [Tokenizer(components[encoder.component].tokenizer.backend_tokenizer) for encoder in prompt.encoders]
 
 
 def encode_prompt(
-    model: Model,
     components: Mapping[str, PipelineComponent],
     settings: Prompt,
     prompt: str,
     negative_prompt: str | None,
 ) -> dict[str, np.ndarray]:
     """The reference's embeddings by tensor names, unconditional ones as ``negative_*``; one row each."""
-    stage = TextStage(settings, source_tokenizers(model, settings), torch_components(components))
+    stage = TextStage(settings, source_tokenizers(components, settings), torch_components(components))
     given, negative = Texts(prompt, negative=negative_prompt).encode(stage, 1, guided=True, any_length=False)
     return given | {f"negative_{name}": value for name, value in negative.items()}
 

@@ -16,7 +16,7 @@ import torch
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import VerificationError
 from edgediff.export.component_reference import source_tokenizers
-from edgediff.models.components import TEXT_ENCODERS, PipelineComponent, load_tokenizer, tokenizer_folder
+from edgediff.models.components import TEXT_ENCODERS, PipelineComponent
 from edgediff.models.load import Model
 from edgediff.models.model_files import read_json
 from edgediff.models.sampling import diffusers_scheduler
@@ -68,7 +68,7 @@ def check_against_diffusers(
     sessions: dict[str, Session] = {
         name: TorchSession({name: part}, (components[name].graph,)) for name, part in parts.items()
     }
-    tokenizers = source_tokenizers(model, draft.prompt)
+    tokenizers = source_tokenizers(components, draft.prompt)
     ours = EdgePipeline(
         draft, Components.of({UNET: undivided_session(model), **sessions}), lambda: tokenizers, warn=False
     )
@@ -77,7 +77,7 @@ def check_against_diffusers(
     pixels = ours(seed=seed, clock=1, **given).pixels
     assert pixels is not None
 
-    theirs = _diffusers_pipeline(model, parts, diffusers_scheduler(model.scheduler, scheduler))
+    theirs = _diffusers_pipeline(model, components, parts, diffusers_scheduler(model.scheduler, scheduler))
     sample = draft.sample
     latents = initial_latents(seed, 1, (sample.channels, sample.height, sample.width), 1.0)
     with warnings.catch_warnings(action="ignore"):  # diffusers' own deprecations
@@ -91,14 +91,16 @@ def check_against_diffusers(
         )
 
 
-def _diffusers_pipeline(model: Model, parts: Mapping[str, Any], scheduler: Any) -> Any:
+def _diffusers_pipeline(
+    model: Model, components: Mapping[str, PipelineComponent], parts: Mapping[str, Any], scheduler: Any
+) -> Any:
     """The source's own pipeline class over the modules that are loaded already."""
     kind = getattr(diffusers, read_json(model.home / "model_index.json")["_class_name"])
     given: dict[str, Any] = {"unet": model.unet, "vae": parts[DECODER].vae, "scheduler": scheduler}
     for name in TEXT_ENCODERS:
         if name in parts:
-            folder = tokenizer_folder(model, name)
-            given |= {name: parts[name].encoder, folder.name: load_tokenizer(folder)}
+            given[name] = parts[name].encoder
+            given[name.replace("text_encoder", "tokenizer")] = components[name].tokenizer
     optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     optional |= {"image_encoder": None, "add_watermarker": False}
     optional["force_zeros_for_empty_prompt"] = read_json(model.home / "model_index.json").get(

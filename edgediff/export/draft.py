@@ -12,7 +12,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
-from edgediff.models.components import PipelineComponent, prompt_settings, vae_settings
+from edgediff.models.components import PipelineComponent, component_hashes, prompt_settings, vae_settings
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
@@ -111,7 +111,7 @@ def draft_manifest(
             path=None if model.is_built_in else str(model.path),
             sha256=model.sha256,
             random_weights=_text(config.random_weights),
-            components={name: component.sha256 for name, component in components.items()},
+            components=component_hashes(components),
             lora=tuple(lora.spec for lora in model.lora),
             vae=None if model.vae is None else str(model.vae),
             prediction_type=None if model.single is None else model.single.prediction_type,

@@ -115,7 +115,7 @@ def export_bundle(
     prompt = None
     if settings is not None and config.conditioning is None:
         say("encoding the reference's prompt in torch")
-        prompt = encode_prompt(model, components, settings, config.prompt, config.negative_prompt)
+        prompt = encode_prompt(components, settings, config.prompt, config.negative_prompt)
     conditioning, conditioning_source = reference_conditioning(
         model.conditioning, config.conditioning, config.seed, _concatenated(model), prompt, _pixels(model, components)
     )
@@ -227,7 +227,7 @@ def _write_components(
     tokenizers: dict[str, Tokenizer] = {}
     if draft.prompt is not None:
         names = [encoder.component for encoder in draft.prompt.encoders]
-        tokenizers = dict(zip(names, source_tokenizers(model, draft.prompt), strict=True))
+        tokenizers = dict(zip(names, source_tokenizers(components, draft.prompt), strict=True))
     for name, component in components.items():
         say(f"loading {name}")
         part = component.load()
@@ -292,7 +292,7 @@ def _write_pipeline(
         target.finish_pipeline(folder / where, say)
     for name in TEXT_ENCODERS:
         if name in entry.components:
-            source = tokenizer_folder(model, name)
+            source = tokenizer_folder(model.home, name)
             if where is None:
                 place_tokenizer(source, folder / entry.target, target.tokenizer_files(source.name))
             tokenizer = f"{where or entry.target}/{source.name}/tokenizer.json"

@@ -1,14 +1,17 @@
 """The survey of a model that is not yet a bundle."""
 
+from typing import Any
+
 import torch
 
 from edgediff.config.choices import Cut
 from edgediff.inspect.survey import Survey, check_batch
 from edgediff.models.adaptors import make_adaptor
 from edgediff.models.clockwork import split
+from edgediff.models.components import PipelineComponent, pipeline_components
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model, load_model
-from edgediff.models.macs import Tally, tally
+from edgediff.models.macs import Tally, count, tally
 from edgediff_runtime import clock_mask
 from edgediff_runtime.manifest import GUIDANCE
 
@@ -54,4 +57,24 @@ def survey_model(
         clock=clock,
         mask=clock_mask(clock, 8 if steps is None else steps),
         batch=check_batch((2 if guided else 1) if batch is None else batch),
+        components=tuple(_cost_of(component) for component in pipeline_components(model).values()),
     )
+
+
+def _cost_of(component: PipelineComponent) -> dict[str, Any]:
+    """What a component is and costs in one run, of one prompt or one image."""
+    part = component.empty()
+    with torch.device("meta"):
+        inputs = {
+            tensor.name: torch.empty([1, *tensor.shape[1:]], dtype=getattr(torch, tensor.dtype))  # type: ignore[list-item]
+            for tensor in component.graph.inputs
+        }
+    _, cost = count(part, inputs)
+    return {
+        "component": component.name,
+        "class": component.kind,
+        "stage": component.stage,
+        "parameters": cost.parameters,
+        "gflops": 2e-9 * cost.macs,
+        "gflops_attention": 2e-9 * cost.macs_attention,
+    }

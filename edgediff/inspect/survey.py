@@ -1,8 +1,11 @@
 """What parts cost and what a clock saves, from a bundle or from a model's counts; the JSON of ``inspect``."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
@@ -21,6 +24,7 @@ class Survey:
     Attributes:
         batch: UNet rows in a step.
         facts: What else a bundle's manifest says, in words; empty for a model.
+        components: Of a pipeline's components what they are and cost, of a bundle's what each target has of them.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Survey:
     mask: tuple[bool, ...]
     batch: int
     facts: dict[str, str] = field(default_factory=dict)
+    components: tuple[dict[str, Any], ...] = ()
 
     def tflops(self, mask: tuple[bool, ...], attention: bool) -> float:
         """TFLOPs of a schedule, 2 per multiply-add, for the whole batch, with or without attention matmuls."""
@@ -50,6 +55,7 @@ class Survey:
             "name": self.name,
             "cut": self.cut,
             "facts": self.facts,
+            "components": list(self.components),
             "parameters": {part: self.cost[part].parameters for part in PARTS},
             "gflops": {part: 2e-9 * self.cost[part].macs for part in PARTS},
             "gflops_attention": {part: 2e-9 * self.cost[part].macs_attention for part in PARTS},
@@ -87,7 +93,23 @@ def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch:
         mask=mask,
         batch=check_batch((2 if point.guidance_scale > 1 else 1) if batch is None else batch),
         facts=_facts(manifest),
+        components=tuple(_entries(manifest)),
     )
+
+
+def _entries(manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Each component of each target, with its size on disk and the floors in dB that it was verified against."""
+    for target in manifest.targets:
+        for name, component in target.components.items():
+            yield {
+                "target": target.target,
+                "component": name,
+                "stage": component.stage,
+                "dtype": component.dtype,
+                "batch": component.batch,
+                "bytes": sum(manifest.files[file].size for file in component.files),
+                "floors_db": msgspec.to_builtins(component.floors),
+            }
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:

@@ -52,6 +52,13 @@ def autoencoder(config: dict[str, Any], state: dict[str, torch.Tensor], where: P
     Raises:
         ModelError: The weights do not fit the configuration, or are not finite.
     """
+    vae = empty_autoencoder(config, where)
+    fill(vae, {name: tensor.float() for name, tensor in state.items()}, where, "config.json")
+    return vae.eval().requires_grad_(False)
+
+
+def empty_autoencoder(config: dict[str, Any], where: Path) -> nn.Module:
+    """The autoencoder on the meta device, without weights."""
     import diffusers
 
     kind = getattr(diffusers, config["_class_name"])
@@ -60,5 +67,4 @@ def autoencoder(config: dict[str, Any], state: dict[str, torch.Tensor], where: P
             vae: nn.Module = kind.from_config(config)
     except BAD_SETTINGS as e:
         raise ModelError(f"{where}: its configuration describes no {kind.__name__}: {one_line(e)[:300]}") from e
-    fill(vae, {name: tensor.float() for name, tensor in state.items()}, where, "config.json")
-    return vae.eval().requires_grad_(False)
+    return vae

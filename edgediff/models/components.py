@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.extras import needing
-from edgediff.models.component_loading import autoencoder, text_encoder
+from edgediff.models.component_loading import autoencoder, empty_autoencoder, empty_text_encoder, text_encoder
 from edgediff.models.load import Model
 from edgediff.models.lora import Lora
 from edgediff.models.model_files import (
@@ -72,15 +73,39 @@ class PipelineComponent:
         Raises:
             ModelError: The weights are missing, damaged, not finite, or of another model.
         """
-        outputs = tuple(tensor.name for tensor in self.graph.outputs)
         where = self.folder if self.file is None else self.file.path
+        if self.name not in TEXT_ENCODERS:
+            return self._part(autoencoder(self.config, self._state("vae"), where))
+        encoder = text_encoder(self.config, self._state(self.name), where)
+        for lora in self.lora:
+            lora.fuse(self.name, encoder)
+        return self._part(encoder)
+
+    def empty(self) -> Part:
+        """Its module on the meta device, without weights."""
         if self.name in TEXT_ENCODERS:
-            encoder = text_encoder(self.config, self._state(self.name), where)
-            for lora in self.lora:
-                lora.fuse(self.name, encoder)
-            return TextEncoder(encoder, outputs)
-        vae = autoencoder(self.config, self._state("vae"), where)
-        return VaeDecoder(vae) if self.name == "vae_decoder" else VaeEncoder(vae, outputs)
+            return self._part(empty_text_encoder(self.config))
+        return self._part(empty_autoencoder(self.config, self.folder))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Transformers' tokenizer of a text encoder; what it was last asked for stays in it.
+
+        Raises:
+            ModelError: It is missing or damaged.
+        """
+        return load_tokenizer(tokenizer_folder(self.folder.parent, self.name))
+
+    @property
+    def kind(self) -> str:
+        """Its class in diffusers or transformers."""
+        return str(self.config["_class_name"] if "_class_name" in self.config else self.config["architectures"][0])
+
+    def _part(self, module: nn.Module) -> Part:
+        outputs = tuple(tensor.name for tensor in self.graph.outputs)
+        if self.name in TEXT_ENCODERS:
+            return TextEncoder(module, outputs)
+        return VaeDecoder(module) if self.name == "vae_decoder" else VaeEncoder(module, outputs)
 
     @property
     def sha256(self) -> str:
@@ -191,6 +216,15 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
     return found
 
 
+def component_hashes(components: Mapping[str, PipelineComponent]) -> dict[str, str]:
+    """The hash of each component; the two halves of an autoencoder are one folder, which is read once."""
+    made: dict[Path, str] = {}
+    for component in components.values():
+        if component.folder not in made:
+            made[component.folder] = component.sha256
+    return {name: made[component.folder] for name, component in components.items()}
+
+
 def _vae_source(model: Model) -> tuple[Path, CheckpointFile | None]:
     """Where the autoencoder's configuration lies, and the file of its weights where it does not lie beside them."""
     if model.vae is None:
@@ -290,7 +324,7 @@ def prompt_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Pro
 
 
 def _encoder_settings(model: Model, component: PipelineComponent) -> Encoder:
-    tokenizer = load_tokenizer(tokenizer_folder(model, component.name))
+    tokenizer = component.tokenizer
     names = [tensor.name for tensor in component.graph.outputs]
     if _is_xl(model):
         hidden = [name for name in reversed(names) if name.startswith("hidden_states.")]
@@ -299,7 +333,8 @@ def _encoder_settings(model: Model, component: PipelineComponent) -> Encoder:
     _, tokens = component.graph.inputs[0].shape
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if any(each is None for each in ids):
-        raise ModelError(f"{tokenizer_folder(model, component.name)} names no token for beginning, end or padding")
+        where = tokenizer_folder(model.home, component.name)
+        raise ModelError(f"{where} names no token for beginning, end or padding")
     length = min(int(tokenizer.model_max_length), int(tokens))
     if length != tokens:
         raise UnsupportedError(
@@ -309,9 +344,9 @@ def _encoder_settings(model: Model, component: PipelineComponent) -> Encoder:
     return Encoder(component.name, length, *ids, hidden=tuple(hidden), pooled=pooled)
 
 
-def tokenizer_folder(model: Model, encoder: str) -> Path:
-    """Where the tokenizer of a text encoder lies in the pipeline."""
-    return model.home / encoder.replace("text_encoder", "tokenizer")
+def tokenizer_folder(home: Path, encoder: str) -> Path:
+    """Where the tokenizer of a text encoder lies in a pipeline's folder."""
+    return home / encoder.replace("text_encoder", "tokenizer")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -409,6 +444,6 @@ def write_pipeline_files(model: Model, scheduler: Any, folder: Path) -> None:
     finite = {key: value for key, value in settings.items() if not isinstance(value, float) or math.isfinite(value)}
     write_json(folder / "scheduler" / "scheduler_config.json", finite)
     for encoder in TEXT_ENCODERS:
-        source = tokenizer_folder(model, encoder)
+        source = tokenizer_folder(model.home, encoder)
         if _is_listed(listed, encoder):
             write_tokenizer(source, folder / source.name)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgediff.errors import UnsupportedError
 from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.conditioning import TensorSpec
+from edgediff.models.part import Part
 from edgediff_runtime.loop import CACHE, LOWRES_FEATURE
 from edgediff_runtime.manifest import Cost
 
@@ -52,10 +53,6 @@ def tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[st
 def _tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[str, TensorSpec]) -> Tally:
     check_size(sample_shape[1], sample_shape[2], split.factor)
     parts = split.on_meta().parts
-    # torch runs a linear layer on a transposed input as a batched matmul, which would count as attention.
-    for module in (module for part in parts.values() for module in part.modules()):
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     tensors = {
         "sample": torch.empty(1, *sample_shape, device="meta"),
         "timestep": torch.empty(1, device="meta"),
@@ -63,22 +60,31 @@ def _tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
     }
     counts: dict[str, Cost] = {}
     for name, part in parts.items():
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            outputs = part.run(tensors)
+        outputs, counts[name] = count(part, tensors)
         for key in outputs.keys() & tensors.keys():
             if outputs[key].shape != tensors[key].shape or outputs[key].dtype != tensors[key].dtype:
                 raise UnsupportedError(f"{name} makes {key} of another shape or dtype than the graph before it")
         tensors.update(outputs)
         if name == "lowres":
             tensors[CACHE] = tensors[LOWRES_FEATURE]
-        counts[name] = Cost(sum(p.numel() for p in part.parameters()), *_split_flops(counter))
     for step, between in (("full", "lowres"), ("cached", "adaptor")):
         run = [counts["highres_in"], counts[between], counts["highres_out"]]
         counts[step] = Cost(
             sum(c.parameters for c in run), sum(c.macs for c in run), sum(c.macs_attention for c in run)
         )
     return Tally(counts, tensors[LOWRES_FEATURE].numel(), tensors)
+
+
+def count(part: Part, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Cost]:
+    """Outputs and cost of a part on the meta device, which is left with hooks on its linear layers."""
+    # torch runs a linear layer on a transposed input as a batched matmul, which would count as attention.
+    for module in part.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        outputs = part.run(tensors)
+    return outputs, Cost(sum(p.numel() for p in part.parameters()), *_split_flops(counter))
 
 
 def _split_flops(counter: Any) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What the command line shows, as rich tables; nothing here prints."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -137,14 +137,35 @@ def survey_tables(found: Survey) -> list[Table]:
             f"{found.tflops(found.mask, attention):.4g}",
             f"{found.saved(attention):.1%}",
         )
+    components = [_components_table(found.components)] if found.components else []
     if not found.facts:
-        return [parts, schedule]
+        return [parts, *components, schedule]
     facts = Table(show_header=False, box=box.SIMPLE)
     facts.add_column("")
     facts.add_column("", overflow="fold")
     for what, answer in found.facts.items():
         facts.add_row(what, Text(answer))
-    return [facts, parts, schedule]
+    return [facts, *components, parts, schedule]
+
+
+def _components_table(components: Sequence[Mapping[str, Any]]) -> Table:
+    """What a pipeline's components are and cost, or what a bundle has of them."""
+    table = Table(box=box.SIMPLE_HEAD, title="components")
+    of_bundle = "bytes" in components[0]
+    words = ("target", "component", "stage", "dtype", "batch") if of_bundle else ("component", "class")
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in ("MB", "graph floor") if of_bundle else ("parameters", "GFLOPs", "attention"):
+        table.add_column(name, justify="right")
+    for entry in components:
+        row = ["any" if entry[name] is None else str(entry[name]) for name in words]
+        if of_bundle:
+            row += [f"{entry['bytes'] / 1e6:,.2f}", f"{entry['floors_db']['graph']:g} dB"]
+        else:
+            gflops, attention = entry["gflops"], entry["gflops_attention"]
+            row += [f"{entry['parameters']:,}", f"{gflops:,.3f}", f"{attention:,.3f}"]
+        table.add_row(*row)
+    return table
 
 
 def comparison_table(rows: "Iterable[ComparisonRow]") -> Table:
