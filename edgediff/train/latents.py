@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
+from edgediff.models.load import Model
 from edgediff.models.model_files import read_json
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
@@ -42,6 +43,26 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
     if vae.config.in_channels != 3 or vae.config.out_channels != 3:
         raise ModelError(f"{path} has {vae.config.in_channels} channels; expected an autoencoder of RGB images")
     return vae.eval().requires_grad_(False)
+
+
+def autoencoder_of(model: Model) -> tuple[AutoencoderKL | None, int]:
+    """A model's autoencoder, None where it works on pixels, and height and width of its images in pixels.
+
+    Raises:
+        ConfigError: The UNet takes no squares, or other channels than images or the autoencoder's latents have.
+        ModelError: The autoencoder cannot be loaded.
+    """
+    channels, height, width = model.sample_shape
+    if height != width:
+        raise ConfigError(f"the UNet takes {height}x{width}; expected a square, since images are cropped to one")
+    vae = None if model.space == "pixel" else load_autoencoder(model.home / FOLDER)
+    expected = 3 if vae is None else vae.config.latent_channels
+    if (channels, model.out_channels) != (expected, expected):
+        raise ConfigError(
+            f"{model.name} has in_channels {channels} and out_channels {model.out_channels}; expected {expected}, as "
+            f"{'images' if vae is None else 'the latents of its autoencoder'} have"
+        )
+    return vae, height * (1 if vae is None else factor_of(vae))
 
 
 @torch.no_grad()
