@@ -95,7 +95,10 @@ def write(folder: Path, text: str) -> Path:
 
 def test_values_that_do_not_occur_are_refused(folder: Path, tmp_path: Path) -> None:
     for text, words in (
-        ("red\npink\nwhite\nblack\nbrown", r"has 4 values that no image has in its column 'name' \(black, brown, pink, "),
+        (
+            "red\npink\nwhite\nblack\nbrown",
+            r"has 4 values that no image has in its column 'name' \(black, brown, pink, ",
+        ),
         ("\n", "is empty; expected values of 'name', one a line"),
     ):
         with pytest.raises(DataError, match=words):
@@ -168,7 +171,7 @@ def test_metadata_that_is_no_text(folder: Path) -> None:
 
 def test_no_split_to_learn_from(folder: Path) -> None:
     write_rows(folder, [row | {"split": "validation"} for row in rows_of()])
-    with pytest.raises(DataError, match="has 0 images to learn from; expected 2 or more .* column split, train there"):
+    with pytest.raises(DataError, match=r"has 0 images to learn from; expected 2 or more .* column split, train there"):
         read_captioned(folder, 16)
 
 

@@ -328,7 +328,7 @@ def test_the_command_refuses(class_model: Path, photographs: Path, tmp_path: Pat
         (["student", "--data", photographs], "no teacher"),
         (["student", "nowhere", "--data", photographs], "no model at nowhere"),
         (["student", class_model, "--data", photographs, "--wavelet", "x"], "wavelet 'x' is unknown"),
-        (["teacher", "--data", photographs], "neither given"),
+        (["teacher", "--data", photographs], "no UNet: name a model"),
         (["teacher", class_model, "--data", tmp_path / "none"], "no such folder"),
     ):
         assert_error(command("train", *arguments, "-o", tmp_path / "a"), words)

@@ -268,12 +268,8 @@ class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
         """Checks that there is one geometry, and the schedule's length."""
         super().check()
         given = [name for name in ("start", "model", "unet") if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = " and ".join(f"'{name}'" for name in given) or "none"
-            raise ConfigError(
-                f"the UNet: {what} given; expected either 'start', a model that is trained further, or one geometry, "
-                "'model' or 'unet'"
-            )
+        if len(given) > 1:
+            raise ConfigError(f"'{given[0]}' and '{given[1]}' were given; expected one of start, model and unet")
         own = [name for name in _OF_A_NEW_MODEL if getattr(self, name) != _DEFAULTS[name]]
         own += ["text"] if isinstance(self.text, dict) else []
         if self.start is not None and own:

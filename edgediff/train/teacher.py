@@ -60,6 +60,11 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
         UnsupportedError: The geometry's levels do not divide the size, or the model takes more than text or classes.
     """
     settings = check_training(settings)
+    if settings.start is None and settings.model is None and settings.unet is None:
+        raise ConfigError(
+            "no UNet: name a model to train further (--from, or 'start' in the settings), or a geometry ('model' or "
+            "'unet')"
+        )
     path = Path(path)
     accelerator, say = begin(path, progress, settings.precision)
     if settings.start is not None:
@@ -199,7 +204,9 @@ def _teacher(
         clip_sample=latent is None,
     )
     if text is not None:  # diffusers' pipeline samples with what lies there, and DDPM takes every step
-        scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing", steps_offset=1)
+        scheduler = DPMSolverMultistepScheduler.from_config(
+            scheduler.config, timestep_spacing="trailing", steps_offset=1
+        )
     return Model(
         name=path.resolve().name,
         unet=unet,

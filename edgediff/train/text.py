@@ -1,13 +1,15 @@
 """The text encoder of a training: CLIP's, with its tokenizer; it learns beside the UNet, or is given and stays."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from edgediff.data.batches import Wordings
 from edgediff.data.image_folder import ImageSet
@@ -16,13 +18,24 @@ from edgediff.models.component_loading import text_encoder
 from edgediff.models.components import load_tokenizer, pipeline_components, tokenizer_folder
 from edgediff.models.conditioning import Conditioning, TensorSpec
 from edgediff.models.load import Model
-from edgediff.models.model_files import BAD_SETTINGS, TRANSFORMERS, read_json, read_state
+from edgediff.models.model_files import TRANSFORMERS, read_json, read_state
 from edgediff.train.settings import TextGeometry
 from edgediff.train.vocabulary import learn_tokenizer
-from edgediff_runtime.errors import one_line
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 STATES = "encoder_hidden_states"
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keeps transformers from printing progress of its own."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,26 +103,25 @@ def new_text(geometry: TextGeometry, width: int, captions: Iterable[str], seed: 
         ConfigError: The geometry does not fit the width.
     """
     geometry.check()
+    heads = geometry.num_attention_heads
+    if width % heads:
+        raise ConfigError(f"'text.num_attention_heads' is {heads}; expected a divisor of cross_attention_dim {width}")
     tokenizer = learn_tokenizer(captions, geometry.vocab_size, geometry.max_position_embeddings)
-    inner = 4 * width if geometry.intermediate_size is None else geometry.intermediate_size
-    try:
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            projection_dim=width,
-            intermediate_size=inner,
-            num_hidden_layers=geometry.num_hidden_layers,
-            num_attention_heads=geometry.num_attention_heads,
-            max_position_embeddings=geometry.max_position_embeddings,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            encoder = CLIPTextModel(config)
-    except BAD_SETTINGS as e:
-        raise ConfigError(f"'text' makes no text encoder {width} wide: {one_line(e)[:200]}") from e
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=4 * width if geometry.intermediate_size is None else geometry.intermediate_size,
+        num_hidden_layers=geometry.num_hidden_layers,
+        num_attention_heads=heads,
+        max_position_embeddings=geometry.max_position_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = CLIPTextModel(config)
     return Text(encoder, tokenizer, learns=True)
 
 

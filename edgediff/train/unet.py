@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
+from torch import nn
 
 from edgediff.config.choices import Cut
 from edgediff.data.batches import TOKENS, Batches, generator, hash_of
@@ -35,7 +36,7 @@ from edgediff.train.loop import Loop, Say, Task, recent
 from edgediff.train.rollout import Prompts
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
-from edgediff.train.text import ENCODER, STATES, TOKENIZER, Text, encode
+from edgediff.train.text import ENCODER, STATES, TOKENIZER, Text, encode, no_bars
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, unet_card
 from edgediff_runtime.image import to_uint8
 
@@ -112,6 +113,10 @@ def train_unet(
     learner = _learner(model, teacher, text, settings, accelerator.device)
     with claim.locked():
         vae = None if autoencoder is None else autoencoder()
+        if text is not None:  # not in other trainings, whose weights would no longer be those of earlier versions
+            for module in (model.unet, vae, None if teacher is None else teacher.unet):
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)  # several times as fast on a CPU
         task = _UNetTask(accelerator, model, learner, teacher, text, data, vae, settings, path)
         loop = Loop(task, path)
         loop.run(say)
@@ -300,5 +305,8 @@ def save_parts(path: Path, parts: Mapping[str, Any]) -> None:
         if name == TOKENIZER:
             save_tokenizer(part, partial)
         else:
-            part.save_pretrained(partial)
+            if isinstance(part, nn.Module):  # safetensors takes no other layout
+                part.to(memory_format=torch.contiguous_format)
+            with no_bars():
+                part.save_pretrained(partial)
         os.replace(partial, path / name)
