@@ -23,8 +23,10 @@ from edgediff.data.batches import Batches, Wordings
 from edgediff.errors import ConfigError, ModelError, TargetError, UnsupportedError
 from edgediff.models.components import pipeline_components, prompt_settings
 from edgediff.train import loop as training_loop
+from edgediff.train.adaptor import train_adaptor
 from edgediff.train.loop import Loop, begin
-from edgediff.train.settings import StudentTraining, TeacherTraining, TextGeometry, training_from
+from edgediff.train.rollout import Prompts
+from edgediff.train.settings import AdaptorTraining, StudentTraining, TeacherTraining, TextGeometry, training_from
 from edgediff.train.student import train_student
 from edgediff.train.teacher import train_teacher
 from edgediff.train.text import encode, load_text, new_text
@@ -233,6 +235,23 @@ def test_a_student_learns_captions_from_its_teacher(pipeline: Path, drawings: Pa
     assert (tmp_path / "a" / "vae").is_dir()
     further = changed(settings, student=str(tmp_path / "a"), width=None, updates=1)
     assert train_student(tmp_path / "b", further) is not None
+
+
+def test_an_adaptor_learns_from_prompts(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("red stripes\n\nblue stripes, flat\n")
+    model = load_model(pipeline)
+    settings = AdaptorTraining(
+        conditioning=str(tmp_path / "prompts.txt"), rounds=1, images=2, steps=2, guidance_scale=2.0
+    )
+    assert train_adaptor(model, tmp_path / "adaptor", settings) is not None
+    text = load_text(pipeline)
+    expected = encode(text.encoder, text.tokenize(["red stripes", "blue stripes, flat", ""])[0]).numpy()
+    prompts = Prompts.of(model, True, str(tmp_path / "prompts.txt"))
+    np.testing.assert_array_equal(prompts.cond["encoder_hidden_states"], expected[:2])
+    np.testing.assert_array_equal(prompts.uncond["encoder_hidden_states"], expected[2:])
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(ConfigError, match="is empty; expected prompts, one a line"):
+        Prompts.of(model, True, str(tmp_path / "prompts.txt"))
 
 
 # Bad input

@@ -73,7 +73,8 @@ def adaptor(
     rounds: Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")] = None,
     images: Annotated[int | None, typer.Option(help="Trajectories of a round.")] = None,
     conditioning: Annotated[
-        Path | None, typer.Option(help="Embeddings of prompts, .safetensors or .npz; for models with text.")
+        Path | None,
+        typer.Option(help="For models with text: prompts, one a line (.txt), or embeddings (.safetensors, .npz)."),
     ] = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,

@@ -38,7 +38,7 @@ def make_sampler(model: Model) -> Scheduler:
 def draw_samples(
     model: Model, count: int, at_once: int, guidance: float | None = None, prompts: Prompts | None = None
 ) -> NDArray[np.float32]:
-    """Samples a model with its usual guidance (or another), every step in full.
+    """Samples a model, every step in full, with its usual guidance where none is given.
 
     Image i has class, or prompt, i mod their number, and noise of seed 0; a model with text needs `prompts`. At most
     `at_once` rows go through the UNet together, two for an image with guidance.

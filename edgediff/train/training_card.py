@@ -44,7 +44,7 @@ def adaptor_card(
     known = model.conditioning
     data = {
         "class": f"labels alone, drawn from {len(known.labels)} classes; no images",
-        "text": f"prompt embeddings alone, from `{settings.conditioning}`; no images",
+        "text": f"prompts alone, from `{settings.conditioning}`; no images",
         "none": "noise alone; no images",
     }[known.kind]
     what = "8-bit images" if gain.space == "pixel" else "latents"

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from torch import nn
 
 from edgediff.config.choices import Cut
 from edgediff.data.batches import TOKENS, Batches, generator, hash_of
@@ -100,9 +99,8 @@ def train_unet(
     check_drawing("drawing the loss curve")
     # A model that could not be sampled or divided afterwards is not trained.
     make_sampler(model)
-    guidance = usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
     if text is None:
-        Prompts.of(model, guidance > 1, None)
+        Prompts.of(model, guidance_of(model, settings) > 1, None)
     split(model.unet, Cut())
     images, held_out = data
     sources = {"other images": hash_of(images), "other held-out images": hash_of(held_out), **sources}
@@ -113,10 +111,6 @@ def train_unet(
     learner = _learner(model, teacher, text, settings, accelerator.device)
     with claim.locked():
         vae = None if autoencoder is None else autoencoder()
-        if text is not None:  # not in other trainings, whose weights would no longer be those of earlier versions
-            for module in (model.unet, vae, None if teacher is None else teacher.unet):
-                if module is not None:
-                    module.to(memory_format=torch.channels_last)  # several times as fast on a CPU
         task = _UNetTask(accelerator, model, learner, teacher, text, data, vae, settings, path)
         loop = Loop(task, path)
         loop.run(say)
@@ -134,6 +128,11 @@ def train_unet(
         skipped=images.skipped.in_words(),
         cut=task.cut,
     )
+
+
+def guidance_of(model: Model, settings: UNetTraining) -> float:
+    """What sample grids are drawn with."""
+    return usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
 
 
 def _learner(
@@ -208,21 +207,10 @@ class _UNetTask(Task):
         noise = torch.randn(x_0.shape, generator=rng).to(device)
         x_0, cond = x_0.to(device), {name: rows.to(device) for name, rows in cond.items()}
         if self.text is not None and not self.text.learns:
-            cond = {STATES: self._encode(cond[TOKENS])}
+            with torch.no_grad():
+                cond = {STATES: encode(self.text.encoder, cond[TOKENS])}
         x_t, target = self.noising.noised(x_0, noise, t)
         return {"x_0": x_0, "x_t": x_t, "t": t, "target": target, "cond": cond}
-
-    @torch.no_grad()
-    def _encode(self, input_ids: torch.Tensor) -> torch.Tensor:
-        assert self.text is not None
-        return encode(self.text.encoder, input_ids.to(self.device))
-
-    def _samples(self) -> NDArray[np.float32]:
-        prompts, guidance = None, self.settings.guidance_scale
-        if self.text is not None:
-            states, empty = (self._encode(self.text.tokenize(each)[0]).cpu().numpy() for each in (self.prompts, [""]))
-            prompts = Prompts({STATES: states}, {STATES: empty}, len(states))
-        return draw_samples(self.model, NUM_SAMPLES, self.settings.batch, guidance, prompts)
 
     def after_visit(self, loop: Loop) -> None:
         every = self.settings.sample_every
@@ -239,7 +227,7 @@ class _UNetTask(Task):
         if self.accelerator.is_main_process:
             with loop.averaged():
                 held_out = self._held_out_loss()
-                samples = self._samples()
+                samples = self._draw_samples()
             images = to_uint8(samples) if self.vae is None else decode(self.vae, torch.tensor(samples))
             with writing(self.path, loop.kept()):
                 write_grid(images, self.path / SAMPLES)
@@ -253,6 +241,11 @@ class _UNetTask(Task):
         # On every process, since it decides whether this runs again at the end.
         self.state.held_out.append((self.state.updates, held_out))
         self.accelerator.wait_for_everyone()
+
+    def _draw_samples(self) -> NDArray[np.float32]:
+        guidance = guidance_of(self.model, self.settings)
+        prompts = None if self.text is None else Prompts.encoded(self.text, self.prompts, guidance > 1)
+        return draw_samples(self.model, NUM_SAMPLES, self.settings.batch, guidance, prompts)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
@@ -305,8 +298,6 @@ def save_parts(path: Path, parts: Mapping[str, Any]) -> None:
         if name == TOKENIZER:
             save_tokenizer(part, partial)
         else:
-            if isinstance(part, nn.Module):  # safetensors takes no other layout
-                part.to(memory_format=torch.contiguous_format)
             with no_bars():
                 part.save_pretrained(partial)
         os.replace(partial, path / name)
