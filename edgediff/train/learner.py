@@ -89,13 +89,17 @@ def check_pair(teacher: Model, student: Model) -> None:
     """Refuses a student that cannot learn from a teacher.
 
     Raises:
-        ConfigError: Channels, size, classes, schedule or what is predicted differ; all of it is named.
+        ConfigError: Channels, size, conditioning, schedule or what is predicted differ; all of it is named.
     """
-    names = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "cross_attention_dim")
+    names = ["in_channels", "out_channels", "sample_size", "num_class_embeds"]
+    if "text" in (teacher.conditioning.kind, student.conditioning.kind):
+        names.append("cross_attention_dim")
     pairs = [(name, *(getattr(m.unet.config, name, None) for m in (teacher, student))) for name in names]
     schedules = [Noising(model.scheduler, torch.device("cpu")) for model in (teacher, student)]
     pairs.append(("prediction_type", *(schedule.prediction for schedule in schedules)))
     found = [f"{name} {theirs}, the student {own}" for name, theirs, own in pairs if theirs != own]
+    if teacher.conditioning.kind != student.conditioning.kind:
+        found.append(f"conditioning {teacher.conditioning.kind}, the student {student.conditioning.kind}")
     if teacher.labels != student.labels:
         found.append("other classes than the student")
     if not schedules[0].is_like(schedules[1]):
