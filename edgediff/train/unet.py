@@ -100,7 +100,7 @@ def train_unet(
     # A model that could not be sampled or divided afterwards is not trained.
     make_sampler(model)
     if text is None:
-        Prompts.of(model, guidance_of(model, settings) > 1, None)
+        Prompts.of(model, _guidance_of(model, settings) > 1, None)
     split(model.unet, Cut())
     images, held_out = data
     sources = {"other images": hash_of(images), "other held-out images": hash_of(held_out), **sources}
@@ -130,7 +130,7 @@ def train_unet(
     )
 
 
-def guidance_of(model: Model, settings: UNetTraining) -> float:
+def _guidance_of(model: Model, settings: UNetTraining) -> float:
     """What sample grids are drawn with."""
     return usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
 
@@ -243,7 +243,7 @@ class _UNetTask(Task):
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self) -> NDArray[np.float32]:
-        guidance = guidance_of(self.model, self.settings)
+        guidance = _guidance_of(self.model, self.settings)
         prompts = None if self.text is None else Prompts.encoded(self.text, self.prompts, guidance > 1)
         return draw_samples(self.model, NUM_SAMPLES, self.settings.batch, guidance, prompts)
 

@@ -52,9 +52,10 @@ def learn_merges(counts: Mapping[str, int], most: int) -> list[Pair]:
             words_with.setdefault(pair, set()).add(word)
     merges: list[Pair] = []
     while len(merges) < most and total:
-        best = max(total, key=lambda pair: (total[pair], pair))
-        if total[best] < 2:
+        most_often = max(total.values())
+        if most_often < 2:
             break
+        best = max(pair for pair, count in total.items() if count == most_often)
         merges.append(best)
         for word in words_with[best].copy():
             old = pieces[word]
@@ -65,7 +66,7 @@ def learn_merges(counts: Mapping[str, int], most: int) -> list[Pair]:
             for pair in pairwise(new):
                 total[pair] += counts[word]
                 words_with.setdefault(pair, set()).add(word)
-        total = +total
+        del total[best]
     return merges
 
 
