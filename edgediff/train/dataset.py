@@ -75,7 +75,7 @@ def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
 
 
 def batches_of(
-    data: ImageSet, model: Model, vae: AutoencoderKL | None, text: Text | None, settings: UNetTraining
+    data: ImageSet, model: Model, vae: AutoencoderKL | None, text: Text | None, settings: UNetTraining, say: Say
 ) -> Batches:
     """Images, or their latents by an autoencoder, with their conditioning; raises what `encode` and `classes_of` do."""
     labels, null_label = classes_of(model, data), model.conditioning.null_label
@@ -86,7 +86,7 @@ def batches_of(
         x_0 = as_channels_first(data.images)
     else:
         if settings.flip:
-            mirrored = encode(vae, np.ascontiguousarray(data.images[:, :, ::-1]))
-        x_0 = encode(vae, data.images)
+            mirrored = encode(vae, np.ascontiguousarray(data.images[:, :, ::-1]), progress=say)
+        x_0 = encode(vae, data.images, progress=say)
     wordings = None if text is None else text.wordings(data)
     return Batches(x_0, cond, settings.seed, mirrored=mirrored, null=null, wordings=wordings)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,12 @@ def autoencoder_of(model: Model) -> tuple[AutoencoderKL | None, int]:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> torch.Tensor:
+def encode(
+    vae: AutoencoderKL,
+    images: NDArray[np.uint8],
+    batch: int = _AT_ONCE,
+    progress: Callable[[str, float], None] | None = None,
+) -> torch.Tensor:
     """Encodes images, uint8 [N, H, W, 3], to latents, float32 [N, C, h, w] on the CPU.
 
     They are the means of the posteriors, scaled to about unit variance.
@@ -81,6 +87,8 @@ def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE)
     shift, scale = _affine(vae)
     made = []
     for first in range(0, len(images), batch):
+        if progress is not None:
+            progress(f"encoding images: {first} of {len(images)}", first / len(images))
         x = as_input(images[first : first + batch]).to(vae.device)
         made.append(((vae.encode(x).latent_dist.mean - shift) * scale).float().cpu())
     return torch.cat(made)

@@ -111,7 +111,7 @@ def train_unet(
     learner = _learner(model, teacher, text, settings, accelerator.device)
     with claim.locked():
         vae = None if autoencoder is None else autoencoder()
-        task = _UNetTask(accelerator, model, learner, teacher, text, data, vae, settings, path)
+        task = _UNetTask(accelerator, model, learner, teacher, text, data, vae, settings, path, say)
         loop = Loop(task, path)
         loop.run(say)
         if accelerator.is_main_process:
@@ -166,6 +166,7 @@ class _UNetTask(Task):
         vae: AutoencoderKL | None,
         settings: UNetTraining,
         path: Path,
+        say: Say,
     ) -> None:
         optimizer = torch.optim.AdamW(
             learner.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -177,7 +178,7 @@ class _UNetTask(Task):
             self.weights |= {SPATIAL: settings.spatial, FREQUENCY: settings.frequency}
         self.model, self.learner, self.teacher, self.vae = model, learner, teacher, vae
         self.path, self.text = path, text
-        self.data, self.held_out = (batches_of(each, model, vae, text, settings) for each in images)
+        self.data, self.held_out = (batches_of(each, model, vae, text, settings, say) for each in images)
         self.cut = 0 if self.data.wordings is None else self.data.wordings.cut
         self.prompts = _prompts_of(images[0])
         self.noising = Noising(model.scheduler, self.device)
