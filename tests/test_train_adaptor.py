@@ -93,7 +93,7 @@ def test_rollouts_depend_on_seed_and_round_alone(class_model: Path) -> None:
 
 def test_a_text_models_prompts_come_from_a_file(text_model: Path, tmp_path: Path) -> None:
     model = load_model(text_model)
-    with pytest.raises(ConfigError, match="pass the prompts' embeddings with --conditioning FILE"):
+    with pytest.raises(ConfigError, match="pass prompts, one a line, or their embeddings"):
         rollouts_of(model, TINY)
     file = tmp_path / "prompts.npz"
     text = np.random.default_rng(0).normal(size=(3, 7, 12))

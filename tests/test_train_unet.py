@@ -33,6 +33,8 @@ from edgediff.train.teacher import geometry_of, train_teacher
 from edgediff.train.unet import PRODUCT, UNetTrained, save_parts
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs" / "train").glob("*.yaml"))
+# Of the teachers' recipes, in millions.
+PARAMETERS = {"grocery-64-teacher": 88, "emoji-64-teacher": 18}
 pytestmark = pytest.mark.usefixtures("few_samples")
 
 
@@ -267,11 +269,15 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path: Path) -> None:
     """Each is one that its command takes, and makes a UNet of the size that it speaks of."""
-    if path.stem.endswith("-teacher"):
+    if path.stem in PARAMETERS:
         settings = load_training(path.stem, TeacherTraining)
         kind, config = geometry_of(settings)
         with torch.device("meta"):
-            assert sum(parameter.numel() for parameter in kind(**config).parameters()) > 60e6
+            unet = kind(**config | ({} if settings.text is None else {"in_channels": 4, "out_channels": 4}))
+        assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6) == PARAMETERS[path.stem]
+        return
+    if path.stem == "emoji-64-further":  # of a model that the command names
+        assert load_training(path.stem, TeacherTraining).captions
         return
     student = load_training(path.stem, StudentTraining)
     if student.teacher is None:  # of a teacher that is trained first
@@ -328,7 +334,7 @@ def test_the_command_refuses(class_model: Path, photographs: Path, tmp_path: Pat
         (["student", "--data", photographs], "no teacher"),
         (["student", "nowhere", "--data", photographs], "no model at nowhere"),
         (["student", class_model, "--data", photographs, "--wavelet", "x"], "wavelet 'x' is unknown"),
-        (["teacher", "--data", photographs], "neither given"),
+        (["teacher", "--data", photographs], "no UNet: name a model"),
         (["teacher", class_model, "--data", tmp_path / "none"], "no such folder"),
     ):
         assert_error(command("train", *arguments, "-o", tmp_path / "a"), words)

@@ -31,7 +31,11 @@ ConfigOption = Annotated[
     Path | None, typer.Option(help="Settings: a YAML file, or the name of one in export_configs/train.")
 ]
 DataOption = Annotated[
-    Path | None, typer.Option(help="Images to learn from: a folder with a subfolder for each class, or images alone.")
+    Path | None,
+    typer.Option(
+        help="Images to learn from: a folder with a subfolder for each class, or images alone; with captions in "
+        "metadata.jsonl, or in a .txt file beside each image."
+    ),
 ]
 HeldOutOption = Annotated[
     Path | None, typer.Option(help="Images that are not learnt from; without it, a tenth of --data is held out.")
@@ -39,6 +43,10 @@ HeldOutOption = Annotated[
 UpdatesOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchOption = Annotated[int | None, typer.Option(help="Images of an update.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN=FILE", help="Learn only images with captions whose column has a value of the file's."),
+]
 
 train = typer.Typer(help="Train what a model needs for the edge.", no_args_is_help=True)
 app.add_typer(train, name="train")
@@ -65,7 +73,8 @@ def adaptor(
     rounds: Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")] = None,
     images: Annotated[int | None, typer.Option(help="Trajectories of a round.")] = None,
     conditioning: Annotated[
-        Path | None, typer.Option(help="Embeddings of prompts, .safetensors or .npz; for models with text.")
+        Path | None,
+        typer.Option(help="For models with text: prompts, one a line (.txt), or embeddings (.safetensors, .npz)."),
     ] = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
@@ -109,9 +118,13 @@ def teacher(
         str | None, typer.Argument(help="Whose geometry is trained: a diffusers directory, or a built-in name.")
     ] = None,
     output: OutputOption = Path("teacher"),
+    start: Annotated[
+        str | None, typer.Option("--from", help="A model to train further: a diffusers directory, or a built-in name.")
+    ] = None,
     config: ConfigOption = None,
     data: DataOption = None,
     held_out: HeldOutOption = None,
+    only: OnlyOption = None,
     size: Annotated[int | None, typer.Option(help="Height and width of the images, in pixels.")] = None,
     updates: UpdatesOption = None,
     batch: BatchOption = None,
@@ -119,8 +132,11 @@ def teacher(
     as_json: JsonOption = False,
 ) -> None:
     """Train a UNet of any geometry on a folder of images; the same command resumes an interrupted training."""
-    given = {"model": model, "data": data, "held_out": held_out, "size": size, "updates": updates, "batch": batch}
-    _train_unet("teacher", output, config, {**given, "seed": seed}, as_json)
+    given = {
+        "model": model, "start": start, "data": data, "held_out": held_out, "only": _only(only), "size": size,
+        "updates": updates, "batch": batch, "seed": seed,
+    }  # fmt: skip
+    _train_unet("teacher", output, config, given, as_json)
 
 
 @train.command(
@@ -133,6 +149,7 @@ def student(
     config: ConfigOption = None,
     data: DataOption = None,
     held_out: HeldOutOption = None,
+    only: OnlyOption = None,
     width: Annotated[int | None, typer.Option(help="Channels of the highest level, a multiple of 8.")] = None,
     gating: Annotated[bool | None, typer.Option(help="Wavelet gating, or plain resampling.")] = None,
     wavelet: Annotated[str | None, typer.Option(help="The gating's filter: haar, db2, sym4 and others.")] = None,
@@ -146,10 +163,20 @@ def student(
 ) -> None:
     """Train a slim student of a teacher (Spectral Diffusion); the same command resumes an interrupted training."""
     given = {
-        "teacher": teacher, "data": data, "held_out": held_out, "width": width, "gating": gating, "wavelet": wavelet,
-        "spatial": spatial, "frequency": frequency, "alpha": alpha, "updates": updates, "batch": batch, "seed": seed,
+        "teacher": teacher, "data": data, "held_out": held_out, "only": _only(only), "width": width, "gating": gating,
+        "wavelet": wavelet, "spatial": spatial, "frequency": frequency, "alpha": alpha, "updates": updates,
+        "batch": batch, "seed": seed,
     }  # fmt: skip
     _train_unet("student", output, config, given, as_json)
+
+
+def _only(options: list[str] | None) -> dict[str, str] | None:
+    """Files of values by column."""
+    pairs = [option.partition("=") for option in options or ()]
+    for option, (column, _, file) in zip(options or (), pairs, strict=True):
+        if not column or not file:
+            raise ConfigError(f"--only {option}: expected COLUMN=FILE")
+    return {column: file for column, _, file in pairs} or None
 
 
 def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:
@@ -161,7 +188,7 @@ def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:
     asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config, kind))
     for name, value in given.items():
         if isinstance(value, dict):
-            asked[name] = asked.get(name, {}) | {key: part for key, part in value.items() if part is not None}
+            asked[name] = (asked.get(name) or {}) | {key: part for key, part in value.items() if part is not None}
         elif value is not None:
             asked[name] = str(value) if isinstance(value, Path) else value
     return settings.training_from(asked, kind)
@@ -194,5 +221,7 @@ def _train_unet(what: str, output: Path, config: Path | None, given: dict[str, A
     if done is not None:
         if done.skipped:
             err.print(done.skipped)
+        if done.cut:
+            err.print(f"{done.cut} captions were longer than the text encoder takes, and were cut")
         out.print(f"{done.updates} updates on {done.images} images: loss {done.loss:.4f}, held out {done.held_out:.4f}")
         out.print(f"model: {done.path}")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from edgediff.data.image_folder import ImageSet
 _APART = 0x9E3779B9
 # torch's generator on the CPU takes no more of a seed than this.
 _BITS = 2**32
+# What captions are called in a batch.
+TOKENS = "input_ids"
 
 
 def generator(seed: int, number: int) -> torch.Generator:
@@ -23,6 +26,28 @@ def generator(seed: int, number: int) -> torch.Generator:
 def mixed(seed: int, number: int) -> int:
     """One seed, 0 to 2^32 - 1, of a training's and a number below 2^32."""
     return (number + seed * _APART) % _BITS
+
+
+class Wordings:
+    """Token ids of captions, for batches to draw: an image has one or more forms, and a form one or more wordings."""
+
+    def __init__(self, ids: torch.Tensor, forms: torch.Tensor, cut: int = 0) -> None:
+        """Takes ids, int64 [M, S], the empty caption's first, and int64 [N, F, 2]: each form's first row and number.
+
+        `cut` is how many captions were too long.
+        """
+        self.ids, self.forms, self.cut = ids, forms, cut
+
+    def take(self, chosen: torch.Tensor, choice: torch.Tensor | None, drop: torch.Tensor | None) -> torch.Tensor:
+        """Token ids, int64 [B, S], of the images of these indices.
+
+        `choice`, [B, 2] from 0 to below 1, picks a form and a wording of it, None the first; `drop` makes empty.
+        """
+        choice = torch.zeros(len(chosen), 2) if choice is None else choice
+        form = (choice[:, 0] * self.forms.shape[1]).long()
+        first, count = self.forms[chosen, form].unbind(1)
+        rows = first + (choice[:, 1] * count).long()
+        return self.ids[rows if drop is None else torch.where(drop, 0, rows)]
 
 
 class Batches:
@@ -36,6 +61,7 @@ class Batches:
         *,
         mirrored: torch.Tensor | None = None,
         null: Mapping[str, torch.Tensor] | None = None,
+        wordings: Wordings | None = None,
     ) -> None:
         """Takes the data and the seed of the order.
 
@@ -44,19 +70,27 @@ class Batches:
             cond: Conditioning by name, each [N, ...].
             mirrored: The mirrored images, where mirroring `x_0` would not give them: their latents.
             null: The unconditional row of each `cond`, [...]; None where the model has none.
+            wordings: Captions, which come as `TOKENS`.
         """
         self.x_0, self.mirrored = x_0, mirrored
         self.cond, self.null = cond, {} if null is None else null
+        self.wordings = wordings
         self.count = len(x_0)
         self._seed = seed
         self._passes: dict[int, torch.Tensor] = {}
 
     def take(
-        self, first: int, size: int, flips: torch.Tensor | None = None, drop: torch.Tensor | None = None
+        self,
+        first: int,
+        size: int,
+        flips: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+        choice: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Takes `size` images, beginning with number `first` of the endless sequence of shuffled passes.
 
-        `flips` and `drop`, bool [size], say which of them are mirrored and which are made unconditional.
+        `flips` and `drop`, bool [size], say which of them are mirrored and which are made unconditional; `choice` is
+        the wordings'.
 
         Returns:
             float32 [size, C, H, W], in [-1, 1] for images, and the conditioning by name, [size, ...].
@@ -71,6 +105,8 @@ class Batches:
         if drop is not None:
             for name, row in self.null.items():
                 cond[name] = torch.where(drop.reshape(-1, *(1,) * row.dim()), row, cond[name])
+        if self.wordings is not None:
+            cond[TOKENS] = self.wordings.take(chosen, choice, drop)
         return x_0, cond
 
     def _order(self, number: int) -> torch.Tensor:
@@ -92,8 +128,10 @@ def as_channels_first(images: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def hash_of(data: ImageSet) -> str:
-    """sha256 over images, classes and names."""
+    """sha256 over images, classes, names and captions."""
     digest = hashlib.sha256(np.ascontiguousarray(data.images).data)
     digest.update(data.labels.tobytes())
     digest.update("\0".join(data.names).encode())
+    if data.captions:
+        digest.update(msgspec.json.encode(data.captions))
     return digest.hexdigest()

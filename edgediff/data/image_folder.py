@@ -8,7 +8,7 @@ is skipped: ../train/README.md. One image is decoded at a time, besides the arra
 import mimetypes
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,9 @@ _READ_AT_ONCE = 256
 _SIXTEEN_BITS = 65535
 # Not the machine's own: what is counted as an image is the same everywhere.
 _TYPES = mimetypes.MimeTypes()
+
+# An image's caption: the wordings of each form in which it is said.
+Caption = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,23 @@ class Skipped:
 class ImageSet:
     """Images, uint8 [N, H, W, 3], and their classes.
 
-    `labels`, int64 [N], are indices into `names`: all 0, and the names empty, where there are no classes.
+    `labels`, int64 [N], are indices into `names`: all 0, and the names empty, where there are no classes. `captions`
+    are of each image its forms, each with its wordings (captions.py); empty where there are none.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
     skipped: Skipped = Skipped()
+    captions: tuple[Caption, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, indices: NDArray[np.int64]) -> "ImageSet":
         """The images of these indices, int64 [M], in their order and with all the names."""
-        return ImageSet(self.images[indices], self.labels[indices], self.names)
+        captions = tuple(self.captions[i] for i in indices) if self.captions else ()
+        return ImageSet(self.images[indices], self.labels[indices], self.names, captions=captions)
 
 
 class _Unfit(DataError):
@@ -130,7 +136,7 @@ def read_images(
     for path in classes:
         if as_text(path.name) != path.name:
             raise DataError(f"{as_text(path)}: the name of this class is not UTF-8; rename the folder")
-    found = {path: list(_images_in(path)) for path in classes} or {folder: loose}
+    found = {path: list(images_in(path)) for path in classes} or {folder: loose}
     for path, files in found.items():
         if not files:
             raise DataError(f"no images in {as_text(path)}; expected files of the formats {', '.join(FORMATS)}")
@@ -143,36 +149,54 @@ def read_images(
 def _read_all(
     folder: Path, found: dict[Path, list[Path]], size: int, minimum: int, progress: Callable[[str, float], None] | None
 ) -> ImageSet:
-    total = sum(len(files) for files in found.values())
-    try:
-        images = np.empty((total, size, size, 3), dtype=np.uint8)
-    except MemoryError as e:
-        raise DataError(
-            f"{total} images of {size}x{size} take {3 * size * size * total / 1e9:.1f} GB, more than there is memory"
-        ) from e
-    labels: list[int] = []
-    faults: list[tuple[str, str]] = []
-    for label, (path, files) in enumerate(found.items()):
-        before = len(labels), len(faults)
-        for file in files:
-            done = len(labels) + len(faults)
-            if progress is not None and done % _READ_AT_ONCE == 0:
-                progress(f"reading images: {done} of {total}", done / total)
-            try:
-                images[len(labels)] = read_image(file, size)
-                labels.append(label)
-            except _Unfit as e:
-                faults.append((e.what, as_text(file.relative_to(folder).as_posix())))
-        if len(labels) == before[0]:
-            raise DataError(f"no images left in {as_text(path)}: {Skipped.of(faults[before[1] :]).in_words()}")
-    skipped = Skipped.of(faults)
+    files = [file for each in found.values() for file in each]
+    images, read, faults = read_files(folder, files, size, progress)
+    label_of = np.repeat(np.arange(len(found)), [len(each) for each in found.values()])
+    labels = label_of[read].astype(np.int64)
+    for label, path in enumerate(found):
+        if label not in labels:
+            own = [fault for place, fault in faults.items() if label_of[place] == label]
+            raise DataError(f"no images left in {as_text(path)}: {Skipped.of(own).in_words()}")
+    skipped = Skipped.of(faults.values())
     if len(labels) < minimum:
         raise DataError(
             f"{as_text(folder)} has {len(labels)} images that can be used; expected {minimum} or more; "
             f"{skipped.in_words()}"
         )
     names = () if folder in found else tuple(path.name for path in found)
-    return ImageSet(images[: len(labels)], np.array(labels, dtype=np.int64), names, skipped)
+    return ImageSet(images, labels, names, skipped)
+
+
+def read_files(
+    folder: Path, files: Sequence[Path], size: int, progress: Callable[[str, float], None] | None
+) -> tuple[NDArray[np.uint8], list[int], dict[int, tuple[str, str]]]:
+    """Reads image files of a folder, each brought to `size` x `size` pixels.
+
+    Returns:
+        The images that can be used, uint8 [N, size, size, 3]; their places in `files`; and, by its place, what is wrong
+        with each other file and its name.
+
+    Raises:
+        DataError: They take more memory than there is.
+    """
+    total = len(files)
+    try:
+        images = np.empty((total, size, size, 3), dtype=np.uint8)
+    except MemoryError as e:
+        raise DataError(
+            f"{total} images of {size}x{size} take {3 * size * size * total / 1e9:.1f} GB, more than there is memory"
+        ) from e
+    read: list[int] = []
+    faults: dict[int, tuple[str, str]] = {}
+    for place, file in enumerate(files):
+        if progress is not None and place % _READ_AT_ONCE == 0:
+            progress(f"reading images: {place} of {total}", place / total)
+        try:
+            images[len(read)] = read_image(file, size)
+            read.append(place)
+        except _Unfit as e:
+            faults[place] = e.what, as_text(file.relative_to(folder).as_posix())
+    return images[: len(read)], read, faults
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -183,13 +207,13 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{as_text(folder)} cannot be read ({e.strerror or e})") from e
 
 
-def _images_in(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def images_in(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The images of a folder and of those in it; a link to a folder that is being read is not followed."""
     above = (*above, os.path.realpath(folder))
     for path in _entries(folder):
         if path.is_dir():
             if os.path.realpath(path) not in above:
-                yield from _images_in(path, above)
+                yield from images_in(path, above)
         elif _is_image(path):
             yield path
 

@@ -374,9 +374,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
+    """Writes the tokenizer of a folder into another one, as `save_tokenizer` does."""
+    save_tokenizer(load_tokenizer(source), folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a tokenizer in both forms that readers look for: tokenizer.json, and vocab.json with merges.txt."""
     folder.mkdir(parents=True)
-    tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(folder)
     library = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     vocabulary = dict(sorted(library["vocab"].items(), key=lambda entry: int(entry[1])))

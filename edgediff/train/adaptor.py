@@ -24,8 +24,9 @@ from edgediff.outputs import check_drawing
 from edgediff.train.claim import STORE, Claim
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import TARGET, Rollouts, Samples, Store
+from edgediff.train.rollout import PROMPTS, TARGET, Rollouts, Samples, Store
 from edgediff.train.settings import AdaptorTraining, check_training
+from edgediff.train.text import text_of
 from edgediff.train.training_card import CARD, LOSSES, adaptor_card, draw_losses
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest import TrainedFor
@@ -77,6 +78,8 @@ def train_adaptor(
         if not file.is_file():
             raise ConfigError(f"conditioning {file}: no such file")
         sources[f"other embeddings in {file}"] = sha256_of(file)
+        if file.suffix == PROMPTS:
+            sources["another text encoder"] = text_of(model, learns=False).digest()
     claim = Claim(path, RECORD, settings, sources, accelerator)
     if claim.is_done():
         return None

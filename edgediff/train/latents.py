@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 
 from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
+from edgediff.models.load import Model
 from edgediff.models.model_files import read_json
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
@@ -44,8 +46,33 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
+def autoencoder_of(model: Model) -> tuple[AutoencoderKL | None, int]:
+    """A model's autoencoder, None where it works on pixels, and height and width of its images in pixels.
+
+    Raises:
+        ConfigError: The UNet takes no squares, or other channels than images or the autoencoder's latents have.
+        ModelError: The autoencoder cannot be loaded.
+    """
+    channels, height, width = model.sample_shape
+    if height != width:
+        raise ConfigError(f"the UNet takes {height}x{width}; expected a square, since images are cropped to one")
+    vae = None if model.space == "pixel" else load_autoencoder(model.home / FOLDER)
+    expected = 3 if vae is None else vae.config.latent_channels
+    if (channels, model.out_channels) != (expected, expected):
+        raise ConfigError(
+            f"{model.name} has in_channels {channels} and out_channels {model.out_channels}; expected {expected}, as "
+            f"{'images' if vae is None else 'the latents of its autoencoder'} have"
+        )
+    return vae, height * (1 if vae is None else factor_of(vae))
+
+
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> torch.Tensor:
+def encode(
+    vae: AutoencoderKL,
+    images: NDArray[np.uint8],
+    batch: int = _AT_ONCE,
+    progress: Callable[[str, float], None] | None = None,
+) -> torch.Tensor:
     """Encodes images, uint8 [N, H, W, 3], to latents, float32 [N, C, h, w] on the CPU.
 
     They are the means of the posteriors, scaled to about unit variance.
@@ -60,6 +87,8 @@ def encode(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE)
     shift, scale = _affine(vae)
     made = []
     for first in range(0, len(images), batch):
+        if progress is not None:
+            progress(f"encoding images: {first} of {len(images)}", first / len(images))
         x = as_input(images[first : first + batch]).to(vae.device)
         made.append(((vae.encode(x).latent_dist.mean - shift) * scale).float().cpu())
     return torch.cat(made)

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgediff.data.batches import TOKENS
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.load import Model
 from edgediff.models.sampling import PREDICTIONS
 from edgediff.models.undivided import predict
 from edgediff.train.distillation import Distillation, predict_with_features
+from edgediff.train.text import STATES, encode
 
 DDPM = "ddpm"
 SPATIAL = "spatial"
@@ -51,12 +53,13 @@ class Noising:
 
 
 class Learner(nn.Module):
-    """The UNet and, for a student that distils, its aligners: all that has weights to learn."""
+    """The UNet, a text encoder that learns beside it, the aligners of a student: all that has weights to learn."""
 
-    def __init__(self, unet: Any, distillation: Distillation | None = None) -> None:
+    def __init__(self, unet: Any, distillation: Distillation | None = None, text_encoder: Any = None) -> None:
         super().__init__()
         self.unet = unet
         self.distillation = distillation
+        self.text_encoder = text_encoder
 
     def forward(
         self,
@@ -69,8 +72,11 @@ class Learner(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The terms of the loss, scalars by name: ``ddpm`` and, with a teacher, ``spatial`` and ``frequency``.
 
-        `x_0`, `x_t` and `target` are [B, C, H, W], `t` is [B], `teacher` has the teacher's features by place.
+        `x_0`, `x_t` and `target` are [B, C, H, W], `t` is [B], `teacher` has the teacher's features by place. Token ids
+        in `cond` are encoded first.
         """
+        if self.text_encoder is not None:
+            cond = {STATES: encode(self.text_encoder, cond[TOKENS])}
         if self.distillation is None or teacher is None:
             return {DDPM: F.mse_loss(predict(self.unet, x_t, t, cond).float(), target)}
         prediction, features = predict_with_features(self.unet, self.distillation.points, x_t, t, cond)
@@ -83,13 +89,17 @@ def check_pair(teacher: Model, student: Model) -> None:
     """Refuses a student that cannot learn from a teacher.
 
     Raises:
-        ConfigError: Channels, size, classes, schedule or what is predicted differ; all of it is named.
+        ConfigError: Channels, size, conditioning, schedule or what is predicted differ; all of it is named.
     """
-    names = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
+    names = ["in_channels", "out_channels", "sample_size", "num_class_embeds"]
+    if "text" in (teacher.conditioning.kind, student.conditioning.kind):
+        names.append("cross_attention_dim")
     pairs = [(name, *(getattr(m.unet.config, name, None) for m in (teacher, student))) for name in names]
     schedules = [Noising(model.scheduler, torch.device("cpu")) for model in (teacher, student)]
     pairs.append(("prediction_type", *(schedule.prediction for schedule in schedules)))
     found = [f"{name} {theirs}, the student {own}" for name, theirs, own in pairs if theirs != own]
+    if teacher.conditioning.kind != student.conditioning.kind:
+        found.append(f"conditioning {teacher.conditioning.kind}, the student {student.conditioning.kind}")
     if teacher.labels != student.labels:
         found.append("other classes than the student")
     if not schedules[0].is_like(schedules[1]):

@@ -39,14 +39,21 @@ def silent(what: str, share: float) -> None:
 def begin(path: Path, progress: Say | None, precision: str | None = None) -> tuple[Accelerator, Say]:
     """Makes the accelerator of a training in a folder, and what reports its progress: in the main process alone.
 
-    Without a `precision`, ``fp32`` or ``bf16``, it is what `accelerate launch` was given.
+    `precision` is ``fp32``, ``bf16`` or ``auto``; None is what `accelerate launch` was given.
 
     Raises:
         TargetError: The folder cannot be written, or another training runs there.
     """
+    if precision == "auto":
+        precision = "bf16" if is_fast_in_bf16() else "fp32"
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     check_output(path, accelerator)
     return accelerator, progress if progress is not None and accelerator.is_main_process else silent
+
+
+def is_fast_in_bf16() -> bool:
+    """Whether this machine multiplies matrices faster in bf16: an NVIDIA GPU, or a CPU with AMX."""
+    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def cosine(share: float) -> float:

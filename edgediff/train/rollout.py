@@ -5,7 +5,7 @@ follow from the seed, the round and the process.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_session import TorchSession
 from edgediff.outputs import write_whole
 from edgediff.train.settings import AdaptorTraining
+from edgediff.train.text import STATES, Text, encode, text_of
 from edgediff_runtime import clock_mask
+from edgediff_runtime.errors import one_line
 from edgediff_runtime.loop import Request, denoise, initial_latents
 from edgediff_runtime.schedulers import make_scheduler
 
@@ -32,6 +34,9 @@ TARGET = "target"
 # Far from the small seeds that users take, so that nobody looks at what was trained on.
 FIRST_SEED = 2**52
 GB = 1e9
+# The end of the name of a file of prompts.
+PROMPTS = ".txt"
+_ENCODED_AT_ONCE = 256
 
 Samples = dict[str, torch.Tensor]
 Rows = dict[str, np.ndarray]
@@ -52,11 +57,12 @@ class Prompts:
 
     @classmethod
     def of(cls, model: Model, guided: bool, path: str | None) -> "Prompts":
-        """Collects what a model is conditioned on, a text model's from the file of embeddings at `path`.
+        """Collects what a model is conditioned on; of one with text, from the file of prompts or embeddings at `path`.
 
         Raises:
-            ConfigError: The file is missing, not needed, lacks a tensor or has one of another shape; or there is no
-                unconditional class to guide with.
+            ConfigError: The file is missing, not needed, empty, lacks a tensor or has one of another shape; or there is
+                no unconditional class to guide with.
+            ModelError: The prompts need a text encoder, which the model does not have.
         """
         known = model.conditioning
         if known.kind != "text":
@@ -70,7 +76,11 @@ class Prompts:
             uncond = {"class_labels": np.array([known.null_label])} if guided else {}
             return cls({"class_labels": labels}, uncond, len(labels))
         if path is None:
-            raise ConfigError("the model is conditioned on text; pass the prompts' embeddings with --conditioning FILE")
+            raise ConfigError(
+                "the model is conditioned on text; pass prompts, one a line, or their embeddings: --conditioning FILE"
+            )
+        if Path(path).suffix == PROMPTS:
+            return cls.encoded(text_of(model, learns=False), read_prompts(path), guided)
         arrays = load_arrays(path)
         rows: tuple[Rows, Rows] = ({}, {})
         for found, prefix in zip(rows, ("", "negative_") if guided else ("",), strict=False):
@@ -90,6 +100,15 @@ class Prompts:
                 raise ConfigError(f"conditioning {path}: {name} has {len(array)} rows for {count} prompts")
         return cls(*rows, count)
 
+    @classmethod
+    @torch.no_grad()
+    def encoded(cls, text: Text, prompts: Sequence[str], guided: bool) -> "Prompts":
+        """Prompts, and the empty one to guide with, as a text encoder gives them."""
+        device = text.encoder.device
+        ids = text.tokenize([*prompts, ""])[0].split(_ENCODED_AT_ONCE)
+        states = torch.cat([encode(text.encoder, each.to(device)).cpu() for each in ids]).numpy()
+        return cls({STATES: states[:-1]}, {STATES: states[-1:]} if guided else {}, len(prompts))
+
     def take(self, chosen: np.ndarray) -> tuple[Rows, Rows]:
         """Conditional and unconditional rows, [N, ...], of prompts by their numbers modulo `count`, int64 [N]."""
         cond = {name: rows[chosen % self.count % len(rows)] for name, rows in self.cond.items()}
@@ -98,6 +117,17 @@ class Prompts:
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Rows, Rows]:
         """Draws `count` prompts: conditional and unconditional rows, [count, ...]."""
         return self.take(rng.integers(self.count, size=count))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a file, one a line; a ConfigError where there are none."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"conditioning {path} cannot be read as UTF-8 text: {one_line(e)}") from e
+    if not prompts:
+        raise ConfigError(f"conditioning {path} is empty; expected prompts, one a line")
+    return prompts
 
 
 class Rollouts:

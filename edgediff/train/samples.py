@@ -34,11 +34,13 @@ def make_sampler(model: Model) -> Scheduler:
         raise UnsupportedError(f"{model.name} cannot be sampled: {e}") from e
 
 
-def draw_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
-    """Samples a model of classes or of nothing with its usual guidance, every step in full.
+def draw_samples(
+    model: Model, count: int, at_once: int, guidance: float | None = None, prompts: Prompts | None = None
+) -> NDArray[np.float32]:
+    """Samples a model, every step in full, with its usual guidance where none is given.
 
-    Image i has class i mod the number of classes, and noise of seed 0. At most `at_once` rows go through the UNet
-    together, two for an image with guidance.
+    Image i has class, or prompt, i mod their number, and noise of seed 0; a model with text needs `prompts`. At most
+    `at_once` rows go through the UNet together, two for an image with guidance.
 
     Returns:
         float32 [count, C, H, W].
@@ -46,8 +48,9 @@ def draw_samples(model: Model, count: int, at_once: int) -> NDArray[np.float32]:
     Raises:
         UnsupportedError: The model's sampler is not supported.
     """
-    guidance = model.usual_guidance
-    cond, uncond = Prompts.of(model, guidance > 1, None).take(np.arange(count))
+    guidance = model.usual_guidance if guidance is None else guidance
+    prompts = Prompts.of(model, guidance > 1, None) if prompts is None else prompts
+    cond, uncond = prompts.take(np.arange(count))
     rows = count * (2 if guidance > 1 else 1)
     # Equal parts, since the loop pads those that are not full.
     session = undivided_session(model, math.ceil(rows / math.ceil(rows / at_once)))

@@ -22,14 +22,17 @@ POINTS = ("down", "mid", "up", "out")
 # More is a typing error, and would show only after hours or as a lack of memory.
 MOST = {
     "updates": 100_000_000, "batch": 65_536, "size": 8_192, "num_train_timesteps": 100_000, "width": 65_536,
-    "images": MAX_IMAGES, "rounds": 2**20 - 1,
+    "images": MAX_IMAGES, "rounds": 2**20 - 1, "vocab_size": 65_536, "max_position_embeddings": 1024,
 }  # fmt: skip
 ABOVE_0 = (
     "updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip", "rounds", "images", "passes",
     "store_gb", "guidance_scale", "latent_channels", "layers_per_block", "norm_num_groups", "size",
+    "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "intermediate_size",
 )  # fmt: skip
 FROM_0 = ("warmup", "weight_decay", "output_weight", "spatial", "frequency", "kl_weight")
 SHARES = ("ema", "label_dropout")
+# All bytes, alone and at the end of a word, and two tokens around a caption.
+SMALLEST_VOCABULARY = 2 * 256 + 2
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -132,10 +135,18 @@ class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What trainings of teachers and of students have in common; both by AdamW."""
+    """What trainings of teachers and of students have in common; both by AdamW.
+
+    Attributes:
+        captions: Of a model with text: the forms that captions take, of an image's columns; None is the text itself.
+        only: By column, a file of the values to learn, one a line.
+        guidance_scale: Of the sample grids; None takes what the model is usually sampled with.
+    """
 
     data: str | None = None
     held_out: str | None = None
+    captions: tuple[str, ...] | None = None
+    only: dict[str, str] | None = None
     updates: int = 10_000
     warmup: int = 200
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -143,10 +154,19 @@ class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     clip: float = 1.0
     flip: bool = True
     label_dropout: float = 0.1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     sample_every: int | None = None
+    guidance_scale: float | None = None
 
-    free: ClassVar[tuple[str, ...]] = ("data", "held_out", "checkpoint_minutes", "sample_every")
+    # Of the first three, what is read counts.
+    free: ClassVar[tuple[str, ...]] = (
+        "data", "held_out", "only", "checkpoint_minutes", "sample_every", "guidance_scale",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Checks that captions have a form."""
+        if self.captions is not None and not self.captions:
+            raise ConfigError("'captions' is empty; expected one or more forms, such as '{text}', or no 'captions'")
 
 
 class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -178,6 +198,7 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
 
     def check(self) -> None:
         """Checks the student's shape and the terms."""
+        super().check()
         check_wavelet(self.wavelet)
         if self.student is not None and self.width is not None:
             raise ConfigError("'student' and 'width' were given: an existing student has its own width; leave one out")
@@ -187,22 +208,57 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
             raise ConfigError(f"'points' is {list(self.points)}; expected one or more of {', '.join(POINTS)}")
 
 
-class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A UNet trained from scratch.
+class TextGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A small CLIP text encoder that is trained beside the UNet, as wide as the UNet's cross-attention takes.
 
     Attributes:
+        vocab_size: Of byte pairs that are learnt from the captions: all bytes, alone and at the end of a word, those
+            that are joined, and the two that begin and end a caption.
+        max_position_embeddings: Tokens of a caption, with those two.
+        intermediate_size: Of each layer's MLP; None is four times the width.
+    """
+
+    vocab_size: int = 2000
+    max_position_embeddings: int = 32
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+
+    def check(self) -> None:
+        """Checks the numbers; a ConfigError where one does not fit."""
+        check_ranges(self, tuple(name for name in ABOVE_0 if name in self.__struct_fields__))
+        if not SMALLEST_VOCABULARY <= self.vocab_size <= MOST["vocab_size"]:
+            raise ConfigError(
+                f"'text.vocab_size' is {self.vocab_size}; expected {SMALLEST_VOCABULARY} to {MOST['vocab_size']}"
+            )
+        if not 3 <= self.max_position_embeddings <= MOST["max_position_embeddings"]:
+            raise ConfigError(
+                f"'text.max_position_embeddings' is {self.max_position_embeddings}; expected 3 to "
+                f"{MOST['max_position_embeddings']}"
+            )
+
+
+class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A UNet trained from scratch, or further.
+
+    Attributes:
+        start: A whole model that is trained further, a diffusers directory or a built-in name; its autoencoder stays.
         model: Whose geometry is trained, without its weights: a diffusers directory or a built-in name.
         unet: Or the geometry itself: settings of a diffusers UNet with its ``_class_name``.
         size: Height and width of the images in pixels; None takes the geometry's.
-        classes: Whether the model is conditioned on the folder's classes.
+        classes: Whether the model is conditioned on the folder's classes, where it takes no text.
+        text: Settings of a small text encoder that is trained beside the UNet, or a directory of one, which stays as it
+            is: the model is then conditioned on captions.
         autoencoder: Settings of a small KL autoencoder that is trained first, or a directory of one: the UNet then
             learns latents. None learns pixels.
     """
 
+    start: str | None = None
     model: str | None = None
     unet: dict[str, Any] | None = None
     size: int | None = None
     classes: bool = True
+    text: str | dict[str, Any] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     num_train_timesteps: int = 1000
@@ -210,12 +266,20 @@ class TeacherTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
 
     def check(self) -> None:
         """Checks that there is one geometry, and the schedule's length."""
-        if (self.model is None) == (self.unet is None):
-            given = "neither" if self.model is None else "both"
-            raise ConfigError(f"'model' and 'unet': {given} given; expected one geometry, by name or by its settings")
+        super().check()
+        given = [name for name in ("start", "model", "unet") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"'{given[0]}' and '{given[1]}' were given; expected one of start, model and unet")
+        own = [name for name in _OF_A_NEW_MODEL if getattr(self, name) != _DEFAULTS[name]]
+        own += ["text"] if isinstance(self.text, dict) else []
+        if self.start is not None and own:
+            raise ConfigError(f"'{own[0]}' with 'start': a model that is trained further has its own; leave it out")
         if self.num_train_timesteps < 2:
             raise ConfigError(f"'num_train_timesteps' is {self.num_train_timesteps}; expected 2 or more")
 
+
+_OF_A_NEW_MODEL = ("size", "classes", "prediction_type", "beta_schedule", "num_train_timesteps", "autoencoder")
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(TeacherTraining)}
 
 T = TypeVar("T", bound=Training)
 

@@ -10,10 +10,11 @@ from edgediff.models.load import Model, load_model
 from edgediff.models.slim import slim
 from edgediff.models.spectral import spectralize
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import FOLDER, factor_of, hash_of_autoencoder, load_autoencoder
+from edgediff.train.latents import FOLDER, autoencoder_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.learner import check_pair
 from edgediff.train.loop import Say, begin
 from edgediff.train.settings import StudentTraining, check_training
+from edgediff.train.text import text_of
 from edgediff.train.unet import UNetTrained, train_unet
 
 
@@ -24,7 +25,8 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         None where the student is there already.
 
     Raises:
-        ConfigError: The settings do not fit, or teacher and student do not.
+        ConfigError: The settings do not fit, or teacher and student do not: their geometries, autoencoders or text
+            encoders differ.
         DataError: The images cannot be read, or do not fit the teacher.
         ModelError: The teacher cannot be loaded, or has no scheduler.
         TargetError: Something else is in the folder, another training runs there, or the disk is full.
@@ -42,34 +44,42 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         raise ConfigError(f"the teacher {teacher.name} is a geometry without weights: there is nothing to learn from")
     model = student_of(teacher, settings)
     check_pair(teacher, model)
-    _, height, width = model.sample_shape
-    if height != width:
-        raise ConfigError(f"the UNet takes {height}x{width}; expected a square, since images are cropped to one")
-    vae = None if teacher.space == "pixel" else load_autoencoder(teacher.home / FOLDER)
-    factor = 1 if vae is None else factor_of(vae)
-    channels = 3 if vae is None else vae.config.latent_channels
-    found = (teacher.unet.config.in_channels, teacher.unet.config.out_channels)
-    if found != (channels, channels):
-        raise ConfigError(
-            f"the teacher {teacher.name} has in_channels {found[0]} and out_channels {found[1]}; expected {channels}, "
-            f"as {'images' if vae is None else 'the latents of its autoencoder'} have"
-        )
+    vae, size = autoencoder_of(teacher)
+    text = text_of(teacher, learns=False) if teacher.conditioning.kind == "text" else None
     sources = {"another teacher": teacher.sha256}
     if vae is not None:
         sources["another autoencoder"] = hash_of_autoencoder(vae)
+    if text is not None:
+        sources["another text encoder"] = text.digest()
     if settings.student is not None:
         sources["another student"] = model.sha256
+        _check_components(teacher, model, sources)
     return train_unet(
         replace(model, name=path.resolve().name),
-        read_data(settings, factor * height, say),
+        read_data(settings, size, say, captioned=text is not None),
         path,
         settings,
         accelerator=accelerator,
         teacher=teacher,
         autoencoder=None if vae is None else lambda: vae.to(accelerator.device),
+        text=text,
         sources=sources,
         say=say,
     )
+
+
+def _check_components(teacher: Model, student: Model, sources: dict[str, str]) -> None:
+    """Refuses a student that learnt the latents or the text of other components than the teacher's."""
+    found = {}
+    if "another autoencoder" in sources:
+        if student.space == "pixel":
+            raise ConfigError(f"the teacher {teacher.name} works on latents, the student on pixels; expected the same")
+        found["another autoencoder"] = hash_of_autoencoder(load_autoencoder(student.home / FOLDER))
+    if "another text encoder" in sources:
+        found["another text encoder"] = text_of(student, learns=False).digest()
+    for what, digest in found.items():
+        if digest != sources[what]:
+            raise ConfigError(f"the teacher {teacher.name} has {what} than the student: expected the same")
 
 
 def student_of(teacher: Model, settings: StudentTraining) -> Model:

@@ -20,6 +20,7 @@ from edgediff.train.gain import Gain
 from edgediff.train.learner import DDPM
 from edgediff.train.loop import Progress, recent
 from edgediff.train.settings import AdaptorTraining, StudentTraining, UNetTraining
+from edgediff.train.text import Text
 from edgediff_runtime.manifest import Cost
 
 CARD = "README.md"
@@ -43,7 +44,7 @@ def adaptor_card(
     known = model.conditioning
     data = {
         "class": f"labels alone, drawn from {len(known.labels)} classes; no images",
-        "text": f"prompt embeddings alone, from `{settings.conditioning}`; no images",
+        "text": f"prompts alone, from `{settings.conditioning}`; no images",
         "none": "noise alone; no images",
     }[known.kind]
     what = "8-bit images" if gain.space == "pixel" else "latents"
@@ -71,6 +72,7 @@ process, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.l
 def unet_card(
     model: Model,
     teacher: Model | None,
+    text: Text | None,
     settings: UNetTraining,
     images: tuple[ImageSet, ImageSet],
     state: Progress,
@@ -89,18 +91,27 @@ def unet_card(
             f"- **Teacher**: `{teacher.name}`, sha256 `{teacher.sha256}`, {theirs.parameters:,} parameters: "
             f"{theirs.macs / cost.macs:.1f} times the multiply-adds. {_terms(settings)}\n"
         )
+    if text is not None:
+        how = "trained beside the UNet" if text.learns else "given, and left as it is"
+        count = sum(each.numel() for each in text.encoder.parameters())
+        taught += (
+            f"- **Text**: CLIP's encoder, {count:,} parameters, {text.length} tokens of a vocabulary of "
+            f"{len(text.tokenizer):,}; {how}.\n"
+        )
+    what = "with captions" if text is not None else f"of {len(data.names)} classes"
+    asked = "captions that it learnt" if text is not None else "classes in their order"
     skipped = f" {data.skipped.in_words()}" if data.skipped.count else ""
     return f"""# {model.name}
 
 - **What**: {type(model.unet).__name__}, levels {widths}{gated}, {cost.parameters:,} parameters, {cost.macs:,} \
 multiply-adds of a sample without and {cost.macs_attention:,} of attention matmuls.
-{taught}- **Data**: {len(data):,} images of {len(data.names)} classes, brought to {size} (centre, Lanczos, mean of \
+{taught}- **Data**: {len(data):,} images {what}, brought to {size} (centre, Lanczos, mean of \
 squares), sha256 `{hash_of(data)}`; {len(held_out):,} held out, sha256 `{hash_of(held_out)}`.{skipped}
 - **Training**: {state.updates:,} updates of {settings.batch * accelerator.num_processes} images in \
 {_where(state, accelerator)}.
 - **Loss** (denoising): {recent(state.terms[DDPM]):.4f} over the last tenth, {state.held_out[-1][1]:.4f} of the \
 averaged weights on held-out images ([curves]({LOSSES})).
-- **Samples**: 20 steps of dpmpp_2m, classes in their order ([grid](samples.png)).
+- **Samples**: 20 steps of dpmpp_2m, {asked} ([grid](samples.png)).
 - **Versions**: {_versions()}.
 - **Licence**: not stated; what it learnt from has a say in it.
 
@@ -114,6 +125,8 @@ Settings (`edgediff train` takes them as they stand, as `--config`):
 
 def _where(state: Progress, accelerator: Accelerator) -> str:
     device = f"{accelerator.num_processes} process(es) on {accelerator.device.type} ({platform.machine()})"
+    if accelerator.mixed_precision != "no":
+        device += f", {accelerator.mixed_precision}"
     return f"{state.seconds / 60:.1f} minutes, {device}"
 
 

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 
 from edgediff.config.choices import Cut
-from edgediff.data.batches import Batches, generator, hash_of
+from edgediff.data.batches import TOKENS, Batches, generator, hash_of
 from edgediff.data.image_folder import ImageSet
 from edgediff.models.clockwork import split
+from edgediff.models.components import save_tokenizer
+from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, writing
@@ -28,8 +32,10 @@ from edgediff.train.distillation import Distillation, predict_with_features
 from edgediff.train.latents import FOLDER, WEIGHTS_FILE, decode
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising
 from edgediff.train.loop import Loop, Say, Task, recent
+from edgediff.train.rollout import Prompts
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
+from edgediff.train.text import ENCODER, STATES, TOKENIZER, Text, encode, no_bars
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, unet_card
 from edgediff_runtime.image import to_uint8
 
@@ -55,6 +61,7 @@ class UNetTrained:
         held_out: The denoising loss of the averaged weights on held-out images.
         images: How many were learnt from.
         skipped: Images that were left out, and why.
+        cut: Captions that were longer than the text encoder takes, and were cut.
     """
 
     path: Path
@@ -63,6 +70,7 @@ class UNetTrained:
     held_out: float
     images: int
     skipped: str
+    cut: int = 0
 
 
 def train_unet(
@@ -74,6 +82,7 @@ def train_unet(
     accelerator: Accelerator,
     teacher: Model | None = None,
     autoencoder: Callable[[], AutoencoderKL] | None = None,
+    text: Text | None = None,
     sources: dict[str, str],
     say: Say,
 ) -> UNetTrained | None:
@@ -84,11 +93,14 @@ def train_unet(
         data: What is learnt from, and what is held out.
         teacher: Whose features are learnt from.
         autoencoder: Makes the one whose latents the UNet works on; None works on pixels.
+        text: What encodes captions, of a model that is conditioned on text.
         sources: As `Claim` has them, without those of the images.
     """
     check_drawing("drawing the loss curve")
     # A model that could not be sampled or divided afterwards is not trained.
     make_sampler(model)
+    if text is None:
+        Prompts.of(model, _guidance_of(model, settings) > 1, None)
     split(model.unet, Cut())
     images, held_out = data
     sources = {"other images": hash_of(images), "other held-out images": hash_of(held_out), **sources}
@@ -96,17 +108,17 @@ def train_unet(
     if claim.is_done():
         return None
     classes_of(model, images)
-    learner = _learner(model, teacher, settings, accelerator.device)
+    learner = _learner(model, teacher, text, settings, accelerator.device)
     with claim.locked():
         vae = None if autoencoder is None else autoencoder()
-        task = _UNetTask(accelerator, model, learner, teacher, data, vae, settings, path)
+        task = _UNetTask(accelerator, model, learner, teacher, text, data, vae, settings, path, say)
         loop = Loop(task, path)
         loop.run(say)
         if accelerator.is_main_process:
             loop.count_time()
-            card = unet_card(model, teacher, settings, data, task.state, accelerator)
+            card = unet_card(model, teacher, text, settings, data, task.state, accelerator)
             with writing(path, loop.kept()):
-                _save(path, model, card, vae)
+                _save(path, model, card, vae, text)
     return UNetTrained(
         path=path,
         updates=task.state.updates,
@@ -114,11 +126,23 @@ def train_unet(
         held_out=task.state.held_out[-1][1],
         images=len(images),
         skipped=images.skipped.in_words(),
+        cut=task.cut,
     )
 
 
-def _learner(model: Model, teacher: Model | None, settings: UNetTraining, device: torch.device) -> Learner:
+def _guidance_of(model: Model, settings: UNetTraining) -> float:
+    """What sample grids are drawn with."""
+    return usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
+
+
+def _learner(
+    model: Model, teacher: Model | None, text: Text | None, settings: UNetTraining, device: torch.device
+) -> Learner:
     unet = model.unet.requires_grad_(True).train().to(device)
+    if text is not None:
+        text.encoder.requires_grad_(text.learns).to(device)
+        if text.learns:
+            return Learner(unet, text_encoder=text.encoder)
     if teacher is None or not isinstance(settings, StudentTraining) or not settings.distils:
         return Learner(unet)
     with torch.random.fork_rng(devices=[]):
@@ -137,21 +161,26 @@ class _UNetTask(Task):
         model: Model,
         learner: Learner,
         teacher: Model | None,
+        text: Text | None,
         images: tuple[ImageSet, ImageSet],
         vae: AutoencoderKL | None,
         settings: UNetTraining,
         path: Path,
+        say: Say,
     ) -> None:
         optimizer = torch.optim.AdamW(
             learner.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        super().__init__(accelerator, settings, learner, optimizer, learner.unet, settings.updates)
+        averaged = learner.unet if learner.text_encoder is None else learner
+        super().__init__(accelerator, settings, learner, optimizer, averaged, settings.updates)
         self.weights = {DDPM: 1.0}
         if isinstance(settings, StudentTraining):
             self.weights |= {SPATIAL: settings.spatial, FREQUENCY: settings.frequency}
         self.model, self.learner, self.teacher, self.vae = model, learner, teacher, vae
-        self.path = path
-        self.data, self.held_out = (batches_of(each, model, vae, settings) for each in images)
+        self.path, self.text = path, text
+        self.data, self.held_out = (batches_of(each, model, vae, text, settings, say) for each in images)
+        self.cut = 0 if self.data.wordings is None else self.data.wordings.cut
+        self.prompts = _prompts_of(images[0])
         self.noising = Noising(model.scheduler, self.device)
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
@@ -165,15 +194,22 @@ class _UNetTask(Task):
         return terms
 
     def draw(self, data: Batches, first: int, size: int, number: int, learning: bool = True) -> dict[str, Any]:
-        """Images, noise and time steps, under a number; only for learning, images are mirrored and labels dropped."""
+        """Images, noise and time steps, under a number.
+
+        Only for learning, images are mirrored, captions take any of their forms, and labels and captions are dropped.
+        """
         settings, device = self.settings, self.device
         rng = generator(settings.seed, number)
         flips = torch.rand(size, generator=rng) < 0.5 if settings.flip and learning else None
         t = torch.randint(0, self.noising.steps, (size,), generator=rng).to(device)
         drop = torch.rand(size, generator=rng) < settings.label_dropout
-        x_0, cond = data.take(first, size, flips, drop if learning else None)
+        choice = torch.rand(size, 2, generator=rng) if data.wordings is not None and learning else None
+        x_0, cond = data.take(first, size, flips, drop if learning else None, choice)
         noise = torch.randn(x_0.shape, generator=rng).to(device)
         x_0, cond = x_0.to(device), {name: rows.to(device) for name, rows in cond.items()}
+        if self.text is not None and not self.text.learns:
+            with torch.no_grad():
+                cond = {STATES: encode(self.text.encoder, cond[TOKENS])}
         x_t, target = self.noising.noised(x_0, noise, t)
         return {"x_0": x_0, "x_t": x_t, "t": t, "target": target, "cond": cond}
 
@@ -192,7 +228,7 @@ class _UNetTask(Task):
         if self.accelerator.is_main_process:
             with loop.averaged():
                 held_out = self._held_out_loss()
-                samples = draw_samples(self.model, NUM_SAMPLES, at_once=self.settings.batch)
+                samples = self._draw_samples()
             images = to_uint8(samples) if self.vae is None else decode(self.vae, torch.tensor(samples))
             with writing(self.path, loop.kept()):
                 write_grid(images, self.path / SAMPLES)
@@ -207,6 +243,11 @@ class _UNetTask(Task):
         self.state.held_out.append((self.state.updates, held_out))
         self.accelerator.wait_for_everyone()
 
+    def _draw_samples(self) -> NDArray[np.float32]:
+        guidance = _guidance_of(self.model, self.settings)
+        prompts = None if self.text is None else Prompts.encoded(self.text, self.prompts, guidance > 1)
+        return draw_samples(self.model, NUM_SAMPLES, self.settings.batch, guidance, prompts)
+
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         count, loss = min(self.held_out.count, HELD_OUT), 0.0
@@ -217,18 +258,32 @@ class _UNetTask(Task):
         return loss / count
 
 
-def _save(path: Path, model: Model, card: str, vae: AutoencoderKL | None) -> None:
+def _prompts_of(images: ImageSet) -> list[str]:
+    """What samples are asked for: captions that were learnt from, evenly spaced."""
+    captions = images.captions[:: max(1, len(images.captions) // NUM_SAMPLES)][:NUM_SAMPLES]
+    return [next(wording for form in caption for wording in form) for caption in captions]
+
+
+def _save(path: Path, model: Model, card: str, vae: AutoencoderKL | None, text: Text | None) -> None:
     """Writes the model as diffusers does; the UNet's weights come last."""
     if model.labels:
         names = json.dumps(model.labels, ensure_ascii=False, indent=1)
         (path / "classes.json").write_text(f"{names}\n", encoding="utf-8")
     (path / CARD).write_text(card, encoding="utf-8")
-    parts = {"scheduler": model.scheduler} | ({} if vae is None else {FOLDER: vae}) | {UNET: model.unet}
-    if vae is not None:  # the index says that the model works on latents
+    parts = {"scheduler": model.scheduler} | ({} if vae is None else {FOLDER: vae})
+    if text is not None:
+        parts |= {ENCODER: text.encoder, TOKENIZER: text.tokenizer}
+    parts[UNET] = model.unet
+    if len(parts) > 2:  # the index says that the model works on latents, or takes text
         index: dict[str, object] = {"_class_name": "DiffusionPipeline"}
+        if {FOLDER, ENCODER} <= parts.keys():
+            index["_class_name"] = "StableDiffusionPipeline"
+            index |= {key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")}
+            index["requires_safety_checker"] = False
         for name, part in sorted(parts.items()):
             module = type(part).__module__
-            index[name] = ["diffusers" if module.startswith("diffusers.") else module, type(part).__name__]
+            library = module.partition(".")[0]
+            index[name] = [library if library in ("diffusers", "transformers") else module, type(part).__name__]
         (path / "model_index.json").write_text(f"{json.dumps(index, indent=1)}\n", encoding="utf-8")
     save_parts(path, parts)
 
@@ -241,5 +296,9 @@ def save_parts(path: Path, parts: Mapping[str, Any]) -> None:
         partial = path / f"{name}.partial"
         for left_over in (partial, path / name):
             shutil.rmtree(left_over, ignore_errors=True)
-        part.save_pretrained(partial)
+        if name == TOKENIZER:
+            save_tokenizer(part, partial)
+        else:
+            with no_bars():
+                part.save_pretrained(partial)
         os.replace(partial, path / name)
