@@ -23,7 +23,6 @@ from edgediff.data.batches import TOKENS, Batches, generator, hash_of
 from edgediff.data.image_folder import ImageSet
 from edgediff.models.clockwork import split
 from edgediff.models.components import save_tokenizer
-from edgediff.models.conditioning import usual_guidance
 from edgediff.models.load import Model
 from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, writing
@@ -132,7 +131,7 @@ def train_unet(
 
 def _guidance_of(model: Model, settings: UNetTraining) -> float:
     """What sample grids are drawn with."""
-    return usual_guidance(model.conditioning) if settings.guidance_scale is None else settings.guidance_scale
+    return model.usual_guidance if settings.guidance_scale is None else settings.guidance_scale
 
 
 def _learner(
