@@ -50,6 +50,7 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready $(GENAI)/.ready
 	$(BIN)/python benchmarks/cost.py --bundle out/bench/sd15 --steps 2 4 8 --images 1 2 4 --rounds 5
 	$(BIN)/python benchmarks/coreml.py
 	$(BIN)/python benchmarks/export_sd15.py
+	$(BIN)/python benchmarks/pipelines.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("edgediff needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -3,8 +3,10 @@
 import copy
 import math
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,6 +32,7 @@ from edgediff.export.export_config import config_from
 from edgediff.export.half_reference import HalfPart
 from edgediff.models.torch_session import graph_tensor
 from edgediff.targets import TARGETS
+from edgediff.targets.backends import open_session
 from edgediff.targets.base import LARGEST_HALF, HalfConstants
 from edgediff.targets.layout import modules
 from edgediff.targets.onnx import OnnxConfig
@@ -37,6 +40,7 @@ from edgediff.targets.onnx.half_precision import Converting, element_types, to_f
 from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff.targets.onnx.unrounded import UnroundedSession
 from edgediff.targets.onnx.write_onnx import write_graph
+from edgediff.verify import parity
 from edgediff_runtime import open_bundle
 from edgediff_runtime.loop import LOWRES_FEATURE
 from edgediff_runtime.manifest import Graph, Tensor
@@ -224,9 +228,12 @@ def test_fp16_is_verified_twice(half_bundle: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_large_model_in_fp16_is_verified_without_its_weights_in_memory(sd1: Path, export_once: Export) -> None:
+def test_a_large_model_is_written_and_verified_without_all_of_it_in_memory(
+    sd1: Path, export_once: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = {"edgediff.targets.onnx.write_onnx.EXTERNAL_DATA_BYTES": 2**10}
-    path = export_once(sd1, config_from({"steps": 2, "adaptor": "identity", "onnx": {"dtype": "fp16"}}), large)
+    recipe = {"steps": 2, "adaptor": "identity", "onnx": {"dtype": "fp16"}, "verify": {"mode": "graphs"}}
+    path = export_once(sd1, config_from(recipe), large)
     components = manifest_of(path).target("onnx").components
     beside = {name: each.graphs[0].external_data for name, each in components.items()}
     assert beside == {
@@ -236,6 +243,18 @@ def test_a_large_model_in_fp16_is_verified_without_its_weights_in_memory(sd1: Pa
         assert sum(file.suffix in (".bin", ".data") for file in (path / f"onnx/{name}").iterdir()) == 1
     rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(path) if row["status"] == "measured"}
     assert all(rows["program", name] > 100 for name in ("full", "cached", "text_encoder", "vae_decoder"))
+
+    opened: list[weakref.ref[object]] = []
+
+    def open_alone(*given: Any, **named: Any) -> object:
+        assert not [name for name, session in enumerate(opened) if session() is not None]
+        session = open_session(*given, **named)
+        opened.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(parity, "open_session", open_alone)
+    assert parity.verify_bundle(path, record=False).ok
+    assert len(opened) == len(components) + 1  # and the undivided step
 
 
 @pytest.mark.long

@@ -116,11 +116,16 @@ def _watching(model: ModelProto, names: Sequence[str]) -> ModelProto:
     return model
 
 
-def open_graph(model: str | bytes) -> Any:
-    """Opens a graph, by its path or its bytes, in ONNX Runtime, to be run a few times."""
+def open_graph(model: str | bytes, optimized: bool = True) -> Any:
+    """Opens a graph, by its path or its bytes, in ONNX Runtime, to be run a few times.
+
+    One with thousands of outputs is to be opened unoptimized: for SDXL's UNet optimizing it took more than 3 minutes.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

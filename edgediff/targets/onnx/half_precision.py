@@ -30,34 +30,34 @@ MASKED, MASK = -1e30, -1e4
 
 
 class Converting:
-    """Weights that a conversion reads in one type and gives in another: inside the graph, or from file to file."""
+    """Weights that are read, converted and put into the graph, or, the larger ones, into a file, one at a time."""
 
-    def __init__(self, folder: Path | None = None, file: WeightFile | None = None) -> None:
-        """Takes where weights outside of the graph are read, and the file that they are written to."""
+    def __init__(self, folder: Path = Path(), file: WeightFile | None = None) -> None:
+        """Takes where weights outside of the graph lie, and the file that is written; None keeps all inside."""
         self._folder, self._file = folder, file
 
     def __call__(self, tensor: TensorProto, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> TensorProto:
         """A converted weight, under a name."""
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.from_array(convert(numpy_helper.to_array(tensor)), name)
-        assert self._folder is not None
-        assert self._file is not None
         array = convert(read_weight(tensor, self._folder))
-        return self._file.add(name, array) if array.nbytes >= POOLED_BYTES else numpy_helper.from_array(array, name)
+        if self._file is None or array.nbytes < POOLED_BYTES:
+            return numpy_helper.from_array(array, name)
+        return self._file.add(name, array)
 
 
-def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting | None = None) -> ModelProto:
+INSIDE = Converting()
+
+
+def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting = INSIDE) -> ModelProto:
     """Converts a graph to fp16.
 
     Args:
         model: In fp32, of standard operators; changed in place.
         tensors: The graph's inputs and outputs as they are to be.
-        converting: Where weights are that lie outside of the graph; None where there are none.
+        converting: Where weights outside of the graph lie and go to.
 
     Raises:
         UnsupportedError: A weight is beyond fp16's range.
     """
-    converting = Converting() if converting is None else converting
     graph, kinds = model.graph, element_types(model)
     declared = {tensor.name: HALF if tensor.dtype == "float16" else FLOAT for tensor in tensors}
     exact = _before_periodic(graph)
@@ -118,17 +118,16 @@ def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting
     return model
 
 
-def to_float(model: ModelProto, converting: Converting | None = None) -> tuple[ModelProto, dict[str, NodeProto]]:
+def to_float(model: ModelProto, converting: Converting = INSIDE) -> tuple[ModelProto, dict[str, NodeProto]]:
     """Gives an fp16 graph fp32 arithmetic on the weights that it has.
 
     Args:
         model: As `to_half` leaves it; changed in place.
-        converting: Where weights are that lie outside of the graph; None where there are none.
+        converting: Where weights outside of the graph lie and go to.
 
     Returns:
         The model, and the nodes whose results were fp16, by the results' names, in order.
     """
-    converting = Converting() if converting is None else converting
     graph = model.graph
     half = {name for name, kind in element_types(model).items() if kind == HALF}
     rounded = {name: node for node in graph.node for name in node.output if name in half}

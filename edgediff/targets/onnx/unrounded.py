@@ -108,4 +108,4 @@ def _opened(bundle: Bundle, graph: Graph, watched: bool = False) -> tuple[Any, d
             _watch(model, rounded)
         made = Path(folder) / "model.onnx"
         made.write_bytes(model.SerializeToString())
-        return open_graph(os.fspath(made)), rounded
+        return open_graph(os.fspath(made), optimized=not watched), rounded

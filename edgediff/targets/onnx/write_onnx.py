@@ -212,7 +212,7 @@ def _finish(
         _restore_names(model, graph)
         halves = traced.with_name(f"{graph.name}-half.bin")
         if config.dtype == "fp16":
-            with WeightFile(halves) as file:
+            with WeightFile(halves) if large else contextlib.nullcontext() as file:
                 model = to_half(model, (*graph.inputs, *graph.outputs), Converting(traced.parent, file))
         external = _save(model, path, traced.parent)
         halves.unlink(missing_ok=True)
