@@ -100,7 +100,7 @@ BAD_PIPELINES: dict[str, tuple[Callable[[Path], object], str]] = {
         "is a pipeline of class 'FluxPipeline'; supported: StableDiffusionPipeline, ",
     ),
     "truncated": (lambda p: _cut_short(p / "text_encoder/model.safetensors"), "is it damaged or truncated"),
-    "not finite": (lambda p: _not_finite(p / f"vae/{WEIGHTS}.safetensors"), "vae: the weights are not finite in "),
+    "not finite": (lambda p: _not_finite(p / f"vae/{WEIGHTS}.safetensors"), "vae: weights are not finite in "),
     "a scheduler that the model cannot use": (
         lambda p: change_json(p / "scheduler/scheduler_config.json", prediction_type="sample"),
         "PNDMScheduler cannot be followed (pndm: scheduler prediction_type 'sample': expected one of epsilon, ",

@@ -10,7 +10,7 @@ import msgspec
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff_runtime import RequestError, clock_mask, open_bundle
-from edgediff_runtime.manifest import Adaptor, Cost, Manifest, Target
+from edgediff_runtime.manifest import GUIDANCE, Adaptor, Cost, Manifest, Target
 
 # Papers whose tables of operations are counted anew; here, since the counting imports torch.
 COMPARISONS = ("clockwork", "spectral")
@@ -84,6 +84,7 @@ def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch:
     point = manifest.operating_point
     clock = point.clock if clock is None else clock
     mask = clock_mask(clock, point.num_inference_steps if steps is None else steps, manifest.scheduler.name)
+    guided = point.guidance_scale > 1 and GUIDANCE not in {tensor.name for tensor in manifest.conditioning.tensors}
     return Survey(
         name=manifest.source.name,
         cut=f"level {manifest.cut.level}, {manifest.cut.point}",
@@ -91,7 +92,7 @@ def survey_bundle(path: Path, clock: int | str | None, steps: int | None, batch:
         cache_bytes=manifest.cache_bytes,
         clock=str(clock),
         mask=mask,
-        batch=check_batch((2 if point.guidance_scale > 1 else 1) if batch is None else batch),
+        batch=check_batch((2 if guided else 1) if batch is None else batch),
         facts=_facts(manifest),
         components=tuple(_entries(manifest)),
     )
