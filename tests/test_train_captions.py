@@ -187,14 +187,14 @@ def test_an_interrupted_training_ends_with_the_same_bytes(drawings: Path, tmp_pa
 
 
 def test_a_pipeline_is_trained_further(pipeline: Path, drawings: Path, tmp_path: Path) -> None:
-    settings = TeacherTraining(start=str(pipeline), data=str(drawings), updates=1, batch=4, learning_rate=1e-12)
+    settings = TeacherTraining(start=str(pipeline), data=str(drawings), updates=1, batch=4, learning_rate=1e-6)
     assert train_teacher(tmp_path / "still", settings) is not None
     assert not equal(text_states(pipeline), text_states(tmp_path / "still"))  # the text encoder learns too
     a, b = load_model(pipeline), load_model(tmp_path / "still")
     for name, weight in a.unet.state_dict().items():
-        assert torch.allclose(weight, b.unet.state_dict()[name], atol=1e-6)
+        assert torch.allclose(weight, b.unet.state_dict()[name], atol=1e-5)
     for name, weight in text_states(pipeline).items():
-        assert torch.allclose(weight, text_states(tmp_path / "still")[name], atol=1e-6)
+        assert torch.allclose(weight, text_states(tmp_path / "still")[name], atol=1e-5)
     assert (tmp_path / "still" / "vae" / "config.json").is_file()
     assert b.scheduler.config == a.scheduler.config
     train_teacher(tmp_path / "frozen", changed(settings, learning_rate=1e-3, text=str(pipeline)))
