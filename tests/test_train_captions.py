@@ -95,6 +95,7 @@ def test_it_exports_and_is_verified(pipeline: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_text_and_unet_learn_together(drawings: Path, tmp_path: Path, loops: list[Loop]) -> None:
     settings = training(drawings, updates=60, learning_rate=5e-3, autoencoder=None, label_dropout=0.0, seed=1)
     done = train_teacher(tmp_path / "a", settings)
@@ -169,7 +170,7 @@ def test_tokens_are_padded_and_cut_as_by_transformers() -> None:
 
 
 def test_an_interrupted_training_ends_with_the_same_bytes(drawings: Path, tmp_path: Path) -> None:
-    settings = training(drawings, updates=4, sample_every=2, checkpoint_minutes=1e-9, captions=["{text}", "{name}"])
+    settings = training(drawings, updates=4, checkpoint_minutes=1e-9, captions=["{text}", "{name}"], autoencoder=None)
 
     def stop(what: str, share: float) -> None:
         if what.startswith("update") and share > 0.5:
@@ -186,17 +187,16 @@ def test_an_interrupted_training_ends_with_the_same_bytes(drawings: Path, tmp_pa
 
 
 def test_a_pipeline_is_trained_further(pipeline: Path, drawings: Path, tmp_path: Path) -> None:
-    settings = TeacherTraining(start=str(pipeline), data=str(drawings), updates=1, batch=4, learning_rate=1e-12)
+    settings = TeacherTraining(start=str(pipeline), data=str(drawings), updates=1, batch=4, learning_rate=1e-6)
     assert train_teacher(tmp_path / "still", settings) is not None
+    assert not equal(text_states(pipeline), text_states(tmp_path / "still"))  # the text encoder learns too
     a, b = load_model(pipeline), load_model(tmp_path / "still")
     for name, weight in a.unet.state_dict().items():
-        assert torch.allclose(weight, b.unet.state_dict()[name], atol=1e-6)
+        assert torch.allclose(weight, b.unet.state_dict()[name], atol=1e-5)
     for name, weight in text_states(pipeline).items():
-        assert torch.allclose(weight, text_states(tmp_path / "still")[name], atol=1e-6)
+        assert torch.allclose(weight, text_states(tmp_path / "still")[name], atol=1e-5)
     assert (tmp_path / "still" / "vae" / "config.json").is_file()
     assert b.scheduler.config == a.scheduler.config
-    train_teacher(tmp_path / "on", changed(settings, learning_rate=1e-3))
-    assert not equal(text_states(pipeline), text_states(tmp_path / "on"))
     train_teacher(tmp_path / "frozen", changed(settings, learning_rate=1e-3, text=str(pipeline)))
     assert equal(text_states(pipeline), text_states(tmp_path / "frozen"))
 
@@ -331,6 +331,7 @@ def test_models_of_two_texts_are_refused(drawings: Path, tmp_path: Path) -> None
     refused(tmp_path, further, UnsupportedError, "text_embeds, time_ids; supported in training")
 
 
+@pytest.mark.long
 def test_a_student_of_other_latents_or_text_is_refused(drawings: Path, pipeline: Path, tmp_path: Path) -> None:
     train_teacher(tmp_path / "other", training(drawings, updates=1, autoencoder=KL | {"seed": 1}))
     train_teacher(tmp_path / "third", training(drawings, seed=2, updates=1, autoencoder=str(pipeline)))
