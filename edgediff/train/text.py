@@ -15,7 +15,7 @@ from edgediff.data.batches import Wordings
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError, ModelError, UnsupportedError
 from edgediff.models.component_loading import text_encoder
-from edgediff.models.components import load_tokenizer, pipeline_components, tokenizer_folder
+from edgediff.models.components import load_tokenizer, pipeline_components
 from edgediff.models.conditioning import Conditioning, TensorSpec
 from edgediff.models.load import Model
 from edgediff.models.model_files import TRANSFORMERS, read_json, read_state
@@ -151,7 +151,7 @@ def text_of(model: Model, learns: bool) -> Text:
     if component is None:
         raise ModelError(f"{model.path} is conditioned on text and has no {ENCODER}; name a whole pipeline")
     encoder: Any = component.load().encoder
-    text = Text(encoder, load_tokenizer(tokenizer_folder(model, ENCODER)), learns)
+    text = Text(encoder, component.tokenizer, learns)
     return _checked(text, component.folder)
 
 
