@@ -129,7 +129,7 @@ def test_inspect_shows_what_a_pipeline_consists_of(command: Command) -> None:
     # 77 tokens through 3 layers: four projections and two layers of the feed-forward, twice as wide.
     assert shown[0]["gflops"] == pytest.approx(2e-9 * 77 * 3 * (4 + 4) * WIDTH**2)
     assert shown[0]["gflops_attention"] == pytest.approx(2e-9 * 3 * 2 * 77 * 77 * WIDTH)
-    assert "CLIPTextModelWithProjection" in command("inspect", folder).out
+    assert "text_encoder_2" in command("inspect", folder).out
     assert json.loads(command("inspect", "sd15", "--json").out)["components"] == []
 
 
