@@ -106,7 +106,7 @@ class Prompts:
     def encoded(cls, text: Text, prompts: Sequence[str], guided: bool) -> "Prompts":
         """Prompts, and the empty one to guide with, as a text encoder gives them."""
         device = text.encoder.device
-        ids = text.tokenize([*prompts, ""])[0].split(_ENCODED_AT_ONCE)
+        ids = torch.split(text.tokenize([*prompts, ""])[0], _ENCODED_AT_ONCE)
         states = torch.cat([encode(text.encoder, each.to(device)).cpu() for each in ids]).numpy()
         return cls({STATES: states[:-1]}, {STATES: states[-1:]} if guided else {}, len(prompts))
 
