@@ -26,7 +26,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PROGRESS = (
     "loading ", "opening ", "step ", "dividing ", "drawing ", "reference trajectory", "exporting ", "verifying: ",
     "hashing ", "comparing ", "reading ", "onnxruntime: ", "mil-reference: ", "coreml: ", "trajectory of the source",
-    "reference with ", "joining ", "storing ", "encoding ", "openvino: ", "writing ", "calibrating ", "measuring ", "first steps ",
+    "reference with ", "joining ", "storing ", "encoding ", "openvino: ", "writing ", "calibrating ", "measuring ",
+    "first steps ",
 )  # fmt: skip
 
 
