@@ -34,7 +34,7 @@ from edgediff.train.unet import PRODUCT, UNetTrained, save_parts
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs" / "train").glob("*.yaml"))
 # Of the teachers' recipes, in millions.
-PARAMETERS = {"grocery-64-teacher": 88, "emoji-64-teacher": 18}
+PARAMETERS = {"grocery-64-teacher": 88, "drawings-64-teacher": 18}
 pytestmark = pytest.mark.usefixtures("few_samples")
 
 
@@ -276,7 +276,7 @@ def test_recipes(path: Path) -> None:
             unet = kind(**config | ({} if settings.text is None else {"in_channels": 4, "out_channels": 4}))
         assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6) == PARAMETERS[path.stem]
         return
-    if path.stem == "emoji-64-further":  # of a model that the command names
+    if path.stem == "drawings-64-further":  # of a model that the command names
         assert load_training(path.stem, TeacherTraining).captions
         return
     student = load_training(path.stem, StudentTraining)
