@@ -84,5 +84,15 @@ def test_a_graph_without_any_stays_as_it_is() -> None:
 
 
 def test_what_cannot_be_expanded_is_named() -> None:
-    with pytest.raises(UnsupportedError, match=r"one normalizes x of unknown shape; expected fixed height and width"):
-        expand_group_norm(normalizing(("batch", CHANNELS, "height", "width")))
+    with pytest.raises(UnsupportedError, match=r"one normalizes x, whose number of channels is not known"):
+        expand_group_norm(normalizing(("batch", "channels", 4, 5)))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_height_and_width_may_be_symbolic(portable: bool) -> None:
+    model = normalizing(("batch", CHANNELS, "height", "width"))
+    inputs = [np.random.default_rng(n).standard_normal((n, CHANNELS, 2 * n, 7)).astype(np.float32) for n in (1, 3)]
+    want = [run(model, x) for x in inputs]
+    expanded = expand_group_norm(model, portable)
+    for x, y in zip(inputs, want, strict=True):
+        np.testing.assert_allclose(run(expanded, x), y, rtol=1e-4, atol=1e-5)

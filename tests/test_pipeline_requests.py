@@ -69,7 +69,7 @@ def test_a_prompt_for_a_bundle_without_text_encoder(sd1: EdgePipeline) -> None:
 BAD_LATENTS: dict[str, Any] = {
     "no batch": np.zeros((4, 16, 16), np.float32),
     "none": np.zeros((0, 4, 16, 16), np.float32),
-    "height": np.zeros((1, 4, 8, 16), np.float32),
+    "channels": np.zeros((1, 3, 16, 16), np.float32),
     "integers": np.zeros((1, 4, 16, 16), int),
     "a number": 3.0,
 }
@@ -79,6 +79,11 @@ BAD_LATENTS: dict[str, Any] = {
 def test_latents_that_the_decoder_does_not_take(sd1: EdgePipeline, name: str) -> None:
     with pytest.raises(RequestError, match=r"^latents are .*; expected float32 \[N, 4, 16, 16\]$"):
         sd1.decode(BAD_LATENTS[name])
+
+
+def test_latents_of_a_size_that_the_decoder_does_not_take(sd1: EdgePipeline) -> None:
+    with pytest.raises(RequestError, match=r"^vae_decoder: it has no graphs for 32 x 16 .*; it takes 32 x 32; ask"):
+        sd1.decode(np.zeros((1, 4, 8, 16), np.float32))
 
 
 def test_latents_are_decoded_apart(sd1: EdgePipeline) -> None:

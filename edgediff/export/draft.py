@@ -86,6 +86,7 @@ def draft_manifest(
         UnsupportedError: The UNet's output or its cut is not handled.
         ModelError: Its scheduler cannot be carried over.
     """
+    config = with_defaults(config, model)
     counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     known = model.conditioning
     point = operating_point(model, config)

@@ -56,6 +56,7 @@ class Components:
 
     def graphs_at(self, name: str, sample: Sample, height: int, width: int) -> tuple[Graph, ...] | None:
         """A component's graphs for a latent of this size; None where it has none."""
+        self._check(name)
         return graphs_at(self.graphs[name], self.further.get(name, ()), sample, height, width)
 
     @property
@@ -80,6 +81,9 @@ class Components:
             yield self.session(name) if self._keep or name in self._opened else self._open(name)
 
     def _open(self, name: str) -> Session:
+        self._check(name)
+        return self._open_session(name)
+
+    def _check(self, name: str) -> None:
         if name not in self.graphs:
             raise RequestError(f"the bundle has no {name} for this backend; it has: {', '.join(self.graphs)}")
-        return self._open_session(name)

@@ -188,8 +188,8 @@ def _check_target(target: Target, manifest: Manifest) -> None:
 def _check_graphs(name: str, component: Component, manifest: Manifest) -> None:
     """Checks a component's graphs for the usual size against what the manifest says of latents and prompts."""
     maps = [t for graph in component.graphs for t in (*graph.inputs, *graph.outputs) if t.is_map]
-    _must(len({tensor.takes_any_size for tensor in maps}) < 2, f"shapes in {name}", [t.shape for t in maps],
-          "all of one size, or all of any")  # fmt: skip
+    sides = {isinstance(size, int) for tensor in maps for size in tensor.shape[2:]}
+    _must(len(sides) < 2, f"shapes in {name}", [t.shape for t in maps], "all of one size, or all of any")
     if component.stage == "step":
         _check_unet(component, manifest)
     else:
@@ -204,7 +204,8 @@ def _check_further(name: str, component: Component, manifest: Manifest) -> None:
     _must(len(set(sizes)) == len(sizes), f"further of {name}", sizes, "other sizes than the usual one, each once")
     _must(not (is_any and component.further), f"further of {name}", sizes, "none where graphs take any size")
     keys = [graph.key for graph in component.every_graph if graph.file is not None]
-    _must(len(set(keys)) == len(keys), f"functions of {name}", keys, "a function of its own for each size")
+    _must(not component.further or len(set(keys)) == len(keys), f"functions of {name}", keys,
+          "a function of its own for each graph and size")  # fmt: skip
     for sized in component.further:
         _must(sized.height % usual.multiple == sized.width % usual.multiple == 0, f"further of {name}",
               (sized.height, sized.width), f"multiples of {usual.multiple}")  # fmt: skip

@@ -88,7 +88,7 @@ BAD: tuple[tuple[str, list[str | int], Any, str], ...] = (
     ("pipeline", ["evidence", "sizes"], [[17, 16]], "evidence of a size that is not a multiple"),
     ("text", [*UNET, "further", 0, "height"], 3, "a further size that its graphs do not have"),
     ("text", [*UNET, "further", 0, "graphs"], [], "a further size without graphs"),
-    ("text", [*UNET, "further", 0, "graphs", 0, "function"], "highres_in", "one function for two sizes"),
+    ("text", [*UNET, "further", 0, "graphs", 0, "function"], "full", "one function for two sizes"),
     ("pipeline", ["vae", "mean"], [0, 0, 0, 0], "a mean without a deviation"),
     ("pipeline", ["vae"], {**VAE, "mean": [0, 0, 0], "std": [1, 1, 1]}, "means of fewer channels"),
     ("pipeline", ["vae"], {**VAE, "mean": [0, 0, 0, 0], "std": [1, 1, 1, 0]}, "a deviation of 0"),

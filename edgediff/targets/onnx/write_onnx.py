@@ -305,9 +305,9 @@ def _restore_names(model: onnx.ModelProto, graph: Graph) -> None:
             )
         ordered = sorted(values, key=lambda value: names.index(value.name))
         for value, tensor in zip(ordered, said, strict=True):
-            for dim, size in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
-                if tensor.takes_any_size and isinstance(size, str):
-                    dim.dim_param = size
+            if tensor.takes_any_size:
+                for dim, size in zip(value.type.tensor_type.shape.dim[2:], tensor.shape[2:], strict=True):
+                    dim.dim_param = str(size)
         del values[:]
         values.extend(ordered)
 
