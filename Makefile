@@ -22,7 +22,8 @@ test: $(READY)
 test-long: $(READY)
 	$(PYTEST) -m long
 
-test-all: test test-long
+test-all: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
