@@ -30,8 +30,8 @@ from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import draft_manifest, essence, operating_point, with_defaults
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
+from edgediff.export.latent_sizes import latent_sizes, resized
 from edgediff.export.reference_conditioning import reference_conditioning
-from edgediff.export.sizes import latent_sizes, resized
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.components import (
     TEXT_ENCODERS,

@@ -53,9 +53,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
         sizes: Pictures that the graphs take, each ``WIDTHxHEIGHT`` in pixels (of the sample, where there is no
-            autoencoder), or ``any``; the first is the usual one, left out that of the model. Graphs of ONNX and
-            OpenVINO take one size, and the passes that want a fixed one are applied, or with several named or ``any``
-            every size that the levels divide; those of Core ML and ExecuTorch take the sizes that are named.
+            autoencoder), or ``any``; the first is the usual one, left out that of the model. With one size graphs are
+            fixed, and the passes that want that are applied. With several, or ``any``, graphs of formats that can take
+            every size that the levels divide; those of others have a function for each that is named.
         prompt: Prompt of the reference trajectory, where there is a text encoder.
         negative_prompt: What its guidance leads away from; None is what the model takes for none.
         conditioning: A ``.safetensors`` or ``.npz`` file with the embeddings of the reference trajectory
