@@ -102,30 +102,38 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["text_encoder", "vae_decoder", "vae_encoder"])
-def test_a_component_is_a_program_of_one_method(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "further"), [("text_encoder", ((12, 20),)), ("vae_decoder", ()), ("vae_encoder", ((12, 20),))]
+)
+def test_a_component_is_a_program_with_a_method_for_each_size(
+    name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
     component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
     target, config = TARGETS["executorch"], edgediff.ExportConfig()
     entry = target.describe_component(
-        component.stage, component.graph, config.verify, config.section("executorch"), Sizes((16, 16))
+        component.stage, component.graph, config.verify, config.section("executorch"), Sizes((16, 16), further, 2)
     )
     assert entry is not None
-    (graph,) = entry.graphs
-    assert (graph.file, graph.function, entry.batch, entry.dtype) == (f"executorch/{name}.pte", "forward", 1, "fp32")
-    (given,) = graph.inputs
-    rng = np.random.default_rng(0)
-    shape = tuple(map(int, given.shape))
-    value = rng.integers(0, 500, shape) if given.dtype == "int64" else rng.standard_normal(shape).astype(np.float32)
+    sized = [graph.function for graph in entry.every_graph]
+    assert sized == (["forward", "forward_40x24"] if name == "vae_encoder" else ["forward"])
+    assert entry.graphs[0].file == f"executorch/{name}.pte"
+    assert (entry.batch, entry.dtype) == (1, "fp32")
     part = component.load()
-    job = ComponentJob(tmp_path, name, entry, part, {given.name: value}, component.config, None, lambda what: None)
+    job = ComponentJob(tmp_path, name, entry, part, {}, component.config, None, lambda what: None)
     assert target.write_component(job) == entry
-    program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(tmp_path / str(graph.file))
-    made = program.load_method("forward").execute([torch.from_numpy(value)])
-    with torch.no_grad():
-        wanted = part(torch.from_numpy(value))
-    for tensor, want, got in zip(graph.outputs, wanted, made, strict=True):
-        assert tuple(got.shape) == tensor.shape
-        assert psnr_db(want.numpy(), got.numpy()) > 100
+    path = tmp_path / str(entry.graphs[0].file)
+    program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(path)
+    rng = np.random.default_rng(0)
+    for graph in entry.every_graph:
+        (given,) = graph.inputs
+        shape = tuple(map(int, given.shape))
+        value = rng.integers(0, 500, shape) if given.dtype == "int64" else rng.standard_normal(shape).astype(np.float32)
+        made = program.load_method(str(graph.function)).execute([torch.from_numpy(value)])
+        with torch.no_grad():
+            wanted = part(torch.from_numpy(value))
+        for tensor, want, got in zip(graph.outputs, wanted, made, strict=True):
+            assert tuple(got.shape) == tensor.shape
+            assert psnr_db(want.numpy(), got.numpy()) > 100
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 12, 7), (3, 12, 1, 1)])

@@ -73,9 +73,7 @@ def test_a_latent_consistency_model(pair: Open, guidance: float) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("backend", "floor_db"), [("openvino", FLOOR_DB), ("executorch", FLOOR_DB), ("mil-reference", 35.0)]
-)
+@pytest.mark.parametrize(("backend", "floor_db"), [("openvino", FLOOR_DB), ("mil-reference", 35.0)])
 def test_a_latent_consistency_model_in_other_targets(backend: str, floor_db: float) -> None:
     (target,) = (name for name, each in TARGETS.items() if backend in {known.name for known in each.backends})
     bundle = open_bundle(exported_pipeline("lcm", targets=(target,)))
