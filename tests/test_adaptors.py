@@ -306,6 +306,7 @@ def test_a_learned_adaptor_in_both_targets(
     assert edgediff.verify_bundle(bundle, record=False).ok
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("traced_once")
 def test_a_bundle_without_latents_whose_adaptor_is_lost_says_what_was_not_run(
     command: Command, class_model: Path, place: Path

@@ -242,6 +242,7 @@ while True:
 """
 
 
+@pytest.mark.long
 def test_any_function_and_any_program_take_turns() -> None:
     whole, short, dead = (Runner("f", Call.of(count, **given)) for given in (
         {"upto": 3}, {"upto": 1}, {"upto": 1, "exit_code": 3}))  # fmt: skip
@@ -279,6 +280,7 @@ def test_where_the_source_is_gone_the_bundle_stands_for_itself(folder: Path, tmp
     assert (eager.status, "source is not available" in eager.says) == ("refused", True)
 
 
+@pytest.mark.long
 def test_threads_reach_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import torch; print(torch.get_num_threads())"
     for threads in (1, 2):

@@ -75,6 +75,7 @@ def test_a_bundle_that_shares_rows_makes_the_same_images(
     assert Counter(handed) == {1: 4, 3: 4, 6: 1}
 
 
+@pytest.mark.long
 def test_what_rows_share_is_verified_without_guidance_too(text_model: Path, large: Export, tmp_path: Path) -> None:
     made = large(text_model, layout="pair", verify=VerifyConfig(mode="graphs"))
     bundle = shutil.copytree(made, tmp_path / "bundle")

@@ -99,6 +99,7 @@ def test_each_term_can_be_switched_off(
     assert isinstance(load_model(tmp_path / "a").unet, SpectralUNet2DModel) == changes.get("gating", True)
 
 
+@pytest.mark.long
 def test_a_student_can_continue_from_another(student_training: StudentTraining, tmp_path: Path) -> None:
     train_student(tmp_path / "first", student_training)
     still = changed(student_training, student=str(tmp_path / "first"), width=None, updates=1, learning_rate=1e-12)
@@ -107,6 +108,7 @@ def test_a_student_can_continue_from_another(student_training: StudentTraining, 
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
+@pytest.mark.long
 def test_gates_that_see_the_time_are_taught_at_all_places(
     student_training: StudentTraining, tmp_path: Path, loops: list[Loop]
 ) -> None:
@@ -151,6 +153,7 @@ def test_a_flat_folder_teaches_a_model_without_classes(teacher_training: Teacher
     assert load_model(tmp_path / "a").conditioning.kind == "none"
 
 
+@pytest.mark.long
 def test_a_teacher_of_latents_and_its_student(teacher_training: TeacherTraining, tmp_path: Path) -> None:
     autoencoder = {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4, "updates": 2, "batch": 4}
     settings = changed(teacher_training, autoencoder=autoencoder, size=32, data=None)
@@ -341,6 +344,7 @@ def test_the_command_refuses(class_model: Path, photographs: Path, tmp_path: Pat
         assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.long
 def test_seeds_draw_otherwise(student_training: StudentTraining, tmp_path: Path, loops: list[Any]) -> None:
     """Weights, order and noise: torch's own generator on the CPU takes 32 bits of a seed."""
     for seed in (0, 1, 2):
