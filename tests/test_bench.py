@@ -261,6 +261,7 @@ def test_any_function_and_any_program_take_turns() -> None:
     assert told[-1] == "round 2 of 2: h"
 
 
+@pytest.mark.long
 def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "free_memory", lambda: 2**20)
     (known,) = run_bench([class_bundle], ["onnxruntime"], rounds=1, undivided=False).contenders

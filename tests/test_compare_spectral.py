@@ -18,9 +18,9 @@ TASKS = {"FFHQ/CelebA-HQ/Bedroom": "ldm-ffhq", "Church": "ldm-church", "ImageNet
 # Teacher over student, multiply-adds without attention matmuls: the published 8 to 18 times.
 RATIOS = {"ldm-ffhq": 14.3, "ldm-church": 8.9, "ldm-imagenet": 10.1}
 # How far a count of ours may be from the figure that it is held to.
-pytestmark = pytest.mark.long  # four geometries are counted
-
 BARS = {"teacher": 0.01, "plain": 0.01, "student": 0.05}
+
+pytestmark = pytest.mark.long  # whole geometries are counted
 
 
 @pytest.fixture(scope="module")

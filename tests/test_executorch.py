@@ -81,6 +81,7 @@ class Normalized(Part):
         return {"out_sample": torch.nn.functional.interpolate(x, scale_factor=2.0)}
 
 
+@pytest.mark.long
 def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal((2, 3, 6, 6)).astype(np.float32) for name in ("sample", "cache")}

@@ -163,6 +163,7 @@ def test_other_settings_train_too(class_model: Path, tmp_path: Path, settings: A
     assert load_adaptor(tmp_path / "a").record.cut == settings.cut
 
 
+@pytest.mark.long
 def test_stored_trajectories_teach_what_fresh_ones_do(class_model: Path, tmp_path: Path) -> None:
     model = load_model(class_model)
     train_adaptor(model, tmp_path / "fresh", TINY)
