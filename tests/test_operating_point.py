@@ -47,7 +47,7 @@ def trained(manifest: Manifest, **values: Any) -> Manifest:
 def identity(class_model: Path) -> EdgePipeline:
     model = edgediff.load_model(class_model)
     split = edgediff.split(model.unet)
-    manifest = draft_manifest(model, split, edgediff.ExportConfig(steps=4), "labels", {})
+    manifest = draft_manifest(model, split, edgediff.ExportConfig(steps=4, scheduler="dpmpp_2m"), "labels", {})
     return EdgePipeline(manifest, TorchSession(split.parts, graph_list(split, model)))
 
 

@@ -64,11 +64,7 @@ def at_size(manifest: Manifest, size: tuple[int, int]) -> Manifest:
     there = manifest.at(*size)
     targets = []
     for target in there.targets:
-        sized = {
-            name: component
-            for name, component in target.components.items()
-            if any(t.is_map for graph in component.graphs for t in (*graph.inputs, *graph.outputs))
-        }
+        sized = {name: component for name, component in target.components.items() if component.has_size}
         targets.append(msgspec.structs.replace(target, components=sized))
     evidence = msgspec.structs.replace(manifest.evidence, verified="graphs", sizes=())
     return msgspec.structs.replace(there, evidence=evidence, targets=tuple(targets))

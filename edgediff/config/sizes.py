@@ -1,13 +1,13 @@
 """Sizes of pictures as recipes and the command line spell them: ``512x768``, or ``any``."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgediff.errors import ConfigError
+from edgediff_runtime.image import size_in
 
 ANY = "any"
-_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+MAX_SIDE = 99_999
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ def read_sizes(texts: Iterable[str]) -> PictureSizes:
     texts = list(texts)
     named = []
     for text in texts:
-        found = _SIZE.fullmatch(text)
-        if found is None and text != ANY:
+        if text == ANY:
+            continue
+        found = size_in(text)
+        if found is None or max(found) > MAX_SIDE:
             raise ConfigError(f"'sizes' has {text!r}; expected WIDTHxHEIGHT in pixels, such as 512x768, or {ANY}")
-        if found is not None:
-            named.append((int(found[2]), int(found[1])))
+        width, height = found
+        named.append((height, width))
     if len(set(texts)) != len(texts):
         raise ConfigError(f"'sizes' has a duplicate: {', '.join(texts)}")
     return PictureSizes(tuple(named), ANY in texts)

@@ -77,6 +77,7 @@ def draft_manifest(
     """Drafts the manifest of a bundle.
 
     Args:
+        config: A recipe that `with_defaults` completed.
         sizes: Of latents; the model's own alone where there are none.
 
     Returns:
@@ -86,7 +87,6 @@ def draft_manifest(
         UnsupportedError: The UNet's output or its cut is not handled.
         ModelError: Its scheduler cannot be carried over.
     """
-    config = with_defaults(config, model)
     counts = tally(divided, model.sample_shape, model.conditioning.tensors)
     known = model.conditioning
     point = operating_point(model, config)

@@ -31,7 +31,7 @@ from edgediff.export.draft import draft_manifest, essence, operating_point, with
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
 from edgediff.export.latent_sizes import latent_sizes, resized
-from edgediff.export.reference_conditioning import reference_conditioning
+from edgediff.export.reference_conditioning import concatenated_noise, reference_conditioning
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.components import (
     TEXT_ENCODERS,
@@ -55,7 +55,7 @@ from edgediff.targets import TARGETS
 from edgediff.targets.base import ComponentJob, Job
 from edgediff.targets.layout import modules
 from edgediff.verify.parity import verify_bundle
-from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, noise, open_bundle
+from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums
 from edgediff_runtime.manifest_json import render_manifest
@@ -232,7 +232,7 @@ def _write_components(
         say(f"loading {name}")
         part = component.load()
         inputs = _record_component(component, part, draft, tokenizers, reference)
-        if any(tensor.is_map for tensor in component.graph.inputs):
+        if component.graph.maps:
             for size, sized in reference.sizes.items():
                 _record_component(component, part, at_size(draft, size), tokenizers, sized)
         for i, entry in enumerate(entries):
@@ -266,13 +266,10 @@ def _record_component(
 
 def _first_steps(model: Model, divided: SplitUNet, draft: Manifest, conditioning: dict[str, np.ndarray]) -> Reference:
     """The first full and the first cached step in torch, for a draft whose usual size is a further one."""
-    sample = draft.sample
-    graphs = graph_list(divided, dataclasses.replace(model, size=(sample.height, sample.width)))
-    given = dict(conditioning)
-    if sample.in_channels > sample.channels:
-        shape = (sample.in_channels - sample.channels, sample.height, sample.width)
-        given["concat_latents"] = noise(int(draft.operating_point.seed), shape, image=0)[None]
-    found = record(EdgePipeline(draft, TorchSession(divided.parts, graphs), warn=False), given)
+    sized = dataclasses.replace(model, size=(draft.sample.height, draft.sample.width))
+    session = TorchSession(divided.parts, graph_list(divided, sized))
+    given = conditioning | concatenated_noise(_concatenated(sized), int(draft.operating_point.seed))
+    found = record(EdgePipeline(draft, session, warn=False), given)
     return dataclasses.replace(found, conditioning={})
 
 

@@ -16,6 +16,11 @@ Source = Literal["none", "labels", "prompt", "file", "synthetic"]
 TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
+def concatenated_noise(shape: tuple[int, int, int] | None, seed: int) -> dict[str, np.ndarray]:
+    """What stands for the channels after the latent's, [1, *shape], by its name; nothing where there are none."""
+    return {} if shape is None else {"concat_latents": noise(seed, shape, image=0, draw=1_000)[None]}
+
+
 def reference_conditioning(
     known: Conditioning,
     path: str | None,
@@ -40,7 +45,7 @@ def reference_conditioning(
     Raises:
         ConfigError: The file cannot be read, lacks a tensor, or the model takes no embeddings.
     """
-    extra = {} if concat is None else {"concat_latents": noise(seed, concat, image=0, draw=1_000)[None]}
+    extra = concatenated_noise(concat, seed)
     if path is not None:
         if known.kind != "text":
             raise ConfigError(f"conditioning {path} was given, but the model is not conditioned on text")

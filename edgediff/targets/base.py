@@ -97,7 +97,7 @@ class Sizes:
 
     def each(self, component: m.Component) -> m.Component:
         """A component whose graphs take the usual size, with a function beside each of them for every further one."""
-        if not any(tensor.is_map for graph in component.graphs for tensor in (*graph.inputs, *graph.outputs)):
+        if not component.has_size:
             return component
         return msgspec.structs.replace(component, further=tuple(self._at(component.graphs, *s) for s in self.further))
 

@@ -180,7 +180,7 @@ class _Case:
 def _cases(manifest: Manifest, target: Target, reference: Reference) -> list[_Case]:
     """The usual size, then the further ones, for which only components that have a size are there."""
     cases = [_Case(target, reference)]
-    each = 1 if manifest.vae is None else manifest.vae.downscale
+    each = manifest.pixels_of_latent
     for height, width in manifest.evidence.sizes:
         sized = at_size(manifest, (height, width)).target(target.target).with_unet(floors=target.unet.floors)
         cases.append(_Case(sized, reference.sizes[height, width], f"{each * width}x{each * height}"))

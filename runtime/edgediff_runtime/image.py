@@ -50,6 +50,12 @@ def write_png(path: str | Path, image: Array, scale: int = 1) -> None:
     Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
 
 
+def size_in(text: str) -> tuple[int, int] | None:
+    """Width and height, up to six digits each, that WIDTHxHEIGHT stands for; None where it is no size."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def read_size(text: str | None) -> tuple[int | None, int | None]:
     """Width and height that WIDTHxHEIGHT stands for; None and None where there is no text.
 
@@ -61,10 +67,10 @@ def read_size(text: str | None) -> tuple[int | None, int | None]:
     """
     if text is None:
         return None, None
-    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    found = size_in(text)
     if found is None:
         raise RequestError(f"--size is {text!r}; expected WIDTHxHEIGHT in pixels, such as 512x768")
-    return int(found[1]), int(found[2])
+    return found
 
 
 def check_output(path: Path, scale: int, has_decoder: bool) -> None:

@@ -143,9 +143,14 @@ class Graph(Struct, frozen=True):
         return self.name if self.function is None else self.function
 
     @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """What goes in or comes out that has a height and a width."""
+        return tuple(tensor for tensor in (*self.inputs, *self.outputs) if tensor.is_map)
+
+    @property
     def takes_any_size(self) -> bool:
         """Whether it takes a latent, or gives a picture, of any size."""
-        return any(tensor.takes_any_size for tensor in (*self.inputs, *self.outputs))
+        return any(tensor.takes_any_size for tensor in self.maps)
 
     def at(self, height: int, width: int) -> "Graph":
         """The entry of the same graph as a latent of this size runs through it."""
@@ -256,6 +261,11 @@ class Component(Struct, frozen=True):
     tokenizer: str | None = None
     peak_bytes: int | None = None
     further: tuple[Sized, ...] = ()
+
+    @property
+    def has_size(self) -> bool:
+        """Whether it depends on the picture's size, as all components but text encoders do."""
+        return any(graph.maps for graph in self.graphs)
 
     @property
     def every_graph(self) -> tuple[Graph, ...]:
@@ -569,8 +579,7 @@ def graphs_at(
         graphs: Those of the usual size, which `sample` names.
         further: Those of further sizes.
     """
-    tensors = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
-    if (height, width) == (sample.height, sample.width) or not any(tensor.is_map for tensor in tensors):
+    if (height, width) == (sample.height, sample.width) or not any(graph.maps for graph in graphs):
         return graphs
     if any(graph.takes_any_size for graph in graphs):
         fits = height % sample.multiple == width % sample.multiple == 0
@@ -618,6 +627,11 @@ class Manifest(Struct, frozen=True):
     files: dict[str, File]
     prompt: Prompt | None = None
     vae: Vae | None = None
+
+    @property
+    def pixels_of_latent(self) -> int:
+        """Pixels of a side for one of the latent; 1 where no decoder says."""
+        return 1 if self.vae is None else self.vae.downscale
 
     @property
     def has_decoder(self) -> bool:

@@ -187,7 +187,7 @@ def _check_target(target: Target, manifest: Manifest) -> None:
 
 def _check_graphs(name: str, component: Component, manifest: Manifest) -> None:
     """Checks a component's graphs for the usual size against what the manifest says of latents and prompts."""
-    maps = [t for graph in component.graphs for t in (*graph.inputs, *graph.outputs) if t.is_map]
+    maps = [tensor for graph in component.graphs for tensor in graph.maps]
     sides = {isinstance(size, int) for tensor in maps for size in tensor.shape[2:]}
     _must(len(sides) < 2, f"shapes in {name}", [t.shape for t in maps], "all of one size, or all of any")
     if component.stage == "step":

@@ -315,7 +315,7 @@ class EdgePipeline:
         """A component's graphs for a latent of this size; a RequestError where it has none."""
         found = self.components.graphs_at(name, self.manifest.sample, height, width)
         if found is None:
-            each = self._pixels_of_latent
+            each = self.manifest.pixels_of_latent
             raise RequestError(
                 f"{name}: it has no graphs for {each * width} x {each * height} (width x height); it takes "
                 f"{self._sizes(name)}; ask for one of these, or export with --size {each * width}x{each * height}"
@@ -324,20 +324,16 @@ class EdgePipeline:
 
     def _sizes(self, name: str) -> str:
         """The pictures that a component has graphs for, in words."""
-        sample, each = self.manifest.sample, self._pixels_of_latent
+        sample, each = self.manifest.sample, self.manifest.pixels_of_latent
         if any(graph.takes_any_size for graph in self.components.graphs[name]):
             return f"multiples of {each * sample.multiple}"
         further = [(sized.height, sized.width) for sized in self.components.further.get(name, ())]
         sizes = [(sample.height, sample.width), *further]
         return ", ".join(f"{each * width} x {each * height}" for height, width in sizes)
 
-    @property
-    def _pixels_of_latent(self) -> int:
-        return 1 if self.manifest.vae is None else self.manifest.vae.downscale
-
     def _latent_size(self, height: object, width: object) -> tuple[int, int]:
         """Height and width of the latent for a picture of these, the usual ones where they are None."""
-        sample, each = self.manifest.sample, self._pixels_of_latent
+        sample, each = self.manifest.sample, self.manifest.pixels_of_latent
         found = []
         for name, given, usual in (("height", height, sample.height), ("width", width, sample.width)):
             if given is None:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import edgediff
-from edgediff.export.draft import draft_manifest
+from edgediff.export.draft import draft_manifest, with_defaults
 from edgediff.models.components import pipeline_components
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
 from edgediff.targets.base import Sizes
@@ -347,7 +347,8 @@ def _write_text_manifest(path: Path) -> None:
     unet.save_pretrained("text/unet")
     diffusers.DDPMScheduler(**SD15_SAVED).save_pretrained("text/scheduler")
     model = edgediff.load_model("text")
-    config = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair", seed=2**53 + 1)
+    recipe = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair", seed=2**53 + 1)
+    config = with_defaults(recipe, model)
     height, width = model.sample_shape[1:]
     sizes = Sizes((height, width), ((2 * height, width),))
     draft = draft_manifest(model, edgediff.split(model.unet), config, "synthetic", {}, sizes=sizes)
@@ -363,7 +364,7 @@ def write_pipeline_manifest(path: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         save_xl(Path("xl"))
         model = edgediff.load_model("xl")
-        config = edgediff.ExportConfig(steps=4, layout="pair")
+        config = with_defaults(edgediff.ExportConfig(steps=4, layout="pair"), model)
         height, width = model.sample_shape[1:]
         sizes = Sizes((height, width), ((height, 2 * width),))
         found = pipeline_components(model)

@@ -162,7 +162,7 @@ class CoreMLTarget(Target):
         names = {t.name: t.name.replace(".", "_") for t in outputs if "." in t.name} | encoder_names(outputs)
         outputs = tuple(msgspec.structs.replace(t, stored_as=names.get(t.name)) for t in outputs)
         file = f"coreml/{PACKAGES[graph.name]}.mlpackage"
-        several = bool(sizes.further) and any(tensor.is_map for tensor in (*inputs, *outputs))
+        several = bool(sizes.further) and bool(graph.maps)
         function = graph.name if several else None
         graph = msgspec.structs.replace(graph, file=file, inputs=inputs, outputs=outputs, function=function)
         return sizes.each(m.Component(stage, config.dtype, 1, verify.floors(config.dtype), (graph,)))
