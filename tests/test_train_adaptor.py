@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import Command, assert_error, unchanged
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -78,6 +80,17 @@ def test_a_students_rollout_feeds_its_own_outputs_back(class_model: Path) -> Non
         target = rollouts.split.lowres(*(samples[name] for name in rollouts.split.lowres.inputs))[0]
     assert torch.allclose(made[:-1], samples["cache"][1:], atol=1e-5)
     assert torch.allclose(target, samples[TARGET], atol=1e-5)
+
+
+def test_what_the_settings_leave_out_is_the_models_own(class_model: Path) -> None:
+    model = load_model(class_model)
+    euler = replace(model, scheduler=EulerDiscreteScheduler.from_config(model.scheduler.config))
+    rollouts = rollouts_of(euler, AdaptorTraining(images=1))
+    assert (rollouts.sampler, rollouts.steps, rollouts.guidance) == ("euler", model.usual_steps, model.usual_guidance)
+    asked = rollouts_of(euler, AdaptorTraining(images=1, scheduler="ddim", steps=5))
+    assert (asked.sampler, asked.steps) == ("ddim", 5)
+    with pytest.raises(ConfigError, match="over 1 steps has no cached step"):
+        rollouts_of(euler, AdaptorTraining(steps=1))
 
 
 def test_rollouts_depend_on_seed_and_round_alone(class_model: Path) -> None:

@@ -16,7 +16,7 @@ from edgediff.models.components import PipelineComponent, component_hashes, prom
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
-from edgediff.models.sampling import USUAL, own_sampler, scheduler_config
+from edgediff.models.sampling import scheduler_config
 from edgediff.models.trained import trained_for
 from edgediff.targets import TARGETS
 from edgediff.targets.base import Outline, Sizes
@@ -37,14 +37,13 @@ def with_defaults(config: ExportConfig, model: Model) -> ExportConfig:
         ModelError: The folder is not an adaptor's.
         UnsupportedError: The model's own sampler cannot be followed.
     """
-    assert model.scheduler is not None
     trained = trained_for(config.adaptor, model)
     changes: dict[str, Any] = {}
     if config.scheduler is None:
         if trained is not None:
             changes["scheduler"] = trained.scheduler
-        else:  # the adaptors of the built-in models were trained for the usual one
-            changes["scheduler"] = USUAL if model.is_built_in else own_sampler(model.scheduler)
+        else:
+            changes["scheduler"] = model.usual_sampler
     if config.steps is None:
         changes["steps"] = model.usual_steps if trained is None else trained.num_inference_steps
     if config.guidance_scale is None and trained is not None:

@@ -29,7 +29,7 @@ from edgediff.models.model_files import (
     read_state,
     weight_files,
 )
-from edgediff.models.sampling import is_for_few_steps, scheduler_class
+from edgediff.models.sampling import USUAL, is_for_few_steps, own_sampler, scheduler_class
 from edgediff.models.single_file import SingleFile, check_file, open_single_file
 from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
@@ -125,6 +125,16 @@ class Model:
         """Whether the model was distilled to a few steps, by its scheduler or by a guidance that the UNet is told."""
         few = self.scheduler is not None and is_for_few_steps(self.scheduler)
         return few or GUIDANCE in self.conditioning.tensors
+
+    @property
+    def usual_sampler(self) -> str:
+        """The sampler that the model is sampled with by default: its own; of a built-in model, its adaptors'.
+
+        Raises:
+            UnsupportedError: The model's own cannot be followed.
+        """
+        assert self.scheduler is not None
+        return USUAL if self.is_built_in else own_sampler(self.scheduler)
 
     @property
     def usual_steps(self) -> int:

@@ -101,7 +101,7 @@ def train_adaptor(
             draw_losses(
                 {"loss": task.state.losses},
                 path / LOSSES,
-                f"{settings.adaptor} adaptor, {settings.steps} steps of {settings.scheduler}, clock {settings.clock}, "
+                f"{settings.adaptor} adaptor, {rollouts.steps} steps of {rollouts.sampler}, clock {settings.clock}, "
                 f"{settings.rollout} rollout",
                 "loss, relative to the identity's",
                 level=(1.0, "the identity adaptor"),
@@ -126,8 +126,8 @@ def _record(settings: AdaptorTraining, model: Model, shape: AdaptorShape, rollou
         emb=shape.emb,
         text=shape.text if settings.takes_text else None,
         trained_for=TrainedFor(
-            num_inference_steps=settings.steps,
-            scheduler=settings.scheduler,
+            num_inference_steps=rollouts.steps,
+            scheduler=rollouts.sampler,
             clock=settings.clock,
             mask=tuple(int(full) for full in rollouts.mask),
             guidance_scale=rollouts.guidance,

@@ -23,9 +23,8 @@ from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_session import TorchSession
 from edgediff.outputs import write_whole
-from edgediff.train.settings import AdaptorTraining
+from edgediff.train.settings import AdaptorTraining, check_clock
 from edgediff.train.text import STATES, Text, encode, text_of
-from edgediff_runtime import clock_mask
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.loop import Request, denoise, initial_latents
 from edgediff_runtime.schedulers import make_scheduler
@@ -144,8 +143,10 @@ class Rollouts:
         self.shape = model.sample_shape
         given = settings.guidance_scale
         self.guidance = model.usual_guidance if given is None else given
-        self.mask = clock_mask(settings.clock, settings.steps, settings.scheduler)
-        self.scheduler = make_scheduler(scheduler_config(model.scheduler, settings.scheduler), settings.steps)
+        self.steps = model.usual_steps if settings.steps is None else settings.steps
+        self.sampler = model.usual_sampler if settings.scheduler is None else settings.scheduler
+        self.mask = check_clock(settings.clock, self.steps, self.sampler)
+        self.scheduler = make_scheduler(scheduler_config(model.scheduler, self.sampler), self.steps)
         self.prompts = Prompts.of(model, self.guidance > 1, settings.conditioning)
         self.session = TorchSession(split.parts, graph_list(split, model))
         self._graphs = {graph.name: graph for graph in self.session.graphs}

@@ -54,7 +54,7 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
     """An adaptor's (Clockwork Diffusion, section 3.3; the paper's: Adam, 1e-4, batch 16, plain L2 on r_out).
 
     Attributes:
-        guidance_scale: Classifier-free guidance; None takes what the model is usually sampled with.
+        steps, scheduler, guidance_scale: What is learnt for; None takes what the model is usually sampled with.
         rollout: Whose trajectories are learnt from: ``teacher`` runs every step in full, as the paper does; ``student``
             runs the clock with the adaptor so far, so that its own outputs are fed back.
         images: Trajectories of a round, in each process.
@@ -68,8 +68,8 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
     takes_text: bool = False
     cut: Cut = Cut()
     clock: int | str = 2
-    steps: int = 8
-    scheduler: SchedulerName = "dpmpp_2m"
+    steps: int | None = None
+    scheduler: SchedulerName | None = None
     guidance_scale: float | None = None
     rollout: Literal["teacher", "student"] = "teacher"
     rounds: int = 200
@@ -85,21 +85,14 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
     free: ClassVar[tuple[str, ...]] = (*Training.free, "store_gb")
 
     def check(self) -> None:
-        """Checks clock and store."""
+        """Checks the store, and the clock where the steps are known."""
         if self.store_gb is not None and self.rollout == "student":
             raise ConfigError(
                 "'store_gb' with rollout student: its trajectories change with the adaptor and cannot be stored; "
                 "leave store_gb out, or learn from the teacher's"
             )
-        try:
-            mask = clock_mask(self.clock, self.steps, self.scheduler)
-        except RequestError as e:
-            raise ConfigError(str(e)) from e
-        if all(mask):
-            raise ConfigError(
-                f"clock {self.clock} over {self.steps} steps has no cached step: there is nothing to train; "
-                "expected a clock with one, such as 2"
-            )
+        if self.steps is not None and self.scheduler is not None:
+            check_clock(self.clock, self.steps, self.scheduler)
 
 
 class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -304,6 +297,20 @@ def training_from(data: Any, kind: type[T]) -> T:
     200
     """
     return check_training(strict(clock_to_text(data) if issubclass(kind, AdaptorTraining) else data, kind))
+
+
+def check_clock(clock: int | str, steps: int, scheduler: str) -> tuple[bool, ...]:
+    """The mask of a clock that has cached steps for an adaptor to learn; a ConfigError where it has none."""
+    try:
+        mask = clock_mask(clock, steps, scheduler)
+    except RequestError as e:
+        raise ConfigError(str(e)) from e
+    if all(mask):
+        raise ConfigError(
+            f"clock {clock} over {steps} steps has no cached step: there is nothing to train; expected a clock with "
+            "one, such as 2"
+        )
+    return mask
 
 
 def check_training(settings: T) -> T:
