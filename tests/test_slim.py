@@ -5,7 +5,7 @@ from unets import CASES, unet2d, unet2d_condition
 from edgediff import split
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.load import load_model
-from edgediff.models.slim import plain_config, slim, slim_config
+from edgediff.models.slim import Width, plain_config, slim, slim_config
 from edgediff.models.spectral import spectralize
 
 HEADS = {"block_out_channels": (32, 96), "attention_head_dim": 24, "down_block_types": ("DownBlock2D", "DownBlock2D")}
@@ -59,12 +59,13 @@ def test_widths_groups_and_heads(name: str, widths: tuple[int, ...], groups: int
         ({"block_out_channels": (32, 64), "norm_num_groups": None}, 8, {"norm_num_groups": None}),
         ({"block_out_channels": (32, 64), "time_embedding_dim": 96}, 8, {"time_embedding_dim": 24}),
         ({"block_out_channels": (32, 64), "attention_head_dim": (5, 24)}, 16, {"attention_head_dim": (4, 16)}),
+        ({"block_out_channels": (64, 96), "norm_num_groups": 16}, (24, 64), {"norm_num_groups": 8}),
         # Only levels with attention bind the heads: 24 divides 48, not 16.
         (HEADS | {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}, 16, {"attention_head_dim": 24}),
         (HEADS | {"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, 16, {"attention_head_dim": 16}),
     ],
 )  # fmt: skip
-def test_what_follows_from_a_width(given: dict, width: int, made: dict) -> None:
+def test_what_follows_from_a_width(given: dict, width: Width, made: dict) -> None:
     new = slim_config(given, width)
     assert {key: new[key] for key in made} == made
     assert new.keys() == given.keys()
@@ -74,6 +75,17 @@ def test_what_follows_from_a_width(given: dict, width: int, made: dict) -> None:
 def test_widths_that_do_not_fit(width: int) -> None:
     with pytest.raises(ConfigError, match=f"width {width}; expected a multiple of 8 from 8 to the UNet's 32"):
         slim(unet2d(block_out_channels=(32, 32, 32)), width)
+
+
+def test_each_level_may_have_a_width_of_its_own() -> None:
+    made = spectralize(unet2d(block_out_channels=(32, 48, 64)), (24, 40, 32))
+    assert made.config.block_out_channels == (24, 40, 32)
+    for widths, words in (
+        ((8, 8), r"width \[8, 8\]; expected one number, or 3, one for each"),
+        ((8, 56, 8), "UNet's 48"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            slim(unet2d(block_out_channels=(32, 48, 64)), widths)
 
 
 def test_no_width_keeps_all() -> None:

@@ -287,6 +287,7 @@ def test_a_schedule_that_cannot_be_sampled(teacher_training: TeacherTraining, tm
         ({"alhpa": -1}, "unknown.*alhpa.*alpha"),
         ({"wavelet": "bior2.2"}, "wavelet 'bior2.2' is unknown; choices: haar, db1 to db38"),
         ({"width": 12}, "width 12; expected a multiple of 8"),
+        ({"width": [8, 10**9]}, "'width' is 1000000000; expected at most"),
         ({"alpha": float("nan")}, "'alpha' is nan"),
         ({"spatial": -1}, "'spatial' is -1.0; expected 0 or more"),
         ({"points": []}, "'points' is"),

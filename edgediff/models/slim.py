@@ -6,6 +6,7 @@ become the largest that divide them.
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -13,13 +14,15 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from edgediff.errors import ConfigError, UnsupportedError
 
 MULTIPLE = 8
+# Channels of the highest level, to which the others keep their ratio; or those of each level.
+Width = int | Sequence[int]
 
 
-def slim(unet: UNet2DModel | UNet2DConditionModel, width: int | None) -> UNet2DModel | UNet2DConditionModel:
-    """The plain UNet of a geometry, without wavelet gating, at `width` channels in the highest level (None: as it is).
+def slim(unet: UNet2DModel | UNet2DConditionModel, width: Width | None) -> UNet2DModel | UNet2DConditionModel:
+    """The plain UNet of a geometry, without wavelet gating, at a width (None: as it is).
 
     Raises:
-        ConfigError: The width is no multiple of 8, or larger than the UNet's own.
+        ConfigError: The width does not fit.
         UnsupportedError: It is no UNet of diffusers'.
     """
     check_unet(unet)
@@ -42,24 +45,32 @@ def plain_config(unet: UNet2DModel | UNet2DConditionModel) -> dict[str, Any]:
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
-def slim_config(config: dict[str, Any], width: int) -> dict[str, Any]:
-    """A UNet's settings with widths scaled to `width` at the highest level, and groups and heads that fit.
+def slim_config(config: dict[str, Any], width: Width) -> dict[str, Any]:
+    """A UNet's settings at a width, with groups and heads that fit.
 
     Raises:
-        ConfigError: The width is no multiple of 8, or larger than what is there.
+        ConfigError: A width is no multiple of 8, or larger than what is there, or levels are missing.
 
     >>> slim_config({"block_out_channels": (48, 96, 160), "norm_num_groups": 16}, 16)["block_out_channels"]
     (16, 32, 56)
     """
     old = tuple(config["block_out_channels"])
-    if width < MULTIPLE or width % MULTIPLE or width > old[0]:
-        raise ConfigError(f"width {width}; expected a multiple of {MULTIPLE} from {MULTIPLE} to the UNet's {old[0]}")
-    widths = tuple(max(MULTIPLE, round(channels * width / old[0] / MULTIPLE) * MULTIPLE) for channels in old)
+    asked = (width,) if isinstance(width, int) else tuple(width)
+    if not isinstance(width, int) and len(asked) != len(old):
+        raise ConfigError(f"width {list(asked)}; expected one number, or {len(old)}, one for each level")
+    for each, largest in zip(asked, old, strict=False):
+        if each < MULTIPLE or each % MULTIPLE or each > largest:
+            raise ConfigError(
+                f"width {each}; expected a multiple of {MULTIPLE} from {MULTIPLE} to the UNet's {largest}"
+            )
+    widths = asked
+    if isinstance(width, int):
+        widths = tuple(max(MULTIPLE, round(channels * width / old[0] / MULTIPLE) * MULTIPLE) for channels in old)
     new = config | {"block_out_channels": widths}
     if config.get("norm_num_groups") is not None:
         new["norm_num_groups"] = _largest_divisor(math.gcd(*widths), config["norm_num_groups"])
     if config.get("time_embedding_dim") is not None:
-        new["time_embedding_dim"] = config["time_embedding_dim"] * width // old[0]
+        new["time_embedding_dim"] = config["time_embedding_dim"] * widths[0] // old[0]
     heads = config.get("attention_head_dim")
     if isinstance(heads, int):
         new["attention_head_dim"] = _largest_divisor(math.gcd(*_attending(new)), heads)

@@ -21,7 +21,7 @@ from edgediff.config.choices import Cut
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.clockwork import split
 from edgediff.models.layers import flatten, refuse_freeu
-from edgediff.models.slim import check_unet, plain_config, slim_config
+from edgediff.models.slim import Width, check_unet, plain_config, slim_config
 from edgediff.models.wavelet import HAAR, check_wavelet, dwt2, idwt2
 
 BANDS = ("LL", "LH", "HL", "HH")
@@ -239,7 +239,7 @@ SPECTRAL = {"SpectralUNet2DModel": SpectralUNet2DModel, "SpectralUNet2DCondition
 
 def spectralize(
     unet: UNet2DModel | UNet2DConditionModel,
-    width: int | None = None,
+    width: Width | None = None,
     wavelet: str = "haar",
     gate_takes_time: bool = False,
 ) -> SpectralUNet2DModel | SpectralUNet2DConditionModel:
@@ -248,7 +248,7 @@ def spectralize(
     Multipliers, layers and attention levels stay; the weights are not used.
 
     Args:
-        width: Channels of the highest level, a multiple of 8; None keeps all widths.
+        width: Channels of the highest level, or of each; multiples of 8; None keeps all.
         wavelet: An orthogonal filter's name.
         gate_takes_time: Whether gates take the time embedding too, which the paper's do not.
 

@@ -168,14 +168,14 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
     Attributes:
         student: A model to continue from, with a schedule of its own; None makes a new one of the teacher's geometry,
             which `width`, `gating`, `wavelet` and `gate_takes_time` change.
-        width: Channels of the student's highest level; None keeps the teacher's.
+        width: Channels of the student's highest level, or of each level; None keeps the teacher's.
         spatial, frequency: The lambdas; with both at 0 nothing is learnt from the teacher.
         alpha: Exponent of the frequency weights; 0 weighs all frequencies alike.
     """
 
     teacher: str | None = None
     student: str | None = None
-    width: int | None = None
+    width: int | tuple[int, ...] | None = None
     gating: bool = True
     wavelet: str = "haar"
     gate_takes_time: bool = False
@@ -326,8 +326,9 @@ def check_training(settings: T) -> T:
     check_ranges(settings, *(tuple(n for n in names if n in fields) for names in (ABOVE_0, FROM_0, SHARES)))
     for name in fields:
         value = getattr(settings, name)
-        if name in MOST and value is not None and value > MOST[name]:
-            raise ConfigError(f"'{name}' is {value}; expected at most {MOST[name]}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if name in MOST and number is not None and number > MOST[name]:
+                raise ConfigError(f"'{name}' is {number}; expected at most {MOST[name]}")
         if isinstance(value, str) and as_text(value) != value:
             raise ConfigError(f"'{name}' is {as_text(value)}, which is not UTF-8; rename it")
     settings.check()
