@@ -43,6 +43,7 @@ HeldOutOption = Annotated[
 UpdatesOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchOption = Annotated[int | None, typer.Option(help="Images of an update.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")]
+SizeOption = Annotated[int | None, typer.Option(help="Height and width of the images, in pixels.")]
 OnlyOption = Annotated[
     list[str] | None,
     typer.Option(metavar="COLUMN=FILE", help="Learn only images with captions whose column has a value of the file's."),
@@ -125,7 +126,7 @@ def teacher(
     data: DataOption = None,
     held_out: HeldOutOption = None,
     only: OnlyOption = None,
-    size: Annotated[int | None, typer.Option(help="Height and width of the images, in pixels.")] = None,
+    size: SizeOption = None,
     updates: UpdatesOption = None,
     batch: BatchOption = None,
     seed: SeedOption = None,
@@ -168,6 +169,41 @@ def student(
         "batch": batch, "seed": seed,
     }  # fmt: skip
     _train_unet("student", output, config, given, as_json)
+
+
+@train.command(
+    epilog="Examples:  edgediff train decoder stable-diffusion --data photographs -o decoder   |   edgediff train "
+    "decoder my-drawings --config drawings-64-decoder --data drawings -o tiny"
+)
+def decoder(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Whose latents are decoded: a diffusers directory, of a pipeline or an autoencoder."),
+    ] = None,
+    output: OutputOption = Path("decoder"),
+    config: ConfigOption = None,
+    data: DataOption = None,
+    held_out: HeldOutOption = None,
+    only: OnlyOption = None,
+    size: SizeOption = None,
+    updates: UpdatesOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a decoder for a pipeline's latents, for --vae; the same command resumes an interrupted training."""
+    given = {
+        "model": model, "data": data, "held_out": held_out, "only": _only(only), "size": size, "updates": updates,
+        "batch": batch, "seed": seed,
+    }  # fmt: skip
+    asked = _asked("decoder", config, given)
+    trainer = toolchain("edgediff.train.decoder", "train decoder", "train")
+    done = _train("decoder", lambda say: trainer.train_decoder(output, asked, progress=say), output, as_json, key="vae")
+    if done is not None:
+        if done.skipped:
+            err.print(done.skipped)
+        out.print(f"{done.updates} updates on {done.images} images: {done.psnr:.2f} dB; {done.before:.2f} dB before")
+        out.print(f"autoencoder: {done.path}")
 
 
 def _only(options: list[str] | None) -> dict[str, str] | None:

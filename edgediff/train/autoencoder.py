@@ -6,7 +6,6 @@ adversarial losses, which need networks of their own.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from torch import nn
 from edgediff.data.batches import Batches, as_channels_first, generator
 from edgediff.data.image_folder import ImageSet, divide
 from edgediff.errors import ConfigError, TrainingError
-from edgediff.train.claim import Claim, writing
+from edgediff.train.claim import Claim
 from edgediff.train.dataset import HELD_OUT_SHARE
-from edgediff.train.latents import CONFIG, WEIGHTS_FILE, encode, load_autoencoder, reconstruction_psnr
+from edgediff.train.latents import CONFIG, encode, load_autoencoder, reconstruction_psnr, save_autoencoder
 from edgediff.train.loop import LOSS, Loop, Say, Task, silent
 from edgediff.train.settings import AutoencoderTraining, check_training
 
@@ -87,7 +86,7 @@ def train_autoencoder(
         what = f"{len(measured)} held-out images" if len(held_out) else f"the {len(measured)} images it learnt from"
         db = reconstruction_psnr(vae, measured.images)
         if accelerator.is_main_process:
-            _save(vae, path)
+            save_autoencoder(vae, path)
     say(f"autoencoder: {db:.1f} dB on {what}", 1.0)
     return vae
 
@@ -168,13 +167,3 @@ def _standardise(vae: AutoencoderKL, images: NDArray[np.uint8], settings: Autoen
     vae.quant_conv.bias[: len(mean)] -= mean
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     vae.register_to_config(scaling_factor=1 / std)
-
-
-def _save(vae: AutoencoderKL, path: Path) -> None:
-    """Writes weights, then the configuration, by which the training is known to be finished."""
-    partial = path / "autoencoder.partial"
-    with writing(path):
-        vae.save_pretrained(partial)
-        for name in (WEIGHTS_FILE, CONFIG):
-            os.replace(partial / name, path / name)
-        partial.rmdir()

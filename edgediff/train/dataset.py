@@ -14,14 +14,14 @@ from edgediff.errors import ConfigError, DataError
 from edgediff.models.load import Model
 from edgediff.train.latents import encode
 from edgediff.train.loop import Say
-from edgediff.train.settings import UNetTraining
+from edgediff.train.settings import ImageTraining, UNetTraining
 from edgediff.train.text import Text
 
 # Share of each class that is held out of a training.
 HELD_OUT_SHARE = 0.1
 
 
-def read_data(settings: UNetTraining, size: int, say: Say, *, captioned: bool = False) -> tuple[ImageSet, ImageSet]:
+def read_data(settings: ImageTraining, size: int, say: Say, *, captioned: bool = False) -> tuple[ImageSet, ImageSet]:
     """Reads the images to learn from and those held out, of the same classes, `size` pixels high and wide.
 
     Raises:
@@ -33,7 +33,7 @@ def read_data(settings: UNetTraining, size: int, say: Say, *, captioned: bool = 
     if captioned:
         return _read_captioned(settings, settings.data, size, say)
     for name in ("captions", "only"):
-        if getattr(settings, name) is not None:
+        if getattr(settings, name, None) is not None:
             raise ConfigError(f"'{name}' was given, but the model learns no captions; leave it out")
     data = read_images(settings.data, size, minimum=2, progress=say)
     if settings.held_out is None:
@@ -51,9 +51,10 @@ def read_data(settings: UNetTraining, size: int, say: Say, *, captioned: bool = 
     return data, held_out
 
 
-def _read_captioned(settings: UNetTraining, folder: str, size: int, say: Say) -> tuple[ImageSet, ImageSet]:
+def _read_captioned(settings: ImageTraining, folder: str, size: int, say: Say) -> tuple[ImageSet, ImageSet]:
     """Those held out are the folder of its own, else those of another split, else a share of all."""
-    forms = PLAIN if settings.captions is None else settings.captions
+    given = getattr(settings, "captions", None)
+    forms = PLAIN if given is None else given
     data, held_out = read_captioned(folder, size, forms, settings.only, progress=say)
     if settings.held_out is not None:
         own = read_captioned(settings.held_out, size, forms, settings.only, strict=False, progress=say)

@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
@@ -15,6 +17,7 @@ from edgediff.errors import ConfigError, ModelError
 from edgediff.models.classifier import as_input
 from edgediff.models.load import Model
 from edgediff.models.model_files import read_json
+from edgediff.train.claim import writing
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.image import to_uint8
 
@@ -22,6 +25,8 @@ CONFIG = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 FOLDER = "vae"
 _AT_ONCE = 64
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
 
 def load_autoencoder(path: str | Path) -> AutoencoderKL:
@@ -68,7 +73,7 @@ def autoencoder_of(model: Model) -> tuple[AutoencoderKL | None, int]:
 
 @torch.no_grad()
 def encode(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     images: NDArray[np.uint8],
     batch: int = _AT_ONCE,
     progress: Callable[[str, float], None] | None = None,
@@ -84,25 +89,38 @@ def encode(
     height, width = images.shape[1:3]
     if height % factor or width % factor:
         raise ConfigError(f"images are {width}x{height}; the autoencoder takes multiples of {factor}")
-    shift, scale = _affine(vae)
     made = []
     for first in range(0, len(images), batch):
         if progress is not None:
             progress(f"encoding images: {first} of {len(images)}", first / len(images))
-        x = as_input(images[first : first + batch]).to(vae.device)
-        made.append(((vae.encode(x).latent_dist.mean - shift) * scale).float().cpu())
+        made.append(latents_of(vae, as_input(images[first : first + batch]).to(vae.device)).float().cpu())
     return torch.cat(made)
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, batch: int = _AT_ONCE) -> NDArray[np.uint8]:
+def decode(vae: Autoencoder, latents: torch.Tensor, batch: int = _AT_ONCE) -> NDArray[np.uint8]:
     """Decodes latents, float32 [N, C, h, w], scaled as `encode` does, to images, uint8 [N, H, W, 3]."""
-    shift, scale = _affine(vae)
     made = []
     for first in range(0, len(latents), batch):
-        z = latents[first : first + batch].to(vae.device) / scale + shift
-        made.append(to_uint8(vae.decode(z).sample.float().cpu().numpy()))
+        x = images_of(vae, latents[first : first + batch].to(vae.device))
+        made.append(to_uint8(x.float().cpu().numpy()))
     return np.concatenate(made)
+
+
+def latents_of(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], scaled to about unit variance; means, where they vary."""
+    shift, scale = _affine(vae)
+    encoded = vae.encode(images)
+    means = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mean
+    scaled: torch.Tensor = (means - shift) * scale
+    return scaled
+
+
+def images_of(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W], about [-1, 1], of latents as `latents_of` makes them."""
+    shift, scale = _affine(vae)
+    decoded: torch.Tensor = vae.decode(latents / scale + shift).sample
+    return decoded
 
 
 def hash_of_autoencoder(vae: AutoencoderKL) -> str:
@@ -114,12 +132,13 @@ def hash_of_autoencoder(vae: AutoencoderKL) -> str:
     return digest.hexdigest()
 
 
-def factor_of(vae: AutoencoderKL) -> int:
+def factor_of(vae: Autoencoder) -> int:
     """What an autoencoder divides height and width by: a power of 2."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    levels = vae.config.get("block_out_channels", vae.config.get("encoder_block_out_channels"))
+    return int(2 ** (len(levels) - 1))
 
 
-def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> float:
+def reconstruction_psnr(vae: Autoencoder, images: NDArray[np.uint8], batch: int = _AT_ONCE) -> float:
     """PSNR of images, uint8 [N, H, W, 3], encoded and decoded: ``20 log10(255 / rmse)`` over all of them, in dB."""
     squares = 0.0
     for first in range(0, len(images), batch):
@@ -129,7 +148,17 @@ def reconstruction_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch: in
     return 20 * math.log10(255 / rmse) if rmse > 0 else math.inf
 
 
-def _affine(vae: AutoencoderKL) -> tuple[float, float]:
+def save_autoencoder(vae: Autoencoder, path: Path) -> None:
+    """Writes weights, then the configuration, by which the training is known to be finished."""
+    partial = path / "autoencoder.partial"
+    with writing(path):
+        vae.save_pretrained(partial)
+        for name in (WEIGHTS_FILE, CONFIG):
+            os.replace(partial / name, path / name)
+        partial.rmdir()
+
+
+def _affine(vae: Autoencoder) -> tuple[float, float]:
     """What latents are shifted by, then multiplied with; autoencoders trained here do not shift."""
     shift = vae.config.get("shift_factor")
     return 0.0 if shift is None else shift, vae.config.scaling_factor

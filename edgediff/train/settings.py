@@ -29,7 +29,8 @@ ABOVE_0 = (
     "store_gb", "guidance_scale", "latent_channels", "layers_per_block", "norm_num_groups", "size",
     "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "intermediate_size",
 )  # fmt: skip
-FROM_0 = ("warmup", "weight_decay", "output_weight", "spatial", "frequency", "kl_weight")
+FROM_0 = ("warmup", "weight_decay", "output_weight", "spatial", "frequency", "kl_weight", "edge_weight", "latent_noise")
+MOST_BLOCKS = 64
 SHARES = ("ema", "label_dropout")
 # All bytes, alone and at the end of a word, and two tokens around a caption.
 SMALLEST_VOCABULARY = 2 * 256 + 2
@@ -127,18 +128,15 @@ class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_
             raise ConfigError(f"'block_out_channels' is {list(widths)}; expected {expected}")
 
 
-class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What trainings of teachers and of students have in common; both by AdamW.
+class ImageTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What trainings on a folder of images have in common; all by AdamW.
 
     Attributes:
-        captions: Of a model with text: the forms that captions take, of an image's columns; None is the text itself.
         only: By column, a file of the values to learn, one a line.
-        guidance_scale: Of the sample grids; None takes what the model is usually sampled with.
     """
 
     data: str | None = None
     held_out: str | None = None
-    captions: tuple[str, ...] | None = None
     only: dict[str, str] | None = None
     updates: int = 10_000
     warmup: int = 200
@@ -146,15 +144,73 @@ class UNetTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     weight_decay: float = 0.01
     clip: float = 1.0
     flip: bool = True
-    label_dropout: float = 0.1
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     sample_every: int | None = None
-    guidance_scale: float | None = None
 
     # Of the first three, what is read counts.
-    free: ClassVar[tuple[str, ...]] = (
-        "data", "held_out", "only", "checkpoint_minutes", "sample_every", "guidance_scale",
-    )  # fmt: skip
+    free: ClassVar[tuple[str, ...]] = ("data", "held_out", "only", "checkpoint_minutes", "sample_every")
+
+
+class DecoderTraining(ImageTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A decoder's, for the latents of a pipeline's KL autoencoder, which stay as they are.
+
+    Attributes:
+        model: The pipeline, or the autoencoder alone: a diffusers directory.
+        tiny: Channels and blocks of an AutoencoderTiny, which is then trained instead; its encoder learns the latents.
+        edge_weight: Weight of the absolute error of the details (Haar's, of `DETAIL_LEVELS` sizes) beside that of the
+            pixels.
+        latent_noise: Standard deviation of the noise on the latents that are decoded, whose own is about 1: the latents
+            that a UNet makes are not exact.
+        size: Height and width of the images in pixels; None takes the autoencoder's.
+    """
+
+    model: str | None = None
+    size: int | None = None
+    tiny: dict[str, Any] | None = None
+    batch: int = 16
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    edge_weight: float = 1.0
+    latent_noise: float = 0.1
+
+
+class TinyGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The geometry of an AutoencoderTiny, as wide at all sizes.
+
+    Attributes:
+        channels: Of all its layers.
+        encoder_blocks, decoder_blocks: Residual blocks at each size, the largest first in the encoder and last in the
+            decoder; None has one in the encoder and two in the decoder.
+    """
+
+    channels: int = 32
+    encoder_blocks: tuple[int, ...] | None = None
+    decoder_blocks: tuple[int, ...] | None = None
+
+    def check(self) -> None:
+        """Checks the numbers; a ConfigError where one does not fit."""
+        check_ranges(self, ("channels",))
+        if self.channels > MOST["width"]:
+            raise ConfigError(f"'tiny.channels' is {self.channels}; expected at most {MOST['width']}")
+        for name in ("encoder_blocks", "decoder_blocks"):
+            blocks = getattr(self, name)
+            if blocks is not None and any(not 0 <= count <= MOST_BLOCKS for count in blocks):
+                raise ConfigError(f"'tiny.{name}' is {list(blocks)}; expected 0 to {MOST_BLOCKS} for each size")
+
+
+class UNetTraining(ImageTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What trainings of teachers and of students have in common.
+
+    Attributes:
+        captions: Of a model with text: the forms that captions take, of an image's columns; None is the text itself.
+        guidance_scale: Of the sample grids; None takes what the model is usually sampled with.
+    """
+
+    captions: tuple[str, ...] | None = None
+    label_dropout: float = 0.1
+    guidance_scale: float | None = None
+
+    free: ClassVar[tuple[str, ...]] = (*ImageTraining.free, "guidance_scale")
 
     def check(self) -> None:
         """Checks that captions have a form."""
@@ -283,7 +339,7 @@ def load_training(path: str | Path, kind: type[T]) -> T:
     Raises:
         ConfigError: The file cannot be read, or a key in it is unknown, mistyped or out of range.
     """
-    file = find_recipe(path, "train") if issubclass(kind, UNetTraining) else Path(path)
+    file = find_recipe(path, "train") if issubclass(kind, ImageTraining) else Path(path)
     return read_yaml(file, lambda data: training_from(data, kind), "settings")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from accelerate import Accelerator
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from edgediff.config.choices import Cut
 from edgediff.data.batches import hash_of
@@ -19,7 +20,7 @@ from edgediff.models.trained import AdaptorRecord
 from edgediff.train.gain import Gain
 from edgediff.train.learner import DDPM
 from edgediff.train.loop import Progress, recent
-from edgediff.train.settings import AdaptorTraining, StudentTraining, UNetTraining
+from edgediff.train.settings import AdaptorTraining, DecoderTraining, StudentTraining, UNetTraining
 from edgediff.train.text import Text
 from edgediff_runtime.manifest import Cost
 
@@ -116,6 +117,39 @@ averaged weights on held-out images ([curves]({LOSSES})).
 - **Licence**: not stated; what it learnt from has a say in it.
 
 Settings (`edgediff train` takes them as they stand, as `--config`):
+
+```json
+{msgspec.json.format(msgspec.json.encode(settings), indent=1).decode()}
+```
+"""
+
+
+def decoder_card(
+    vae: AutoencoderKL | AutoencoderTiny,
+    source: AutoencoderKL,
+    settings: DecoderTraining,
+    images: tuple[ImageSet, ImageSet],
+    db: tuple[float, float],
+    state: Progress,
+    accelerator: Accelerator,
+) -> str:
+    """The card of a decoder, in Markdown; `db` is the PSNR of held-out images with the one before, and with this."""
+    data, held_out = images
+    decoder, encoder = (sum(each.numel() for each in part.parameters()) for part in (vae.decoder, vae.encoder))
+    what = "trained further" if settings.tiny is None else "small, with an encoder for the same latents"
+    return f"""# Decoder for the latents of {settings.model}
+
+- **What**: {type(vae).__name__}, {what}; decoder {decoder:,} parameters, encoder {encoder:,}.
+- **Data**: {len(data):,} images, {data.images.shape[1]}x{data.images.shape[2]}, sha256 `{hash_of(data)}`; \
+{len(held_out):,} held out, sha256 `{hash_of(held_out)}`.
+- **Training**: {state.updates:,} updates of {settings.batch * accelerator.num_processes} images in \
+{_where(state, accelerator)}; details weigh {settings.edge_weight:g}, noise on the latents {settings.latent_noise:g}.
+- **PSNR** of held-out images, encoded and decoded: {db[1]:.2f} dB; {type(source).__name__} before {db[0]:.2f} dB \
+([pictures](samples.png): image, before, this; [curves]({LOSSES})).
+- **Versions**: {_versions()}.
+- **Licence**: not stated; what it learnt from has a say in it.
+
+Settings (`edgediff train decoder` takes them as they stand, as `--config`):
 
 ```json
 {msgspec.json.format(msgspec.json.encode(settings), indent=1).decode()}
