@@ -15,12 +15,13 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from measure import in_turns, machine, ratios, spread, verdict
+from measure import exported, in_turns, machine, ratios, spread, verdict
 
 from edgediff.bench.turns import Call, Said
 from edgediff_runtime import EdgePipeline, open_bundle
 from edgediff_runtime.memory import Usage
 
+SCHEDULER = "dpmpp_2m"
 PROMPT, SEED = "a red apple on a wooden table, studio light", 1
 # How each is saved, exported and asked for a picture.
 SAVED: dict[str, dict[str, Any]] = {"sd15": {}, "sdxl": {"half": True, "side": 32}}
@@ -29,6 +30,7 @@ REQUEST: dict[str, dict[str, Any]] = {
     "sd15": {"num_inference_steps": 8, "guidance_scale": 7.5},
     "sdxl": {"num_inference_steps": 2, "guidance_scale": 5.0},
 }
+WHAT = ("export", "memory", "time", "sizes")
 MINUTES, WEIGHTS, LOW_MEMORY, SPEED = 8.0, 3.0, 1.25, 1.75
 SAME_DB = 60.0
 
@@ -37,7 +39,7 @@ def main() -> None:
     """Saves, exports and runs the pipelines that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=SAVED, default=["sd15", "sdxl"])
-    parser.add_argument("--what", nargs="*", choices=("export", "memory", "time"), default=("export", "memory", "time"))
+    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
     parser.add_argument("--rounds", type=int, default=3, help="of the comparison with diffusers")
     parser.add_argument(
         "--folder", type=Path, help="pipelines and bundles stay here, and are found; else all is deleted"
@@ -56,6 +58,8 @@ def main() -> None:
                 show_memory(kind, bundle)
             if "time" in given.what and kind == "sd15":
                 show_time(model, bundle, given.rounds)
+            if "sizes" in given.what and kind == "sd15":
+                show_sizes(model, bundle, Path(folder) / f"{kind}-any", given.rounds)
 
 
 # Each in a process of its own
@@ -78,8 +82,8 @@ def exporting(model: str, bundle: str, dtype: Any, request: dict[str, Any]) -> I
     yield Said()
     start, ends = perf_counter(), []
     config = edgediff.ExportConfig(
-        onnx=OnnxConfig(dtype=dtype), clock=2, steps=request["num_inference_steps"], adaptor="identity",
-        guidance_scale=request["guidance_scale"], verify=VerifyConfig(mode="graphs"),
+        onnx=OnnxConfig(dtype=dtype), clock=2, steps=request["num_inference_steps"], scheduler=SCHEDULER,
+        adaptor="identity", guidance_scale=request["guidance_scale"], verify=VerifyConfig(mode="graphs"),
     )  # fmt: skip
     said: list[str] = []
 
@@ -180,6 +184,19 @@ def time_diffusers(model: str, request: dict[str, Any], want: str) -> Iterator[S
         yield Said(parts={"picture": [1e3 * (perf_counter() - start)]})
 
 
+def time_steps(bundle: str, request: dict[str, Any]) -> Iterator[Said]:
+    """A turn is the loop alone, at clock 2, of the size that the model is usually asked for."""
+    pipe = EdgePipeline.from_pretrained(bundle)
+    pipe(prompt=PROMPT, seed=SEED, clock=2, **request, output_type="latent")
+    yield Said()
+    while True:
+        result = pipe(prompt=PROMPT, seed=SEED, clock=2, **request, output_type="latent")
+        parts: dict[str, list[float]] = {"full": [], "cached": []}
+        for step in result.ledger:
+            parts["full" if step.full else "cached"].append(sum(step.ms.values()))
+        yield Said(parts=parts | {"loop": [sum(parts["full"]) + sum(parts["cached"])]})
+
+
 # What is printed
 
 
@@ -240,6 +257,24 @@ def show_time(model: Path, bundle: Path, rounds: int) -> None:
     for name, ms in ours.items():
         print(f"  {name}: {spread(ms)}")
     print(f"  diffusers' loading: {spread(theirs['opening'])}")
+
+
+def show_sizes(model: Path, bundle: Path, free: Path, rounds: int) -> None:
+    """What graphs of any size cost in time, at the usual size, against graphs of that size alone, in turns."""
+    if not free.exists():
+        request = REQUEST["sd15"]
+        exported(
+            str(model), free, clock=2, steps=request["num_inference_steps"], scheduler=SCHEDULER,
+            guidance_scale=request["guidance_scale"], components=("text_encoder",), sizes=("any",),
+        )  # fmt: skip
+    given = {"one size": bundle, "any size": free}
+    found = in_turns(
+        {name: Call.of(time_steps, bundle=str(each), request=REQUEST["sd15"]) for name, each in given.items()}, rounds
+    )
+    for part in ("full", "cached", "loop"):
+        times = {name: runner.parts[part] for name, runner in found.items()}
+        said = ", ".join(f"{name} {spread(ms)}" for name, ms in times.items())
+        print(f"sd15, {part}, ms: {said}: {spread(ratios(times['any size'], times['one size']))} times as long")
 
 
 if __name__ == "__main__":

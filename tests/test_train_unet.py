@@ -27,13 +27,14 @@ from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2
 from edgediff.train.latents import load_autoencoder
 from edgediff.train.loop import Loop
 from edgediff.train.samples import STEPS, draw_samples, make_sampler
-from edgediff.train.settings import StudentTraining, TeacherTraining, load_training, training_from
+from edgediff.train.settings import DecoderTraining, StudentTraining, TeacherTraining, load_training, training_from
 from edgediff.train.student import student_of, train_student
 from edgediff.train.teacher import geometry_of, train_teacher
 from edgediff.train.unet import PRODUCT, UNetTrained, save_parts
 
 RECIPES = sorted((Path(__file__).parents[1] / "export_configs" / "train").glob("*.yaml"))
 # Of the teachers' recipes, in millions.
+KINDS = {"drawings-64-further": TeacherTraining, "drawings-64-decoder": DecoderTraining}
 PARAMETERS = {"grocery-64-teacher": 88, "drawings-64-teacher": 18}
 pytestmark = pytest.mark.usefixtures("few_samples")
 
@@ -279,8 +280,8 @@ def test_recipes(path: Path) -> None:
             unet = kind(**config | ({} if settings.text is None else {"in_channels": 4, "out_channels": 4}))
         assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6) == PARAMETERS[path.stem]
         return
-    if path.stem == "drawings-64-further":  # of a model that the command names
-        assert load_training(path.stem, TeacherTraining).captions
+    if path.stem in KINDS:  # of a model that the command names
+        assert load_training(path.stem, KINDS[path.stem])
         return
     student = load_training(path.stem, StudentTraining)
     if student.teacher is None:  # of a teacher that is trained first
