@@ -33,3 +33,26 @@ def test_the_licence_of_the_card(folder: Path, readme: str | None, license_file:
     card = load_model(folder).card
     assert (card.license, card.license_text) == (name, license_file)
     assert card.text == ("" if readme is None else readme.replace("\r\n", "\n"))
+
+
+@pytest.mark.parametrize(
+    ("front", "steps", "guidance"),
+    [
+        ("inference:\n  parameters:\n    num_inference_steps: 6\n    guidance_scale: 3.5\n", 6, 3.5),
+        ("inference: {parameters: {guidance_scale: 3}}\n", None, 3.0),
+        ("inference: {parameters: {num_inference_steps: 0, guidance_scale: .nan}}\n", None, None),
+        ("inference: {parameters: {num_inference_steps: true, guidance_scale: high}}\n", None, None),
+        ("inference: false\n", None, None),
+        ("inference: {parameters: [3]}\n", None, None),
+        ("license: mit\ninference: {parameters: {\n", None, None),
+    ],
+)
+def test_what_the_card_says_the_model_is_sampled_with(
+    folder: Path, front: str, steps: int | None, guidance: float | None
+) -> None:
+    without = load_model(folder)
+    write(folder / "README.md", f"---\n{front}---\n# Card\n")
+    model = load_model(folder)
+    assert (model.card.steps, model.card.guidance_scale) == (steps, guidance)
+    assert model.usual_steps == (without.usual_steps if steps is None else steps)
+    assert model.sha256 == without.sha256

@@ -199,7 +199,8 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
     """
     index = model.home / "model_index.json"
     # A built-in geometry lists an autoencoder that it has no weights of.
-    listed = read_json(index) if index.exists() and not model.is_built_in else {}
+    is_geometry = model.is_built_in and not model.has_weights
+    listed = read_json(index) if index.exists() and not is_geometry else {}
     found = {}
     for name in TEXT_ENCODERS:
         folder = model.home / name

@@ -138,17 +138,21 @@ class Model:
 
     @property
     def usual_steps(self) -> int:
-        """The steps that the model is sampled in by default."""
+        """The steps that the model is sampled in by default: its card's, where that says so."""
+        if self.card.steps is not None:
+            return self.card.steps
         return 4 if self.is_distilled else 8
 
     @property
     def usual_guidance(self) -> float:
         """The guidance that the model is sampled with by default; 1 is off.
 
-        With a null class 2.0; with text 7.5, 8.5 where the UNet is told (diffusers' default for LCM), and off where
-        it was distilled without.
+        Its card's, where that says so; else with a null class 2.0; with text 7.5, 8.5 where the UNet is told
+        (diffusers' default for LCM), and off where it was distilled without.
         """
         known = self.conditioning
+        if self.card.guidance_scale is not None and (known.kind == "text" or known.null_label is not None):
+            return self.card.guidance_scale
         if GUIDANCE in known.tensors:
             return 8.5
         if known.kind == "class":
