@@ -111,8 +111,8 @@ def run(
     write_output(result, output, scale)
     if as_json:
         ledger = [step.to_dict() for step in result.ledger]
-        told = {"ledger": ledger, "stages": result.stages, "peak_bytes": result.peak_bytes}
-        told |= {"previews": [str(file) for file in previews]}
+        told: dict[str, Any] = {"ledger": ledger, "stages": result.stages, "peak_bytes": result.peak_bytes}
+        told["previews"] = [str(file) for file in previews]
         print_json({"images": [str(output)], "mask": result.mask, **told})
     else:
         from edgediff.cli.render.tables import ledger_table

@@ -43,7 +43,6 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 # The order in which a bundle lists and an export writes them.
 NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder", "preview_decoder")
-DECODERS = ("vae_decoder", "preview_decoder")
 VAE_STAGES: dict[str, Stage] = {"vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview"}
 Shape = tuple[int | Symbol, ...]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -107,7 +106,7 @@ class PipelineComponent:
         outputs = tuple(tensor.name for tensor in self.graph.outputs)
         if self.name in TEXT_ENCODERS:
             return TextEncoder(module, outputs)
-        return VaeDecoder(module) if self.name in DECODERS else VaeEncoder(module, outputs)
+        return VaeEncoder(module, outputs) if self.stage == "image" else VaeDecoder(module)
 
     @property
     def sha256(self) -> str:
@@ -214,9 +213,8 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
             found[name] = _vae_component(name, model, folder, config, file)
     if model.preview is not None:
         folder, file = _preview_source(model.preview)
-        found["preview_decoder"] = _vae_component(
-            "preview_decoder", model, folder, _config(folder, ("AutoencoderTiny",)), file
-        )
+        config = _config(folder, ("AutoencoderTiny",))
+        found["preview_decoder"] = _vae_component("preview_decoder", model, folder, config, file)
     for component in found.values():
         if component.file is None:
             check_weights(component.folder, weight_files(component.folder, component._stems), component._stems)
@@ -307,7 +305,8 @@ def _vae_component(
         raise ModelError(
             f"{folder} has {channels} latent channels, the UNet gives {model.out_channels}; take one that fits"
         )
-    if name in DECODERS:
+    stage = VAE_STAGES[name]
+    if stage != "image":
         inputs, outputs = Tensor("latent_sample", "float32", latent), Tensor("sample", "float32", image)
     else:
         has_variance = config["_class_name"] == "AutoencoderKL"
@@ -315,7 +314,7 @@ def _vae_component(
         inputs = Tensor("sample", "float32", image)
         outputs = Tensor("latent_parameters" if has_variance else "latent_sample", "float32", made)
     graph = Graph(name, name, None, (inputs,), (outputs,))
-    return PipelineComponent(name, VAE_STAGES[name], folder, config, graph, file)
+    return PipelineComponent(name, stage, folder, config, graph, file)
 
 
 def _downscale(config: dict[str, Any]) -> int:

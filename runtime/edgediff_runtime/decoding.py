@@ -38,44 +38,36 @@ def decode(session: Session, graph_at: GraphAt, vae: Vae, latents: Array, tile: 
 def _in_tiles(session: Session, graph_at: GraphAt, z: Array, tile: int, scale: int) -> Array:
     """One latent, [1, C, H, W], decoded in tiles; in a single one where that is large enough."""
     height, width = z.shape[2:]
+
+    def pixels(top: int, left: int) -> Array:
+        """Those of the tile that begins there."""
+        bottom, right = min(top + tile, height), min(left + tile, width)
+        y, x, graph = top, left, graph_at(bottom - top, right - left)
+        if graph is None:
+            y, x = max(bottom - tile, 0), max(right - tile, 0)
+            graph = graph_at(bottom - y, right - x)
+        assert graph is not None  # there is one for a whole tile
+        wanted, given = graph.outputs[0].name, graph.inputs[0].name
+        made = run_one(session, graph, {given: z[:, :, y:bottom, x:right]})[wanted]
+        return made[..., scale * (top - y) :, scale * (left - x) :]
+
     if max(height, width) <= tile:
-        return _window(session, graph_at, z, (0, height), (0, width), tile, scale)
-    stride, overlap = tile - tile // OVERLAP, scale * (tile // OVERLAP)
+        return pixels(0, 0)
+    overlap = tile // OVERLAP
+    stride = tile - overlap
     bands, above = list[Array](), list[Array]()
     for top in range(0, height, stride):
         row = list[Array]()
         for left in range(0, width, stride):
-            rows, columns = (top, min(top + tile, height)), (left, min(left + tile, width))
-            made = _window(session, graph_at, z, rows, columns, tile, scale)
+            made = pixels(top, left)
             if above:
-                _blend(above[len(row)], made, -2, overlap)
+                _blend(above[len(row)], made, -2, scale * overlap)
             if row:
-                _blend(row[-1], made, -1, overlap)
+                _blend(row[-1], made, -1, scale * overlap)
             row.append(made)
         bands.append(np.concatenate([made[..., : scale * stride, : scale * stride] for made in row], axis=-1))
         above = row
     return np.concatenate(bands, axis=-2)
-
-
-def _window(
-    session: Session,
-    graph_at: GraphAt,
-    z: Array,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-    tile: int,
-    scale: int,
-) -> Array:
-    """The pixels of some rows and columns of a latent, decoded with more around them where only that has a graph."""
-    (top, bottom), (left, right) = rows, columns
-    y, x, graph = top, left, graph_at(bottom - top, right - left)
-    if graph is None:
-        y, x = max(bottom - tile, 0), max(right - tile, 0)
-        graph = graph_at(bottom - y, right - x)
-        assert graph is not None  # the caller's tile has one
-    wanted, given = graph.outputs[0].name, graph.inputs[0].name
-    made = run_one(session, graph, {given: z[:, :, y:bottom, x:right]})[wanted]
-    return made[..., scale * (top - y) :, scale * (left - x) :]
 
 
 def _blend(before: Array, tile: Array, axis: int, overlap: int) -> None:

@@ -359,8 +359,8 @@ class EdgePipeline:
         """Side of a tile in the latent, from that in pixels."""
         if tile is None:
             return None
-        if self.manifest.vae is None:
-            raise RequestError(f"tile is {tile!r}, but the bundle has no decoder; leave it out")
+        if self.manifest.vae is None or DECODER not in self.components:
+            raise RequestError(f"tile is {tile!r}, but the bundle has no decoder for this backend; leave it out")
         side, each = plain(tile), OVERLAP * self.manifest.vae.downscale
         if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % each:
             raise RequestError(
