@@ -1,7 +1,6 @@
 """Decoding in tiles: as diffusers does it, in graphs of any size; tiles moved inwards, in graphs of one."""
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +226,8 @@ def test_named_sizes_have_tiles_of_those_sizes() -> None:
     pipe = open_pipeline(open_bundle(exported(saved("sd1"), NAMED, {})), "mil-reference", threads=1)
     latents = noise(5, (1, 4, 16, 24))
     tiled, whole = pipe.decode(latents, tile=TILE), pipe.decode(latents)
-    assert psnr_db(pipe.decode(latents[:, :, :, :16])[..., :24], tiled[..., :24]) == math.inf
+    first = pipe.decode(latents[:, :, :, :16])
+    np.testing.assert_array_equal(first[:, :, :24, :24], tiled[:, :, :24, :24])
     assert 0 < psnr_db(whole, tiled) < 60
     with pytest.raises(RequestError, match=r"no graph for 24 x 24 .*; it takes 32 x 32, 48 x 32; ask for a tile"):
         pipe.decode(latents, tile=24)

@@ -165,10 +165,33 @@ class VaeDecoder(Part):
         self.vae = vae
         if hasattr(vae, "quant_conv"):
             self.vae.encoder = self.vae.quant_conv = None
+        else:
+            self.vae.encoder, self.vae.decoder = None, TinyDecoder(self.vae.decoder)
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Decodes."""
         return {"sample": self.vae.decode(tensors["latent_sample"], return_dict=False)[0]}
+
+
+class TinyDecoder(nn.Module):
+    """An AutoencoderTiny's decoder with diffusers' factors before and after its layers joined with their convolutions.
+
+    Converters join them too, before they round weights to fp16; what they are compared with has to round the same
+    weights.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.layers = decoder.layers
+        with torch.no_grad():
+            self.layers[0].weight.mul_(3)
+            self.layers[-1].weight.mul_(2)
+            self.layers[-1].bias.mul_(2).sub_(1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Decodes [B, C, H, W], of which diffusers takes 3 tanh(z / 3): [B, 3, h, w] of about -1 to 1."""
+        made: torch.Tensor = self.layers(torch.tanh(z / 3))
+        return made
 
 
 class VaeEncoder(Part):
