@@ -29,8 +29,8 @@ torch.set_num_threads(1)
 
 # Files of long tests, the longest first: one that is left for the end keeps one worker busy and the others waiting.
 LONG = (
-    "readme", "export_killed", "pipelines", "half_onnx", "coreml_pipeline", "export", "coreml_export", "bench",
-    "train_unet", "spectral_bundle", "export_place",
+    "readme", "export_killed", "pipelines", "half_onnx", "preview", "coreml_pipeline", "export",
+    "coreml_export", "bench", "train_unet", "spectral_bundle", "export_place",
     "train_adaptor", "adaptors", "executorch", "cli", "plan_bundle",
 )  # fmt: skip
 

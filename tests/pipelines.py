@@ -14,7 +14,7 @@ from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
 from loras import diffusers_lora, fuse, kohya_lora
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import SAVE
+from tiny_pipelines import SAVE, save_tiny_vae
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -55,6 +55,11 @@ def saved(name: str) -> Path:
     return saved_once(f"tiny-{name}-with-mean", save)
 
 
+def saved_tiny_vae() -> Path:
+    """The folder of a small TAESD for any of them."""
+    return saved_once("tiny-taesd", save_tiny_vae)
+
+
 def lora_file(name: str, kind: str) -> Path:
     """A LoRA for a pipeline, of its UNet and text encoders, by the names of `kind`."""
 
@@ -80,11 +85,15 @@ def exported_pipeline(name: str, loras: Loras = (), targets: tuple[str, ...] = (
 
 
 def open_in_torch(
-    name: str, loras: Loras = (), low_memory: bool = False, opened: Callable[[Session], None] | None = None
+    name: str,
+    loras: Loras = (),
+    low_memory: bool = False,
+    opened: Callable[[Session], None] | None = None,
+    preview: Path | None = None,
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`."""
     config = config_of(name, loras)
-    model = edgediff.load_model(saved(name), lora=config.lora)
+    model = edgediff.load_model(saved(name), lora=config.lora, preview=preview)
     found = pipeline_components(model)
     draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found)
 

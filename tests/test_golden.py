@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import loop_cases
+import make
 import manifest_cases
 import msgspec
 import numpy as np
@@ -109,6 +110,12 @@ def test_good_manifests_are_read(name: str, kind: str) -> None:
     assert (manifest.prompt is not None) == (manifest.vae is not None) == (name == "pipeline")
     # The class manifest has a target of a format that nobody knows: it is left out.
     assert "tensorflow-9" not in [target.target for target in manifest.targets]
+
+
+def test_a_manifest_is_written_the_same_again(tmp_path: Path) -> None:
+    for name in ("once.json", "again.json"):
+        make.write_text_manifest(tmp_path / name)
+    assert (tmp_path / "once.json").read_bytes() == (tmp_path / "again.json").read_bytes()
 
 
 @pytest.mark.parametrize("case", read("manifests/bad.json")["bad"], ids=lambda case: case["why"])

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import Command, assert_error, unchanged
-from diffusers import AutoencoderTiny
 from loras import kohya_lora
 from model_folders import PIPELINE, change_json, load_whole
 from safetensors.torch import load_file, save_file
 from single_files import vae_tensors
-from tiny_pipelines import SAVE, tokenizer, unet, vae
+from tiny_pipelines import SAVE, save_tiny_vae, tokenizer, unet, vae
 from unets import assert_same_unet
 
 from edgediff import ExportConfig, export_bundle, load_model
@@ -235,11 +234,7 @@ def test_an_autoencoder_from_a_file(sd1: Path, tmp_path: Path, prefix: str) -> N
 
 @pytest.mark.long
 def test_a_tiny_autoencoder_in_a_bundle(sd1: Path, tmp_path: Path) -> None:
-    torch.manual_seed(9)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1), latent_channels=4,
-    ).save_pretrained(tmp_path / "tiny")  # fmt: skip
+    save_tiny_vae(tmp_path / "tiny")
     model = load_model(sd1, vae=tmp_path / "tiny")
     config = ExportConfig(steps=1, clock=1, vae=str(tmp_path / "tiny"))
     done = export_bundle(model, tmp_path / "out", config)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from edgediff.errors import ConfigError
 from edgediff.export.export_config import config_from
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.targets.backends import open_pipeline
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.image import read_size
 from edgediff_runtime.loop import initial_latents
@@ -121,6 +123,22 @@ def test_graphs_of_any_size_draw_what_diffusers_draws(name: str) -> None:
         with pytest.raises(RequestError) as raised:
             pipe(**REQUEST, **size)  # type: ignore[arg-type]
         assert said in str(raised.value)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("onnx", [OnnxConfig(dtype="fp16"), OnnxConfig(quantize_nbits=8)], ids=["fp16", "int8"])
+def test_graphs_of_any_size_in_other_precisions(onnx: OnnxConfig) -> None:
+    config = msgspec.structs.replace(ANY, onnx=onnx, components=("text_encoder", "vae_decoder"))
+    pipe = EdgePipeline.from_pretrained(exported(saved("sd1"), config, {}), threads=1)
+    unet = pipe.manifest.target("onnx").unet
+    assert unet.dtype == ("fp16" if onnx.quantize_nbits is None else "int8")
+    theirs = open_in_diffusers("sd1")
+    theirs.scheduler = diffusers_scheduler(theirs.scheduler, "euler")
+    for width, height in ((32, 32), (40, 24)):
+        pixels = pipe(**REQUEST, seed=SEED, clock=1, width=width, height=height).pixels
+        assert pixels is not None
+        assert np.isfinite(pixels).all()
+        assert psnr_db(drawn(theirs, width, height), as_drawn(pixels)) >= unet.floors.trajectory
 
 
 @pytest.mark.long

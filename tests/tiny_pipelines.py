@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
@@ -73,6 +74,15 @@ def vae(**more: Any) -> AutoencoderKL:
         "sample_size": 2 * SIDE, "scaling_factor": 0.18215,
     }  # fmt: skip
     return AutoencoderKL(**settings | more)
+
+
+def save_tiny_vae(folder: Path, latent_channels: int = LATENT) -> None:
+    """A small TAESD: an autoencoder of the same latents, of its own scale."""
+    torch.manual_seed(9)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=latent_channels,
+    ).save_pretrained(folder)  # fmt: skip
 
 
 def _without_checker(kind: Any, **parts: Any) -> Any:

@@ -18,6 +18,7 @@ from edgediff.targets.base import Backend
 from edgediff.verify.source import open_source
 from edgediff_runtime import Bundle, EdgePipeline, Manifest, open_bundle
 from edgediff_runtime.components import UNET
+from edgediff_runtime.pipeline import PREVIEW
 from edgediff_runtime.sessions import Session
 from edgediff_runtime.text_encoding import run_one
 
@@ -161,7 +162,11 @@ def _open_components(bundle: Bundle, backend: Backend, threads: int | None) -> d
     """The components beside the UNet that a backend runs."""
     target = backend.target(bundle.manifest)
     names = () if target is None else bundle.manifest.target(target).components
-    return {name: open_session(bundle, backend.name, threads=threads, component=name) for name in names if name != UNET}
+    return {
+        name: open_session(bundle, backend.name, threads=threads, component=name)
+        for name in names
+        if name not in (UNET, PREVIEW)  # no generation runs a preview
+    }
 
 
 def _pipeline(bundle: Bundle, backend: Backend, sessions: Mapping[str, Session]) -> EdgePipeline:

@@ -49,6 +49,10 @@ def export(
     vae: Annotated[
         str | None, typer.Option(help="A directory or a file with the VAE that replaces the pipeline's.")
     ] = None,
+    preview: Annotated[
+        str | None,
+        typer.Option(help="A directory or a file with an AutoencoderTiny of the same latents (TAESD), for previews."),
+    ] = None,
     prediction_type: Annotated[
         str | None,
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
@@ -120,7 +124,7 @@ def export(
         "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
-        "lora": lora, "vae": vae, "sizes": size, "prediction_type": prediction_type,
+        "lora": lora, "vae": vae, "preview": preview, "sizes": size, "prediction_type": prediction_type,
     }  # fmt: skip
     recipe.update({key: value for key, value in given.items() if value is not None})
     for section, key, value in (
@@ -148,8 +152,8 @@ def export(
         with progress() as say:
             say(f"loading {checked.model}")
             loaded = load.load_model(
-                checked.model, lora=checked.lora, vae=checked.vae, prediction_type=checked.prediction_type,
-                allow_pickle=allow_pickle,
+                checked.model, lora=checked.lora, vae=checked.vae, preview=checked.preview,
+                prediction_type=checked.prediction_type, allow_pickle=allow_pickle,
             )  # fmt: skip
             done = pipeline.export_bundle(loaded, output, checked, force=force, progress=say)
     except VerificationError as e:

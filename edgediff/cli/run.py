@@ -60,6 +60,13 @@ def run(
     size: Annotated[
         str | None, typer.Option(help="WIDTHxHEIGHT of the picture, such as 512x768; left out, the bundle's usual one.")
     ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Decode a larger picture in overlapping tiles of this side in pixels, to save memory."),
+    ] = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="A folder, where a PNG shows what each step predicts the picture to be.")
+    ] = None,
     scale: Annotated[int, typer.Option(help="Each pixel becomes a square of this many.")] = 1,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the backend; left out, its own choice. Core ML has none.")
@@ -72,7 +79,7 @@ def run(
     """Generate images with a bundle."""
     from edgediff.targets.backends import open_pipeline, usual_backend
     from edgediff_runtime import open_bundle
-    from edgediff_runtime.image import check_output, read_size, write_output
+    from edgediff_runtime.image import check_output, check_previews, read_size, write_output, write_preview
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
@@ -90,12 +97,22 @@ def run(
         chosen = usual_backend(opened) if backend is None else backend
         pipe = open_pipeline(opened, chosen, compute_units, threads, low_memory)
         check_output(output, scale, pipe.can_decode)
+        if preview is not None:
+            check_previews(preview, pipe.can_preview)
+        previews = list[Path]()
+
+        def show(step: "Step") -> None:
+            say(_told(step))
+            if preview is not None:
+                previews.append(write_preview(preview, step.index, pipe.preview(step.predicted), scale))
+
         wanted: Any = "image" if output.suffix == ".png" else "latent"
-        result = pipe(**request, output_type=wanted, callback=lambda step: say(_told(step)))
+        result = pipe(**request, output_type=wanted, callback=show, tile=tile)
     write_output(result, output, scale)
     if as_json:
         ledger = [step.to_dict() for step in result.ledger]
-        told = {"ledger": ledger, "stages": result.stages, "peak_bytes": result.peak_bytes}
+        told: dict[str, Any] = {"ledger": ledger, "stages": result.stages, "peak_bytes": result.peak_bytes}
+        told["previews"] = [str(file) for file in previews]
         print_json({"images": [str(output)], "mask": result.mask, **told})
     else:
         from edgediff.cli.render.tables import ledger_table

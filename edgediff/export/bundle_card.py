@@ -59,7 +59,9 @@ def _how_to_run(manifest: Manifest) -> list[str]:
     if manifest.prompt is None:
         return hints
     asked = "a photo of a red apple" if manifest.evidence.prompt is None else manifest.evidence.prompt[0]
-    return [*hints, "", f"Each of them takes a prompt: `--prompt {shlex.quote(asked)}`, and `--negative-prompt`."]
+    said = f"Each of them takes a prompt: `--prompt {shlex.quote(asked)}`, and `--negative-prompt`."
+    shows = "" if manifest.preview is None else " `--preview FOLDER` shows what each step predicts."
+    return [*hints, "", said + shows]
 
 
 def _components(manifest: Manifest) -> list[str]:

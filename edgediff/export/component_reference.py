@@ -65,11 +65,11 @@ def component_inputs(
         prompts = ("", "") if draft.evidence.prompt is None else draft.evidence.prompt
         chunks = [tokenized(text or "", tokenizers[component.name], encoder)[0].ids for text in prompts]
         return {"input_ids": np.array(chunks, dtype=np.int64)}
-    if component.name == "vae_decoder":
-        assert draft.vae is not None
-        sample = draft.sample
+    if component.stage in ("decode", "preview"):
+        vae, sample = draft.vae if component.stage == "decode" else draft.preview, draft.sample
+        assert vae is not None
         drawn = noise(int(draft.operating_point.seed), (sample.channels, sample.height, sample.width), image=0)[None]
         latents = drawn if reference.latents is None else reference.latents[:1]
-        return {"latent_sample": to_vae(draft.vae, latents).astype(np.float32)}
+        return {"latent_sample": to_vae(vae, latents).astype(np.float32)}
     picture = reference.components["vae_decoder"]["sample"]
     return {"sample": np.clip(picture, -1, 1)}

@@ -12,7 +12,13 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
-from edgediff.models.components import PipelineComponent, component_hashes, prompt_settings, vae_settings
+from edgediff.models.components import (
+    PipelineComponent,
+    component_hashes,
+    preview_settings,
+    prompt_settings,
+    vae_settings,
+)
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
@@ -98,7 +104,8 @@ def draft_manifest(
             "sampler here uses; supported: as many channels out as the latent has"
         )
     # As the manifest's JSON gives it back, so that the two can be compared.
-    recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(config, model=None, lora=(), vae=None)))
+    without = msgspec.structs.replace(config, model=None, lora=(), vae=None, preview=None)
+    recipe = msgspec.json.decode(msgspec.json.encode(without))
     recipe |= {"seed": str(config.seed), "random_weights": _text(config.random_weights)}
     prompt = (config.prompt, config.negative_prompt) if conditioning_source == "prompt" else None
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
@@ -114,6 +121,7 @@ def draft_manifest(
             components=component_hashes(components),
             lora=tuple(lora.spec for lora in model.lora),
             vae=None if model.vae is None else str(model.vae),
+            preview=None if model.preview is None else str(model.preview),
             prediction_type=None if model.single is None else model.single.prediction_type,
         ),
         license=model.card.license if config.license is None else config.license,
@@ -146,6 +154,7 @@ def draft_manifest(
         files={},
         prompt=prompt_settings(model, components),
         vae=vae_settings(model, components),
+        preview=preview_settings(model, components),
     )
 
 
@@ -184,6 +193,6 @@ def essence(manifest: Manifest) -> Manifest:
         The manifest without what writing fills in, and without where the source lies.
     """
     targets = tuple(TARGETS[entry.target].essence(entry) for entry in manifest.targets)
-    source = msgspec.structs.replace(manifest.source, path=None, lora=(), vae=None)
+    source = msgspec.structs.replace(manifest.source, path=None, lora=(), vae=None, preview=None)
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

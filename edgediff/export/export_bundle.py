@@ -198,6 +198,8 @@ def _components(model: Model, config: ExportConfig) -> dict[str, PipelineCompone
         there = ", ".join(found) or "none beside the UNet"
         raise ConfigError(f"'components' asks for {missing[0]}, which {model.name} does not have; it has: {there}")
     chosen = {name: component for name, component in found.items() if name in config.components}
+    if config.preview is not None and "preview_decoder" not in chosen:
+        raise ConfigError(f"'preview' is {config.preview}, but 'components' has no preview_decoder; name it there too")
     for name, needed in (("vae_encoder", ["vae_decoder"]), *((each, TEXT_ENCODERS) for each in TEXT_ENCODERS)):
         without = [each for each in needed if each in found and each not in chosen]
         if name in chosen and without:
@@ -302,8 +304,11 @@ def _check_loaded(model: Model, config: ExportConfig) -> None:
     if config.lora and [read_spec(spec) for spec in config.lora] != [(lora.path, lora.scale) for lora in model.lora]:
         raise ConfigError(f"'lora' names {', '.join(config.lora)}, which {model.name} was not loaded with; pass "
                           "lora= to load_model")  # fmt: skip
-    if config.vae is not None and Path(config.vae) != model.vae:
-        raise ConfigError(f"'vae' is {config.vae}, which {model.name} was not loaded with; pass vae= to load_model")
+    for name, asked, given in (("vae", config.vae, model.vae), ("preview", config.preview, model.preview)):
+        if asked is not None and Path(asked) != given:
+            raise ConfigError(
+                f"'{name}' is {asked}, which {model.name} was not loaded with; pass {name}= to load_model"
+            )
     said = None if model.single is None else model.single.prediction_type
     if config.prediction_type not in (None, said):
         raise ConfigError(f"'prediction_type' is {config.prediction_type}, {model.name} was loaded with {said}; pass "

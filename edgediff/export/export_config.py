@@ -21,7 +21,7 @@ from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
 # What a precision is asked for by name.
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "preview_decoder")
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,9 +49,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             ``dtype`` of a target's section.
         lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
+        preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
-            ``vae_decoder`` and ``vae_encoder``; None takes all that the pipeline has.
+            ``vae_decoder``, ``vae_encoder`` and ``preview_decoder``; None takes all that there are.
         sizes: Pictures that the graphs take, each ``WIDTHxHEIGHT`` in pixels (of the sample, where there is no
             autoencoder), or ``any``; the first is the usual one, left out that of the model. With one size graphs are
             fixed, and the passes that want that are applied. With several, or ``any``, graphs of formats that can take
@@ -78,6 +79,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     dtypes: dict[str, str] = {}
     lora: tuple[str, ...] = ()
     vae: str | None = None
+    preview: str | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
     sizes: tuple[str, ...] = ()

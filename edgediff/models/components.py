@@ -42,7 +42,8 @@ from edgediff_runtime.manifest import Encoder, Graph, Prompt, Stage, Symbol, Ten
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 # The order in which a bundle lists and an export writes them.
-NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder")
+NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder", "preview_decoder")
+VAE_STAGES: dict[str, Stage] = {"vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview"}
 Shape = tuple[int | Symbol, ...]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -105,7 +106,7 @@ class PipelineComponent:
         outputs = tuple(tensor.name for tensor in self.graph.outputs)
         if self.name in TEXT_ENCODERS:
             return TextEncoder(module, outputs)
-        return VaeDecoder(module) if self.name == "vae_decoder" else VaeEncoder(module, outputs)
+        return VaeEncoder(module, outputs) if self.stage == "image" else VaeDecoder(module)
 
     @property
     def sha256(self) -> str:
@@ -164,10 +165,33 @@ class VaeDecoder(Part):
         self.vae = vae
         if hasattr(vae, "quant_conv"):
             self.vae.encoder = self.vae.quant_conv = None
+        else:
+            self.vae.encoder, self.vae.decoder = None, TinyDecoder(self.vae.decoder)
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Decodes."""
         return {"sample": self.vae.decode(tensors["latent_sample"], return_dict=False)[0]}
+
+
+class TinyDecoder(nn.Module):
+    """An AutoencoderTiny's decoder with diffusers' factors before and after its layers joined with their convolutions.
+
+    Converters join them too, before they round weights to fp16; what they are compared with has to round the same
+    weights.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.layers = decoder.layers
+        with torch.no_grad():
+            self.layers[0].weight.mul_(3)
+            self.layers[-1].weight.mul_(2)
+            self.layers[-1].bias.mul_(2).sub_(1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Decodes [B, C, H, W], of which diffusers takes 3 tanh(z / 3): [B, 3, h, w] of about -1 to 1."""
+        made: torch.Tensor = self.layers(torch.tanh(z / 3))
+        return made
 
 
 class VaeEncoder(Part):
@@ -211,6 +235,10 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
         config = _config(folder, AUTOENCODERS)
         for name in ("vae_decoder", "vae_encoder"):
             found[name] = _vae_component(name, model, folder, config, file)
+    if model.preview is not None:
+        folder, file = _preview_source(model.preview)
+        config = _config(folder, ("AutoencoderTiny",))
+        found["preview_decoder"] = _vae_component("preview_decoder", model, folder, config, file)
     for component in found.values():
         if component.file is None:
             check_weights(component.folder, weight_files(component.folder, component._stems), component._stems)
@@ -218,12 +246,12 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
 
 
 def component_hashes(components: Mapping[str, PipelineComponent]) -> dict[str, str]:
-    """The hash of each component; the two halves of an autoencoder are one folder, which is read once."""
-    made: dict[Path, str] = {}
+    """The hash of each component; the two halves of an autoencoder have one source, which is read once."""
+    made: dict[tuple[Path, CheckpointFile | None], str] = {}
     for component in components.values():
-        if component.folder not in made:
-            made[component.folder] = component.sha256
-    return {name: made[component.folder] for name, component in components.items()}
+        if (component.folder, component.file) not in made:
+            made[component.folder, component.file] = component.sha256
+    return {name: made[component.folder, component.file] for name, component in components.items()}
 
 
 def _vae_source(model: Model) -> tuple[Path, CheckpointFile | None]:
@@ -234,6 +262,15 @@ def _vae_source(model: Model) -> tuple[Path, CheckpointFile | None]:
         return (model.vae / "vae" if (model.vae / "vae").is_dir() else model.vae), None
     own = model.vae.parent
     return (own if (own / "config.json").exists() else model.home / "vae"), CheckpointFile(model.vae)
+
+
+def _preview_source(preview: Path) -> tuple[Path, CheckpointFile | None]:
+    """The same of a preview's autoencoder, whose configuration nothing else has."""
+    if preview.is_dir():
+        return preview, None
+    if not (preview.parent / "config.json").exists():
+        raise ModelError(f"{preview} has no config.json beside it; name a directory that diffusers saved")
+    return preview.parent, CheckpointFile(preview)
 
 
 def _is_listed(listed: dict[str, Any], name: str) -> bool:
@@ -292,7 +329,8 @@ def _vae_component(
         raise ModelError(
             f"{folder} has {channels} latent channels, the UNet gives {model.out_channels}; take one that fits"
         )
-    if name == "vae_decoder":
+    stage = VAE_STAGES[name]
+    if stage != "image":
         inputs, outputs = Tensor("latent_sample", "float32", latent), Tensor("sample", "float32", image)
     else:
         has_variance = config["_class_name"] == "AutoencoderKL"
@@ -300,7 +338,7 @@ def _vae_component(
         inputs = Tensor("sample", "float32", image)
         outputs = Tensor("latent_parameters" if has_variance else "latent_sample", "float32", made)
     graph = Graph(name, name, None, (inputs,), (outputs,))
-    return PipelineComponent(name, "decode" if name == "vae_decoder" else "image", folder, config, graph, file)
+    return PipelineComponent(name, stage, folder, config, graph, file)
 
 
 def _downscale(config: dict[str, Any]) -> int:
@@ -412,9 +450,18 @@ def vae_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Vae | 
     Raises:
         UnsupportedError: Its latents are scaled in a way that diffusers' own pipeline does not read.
     """
-    if "vae_decoder" not in found:
+    return _latent_settings(model, found.get("vae_decoder"))
+
+
+def preview_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Vae | None:
+    """How latents become previews; None where nothing makes them. Errors are those of `vae_settings`."""
+    return _latent_settings(model, found.get("preview_decoder"))
+
+
+def _latent_settings(model: Model, decoder: PipelineComponent | None) -> Vae | None:
+    if decoder is None:
         return None
-    config, where = found["vae_decoder"].config, found["vae_decoder"].folder
+    config, where = decoder.config, decoder.folder
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if config.get("shift_factor"):
         raise UnsupportedError(f"{where}: shift_factor {config['shift_factor']!r}; supported: none")

@@ -75,6 +75,7 @@ class Model:
             a single file.
         single: The single file that the weights come from, or None.
         vae: What replaces the pipeline's autoencoder: a directory or a file, or None.
+        preview: The small autoencoder whose decoder makes previews: a directory or a file, or None.
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
         size: Height and width of the sample in place of the configuration's.
     """
@@ -90,6 +91,7 @@ class Model:
     home: Path
     single: SingleFile | None = None
     vae: Path | None = None
+    preview: Path | None = None
     lora: tuple[Lora, ...] = ()
     size: tuple[int, int] | None = None
 
@@ -180,6 +182,7 @@ def load_model(
     *,
     lora: Sequence[str] = (),
     vae: str | Path | None = None,
+    preview: str | Path | None = None,
     configs: str | Path | None = None,
     prediction_type: str | None = None,
     allow_pickle: bool = False,
@@ -191,6 +194,7 @@ def load_model(
     Args:
         lora: ``FILE[:scale]`` of each LoRA that is fused, in order.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
+        preview: A directory, or a file with config.json beside it, with an AutoencoderTiny of the same latents (TAESD).
         configs: For a single file of another geometry: a pipeline's directory whose configurations fit.
         prediction_type: For a single file: ``epsilon``, ``v_prediction`` or ``sample``; None infers it.
         allow_pickle: Read a ``.ckpt`` too, tensors only.
@@ -216,7 +220,11 @@ def load_model(
     else:
         model = load_built_in(str(source))
     if vae is not None:
-        model = _with_vae(model, Path(vae), allow_pickle)
+        _check_autoencoder(model, Path(vae), "replace", allow_pickle)
+        model = replace(model, vae=Path(vae))
+    if preview is not None:
+        _check_autoencoder(model, Path(preview), "go beside", allow_pickle)
+        model = replace(model, preview=Path(preview))
     return _with_lora(model, lora) if lora else model
 
 
@@ -314,15 +322,15 @@ def _load_single(single: SingleFile) -> Model:
     )
 
 
-def _with_vae(model: Model, vae: Path, allow_pickle: bool) -> Model:
+def _check_autoencoder(model: Model, path: Path, does: str, allow_pickle: bool) -> None:
+    """Refuses an autoencoder that is not there, and a model without one of its own."""
     index = model.home / "model_index.json"
     if not index.exists() or read_json(index).get("vae") in (None, [None, None]):
-        raise ConfigError(f"{vae} would replace an autoencoder, and {model.name} has none; name a whole pipeline")
-    if vae.is_file():
-        check_file(vae, allow_pickle)
-    elif not vae.is_dir():
-        raise ConfigError(f"no autoencoder at {vae}; name a directory with config.json and weights, or a file")
-    return replace(model, vae=vae)
+        raise ConfigError(f"{path} would {does} an autoencoder, and {model.name} has none; name a whole pipeline")
+    if path.is_file():
+        check_file(path, allow_pickle)
+    elif not path.is_dir():
+        raise ConfigError(f"no autoencoder at {path}; name a directory with config.json and weights, or a file")
 
 
 def _with_lora(model: Model, specs: Sequence[str]) -> Model:

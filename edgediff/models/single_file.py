@@ -172,7 +172,7 @@ def _converted(checkpoint: dict[str, torch.Tensor], component: str, config: dict
     if component == "unet":
         state = ldm.convert_ldm_unet_checkpoint(checkpoint, config)
     elif component == "vae":
-        already = any(key.startswith("decoder.up_blocks.") for key in checkpoint)
+        already = any(key.startswith(("decoder.up_blocks.", "decoder.layers.")) for key in checkpoint)
         state = checkpoint if already else ldm.convert_ldm_vae_checkpoint(checkpoint, config)
     else:
         prefix = OPEN_CLIP_XL if component == "text_encoder_2" else OPEN_CLIP

@@ -9,7 +9,8 @@ from pathlib import Path
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
-from edgediff_runtime.image import check_output, read_size, write_output
+from edgediff_runtime.image import check_output, check_previews, read_size, write_output, write_preview
+from edgediff_runtime.loop import Step
 
 # As a shell reports a program that SIGPIPE ended.
 CLOSED_PIPE = 141
@@ -29,6 +30,8 @@ def main() -> int:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels, such as 512x768 (default: the bundle's)")
+    parser.add_argument("--tile", type=int, help="decode larger pictures in tiles of this side in pixels")
+    parser.add_argument("--preview", type=Path, metavar="FOLDER", help="write a PNG of each step's prediction there")
     parser.add_argument("--low-memory", action="store_true", help="open one component at a time")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the backend's own choice)")
     backends = (
@@ -42,6 +45,14 @@ def main() -> int:
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
         pipe = EdgePipeline.from_pretrained(args.bundle, args.backend, threads=args.threads, low_memory=args.low_memory)
+        if args.preview is not None:
+            check_previews(args.preview, pipe.can_preview)
+        previews = list[Path]()
+
+        def show(step: Step) -> None:
+            if args.preview is not None:
+                previews.append(write_preview(args.preview, step.index, pipe.preview(step.predicted), scale=1))
+
         width, height = read_size(args.size)
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
@@ -56,6 +67,8 @@ def main() -> int:
                 seed=args.seed,
                 width=width,
                 height=height,
+                tile=args.tile,
+                callback=show,
             )
         write_output(result, output, scale=1)
     except EdgeRuntimeError as e:
@@ -70,7 +83,8 @@ def main() -> int:
     if args.json:
         ledger = [step.to_dict() for step in result.ledger]
         whole = {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}
-        said = json.dumps({**whole, "peak_bytes": result.peak_bytes}, indent=1)
+        told = {**whole, "peak_bytes": result.peak_bytes, "previews": list(map(str, previews))}
+        said = json.dumps(told, indent=1)
     else:
         mask = letters(result.mask)
         count = len(result.latents)

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from edgediff_runtime.pipeline import Result
 
 SUFFIXES = (".png", ".npy")
+NO_PREVIEW = "the bundle has no preview decoder; export it with --preview DIR, an AutoencoderTiny of the same latents"
 
 
 def to_uint8(pixels: Array) -> Array:
@@ -96,21 +98,49 @@ def check_output(path: Path, scale: int, has_decoder: bool) -> None:
         raise RequestError("the bundle's model works on latents and has no decoder; write them with -o out.npy")
 
 
+def check_previews(folder: Path, can_preview: bool) -> None:
+    """Refuses a folder for previews that could not be written, and previews that nothing makes, with a RequestError."""
+    if not can_preview:
+        raise RequestError(NO_PREVIEW)
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"cannot write previews to {folder}: it is a file; choose another name")
+    if not folder.exists() and not folder.parent.is_dir():
+        raise RequestError(f"cannot write previews to {folder}: the folder {folder.parent} does not exist; create it")
+    existing = folder if folder.exists() else folder.parent
+    if not os.access(existing, os.W_OK):
+        raise RequestError(f"cannot write previews to {folder}: the folder {existing} is read-only; choose another")
+
+
+def write_preview(folder: Path, index: int, images: Array, scale: int) -> Path:
+    """Writes the pictures of a step, counted from 0, as a grid: ``step-001.png`` and so on in a folder, made if new."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{index + 1:03}.png"
+    with _replacing(path) as scratch:
+        write_png(scratch, grid(images), scale)
+    return path
+
+
 def write_output(result: "Result", path: Path, scale: int) -> None:
     """Writes a generation: ``.png`` for a grid of the images, ``.npy`` for float32 latents [N, C, H, W].
 
     Raises:
         RequestError: The bundle's model works on latents, which are no picture.
     """
-    # Written beside the target and renamed: a full disk or an interrupt keeps the old file.
-    scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
-    try:
+    with _replacing(path) as scratch:
         if path.suffix == ".npy":
             data = io.BytesIO()  # numpy does not report a full disk
             np.save(data, result.latents)
             scratch.write_bytes(data.getvalue())
         else:
             write_png(scratch, grid(result.images), scale)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end: a full disk or an interrupt keeps the old one."""
+    scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
+    try:
+        yield scratch
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

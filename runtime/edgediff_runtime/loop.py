@@ -71,6 +71,7 @@ class Step:
         timestep: The time that the UNet was told.
         guided: Whether unconditional rows ran too.
         latents: Latents after the step, [N, C, H, W], read-only; a new array for each step.
+        predicted: Finished latents as this step predicts them (x_0), the same way: what a preview shows without noise.
         ms: Milliseconds in each graph, in ``guidance`` where there is any, in the ``scheduler`` and in everything
             ``other`` (hand-off, clock).
         tensors: The table of tensors of each chunk of rows, in the backend's form; the next step changes it. Empty in
@@ -82,6 +83,7 @@ class Step:
     full: bool
     guided: bool
     latents: Array
+    predicted: Array
     ms: dict[str, float]
     tensors: tuple[dict[str, Any], ...]
 
@@ -133,17 +135,20 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
             ms["guidance"] = 1e3 * (perf_counter() - before)
         before = perf_counter()
         fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
+        x_before = x_t
         with np.errstate(over="ignore", invalid="ignore"):
             x_t, state = scheduler.step(i, x_t, model_output, state, fresh, is_first)
-        ms["scheduler"] = 1e3 * (perf_counter() - before)
+            ms["scheduler"] = 1e3 * (perf_counter() - before)
+            predicted = scheduler.predicted(i, x_before, model_output)
         if not np.abs(x_t).max() < OVERFLOW:  # so that NaN is refused too
             raise NotFiniteError(
                 f"the model's output is not finite at step {i}: latents hold NaN, infinity or more than {OVERFLOW:g}"
             )
         ms["other"] = 1e3 * (perf_counter() - start) - sum(ms.values())
         shown = x_t.view()
-        shown.flags.writeable = False
-        yield Step(i, float(scheduler.timesteps[i]), full, guided, shown, ms, tuple(chunk.tensors for chunk in chunks))
+        shown.flags.writeable = predicted.flags.writeable = False
+        tensors = tuple(chunk.tensors for chunk in chunks)
+        yield Step(i, float(scheduler.timesteps[i]), full, guided, shown, predicted, ms, tensors)
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:

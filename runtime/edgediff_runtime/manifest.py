@@ -15,7 +15,7 @@ import msgspec
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.schedulers import SchedulerConfig
 
-Stage = Literal["prompt", "image", "step", "decode"]
+Stage = Literal["prompt", "image", "step", "decode", "preview"]
 Frequency = Literal["step", "full_step", "cached_step"]
 # A size that only a request tells: of rows, of the text, or of the picture: what ``5*height/4`` says, of the latent's.
 SYMBOL = r"^(batch|images|tokens|([1-9][0-9]*\*)?(height|width)(/[1-9][0-9]*)?)$"
@@ -235,7 +235,7 @@ class Component(Struct, frozen=True):
 
     Attributes:
         stage: When it runs: ``prompt`` (once for each distinct prompt), ``image`` (once for an input image), ``step``
-            (the loop) or ``decode`` (once for each finished latent).
+            (the loop), ``decode`` (once for each finished latent) or ``preview`` (whenever the caller asks).
         dtype: Precision of weights and features. In ``int8`` it is that of weights and matmuls: what goes into a graph
             and what crosses between graphs is float32.
         batch: Rows that each graph takes, or None where the batch is symbolic.
@@ -378,6 +378,7 @@ class Source(Struct, frozen=True):
         components: Hash over configuration and weights of each component beside the UNet.
         lora: What was fused into the weights, each as ``FILE:scale``.
         vae: What replaced the pipeline's autoencoder, as it was given.
+        preview: Where the preview decoder came from, as it was given.
         prediction_type: What the UNet of a single file was taken to predict.
     """
 
@@ -388,6 +389,7 @@ class Source(Struct, frozen=True):
     components: dict[str, str] = {}
     lora: tuple[str, ...] = ()
     vae: str | None = None
+    preview: str | None = None
     prediction_type: str | None = None
 
 
@@ -601,6 +603,7 @@ class Manifest(Struct, frozen=True):
         license: Licence of the model, or ``unknown``.
         prompt: How prompts become embeddings; None where the bundle has no text encoder.
         vae: How latents become pictures; None where the bundle has no decoder.
+        preview: How latents become previews; None where the bundle has no preview decoder.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step.
         targets: The graphs by file format; what a runtime does not know is left out.
         config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
@@ -627,6 +630,7 @@ class Manifest(Struct, frozen=True):
     files: dict[str, File]
     prompt: Prompt | None = None
     vae: Vae | None = None
+    preview: Vae | None = None
 
     @property
     def pixels_of_latent(self) -> int:

@@ -40,7 +40,7 @@ UNIT = 2**20
 ADAPTORS = ("identity", "resnet", "unet", "unet-light")
 STAGE_OF = {
     "text_encoder": "prompt", "text_encoder_2": "prompt", "unet": "step",
-    "vae_decoder": "decode", "vae_encoder": "image",
+    "vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview",
 }  # fmt: skip
 
 
@@ -75,8 +75,9 @@ def check_manifest(manifest: Manifest) -> None:
           f"0 to {len(known.labels)}")  # fmt: skip
     if manifest.prompt is not None:
         _check_prompt(manifest.prompt, known)
-    if manifest.vae is not None:
-        _check_vae(manifest.vae, sample)
+    for name, vae in (("vae", manifest.vae), ("preview", manifest.preview)):
+        if vae is not None:
+            _check_vae(name, vae, sample)
     for name, file in manifest.files.items():
         _must(file.size >= 0, f"size of {name}", file.size, "0 or more")
         _check_hash(f"sha256 of {name}", file.sha256)
@@ -106,17 +107,17 @@ def _check_prompt(prompt: Prompt, known: Conditioning) -> None:
     _must(len(pooled) == wanted, "pooled", pooled, f"one text encoder where the UNet takes {POOLED}, else none")
 
 
-def _check_vae(vae: Vae, sample: Sample) -> None:
-    _must(sample.space == "latent", "vae", vae, f"null where the space is {sample.space}")
+def _check_vae(where: str, vae: Vae, sample: Sample) -> None:
+    _must(sample.space == "latent", where, vae, f"null where the space is {sample.space}")
     scale = vae.scaling_factor
-    _must(0 < scale <= MAX_GUIDANCE, "vae.scaling_factor", scale, "a number above 0")
-    _must(vae.downscale > 0, "vae.downscale", vae.downscale, "a whole number above 0")
-    _must((vae.mean is None) == (vae.std is None), "vae.std", vae.std, "a value where there is a mean, else null")
+    _must(0 < scale <= MAX_GUIDANCE, f"{where}.scaling_factor", scale, "a number above 0")
+    _must(vae.downscale > 0, f"{where}.downscale", vae.downscale, "a whole number above 0")
+    _must((vae.mean is None) == (vae.std is None), f"{where}.std", vae.std, "a value where there is a mean, else null")
     for name, values in (("mean", vae.mean), ("std", vae.std)):
         if values is not None:
-            _must(len(values) == sample.channels, f"vae.{name}", values, f"a number for each of {sample.channels}")
-            _must(all(abs(value) <= MAX_GUIDANCE for value in values), f"vae.{name}", values, "finite numbers")
-    _must(vae.std is None or min(vae.std) > 0, "vae.std", vae.std, "numbers above 0")
+            _must(len(values) == sample.channels, f"{where}.{name}", values, f"a number for each of {sample.channels}")
+            _must(all(abs(value) <= MAX_GUIDANCE for value in values), f"{where}.{name}", values, "finite numbers")
+    _must(vae.std is None or min(vae.std) > 0, f"{where}.std", vae.std, "numbers above 0")
 
 
 def _check_point(where: str, point: TrainedFor) -> None:
@@ -230,13 +231,14 @@ def _check_component(name: str, component: Component, manifest: Manifest) -> Non
     if component.stage == "prompt":
         _check_text_encoder(name, graph, manifest)
         return
-    vae, sample = manifest.vae, manifest.sample
-    _must(vae is not None, "vae", vae, f"a value where there is a {name}")
+    sample, is_preview = manifest.sample, component.stage == "preview"
+    vae = manifest.preview if is_preview else manifest.vae
+    _must(vae is not None, "preview" if is_preview else "vae", vae, f"a value where there is a {name}")
     assert vae is not None
     picture = (3, vae.downscale * sample.height, vae.downscale * sample.width)
     latent = (sample.channels, sample.height, sample.width)
     _must(len(graph.outputs) == 1, f"outputs of {name}", [tensor.name for tensor in graph.outputs], "one")
-    decodes = component.stage == "decode"
+    decodes = component.stage != "image"
     expected = [(graph.inputs[0], latent if decodes else picture)]
     if decodes:
         expected.append((graph.outputs[0], picture))

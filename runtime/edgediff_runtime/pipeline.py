@@ -31,9 +31,9 @@ from edgediff_runtime.conditioning import (
     spell_shape,
     time_ids,
 )
-from edgediff_runtime.decoding import decode
+from edgediff_runtime.decoding import OVERLAP, decode
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
-from edgediff_runtime.image import to_uint8
+from edgediff_runtime.image import NO_PREVIEW, to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import GUIDANCE, TOKENS, Conditioning, Graph, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
@@ -46,6 +46,7 @@ from edgediff_runtime.text_encoding import TextStage, Tokenizer
 NO_LATENTS = np.empty((0,), dtype=np.float32)
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
 DECODER = "vae_decoder"
+PREVIEW = "preview_decoder"
 
 
 class Arguments(TypedDict, total=False):
@@ -243,6 +244,7 @@ class EdgePipeline:
         *,
         output_type: Literal["image", "latent"] = "image",
         callback: Callable[[Step], None] | None = None,
+        tile: int | None = None,
         **request: Unpack[Arguments],
     ) -> Result:
         """Generates images.
@@ -250,17 +252,20 @@ class EdgePipeline:
         Args:
             output_type: ``latent`` leaves the decoder out.
             callback: Called after each step; what it raises cancels the generation.
+            tile: Side in pixels of the overlapping tiles that a larger picture is decoded in, to save memory, as
+                diffusers' ``enable_vae_tiling`` does; None decodes it as a whole.
             request: As `Arguments` says; errors are those of `stream`.
         """
         if output_type not in ("image", "latent"):
             raise RequestError(f"output_type is {output_type!r}; expected image or latent")
-        prepared, usage = self._prepare(**request)
+        latent_tile = self._latent_tile(tile)
+        prepared, usage = self._prepare(tile=latent_tile, **request)
         latents, ledger = self._denoise(prepared, usage, callback)
         pixels = None
         if output_type == "image" and self.manifest.sample.space == "pixel":
             pixels = latents
         elif output_type == "image" and self.can_decode:
-            pixels = self._decode(latents, usage)
+            pixels = self._decode(latents, usage, latent_tile)
         stages = {name: ms for name, ms in usage.ms.items() if name != UNET}
         return Result(latents, ledger, stages, pixels, usage.peak_bytes or None)
 
@@ -273,7 +278,7 @@ class EdgePipeline:
         with self._denoising(prepared, usage) as steps:
             for step in steps:
                 latents = step.latents
-                ledger.append(replace(step, tensors=(), latents=NO_LATENTS))
+                ledger.append(replace(step, tensors=(), latents=NO_LATENTS, predicted=NO_LATENTS))
                 if callback is not None:
                     callback(step)
         return latents, tuple(ledger)
@@ -284,32 +289,97 @@ class EdgePipeline:
         return self.manifest.sample.space == "pixel" or (self.manifest.vae is not None and DECODER in self.components)
 
     @property
+    def can_preview(self) -> bool:
+        """Whether `preview` has something to make pictures with."""
+        has_decoder = self.manifest.preview is not None and PREVIEW in self.components
+        return self.manifest.sample.space == "pixel" or has_decoder
+
+    @property
     def can_encode(self) -> bool:
         """Whether prompts can be made into embeddings: the bundle says how, and each text encoder is there."""
         spec = self.manifest.prompt
         there = spec is not None and all(encoder.component in self.components for encoder in spec.encoders)
         return there and self._tokenizers is not None
 
-    def decode(self, latents: Array) -> Array:
+    def decode(self, latents: Array, tile: int | None = None) -> Array:
         """Decodes finished latents, float32 [N, C, H, W]: pixels, float32 [N, 3, h, w], about -1 to 1.
 
+        Args:
+            tile: As for a generation.
+
         Raises:
-            RequestError: The bundle has no decoder for this backend, or the latents do not fit it.
+            RequestError: The bundle has no decoder for this backend, or the latents or the tile do not fit it.
         """
+        return self._decode(self._latents(latents), self._usage(), self._latent_tile(tile))
+
+    def preview(self, latents: Array) -> Array:
+        """Makes quick pictures of latents, float32 [N, C, H, W], at any step: uint8 [N, h, w, 3].
+
+        Of ``step.predicted`` they are what the picture is going to be; of ``step.latents``, which diffusers' callbacks
+        are given, the same under noise. The small decoder that the bundle was exported with (``--preview``) is opened
+        at its first use and stays open, with `low_memory` too: TAESD's takes 5 MB beside the UNet. No generation is
+        changed by it. A model of pixels needs none.
+
+        Raises:
+            RequestError: The bundle has no preview decoder for this backend, or the latents do not fit it.
+        """
+        given = self._latents(latents)
+        if self.manifest.sample.space == "pixel":
+            return to_uint8(given)
+        if self.manifest.preview is None:
+            raise RequestError(NO_PREVIEW)
+        size = given.shape[2:]
+        (graph,) = self._graphs(PREVIEW, *size)
+        return to_uint8(decode(self.components.session(PREVIEW), lambda *_: graph, self.manifest.preview, given))
+
+    def _latents(self, latents: Array) -> Array:
+        """Latents of the model's channels, as float32."""
         sample, given = self.manifest.sample, np.asarray(latents)
         if given.dtype.kind != "f" or given.ndim != 4 or given.shape[1] != sample.channels or not given.size:
             shape = ("N", sample.channels, sample.height, sample.width)
             raise RequestError(
                 f"latents are {given.dtype.name} {list(given.shape)}; expected float32 {spell_shape(shape)}"
             )
-        return self._decode(given.astype(np.float32), self._usage())
+        return given.astype(np.float32)
 
-    def _decode(self, latents: Array, usage: Usage) -> Array:
+    def _decode(self, latents: Array, usage: Usage, tile: int | None) -> Array:
         if self.manifest.vae is None:
             raise RequestError("the bundle has no decoder; export it with its autoencoder")
-        (graph,) = self._graphs(DECODER, *latents.shape[2:])
+        height, width = latents.shape[2:]
+        self._check_decoder(height, width, tile)
+
+        def graph_at(height: int, width: int) -> Graph | None:
+            found = self.components.graphs_at(DECODER, self.manifest.sample, height, width)
+            return None if found is None else found[0]
+
         with self.components.measured(usage).use(DECODER) as session:
-            return decode(session, graph, self.manifest.vae, latents)
+            return decode(session, graph_at, self.manifest.vae, latents, tile)
+
+    def _latent_tile(self, tile: object) -> int | None:
+        """Side of a tile in the latent, from that in pixels."""
+        if tile is None:
+            return None
+        if self.manifest.vae is None or DECODER not in self.components:
+            raise RequestError(f"tile is {tile!r}, but the bundle has no decoder for this backend; leave it out")
+        side, each = plain(tile), OVERLAP * self.manifest.vae.downscale
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % each:
+            raise RequestError(
+                f"tile is {tile!r}; expected a multiple of {each} pixels, of which a quarter overlaps the next tile"
+            )
+        return side // self.manifest.vae.downscale
+
+    def _check_decoder(self, height: int, width: int, tile: int | None) -> None:
+        """Refuses a latent that the decoder does not take, as a whole or in tiles."""
+        if tile is None or max(height, width) <= tile:
+            self._graphs(DECODER, height, width)
+            return
+        rows, columns = min(height, tile), min(width, tile)
+        if self.components.graphs_at(DECODER, self.manifest.sample, rows, columns) is None:
+            each = self.manifest.pixels_of_latent
+            raise RequestError(
+                f"tile is {each * tile}: {DECODER} has no graph for {each * columns} x {each * rows} (width x height); "
+                f"it takes {self._sizes(DECODER)}; ask for a tile of one of these"
+            )
 
     def _graphs(self, name: str, height: int, width: int) -> tuple[Graph, ...]:
         """A component's graphs for a latent of this size; a RequestError where it has none."""
@@ -378,6 +448,7 @@ class EdgePipeline:
     def _prepare(
         self,
         *,
+        tile: int | None = None,
         label: Label = None,
         prompt: Text = None,
         negative_prompt: Text = None,
@@ -416,6 +487,8 @@ class EdgePipeline:
             texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
         size = self._latent_size(plain(height), plain(width))
         graphs = self._graphs(UNET, *size)
+        if self.manifest.vae is not None and DECODER in self.components:
+            self._check_decoder(*size, tile)
         tensors = {t.name: t for graph in graphs for t in graph.inputs}
         told = None
         if GUIDANCE in tensors:
@@ -475,7 +548,7 @@ class EdgePipeline:
         tensors = {t.name: t for graph in self._graphs(UNET, *size) for t in (*graph.inputs, *graph.outputs)}
         needed = rows * sum(_row_bytes(tensor) for tensor in tensors.values())
         if self.manifest.vae is not None and DECODER in self.components:
-            needed += count * sum(_row_bytes(t) for graph in self._graphs(DECODER, *size) for t in graph.outputs)
+            needed += count * 3 * np.dtype(np.float32).itemsize * self.manifest.vae.downscale**2 * math.prod(size)
         available = available_bytes()
         if available is not None and needed > available:
             raise RequestError(

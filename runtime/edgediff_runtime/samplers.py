@@ -72,6 +72,7 @@ class Scheduler(ABC):
         timesteps: float32 [calls of the UNet], as fed to it; read-only.
         init_noise_sigma: Standard deviation of the initial latent.
         needs_noise: Whether ``step`` wants fresh noise.
+        _rows: The coefficients of each step, of which the first two are those of x_0: from x_t, from the output.
     """
 
     name: ClassVar[str]
@@ -149,6 +150,12 @@ class Scheduler(ABC):
             raise RequestError(f"scheduler state, {given}: step {i} expected the state of step {i - 1}")
         return self._step(i, x_t, model_output, before, noise if self.needs_noise else None)
 
+    def predicted(self, i: int, x_t: Array, model_output: Array) -> Array:
+        """x_0 as the output of step i predicts it, a new array of x_t's shape; clipped where `step` clips it."""
+        self._check(i)
+        x0_x, x0_out = self._rows[i][:2]
+        return self._clipped(_mix((x0_x, x_t), (x0_out, model_output)))
+
     def _check(self, i: int) -> None:
         if not 0 <= i < len(self._rows):
             raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
@@ -210,16 +217,17 @@ class Ddim(Scheduler):
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        x0_x, x0_out, of_x0, of_x, of_out, of_noise = self._rows[i]
-        x_0 = None if self._clip is None else self._clipped(_mix((x0_x, x_t), (x0_out, out)))
+        of_x0, of_x, of_out, of_noise = self._rows[i][2:]
+        x_0 = None if self._clip is None else self.predicted(i, x_t, out)
         return _mix((of_x, x_t), (of_out, out), (of_x0, x_0), (of_noise, noise)), ()
 
 
 class Pndm(Scheduler):
     """Pseudo linear multistep (Liu et al. 2022, equations 11 and 12), without Runge-Kutta steps at the beginning.
 
-    The second call corrects the first step. A row is (x_prev from x_t, from the combined outputs). The state is the
-    last three outputs, the newest first; after the first call also, before them, what it adds to the second's x_prev.
+    The second call corrects the first step. A row is (x_0 from x_t, from the output, x_prev from x_t, from the
+    combined outputs). The state is the last three outputs, the newest first; after the first call also, before them,
+    what it adds to the second's x_prev.
     """
 
     name = "pndm"
@@ -249,15 +257,16 @@ class Pndm(Scheduler):
             alpha * np.sqrt(1 - alpha_prev) + np.sqrt(alpha * (1 - alpha) * alpha_prev)
         )  # equation 11
         eps_x, eps_out = _eps(config, np.sqrt(alpha), np.sqrt(1 - alpha))
+        at = _alphas(config, timesteps)  # the second call's is not where the step that it corrects begins
         return cls(
             timesteps=timesteps.astype(np.float32),
             init_noise_sigma=1.0,
             needs_noise=False,
-            _rows=_rows(of_x + of_eps * eps_x, of_eps * eps_out),
+            _rows=_rows(*_x0(config, np.sqrt(at), np.sqrt(1 - at)), of_x + of_eps * eps_x, of_eps * eps_out),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        of_x, of_out = self._rows[i]
+        of_x, of_out = self._rows[i][2:]
         if i == 1 and before:
             return _mix((1, before[0]), (of_out / 2, out)), before[1:]
         kept = out.copy()
@@ -267,7 +276,7 @@ class Pndm(Scheduler):
         terms = [(of_out * np.float32(w), eps) for w, eps in zip(weights, (kept, *before), strict=True)]
         x_prev = _mix((of_x, x_t), *terms)
         if i == 0 and len(self._rows) > 1:
-            of_x, of_out = self._rows[1]
+            of_x, of_out = self._rows[1][2:]
             return x_prev, (_mix((of_x, x_t), (of_out / 2, out)), kept)
         return x_prev, (kept, *before[:2])
 
@@ -330,8 +339,8 @@ class Dpm(Scheduler):
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        x0_x, x0_out, of_x, of_x0, of_before, of_noise = self._rows[i]
-        x_0 = _mix((x0_x, x_t), (x0_out, out))
+        of_x, of_x0, of_before, of_noise = self._rows[i][2:]
+        x_0 = self.predicted(i, x_t, out)
         (x_0_before,) = before or (x_0,)
         return _mix((of_x, x_t), (of_x0, x_0), (of_before, x_0_before), (of_noise, noise)), (x_0,)
 
@@ -399,8 +408,7 @@ class UniPC(Scheduler):
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        x0_x, x0_out, *row = self._rows[i]
-        x_0 = _mix((x0_x, x_t), (x0_out, out))
+        row, x_0 = self._rows[i][2:], self.predicted(i, x_t, out)
         weights = (1,) if not before else row[:3] if len(before) == 2 else row[3:7]
         terms = (*before, x_0) if before else (x_t,)
         x = _mix(*zip(weights, terms, strict=True))
@@ -412,7 +420,7 @@ class UniPC(Scheduler):
 class Euler(Scheduler):
     """Euler's method in sigma (Karras et al. 2022, Algorithm 2 without churn).
 
-    A row is (the input's scale, x_prev from x_t, from the output, from the noise).
+    A row is (x_0 from x_t, from the output, the input's scale, x_prev from x_t, from the output, from the noise).
     """
 
     name = "euler"
@@ -431,7 +439,7 @@ class Euler(Scheduler):
             timesteps=timesteps,
             init_noise_sigma=_euler_noise(config, sigmas),
             needs_noise=cls.draws_noise(config),
-            _rows=_rows(1 / np.sqrt(sigma**2 + 1), to / sigma + of_x0 * x0_x, of_x0 * x0_out, std),
+            _rows=_rows(x0_x, x0_out, 1 / np.sqrt(sigma**2 + 1), to / sigma + of_x0 * x0_x, of_x0 * x0_out, std),
         )
 
     @staticmethod
@@ -442,10 +450,10 @@ class Euler(Scheduler):
     def scale_model_input(self, i: int, x_t: Array) -> Array:
         """Divide by sqrt(sigma**2 + 1); see ``Scheduler.scale_model_input``."""
         self._check(i)
-        return x_t * self._rows[i][0]
+        return x_t * self._rows[i][2]
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        _, of_x, of_out, of_noise = self._rows[i]
+        of_x, of_out, of_noise = self._rows[i][3:]
         return _mix((of_x, x_t), (of_out, out), (of_noise, noise)), ()
 
 
@@ -471,7 +479,7 @@ class EulerAncestral(Euler):
 class Heun(Euler):
     """Heun's method in sigma (Karras et al. 2022, Algorithm 1): Euler's step, then the mean of both ends' slopes.
 
-    A row is (the input's scale, x_0 from x_t, x_0 from the output, x_prev from x_t, from x_0; what x_t and x_0 add to
+    A row is (x_0 from x_t, x_0 from the output, the input's scale, x_prev from x_t, from x_0; what x_t and x_0 add to
     the correction). The state is what the first call adds to the second's x_prev.
     """
 
@@ -499,13 +507,13 @@ class Heun(Euler):
             timesteps=timesteps[at],
             init_noise_sigma=_euler_noise(config, sigmas),
             needs_noise=False,
-            _rows=_rows(1 / np.sqrt(sigma**2 + 1), x0_x, x0_out, 1 + 2 * half, -2 * half, half),
+            _rows=_rows(x0_x, x0_out, 1 / np.sqrt(sigma**2 + 1), 1 + 2 * half, -2 * half, half),
             _clip=_clip_of(config),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        _, x0_x, x0_out, of_x, of_x0, half = self._rows[i]
-        x_0 = self._clipped(_mix((x0_x, x_t), (x0_out, out)))
+        of_x, of_x0, half = self._rows[i][3:]
+        x_0 = self.predicted(i, x_t, out)
         if i % 2 == 0:
             return _mix((of_x, x_t), (of_x0, x_0)), (_mix((1 + half, x_t), (-half, x_0)),)
         if not before:  # nothing to correct
@@ -553,16 +561,15 @@ class Lcm(Scheduler):
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        x0_x, x0_out, of_x, of_x0, of_noise = self._rows[i]
-        x_0 = self._clipped(_mix((x0_x, x_t), (x0_out, out)))
-        return _mix((of_x, x_t), (of_x0, x_0), (of_noise, noise)), ()
+        of_x, of_x0, of_noise = self._rows[i][2:]
+        return _mix((of_x, x_t), (of_x0, self.predicted(i, x_t, out)), (of_noise, noise)), ()
 
 
 class Tcd(Scheduler):
     """Trajectory consistency distillation (Zheng et al. 2024, Algorithm 4, strategic stochastic sampling).
 
-    To timestep floor((1 - eta) * next) without noise, then up to the next with it. A row is (x_prev from x_t, from
-    the output, from the noise).
+    To timestep floor((1 - eta) * next) without noise, then up to the next with it. A row is (x_0 from x_t, from the
+    output, x_prev from x_t, from the output, from the noise).
     """
 
     name = "tcd"
@@ -593,11 +600,13 @@ class Tcd(Scheduler):
             timesteps=timesteps.astype(np.float32),
             init_noise_sigma=1.0,
             needs_noise=cls.draws_noise(config),
-            _rows=_rows(of_x0 * x0_x + of_eps * eps_x, of_x0 * x0_out + of_eps * eps_out, np.sqrt(1 - kept)),
+            _rows=_rows(
+                x0_x, x0_out, of_x0 * x0_x + of_eps * eps_x, of_x0 * x0_out + of_eps * eps_out, np.sqrt(1 - kept)
+            ),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
-        of_x, of_out, of_noise = self._rows[i]
+        of_x, of_out, of_noise = self._rows[i][2:]
         return _mix((of_x, x_t), (of_out, out), (of_noise, noise)), ()
 
 

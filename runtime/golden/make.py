@@ -328,7 +328,6 @@ def write_bundle(folder: Path) -> None:
         result = EdgePipeline.from_pretrained("bundle")(**request)
         shutil.rmtree(folder / "bundle", ignore_errors=True)
         shutil.move("bundle", folder / "bundle")
-        _write_text_manifest(folder / "manifests" / "text.json")
     # A reader leaves out a target in a format that it does not know.
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     manifest["targets"].append({"target": "tensorflow-9", "components": {"unet": {"flavour": 7}}})
@@ -337,16 +336,18 @@ def write_bundle(folder: Path) -> None:
     (folder / "bundle.json").write_text(_dump(made))
 
 
-def _write_text_manifest(path: Path) -> None:
+def write_text_manifest(path: Path) -> None:
     """The manifest of a tiny text-conditional model in Core ML, fp16, as its export would draft it."""
+    torch.manual_seed(1)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, attention_head_dim=2,
         in_channels=9, cross_attention_dim=6, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    unet.save_pretrained("text/unet")
-    diffusers.DDPMScheduler(**SD15_SAVED).save_pretrained("text/scheduler")
-    model = edgediff.load_model("text")
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        unet.save_pretrained("text/unet")
+        diffusers.DDPMScheduler(**SD15_SAVED).save_pretrained("text/scheduler")
+        model = edgediff.load_model("text")
     recipe = edgediff.ExportConfig(steps=4, targets=("coreml",), layout="pair", seed=2**53 + 1)
     config = with_defaults(recipe, model)
     height, width = model.sample_shape[1:]
@@ -357,13 +358,14 @@ def _write_text_manifest(path: Path) -> None:
 
 
 def write_pipeline_manifest(path: Path) -> None:
-    """The manifest of a tiny SDXL pipeline in ONNX, of any size, as its export would draft it, with tokenizers."""
+    """The manifest of a tiny SDXL pipeline with a preview in ONNX, of any size, as its export would draft it."""
     sys.path.append(str(FOLDER.parents[1] / "tests"))
-    from tiny_pipelines import save_xl
+    from tiny_pipelines import save_tiny_vae, save_xl
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         save_xl(Path("xl"))
-        model = edgediff.load_model("xl")
+        save_tiny_vae(Path("taesd"))
+        model = edgediff.load_model("xl", preview="taesd")
         config = with_defaults(edgediff.ExportConfig(steps=4, layout="pair"), model)
         height, width = model.sample_shape[1:]
         sizes = Sizes((height, width), ((height, 2 * width),))
@@ -419,4 +421,5 @@ def _plain(value: Any) -> Any:
 if __name__ == "__main__":
     write(FOLDER)
     write_bundle(FOLDER)
+    write_text_manifest(FOLDER / "manifests" / "text.json")
     write_pipeline_manifest(FOLDER / "manifests" / "pipeline.json")

@@ -42,6 +42,7 @@ PACKAGES = {
     "text_encoder_2": "TextEncoder2",
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
+    "preview_decoder": "PreviewDecoder",
 }
 IDS = "input_ids"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
