@@ -97,6 +97,17 @@ def read_captioned(
     return replace(data, skipped=Skipped.of((what, as_text(name)) for what, name in faults)), held_out
 
 
+def values_of(data: ImageSet, form: int) -> tuple[str, ...]:
+    """What each image is called in one of the forms, the first wording; a DataError where an image is not."""
+    values = tuple(next(iter(caption[form]), "") for caption in data.captions)
+    if not all(values):
+        raise DataError(
+            f"{values.count('')} of {len(values)} images lack a column that is asked for; the first is captioned "
+            f"{next(iter(data.captions[values.index('')]))}; fill {METADATA}"
+        )
+    return values
+
+
 def _with(faults: Iterable[tuple[str, str]]) -> str:
     """What was skipped, behind a message."""
     words = Skipped.of((what, as_text(name)) for what, name in faults).in_words()

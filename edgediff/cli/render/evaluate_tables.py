@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from edgediff.evaluate.report import Closeness, Distances, Evaluation, SpectrumReport
+    from edgediff.evaluate.report import Closeness, Distances, Evaluation, Recognised, Retrieval, SpectrumReport
 
 
 def distance_tables(found: "Evaluation") -> list[Table]:
@@ -75,6 +75,51 @@ def _closeness(found: "Evaluation") -> Table:
 
 def _near(closeness: "Closeness") -> tuple[str, str, str]:
     return f"{closeness.median:.1f}", f"{closeness.quantile_5:.1f}", f"{closeness.share_nearer:.1%}"
+
+
+def retrieval_tables(found: "Retrieval") -> list[Table]:
+    """What the classifier recognises, by split and clock, below the real drawings; and how far from those it is."""
+    table = Table(
+        title=f"{found.model}, is it the thing asked for: {found.num_inference_steps} steps of {found.scheduler}, "
+        f"guidance {found.guidance_scale:g}, {found.backend}",
+        caption=f"top 1, top 5: %, among {found.num_labels} things; nearest: median distance to {found.num_train} "
+        "training drawings, 8-bit levels",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("prompts")
+    table.add_column("clock")
+    names = ("top 1", "top 5", "style", "kernel\nx1000", "spectrum\nerror", "top\noctaves", "nearest", "copies")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for asked in found.asked:
+        # Of all drawings held out, of which the prompts may be a choice.
+        near = found.held_out if asked.split != "train" else None
+        table.add_row(
+            f"{asked.split}, {len(asked.prompts)}", "drawings", *_shares(asked.drawings), "-", "-", "-", *_nearest(near)
+        )
+        for row in found.rows:
+            if row.split == asked.split:
+                kernel, _, _, _, *spectrum = _numbers(row.distances)
+                table.add_row("", row.clock, *_shares(row.found), kernel, *spectrum, *_nearest(row.nearest))
+    if found.threshold is not None:
+        table.caption = (
+            f"{table.caption}; copies: as near as {found.threshold:.1f}, where the nearest 1 % of those held out are"
+        )
+    return [table]
+
+
+def _shares(found: "Recognised") -> tuple[str, str, str]:
+    style = "-" if found.style is None else f"{found.style:.1%}"
+    return (
+        f"{100 * found.top_1:.1f} +- {100 * found.top_1_spread:.1f}",
+        f"{100 * found.top_5:.1f} +- {100 * found.top_5_spread:.1f}",
+        style,
+    )
+
+
+def _nearest(closeness: "Closeness | None") -> tuple[str, str]:
+    return ("-", "-") if closeness is None else (f"{closeness.median:.1f}", f"{closeness.share_nearer:.1%}")
 
 
 def spectrum_tables(found: "SpectrumReport") -> list[Table]:
