@@ -38,12 +38,11 @@ def main() -> None:
     parser.add_argument("--label", help="of captioned drawings: the column of what is told apart")
     parser.add_argument("--style", help="of captioned drawings: the column that a second head tells apart")
     parser.add_argument("--only", action="append", metavar="COLUMN=FILE", help="drawings whose column is in the file")
-    parser.add_argument("--all", action="store_true", help="train on the drawings held out, too")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where the classifier is to be")
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
     parser.add_argument("--epochs", type=int, help="passes over the images at most")
     parser.add_argument("--minutes", type=float, help="wall-clock time at most")
-    parser.add_argument("--seed", type=int, default=ClassifierRecipe.seed)
+    parser.add_argument("--seed", type=int, default=ClassifierRecipe().seed)
     parser.add_argument("--threads", type=int, default=1, help="of torch; another number rounds otherwise")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -76,9 +75,6 @@ def _drawings(given: argparse.Namespace) -> tuple[ClassifierRecipe, tuple[tuple[
     read = read_captioned(given.images, given.size, tuple(f"{{{column}}}" for column in columns), read_only(given.only))
     names = tuple(sorted({name for data in read for name in values_of(data, 0)}))
     sets = [_labelled(data, names, given.style is not None) for data in read]
-    if given.all:
-        both = [np.concatenate([getattr(data, name) for data, _ in sets]) for name in ("images", "labels")]
-        sets[0] = ImageSet(*both, names), sets[0][1] + sets[1][1]
     return DRAWINGS, tuple(sets)
 
 
