@@ -49,7 +49,7 @@ def test_a_classifier_learns_and_its_features_are_normalised(trained: Classifier
     assert 0.3 < features.std(axis=0).mean() < 3
     with torch.no_grad():
         scores = trained.head(torch.from_numpy(features).float())
-        torch.testing.assert_close(scores, trained(as_input(tiny_set.images)))
+        torch.testing.assert_close(scores, trained(as_input(tiny_set.images))[0])
 
 
 def test_training_is_repeatable_and_keeps_torchs_seed(tiny_set: ImageSet) -> None:

@@ -210,7 +210,7 @@ def test_retrieval_on_the_command_line(drawings: Path, ruler: Path, tmp_path: Pa
     ]
     said = command(*asked, "--grid", tmp_path / "grid.png")
     assert (said.code, said.errors) == (0, [])
-    for words in ("train, 6", "test, 6", "drawings", "top 5", "style", "+-", "copies", "grid.png"):
+    for words in ("6 train", "6 test", "all test", "drawings", "top 5", "style", "+-", "copies", "grid.png"):
         assert words in said.out
     with Image.open(tmp_path / "grid.png") as grid:
         assert min(grid.size) > 200

@@ -95,8 +95,8 @@ def evaluate_retrieval(
     progress(f"reading drawings: {images}")
     read = partial(read_captioned, images, sampler.size, only=only)
     if features is None:
-        known = [name for data in read(forms=(f"{{{label}}}",)) for name in values_of(data, 0)]
-        features = built_in_classifier(tuple(known), sampler.size)
+        things = {name for each in read(forms=(f"{{{label}}}",)) for name in values_of(each, 0)}
+        features = built_in_classifier(tuple(things), sampler.size)
     classifier = load_classifier(features).to(processes.device)
     check_size(classifier, features, sampler.size, sampler.kind)
     columns = (label, style) if classifier.shape.styles else (label,)

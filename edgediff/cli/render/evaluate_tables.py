@@ -78,35 +78,39 @@ def _near(closeness: "Closeness") -> tuple[str, str, str]:
 
 
 def retrieval_tables(found: "Retrieval") -> list[Table]:
-    """What the classifier recognises, by split and clock, below the real drawings; and how far from those it is."""
-    table = Table(
+    """What the classifier recognises, by split and clock, and how far the pictures are from the real drawings."""
+    recognised = Table(
         title=f"{found.model}, is it the thing asked for: {found.num_inference_steps} steps of {found.scheduler}, "
         f"guidance {found.guidance_scale:g}, {found.backend}",
-        caption=f"top 1, top 5: %, among {found.num_labels} things; nearest: median distance to {found.num_train} "
-        "training drawings, 8-bit levels",
+        caption=f"% of the pictures, among {found.num_labels} things; drawings: the real ones of the same prompts",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    table.add_column("prompts")
-    table.add_column("clock")
-    names = ("top 1", "top 5", "style", "kernel\nx1000", "spectrum\nerror", "top\noctaves", "nearest", "copies")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    distances = Table(
+        title="distance from the real drawings of the same prompts",
+        caption=f"nearest: median distance to {found.num_train} training drawings, 8-bit levels",
+        box=box.SIMPLE_HEAD,
+    )
+    if found.threshold is not None and distances.caption is not None:
+        distances.caption += f"; copies: as near as {found.threshold:.1f}, where the nearest 1 % of those held out are"
+    for table, names in (
+        (recognised, ("top 1", "top 5", "style")),
+        (distances, ("kernel\nx1000", "spectrum\nerror", "top\noctaves", "nearest", "copies")),
+    ):
+        table.add_column("prompts")
+        table.add_column("clock")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
     for asked in found.asked:
-        # Of all drawings held out, of which the prompts may be a choice.
-        near = found.held_out if asked.split != "train" else None
-        table.add_row(
-            f"{asked.split}, {len(asked.prompts)}", "drawings", *_shares(asked.drawings), "-", "-", "-", *_nearest(near)
-        )
+        name = f"{len(asked.prompts)} {asked.split}"
+        recognised.add_row(name, "drawings", *_shares(asked.drawings))
         for row in found.rows:
             if row.split == asked.split:
+                recognised.add_row("", row.clock, *_shares(row.found))
                 kernel, _, _, _, *spectrum = _numbers(row.distances)
-                table.add_row("", row.clock, *_shares(row.found), kernel, *spectrum, *_nearest(row.nearest))
-    if found.threshold is not None:
-        table.caption = (
-            f"{table.caption}; copies: as near as {found.threshold:.1f}, where the nearest 1 % of those held out are"
-        )
-    return [table]
+                distances.add_row(name, row.clock, kernel, *spectrum, *_nearest(row.nearest))
+    if found.held_out is not None:
+        distances.add_row("all test", "drawings", "-", "-", "-", *_nearest(found.held_out))
+    return [recognised, distances]
 
 
 def _shares(found: "Recognised") -> tuple[str, str, str]:
