@@ -255,14 +255,15 @@ def test_clocks_of_a_bundle_stand_in_one_table(drawings: Path, ruler: Path, comm
 def test_bad_requests_are_one_line(
     drawings: Path, ruler: Path, command: Command, change: dict[str, Any], parts: tuple[str, ...]
 ) -> None:
-    options = {"--images": drawings, "--features": ruler, "--steps": 1} | change
+    options = {"--images": drawings, "--features": ruler, "--steps": 1, "--scheduler": "dpmpp_2m"} | change
     given = [each for option, value in options.items() if value is not None for each in (option, value)]
     assert_error(command("evaluate", "retrieval", saved("sd1"), *given), *parts)
 
 
 def test_folders_that_do_not_fit(own: Path, ruler: Path, tmp_path: Path, command: Command) -> None:
     def say(*more: object) -> Any:
-        return command("evaluate", "retrieval", saved("sd1"), "--images", own, "--features", ruler, "--steps", 1, *more)
+        asked = ("--images", own, "--features", ruler, "--steps", 2)
+        return command("evaluate", "retrieval", saved("sd1"), *asked, *more)
 
     rows = styled()
     plain = [{name: value for name, value in row.items() if name not in ("name", "split")} for row in rows]
@@ -282,7 +283,7 @@ def test_sources_that_do_not_fit(
     drawings: Path, ruler: Path, tmp_path: Path, class_model: Path, text_model: Path, command: Command
 ) -> None:
     def say(source: Path, features: Path = ruler) -> Any:
-        return command("evaluate", "retrieval", source, "--images", drawings, "--features", features, "--steps", 1)
+        return command("evaluate", "retrieval", source, "--images", drawings, "--features", features, "--steps", 2)
 
     assert_error(say(class_model), "is conditioned on classes; expected text")
     assert_error(say(text_model), "it has no text encoder; give the directory of a whole pipeline")

@@ -101,9 +101,10 @@ def values_of(data: ImageSet, form: int) -> tuple[str, ...]:
     """What each image is called in one of the forms, the first wording; a DataError where an image is not."""
     values = tuple(next(iter(caption[form]), "") for caption in data.captions)
     if not all(values):
+        first = next(words for wordings in data.captions[values.index("")] for words in wordings)
         raise DataError(
-            f"{values.count('')} of {len(values)} images lack a column that is asked for; the first is captioned "
-            f"{next(iter(data.captions[values.index('')]))}; fill {METADATA}"
+            f"{values.count('')} of {len(values)} images lack a column that is asked for, such as {first!r}; "
+            f"complete {METADATA}"
         )
     return values
 

@@ -159,13 +159,13 @@ def _choose(
     split: str, data: ImageSet, num_prompts: int, seed: int, classifier: Classifier, images: str | Path
 ) -> _Prompts:
     """The first prompts of a split in a seeded order; a DataError for too few, or for what the classifier lacks."""
-    order = shuffled(len(data), seed)
-    chosen = data.take(order[: num_prompts or len(order)])
-    if len(chosen) < MIN_IMAGES:
+    count = min(num_prompts, len(data)) if num_prompts else len(data)
+    if count < MIN_IMAGES:
         raise DataError(
-            f"{images}: {len(chosen)} prompts are left of split {split}; expected {MIN_IMAGES} or more: change --only, "
+            f"{images}: {count} prompts are left of split {split}; expected {MIN_IMAGES} or more: change --only, "
             "--split or --num-prompts"
         )
+    chosen = data.take(shuffled(len(data), seed)[:count])
     known = [classifier.shape.labels, *([classifier.shape.styles] if classifier.shape.styles else [])]
     found = [_indices(values_of(chosen, 1 + i), each, images) for i, each in enumerate(known)]
     return _Prompts(
