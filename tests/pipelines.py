@@ -19,10 +19,10 @@ from tiny_pipelines import SAVE, save_tiny_vae
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.config.floors import VerifyConfig
-from edgediff.export.component_reference import source_tokenizers
 from edgediff.export.draft import draft_manifest
 from edgediff.models.components import pipeline_components
 from edgediff.models.sampling import diffusers_scheduler
+from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.undivided import undivided_session
 from edgediff_runtime import EdgePipeline, noise

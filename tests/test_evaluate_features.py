@@ -1,12 +1,16 @@
 """The classifier by whose features images are compared."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from captioned import rows_of, write_rows
+from photographs import folder_of_images
 from tiny_photographs import LABELS, RECIPE, SIZE
 
 from edgediff import load_model
@@ -20,8 +24,10 @@ from edgediff.models.classifier import (
     built_in_classifier,
     features_of,
     load_classifier,
+    ranks_of,
+    scores_of,
 )
-from edgediff.train.train_classifier import ClassifierRecipe, augment, train_classifier
+from edgediff.train.train_classifier import ClassifierRecipe, augment, distort, train_classifier
 from edgediff.zoo import FOLDER
 
 RNG = np.random.default_rng(0)
@@ -43,7 +49,7 @@ def test_a_classifier_learns_and_its_features_are_normalised(trained: Classifier
     assert 0.3 < features.std(axis=0).mean() < 3
     with torch.no_grad():
         scores = trained.head(torch.from_numpy(features).float())
-        torch.testing.assert_close(scores, trained(as_input(tiny_set.images)))
+        torch.testing.assert_close(scores, trained(as_input(tiny_set.images))[0])
 
 
 def test_training_is_repeatable_and_keeps_torchs_seed(tiny_set: ImageSet) -> None:
@@ -133,3 +139,68 @@ def test_the_built_in_classifier_is_found_by_classes_and_size() -> None:
     for others, size in ((labels, 16), (labels[1:], 32), (None, 32)):
         with pytest.raises(ModelError, match="no built-in classifier knows these"):
             built_in_classifier(others, size)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["photographs", "drawings"])
+def test_the_training_script_stores_what_evaluate_takes(kind: str, tmp_path: Path) -> None:
+    colours = ("red", "green", "blue", "grey")
+    data = folder_of_images(tmp_path / "data", colours, each=20)
+    more: tuple[str, ...] = ()
+    if kind == "drawings":
+        write_rows(data, [{**row, "style": row["text"].rpartition(", ")[2]} for row in rows_of(20)])
+        more = ("--label", "name", "--style", "style")
+    script = Path(__file__).parents[1] / "benchmarks" / "train_classifier.py"
+    done = subprocess.run(
+        [sys.executable, script, "--images", data, "--size", "16", "--epochs", "1", "-o", tmp_path / "made", *more],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "held out: top 1 " in done.stdout
+    assert ("style" in done.stdout) == (kind == "drawings")
+    shape = load_classifier(tmp_path / "made").shape
+    assert set(shape.labels) == set(colours)
+    assert shape.styles == (("flat", "noisy") if kind == "drawings" else ())
+
+
+# What drawings go through
+
+
+def test_distortion_keeps_white_and_differs_by_image() -> None:
+    white = torch.ones(8, 3, 16, 16)
+    made = distort(white, torch.Generator().manual_seed(0))
+    assert made.mean() > 0.9
+    grey = distort(torch.zeros(8, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert grey.abs().max() <= 1
+    assert len({round(float(image.mean()), 4) for image in grey}) == 8
+    again = distort(torch.zeros(8, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert torch.equal(grey, again)
+
+
+def test_distortion_blurs_and_moves_a_dot() -> None:
+    dots = torch.ones(64, 3, 33, 33)
+    dots[:, :, 16, 16] = -1
+    made = distort(dots, torch.Generator().manual_seed(1))
+    places = made.mean(1).flatten(1).argmin(1)
+    assert len(set(places.tolist())) > 8
+    depth = 1 - made.mean(1).flatten(1).min(1).values
+    assert depth.min() < 0.7  # blurred
+    assert depth.max() > 1  # as it was
+
+
+def test_a_second_head_learns_styles(tiny_set: ImageSet) -> None:
+    styles = ["dark" if image.mean() < 115 else "light" for image in tiny_set.images]
+    assert len({*styles}) == 2
+    recipe = ClassifierRecipe(widths=(6, 8), stride=2, epochs=30, batch=20, learning_rate=0.02)
+    learnt = train_classifier(tiny_set, recipe, styles=styles).classifier
+    assert learnt.shape == ClassifierShape(SIZE, (6, 8), LABELS, ("dark", "light"), 2)
+    things, moods = scores_of(learnt, features_of(learnt, tiny_set.images))
+    accuracy = (ranks_of(things, tiny_set.labels) == 1).mean()
+    assert accuracy == pytest.approx(accuracy_of(learnt, tiny_set))
+    assert accuracy > 0.8
+    assert np.mean([learnt.shape.styles[i] == style for i, style in zip(moods.argmax(1), styles, strict=True)]) > 0.7
+
+
+def test_ranks_count_from_1() -> None:
+    scores = np.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.3]], np.float32)
+    assert ranks_of(scores, np.array([1, 2, 1])).tolist() == [1, 3, 2]

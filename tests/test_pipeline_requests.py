@@ -48,6 +48,8 @@ def sd1() -> EdgePipeline:
         ({"clip_skip": 1.5}, "clip_skip is 1.5; expected"),
         ({"prompt_embeds": np.zeros((1, 77, 32), np.float32)}, "a prompt and its embeddings were given; give one"),
         ({"label": "Apple"}, "label 'Apple' was given, but the model is conditioned on text"),
+        ({"first_image": -1}, "first_image is -1; expected a whole number from 0"),
+        ({"first_image": "one"}, "first_image is 'one'; expected a whole number from 0"),
         ({"output_type": "pil"}, "output_type is 'pil'; expected image or latent"),
     ],
 )
@@ -84,6 +86,16 @@ def test_latents_that_the_decoder_does_not_take(sd1: EdgePipeline, name: str) ->
 def test_latents_of_a_size_that_the_decoder_does_not_take(sd1: EdgePipeline) -> None:
     with pytest.raises(RequestError, match=r"^vae_decoder: it has no graphs for 32 x 16 .*; it takes 32 x 32; ask"):
         sd1.decode(np.zeros((1, 4, 8, 16), np.float32))
+
+
+@pytest.mark.parametrize("name", ["sd1", "lcm"])
+def test_images_can_be_drawn_in_parts(name: str) -> None:
+    pipe = open_in_torch(name)  # lcm draws fresh noise in every step
+    prompts = ["a red apple", "a dog", "a photo"]
+    whole = pipe(**{**ASKED, "prompt": prompts}).latents
+    later = pipe(**{**ASKED, "prompt": prompts[1:]}, first_image=np.int64(1)).latents
+    np.testing.assert_allclose(later, whole[1:], atol=1e-4)
+    assert np.abs(later - pipe(**{**ASKED, "prompt": prompts[1:]}).latents).max() > 0.1
 
 
 def test_latents_are_decoded_apart(sd1: EdgePipeline) -> None:

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edgediff.errors import EdgediffError, MissingExtraError, VerificationError
+from edgediff.errors import ConfigError, EdgediffError, MissingExtraError, VerificationError
 from edgediff_runtime.errors import EdgeRuntimeError, one_line, warnings_told
 from edgediff_runtime.schedulers import SCHEDULER_NAMES
 
@@ -53,6 +53,15 @@ ClockOption = Annotated[str | None, typer.Option(help="Period (2) or mask (1,0,1
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
 SchedulerOption = Annotated[str | None, typer.Option(help=f"Of a model: {', '.join(SCHEDULER_NAMES)}.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+
+
+def read_only(options: list[str] | None) -> dict[str, str] | None:
+    """Files of values by column, from options COLUMN=FILE."""
+    pairs = [option.partition("=") for option in options or ()]
+    for option, (column, _, file) in zip(options or (), pairs, strict=True):
+        if not column or not file:
+            raise ConfigError(f"--only {option}: expected COLUMN=FILE")
+    return {column: file for column, _, file in pairs} or None
 
 
 # Typer vendors click since 0.26 and used the installed one before: take the base class of its own errors.

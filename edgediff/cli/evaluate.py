@@ -16,6 +16,7 @@ from edgediff.cli.app import (
     out,
     print_json,
     progress,
+    read_only,
     toolchain,
 )
 from edgediff.zoo import check_source
@@ -106,6 +107,83 @@ def distance(
         out.print(table)
     if grid is not None:
         out.print(f"the nearest of them: {grid}")
+
+
+@evaluate.command(
+    epilog="Examples:  edgediff evaluate retrieval bundle --images drawings --clock 1 --clock 2 --num-prompts 500   "
+    "|   edgediff evaluate retrieval pipeline --images drawings --only name=things.txt --features classifier --steps 8 "
+    "--guidance-scale 3 --grid pictures.png"
+)
+def retrieval(
+    source: Annotated[
+        str,
+        typer.Argument(help="A bundle, or the directory of a diffusers pipeline; of text.", metavar="BUNDLE|PIPELINE"),
+    ],
+    images: Annotated[
+        Path, typer.Option(help="Captioned drawings: images with metadata.jsonl, whose column text has the prompts.")
+    ],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=FILE", help="Take only drawings whose column has a value of the file's."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train or test: the drawings that were learnt from, or held out. Default: both.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts of each split at most, a seeded choice; 0: all.")] = 0,
+    label: Annotated[str, typer.Option(help="Column of the thing that a drawing shows.")] = "name",
+    style: Annotated[str, typer.Option(help="Column of its style.")] = "style",
+    clock: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a bundle: period or mask; may be given more than once. Default: 1 and its own."),
+    ] = None,
+    steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    scheduler: SchedulerOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of prompts.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images in one generation; the images do not depend on it.")] = 50,
+    backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Folder of a classifier. Default: the built-in one that knows the things.")
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="A .png to write: pictures with their prompts, for a person to check.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure whether pictures are the things asked for, by a classifier; a line for each split and clock."""
+    check_source(source)
+    module = toolchain("edgediff.evaluate.retrieval", "evaluate retrieval")
+    with progress() as say:
+        found = module.evaluate_retrieval(
+            source,
+            images,
+            only=read_only(only),
+            split=split,
+            num_prompts=num_prompts,
+            label=label,
+            style=style,
+            clocks=clock,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            seed=seed,
+            batch=batch,
+            backend=backend,
+            features=features,
+            grid=grid,
+            progress=say,
+        )
+    if found.skipped:
+        err.print(found.skipped)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    from edgediff.cli.render.evaluate_tables import retrieval_tables
+
+    for table in retrieval_tables(found):
+        out.print(table)
+    if grid is not None:
+        out.print(f"pictures with their prompts: {grid}")
 
 
 @evaluate.command(

@@ -21,6 +21,7 @@ from edgediff.cli.app import (
     out,
     print_json,
     progress,
+    read_only,
     toolchain,
 )
 from edgediff.errors import ConfigError
@@ -134,7 +135,7 @@ def teacher(
 ) -> None:
     """Train a UNet of any geometry on a folder of images; the same command resumes an interrupted training."""
     given = {
-        "model": model, "start": start, "data": data, "held_out": held_out, "only": _only(only), "size": size,
+        "model": model, "start": start, "data": data, "held_out": held_out, "only": read_only(only), "size": size,
         "updates": updates, "batch": batch, "seed": seed,
     }  # fmt: skip
     _train_unet("teacher", output, config, given, as_json)
@@ -164,9 +165,9 @@ def student(
 ) -> None:
     """Train a slim student of a teacher (Spectral Diffusion); the same command resumes an interrupted training."""
     given = {
-        "teacher": teacher, "data": data, "held_out": held_out, "only": _only(only), "width": width, "gating": gating,
-        "wavelet": wavelet, "spatial": spatial, "frequency": frequency, "alpha": alpha, "updates": updates,
-        "batch": batch, "seed": seed,
+        "teacher": teacher, "data": data, "held_out": held_out, "only": read_only(only), "width": width,
+        "gating": gating, "wavelet": wavelet, "spatial": spatial, "frequency": frequency, "alpha": alpha,
+        "updates": updates, "batch": batch, "seed": seed,
     }  # fmt: skip
     _train_unet("student", output, config, given, as_json)
 
@@ -193,7 +194,7 @@ def decoder(
 ) -> None:
     """Train a decoder for a pipeline's latents, for --vae; the same command resumes an interrupted training."""
     given = {
-        "model": model, "data": data, "held_out": held_out, "only": _only(only), "size": size, "updates": updates,
+        "model": model, "data": data, "held_out": held_out, "only": read_only(only), "size": size, "updates": updates,
         "batch": batch, "seed": seed,
     }  # fmt: skip
     asked = _asked("decoder", config, given)
@@ -204,15 +205,6 @@ def decoder(
             err.print(done.skipped)
         out.print(f"{done.updates} updates on {done.images} images: {done.psnr:.2f} dB; {done.before:.2f} dB before")
         out.print(f"autoencoder: {done.path}")
-
-
-def _only(options: list[str] | None) -> dict[str, str] | None:
-    """Files of values by column."""
-    pairs = [option.partition("=") for option in options or ()]
-    for option, (column, _, file) in zip(options or (), pairs, strict=True):
-        if not column or not file:
-            raise ConfigError(f"--only {option}: expected COLUMN=FILE")
-    return {column: file for column, _, file in pairs} or None
 
 
 def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:

@@ -97,6 +97,18 @@ def read_captioned(
     return replace(data, skipped=Skipped.of((what, as_text(name)) for what, name in faults)), held_out
 
 
+def values_of(data: ImageSet, form: int) -> tuple[str, ...]:
+    """What each image is called in one of the forms, the first wording; a DataError where an image is not."""
+    values = tuple(next(iter(caption[form]), "") for caption in data.captions)
+    if not all(values):
+        first = next(words for wordings in data.captions[values.index("")] for words in wordings)
+        raise DataError(
+            f"{values.count('')} of {len(values)} images lack a column that is asked for, such as {first!r}; "
+            f"complete {METADATA}"
+        )
+    return values
+
+
 def _with(faults: Iterable[tuple[str, str]]) -> str:
     """What was skipped, behind a message."""
     words = Skipped.of((what, as_text(name)) for what, name in faults).in_words()

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff.errors import ConfigError
 from edgediff.evaluate.frequency import top_octaves
 from edgediff.evaluate.neighbours import SHOWN, Nearest
 from edgediff.evaluate.report import GateCurves, SpectrumReport
-from edgediff.outputs import make_figure, mark_limit, open_frame, save_figure
+from edgediff.outputs import check_drawing, check_file, make_figure, mark_limit, open_frame, save_figure
 
 INK, SOFT, REAL, MADE, BAD = "#222222", "#8a8a8a", "#222222", "#1f5fa8", "#b03a2e"
 GRID = "#e6e6e6"
 SETS = ("#222222", "#1f5fa8", "#c2571a", "#1a7f37", "#7b3fa0", "#a08a1f")
 BAND_COLOURS = {"LL": "#222222", "LH": "#1f5fa8", "HL": "#c2571a", "HH": "#1a7f37"}
 WIDTH, HEIGHT, GATES_HEIGHT, DPI = 15.0, 4.6, 3.2, 120
+# Pictures of each clock and split on a sheet, and inches.
+PROMPTS_SHOWN, SHEET_COLUMNS, SHEET_WIDTH, SHEET_CELL, SHEET_TITLE = 48, 12, 12.0, 1.25, 0.4
 GRID_WIDTH, SHARES_HEIGHT, GROUP_HEIGHT, GRID_DPI = 9.0, 3.2, 2.75, 150
 # Timesteps whose response is drawn as a curve.
 CURVES = 5
@@ -184,6 +187,46 @@ def _draw_gates(panels: Any, curves: Sequence[GateCurves], report: SpectrumRepor
         if i == 0:
             axes.set_ylabel("mean gate")
             axes.legend(frameon=False, fontsize=8, ncols=4)
+
+
+def check_grid(path: Path) -> None:
+    """Refuses to begin what could not be drawn there at its end.
+
+    Raises:
+        ConfigError: It is no .png.
+        MissingExtraError: matplotlib is missing.
+        TargetError: It could not be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"the grid is a picture; expected a name that ends in .png, not {path}")
+    check_file(path)
+    check_drawing("the grid")
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Pictures, uint8 [N, H, W, 3], with words above each."""
+
+    title: str
+    pictures: NDArray[np.uint8]
+    words: Sequence[str]
+
+
+def draw_sheets(sheets: Sequence[Sheet], model: str, path: Path) -> None:
+    """Draws sheets of pictures below one another, as a PNG."""
+    lines = [-(-len(sheet.pictures) // SHEET_COLUMNS) for sheet in sheets]
+    figure = make_figure(SHEET_WIDTH, sum(SHEET_CELL * count + SHEET_TITLE for count in lines), GRID_DPI)
+    parts: Any = figure.subfigures(len(sheets), 1, height_ratios=lines, squeeze=False)[:, 0]
+    for part, sheet, count in zip(parts, sheets, lines, strict=True):
+        part.suptitle(sheet.title, fontsize=9, color=INK)
+        axes = part.subplots(count, SHEET_COLUMNS, squeeze=False)
+        for each in axes.flat:
+            each.set_axis_off()
+        for each, picture, words in zip(axes.flat, sheet.pictures, sheet.words, strict=False):
+            each.imshow(picture, interpolation="nearest")
+            each.set_title(words, fontsize=5.5, color=BAD if "\n" in words else SOFT, pad=2)
+    figure.suptitle(model, fontsize=11, color=INK)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgediff.data.image_folder import ImageSet, class_indices, read_images, shuffled
-from edgediff.errors import ConfigError, DataError, UnsupportedError
-from edgediff.evaluate.charts import Group, draw_suspects
+from edgediff.errors import ConfigError, DataError
+from edgediff.evaluate.charts import Group, check_grid, draw_suspects
 from edgediff.evaluate.frequency import band_gap, radial_spectrum, spectrum_error, top_octaves
 from edgediff.evaluate.metrics import MIN_IMAGES, Features, frechet_distance, kernel_distance, precision_recall
 from edgediff.evaluate.neighbours import SUSPICIOUS, Nearest, nearest_neighbours
 from edgediff.evaluate.processes import Processes
 from edgediff.evaluate.report import ClockResult, Distances, Evaluation, Yardstick
-from edgediff.evaluate.sampler import BATCH, Mask, Sampler, Say, check_counts, chunks, open_sampler
+from edgediff.evaluate.sampler import BATCH, Mask, Sampler, Say, check_counts, check_size, chunks, open_sampler
 from edgediff.models.classifier import Classifier, accuracy_of, built_in_classifier, features_of, load_classifier
-from edgediff.outputs import check_drawing, check_file, write_whole
+from edgediff.outputs import write_whole
 
 NUM_IMAGES = 1000
 
@@ -71,7 +71,9 @@ def evaluate_distance(
     """
     check_counts(num_images, batch)
     if grid is not None:
-        _check_grid(Path(grid), train)
+        if train is None:
+            raise ConfigError("the grid shows the nearest training photographs; name their folder: --train DIR")
+        check_grid(Path(grid))
     processes = Processes.launched()
     say = progress if processes.is_main else (lambda what: None)
     say(f"opening {source}")
@@ -84,9 +86,7 @@ def evaluate_distance(
     masks = {clock: sampler.check(clock, steps, guidance_scale, seed) for clock in asked}
     home = built_in_classifier(sampler.labels, sampler.size) if features is None else Path(features)
     classifier = load_classifier(home).to(processes.device)
-    if classifier.shape.size != sampler.size:
-        takes, makes = (f"{size}x{size}" for size in (classifier.shape.size, sampler.size))
-        raise UnsupportedError(f"the classifier in {home} takes {takes} pixels, the {sampler.kind} makes {makes}")
+    check_size(classifier, home, sampler.size, sampler.kind)
     say(f"loading images: {images}")
     photographs = _read_photographs(images, train, sampler.size, num_images, seed)
     if train is None:
@@ -145,15 +145,6 @@ def evaluate_distance(
         rows=_results(masks, made, {clock: against(each) for clock, each in made.items()}, yardstick),
         skipped=photographs.skipped,
     )
-
-
-def _check_grid(path: Path, train: str | Path | None) -> None:
-    if train is None:
-        raise ConfigError("the grid shows the nearest training photographs; name their folder: --train DIR")
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"the grid is a picture; expected a name that ends in .png, not {path}")
-    check_file(path)
-    check_drawing("the grid")
 
 
 @dataclass(frozen=True, eq=False)

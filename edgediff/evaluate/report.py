@@ -134,6 +134,83 @@ class Evaluation(Report, frozen=True):
     skipped: str
 
 
+class Recognised(msgspec.Struct, frozen=True):
+    """How many of a set of pictures the classifier takes for what they are to be, 0 to 1.
+
+    Attributes:
+        top_1, top_5: Share whose thing is the classifier's first choice, and among its first five.
+        top_1_spread, top_5_spread: Their standard errors.
+        style: Share whose style it names; None where it knows no styles.
+    """
+
+    num_images: int
+    top_1: float
+    top_1_spread: float
+    top_5: float
+    top_5_spread: float
+    style: float | None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """The prompts of a split, and the real drawings of them.
+
+    Attributes:
+        drawings: The real drawings as the classifier sees them: no model can be expected to come out higher.
+    """
+
+    split: str
+    prompts: tuple[str, ...]
+    drawings: Recognised
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What was drawn with one clock for the prompts of one split.
+
+    Attributes:
+        distances: From the real drawings of the same prompts.
+        nearest: How near the pictures come to the training drawings; None where no drawings are held out, which tell
+            what is near.
+        ranks: Of each prompt's thing among all that the classifier knows, 1 = its first choice.
+        taken_for: Its first choice for each prompt.
+    """
+
+    clock: str
+    mask: tuple[int, ...]
+    split: str
+    found: Recognised
+    distances: Distances
+    nearest: Closeness | None
+    ranks: tuple[int, ...]
+    taken_for: tuple[str, ...]
+
+
+class Retrieval(Report, frozen=True):
+    """Whether pictures are the things asked for.
+
+    Attributes:
+        features: The classifier's folder; it knows `num_labels` things.
+        num_train: Training drawings among which the nearest is looked for.
+        threshold: The nearest 1 % of the drawings held out are as near as this to a training drawing, in 8-bit levels.
+        held_out: How near all drawings held out come to those; None, as `threshold`, where there are none.
+    """
+
+    model: str
+    backend: str
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    images: str
+    features: str
+    num_labels: int
+    num_train: int
+    threshold: float | None
+    held_out: Closeness | None
+    asked: tuple[Asked, ...]
+    rows: tuple[Answer, ...]
+    skipped: str
+
+
 class Spectra(msgspec.Struct, frozen=True):
     """Power by band: band b has b cycles per image, and the last ones are the transform's corners.
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgediff.errors import ConfigError, ModelError, UnsupportedError
 from edgediff.evaluate.metrics import MIN_IMAGES
+from edgediff.models.classifier import Classifier
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
@@ -43,8 +45,20 @@ def check_counts(num_images: int, batch: int) -> None:
     """Raises ConfigError for numbers of images out of range."""
     if not MIN_IMAGES <= num_images <= MAX_IMAGES:
         raise ConfigError(f"num_images is {num_images}; expected {MIN_IMAGES} or more, up to {MAX_IMAGES}")
+    check_batch(batch)
+
+
+def check_batch(batch: int) -> None:
+    """Raises ConfigError for a number of images in one generation that is out of range."""
     if batch < 1:
         raise ConfigError(f"batch is {batch}; expected a whole number above 0")
+
+
+def check_size(classifier: Classifier, home: str | Path, size: int, kind: str) -> None:
+    """Refuses, with an UnsupportedError, a classifier of another size than the images of a bundle or model."""
+    if classifier.shape.size != size:
+        takes, makes = (f"{each}x{each}" for each in (classifier.shape.size, size))
+        raise UnsupportedError(f"the classifier in {home} takes {takes} pixels, the {kind} makes {makes}")
 
 
 def chunks(count: int, batch: int) -> list[range]:
@@ -254,14 +268,26 @@ def open_sampler(
 
     Errors: as for `sample_bundle`, `sample_model` and `load_model`; a ConfigError for an option of the other kind.
     """
+    if check_source_kind(source, backend, scheduler) == "bundle":
+        return sample_bundle(source, backend, warn=warn)
+    return sample_model(load_model(source), scheduler, device)
+
+
+def check_source_kind(source: str | Path, backend: str | None, scheduler: str | None) -> Literal["bundle", "model"]:
+    """Whether a source is a bundle or, as far as its files tell, a model.
+
+    Raises:
+        ConfigError: An option is for a source of the other kind.
+        ModelError: It is a folder of neither kind.
+    """
     folder = Path(source)
     if (folder / MANIFEST).is_file():
         if scheduler is not None:
             raise ConfigError(f"scheduler {scheduler} was given, but a bundle has its own; leave it out")
-        return sample_bundle(folder, backend, warn=warn)
+        return "bundle"
     if folder.is_dir() and not any((folder / name).exists() for name in ("unet", "config.json")):
         raise ModelError(f"{source} is neither a bundle, with a {MANIFEST}, nor a model, with unet/config.json")
     if backend not in (None, TORCH):
         known = f"{backend!r} is for bundles" if backend in BACKENDS else f"no backend {backend!r}"
         raise ConfigError(f"{known}; a model is sampled in torch")
-    return sample_model(load_model(source), scheduler, device)
+    return "model"

@@ -8,29 +8,13 @@ import torch
 from edgediff.bundle.reference import Reference
 from edgediff.models.components import PipelineComponent
 from edgediff.models.part import Part
-from edgediff.models.torch_session import TorchSession
+from edgediff.models.torch_pipeline import source_tokenizers, torch_components
 from edgediff_runtime import Manifest, noise
-from edgediff_runtime.components import Components
 from edgediff_runtime.conditioning import Texts
 from edgediff_runtime.decoding import to_vae
 from edgediff_runtime.manifest import Prompt
 from edgediff_runtime.prompt import tokenized
-from edgediff_runtime.sessions import Session
 from edgediff_runtime.text_encoding import TextStage, Tokenizer
-
-
-def torch_components(components: Mapping[str, PipelineComponent]) -> Components:
-    """The components in torch, each loaded when it is used and let go after it."""
-
-    def open_session(name: str) -> Session:
-        return TorchSession({name: components[name].load()}, (components[name].graph,))
-
-    return Components({name: (each.graph,) for name, each in components.items()}, open_session, keep=False)
-
-
-def source_tokenizers(components: Mapping[str, PipelineComponent], prompt: Prompt) -> list[Tokenizer]:
-    """The tokenizers of a pipeline's text encoders, as the source has them."""
-    return [Tokenizer(components[encoder.component].tokenizer.backend_tokenizer) for encoder in prompt.encoders]
 
 
 def encode_prompt(
@@ -40,7 +24,7 @@ def encode_prompt(
     negative_prompt: str | None,
 ) -> dict[str, np.ndarray]:
     """The reference's embeddings by tensor names, unconditional ones as ``negative_*``; one row each."""
-    stage = TextStage(settings, source_tokenizers(components, settings), torch_components(components))
+    stage = TextStage(settings, source_tokenizers(components, settings), torch_components(components, keep=False))
     given, negative = Texts(prompt, negative=negative_prompt).encode(stage, 1, guided=True, any_length=False)
     return given | {f"negative_{name}": value for name, value in negative.items()}
 

@@ -15,11 +15,11 @@ import torch
 
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import VerificationError
-from edgediff.export.component_reference import source_tokenizers
 from edgediff.models.components import TEXT_ENCODERS, PipelineComponent
 from edgediff.models.load import Model
 from edgediff.models.model_files import read_json
 from edgediff.models.sampling import diffusers_scheduler
+from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.undivided import undivided_session
 from edgediff_runtime import EdgePipeline, Manifest, make_scheduler

@@ -25,7 +25,7 @@ from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
-from edgediff.export.component_reference import component_inputs, encode_prompt, record_component, source_tokenizers
+from edgediff.export.component_reference import component_inputs, encode_prompt, record_component
 from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import draft_manifest, essence, operating_point, with_defaults
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
@@ -48,6 +48,7 @@ from edgediff.models.load import Model, random_weights, unet_config
 from edgediff.models.lora import read_spec
 from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
+from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided

@@ -33,27 +33,36 @@ Count = Annotated[int, Meta(ge=1, le=4096)]
 
 
 class ClassifierShape(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="_class_name", tag="Classifier"
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag_field="_class_name",
+    tag="Classifier",
 ):
     """A classifier's config.json.
 
     Attributes:
         size: Height and width of its images, in pixels.
         widths: Channels of each level; all but the first halve the map. The last is the number of features.
+        styles: What a second head tells apart; none has no such head.
+        stride: Of the first convolution.
     """
 
     size: Count
     widths: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=8)]
     labels: Annotated[tuple[str, ...], Meta(min_length=1)]
+    styles: tuple[str, ...] = ()
+    stride: Annotated[int, Meta(ge=1, le=4)] = 1
 
 
 class Classifier(nn.Module):
-    """Levels of two convolutions, the mean over the map, a normalisation, and one linear layer on top."""
+    """Levels of two convolutions, the mean over the map, a normalisation, and a linear layer on top for each head."""
 
     def __init__(self, shape: ClassifierShape) -> None:
         super().__init__()
         self.shape = shape
-        self.stem = _convolution(3, shape.widths[0])
+        self.stem = _convolution(3, shape.widths[0], shape.stride)
         before = (shape.widths[0], *shape.widths)
         self.levels = nn.ModuleList(
             _Level(channels, width, halves=i > 0)
@@ -61,6 +70,7 @@ class Classifier(nn.Module):
         )
         self.norm = nn.BatchNorm1d(shape.widths[-1], affine=False)
         self.head = nn.Linear(shape.widths[-1], len(shape.labels))
+        self.style_head = nn.Linear(shape.widths[-1], len(shape.styles)) if shape.styles else None
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """From float32 [B, 3, H, W] in [-1, 1] to the last layer's input, float32 [B, F], F the last width."""
@@ -70,10 +80,14 @@ class Classifier(nn.Module):
         features: torch.Tensor = self.norm(x.mean(dim=(2, 3)))
         return features
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """From float32 [B, 3, H, W] in [-1, 1] to the logits of the classes, float32 [B, K]."""
-        scores: torch.Tensor = self.head(self.features(images))
-        return scores
+    def heads(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From features [B, F] to the logits of the labels, [B, K], and of the styles, [B, S], where there are any."""
+        found = (self.head, self.style_head)
+        return tuple(head(features) for head in found if head is not None)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From float32 [B, 3, H, W] in [-1, 1] to what `heads` gives."""
+        return self.heads(self.features(images))
 
 
 class _Level(nn.Module):
@@ -91,8 +105,9 @@ class _Level(nn.Module):
         return x + residual
 
 
-def _convolution(channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+def _convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
 
 
 def as_input(images: NDArray[np.uint8]) -> torch.Tensor:
@@ -109,6 +124,19 @@ def features_of(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np
 
 
 @torch.no_grad()
+def scores_of(classifier: Classifier, features: NDArray[np.float64]) -> tuple[NDArray[np.float32], ...]:
+    """What each head says of features, [N, F]: float32 [N, K] of the labels, [N, S] of the styles, if any."""
+    given = torch.from_numpy(features).float().to(classifier.head.weight.device)
+    return tuple(scores.cpu().numpy() for scores in classifier.heads(given))
+
+
+def ranks_of(scores: NDArray[np.float32], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each wanted class, int64 [N], by its score among all, [N, K]; the first is 1."""
+    ranks: NDArray[np.int64] = 1 + (scores > np.take_along_axis(scores, wanted[:, None], 1)).sum(axis=1)
+    return ranks
+
+
+@torch.no_grad()
 def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
     """Share of the images, 0 to 1, whose class has the highest score; a DataError for a class that it does not know."""
     known = classifier.shape.labels
@@ -117,7 +145,7 @@ def accuracy_of(classifier: Classifier, data: ImageSet) -> float:
         raise DataError(f"class {strange[0]!r} is not one of the classifier's; choices: {', '.join(known)}")
     wanted = torch.tensor([known.index(name) for name in data.names])[torch.from_numpy(data.labels)]
     chunks = torch.split(as_input(data.images), _BATCH)
-    return float((torch.cat([classifier(chunk).argmax(1) for chunk in chunks]) == wanted).float().mean())
+    return float((torch.cat([classifier(chunk)[0].argmax(1) for chunk in chunks]) == wanted).float().mean())
 
 
 def save_classifier(classifier: Classifier, folder: str | Path) -> None:
@@ -147,10 +175,10 @@ def load_classifier(folder: str | Path) -> Classifier:
 
 
 def built_in_classifier(labels: tuple[str, ...] | None, size: int) -> Path:
-    """The folder of the built-in classifier of these classes, in any order, for size x size pixels; or a ModelError."""
+    """The folder of a built-in classifier that knows these classes, for size x size pixels; or a ModelError."""
     for path in sorted(FOLDER.glob(f"*/{BESIDE_THE_MODEL}/{CONFIG}")):
         shape = _read_shape(path.parent)
-        if shape.size == size and set(shape.labels) == set(labels or ()):
+        if shape.size == size and labels and set(labels) <= set(shape.labels):
             return path.parent
     raise ModelError(
         f"no features: no built-in classifier knows these {len(labels or ())} classes at {size}x{size}; "

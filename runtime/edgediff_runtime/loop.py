@@ -45,6 +45,7 @@ class Request:
         cond: Conditional rows of each conditioning tensor, [N, ...].
         uncond: Unconditional rows, [N, ...]; empty where no step is guided.
         seed: Seed of the noise that a stochastic sampler draws on its way.
+        first_image: Number of the first image, which that noise depends on.
         concat: Channels that the UNet takes after the latent's, [N, C', H, W]; a mask and a masked image in inpainting.
             The scheduler does not scale them.
         start: Index of the first step that is run, for editing: `latents` are at that step's noise level then.
@@ -60,6 +61,7 @@ class Request:
     seed: int = 0
     concat: Array | None = None
     start: int = 0
+    first_image: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,9 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         yield Step(i, float(scheduler.timesteps[i]), full, guided, shown, predicted, ms, tensors)
 
 
-def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float) -> Array:
-    """Draws float32 [N, C, H, W] that a generation begins with; image i is the same whatever N is."""
-    drawn = [noise(seed, tuple(shape), image=i) for i in range(num_images)]
+def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float, first: int = 0) -> Array:
+    """Draws float32 [N, C, H, W] that images `first` to `first` + N - 1 begin with, each the same whatever N is."""
+    drawn = [noise(seed, tuple(shape), image=first + i) for i in range(num_images)]
     return np.stack(drawn) * np.float32(sigma)
 
 
@@ -165,7 +167,8 @@ def _as_timestep(t: float, graphs: Iterable[Graph]) -> Array:
 
 def _fresh_noise(request: Request, i: int) -> Array:
     shape = request.latents.shape
-    return np.stack([noise(request.seed, shape[1:], image=n, draw=i + 1) for n in range(shape[0])])
+    numbers = range(request.first_image, request.first_image + shape[0])
+    return np.stack([noise(request.seed, shape[1:], image=n, draw=i + 1) for n in numbers])
 
 
 @dataclass

@@ -70,6 +70,8 @@ class Arguments(TypedDict, total=False):
         clock: Period or mask of the full steps; a mask has an entry for each call of the UNet.
         guidance_scale: One number from 0, or one for each call of the UNet; 1 or less runs without guidance.
         seed: 0 to 2^64 - 1.
+        first_image: Number of the first image, 0 if left out. Image i of a seed is the same in any generation, so many
+            images can be drawn in parts.
         height: Of the picture in pixels (of the latent, where the bundle has no decoder), as is `width`; left out, the
             usual size. What a bundle takes was chosen at its export.
     """
@@ -91,6 +93,7 @@ class Arguments(TypedDict, total=False):
     clock: ClockSpec | None
     guidance_scale: float | Sequence[float] | None
     seed: int
+    first_image: int
     height: int | None
     width: int | None
 
@@ -466,13 +469,16 @@ class EdgePipeline:
         clock: ClockSpec | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         seed: int = 0,
+        first_image: int = 0,
         height: int | None = None,
         width: int | None = None,
     ) -> tuple[Request, Usage]:
         """A checked request, and what its text took."""
         point = self.manifest.operating_point
-        label, num_images, seed = plain(label), plain(num_images), plain(seed)
+        label, num_images, seed, first_image = plain(label), plain(num_images), plain(seed), plain(first_image)
         guidance_scale, clip_skip = plain(guidance_scale), plain(clip_skip)
+        if isinstance(first_image, bool) or not isinstance(first_image, int) or first_image < 0:
+            raise RequestError(f"first_image is {first_image!r}; expected a whole number from 0")
         steps = point.num_inference_steps if num_inference_steps is None else plain(num_inference_steps)
         scheduler = make_scheduler(self.manifest.scheduler, steps)
         clock = point.clock if clock is None else plain(clock)
@@ -508,11 +514,12 @@ class EdgePipeline:
             scheduler=scheduler,
             clock=mask,
             guidance=guidance,
-            latents=initial_latents(seed, count, shape, scheduler.init_noise_sigma),
+            latents=initial_latents(seed, count, shape, scheduler.init_noise_sigma, first_image),
             cond=cond,
             uncond=uncond,
             seed=seed,
             concat=self._concat(concat_latents, count, size),
+            first_image=first_image,
         )
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from edgediff.evaluate.report import Closeness, Distances, Evaluation, SpectrumReport
+    from edgediff.evaluate.report import Closeness, Distances, Evaluation, Recognised, Retrieval, SpectrumReport
 
 
 def distance_tables(found: "Evaluation") -> list[Table]:
@@ -75,6 +75,55 @@ def _closeness(found: "Evaluation") -> Table:
 
 def _near(closeness: "Closeness") -> tuple[str, str, str]:
     return f"{closeness.median:.1f}", f"{closeness.quantile_5:.1f}", f"{closeness.share_nearer:.1%}"
+
+
+def retrieval_tables(found: "Retrieval") -> list[Table]:
+    """What the classifier recognises, by split and clock, and how far the pictures are from the real drawings."""
+    recognised = Table(
+        title=f"{found.model}, is it the thing asked for: {found.num_inference_steps} steps of {found.scheduler}, "
+        f"guidance {found.guidance_scale:g}, {found.backend}",
+        caption=f"% of the pictures, among {found.num_labels} things; drawings: the real ones of the same prompts",
+        box=box.SIMPLE_HEAD,
+    )
+    distances = Table(
+        title="distance from the real drawings of the same prompts",
+        caption=f"nearest: median distance to {found.num_train} training drawings, 8-bit levels",
+        box=box.SIMPLE_HEAD,
+    )
+    if found.threshold is not None and distances.caption is not None:
+        distances.caption += f"; copies: as near as {found.threshold:.1f}, where the nearest 1 % of those held out are"
+    for table, names in (
+        (recognised, ("top 1", "top 5", "style")),
+        (distances, ("kernel\nx1000", "spectrum\nerror", "top\noctaves", "nearest", "copies")),
+    ):
+        table.add_column("prompts")
+        table.add_column("clock")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+    for asked in found.asked:
+        name = f"{len(asked.prompts)} {asked.split}"
+        recognised.add_row(name, "drawings", *_shares(asked.drawings))
+        for row in found.rows:
+            if row.split == asked.split:
+                recognised.add_row("", row.clock, *_shares(row.found))
+                kernel, _, _, _, *spectrum = _numbers(row.distances)
+                distances.add_row(name, row.clock, kernel, *spectrum, *_nearest(row.nearest))
+    if found.held_out is not None:
+        distances.add_row("all test", "drawings", "-", "-", "-", *_nearest(found.held_out))
+    return [recognised, distances]
+
+
+def _shares(found: "Recognised") -> tuple[str, str, str]:
+    style = "-" if found.style is None else f"{found.style:.1%}"
+    return (
+        f"{100 * found.top_1:.1f} +- {100 * found.top_1_spread:.1f}",
+        f"{100 * found.top_5:.1f} +- {100 * found.top_5_spread:.1f}",
+        style,
+    )
+
+
+def _nearest(closeness: "Closeness | None") -> tuple[str, str]:
+    return ("-", "-") if closeness is None else (f"{closeness.median:.1f}", f"{closeness.share_nearer:.1%}")
 
 
 def spectrum_tables(found: "SpectrumReport") -> list[Table]:
