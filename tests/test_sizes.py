@@ -26,11 +26,8 @@ from edgediff_runtime.manifest import Graph, Tensor
 
 # Of the small pipelines, whose usual pictures are 32 x 32, latents 16 x 16 and levels a factor of two.
 WHOLE = edgediff.ExportConfig(sizes=("any",), steps=4, scheduler="euler", verify=VerifyConfig(mode="graphs"))
-# The cached step and the encoder of images take any size in one of the two.
-ANY = {
-    "sd1": msgspec.structs.replace(WHOLE, clock=1, components=("text_encoder", "vae_decoder")),
-    "xl": WHOLE,
-}
+# One of the two has the encoder of images too.
+ANY = {"sd1": msgspec.structs.replace(WHOLE, components=("text_encoder", "vae_decoder")), "xl": WHOLE}
 NAMED = edgediff.ExportConfig(
     sizes=("40x24", "24x48"), steps=4, scheduler="euler", verify=VerifyConfig(mode="graphs"), targets=("coreml",),
     components=("text_encoder", "vae_decoder"),
