@@ -271,6 +271,7 @@ def test_a_built_in_name_means_that_whatever_lies_around(tmp_path: Path, monkeyp
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("layout", ["split", "pair"])
 def test_a_learned_adaptor_in_both_targets(
     command: Command, class_model: Path, place: Path, tmp_path: Path, layout: str

@@ -273,7 +273,7 @@ ODD = (None, True, 0, -1, 3, 10**9, 1.5, "x", [], [1], [8, 8], [None, None], {},
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of layers without a width
 @pytest.mark.parametrize("kind", ["class", "text"])
-@pytest.mark.parametrize("shift", [0, 5, 10])
+@pytest.mark.parametrize("shift", [0, pytest.param(5, marks=pytest.mark.long)])
 def test_any_setting_of_a_unet_may_be_wrong(kind: str, shift: int, tmp_path: Path) -> None:
     """Every key in turn: the model loads and is counted, or is refused in one line."""
     (unet2d(**SMALL_CLASS) if kind == "class" else unet2d_condition(**SMALL_TEXT)).save_pretrained(tmp_path)
@@ -299,7 +299,7 @@ def test_a_count_that_would_take_hours(folder: Path, key: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shift", [0, 5, 10])
+@pytest.mark.parametrize("shift", [0, pytest.param(5, marks=pytest.mark.long)])
 def test_any_setting_of_a_scheduler_may_be_wrong(folder: Path, shift: int) -> None:
     sound = EulerDiscreteScheduler().config | {"_class_name": "EulerDiscreteScheduler"}
     refusals = []

@@ -167,6 +167,7 @@ def test_images_of_both_targets_are_alike(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("traced_once")
 def test_text_and_both_targets_in_one_bundle(text_model: Path, tmp_path: Path, command: Command) -> None:
     bundle = tmp_path / "bundle"
     said = command(

@@ -41,7 +41,12 @@ def _sharpen(part: Part) -> None:
 
 @pytest.mark.parametrize(
     ("name", "system"),
-    [("scales", "iOS16"), ("scales", "iOS18"), ("heads 10 and 20 wide", "iOS17"), ("heads 10 and 20 wide", "iOS18")],
+    [
+        ("scales", "iOS16"),
+        ("heads 10 and 20 wide", "iOS18"),
+        pytest.param("scales", "iOS18", marks=pytest.mark.long),
+        pytest.param("heads 10 and 20 wide", "iOS17", marks=pytest.mark.long),
+    ],
 )
 @torch.no_grad()
 def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_path: Path) -> None:

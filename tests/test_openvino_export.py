@@ -153,6 +153,7 @@ def _check_backends_of_both(done: Exported) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("traced_once")
 def test_eight_bits_in_four_graphs_are_smaller(
     ir_bundle: Path, class_model: Path, place: Path, command: Command
 ) -> None:

@@ -22,6 +22,7 @@ LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("traced_once")
 def test_every_line_of_the_shell_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,9 +40,11 @@ def test_every_line_of_the_shell_runs(
 
 
 @pytest.mark.long
-def test_the_python_runs(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", PYTHON], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("traced_once")
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(PYTHON, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.startswith("(4, 32, 32, 3) (1, 0, 1, 0, 1, 0, 1, 0) ")
 
 
 COMMANDS = [args for program, *args in LINES if program == "edgediff"]

@@ -1,11 +1,12 @@
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 from traces import fingerprint, remembering
-
-from edgediff.targets.onnx import write_onnx as onnx_module
 
 ROWS = (torch.zeros(2, 3),)
 
@@ -29,23 +30,35 @@ def test_equal_modules_have_one_fingerprint_and_others_another() -> None:
     assert fingerprint(layers(), ROWS, opset_version=23) != mark
 
 
+def test_where_a_model_lies_does_not_matter() -> None:
+    one, other = layers(), layers()
+    one.config, other.config = ({"_name_or_path": folder, "width": 3} for folder in ("a", "b"))
+    assert fingerprint(one, ROWS) == fingerprint(other, ROWS)
+    other.config = {"_name_or_path": "b", "width": 4}
+    assert fingerprint(one, ROWS) != fingerprint(other, ROWS)
+
+
 def test_a_trace_is_kept_and_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[nn.Module] = []
 
     class Program:
         def save(self, path: Path, external_data: bool) -> None:
-            path.write_bytes(b"graph %d" % len(traced))
+            assert not external_data
+            weight = numpy_helper.from_array(np.full(100, len(traced), np.float32), "weight")
+            onnx.save(helper.make_model(helper.make_graph([], "g", [], [], [weight])), path)
 
     monkeypatch.setattr(torch.onnx, "export", lambda module, args, **_: traced.append(module) or Program())
     other = layers()
     other[0].bias.data[0] += 1
-    saved = []
-    with remembering(tmp_path):
-        for module in (layers(), layers(), other):
-            torch.onnx.export(module, ROWS).save(tmp_path / "saved", external_data=False)
-            saved.append((tmp_path / "saved").read_bytes())
-        # What is to keep its weights outside is traced each time.
-        monkeypatch.setattr(onnx_module, "EXTERNAL_DATA_BYTES", 0)
-        assert isinstance(torch.onnx.export(layers(), ROWS), Program)
-    assert saved == [b"graph 1", b"graph 1", b"graph 2"]
-    assert len(traced) == 3
+    numbers, files, kept = [], [], tmp_path / "kept"
+    kept.mkdir()
+    with remembering(kept):
+        for i, (module, outside) in enumerate(((layers(), False), (layers(), False), (other, False), (other, True))):
+            (tmp_path / str(i)).mkdir()
+            torch.onnx.export(module, ROWS).save(tmp_path / str(i) / "saved", external_data=outside)
+            (weight,) = onnx.load(tmp_path / str(i) / "saved").graph.initializer
+            numbers.append(numpy_helper.to_array(weight)[0])
+            files.append(sorted(file.name for file in (tmp_path / str(i)).iterdir()))
+    assert numbers == [1, 1, 2, 2]
+    assert files == [["saved"]] * 3 + [["saved", "saved.data"]]
+    assert len(traced) == 2

@@ -91,7 +91,7 @@ def test_it_exports_and_is_verified(pipeline: Path, tmp_path: Path) -> None:
     export_bundle(
         load_model(pipeline),
         tmp_path / "bundle",
-        ExportConfig(steps=2, prompt="red", verify=VerifyConfig(mode="graphs")),
+        ExportConfig(steps=1, clock=1, prompt="red", verify=VerifyConfig(mode="graphs")),
     )
 
 
