@@ -5,6 +5,7 @@ import pkgutil
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,10 @@ def moments(place: Path, kept: Path, computing: tuple[str, ...]) -> Iterator[Non
     kept.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         for name in computing:
-            patch.setattr(name, functools.partial(untraced, pkgutil.resolve_name(name)))
+            with warnings.catch_warnings():  # what coremltools imports warns of itself
+                warnings.simplefilter("ignore")
+                called = pkgutil.resolve_name(name)
+            patch.setattr(name, functools.partial(untraced, called))
         sys.settrace(trace)
         try:
             yield

@@ -105,4 +105,5 @@ class TorchPipeline:
         if self.vae is None:
             return to_uint8(last.latents)
         with self.components.use(DECODER) as decoder:
-            return to_uint8(decode(decoder, self.components.graphs[DECODER][0], self.vae, last.latents))
+            graph = self.components.graphs[DECODER][0]
+            return to_uint8(decode(decoder, lambda *_: graph, self.vae, last.latents))

@@ -96,7 +96,7 @@ def retrieval_tables(found: "Retrieval") -> list[Table]:
         (recognised, ("top 1", "top 5", "style")),
         (distances, ("kernel\nx1000", "spectrum\nerror", "top\noctaves", "nearest", "copies")),
     ):
-        table.add_column("prompts")
+        table.add_column("prompts", no_wrap=True)
         table.add_column("clock")
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
