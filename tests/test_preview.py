@@ -226,7 +226,10 @@ def test_every_target_has_it_and_it_is_verified(bundle: Path) -> None:
         assert component.stage == "preview"
         assert component.graphs[0].file == f"{target.target}/{files[target.target]}"
         rows = [row for row in report.rows if (row.target, row.part, row.check) == (target.target, PREVIEW, "graph")]
-        assert [row.status for row in rows] == ["measured"]
+        # Apple's own runs on macOS alone.
+        assert [row.status for row in rows if row.status != "not_run"] == [
+            "measured"
+        ]
     assert (opened.manifest.preview, opened.manifest.source.preview) == (Vae(1.0, 2), str(saved_tiny_vae()))
     assert "`preview_decoder` (sha256" in (bundle / "README.md").read_text()
     assert "`--preview FOLDER` shows" in (bundle / "README.md").read_text()
@@ -265,7 +268,8 @@ def test_a_png_of_each_step_on_both_command_lines(
     assert light_main() == 0
     for folder in ("shown", "light"):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
-        assert Image.open(tmp_path / folder / names[0]).size == (32, 32)
+        with Image.open(tmp_path / folder / names[0]) as picture:
+            assert picture.size == (32, 32)
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "plain.png").read_bytes()
     first = [(tmp_path / folder / names[0]).read_bytes() for folder in ("shown", "light")]
