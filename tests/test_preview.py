@@ -227,9 +227,7 @@ def test_every_target_has_it_and_it_is_verified(bundle: Path) -> None:
         assert component.graphs[0].file == f"{target.target}/{files[target.target]}"
         rows = [row for row in report.rows if (row.target, row.part, row.check) == (target.target, PREVIEW, "graph")]
         # Apple's own runs on macOS alone.
-        assert [row.status for row in rows if row.status != "not_run"] == [
-            "measured"
-        ]
+        assert [row.status for row in rows if row.status != "not_run"] == ["measured"]
     assert (opened.manifest.preview, opened.manifest.source.preview) == (Vae(1.0, 2), str(saved_tiny_vae()))
     assert "`preview_decoder` (sha256" in (bundle / "README.md").read_text()
     assert "`--preview FOLDER` shows" in (bundle / "README.md").read_text()
