@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ BAND_COLOURS = {"LL": "#222222", "LH": "#1f5fa8", "HL": "#c2571a", "HH": "#1a7f3
 WIDTH, HEIGHT, GATES_HEIGHT, DPI = 15.0, 4.6, 3.2, 120
 # Pictures of each clock and split on a sheet, and inches.
 PROMPTS_SHOWN, SHEET_COLUMNS, SHEET_WIDTH, SHEET_CELL, SHEET_TITLE = 48, 12, 12.0, 1.25, 0.4
+# Of a line above a picture.
+SHEET_LETTERS = 24
 GRID_WIDTH, SHARES_HEIGHT, GROUP_HEIGHT, GRID_DPI = 9.0, 3.2, 2.75, 150
 # Timesteps whose response is drawn as a curve.
 CURVES = 5
@@ -224,7 +227,8 @@ def draw_sheets(sheets: Sequence[Sheet], model: str, path: Path) -> None:
             each.set_axis_off()
         for each, picture, words in zip(axes.flat, sheet.pictures, sheet.words, strict=False):
             each.imshow(picture, interpolation="nearest")
-            each.set_title(words, fontsize=5.5, color=BAD if "\n" in words else SOFT, pad=2)
+            title = "\n".join(fill(line, SHEET_LETTERS) for line in words.split("\n"))
+            each.set_title(title, fontsize=5.5, color=BAD if "\n" in words else SOFT, pad=2)
     figure.suptitle(model, fontsize=11, color=INK)
     save_figure(figure, path)
 
