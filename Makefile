@@ -20,10 +20,10 @@ test: $(READY)
 	$(PYTEST) -m "not long"
 
 test-long: $(READY)
-	$(PYTEST) -m long
+	$(PYTEST) -m long --durations 60 --durations-min 5
 
 test-all: $(READY)
-	$(PYTEST)
+	$(PYTEST) --durations 60 --durations-min 5
 
 lint: $(READY)
 	$(BIN)/ruff check .
