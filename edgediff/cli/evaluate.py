@@ -28,6 +28,12 @@ ImagesOption = Annotated[
     Path,
     typer.Option(help="Photographs: a folder with a subfolder for each class; or images alone, where there are none."),
 ]
+ClocksOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Of a bundle: period or mask; may be given more than once. Default: 1 and its own."),
+]
+BatchOption = Annotated[int, typer.Option(help="Images in one generation; the images do not depend on it.")]
+BackendOption = Annotated[str | None, typer.Option(help="Of a bundle, as for run.")]
 
 
 @evaluate.command(
@@ -48,10 +54,7 @@ def distance(
             "then all of --images, which the model must not have seen."
         ),
     ] = None,
-    clock: Annotated[
-        list[str] | None,
-        typer.Option(help="Of a bundle: period or mask; may be given more than once. Default: 1 and its own."),
-    ] = None,
+    clock: ClocksOption = None,
     num_images: Annotated[
         int,
         typer.Option(help="Images to generate; without --train at most half as many as the folder has."),
@@ -60,8 +63,8 @@ def distance(
     guidance_scale: GuidanceOption = None,
     scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of photographs.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images in one generation; the images do not depend on it.")] = 50,
-    backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
+    batch: BatchOption = 50,
+    backend: BackendOption = None,
     features: Annotated[
         Path | None, typer.Option(help="Folder of a classifier. Default: the built-in one of the classes.")
     ] = None,
@@ -132,16 +135,13 @@ def retrieval(
     num_prompts: Annotated[int, typer.Option(help="Prompts of each split at most, a seeded choice; 0: all.")] = 0,
     label: Annotated[str, typer.Option(help="Column of the thing that a drawing shows.")] = "name",
     style: Annotated[str, typer.Option(help="Column of its style.")] = "style",
-    clock: Annotated[
-        list[str] | None,
-        typer.Option(help="Of a bundle: period or mask; may be given more than once. Default: 1 and its own."),
-    ] = None,
+    clock: ClocksOption = None,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     scheduler: SchedulerOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of prompts.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images in one generation; the images do not depend on it.")] = 50,
-    backend: Annotated[str | None, typer.Option(help="Of a bundle, as for run.")] = None,
+    batch: BatchOption = 50,
+    backend: BackendOption = None,
     features: Annotated[
         Path | None, typer.Option(help="Folder of a classifier. Default: the built-in one that knows the things.")
     ] = None,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.evaluate.sampler import TORCH, Mask, check_source_kind
 from edgediff.models.load import Model, load_model
-from edgediff.models.sampling import own_sampler, scheduler_config
+from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_pipeline import TorchPipeline
 from edgediff.targets.backends import open_pipeline, usual_backend
 from edgediff_runtime import EdgePipeline, clock_mask, make_scheduler, noise, open_bundle
@@ -129,8 +129,7 @@ def _model(model: Model, scheduler: str | None, device: torch.device) -> TextSam
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights, which draws nothing; give a trained model")
     model.check_schedule()
-    assert model.scheduler is not None
-    config = scheduler_config(model.scheduler, own_sampler(model.scheduler) if scheduler is None else scheduler)
+    config = scheduler_config(model.scheduler, model.usual_sampler if scheduler is None else scheduler)
     pipe = TorchPipeline(model, config, device)
     return TextSampler(
         name=model.name,

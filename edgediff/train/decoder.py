@@ -5,7 +5,6 @@ absolute error of the pixels and, so that edges are not blurred, that of their d
 transform. The small one is an `AutoencoderTiny`, whose encoder learns the same latents.
 """
 
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from edgediff.train.latents import (
     reconstruction_psnr,
     save_autoencoder,
 )
-from edgediff.train.loop import Loop, Say, Task, begin, recent
+from edgediff.train.loop import Loop, MeasuredTask, Say, begin, recent
 from edgediff.train.samples import write_grid
 from edgediff.train.settings import DecoderTraining, TinyGeometry, check_training
 from edgediff.train.training_card import CARD, LOSSES, decoder_card, draw_losses
@@ -191,7 +190,7 @@ def details_error(made: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return torch.stack(errors).mean()
 
 
-class _DecoderTask(Task):
+class _DecoderTask(MeasuredTask):
     """A visit is one update."""
 
     name = "decoder: "
@@ -207,6 +206,7 @@ class _DecoderTask(Task):
     ) -> None:
         self.source, self.held_out, self.path = source, images[1].images[:_MEASURED], path
         self.data = Batches(as_channels_first(images[0].images), {}, settings.seed)
+        self.latents = encode(source, self.held_out)
         learner.to(accelerator.device)
         weights = [weight for weight in learner.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -225,37 +225,23 @@ class _DecoderTask(Task):
         terms: dict[str, torch.Tensor] = model(x, latents, noise.to(self.device))
         return terms
 
-    def after_visit(self, loop: Loop) -> None:
-        every = self.settings.sample_every
-        if every is not None and self.state.updates % every == 0:
-            self._measure(loop)
-
-    def after_all(self, loop: Loop) -> None:
-        if not self.state.held_out or self.state.held_out[-1][0] != self.state.updates:
-            self._measure(loop)
-
-    def _measure(self, loop: Loop) -> None:
-        """Takes the held-out error and pictures of the averaged weights; the main process alone."""
-        error = math.nan
-        if self.accelerator.is_main_process:
-            with loop.averaged():
-                made = decode(self.learner.vae, encode(self.source, self.held_out))
-            error = float(np.abs(made.astype(np.float32) - self.held_out).mean() / 127.5)
-            with writing(self.path, loop.kept()):
-                write_grid(self._samples(made), self.path / SAMPLES)
-                draw_losses(
-                    self.state.terms,
-                    self.path / LOSSES,
-                    f"decoder: {self.data.count} images, batch {self.settings.batch}",
-                    "terms of the loss",
-                    points=("pixels, held out", (*self.state.held_out, (self.state.updates, error))),
-                )
-        # On every process, since it decides whether this runs again at the end.
-        self.state.held_out.append((self.state.updates, error))
-        self.accelerator.wait_for_everyone()
+    def measure(self, loop: Loop) -> float:
+        with loop.averaged():
+            made = decode(self.learner.vae, self.latents)
+        error = float(np.abs(made.astype(np.float32) - self.held_out).mean() / 127.5)
+        with writing(self.path, loop.kept()):
+            write_grid(self._samples(made), self.path / SAMPLES)
+            draw_losses(
+                self.state.terms,
+                self.path / LOSSES,
+                f"decoder: {self.data.count} images, batch {self.settings.batch}",
+                "terms of the loss",
+                points=("pixels, held out", (*self.state.held_out, (self.state.updates, error))),
+            )
+        return error
 
     def _samples(self, made: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Held-out images, as they are, by the pipeline's own decoder and by this one, side by side."""
         chosen = self.held_out[:_NUM_SAMPLES]
-        theirs = decode(self.source, encode(self.source, chosen))
+        theirs = decode(self.source, self.latents[:_NUM_SAMPLES])
         return np.stack([chosen, theirs, made[: len(chosen)]], axis=1).reshape(-1, *chosen.shape[1:])

@@ -178,6 +178,31 @@ class Task:
         return False
 
 
+class MeasuredTask(Task):
+    """A task whose averaged weights are measured on held-out data every `sample_every` updates, and at the end."""
+
+    def measure(self, loop: "Loop") -> float:
+        """Takes the held-out loss, and draws curves and samples; called in the main process alone."""
+        raise NotImplementedError(f"{type(self).__name__}.measure")
+
+    def after_visit(self, loop: "Loop") -> None:
+        """Measures where it is time to."""
+        every = self.settings.sample_every
+        if every is not None and self.state.updates % every == 0:
+            self._measure(loop)
+
+    def after_all(self, loop: "Loop") -> None:
+        """Measures the end, unless that has been done."""
+        if not self.state.held_out or self.state.held_out[-1][0] != self.state.updates:
+            self._measure(loop)
+
+    def _measure(self, loop: "Loop") -> None:
+        held_out = self.measure(loop) if self.accelerator.is_main_process else math.nan
+        # On every process, since it decides whether this runs again at the end.
+        self.state.held_out.append((self.state.updates, held_out))
+        self.accelerator.wait_for_everyone()
+
+
 class Loop:
     """Runs a task: updates, checkpoints, averaged weights; `state` is how far it has come."""
 

@@ -4,7 +4,6 @@ What differs between teacher and student is made before: a UNet with a schedule,
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation, predict_with_features
 from edgediff.train.latents import FOLDER, WEIGHTS_FILE, decode
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising
-from edgediff.train.loop import Loop, Say, Task, recent
+from edgediff.train.loop import Loop, MeasuredTask, Say, recent
 from edgediff.train.rollout import Prompts
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
@@ -151,7 +150,7 @@ def _learner(
     return Learner(unet, distillation.to(device))
 
 
-class _UNetTask(Task):
+class _UNetTask(MeasuredTask):
     """A visit is one update; now and then a held-out loss and a grid of samples are taken."""
 
     def __init__(
@@ -212,35 +211,21 @@ class _UNetTask(Task):
         x_t, target = self.noising.noised(x_0, noise, t)
         return {"x_0": x_0, "x_t": x_t, "t": t, "target": target, "cond": cond}
 
-    def after_visit(self, loop: Loop) -> None:
-        every = self.settings.sample_every
-        if every is not None and self.state.updates % every == 0:
-            self._measure(loop)
-
-    def after_all(self, loop: Loop) -> None:
-        if not self.state.held_out or self.state.held_out[-1][0] != self.state.updates:
-            self._measure(loop)
-
-    def _measure(self, loop: Loop) -> None:
-        """Takes the held-out loss and a sample grid of the averaged weights; the main process alone."""
-        held_out = math.nan
-        if self.accelerator.is_main_process:
-            with loop.averaged():
-                held_out = self._held_out_loss()
-                samples = self._draw_samples()
-            images = to_uint8(samples) if self.vae is None else decode(self.vae, torch.tensor(samples))
-            with writing(self.path, loop.kept()):
-                write_grid(images, self.path / SAMPLES)
-                draw_losses(
-                    {_TERMS[name]: losses for name, losses in self.state.terms.items()},
-                    self.path / LOSSES,
-                    f"{self.model.name}: {self.data.count} images, batch {self.settings.batch}",
-                    "terms of the loss",
-                    points=("denoising, held out", (*self.state.held_out, (self.state.updates, held_out))),
-                )
-        # On every process, since it decides whether this runs again at the end.
-        self.state.held_out.append((self.state.updates, held_out))
-        self.accelerator.wait_for_everyone()
+    def measure(self, loop: Loop) -> float:
+        with loop.averaged():
+            held_out = self._held_out_loss()
+            samples = self._draw_samples()
+        images = to_uint8(samples) if self.vae is None else decode(self.vae, torch.tensor(samples))
+        with writing(self.path, loop.kept()):
+            write_grid(images, self.path / SAMPLES)
+            draw_losses(
+                {_TERMS[name]: losses for name, losses in self.state.terms.items()},
+                self.path / LOSSES,
+                f"{self.model.name}: {self.data.count} images, batch {self.settings.batch}",
+                "terms of the loss",
+                points=("denoising, held out", (*self.state.held_out, (self.state.updates, held_out))),
+            )
+        return held_out
 
     def _draw_samples(self) -> NDArray[np.float32]:
         guidance = _guidance_of(self.model, self.settings)
