@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from photographs import folder_of_images
 from PIL import Image
 from safetensors.torch import load_file
-from trainings import UNET, UPDATES, changed
+from trainings import UNET, UPDATES, changed, resumes, same
 
 from edgediff import Cut, ExportConfig, export_bundle, load_model, split
 from edgediff.config.floors import VerifyConfig
@@ -24,6 +24,7 @@ from edgediff.data.batches import Batches, as_channels_first
 from edgediff.errors import ConfigError
 from edgediff.models.macs import tally
 from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2DModel
+from edgediff.train.distillation import predict_with_features
 from edgediff.train.latents import load_autoencoder
 from edgediff.train.loop import Loop
 from edgediff.train.samples import STEPS, draw_samples, make_sampler
@@ -98,6 +99,37 @@ def test_each_term_can_be_switched_off(
     ]
     np.testing.assert_allclose(loop.state.losses, expected, rtol=1e-5)
     assert isinstance(load_model(tmp_path / "a").unet, SpectralUNet2DModel) == changes.get("gating", True)
+
+
+def test_draws_that_come_again_ask_the_teacher_once(
+    student_training: StudentTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many draws as updates are what no limit draws; with fewer, they come again and so do their losses' features."""
+    asked = []
+
+    def features(unet: Any, *rest: Any) -> Any:
+        asked.append(unet)
+        return predict_with_features(unet, *rest)
+
+    monkeypatch.setattr("edgediff.train.unet.predict_with_features", features)
+    train_student(tmp_path / "whole", student_training)
+    train_student(tmp_path / "as many", changed(student_training, draws=UPDATES))
+    assert same(tmp_path / "whole", tmp_path / "as many")
+    assert len(asked) == 2 * UPDATES
+    asked.clear()
+    few = changed(student_training, draws=2, checkpoint_minutes=1e-9)
+    left = iter((None, None, None))
+
+    def stop(what: str, share: float) -> None:
+        if what.startswith("update") and next(left, stop) is stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_student(tmp_path / "a", few, progress=stop)
+    resumes(tmp_path, few, "few")
+    assert len(asked) == 2 + 2  # those of the training that stopped are there still
+    assert not (tmp_path / "a" / "store").exists()
+    assert not same(tmp_path / "a", tmp_path / "whole")
 
 
 @pytest.mark.long

@@ -35,11 +35,11 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def resumes(tmp_path: Path, settings: StudentTraining) -> None:
-    """Checks that what stopped in ``a`` resumes, and ends as a training that did not stop."""
+def resumes(tmp_path: Path, settings: StudentTraining, whole: str = "whole") -> None:
+    """Checks that what stopped in ``a`` resumes, and ends as a training that did not stop, in the folder `whole`."""
     assert train_student(tmp_path / "a", settings) is not None
-    train_student(tmp_path / "whole", settings)
-    assert same(tmp_path / "a", tmp_path / "whole")
+    train_student(tmp_path / whole, settings)
+    assert same(tmp_path / "a", tmp_path / whole)
 
 
 def refused(tmp_path: Path, settings: Any, kind: type[EdgediffError], words: str) -> None:

@@ -21,11 +21,12 @@ from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
 from edgediff.models.trained import FORMAT, RECORD, AdaptorRecord, save_adaptor
 from edgediff.outputs import check_drawing
-from edgediff.train.claim import STORE, Claim
+from edgediff.train.claim import Claim
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import PROMPTS, TARGET, Rollouts, Samples, Store
+from edgediff.train.rollout import PROMPTS, TARGET, Rollouts, Samples
 from edgediff.train.settings import AdaptorTraining, check_training
+from edgediff.train.store import Store
 from edgediff.train.text import text_of
 from edgediff.train.training_card import CARD, LOSSES, adaptor_card, draw_losses
 from edgediff_runtime.bundle import sha256_of
@@ -149,8 +150,8 @@ class _AdaptorTask(Task):
         self.samples: Samples = {}
         self.store = None
         if settings.store_gb is not None:
-            folder = path / STORE / f"process-{accelerator.process_index}"
-            self.store = Store(folder, settings.store_gb / accelerator.num_processes, settings.rounds)
+            bound = settings.store_gb / accelerator.num_processes
+            self.store = Store(path, accelerator.process_index, settings.rounds, "rounds", bound)
 
     def batches(self, visit: int) -> Sequence[torch.Tensor]:
         """Rows of the samples, in a seeded order."""

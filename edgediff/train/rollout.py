@@ -1,28 +1,24 @@
-"""Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance, and a store of them.
+"""Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance.
 
 No images are needed: labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3). All random draws
 follow from the seed, the round and the process.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from edgediff.data.arrays import load_arrays
-from edgediff.errors import ConfigError, TargetError
+from edgediff.errors import ConfigError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_session import TorchSession
-from edgediff.outputs import write_whole
 from edgediff.train.settings import AdaptorTraining, check_clock
 from edgediff.train.text import STATES, Text, encode, text_of
 from edgediff_runtime.errors import one_line
@@ -32,7 +28,6 @@ from edgediff_runtime.schedulers import make_scheduler
 TARGET = "target"
 # Far from the small seeds that users take, so that nobody looks at what was trained on.
 FIRST_SEED = 2**52
-GB = 1e9
 # The end of the name of a file of prompts.
 PROMPTS = ".txt"
 _ENCODED_AT_ONCE = 256
@@ -193,45 +188,3 @@ class Rollouts:
             for name, value in {**given, TARGET: tensors["lowres_feature"]}.items():
                 found[name].append(value.expand(rows) if name == "timestep" else value)
         return {name: torch.cat(values) for name, values in found.items() if values}
-
-
-class Store:
-    """A folder with a file, complete or absent, for each round of trajectories; a resumed training uses them again."""
-
-    def __init__(self, folder: Path, bound_gb: float, rounds: int) -> None:
-        self.folder = folder
-        self.bound = int(bound_gb * GB)
-        self.rounds = rounds
-
-    def get(self, index: int, draw: Callable[[], Samples], device: torch.device) -> Samples:
-        """Reads a round, or draws and stores it.
-
-        Raises:
-            ConfigError: All rounds would take more than the bound; nothing is stored then.
-            TargetError: The disk has less room than they take.
-        """
-        path = self.folder / f"round-{index:06d}.safetensors"
-        if path.exists():
-            try:
-                return load_file(path, device=str(device))
-            except SafetensorError as e:
-                raise TargetError(f"{path} is damaged ({e}); remove the file to draw it again") from e
-        samples = draw()
-        self._check(sum(tensor.nbytes for tensor in samples.values()))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        data = save({name: tensor.cpu().contiguous() for name, tensor in samples.items()})
-        write_whole(path, lambda scratch: scratch.write_bytes(data))
-        return samples
-
-    def _check(self, size: int) -> None:
-        total = size * self.rounds
-        if total > self.bound:
-            raise ConfigError(
-                f"{self.rounds} rounds of {size / GB:.3g} GB take {total / GB:.3g} GB, more than store_gb: "
-                f"{self.bound / GB:.3g}; raise it, ask for fewer rounds or images, or leave it out: each round then "
-                "draws new trajectories"
-            )
-        held = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder.is_dir() else 0
-        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.is_dir())).free
-        if total - held > free:
-            raise TargetError(f"the trajectories take {total / GB:.3g} GB; the disk has {free / GB:.3g} GB left")

@@ -22,11 +22,12 @@ POINTS = ("down", "mid", "up", "out")
 # More is a typing error, and would show only after hours or as a lack of memory.
 MOST = {
     "updates": 100_000_000, "batch": 65_536, "size": 8_192, "num_train_timesteps": 100_000, "width": 65_536,
-    "images": MAX_IMAGES, "rounds": 2**20 - 1, "vocab_size": 65_536, "max_position_embeddings": 1024,
+    "images": MAX_IMAGES, "draws": 1_000_000, "rounds": 2**20 - 1, "vocab_size": 65_536,
+    "max_position_embeddings": 1024,
 }  # fmt: skip
 ABOVE_0 = (
-    "updates", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip", "rounds", "images", "passes",
-    "store_gb", "guidance_scale", "latent_channels", "layers_per_block", "norm_num_groups", "size",
+    "updates", "draws", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip", "rounds", "images",
+    "passes", "store_gb", "guidance_scale", "latent_channels", "layers_per_block", "norm_num_groups", "size",
     "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "intermediate_size",
 )  # fmt: skip
 FROM_0 = ("warmup", "weight_decay", "output_weight", "spatial", "frequency", "kl_weight", "edge_weight", "latent_noise")
@@ -227,6 +228,8 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
         width: Channels of the student's highest level, or of each level; None keeps the teacher's.
         spatial, frequency: The lambdas; with both at 0 nothing is learnt from the teacher.
         alpha: Exponent of the frequency weights; 0 weighs all frequencies alike.
+        draws: Updates for which images, noise and time steps are drawn; after them the same ones come again, and the
+            teacher's features of each are computed once, and stored. None draws anew for each update.
     """
 
     teacher: str | None = None
@@ -239,6 +242,7 @@ class StudentTraining(UNetTraining, frozen=True, forbid_unknown_fields=True, kw_
     frequency: float = 0.1
     alpha: float = -1.0
     points: tuple[Literal["down", "mid", "up", "out"], ...] = POINTS  # type: ignore[assignment]
+    draws: int | None = None
 
     @property
     def distils(self) -> bool:

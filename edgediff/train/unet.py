@@ -33,6 +33,7 @@ from edgediff.train.loop import Loop, MeasuredTask, Say, recent
 from edgediff.train.rollout import Prompts
 from edgediff.train.samples import draw_samples, make_sampler, write_grid
 from edgediff.train.settings import StudentTraining, UNetTraining
+from edgediff.train.store import Store, Tensors
 from edgediff.train.text import ENCODER, STATES, TOKENIZER, Text, encode, no_bars
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, unet_card
 from edgediff_runtime.image import to_uint8
@@ -179,17 +180,32 @@ class _UNetTask(MeasuredTask):
         self.data, self.held_out = (batches_of(each, model, vae, text, settings, say) for each in images)
         self.cut = 0 if self.data.wordings is None else self.data.wordings.cut
         self.prompts = _prompts_of(images[0])
+        self.draws, self.store = settings.updates, None
+        if isinstance(settings, StudentTraining) and settings.draws is not None:
+            self.draws = settings.draws
+            if settings.distils:
+                self.store = Store(path, accelerator.process_index, settings.draws, "draws")
         self.noising = Noising(model.scheduler, self.device)
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
-        number, size = self.number(batch), self.settings.batch
+        index = batch % self.draws
+        number, size = self.number(index), self.settings.batch
         given = self.draw(self.data, number * size, size, number + _FIRST_UPDATE)
-        if self.teacher is not None and self.learner.distillation is not None:
-            points, noised = self.learner.distillation.points, (given["x_t"], given["t"], given["cond"])
-            with torch.no_grad():
-                _, given["teacher"] = predict_with_features(self.teacher.unet, points, *noised)
+        if self.learner.distillation is not None:
+            noised = given["x_t"], given["t"], given["cond"]
+            if self.store is None:
+                given["teacher"] = self._features(*noised)
+            else:
+                given["teacher"] = self.store.get(index, lambda: self._features(*noised), self.device)
         terms: dict[str, torch.Tensor] = model(**given)
         return terms
+
+    @torch.no_grad()
+    def _features(self, x_t: torch.Tensor, t: torch.Tensor, cond: Tensors) -> Tensors:
+        """The teacher's features of noised images, by place."""
+        assert self.teacher is not None
+        assert self.learner.distillation is not None
+        return predict_with_features(self.teacher.unet, self.learner.distillation.points, x_t, t, cond)[1]
 
     def draw(self, data: Batches, first: int, size: int, number: int, learning: bool = True) -> dict[str, Any]:
         """Images, noise and time steps, under a number.
