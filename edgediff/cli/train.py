@@ -207,12 +207,58 @@ def decoder(
         out.print(f"autoencoder: {done.path}")
 
 
+@train.command(
+    name="few-steps",
+    epilog="Examples:  edgediff train few-steps my-model --conditioning prompts.txt -o four   |   edgediff train "
+    "few-steps my-student --teacher my-model --steps 2 --clock 1 --conditioning prompts.txt -o two",
+)
+def few_steps(
+    model: Annotated[str | None, typer.Argument(help="A diffusers directory, or a built-in name.")] = None,
+    output: OutputOption = Path("few-steps"),
+    config: ConfigOption = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Whose trajectories are learnt from; without it, the model's own.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the result.")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(help="A multiple of them; without it, four times.")] = None,
+    clock: ClockOption = None,
+    guidance_scale: GuidanceOption = None,
+    rounds: Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")] = None,
+    images: Annotated[int | None, typer.Option(help="Trajectories of a round.")] = None,
+    passes: Annotated[int | None, typer.Option(help="How often each trajectory is learnt from.")] = None,
+    conditioning: Annotated[
+        Path | None,
+        typer.Option(help="For models with text: prompts, one a line (.txt), or embeddings (.safetensors, .npz)."),
+    ] = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Distil a model to a few steps without guidance, with an adaptor along it; the same command resumes."""
+    for source in (model, teacher):
+        if source is not None:
+            check_source(source)
+    given = {
+        "model": model, "teacher": teacher, "steps": steps, "teacher_steps": teacher_steps, "clock": clock,
+        "guidance_scale": guidance_scale, "rounds": rounds, "images": images, "passes": passes,
+        "conditioning": conditioning, "seed": seed,
+    }  # fmt: skip
+    asked = _asked("few-steps", config, given)
+    trainer = toolchain("edgediff.train.few_steps", "train few-steps", "train")
+    run = partial(trainer.train_few_steps, output, asked)
+    done = _train("few-steps", lambda say: run(progress=say), output, as_json, key="model")
+    if done is not None:
+        near = done.nearness
+        cached = "" if near.cached is None else f", {near.cached:.2f} dB at clock {asked.clock}"
+        out.print(f"{done.updates} updates: unseen seeds {near.full:.2f} dB{cached}; {near.before:.2f} dB before")
+        out.print(f"model: {done.path}")
+
+
 def _asked(what: str, config: Path | None, given: dict[str, Any]) -> Any:
     """The settings of a file, overridden by the options that were given."""
     import msgspec
 
     settings = toolchain("edgediff.train.settings", f"train {what}")
-    kind = getattr(settings, f"{what.capitalize()}Training")
+    kind = getattr(settings, f"{what.title().replace('-', '')}Training")
     asked: dict[str, Any] = {} if config is None else msgspec.to_builtins(settings.load_training(config, kind))
     for name, value in given.items():
         if isinstance(value, dict):

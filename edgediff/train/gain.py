@@ -1,4 +1,4 @@
-"""What an adaptor is worth: PSNR of final images of unseen seeds against clock 1, beside the identity's."""
+"""What an adaptor, or a distillation to a few steps, is worth: PSNR of final images of unseen seeds."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -32,13 +32,29 @@ class Gain:
     space: str
 
 
+@dataclass(frozen=True)
+class Nearness:
+    """PSNR of final samples of unseen seeds against the teacher's, in dB, a mean over images.
+
+    Attributes:
+        before: The model that the training began with, in the few steps, with the teacher's guidance.
+        full: The result, every step full, without guidance.
+        cached: The result at the clock; None without one.
+    """
+
+    before: float
+    full: float
+    cached: float | None
+    images: int
+
+
 def measure_gain(model: Model, rollouts: Rollouts) -> Gain:
     """Generates the same samples at clock 1, with the identity and with the learned adaptor, as `rollouts` says."""
     learned = rollouts.split
     identity = split(model.unet, learned.cut).to(next(learned.parameters()).device)
     reference = _generate(model, identity, rollouts, (True,) * len(rollouts.mask))
     kept, made = (
-        _psnr(reference, _generate(model, divided, rollouts, rollouts.mask), model.space)
+        psnr_of(reference, _generate(model, divided, rollouts, rollouts.mask), model.space)
         for divided in (identity, learned)
     )
     return Gain(kept, made, IMAGES, model.space)
@@ -66,8 +82,8 @@ def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[
     return np.concatenate(made)
 
 
-def _psnr(reference: np.ndarray, samples: np.ndarray, space: str) -> float:
-    """Mean of the samples' PSNR."""
+def psnr_of(reference: np.ndarray, samples: np.ndarray, space: str) -> float:
+    """Mean of the samples' PSNR in dB: of 8-bit images, or of latents against the range of the reference's."""
     axes = (1, 2, 3)
     peak: np.ndarray | float = np.abs(reference).max(axis=axes)
     if space == "pixel":

@@ -26,9 +26,10 @@ MOST = {
     "max_position_embeddings": 1024,
 }  # fmt: skip
 ABOVE_0 = (
-    "updates", "draws", "batch", "learning_rate", "checkpoint_minutes", "sample_every", "clip", "rounds", "images",
-    "passes", "store_gb", "guidance_scale", "latent_channels", "layers_per_block", "norm_num_groups", "size",
-    "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "updates", "draws", "steps", "teacher_steps", "batch", "learning_rate", "checkpoint_minutes", "sample_every",
+    "clip", "rounds", "images", "passes", "store_gb", "guidance_scale", "latent_channels", "layers_per_block",
+    "norm_num_groups", "size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size",
 )  # fmt: skip
 FROM_0 = ("warmup", "weight_decay", "output_weight", "spatial", "frequency", "kl_weight", "edge_weight", "latent_noise")
 MOST_BLOCKS = 64
@@ -95,6 +96,60 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
             )
         if self.steps is not None and self.scheduler is not None:
             check_clock(self.clock, self.steps, self.scheduler)
+
+
+class FewStepsTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Distillation to a few steps without guidance, with an adaptor along it; by AdamW.
+
+    Attributes:
+        teacher: Whose trajectories are learnt from; None takes the model's own.
+        steps: Of the result.
+        teacher_steps: A multiple of `steps`; None is four times as many.
+        scheduler, guidance_scale: The teacher's; None takes what it is usually sampled with.
+        clock: With cached steps, an adaptor learns along; 1 has none.
+        images: Trajectories of a round, in each process; all are stored, and learnt from in `passes`.
+        batch: Trajectories of an update, each with all its steps.
+        store_gb: Most GB (1e9 bytes) that they may take; None leaves that to the disk.
+    """
+
+    model: str | None = None
+    teacher: str | None = None
+    steps: int = 4
+    teacher_steps: int | None = None
+    scheduler: SchedulerName | None = None
+    guidance_scale: float | None = None
+    clock: int | str = 2
+    adaptor: Kind = "resnet"
+    takes_text: bool = False
+    cut: Cut = Cut()
+    rounds: int = 64
+    images: int = 64
+    passes: int = 40
+    batch: int = 16
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    store_gb: float | None = None
+    conditioning: str | None = None
+
+    free: ClassVar[tuple[str, ...]] = ("checkpoint_minutes", "store_gb")
+
+    @property
+    def from_steps(self) -> int:
+        """The teacher's steps."""
+        return 4 * self.steps if self.teacher_steps is None else self.teacher_steps
+
+    def check(self) -> None:
+        """Checks the steps and the clock."""
+        if self.from_steps <= self.steps or self.from_steps % self.steps:
+            raise ConfigError(
+                f"'teacher_steps' is {self.from_steps} for {self.steps} steps; expected a multiple of them: "
+                f"{2 * self.steps}, {3 * self.steps}, {4 * self.steps}, ..."
+            )
+        mask_of(self.clock, self.steps, "ddim")
 
 
 class AutoencoderTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -356,15 +411,20 @@ def training_from(data: Any, kind: type[T]) -> T:
     >>> training_from({"clock": 4, "rollout": "student"}, AdaptorTraining).rounds
     200
     """
-    return check_training(strict(clock_to_text(data) if issubclass(kind, AdaptorTraining) else data, kind))
+    return check_training(strict(clock_to_text(data) if "clock" in kind.__struct_fields__ else data, kind))
+
+
+def mask_of(clock: int | str, steps: int, scheduler: str) -> tuple[bool, ...]:
+    """The mask of a clock; a ConfigError where it is not one of so many steps."""
+    try:
+        return clock_mask(clock, steps, scheduler)
+    except RequestError as e:
+        raise ConfigError(str(e)) from e
 
 
 def check_clock(clock: int | str, steps: int, scheduler: str) -> tuple[bool, ...]:
     """The mask of a clock that has cached steps for an adaptor to learn; a ConfigError where it has none."""
-    try:
-        mask = clock_mask(clock, steps, scheduler)
-    except RequestError as e:
-        raise ConfigError(str(e)) from e
+    mask = mask_of(clock, steps, scheduler)
     if all(mask):
         raise ConfigError(
             f"clock {clock} over {steps} steps has no cached step: there is nothing to train; expected a clock with "
@@ -380,8 +440,9 @@ def check_training(settings: T) -> T:
         ConfigError: With the field, its value and what was expected.
     """
     settings = retyped(settings)
-    if isinstance(settings, AdaptorTraining) and isinstance(settings.clock, str) and settings.clock.isdecimal():
-        settings = msgspec.structs.replace(settings, clock=int(settings.clock[:20]))
+    clock = getattr(settings, "clock", None)
+    if isinstance(clock, str) and clock.isdecimal():
+        settings = msgspec.structs.replace(settings, clock=int(clock[:20]))
     fields = settings.__struct_fields__
     check_ranges(settings, *(tuple(n for n in names if n in fields) for names in (ABOVE_0, FROM_0, SHARES)))
     for name in fields:

@@ -17,10 +17,10 @@ from edgediff.models.clockwork import split
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.trained import AdaptorRecord
-from edgediff.train.gain import Gain
+from edgediff.train.gain import Gain, Nearness
 from edgediff.train.learner import DDPM
 from edgediff.train.loop import Progress, recent
-from edgediff.train.settings import AdaptorTraining, DecoderTraining, StudentTraining, UNetTraining
+from edgediff.train.settings import AdaptorTraining, DecoderTraining, FewStepsTraining, StudentTraining, UNetTraining
 from edgediff.train.text import Text
 from edgediff_runtime.manifest import Cost
 
@@ -65,6 +65,46 @@ process, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.l
 - **Loss** over the last tenth: {recent(state.losses):.4f} of the identity's ([curve]({LOSSES})).
 - **Gain**: PSNR of {gain.images} {what} of unseen seeds against clock 1: identity {gain.identity:.2f} dB, this \
 {gain.learned:.2f} dB.
+- **Versions**: {_versions()}.
+- **Licence**: as the model's, {model.card.license}.
+"""
+
+
+def few_steps_card(
+    model: Model,
+    teacher: Model,
+    settings: FewStepsTraining,
+    guidance: float,
+    nearness: Nearness,
+    state: Progress,
+    accelerator: Accelerator,
+) -> str:
+    """The card of a model that was distilled to a few steps, with what it is sampled with in its front matter."""
+    what = "8-bit images" if model.space == "pixel" else "latents"
+    cached = "" if nearness.cached is None else f", at clock {settings.clock} {nearness.cached:.2f} dB"
+    adaptor = (
+        "" if nearness.cached is None else f"; a {settings.adaptor} adaptor for clock {settings.clock} learnt along"
+    )
+    said = "" if model.card.license == "unknown" else f"license: {model.card.license}\n"
+    return f"""---
+{said}inference:
+  parameters:
+    num_inference_steps: {settings.steps}
+    guidance_scale: 1.0
+---
+# {model.name} in {settings.steps} steps
+
+- **What**: `{model.name}`, sha256 `{model.sha256}`, distilled to {settings.steps} steps of DDIM, trailing, without \
+guidance{adaptor}.
+- **Teacher**: `{teacher.name}`, sha256 `{teacher.sha256}`: trajectories of {settings.from_steps} steps with guidance \
+{guidance:g}.
+- **Data**: {settings.rounds * settings.images * accelerator.num_processes:,} trajectories from pure noise; no images.
+- **Training**: {settings.passes} pass(es), AdamW at {settings.learning_rate:g} ({settings.schedule}), averaged \
+weights ({settings.ema:g}), seed {settings.seed}: {state.updates:,} updates of \
+{settings.batch * accelerator.num_processes} trajectories in {_where(state, accelerator)}; loss \
+{recent(state.losses):.4f} ([curve]({LOSSES})).
+- **Nearness**: PSNR of {nearness.images} {what} of unseen seeds against the teacher's: {nearness.full:.2f} \
+dB{cached}; the model before, in {settings.steps} steps with guidance, {nearness.before:.2f} dB.
 - **Versions**: {_versions()}.
 - **Licence**: as the model's, {model.card.license}.
 """

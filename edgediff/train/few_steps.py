@@ -1,0 +1,403 @@
+"""Distillation to a few steps without guidance, with an adaptor trained along it.
+
+Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) halves the steps again and again; here one stage goes
+from the teacher's trajectory to the few steps. A step of DDIM is linear in the sample and in what the UNet predicts, so
+there is one prediction with which the step from a point of the trajectory ends at the point where the teacher is after
+its own several steps: that is what the UNet learns. The teacher's guidance is within its trajectory (Meng et al. 2022,
+arXiv 2210.03142), so that the result needs none and runs one row for an image, not two.
+
+An adaptor that is trained for the UNet before it fits no UNet after it. With a clock, both learn together: on cached
+steps the adaptor takes the place of the low-resolution part, and the same prediction is asked of it (Clockwork
+Diffusion, section 3.3, asks for the feature instead, which moves while the UNet learns).
+"""
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
+from torch import nn
+from torch.nn import functional as F
+
+from edgediff.data.batches import generator
+from edgediff.errors import ConfigError
+from edgediff.models.adaptors import LearnedAdaptor
+from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.graphs import adaptor_shape, graph_list
+from edgediff.models.load import Model, load_model
+from edgediff.models.sampling import diffusers_scheduler, scheduler_config
+from edgediff.models.torch_session import TorchSession
+from edgediff.models.trained import FOLDER as ADAPTORS
+from edgediff.models.trained import FORMAT, AdaptorRecord, save_adaptor
+from edgediff.models.undivided import undivided_session
+from edgediff.outputs import check_drawing, write_whole
+from edgediff.train.claim import Claim, writing
+from edgediff.train.gain import Nearness, psnr_of
+from edgediff.train.learner import check_pair
+from edgediff.train.loop import Loop, Say, Task, begin, recent
+from edgediff.train.rollout import FIRST_SEED, PROMPTS, Prompts
+from edgediff.train.settings import FewStepsTraining, check_training, mask_of
+from edgediff.train.store import Store, Tensors
+from edgediff.train.text import text_of
+from edgediff.train.training_card import CARD, LOSSES, draw_losses, few_steps_card
+from edgediff.train.unet import UNET, save_parts
+from edgediff_runtime.bundle import sha256_of
+from edgediff_runtime.loop import CACHE, Request, denoise, initial_latents
+from edgediff_runtime.manifest import TrainedFor
+from edgediff_runtime.schedulers import Scheduler, make_scheduler
+
+FULL, CACHED = "full", "cached"
+SAMPLER = "ddim"
+PATH, PROMPT = "path", "prompt"
+# Measured on seeds that are not learnt from.
+_MEASURED, _SEED = 32, 1
+
+
+@dataclass(frozen=True)
+class FewStepsTrained:
+    """The result of a training; `loss` is the full steps', a mean over the last tenth of the updates."""
+
+    path: Path
+    updates: int
+    loss: float
+    nearness: Nearness
+
+
+def train_few_steps(
+    path: str | Path, settings: FewStepsTraining, *, progress: Say | None = None
+) -> FewStepsTrained | None:
+    """Distils a model to a few steps in the folder `path`, or resumes an interrupted training of the same settings.
+
+    The result is a directory as the model's, with other weights of the UNet, DDIM's scheduler and, with a clock, the
+    adaptor in ``adaptors/``.
+
+    Returns:
+        None where it is there already.
+
+    Raises:
+        ConfigError: The settings, the model and its teacher do not fit together.
+        ModelError: One of them cannot be loaded, or has no weights or no scheduler.
+        TargetError: Something else is in the folder, another training runs there, or the disk is full.
+        TrainingError: The loss is not finite; the last good checkpoint is kept.
+        UnsupportedError: The model cannot be divided, or no such adaptor fits.
+    """
+    settings = check_training(settings)
+    if settings.model is None:
+        raise ConfigError("no model: name a diffusers directory or a built-in model, 'model' in the settings")
+    path = Path(path)
+    accelerator, say = begin(path, progress, settings.precision)
+    check_drawing("drawing the loss curve")
+    model = load_model(settings.model)
+    teacher = load_model(settings.model if settings.teacher is None else settings.teacher)
+    for each in (model, teacher):
+        if not each.has_weights:
+            raise ConfigError(f"{each.name} is a geometry without weights: there is nothing to learn from")
+        each.check_schedule()
+    if model.single is not None or not (model.home / UNET).is_dir():
+        raise ConfigError(
+            f"{model.path} is not the directory of a model with a folder {UNET}: save it as diffusers does"
+        )
+    check_pair(teacher, model)
+    sources = {"another model": model.sha256, "another teacher": teacher.sha256}
+    if settings.conditioning is not None:
+        file = Path(settings.conditioning)
+        if not file.is_file():
+            raise ConfigError(f"conditioning {file}: no such file")
+        sources[f"other prompts in {file}"] = sha256_of(file)
+    if model.conditioning.kind == "text" and Path(settings.conditioning or PROMPTS).suffix == PROMPTS:
+        digests = {each.name: text_of(each, learns=False).digest() for each in (teacher, model)}
+        if len({*digests.values()}) > 1:
+            raise ConfigError(
+                f"the teacher {teacher.name} has another text encoder than {model.name}: expected the same"
+            )
+        sources["another text encoder"] = digests[model.name]
+    claim = Claim(path, CARD, settings, sources, accelerator)
+    if claim.is_done():
+        return None
+    teacher.unet.to(accelerator.device)
+    paths = Paths(teacher, settings)
+    learner = _learner(model, paths.mask, settings).to(accelerator.device)
+    with claim.locked():
+        say("measuring the model before it learns", 0.0)
+        before = _nearness(model, split(model.unet, settings.cut), paths, paths.guidance, None)
+        task = _FewStepsTask(accelerator, learner, paths, path)
+        loop = Loop(task, path)
+        loop.run(say)
+        say("measuring unseen seeds", 1.0)
+        nearness = Nearness(
+            before=before,
+            full=_nearness(model, learner.divided, paths, 1.0, None),
+            cached=_nearness(model, learner.divided, paths, 1.0, paths.mask) if learner.learns_adaptor else None,
+            images=_MEASURED,
+        )
+        if accelerator.is_main_process:
+            loop.count_time()
+            draw_losses(
+                task.state.terms,
+                path / LOSSES,
+                f"{model.name}: {settings.steps} steps instead of {settings.from_steps}, clock {settings.clock}",
+                "squared error of the prediction",
+            )
+            with writing(path, loop.kept()):
+                _save(path, model, teacher, learner, paths, nearness, task, accelerator)
+    accelerator.end_training()
+    return FewStepsTrained(path, task.state.updates, recent(task.state.terms[FULL]), nearness)
+
+
+class Paths:
+    """The teacher's trajectories at the time steps of the few steps: from noise, with its sampler and guidance."""
+
+    def __init__(self, teacher: Model, settings: FewStepsTraining) -> None:
+        """Takes a teacher with its UNet on its device.
+
+        Raises:
+            ConfigError: The conditioning does not fit, or the teacher's steps do not pass the few ones.
+            UnsupportedError: The sampler is not supported.
+        """
+        self.settings, self.teacher = settings, teacher
+        sampler = teacher.usual_sampler if settings.scheduler is None else settings.scheduler
+        config = scheduler_config(teacher.scheduler, sampler)
+        if config.draws_noise:
+            raise ConfigError(f"{sampler} draws noise in its steps; expected a sampler that does not, ddim or dpmpp_2m")
+        self.scheduler = make_scheduler(config, settings.from_steps)
+        self.few = few_steps_of(teacher, settings.steps)
+        theirs = [float(t) for t in self.scheduler.timesteps]
+        missing = [float(t) for t in self.few.timesteps if float(t) not in theirs]
+        if missing or len(theirs) != settings.from_steps:
+            raise ConfigError(
+                f"{settings.from_steps} steps of {sampler} have the time steps {', '.join(f'{t:g}' for t in theirs)}, "
+                f"which are not those of {settings.steps} steps ({', '.join(f'{t:g}' for t in self.few.timesteps)}): "
+                "expected a multiple of the steps, trailing spacing and a sampler that calls the UNet once a step"
+            )
+        self.places = [theirs.index(float(t)) for t in self.few.timesteps]
+        self.mask = mask_of(settings.clock, settings.steps, SAMPLER)
+        given = settings.guidance_scale
+        self.guidance = teacher.usual_guidance if given is None else given
+        self.prompts = Prompts.of(teacher, self.guidance > 1, settings.conditioning)
+        self.session = undivided_session(teacher, 2 * settings.images)
+
+    def draw(self, index: int) -> Tensors:
+        """Draws the trajectories of a round in a process, by the number of the two.
+
+        Returns:
+            ``path`` [images, steps + 1, C, H, W], the samples before each of the few steps and the final ones, and
+            ``prompt``, int64 [images], their prompts' numbers.
+        """
+        rng = np.random.default_rng([self.settings.seed, index])
+        chosen = rng.integers(self.prompts.count, size=self.settings.images)
+        seed = FIRST_SEED + (self.settings.seed << 20) + index
+        return {PATH: torch.from_numpy(self.walk(chosen, seed)), PROMPT: torch.from_numpy(chosen)}
+
+    def walk(self, chosen: np.ndarray, seed: int) -> np.ndarray:
+        """The teacher's samples before each of the few steps, and the final ones, of these prompts."""
+        cond, uncond = self.prompts.take(chosen)
+        latents = initial_latents(seed, len(chosen), self.teacher.sample_shape, self.scheduler.init_noise_sigma)
+        steps = len(self.scheduler.timesteps)
+        request = Request(
+            graphs=self.session.graphs,
+            scheduler=self.scheduler,
+            clock=(True,) * steps,
+            guidance=(self.guidance,) * steps,
+            latents=latents,
+            cond=cond,
+            uncond=uncond,
+            seed=seed,
+        )
+        passed = [latents, *(step.latents for step in denoise(request, self.session))]
+        return np.stack([passed[place] for place in (*self.places, steps)], axis=1).astype(np.float32)
+
+
+def few_steps_of(model: Model, steps: int) -> Scheduler:
+    """DDIM in a few steps with trailing spacing, which begins at pure noise, for the model's noise schedule."""
+    return make_scheduler(scheduler_config(ddim_of(model), SAMPLER), steps)
+
+
+def ddim_of(model: Model) -> DDIMScheduler:
+    """Makes diffusers' DDIM for a model's noise schedule, with trailing spacing and without clipping."""
+    config = dict(diffusers_scheduler(model.scheduler, SAMPLER).config)
+    changes = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
+    made: DDIMScheduler = DDIMScheduler.from_config(config | changes)
+    return made
+
+
+def linear_step(scheduler: Scheduler, index: int) -> tuple[float, float]:
+    """A and B of a step that is ``x_next = A x + B out``: DDIM's, without clipping."""
+    one, zero = np.ones((1, 1, 1, 1), dtype=np.float32), np.zeros((1, 1, 1, 1), dtype=np.float32)
+    of_x, of_out = (scheduler.step(index, x, out, None, None, True)[0].item() for x, out in ((one, zero), (zero, one)))
+    return float(of_x), float(of_out)
+
+
+class FewStepsLearner(nn.Module):
+    """The divided UNet with its adaptor, and the terms of the loss."""
+
+    coefficients: torch.Tensor
+    timesteps: torch.Tensor
+
+    def __init__(self, divided: SplitUNet, scheduler: Scheduler, mask: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.divided, self.mask = divided, mask
+        self.learns_adaptor = not all(mask)
+        coefficients = torch.tensor([linear_step(scheduler, i) for i in range(len(mask))], dtype=torch.float32)
+        self.register_buffer("coefficients", coefficients, persistent=False)
+        self.register_buffer("timesteps", torch.from_numpy(np.array(scheduler.timesteps)), persistent=False)
+
+    def forward(self, path: torch.Tensor, cond: Tensors) -> Tensors:
+        """The terms of the loss, ``full`` and ``cached``, scalars, of trajectories [B, steps + 1, C, H, W].
+
+        `cond` is the conditioning by name, [B, ...].
+        """
+        count, steps = len(path), len(self.mask)
+        of_x, of_out = (each.reshape(1, steps, 1, 1, 1) for each in self.coefficients.unbind(1))
+        target = (path[:, 1:] - of_x * path[:, :-1]) / of_out
+        parts = self.divided.parts
+        tensors = {name: rows.repeat_interleave(steps, dim=0) for name, rows in cond.items()}
+        tensors |= {"sample": path[:, :-1].flatten(0, 1), "timestep": self.timesteps.repeat(count)}
+        for name in ("highres_in", "lowres", "highres_out"):
+            tensors |= parts[name].run(tensors)
+        by_step = {name: value.reshape(count, steps, *value.shape[1:]) for name, value in tensors.items()}
+        made = by_step["out_sample"].float()
+        terms = {FULL: F.mse_loss(made, target)}
+        if self.learns_adaptor:
+            errors, cache = [], by_step["lowres_feature"][:, 0]
+            for i, full in enumerate(self.mask):
+                here = {name: value[:, i] for name, value in by_step.items()}
+                if not full:
+                    for name in ("adaptor", "highres_out"):
+                        here |= parts[name].run({**here, CACHE: cache})
+                    errors.append(F.mse_loss(here["out_sample"].float(), target[:, i]))
+                cache = here["lowres_feature"]
+            terms[CACHED] = torch.stack(errors).mean()
+        return terms
+
+
+def _learner(model: Model, mask: tuple[bool, ...], settings: FewStepsTraining) -> FewStepsLearner:
+    adaptor = None
+    if not all(mask):
+        shape = adaptor_shape(split(model.unet, settings.cut), model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            adaptor = LearnedAdaptor(settings.adaptor, shape, settings.takes_text)
+    divided = split(model.unet.requires_grad_(True).train(), settings.cut, adaptor)
+    return FewStepsLearner(divided, few_steps_of(model, settings.steps), mask)
+
+
+class _FewStepsTask(Task):
+    """A visit is a pass over a round of trajectories."""
+
+    def __init__(self, accelerator: Accelerator, learner: FewStepsLearner, paths: Paths, path: Path) -> None:
+        settings = paths.settings
+        optimizer = torch.optim.AdamW(
+            learner.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        super().__init__(accelerator, settings, learner, optimizer, learner, settings.rounds * settings.passes)
+        self.weights = {FULL: 1.0, CACHED: 1.0}
+        self.paths = paths
+        self.round: Tensors = {}
+        bound = None if settings.store_gb is None else settings.store_gb / accelerator.num_processes
+        self.store = Store(path, accelerator.process_index, settings.rounds, "rounds", bound)
+
+    def batches(self, visit: int) -> Sequence[torch.Tensor]:
+        """Rows of a round, in a seeded order; a pass goes through all rounds."""
+        settings, index = self.settings, visit % self.settings.rounds
+        self.round = self.store.get(index, lambda: self.paths.draw(self.number(index)), torch.device("cpu"))
+        order = torch.randperm(settings.images, generator=generator(settings.seed, visit))
+        return torch.split(order, settings.batch)
+
+    def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
+        cond, _ = self.paths.prompts.take(self.round[PROMPT][batch].numpy())
+        given = {name: torch.from_numpy(rows).to(self.device) for name, rows in cond.items()}
+        terms: dict[str, torch.Tensor] = model(self.round[PATH][batch].to(self.device), given)
+        return terms
+
+
+@torch.no_grad()
+def _nearness(model: Model, divided: SplitUNet, paths: Paths, guidance: float, mask: tuple[bool, ...] | None) -> float:
+    """PSNR in dB of final samples in the few steps against the teacher's, on unseen seeds; `mask` None is all full."""
+    divided.eval()
+    chosen = np.random.default_rng(_SEED).integers(paths.prompts.count, size=_MEASURED)
+    scheduler = few_steps_of(model, paths.settings.steps)
+    steps = len(scheduler.timesteps)
+    session = TorchSession(divided.parts, graph_list(divided, model))
+    references, made = [], []
+    at_once = min(paths.settings.images, _MEASURED)
+    for first in range(0, _MEASURED, at_once):
+        some, seed = chosen[first : first + at_once], _SEED + first
+        cond, uncond = paths.prompts.take(some)
+        request = Request(
+            graphs=session.graphs,
+            scheduler=scheduler,
+            clock=(True,) * steps if mask is None else mask,
+            guidance=(guidance,) * steps,
+            latents=initial_latents(seed, len(some), model.sample_shape, scheduler.init_noise_sigma),
+            cond=cond,
+            uncond=uncond if guidance > 1 else {},
+            seed=seed,
+        )
+        made.append(deque(denoise(request, session), maxlen=1).pop().latents)
+        references.append(paths.walk(some, seed)[:, -1])
+    return psnr_of(np.concatenate(references), np.concatenate(made), model.space)
+
+
+def _save(
+    path: Path,
+    model: Model,
+    teacher: Model,
+    learner: FewStepsLearner,
+    paths: Paths,
+    nearness: Nearness,
+    task: Task,
+    accelerator: Accelerator,
+) -> None:
+    """Writes the model's directory with what is new in it; the card comes last, by which it is known to be whole."""
+    settings = paths.settings
+    index = model.home / "model_index.json"
+    if index.is_file():
+        said = json.loads(index.read_text(encoding="utf-8"))
+        said["scheduler"] = ["diffusers", DDIMScheduler.__name__]
+        (path / index.name).write_text(f"{json.dumps(said, indent=1)}\n", encoding="utf-8")
+        for name, value in said.items():
+            has_part = isinstance(value, list) and value[0] is not None and (model.home / name).is_dir()
+            if has_part and name not in (UNET, "scheduler"):
+                shutil.copytree(model.home / name, path / name, dirs_exist_ok=True)
+    if (model.home / "classes.json").is_file():
+        shutil.copy(model.home / "classes.json", path / "classes.json")
+    save_parts(path, {"scheduler": ddim_of(model), UNET: model.unet.requires_grad_(False).eval()})
+    if learner.learns_adaptor:
+        _save_adaptor(path, model, learner, paths)
+    card = few_steps_card(model, teacher, settings, paths.guidance, nearness, task.state, accelerator)
+    write_whole(path / CARD, lambda scratch: scratch.write_text(card, encoding="utf-8"))
+
+
+def _save_adaptor(path: Path, model: Model, learner: FewStepsLearner, paths: Paths) -> None:
+    """Writes the adaptor for the UNet that lies in the folder by now."""
+    settings, adaptor = paths.settings, learner.divided.adaptor
+    assert isinstance(adaptor, LearnedAdaptor)
+    shape = adaptor_shape(learner.divided, model)
+    record = AdaptorRecord(
+        edgediff_adaptor=FORMAT,
+        kind=settings.adaptor,
+        takes_text=settings.takes_text,
+        model=path.resolve().name,
+        model_sha256=load_model(path).sha256,
+        cut=settings.cut,
+        highres=shape.highres,
+        lowres=shape.lowres,
+        emb=shape.emb,
+        text=shape.text if settings.takes_text else None,
+        trained_for=TrainedFor(
+            num_inference_steps=settings.steps,
+            scheduler=SAMPLER,
+            clock=settings.clock,
+            mask=tuple(int(full) for full in paths.mask),
+            guidance_scale=1.0,
+        ),
+        rollout="teacher",
+    )
+    save_adaptor(adaptor, record, path / ADAPTORS / f"{settings.adaptor}-clock-{settings.clock}")
