@@ -29,9 +29,9 @@ from edgediff.models.macs import tally
 from edgediff.models.trained import (
     RECORD,
     WEIGHTS,
-    built_in_adaptors,
     choose_adaptor,
     load_adaptor,
+    own_adaptors,
     save_adaptor,
 )  # fmt: skip
 
@@ -227,9 +227,9 @@ def test_controlnet_residuals_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["grocery-32", "grocery-32-student"])
-def test_built_in_adaptors_are_whole_and_belong_to_their_model(name: str) -> None:
+def test_own_adaptors_are_whole_and_belong_to_their_model(name: str) -> None:
     model = load_model(name)
-    found = dict(built_in_adaptors(model))
+    found = dict(own_adaptors(model))
     assert {path.name for path in found} == {path.name for path in (model.path / "adaptors").iterdir()}
     for path, record in found.items():
         adaptor = load_adaptor(path, is_built_in=True)

@@ -104,7 +104,7 @@ def test_each_term_can_be_switched_off(
 def test_draws_that_come_again_ask_the_teacher_once(
     student_training: StudentTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many draws as updates are what no limit draws; with fewer, they come again and so do their losses' features."""
+    """As many draws as updates are what no limit draws; fewer come again, with the features that are stored."""
     asked = []
 
     def features(unet: Any, *rest: Any) -> Any:

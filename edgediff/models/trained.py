@@ -1,7 +1,7 @@
 """A trained adaptor on disk: what it fits, what it was trained for, its weights.
 
-A folder with ``adaptor.json`` and ``adaptor.safetensors``, a card and the loss curve; built-in ones are in their
-model's folder in the zoo. An adaptor belongs to one UNet at one cut, and is refused by any other. It was trained for
+A folder with ``adaptor.json`` and ``adaptor.safetensors``, a card and the loss curve, anywhere or in ``adaptors/`` of
+its model's directory. An adaptor belongs to one UNet at one cut, and is refused by any other. It was trained for
 one operating point, and is less good at others.
 """
 
@@ -151,8 +151,9 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
     """Finds the adaptor of that name, or the one that fits.
 
     Args:
-        spec: The name of a built-in adaptor, or its kind (the nearest to the operating point); a folder; ``identity``;
-            None takes the built-in one that was trained for this operating point, and the identity where there is none.
+        spec: The name of an adaptor in the model's directory, or its kind (the nearest to the operating point); a
+            folder; ``identity``; None takes the one in the model's directory that was trained for this operating point,
+            and the identity where there is none.
 
     Raises:
         ModelError: The folder is not an adaptor's.
@@ -160,27 +161,27 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
     """
     if spec == "identity":
         return TrainedAdaptor(IdentityAdaptor())
-    built_in = list(built_in_adaptors(model))
-    if spec is not None and _is_folder(spec, built_in):
+    own = list(own_adaptors(model))
+    if spec is not None and _is_folder(spec, own):
         found = load_adaptor(Path(spec))
         check_fit(found, model, cut)
         return found
-    here = [(path, record) for path, record in built_in if record.cut == cut]
+    here = [(path, record) for path, record in own if record.cut == cut]
     if spec is None:
         # The clocks may be written in different ways.
         exact = [p for p, r in here if msgspec.structs.replace(r.trained_for, clock=point.clock) == point]
-        return load_adaptor(exact[0], is_built_in=True) if exact else TrainedAdaptor(IdentityAdaptor())
+        return load_adaptor(exact[0], model.is_built_in) if exact else TrainedAdaptor(IdentityAdaptor())
     named = [(path, record) for path, record in here if spec in (path.name, record.kind)]
     if named:
         path, _ = min(named, key=lambda entry: _distance(entry[1].trained_for, point))
-        return load_adaptor(path, is_built_in=True)
-    for path, record in built_in:
+        return load_adaptor(path, model.is_built_in)
+    for path, record in own:
         if path.name == spec:
             raise UnsupportedError(
                 f"adaptor {spec} was trained at level {record.cut.level}, {record.cut.point} ({record.shape}); "
                 f"this is level {cut.level}, {cut.point} ({adaptor_shape(split(model.unet, cut), model)})"
             )
-    choices = ", ".join(["identity", *(path.name for path, _ in built_in), "a folder that train adaptor wrote"])
+    choices = ", ".join(["identity", *(path.name for path, _ in own), "a folder that train adaptor wrote"])
     raise UnsupportedError(
         f"no adaptor {spec!r} is trained for {model.name} at level {cut.level}, {cut.point}; choices: {choices}"
     )
@@ -192,21 +193,21 @@ def trained_for(spec: str | None, model: Model) -> m.TrainedFor | None:
     Raises:
         ModelError: The folder is not an adaptor's.
     """
-    if spec is None or not _is_folder(spec, built_in_adaptors(model)):
+    if spec is None or not _is_folder(spec, own_adaptors(model)):
         return None
     return read_record(Path(spec)).trained_for
 
 
-def _is_folder(spec: str, built_in: Iterable[tuple[Path, AdaptorRecord]]) -> bool:
-    """Whether a folder is meant: built-in names and ``identity`` come before folders of the working directory."""
-    named = spec == "identity" or any(spec in (path.name, record.kind) for path, record in built_in)
+def _is_folder(spec: str, own: Iterable[tuple[Path, AdaptorRecord]]) -> bool:
+    """Whether a folder is meant: the model's own names and ``identity`` come before the working directory's."""
+    named = spec == "identity" or any(spec in (path.name, record.kind) for path, record in own)
     return not named and Path(spec).is_dir()
 
 
-def built_in_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:
-    """Folder and record of each adaptor in a built-in model's folder that was trained for its weights."""
+def own_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:
+    """Folder and record of each adaptor in a model's directory that was trained for its weights."""
     folder = model.path / FOLDER
-    if model.is_built_in and folder.is_dir():
+    if folder.is_dir():
         for path in sorted(folder.iterdir()):
             record = read_record(path)
             if record.model_sha256 == model.sha256:

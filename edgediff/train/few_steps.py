@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -166,7 +167,9 @@ class Paths:
         config = scheduler_config(teacher.scheduler, sampler)
         if config.draws_noise:
             raise ConfigError(f"{sampler} draws noise in its steps; expected a sampler that does not, ddim or dpmpp_2m")
-        self.scheduler = make_scheduler(config, settings.from_steps)
+        self.scheduler = make_scheduler(
+            msgspec.structs.replace(config, timestep_spacing="trailing"), settings.from_steps
+        )
         self.few = few_steps_of(teacher, settings.steps)
         theirs = [float(t) for t in self.scheduler.timesteps]
         missing = [float(t) for t in self.few.timesteps if float(t) not in theirs]
@@ -174,7 +177,7 @@ class Paths:
             raise ConfigError(
                 f"{settings.from_steps} steps of {sampler} have the time steps {', '.join(f'{t:g}' for t in theirs)}, "
                 f"which are not those of {settings.steps} steps ({', '.join(f'{t:g}' for t in self.few.timesteps)}): "
-                "expected a multiple of the steps, trailing spacing and a sampler that calls the UNet once a step"
+                "expected a sampler that calls the UNet once a step, at the time steps themselves: ddim, dpmpp_2m"
             )
         self.places = [theirs.index(float(t)) for t in self.few.timesteps]
         self.mask = mask_of(settings.clock, settings.steps, SAMPLER)

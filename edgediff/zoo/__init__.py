@@ -40,15 +40,22 @@ def no_model(source: str) -> ModelError:
 
 
 def check_adaptor(adaptor: str, source: str) -> None:
-    """Refuses an adaptor that is neither the identity, nor a folder, nor built in, before torch is imported.
+    """Refuses an adaptor that is neither the identity, nor a folder, nor beside the model, before torch is imported.
 
     Raises:
         UnsupportedError: With the choices.
     """
-    folder = built_in(source)
-    records = [] if folder is None else sorted(folder.glob("adaptors/*/adaptor.json"))
+    folder = built_in(source) or Path(source)
+    records = sorted(folder.glob("adaptors/*/adaptor.json"))
     names = [record.parent.name for record in records]
-    kinds = [json.loads(record.read_text(encoding="utf-8"))["kind"] for record in records]
-    if adaptor not in ("identity", *names, *kinds) and not (adaptor and Path(adaptor).is_dir()):
+    if adaptor not in ("identity", *names, *map(_kind_in, records)) and not (adaptor and Path(adaptor).is_dir()):
         choices = ", ".join(["identity", *names, "a folder that train adaptor wrote"])
         raise UnsupportedError(f"no adaptor {adaptor!r} beside {Path(source).name}; choices: {choices}")
+
+
+def _kind_in(record: Path) -> str:
+    """The kind that an adaptor's record names; '' where it is damaged, which is refused when the model is loaded."""
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
