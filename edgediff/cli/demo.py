@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from edgediff_runtime import Result
 
 # Built-in models with weights and a recipe of their name; the first is the default.
-MODELS = ("grocery-32-student", "grocery-32")
-IMAGES = 16
+MODELS = ("drawings-64", "grocery-32-student", "grocery-32")
+# What models of text are asked for; the others draw their classes one after the other.
+PROMPTS = (
+    "red apple, fluent 3d", "avocado, fluent 3d", "watermelon, fluent flat", "hamburger, fluent 3d",
+    "dog face, fluent 3d", "panda, fluent flat", "frog, twemoji", "butterfly, fluent 3d",
+    "soccer ball, noto", "rocket, fluent 3d", "taxi, noto", "sailboat, fluent 3d",
+    "mushroom, noto", "sunflower, noto", "cactus, twemoji", "star, fluent 3d",
+)  # fmt: skip
+IMAGES = len(PROMPTS)
 ROUNDS = 2
 SCALE = 4
 
@@ -39,10 +46,11 @@ def doctor(as_json: JsonOption = False) -> None:
         raise VerificationError(f"{len(found.known_bad)} known-bad pair(s) of versions: {found.known_bad[0]}")
 
 
-@app.command(epilog="Examples:  edgediff demo -o demo   |   edgediff demo grocery-32")
+@app.command(epilog="Examples:  edgediff demo -o demo   |   edgediff demo grocery-32-student")
 def demo(
     model: Annotated[
-        str, typer.Argument(help="grocery-32-student, a spectral student, or its teacher grocery-32.")
+        str,
+        typer.Argument(help="drawings-64, a small Stable Diffusion; or grocery-32-student, or its teacher grocery-32."),
     ] = MODELS[0],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")] = Path(
         "out/demo"
@@ -60,13 +68,19 @@ def demo(
         shown = run_demo(output, say, model)
     for table in demo_tables(shown):
         out.print(table)
+    if shown.prompts:
+        out.print(f"prompts, row by row: {'; '.join(shown.prompts)}")
     if not shown.report.ok:
         raise VerificationError(f"{shown.bundle}: {shown.report.failure}")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the demo did: the same images at clock 1 and at the recipe's clock, and the grids of both."""
+    """What the demo did: the same images at clock 1 and at the recipe's clock, and the grids of both.
+
+    Attributes:
+        prompts: Of the images, row by row; empty where they are of classes.
+    """
 
     bundle: Path
     report: "ParityReport"
@@ -74,6 +88,7 @@ class Shown:
     always: "Result"
     clocked: "Result"
     pictures: dict[str, Path]
+    prompts: tuple[str, ...] = ()
 
 
 def run_demo(folder: Path, say: Callable[[str], None], model: str) -> Shown:
@@ -107,11 +122,12 @@ def run_demo(folder: Path, say: Callable[[str], None], model: str) -> Shown:
     if report is None:
         report = verify_bundle(bundle, loaded, progress=lambda what: say(f"verifying: {what}"))
     pipe = EdgePipeline.from_pretrained(bundle)
-    pipe(num_images=IMAGES, num_inference_steps=1, clock=1)  # a session's first call takes longer
+    asked: dict[str, Any] = {"prompt": [*PROMPTS]} if pipe.can_encode else {"num_images": IMAGES}
+    pipe(**asked, num_inference_steps=1, clock=1)  # a session's first call takes longer
     runs = []
     for again in range(ROUNDS):
         say(f"generating with clock 1 and clock {config.clock}, round {again + 1} of {ROUNDS}")
-        runs.append((pipe(num_images=IMAGES, clock=1), pipe(num_images=IMAGES)))
+        runs.append((pipe(**asked, clock=1), pipe(**asked)))
     # The faster run of each: other load on the machine can only add time.
     always, clocked = (min(results, key=lambda result: result.ms) for results in zip(*runs, strict=True))
     left, right = grid(always.images), grid(clocked.images)
@@ -121,4 +137,12 @@ def run_demo(folder: Path, say: Callable[[str], None], model: str) -> Shown:
         stem, what = (name, name) if name == "both" else (f"clock-{name}", f"clock {name}")
         pictures[what] = folder / f"{stem}.png"
         write_png(pictures[what], image, SCALE)
-    return Shown(bundle, report, survey_bundle(bundle, None, None, None), always, clocked, pictures)
+    return Shown(
+        bundle=bundle,
+        report=report,
+        survey=survey_bundle(bundle, None, None, None),
+        always=always,
+        clocked=clocked,
+        pictures=pictures,
+        prompts=PROMPTS if pipe.can_encode else (),
+    )

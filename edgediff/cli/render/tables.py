@@ -84,7 +84,7 @@ def report_tables(report: "ParityReport") -> list[Table]:
 
 
 def ledger_table(result: Result) -> Table:
-    """One line for each step of a generation, in milliseconds."""
+    """One line for each step of a generation, and for each component outside of the loop, in milliseconds."""
     spent = {name for step in result.ledger for name, ms in step.ms.items() if ms > 0}
     names = [name for name in (*PARTS, *OUTSIDE) if name in spent]
     table = Table(title="ledger, ms", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -100,6 +100,8 @@ def ledger_table(result: Result) -> Table:
         cells = [f"{step.ms[name]:.1f}" if name in step.ms else "-" for name in names]
         kind = "full" if step.full else "cached"
         table.add_row(str(step.index), f"{step.timestep:g}", kind, *cells, f"{sum(step.ms.values()):.1f}")
+    for name, ms in result.stages.items():
+        table.add_row("", "", name, *("-" for _ in names), f"{ms:.1f}")
     return table
 
 
@@ -264,10 +266,13 @@ def demo_tables(shown: "Shown") -> list[Table]:
     for name in (*clocks, "saved"):
         saved.add_column(name, justify="right")
     masks = ((True,) * len(survey.mask), survey.mask)
+    whole = [result.ms for result in (shown.always, shown.clocked)]
+    loops = [result.ms - sum(result.stages.values()) for result in (shown.always, shown.clocked)]
     for name, (always, clocked) in {
         "GFLOPs per image, without attention matmuls": [1e3 * survey.tflops(mask, False) for mask in masks],
         "GFLOPs per image, with them": [1e3 * survey.tflops(mask, True) for mask in masks],
-        "UNet loop, ms": [shown.always.ms, shown.clocked.ms],
+        "UNet loop, ms": loops,
+        **({"from the prompts to the pixels, ms": whole} if shown.prompts else {}),
     }.items():
         saved.add_row(name, f"{always:,.1f}", f"{clocked:,.1f}", f"{1 - clocked / always:.1%}")
     where = Table(show_header=False, box=box.SIMPLE)
