@@ -3,8 +3,8 @@
 Lite is trained by the recipe `grocery-32-lite`. With `--images`, distances of 1,000 generated images from held-out
 photographs: 20 steps of DPM-Solver++ 2M, guidance 2, the same noise and classes for all. The bars: the student's kernel
 distance at least 20 % below Lite's, its spectrum error in the top two octaves at least 30 % below, at most an eighth of
-its teacher's multiply-adds, and a step in ONNX Runtime at least six times as fast as its teacher's. `--train FOLDER` also
-finds the nearest training photographs.
+its teacher's multiply-adds, and a step in ONNX Runtime at least six times as fast as its teacher's. `--train FOLDER`
+also finds the nearest training photographs.
 """
 
 import argparse

@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from unets import CASES, unet2d
 
 from edgediff import Cut, load_model, split
+from edgediff.cli.demo import PROMPTS
+from edgediff.models.classifier import built_in_classifier, load_classifier
+from edgediff.models.components import pipeline_components
 from edgediff.models.conditioning import TensorSpec
 from edgediff.models.load import random_weights
 from edgediff.models.macs import tally
@@ -173,6 +176,22 @@ def test_the_built_in_model_with_weights() -> None:
     assert (len(model.conditioning.labels), model.conditioning.null_label) == (35, 35)
     assert (model.space, model.card.license) == ("pixel", "apache-2.0")
     assert "Apache License" in str(model.card.license_text)
+
+
+def test_the_built_in_pipeline() -> None:
+    """A whole Stable Diffusion, with what it is sampled with in its card, and a classifier of what it was taught."""
+    model = load_model("drawings-64")
+    assert_ready(model.unet)
+    assert (model.conditioning.kind, model.space, model.sample_shape) == ("text", "latent", (4, 16, 16))
+    assert (model.usual_sampler, model.usual_steps, model.usual_guidance) == ("dpmpp_2m", 8, 3.0)
+    assert set(pipeline_components(model)) == {"text_encoder", "vae_decoder", "vae_encoder"}
+    assert (model.card.license, "Twemoji" in model.card.text) == ("apache-2.0", True)
+    names = tuple((model.path / "things.txt").read_text().splitlines())
+    assert len(names) == len({*names}) == 520
+    assert built_in_classifier(names, 64) == model.path / "classifier"
+    styles = load_classifier(model.path / "classifier").shape.styles
+    assert {prompt.partition(", ")[0] for prompt in PROMPTS} <= {*names}
+    assert {prompt.partition(", ")[2].replace(" ", "-") for prompt in PROMPTS} <= {*styles}
 
 
 def test_the_built_in_student() -> None:
