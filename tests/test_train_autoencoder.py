@@ -244,7 +244,10 @@ def _reword(folder: Path, **changes: object) -> None:
     [
         (lambda folder: shutil.rmtree(folder), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
-        (lambda folder: _reword(folder, _class_name="VQModel"), "is of class 'VQModel'; expected AutoencoderKL"),
+        (
+            lambda folder: _reword(folder, _class_name="VQModel"),
+            "is of class 'VQModel'; expected AutoencoderKL or AutoencoderTiny",
+        ),
         (lambda folder: _reword(folder, block_out_channels=[8, 24]), "cannot be read as an autoencoder"),
         (lambda folder: _reword(folder, norm_num_groups=5), "cannot be read as an autoencoder"),
         (lambda folder: (folder / WEIGHTS).unlink(), "cannot be read as an autoencoder"),

@@ -1,6 +1,7 @@
 """Trainings on captions: what comes out is a pipeline of diffusers' that loads, resumes and goes on."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from captioned import COLOURS, KL, TEXT, UNET, captioned_folder, rows_of, training, write_rows
 from command_line import Command, assert_error
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny_pipelines import SAVE
 from trainings import changed, refused, same
@@ -24,6 +25,7 @@ from edgediff.errors import ConfigError, ModelError, TargetError, UnsupportedErr
 from edgediff.models.components import pipeline_components, prompt_settings
 from edgediff.train import loop as training_loop
 from edgediff.train.adaptor import train_adaptor
+from edgediff.train.latents import load_autoencoder
 from edgediff.train.loop import Loop, begin
 from edgediff.train.rollout import Prompts
 from edgediff.train.settings import AdaptorTraining, StudentTraining, TeacherTraining, TextGeometry, training_from
@@ -235,6 +237,22 @@ def test_a_student_learns_captions_from_its_teacher(pipeline: Path, drawings: Pa
     assert (tmp_path / "a" / "vae").is_dir()
     further = changed(settings, student=str(tmp_path / "a"), width=None, updates=1)
     assert train_student(tmp_path / "b", further) is not None
+
+
+def test_a_student_learns_the_latents_of_a_small_autoencoder(pipeline: Path, drawings: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(pipeline, tmp_path / "pipeline")
+    shutil.rmtree(theirs / "vae")
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    tiny.save_pretrained(theirs / "vae")
+    index = json.loads((theirs / "model_index.json").read_text())
+    (theirs / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
+    settings = StudentTraining(teacher=str(theirs), data=str(drawings), updates=1, batch=4, width=8)
+    assert train_student(tmp_path / "a", settings) is not None
+    assert load_autoencoder(tmp_path / "a").config["_class_name"] == "AutoencoderTiny"
+    assert json.loads((tmp_path / "a" / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
 
 
 def test_an_adaptor_learns_from_prompts(pipeline: Path, tmp_path: Path) -> None:

@@ -107,6 +107,23 @@ def test_a_small_one_learns_the_same_latents(asked: DecoderTraining, source: Pat
     assert np.abs(made / 127.5 - 1 - theirs.clamp(-1, 1).permute(0, 2, 3, 1).numpy()).max() <= 1 / 127.5
 
 
+def test_a_small_one_is_trained_further(asked: DecoderTraining, tmp_path: Path) -> None:
+    """A pipeline's own decoder may be a small one, whose folder does not say how large its images are."""
+    train_decoder(tmp_path / "tiny", changed(asked, tiny=SMALL))
+    further = changed(asked, model=str(tmp_path / "tiny"), tiny=None, learning_rate=1e-2)
+    with pytest.raises(ConfigError, match="does not say how large its images are; name it, 'size'"):
+        train_decoder(tmp_path / "a", changed(further, size=None))
+    assert train_decoder(tmp_path / "a", changed(further, size=SIZE)) is not None
+    before, after = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("tiny", "a"))
+    changes = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changes == {"decoder"}
+
+
+def test_a_built_in_models_decoder_is_trained_further(asked: DecoderTraining, tmp_path: Path) -> None:
+    done = train_decoder(tmp_path / "a", changed(asked, model="drawings-64", size=SIZE, updates=1))
+    assert done is not None
+
+
 def test_a_killed_training_resumes(asked: DecoderTraining, tmp_path: Path) -> None:
     settings = changed(asked, tiny=SMALL)
     assert train_decoder(tmp_path / "whole", settings) is not None

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from edgediff.data.batches import Batches, as_channels_first
@@ -12,7 +11,7 @@ from edgediff.data.captions import PLAIN, read_captioned
 from edgediff.data.image_folder import ImageSet, class_indices, divide, read_images
 from edgediff.errors import ConfigError, DataError
 from edgediff.models.load import Model
-from edgediff.train.latents import encode
+from edgediff.train.latents import Autoencoder, encode
 from edgediff.train.loop import Say
 from edgediff.train.settings import ImageTraining, UNetTraining
 from edgediff.train.text import Text
@@ -76,7 +75,7 @@ def classes_of(model: Model, data: ImageSet) -> NDArray[np.int64] | None:
 
 
 def batches_of(
-    data: ImageSet, model: Model, vae: AutoencoderKL | None, text: Text | None, settings: UNetTraining, say: Say
+    data: ImageSet, model: Model, vae: Autoencoder | None, text: Text | None, settings: UNetTraining, say: Say
 ) -> Batches:
     """Images, or their latents by an autoencoder, with their conditioning; raises what `encode` and `classes_of` do."""
     labels, null_label = classes_of(model, data), model.conditioning.null_label

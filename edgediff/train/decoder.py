@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from numpy.typing import NDArray
 from torch import nn
 
@@ -44,6 +44,7 @@ from edgediff.train.loop import Loop, MeasuredTask, Say, begin, recent
 from edgediff.train.samples import write_grid
 from edgediff.train.settings import DecoderTraining, TinyGeometry, check_training
 from edgediff.train.training_card import CARD, LOSSES, decoder_card, draw_losses
+from edgediff.zoo import built_in
 
 PIXELS, EDGES, LATENTS = "pixels", "edges", "latents"
 DETAIL_LEVELS = 3
@@ -94,9 +95,12 @@ def train_decoder(path: str | Path, settings: DecoderTraining, *, progress: Say 
     path = Path(path)
     accelerator, say = begin(path, progress, settings.precision)
     check_drawing("drawing the loss curve")
-    source = load_autoencoder(settings.model)
+    named = None if Path(settings.model).exists() else built_in(settings.model)
+    source = load_autoencoder(settings.model if named is None else named)
     learns = _learner(source, settings)
-    size = int(source.config.sample_size) if settings.size is None else settings.size
+    size = source.config.get("sample_size") if settings.size is None else settings.size
+    if size is None:
+        raise ConfigError(f"{settings.model} does not say how large its images are; name it, 'size' in the settings")
     if size % factor_of(source):
         raise ConfigError(
             f"'size' is {size}; expected a multiple of {factor_of(source)}, which the autoencoder divides by"
@@ -136,11 +140,11 @@ def train_decoder(path: str | Path, settings: DecoderTraining, *, progress: Say 
     )
 
 
-def _learner(source: AutoencoderKL, settings: DecoderTraining) -> "_Learner":
+def _learner(source: Autoencoder, settings: DecoderTraining) -> "_Learner":
     if settings.tiny is None:
         vae = deepcopy(source)
         vae.encoder.requires_grad_(False)
-        for part in (vae.decoder, vae.post_quant_conv):
+        for part in (vae.decoder, getattr(vae, "post_quant_conv", None)):
             if part is not None:
                 part.requires_grad_(True)
         return _Learner(vae)
@@ -198,7 +202,7 @@ class _DecoderTask(MeasuredTask):
     def __init__(
         self,
         accelerator: Accelerator,
-        source: AutoencoderKL,
+        source: Autoencoder,
         learner: _Learner,
         images: tuple[ImageSet, ImageSet],
         settings: DecoderTraining,

@@ -1,4 +1,4 @@
-"""Latents of images and images of latents, by a KL autoencoder of diffusers."""
+"""Latents of images and images of latents, by an autoencoder of diffusers: AutoencoderKL or AutoencoderTiny."""
 
 import hashlib
 import math
@@ -27,9 +27,10 @@ FOLDER = "vae"
 _AT_ONCE = 64
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
+CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 
 
-def load_autoencoder(path: str | Path) -> AutoencoderKL:
+def load_autoencoder(path: str | Path) -> Autoencoder:
     """Reads an autoencoder from its folder or a pipeline's: in evaluation mode, float32, on the CPU.
 
     Raises:
@@ -38,12 +39,12 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
     path = Path(path)
     path = path / FOLDER if (path / FOLDER).is_dir() else path
     config = read_json(path / CONFIG)
-    if config.get("_class_name") != "AutoencoderKL":
-        raise ModelError(f"{path / CONFIG} is of class {config.get('_class_name')!r}; expected AutoencoderKL")
+    kind = CLASSES.get(str(config.get("_class_name")))
+    if kind is None:
+        choices = " or ".join(CLASSES)
+        raise ModelError(f"{path / CONFIG} is of class {config.get('_class_name')!r}; expected {choices}")
     try:
-        vae = AutoencoderKL.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-        )
+        vae = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, SafetensorError) as e:
         raise ModelError(f"{path} cannot be read as an autoencoder: {one_line(e)[:300]}") from e
     if vae.config.in_channels != 3 or vae.config.out_channels != 3:
@@ -51,7 +52,7 @@ def load_autoencoder(path: str | Path) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def autoencoder_of(model: Model) -> tuple[AutoencoderKL | None, int]:
+def autoencoder_of(model: Model) -> tuple[Autoencoder | None, int]:
     """A model's autoencoder, None where it works on pixels, and height and width of its images in pixels.
 
     Raises:
@@ -123,7 +124,7 @@ def images_of(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
     return decoded
 
 
-def hash_of_autoencoder(vae: AutoencoderKL) -> str:
+def hash_of_autoencoder(vae: Autoencoder) -> str:
     """sha256 over the weights, on the CPU, and what scales the latents."""
     digest = hashlib.sha256(repr(_affine(vae)).encode())
     for name, tensor in vae.state_dict().items():

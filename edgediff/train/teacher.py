@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from edgediff.config.strict import strict
 from edgediff.data.image_folder import ImageSet
@@ -22,7 +22,7 @@ from edgediff.models.slim import plain_config
 from edgediff.models.undivided import predict
 from edgediff.train.autoencoder import check_autoencoder, train_autoencoder
 from edgediff.train.dataset import read_data
-from edgediff.train.latents import FOLDER, autoencoder_of, factor_of, hash_of_autoencoder, load_autoencoder
+from edgediff.train.latents import FOLDER, Autoencoder, autoencoder_of, factor_of, hash_of_autoencoder, load_autoencoder
 from edgediff.train.loop import Say, begin
 from edgediff.train.settings import (
     MOST,
@@ -93,7 +93,7 @@ def train_teacher(path: str | Path, settings: TeacherTraining, *, progress: Say 
     if text is not None and not text.learns:
         sources["another text encoder"] = text.digest()
 
-    def autoencoder() -> AutoencoderKL:
+    def autoencoder() -> Autoencoder:
         if given is not None:
             return given.to(accelerator.device)
         return train_autoencoder(data[0], asked, path / FOLDER, accelerator=accelerator, held_out=data[1], progress=say)

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, AutoencoderTiny
 
 from edgediff.config.choices import Cut
 from edgediff.data.batches import hash_of
@@ -18,6 +17,7 @@ from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.trained import AdaptorRecord
 from edgediff.train.gain import Gain, Nearness
+from edgediff.train.latents import Autoencoder
 from edgediff.train.learner import DDPM
 from edgediff.train.loop import Progress, recent
 from edgediff.train.settings import AdaptorTraining, DecoderTraining, FewStepsTraining, StudentTraining, UNetTraining
@@ -165,8 +165,8 @@ Settings (`edgediff train` takes them as they stand, as `--config`):
 
 
 def decoder_card(
-    vae: AutoencoderKL | AutoencoderTiny,
-    source: AutoencoderKL,
+    vae: Autoencoder,
+    source: Autoencoder,
     settings: DecoderTraining,
     images: tuple[ImageSet, ImageSet],
     db: tuple[float, float],

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from edgediff.config.choices import Cut
@@ -27,7 +26,7 @@ from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, writing
 from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation, predict_with_features
-from edgediff.train.latents import FOLDER, WEIGHTS_FILE, decode
+from edgediff.train.latents import FOLDER, WEIGHTS_FILE, Autoencoder, decode
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising
 from edgediff.train.loop import Loop, MeasuredTask, Say, recent
 from edgediff.train.rollout import Prompts
@@ -80,7 +79,7 @@ def train_unet(
     *,
     accelerator: Accelerator,
     teacher: Model | None = None,
-    autoencoder: Callable[[], AutoencoderKL] | None = None,
+    autoencoder: Callable[[], Autoencoder] | None = None,
     text: Text | None = None,
     sources: dict[str, str],
     say: Say,
@@ -162,7 +161,7 @@ class _UNetTask(MeasuredTask):
         teacher: Model | None,
         text: Text | None,
         images: tuple[ImageSet, ImageSet],
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         settings: UNetTraining,
         path: Path,
         say: Say,
@@ -264,7 +263,7 @@ def _prompts_of(images: ImageSet) -> list[str]:
     return [next(wording for form in caption for wording in form) for caption in captions]
 
 
-def _save(path: Path, model: Model, card: str, vae: AutoencoderKL | None, text: Text | None) -> None:
+def _save(path: Path, model: Model, card: str, vae: Autoencoder | None, text: Text | None) -> None:
     """Writes the model as diffusers does; the UNet's weights come last."""
     if model.labels:
         names = json.dumps(model.labels, ensure_ascii=False, indent=1)
