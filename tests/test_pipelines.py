@@ -127,6 +127,16 @@ def test_prompts_that_are_longer_than_the_text_encoder_takes(pair: Open, name: s
 
 
 @NAMES
+def test_prompts_that_are_encoded_before(pair: Open, name: str) -> None:
+    """What takes the place of prompts in a request gives the same pictures."""
+    ours = pair(name).ours
+    asked = {"seed": 3, "num_inference_steps": 2, "clock": 1, "guidance_scale": 5.0, "output_type": "latent"}
+    for texts in ({"prompt": [PROMPT, "a dog"]}, {"prompt": LONG, "negative_prompt": NEGATIVE}):
+        want = ours(**texts, **asked).latents
+        np.testing.assert_array_equal(ours(**ours.encode_prompt(**texts), **asked).latents, want)
+
+
+@NAMES
 def test_the_shorter_of_two_prompts_is_padded_with_empty_chunks(pair: Open, name: str) -> None:
     both = pair(name)
     long, short = reference_embeds(both.theirs, [(LONG, 1.0)]), reference_embeds(both.theirs, [("a dog", 1.0)])

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from command_line import Command, Said, assert_error, unchanged
+from pipelines import exported_pipeline
 
 import edgediff
 from edgediff import outputs
@@ -179,6 +180,27 @@ def test_what_else_speaks_against_a_plan_is_a_warning(manifest: Manifest) -> Non
 
 def own(said: Said) -> list[str]:
     return [line for line in said.errors if not line.startswith("planning: ")]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' sampler
+def test_a_pipeline_is_planned_along_prompts(tmp_path: Path, command: Command) -> None:
+    bundle = exported_pipeline("sd1")
+    (tmp_path / "prompts.txt").write_text("a red apple\n\na dog\n")
+    args = ("plan", bundle, "--budget", 0.9, "--steps", 2, "--num-images", 3)
+    said = command(*args, "--conditioning", tmp_path / "prompts.txt", "-o", tmp_path / "plan", "--json")
+    given = make_plan(bundle, 0.9, steps=2, num_images=3, conditioning=["a red apple", "a dog", "a red apple"])
+    assert json.loads(said.out)["uniform"] == given.to_dict()["uniform"]
+    one = make_plan(bundle, 0.9, steps=2, num_images=3, conditioning=["a red apple"])
+    assert one.to_dict()["uniform"] != given.to_dict()["uniform"]
+    (tmp_path / "empty.txt").write_text("\n")
+    assert_error(command(*args, "--conditioning", tmp_path / "empty.txt"), "is empty; expected prompts, one a line")
+
+
+def test_a_model_of_classes_takes_no_prompts(class_bundle: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    said = command("plan", class_bundle, "--conditioning", tmp_path / "prompts.txt", "-o", tmp_path / "plan")
+    assert_error(said, "a prompt was given, but the model is conditioned on")
 
 
 def test_the_command_writes_a_plan(class_bundle: Path, tmp_path: Path, command: Command) -> None:

@@ -1,7 +1,7 @@
 """``edgediff plan``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,10 @@ def plan(
     seed: Annotated[int, typer.Option(help="Seed of the first planning image; image i has seed + i.")] = 0,
     backend: Annotated[str | None, typer.Option(help="As for run.")] = None,
     conditioning: Annotated[
-        Path | None, typer.Option(help="Embeddings for a model of text, .safetensors or .npz; rows are taken in turn.")
+        Path | None,
+        typer.Option(
+            help="For a model of text: prompts, one a line (.txt), or embeddings (.safetensors, .npz); taken in turn."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture, the plan and the recipe.")] = (
         Path("out/plan")
@@ -33,10 +36,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the clock: the full and cached steps that move the images least, for a budget."""
-    from edgediff.data.arrays import load_arrays, prompt_arguments
+    from edgediff.data.arrays import PROMPTS, load_arrays, prompt_arguments, read_prompts
     from edgediff.plan.plan_files import write_plan
     from edgediff.plan.planner import make_plan
 
+    given: Any = None
+    if conditioning is not None:
+        is_text = conditioning.suffix == PROMPTS
+        given = read_prompts(conditioning) if is_text else prompt_arguments(load_arrays(conditioning))
     with progress() as say:
         found = make_plan(
             bundle,
@@ -47,7 +54,7 @@ def plan(
             guidance_scale=guidance_scale,
             seed=seed,
             backend=backend,
-            conditioning=None if conditioning is None else prompt_arguments(load_arrays(conditioning)),
+            conditioning=given,
             output=output,
             force=force,
             progress=say,

@@ -1,4 +1,4 @@
-"""Arrays by name from a file: the embeddings of a prompt, made elsewhere."""
+"""What a model of text is conditioned on, from a file: prompts, or embeddings that were made elsewhere."""
 
 import zipfile
 import zlib
@@ -12,6 +12,9 @@ from safetensors.numpy import load_file
 
 from edgediff.errors import ConfigError
 from edgediff_runtime.errors import one_line
+
+# The end of the name of a file of prompts.
+PROMPTS = ".txt"
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -40,3 +43,14 @@ def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "added_cond": positive,
         "negative_added_cond": negative,
     }
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a file, one a line; a ConfigError where there are none."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"conditioning {path} cannot be read as UTF-8 text: {one_line(e)}") from e
+    if not prompts:
+        raise ConfigError(f"conditioning {path} is empty; expected prompts, one a line")
+    return prompts

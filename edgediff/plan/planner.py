@@ -9,7 +9,7 @@ adaptors are trained for it.
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import comb
@@ -27,7 +27,7 @@ from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cos
 from edgediff.plan.estimate import ROWS, Estimate, masks_of, probes
 from edgediff.plan.plan_files import check_place, check_replaced, plan_recipe
 from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db
-from edgediff.targets.backends import open_session, usual_backend
+from edgediff.targets.backends import open_pipeline, usual_backend
 from edgediff_runtime import Manifest, clock_mask, open_bundle
 from edgediff_runtime.clock import format_mask
 from edgediff_runtime.operating_point import departure
@@ -166,7 +166,7 @@ def make_plan(
     guidance_scale: float | None = None,
     seed: int = 0,
     backend: str | None = None,
-    conditioning: dict[str, Any] | None = None,
+    conditioning: dict[str, Any] | Sequence[str] | None = None,
     output: Path | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -179,8 +179,9 @@ def make_plan(
         steps, guidance_scale: None takes the bundle's.
         seed: Of the first planning image; image i has seed + i.
         backend: None takes the one that `edgediff run` would.
-        conditioning: For a model of text, embeddings as `prompt_arguments` gives them, with one row for all images or
-            rows that they take one after the other; None takes those of the bundle's evidence.
+        conditioning: For a model of text, prompts that the images take one after the other; or embeddings as
+            `prompt_arguments` gives them, with a row for each or one for all; None takes those of the bundle's
+            evidence.
         output: The folder for `write_plan`, checked before anything is measured; None checks nothing.
         force: Whether a plan of other settings in that folder may be replaced.
 
@@ -213,8 +214,10 @@ def make_plan(
     if conditioning is None:
         text = manifest.conditioning.kind == "text"
         conditioning = prompt_arguments(load_reference(opened.file(REFERENCE)).conditioning) if text else {}
-    session = open_session(opened, backend)
-    images = Trajectories(manifest, session, steps, guidance_scale, seed, num_images, conditioning, say)
+    pipe = open_pipeline(opened, backend)
+    if not isinstance(conditioning, dict):
+        conditioning = pipe.encode_prompt([conditioning[i % len(conditioning)] for i in range(num_images)])
+    images = Trajectories(manifest, pipe.session, steps, guidance_scale, seed, num_images, conditioning, say)
     if output is not None and not force:
         check_replaced(output, search_of(images, backend, budget, unit))
     if unit == "latency":

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from edgediff.data.arrays import PROMPTS
 from edgediff.data.batches import generator
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import AdaptorShape, LearnedAdaptor
@@ -24,7 +25,7 @@ from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import PROMPTS, TARGET, Rollouts, Samples
+from edgediff.train.rollout import TARGET, Rollouts, Samples
 from edgediff.train.settings import AdaptorTraining, check_training
 from edgediff.train.store import Store
 from edgediff.train.text import text_of

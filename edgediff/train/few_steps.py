@@ -27,6 +27,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.nn import functional as F
 
+from edgediff.data.arrays import PROMPTS
 from edgediff.data.batches import generator
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import LearnedAdaptor
@@ -43,7 +44,7 @@ from edgediff.train.claim import Claim, writing
 from edgediff.train.gain import Nearness, psnr_of
 from edgediff.train.learner import check_pair
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import FIRST_SEED, PROMPTS, Prompts
+from edgediff.train.rollout import FIRST_SEED, Prompts
 from edgediff.train.settings import FewStepsTraining, check_training, mask_of
 from edgediff.train.store import Store, Tensors
 from edgediff.train.text import text_of

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgediff.data.arrays import load_arrays
+from edgediff.data.arrays import PROMPTS, load_arrays, read_prompts
 from edgediff.errors import ConfigError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.graphs import graph_list
@@ -21,15 +21,12 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_session import TorchSession
 from edgediff.train.settings import AdaptorTraining, check_clock
 from edgediff.train.text import STATES, Text, encode, text_of
-from edgediff_runtime.errors import one_line
 from edgediff_runtime.loop import Request, denoise, initial_latents
 from edgediff_runtime.schedulers import make_scheduler
 
 TARGET = "target"
 # Far from the small seeds that users take, so that nobody looks at what was trained on.
 FIRST_SEED = 2**52
-# The end of the name of a file of prompts.
-PROMPTS = ".txt"
 _ENCODED_AT_ONCE = 256
 
 Samples = dict[str, torch.Tensor]
@@ -111,17 +108,6 @@ class Prompts:
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Rows, Rows]:
         """Draws `count` prompts: conditional and unconditional rows, [count, ...]."""
         return self.take(rng.integers(self.count, size=count))
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a file, one a line; a ConfigError where there are none."""
-    try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"conditioning {path} cannot be read as UTF-8 text: {one_line(e)}") from e
-    if not prompts:
-        raise ConfigError(f"conditioning {path} is empty; expected prompts, one a line")
-    return prompts
 
 
 class Rollouts:

@@ -35,7 +35,7 @@ from edgediff_runtime.decoding import OVERLAP, decode
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import NO_PREVIEW, to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
-from edgediff_runtime.manifest import GUIDANCE, TOKENS, Conditioning, Graph, Manifest, Tensor
+from edgediff_runtime.manifest import GUIDANCE, TEXT, TOKENS, Conditioning, Graph, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
@@ -44,7 +44,7 @@ from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend,
 from edgediff_runtime.text_encoding import TextStage, Tokenizer
 
 NO_LATENTS = np.empty((0,), dtype=np.float32)
-TEXT_INPUTS = ("encoder_hidden_states", "text_embeds", "time_ids")
+TEXT_INPUTS = (TEXT, "text_embeds", "time_ids")
 DECODER = "vae_decoder"
 PREVIEW = "preview_decoder"
 
@@ -303,6 +303,48 @@ class EdgePipeline:
         spec = self.manifest.prompt
         there = spec is not None and all(encoder.component in self.components for encoder in spec.encoders)
         return there and self._tokenizers is not None
+
+    def encode_prompt(
+        self,
+        prompt: Text,
+        negative_prompt: Text = None,
+        *,
+        prompt_2: Text = None,
+        negative_prompt_2: Text = None,
+        clip_skip: int = 0,
+        emphasis: bool = True,
+    ) -> dict[str, Any]:
+        """Encodes prompts once for many requests: the arguments that take their place, with a row for each.
+
+        Returns:
+            ``prompt_embeds`` and ``negative_prompt_embeds``, and ``added_cond`` and ``negative_added_cond``.
+
+        Raises:
+            RequestError: The bundle has no text encoder, or a text cannot be encoded.
+        """
+        self._check_text(prompt, None, None)
+        texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
+        size = self._latent_size(None, None)
+        needed = {t.name: t for graph in self._graphs(UNET, *size) for t in graph.inputs if t.name in TEXT_INPUTS}
+        both = self._embeds(texts, texts.count(), True, needed, self._usage(), size)
+        found: dict[str, Any] = {}
+        for prefix, made in zip(("", "negative_"), both, strict=True):
+            found[f"{prefix}prompt_embeds"] = made.pop(TEXT, None)
+            found[f"{prefix}added_cond"] = made
+        return found
+
+    def _embeds(
+        self, texts: Texts, count: int, guided: bool, needed: Mapping[str, Tensor], usage: Usage, size: tuple[int, int]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The UNet's inputs of every image's texts and, where guidance needs them, of what it leads away from."""
+        any_length = TEXT not in needed or TOKENS in needed[TEXT].shape
+        made = texts.encode(self._text_stage(usage), count, guided, any_length)
+        found = tuple({name: value for name, value in each.items() if name in needed} for each in made)
+        if "time_ids" in needed and self.manifest.vae is not None:
+            height, width = (self.manifest.vae.downscale * side for side in size)
+            for values, is_negative in zip(found, (False, True), strict=True):
+                values["time_ids"] = time_ids(int(needed["time_ids"].shape[1]), height, width, is_negative)
+        return found[0], found[1]
 
     def decode(self, latents: Array, tile: int | None = None) -> Array:
         """Decodes finished latents, float32 [N, C, H, W]: pixels, float32 [N, 3, h, w], about -1 to 1.
@@ -622,16 +664,8 @@ class EdgePipeline:
             check_count(num_images)
         self._check_memory(num_images, guided, size)
         if texts is not None:
-            any_length = TOKENS in needed["encoder_hidden_states"].shape if "encoder_hidden_states" in needed else True
-            made, made_negative = texts.encode(self._text_stage(usage), num_images, guided, any_length)
-            given |= {name: value for name, value in made.items() if name in needed}
-            negative |= {name: value for name, value in made_negative.items() if name in needed}
-            if "time_ids" in needed and self.manifest.vae is not None:
-                height, width = (self.manifest.vae.downscale * side for side in size)
-                ids = int(needed["time_ids"].shape[1])
-                for values, is_negative in ((given, False), (negative, True)):
-                    if "time_ids" not in values:
-                        values["time_ids"] = time_ids(ids, height, width, is_negative)
+            made, made_negative = self._embeds(texts, num_images, guided, needed, usage, size)
+            given, negative = made | given, made_negative | negative
         cond = rows_of(needed, given, num_images, "")
         if not guided:
             return cond, {}, num_images
