@@ -1,5 +1,6 @@
 """A decoder for latents that stay: a pipeline's own, trained further, and a small one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def test_a_small_one_is_trained_further(asked: DecoderTraining, tmp_path: Path) 
         train_decoder(tmp_path / "a", changed(further, size=None))
     assert train_decoder(tmp_path / "a", changed(further, size=SIZE)) is not None
     before, after = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("tiny", "a"))
+    assert "block_out_channels" not in json.loads((tmp_path / "a" / "config.json").read_text())  # diffusers warns of it
     changes = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changes == {"decoder"}
 

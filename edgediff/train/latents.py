@@ -1,6 +1,7 @@
 """Latents of images and images of latents, by an autoencoder of diffusers: AutoencoderKL or AutoencoderTiny."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
@@ -153,10 +154,19 @@ def save_autoencoder(vae: Autoencoder, path: Path) -> None:
     """Writes weights, then the configuration, by which the training is known to be finished."""
     partial = path / "autoencoder.partial"
     with writing(path):
-        vae.save_pretrained(partial)
+        write_autoencoder(vae, partial)
         for name in (WEIGHTS_FILE, CONFIG):
             os.replace(partial / name, path / name)
         partial.rmdir()
+
+
+def write_autoencoder(vae: Autoencoder, folder: Path) -> None:
+    """Saves an autoencoder as diffusers does, without what diffusers itself warns of when it reads it again."""
+    vae.save_pretrained(folder)
+    if isinstance(vae, AutoencoderTiny):  # it keeps its decoder's channels under a second name
+        config = read_json(folder / CONFIG)
+        config.pop("block_out_channels", None)
+        (folder / CONFIG).write_text(f"{json.dumps(config, indent=2, sort_keys=True)}\n", encoding="utf-8")
 
 
 def _affine(vae: Autoencoder) -> tuple[float, float]:

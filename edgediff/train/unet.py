@@ -26,7 +26,7 @@ from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, writing
 from edgediff.train.dataset import batches_of, classes_of
 from edgediff.train.distillation import Distillation, predict_with_features
-from edgediff.train.latents import FOLDER, WEIGHTS_FILE, Autoencoder, decode
+from edgediff.train.latents import FOLDER, WEIGHTS_FILE, Autoencoder, decode, write_autoencoder
 from edgediff.train.learner import DDPM, FREQUENCY, SPATIAL, Learner, Noising
 from edgediff.train.loop import Loop, MeasuredTask, Say, recent
 from edgediff.train.rollout import Prompts
@@ -297,6 +297,8 @@ def save_parts(path: Path, parts: Mapping[str, Any]) -> None:
             shutil.rmtree(left_over, ignore_errors=True)
         if name == TOKENIZER:
             save_tokenizer(part, partial)
+        elif name == FOLDER:
+            write_autoencoder(part, partial)
         else:
             with no_bars():
                 part.save_pretrained(partial)
