@@ -44,7 +44,7 @@ def test_every_line_of_the_shell_runs(
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(PYTHON, "README.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.startswith("(4, 32, 32, 3) (1, 0, 1, 0, 1, 0, 1, 0) ")
+    assert capsys.readouterr().out.startswith("(2, 64, 64, 3) (1, 0, 1, 0, 1, 0, 1, 0) ")
 
 
 COMMANDS = [args for program, *args in LINES if program == "edgediff"]
