@@ -36,15 +36,15 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready $(GENAI)/.ready
 	$(BIN)/python benchmarks/adaptors.py
 	$(BIN)/python benchmarks/planner.py
 	$(BIN)/python benchmarks/students.py
+	$(BIN)/python benchmarks/drawings.py
 	$(BIN)/python benchmarks/against.py
 	$(BIN)/python benchmarks/against.py sd15 --random-weights 0 --rounds 3 --optimum $(OPTIMUM)/bin/python
 	$(BIN)/python benchmarks/elsewhere.py --optimum $(OPTIMUM)/bin/python --genai $(GENAI)/bin/python
 	$(BIN)/python benchmarks/cost.py
-	$(BIN)/edgediff export grocery-32 -o out/bench/grocery-32
-	$(BIN)/edgediff export grocery-32 --layout split -o out/bench/grocery-32-split
-	$(BIN)/edgediff export grocery-32-student -o out/bench/grocery-32-student
-	$(BIN)/edgediff bench out/bench/grocery-32 out/bench/grocery-32-student
-	$(BIN)/edgediff bench out/bench/grocery-32 out/bench/grocery-32-split --backend onnxruntime
+	$(BIN)/edgediff export drawings-64 -o out/bench/drawings-64
+	$(BIN)/edgediff export drawings-64 --layout split -o out/bench/drawings-64-split
+	$(BIN)/edgediff bench out/bench/drawings-64
+	$(BIN)/edgediff bench out/bench/drawings-64 out/bench/drawings-64-split --backend onnxruntime
 	$(BIN)/edgediff export sd15 --random-weights 0 --adaptor identity --verify graphs -o out/bench/sd15
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6
 	$(BIN)/edgediff bench out/bench/sd15 --backend onnxruntime --steps 8 --rounds 6 --guidance-scale 1

@@ -1,7 +1,7 @@
-"""Is a planned clock nearer to clock 1 than the uniform clock, on noise that the planner has not seen? grocery-32.
+"""Is a planned clock nearer to clock 1 than the uniform clock, on noise that the planner has not seen? drawings-64.
 
 For each number of steps: the plan for the budget and the best mask of clock 2's own cost, both found on the planning
-images; then both on unseen ones, against clock 2.
+images; then both on unseen ones, of other prompts and seeds, against clock 2.
 The bar: the best mask of clock 2's cost has at most its error.
 """
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from drawings import TEACHER, prompts_of
 from measure import machine
 
 import edgediff
@@ -19,7 +20,7 @@ from edgediff.plan.budget import cached_steps, count_cost
 from edgediff.plan.estimate import Estimate
 from edgediff.plan.planner import Plan, choose
 from edgediff.plan.trajectory import Mask, Trajectories, psnr_db
-from edgediff.targets.backends import open_session
+from edgediff.targets.backends import open_pipeline
 from edgediff_runtime import clock_mask, open_bundle
 from edgediff_runtime.clock import letters
 
@@ -30,7 +31,8 @@ UNSEEN_SEED = 1_000_000
 def main() -> None:
     """Plans, and measures what was planned on unseen noise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, help="a bundle; left out, grocery-32 is exported")
+    parser.add_argument("--bundle", type=Path, help="a bundle; left out, the model is exported")
+    parser.add_argument("--model", default=TEACHER)
     parser.add_argument("--adaptor", default="identity", help="of the exported bundle; a name, or a folder")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 20], help="denoising steps")
     parser.add_argument("--budget", type=float, default=0.75, help="share of clock 1's FLOPs")
@@ -39,22 +41,29 @@ def main() -> None:
     asked = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
-        bundle = asked.bundle if asked.bundle is not None else _export(Path(folder) / "bundle", asked.adaptor)
+        bundle = (
+            asked.bundle if asked.bundle is not None else _export(asked.model, Path(folder) / "bundle", asked.adaptor)
+        )
         for steps in asked.steps:
             _compare(bundle, steps, asked.budget, asked.planning_images, asked.unseen_images)
 
 
-def _export(path: Path, adaptor: str) -> Path:
+def _export(model: str, path: Path, adaptor: str) -> Path:
     config = config_from({"adaptor": adaptor, "layout": "split", "verify": {"mode": "graphs"}})
-    edgediff.export_bundle(edgediff.load_model("grocery-32"), path, config)
+    edgediff.export_bundle(edgediff.load_model(model), path, config)
     return path
 
 
 def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int) -> None:
     opened = open_bundle(bundle)
-    session = open_session(opened, "onnxruntime")
+    pipe = open_pipeline(opened, "onnxruntime")
+    session, prompts = pipe.session, []
+    if pipe.can_encode:
+        prompts = prompts_of(opened.manifest.source.name)
+        prompts = [prompts[11 * i % len(prompts)] for i in range(planning + unseen)]
+    ours, theirs = ({} if not some else pipe.encode_prompt(some) for some in (prompts[:planning], prompts[planning:]))
     guidance = opened.manifest.operating_point.guidance_scale
-    seen = Trajectories(opened.manifest, session, steps, guidance, 0, planning)
+    seen = Trajectories(opened.manifest, session, steps, guidance, 0, planning, ours)
     cost = count_cost(bundle)
     start = time.perf_counter()
     plan = choose(bundle, seen, "onnxruntime", budget, cost)
@@ -67,7 +76,7 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
         f"{plan.measured} clocks measured; then {unseen} unseen images"
     )
     _print_model(plan, plan.estimate)
-    others = Trajectories(opened.manifest, session, steps, guidance, UNSEEN_SEED, unseen)
+    others = Trajectories(opened.manifest, session, steps, guidance, UNSEEN_SEED, unseen, theirs)
     errors = others.errors([(True,) * steps, uniform, best, plan.chosen.mask])
     reference = errors[uniform]
     _print_row(f"clock {PERIOD}", uniform, cost.share(uniform), reference, reference)
