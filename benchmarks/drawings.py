@@ -31,6 +31,7 @@ from edgediff.zoo import FOLDER, built_in
 from edgediff_runtime import EdgePipeline
 
 TEACHER, STUDENT = "drawings-64", "drawings-64-student"
+THINGS = FOLDER / TEACHER / "things.txt"
 PROMPT, SEED = "red apple, fluent 3d", 1
 NUM_PROMPTS = 500
 FIRST_SEED, UNSEEN = 10_000, 64
@@ -48,7 +49,8 @@ WHAT = ("cost", "speed", "adaptors", "retrieval")
 def main() -> None:
     """Measures what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=[TEACHER, STUDENT], help="the first is the teacher")
+    built = [name for name in (TEACHER, STUDENT) if built_in(name) is not None]
+    parser.add_argument("models", nargs="*", default=built, help="the first is the teacher")
     parser.add_argument("--images", type=Path, help="captioned drawings")
     parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=[*PRECISIONS])
@@ -72,7 +74,8 @@ def main() -> None:
 
 def bundle_of(model: str, folder: Path, precision: str, clock: int, adaptor: str | None = None) -> str:
     """The bundle of a model in a precision, with the adaptor for a clock; exported where it is not there yet."""
-    name = f"{Path(model).name}-{precision}-{clock}{'' if adaptor is None else f'-{adaptor}'}"
+    weights = edgediff.load_model(model).sha256[:8]
+    name = f"{Path(model).name}-{weights}-{precision}-{clock}{'' if adaptor is None else f'-{adaptor}'}"
     if not (folder / name).exists():
         exported(model, folder / name, clock=clock, adaptor=adaptor, **PRECISIONS[precision])
     return str(folder / name)
@@ -147,7 +150,8 @@ def show_speed(teacher: str, student: str, folder: Path, rounds: int) -> None:
     for name, parts in list(found.items())[1:]:
         times = ratios(theirs, parts["picture"])
         stages = ", ".join(f"{stage} {spread(ms)}" for stage, ms in parts.items() if stage != "picture")
-        bar = f" (bar: {SPEED:g}) {verdict(median(times) >= SPEED)}" if name == list(found)[-1] else ""
+        is_last = student != teacher and name == list(found)[-1]
+        bar = f" (bar: {SPEED:g}) {verdict(median(times) >= SPEED)}" if is_last else ""
         print(f"  {name}: {spread(parts['picture'])}: {spread(times)} times as fast{bar}; {stages}")
 
 
@@ -156,7 +160,7 @@ def show_speed(teacher: str, student: str, folder: Path, rounds: int) -> None:
 
 def show_adaptors(model: str, folder: Path) -> None:
     """PSNR of 8-bit pictures against clock 1 on unseen seeds, with the identity and the learned adaptor."""
-    prompts = prompts_of(model)
+    prompts = taught_prompts()
     for clock in CLOCKS[1:]:
         found = {}
         for adaptor in ("identity", None):
@@ -171,13 +175,11 @@ def show_adaptors(model: str, folder: Path) -> None:
         )
 
 
-def prompts_of(model: str) -> list[str]:
+def taught_prompts() -> list[str]:
     """What the built-in models were taught: things, each in one of the styles."""
-    place = built_in(model) or built_in(TEACHER) or FOLDER
-    things = (place if (place / "things.txt").exists() else FOLDER / TEACHER) / "things.txt"
     styles = ("fluent 3d", "fluent flat", "noto", "twemoji")
-    names = things.read_text(encoding="utf-8").split("\n")
-    return [f"{name}, {styles[i % len(styles)]}" for i, name in enumerate(names) if name]
+    names = THINGS.read_text(encoding="utf-8").splitlines()
+    return [f"{name}, {styles[i % len(styles)]}" for i, name in enumerate(names)]
 
 
 def show_retrieval(models: list[str], folder: Path, images: Path, precisions: list[str]) -> None:
@@ -218,13 +220,14 @@ def tops(row: dict[str, Any]) -> str:
 def retrieval(model: str, folder: Path, images: Path, precision: str, clock: int) -> Any:
     """What `edgediff evaluate retrieval` says of a bundle at a clock; kept beside the bundles."""
     bundle = Path(bundle_of(model, folder, precision, max(clock, 2)))
-    hashed = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:16]
+    asked = (bundle / "manifest.json").read_bytes(), (images / "metadata.jsonl").read_bytes(), str(NUM_PROMPTS).encode()
+    hashed = hashlib.sha256(b"".join(asked)).hexdigest()[:16]
     kept = folder / f"{bundle.name}-at-{clock}-{hashed}.json"
     if not kept.exists():
         found = evaluate_retrieval(
             bundle,
             images,
-            only={"name": str(FOLDER / TEACHER / "things.txt")},
+            only={"name": str(THINGS)},
             num_prompts=NUM_PROMPTS,
             clocks=(clock,),
             grid=kept.with_suffix(".png"),

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from drawings import TEACHER, prompts_of
+from drawings import TEACHER, taught_prompts
 from measure import machine
 
 import edgediff
@@ -59,7 +59,7 @@ def _compare(bundle: Path, steps: int, budget: float, planning: int, unseen: int
     pipe = open_pipeline(opened, "onnxruntime")
     session, prompts = pipe.session, []
     if pipe.can_encode:
-        prompts = prompts_of(opened.manifest.source.name)
+        prompts = taught_prompts()
         prompts = [prompts[11 * i % len(prompts)] for i in range(planning + unseen)]
     ours, theirs = ({} if not some else pipe.encode_prompt(some) for some in (prompts[:planning], prompts[planning:]))
     guidance = opened.manifest.operating_point.guidance_scale

@@ -24,7 +24,7 @@ from edgediff.models.adaptors import (
     make_adaptor,
 )
 from edgediff.models.graphs import adaptor_shape
-from edgediff.models.load import load_model
+from edgediff.models.load import load_model, random_weights
 from edgediff.models.macs import tally
 from edgediff.models.trained import (
     RECORD,
@@ -254,6 +254,25 @@ def test_the_default_is_the_adaptor_trained_for_the_operating_point() -> None:
     assert choose_adaptor("identity", model, Cut(), by_kind.record.trained_for).manifest.kind == "identity"
     with pytest.raises(EdgediffError, match="level 1, after_upsample"):
         choose_adaptor("resnet", model, Cut(1, "after_upsample"), by_kind.record.trained_for)
+
+
+def test_a_models_directory_may_have_adaptors(tmp_path: Path) -> None:
+    """They are its own if they were trained for its weights; what else lies there does not count."""
+    home = shutil.copytree(load_model("grocery-32-student").path, tmp_path / "mine")
+    (home / "adaptors" / ".DS_Store").write_text("x")
+    (home / "adaptors" / "begun").mkdir()
+    model = load_model(home)
+    own = dict(own_adaptors(model))
+    assert {path.name for path in own} == {"resnet-clock-2", "resnet-clock-4"}
+    (record, *_) = own.values()
+    found = choose_adaptor(None, model, Cut(), record.trained_for)
+    assert found.manifest.path == str(home / "adaptors" / str(found.manifest.name))
+    assert choose_adaptor(found.manifest.path, model, Cut(), record.trained_for).sha256 == found.sha256
+    assert {path.name for path in dict(own_adaptors(load_model(home / "unet")))} == {path.name for path in own}
+    other = random_weights(model, 0)
+    assert choose_adaptor(None, other, Cut(), record.trained_for).manifest.kind == "identity"
+    with pytest.raises(UnsupportedError, match=r"has other weights, sha256 .*: train one for them"):
+        choose_adaptor("resnet-clock-2", other, Cut(), record.trained_for)
 
 
 def test_a_built_in_name_means_that_whatever_lies_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,9 @@ def test_prompts_that_are_encoded_before(pair: Open, name: str) -> None:
     for texts in ({"prompt": [PROMPT, "a dog"]}, {"prompt": LONG, "negative_prompt": NEGATIVE}):
         want = ours(**texts, **asked).latents
         np.testing.assert_array_equal(ours(**ours.encode_prompt(**texts), **asked).latents, want)
+    embeds = ours.encode_prompt([PROMPT], clip_skip=np.int64(1))
+    assert "time_ids" not in embeds["added_cond"]  # they tell the size, which a request may change
+    np.testing.assert_array_equal(ours(**embeds, **asked).latents, ours(prompt=PROMPT, clip_skip=1, **asked).latents)
 
 
 @NAMES

@@ -193,6 +193,9 @@ def test_a_pipeline_is_planned_along_prompts(tmp_path: Path, command: Command) -
     assert json.loads(said.out)["uniform"] == given.to_dict()["uniform"]
     one = make_plan(bundle, 0.9, steps=2, num_images=3, conditioning=["a red apple"])
     assert one.to_dict()["uniform"] != given.to_dict()["uniform"]
+    for wrong in ("a red apple", []):
+        with pytest.raises(ConfigError, match="expected a list of prompts, or embeddings"):
+            make_plan(bundle, 0.9, conditioning=wrong)
     (tmp_path / "empty.txt").write_text("\n")
     assert_error(command(*args, "--conditioning", tmp_path / "empty.txt"), "is empty; expected prompts, one a line")
 

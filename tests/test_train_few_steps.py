@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from captioned import captioned_folder, training
 from command_line import Command, assert_error
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 from trainings import changed
 
@@ -21,15 +23,29 @@ from edgediff.models.adaptors import LearnedAdaptor
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.trained import load_adaptor
-from edgediff.train.few_steps import CACHED, FULL, FewStepsLearner, Paths, few_steps_of, linear_step, train_few_steps
+from edgediff.models.undivided import undivided_session
+from edgediff.train.few_steps import (
+    CACHED,
+    FULL,
+    FewStepsLearner,
+    TeacherTrajectories,
+    few_steps_of,
+    linear_step,
+    train_few_steps,
+)
 from edgediff.train.loop import Loop
 from edgediff.train.settings import FewStepsTraining, training_from
 from edgediff.train.teacher import train_teacher
 from edgediff_runtime.bundle import open_bundle
+from edgediff_runtime.loop import Request, denoise
 from edgediff_runtime.manifest import TrainedFor
 from edgediff_runtime.schedulers import make_scheduler
 
-pytestmark = pytest.mark.usefixtures("few_samples")
+pytestmark = [
+    pytest.mark.usefixtures("few_samples"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers' sampler
+]
+NOISED: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
 
 
 @pytest.fixture
@@ -97,16 +113,46 @@ def test_the_terms_are_those_of_full_and_cached_steps(class_model: Path) -> None
 
 
 def test_the_teacher_walks_through_the_points_of_the_few_steps(class_model: Path, asked: FewStepsTraining) -> None:
-    """With as many steps as the teacher, each point is one further step of it."""
     teacher = load_model(class_model)
-    paths = Paths(teacher, changed(asked, guidance_scale=2.0))
-    assert paths.places == [0, 2]
-    drawn = paths.draw(3)
-    assert drawn["path"].shape == (4, 3, 3, 16, 16)
-    assert torch.equal(paths.draw(3)["path"], drawn["path"])
-    assert not torch.equal(paths.draw(4)["path"], drawn["path"])
+    trajectories = TeacherTrajectories(teacher, changed(asked, guidance_scale=2.0))
+    drawn = trajectories.draw(3)
+    assert drawn["points"].shape == (4, 3, 3, 16, 16)
+    assert torch.equal(trajectories.draw(3)["points"], drawn["points"])
+    assert not torch.equal(trajectories.draw(4)["points"], drawn["points"])
     config = msgspec.structs.replace(scheduler_config(teacher.scheduler, "dpmpp_2m"), timestep_spacing="trailing")
-    assert paths.scheduler.timesteps.tolist() == make_scheduler(config, 4).timesteps.tolist()
+    session, labels = undivided_session(teacher), drawn["prompt"].numpy()
+    request = Request(
+        graphs=session.graphs, scheduler=make_scheduler(config, 4), clock=(True,) * 4, guidance=(2.0,) * 4,
+        latents=drawn["points"][:, 0].numpy(), cond={"class_labels": labels},
+        uncond={"class_labels": np.full(4, teacher.conditioning.null_label)}, seed=0,
+    )  # fmt: skip
+    passed = [step.latents for step in denoise(request, session)]
+    np.testing.assert_allclose(drawn["points"][:, 1], passed[1], atol=1e-5)
+    np.testing.assert_allclose(drawn["points"][:, 2], passed[3], atol=1e-5)
+
+
+SOURCES: dict[str, Any] = {
+    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler(**NOISED),
+    "PNDMScheduler": PNDMScheduler(**NOISED, skip_prk_steps=True),
+    "DDPMScheduler": DDPMScheduler(**NOISED),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_ideal_prediction_ends_at_the_teachers_end(class_model: Path, kind: str, prediction: str) -> None:
+    """In the scheduler that is saved, whatever the model's own leaves at its defaults."""
+    scheduler = SOURCES[kind]
+    scheduler.register_to_config(prediction_type=prediction)
+    model = replace(load_model(class_model), scheduler=scheduler)
+    few = few_steps_of(model, 4)
+    assert [float(t) for t in few.timesteps] == [999, 749, 499, 249]
+    points = 3 * np.random.default_rng(0).standard_normal((5, 1, 3, 4, 4), dtype=np.float32)  # far beyond 1
+    x = points[0]
+    for i in range(4):
+        of_x, of_out = linear_step(few, i)
+        x = few.step(i, x, (points[i + 1] - of_x * x) / of_out, None, None, True)[0]
+    np.testing.assert_allclose(x, points[-1], atol=1e-3)
 
 
 @pytest.mark.long
@@ -139,7 +185,9 @@ def test_the_result_is_a_model_of_a_few_steps(asked: FewStepsTraining, class_mod
     assert not (tmp_path / "a" / "store").exists()
     card = (tmp_path / "a" / "README.md").read_text()
     assert "distilled to 2 steps of DDIM" in card
-    assert "trajectories of 4 steps with guidance 2" in card
+    assert "trajectories of 4 steps of dpmpp_2m, trailing, with guidance 2" in card
+    settings = card.partition("```json\n")[2].partition("```")[0]
+    assert training_from(json.loads(settings), FewStepsTraining) == asked
 
 
 def same_unet(one: Path, other: Path) -> bool:
@@ -184,12 +232,18 @@ def test_a_pipeline_keeps_its_other_parts(tmp_path: Path, asked: FewStepsTrainin
     index = json.loads((tmp_path / "a" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
     assert load_model(tmp_path / "a").conditioning.kind == "text"
-    other = shutil.copytree(tmp_path / "teacher", tmp_path / "other")
+    assert "## The card of the model before" in (tmp_path / "a" / "README.md").read_text()
+    other = shutil.copytree(tmp_path / "teacher", tmp_path / "other" / "teacher")  # the same name
     file = other / "text_encoder" / "model.safetensors"
-    shutil.copy(file, tmp_path / "kept")
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="another text encoder"):
         train_few_steps(tmp_path / "b", changed(settings, teacher=str(other)))
+    shutil.copytree(tmp_path / "teacher" / "text_encoder", other / "text_encoder", dirs_exist_ok=True)
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="another autoencoder"):
+        train_few_steps(tmp_path / "b", changed(settings, teacher=str(other)))
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(asked: FewStepsTraining, tmp_path: Path) -> None:
@@ -236,6 +290,7 @@ def test_the_command(asked: FewStepsTraining, class_model: Path, tmp_path: Path,
         ({"clock": "1,0,0"}, ConfigError, "clock"),
         ({"scheduler": "pndm"}, ConfigError, "4 steps of pndm have the time steps"),
         ({"scheduler": "dpmpp_2m_sde"}, ConfigError, "dpmpp_2m_sde draws noise"),
+        ({"scheduler": "euler"}, ConfigError, "samples are of another scale in euler"),
         ({"conditioning": "prompts.txt"}, ConfigError, "conditioning prompts.txt: no such file"),
         ({"steps": 0}, ConfigError, "'steps' is 0"),
     ],

@@ -179,7 +179,9 @@ def student(
 def decoder(
     model: Annotated[
         str | None,
-        typer.Argument(help="Whose latents are decoded: a diffusers directory, of a pipeline or an autoencoder."),
+        typer.Argument(
+            help="Whose latents are decoded: the directory of a pipeline or an autoencoder, or a built-in name."
+        ),
     ] = None,
     output: OutputOption = Path("decoder"),
     config: ConfigOption = None,
@@ -197,6 +199,8 @@ def decoder(
         "model": model, "data": data, "held_out": held_out, "only": read_only(only), "size": size, "updates": updates,
         "batch": batch, "seed": seed,
     }  # fmt: skip
+    if model is not None:
+        check_source(model)
     asked = _asked("decoder", config, given)
     trainer = toolchain("edgediff.train.decoder", "train decoder", "train")
     done = _train("decoder", lambda say: trainer.train_decoder(output, asked, progress=say), output, as_json, key="vae")
@@ -221,6 +225,7 @@ def few_steps(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the result.")] = None,
     teacher_steps: Annotated[int | None, typer.Option(help="A multiple of them; without it, four times.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="The teacher's sampler; without it, its usual one.")] = None,
     clock: ClockOption = None,
     guidance_scale: GuidanceOption = None,
     rounds: Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")] = None,
@@ -233,13 +238,13 @@ def few_steps(
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Distil a model to a few steps without guidance, with an adaptor along it; the same command resumes."""
+    """Distil a model to a few steps without guidance, with an adaptor beside it; the same command resumes."""
     for source in (model, teacher):
         if source is not None:
             check_source(source)
     given = {
         "model": model, "teacher": teacher, "steps": steps, "teacher_steps": teacher_steps, "clock": clock,
-        "guidance_scale": guidance_scale, "rounds": rounds, "images": images, "passes": passes,
+        "scheduler": scheduler, "guidance_scale": guidance_scale, "rounds": rounds, "images": images, "passes": passes,
         "conditioning": conditioning, "seed": seed,
     }  # fmt: skip
     asked = _asked("few-steps", config, given)

@@ -181,6 +181,9 @@ def choose_adaptor(spec: str | None, model: Model, cut: Cut, point: m.TrainedFor
                 f"adaptor {spec} was trained at level {record.cut.level}, {record.cut.point} ({record.shape}); "
                 f"this is level {cut.level}, {cut.point} ({adaptor_shape(split(model.unet, cut), model)})"
             )
+    for path in _beside(model):
+        if path.name == spec:
+            check_fit(load_adaptor(path), model, cut)
     choices = ", ".join(["identity", *(path.name for path, _ in own), "a folder that train adaptor wrote"])
     raise UnsupportedError(
         f"no adaptor {spec!r} is trained for {model.name} at level {cut.level}, {cut.point}; choices: {choices}"
@@ -206,12 +209,15 @@ def _is_folder(spec: str, own: Iterable[tuple[Path, AdaptorRecord]]) -> bool:
 
 def own_adaptors(model: Model) -> Iterable[tuple[Path, AdaptorRecord]]:
     """Folder and record of each adaptor in a model's directory that was trained for its weights."""
-    folder = model.path / FOLDER
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            record = read_record(path)
-            if record.model_sha256 == model.sha256:
-                yield path, record
+    for path in _beside(model):
+        record = read_record(path)
+        if record.model_sha256 == model.sha256:
+            yield path, record
+
+
+def _beside(model: Model) -> list[Path]:
+    """Folders of the adaptors in a model's directory; what else lies there does not count."""
+    return sorted(file.parent for file in (model.home / FOLDER).glob(f"*/{RECORD}"))
 
 
 def check_fit(adaptor: TrainedAdaptor, model: Model, cut: Cut) -> None:

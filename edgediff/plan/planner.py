@@ -201,6 +201,10 @@ def make_plan(
     opened = open_bundle(bundle)
     manifest, point = opened.manifest, opened.manifest.operating_point
     steps = point.num_inference_steps if steps is None else steps
+    if num_images < 1:
+        raise ConfigError(f"num_images is {num_images}; expected a whole number above 0")
+    if isinstance(conditioning, str) or (conditioning is not None and not conditioning):
+        raise ConfigError(f"conditioning is {conditioning!r}; expected a list of prompts, or embeddings")
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"steps is {steps}; a plan is made for 1 to {MAX_STEPS}")
     calls = sampler_of(manifest.scheduler.name).calls(steps)

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from edgediff.data.arrays import PROMPTS
 from edgediff.data.batches import generator
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import AdaptorShape, LearnedAdaptor
@@ -25,12 +24,10 @@ from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import TARGET, Rollouts, Samples
+from edgediff.train.rollout import TARGET, Rollouts, Samples, conditioning_sources
 from edgediff.train.settings import AdaptorTraining, check_training
 from edgediff.train.store import Store
-from edgediff.train.text import text_of
 from edgediff.train.training_card import CARD, LOSSES, adaptor_card, draw_losses
-from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.manifest import TrainedFor
 
 FEATURE, OUTPUT = "feature", "output"
@@ -74,14 +71,7 @@ def train_adaptor(
     if not model.has_weights:
         raise ConfigError(f"{model.name} is a geometry without weights: there is nothing to learn from")
     model.check_schedule()
-    sources = {"another model": model.sha256}
-    if settings.conditioning is not None:
-        file = Path(settings.conditioning)
-        if not file.is_file():
-            raise ConfigError(f"conditioning {file}: no such file")
-        sources[f"other embeddings in {file}"] = sha256_of(file)
-        if file.suffix == PROMPTS:
-            sources["another text encoder"] = text_of(model, learns=False).digest()
+    sources = {"another model": model.sha256} | conditioning_sources(model, settings.conditioning)
     claim = Claim(path, RECORD, settings, sources, accelerator)
     if claim.is_done():
         return None
@@ -151,8 +141,8 @@ class _AdaptorTask(Task):
         self.samples: Samples = {}
         self.store = None
         if settings.store_gb is not None:
-            bound = settings.store_gb / accelerator.num_processes
-            self.store = Store(path, accelerator.process_index, settings.rounds, "rounds", bound)
+            advice = "raise it, ask for fewer rounds or images, or leave it out: each round then draws new trajectories"
+            self.store = Store(path, accelerator, settings.rounds, "rounds", settings.store_gb, advice)
 
     def batches(self, visit: int) -> Sequence[torch.Tensor]:
         """Rows of the samples, in a seeded order."""

@@ -1,4 +1,4 @@
-"""Distillation to a few steps without guidance, with an adaptor trained along it.
+"""Distillation to a few steps without guidance, with an adaptor that is trained beside the UNet.
 
 Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) halves the steps again and again; here one stage goes
 from the teacher's trajectory to the few steps. A step of DDIM is linear in the sample and in what the UNet predicts, so
@@ -13,7 +13,6 @@ Diffusion, section 3.3, asks for the feature instead, which moves while the UNet
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,10 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.nn import functional as F
 
-from edgediff.data.arrays import PROMPTS
 from edgediff.data.batches import generator
 from edgediff.errors import ConfigError
 from edgediff.models.adaptors import LearnedAdaptor
+from edgediff.models.card import LICENSE_FILES
 from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import adaptor_shape, graph_list
 from edgediff.models.load import Model, load_model
@@ -41,23 +40,23 @@ from edgediff.models.trained import FORMAT, AdaptorRecord, save_adaptor
 from edgediff.models.undivided import undivided_session
 from edgediff.outputs import check_drawing, write_whole
 from edgediff.train.claim import Claim, writing
-from edgediff.train.gain import Nearness, psnr_of
+from edgediff.train.gain import Nearness, final_latents, psnr_of
+from edgediff.train.latents import autoencoder_of, hash_of_autoencoder
 from edgediff.train.learner import check_pair
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import FIRST_SEED, Prompts
+from edgediff.train.rollout import FIRST_SEED, Prompts, conditioning_sources
 from edgediff.train.settings import FewStepsTraining, check_training, mask_of
 from edgediff.train.store import Store, Tensors
-from edgediff.train.text import text_of
+from edgediff.train.student import check_components
 from edgediff.train.training_card import CARD, LOSSES, draw_losses, few_steps_card
 from edgediff.train.unet import UNET, save_parts
-from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.loop import CACHE, Request, denoise, initial_latents
 from edgediff_runtime.manifest import TrainedFor
 from edgediff_runtime.schedulers import Scheduler, make_scheduler
 
 FULL, CACHED = "full", "cached"
 SAMPLER = "ddim"
-PATH, PROMPT = "path", "prompt"
+POINTS, PROMPT = "points", "prompt"
 # Measured on seeds that are not learnt from.
 _MEASURED, _SEED = 32, 1
 
@@ -108,37 +107,27 @@ def train_few_steps(
         )
     check_pair(teacher, model)
     sources = {"another model": model.sha256, "another teacher": teacher.sha256}
-    if settings.conditioning is not None:
-        file = Path(settings.conditioning)
-        if not file.is_file():
-            raise ConfigError(f"conditioning {file}: no such file")
-        sources[f"other prompts in {file}"] = sha256_of(file)
-    if model.conditioning.kind == "text" and Path(settings.conditioning or PROMPTS).suffix == PROMPTS:
-        digests = {each.name: text_of(each, learns=False).digest() for each in (teacher, model)}
-        if len({*digests.values()}) > 1:
-            raise ConfigError(
-                f"the teacher {teacher.name} has another text encoder than {model.name}: expected the same"
-            )
-        sources["another text encoder"] = digests[model.name]
+    sources |= conditioning_sources(teacher, settings.conditioning)
+    vae, _ = autoencoder_of(teacher)
+    if vae is not None:
+        sources["another autoencoder"] = hash_of_autoencoder(vae)
+    check_components(teacher, model, sources)
     claim = Claim(path, CARD, settings, sources, accelerator)
     if claim.is_done():
         return None
     teacher.unet.to(accelerator.device)
-    paths = Paths(teacher, settings)
-    learner = _learner(model, paths.mask, settings).to(accelerator.device)
+    trajectories = TeacherTrajectories(teacher, settings)
+    learner = _learner(model, trajectories.mask, settings).to(accelerator.device)
     with claim.locked():
         say("measuring the model before it learns", 0.0)
-        before = _nearness(model, split(model.unet, settings.cut), paths, paths.guidance, None)
-        task = _FewStepsTask(accelerator, learner, paths, path)
+        nearness = _Measure(model, trajectories)
+        before = nearness.of(split(model.unet, settings.cut), trajectories.guidance)
+        task = _FewStepsTask(accelerator, learner, trajectories, path)
         loop = Loop(task, path)
         loop.run(say)
         say("measuring unseen seeds", 1.0)
-        nearness = Nearness(
-            before=before,
-            full=_nearness(model, learner.divided, paths, 1.0, None),
-            cached=_nearness(model, learner.divided, paths, 1.0, paths.mask) if learner.learns_adaptor else None,
-            images=_MEASURED,
-        )
+        cached = nearness.of(learner.divided, 1.0, trajectories.mask) if learner.learns_adaptor else None
+        near = Nearness(before, nearness.of(learner.divided, 1.0), cached, _MEASURED)
         if accelerator.is_main_process:
             loop.count_time()
             draw_losses(
@@ -148,12 +137,12 @@ def train_few_steps(
                 "squared error of the prediction",
             )
             with writing(path, loop.kept()):
-                _save(path, model, teacher, learner, paths, nearness, task, accelerator)
+                _save(path, model, teacher, learner, trajectories, near, task, accelerator)
     accelerator.end_training()
-    return FewStepsTrained(path, task.state.updates, recent(task.state.terms[FULL]), nearness)
+    return FewStepsTrained(path, task.state.updates, recent(task.state.terms[FULL]), near)
 
 
-class Paths:
+class TeacherTrajectories:
     """The teacher's trajectories at the time steps of the few steps: from noise, with its sampler and guidance."""
 
     def __init__(self, teacher: Model, settings: FewStepsTraining) -> None:
@@ -164,13 +153,17 @@ class Paths:
             UnsupportedError: The sampler is not supported.
         """
         self.settings, self.teacher = settings, teacher
-        sampler = teacher.usual_sampler if settings.scheduler is None else settings.scheduler
+        self.sampler = sampler = teacher.usual_sampler if settings.scheduler is None else settings.scheduler
         config = scheduler_config(teacher.scheduler, sampler)
         if config.draws_noise:
-            raise ConfigError(f"{sampler} draws noise in its steps; expected a sampler that does not, ddim or dpmpp_2m")
+            raise ConfigError(f"{sampler} draws noise in its steps; expected 'scheduler' ddim or dpmpp_2m")
         self.scheduler = make_scheduler(
             msgspec.structs.replace(config, timestep_spacing="trailing"), settings.from_steps
         )
+        if self.scheduler.init_noise_sigma != 1:
+            raise ConfigError(
+                f"the teacher's samples are of another scale in {sampler}; expected 'scheduler' ddim or dpmpp_2m"
+            )
         self.few = few_steps_of(teacher, settings.steps)
         theirs = [float(t) for t in self.scheduler.timesteps]
         missing = [float(t) for t in self.few.timesteps if float(t) not in theirs]
@@ -178,7 +171,7 @@ class Paths:
             raise ConfigError(
                 f"{settings.from_steps} steps of {sampler} have the time steps {', '.join(f'{t:g}' for t in theirs)}, "
                 f"which are not those of {settings.steps} steps ({', '.join(f'{t:g}' for t in self.few.timesteps)}): "
-                "expected a sampler that calls the UNet once a step, at the time steps themselves: ddim, dpmpp_2m"
+                "expected 'scheduler' ddim or dpmpp_2m"
             )
         self.places = [theirs.index(float(t)) for t in self.few.timesteps]
         self.mask = mask_of(settings.clock, settings.steps, SAMPLER)
@@ -191,13 +184,13 @@ class Paths:
         """Draws the trajectories of a round in a process, by the number of the two.
 
         Returns:
-            ``path`` [images, steps + 1, C, H, W], the samples before each of the few steps and the final ones, and
+            ``points`` [images, steps + 1, C, H, W], the samples before each of the few steps and the final ones, and
             ``prompt``, int64 [images], their prompts' numbers.
         """
         rng = np.random.default_rng([self.settings.seed, index])
         chosen = rng.integers(self.prompts.count, size=self.settings.images)
         seed = FIRST_SEED + (self.settings.seed << 20) + index
-        return {PATH: torch.from_numpy(self.walk(chosen, seed)), PROMPT: torch.from_numpy(chosen)}
+        return {POINTS: torch.from_numpy(self.walk(chosen, seed)), PROMPT: torch.from_numpy(chosen)}
 
     def walk(self, chosen: np.ndarray, seed: int) -> np.ndarray:
         """The teacher's samples before each of the few steps, and the final ones, of these prompts."""
@@ -227,7 +220,7 @@ def ddim_of(model: Model) -> DDIMScheduler:
     """Makes diffusers' DDIM for a model's noise schedule, with trailing spacing and without clipping."""
     config = dict(diffusers_scheduler(model.scheduler, SAMPLER).config)
     changes = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
-    made: DDIMScheduler = DDIMScheduler.from_config(config | changes)
+    made: DDIMScheduler = DDIMScheduler.from_config(config, **changes)  # what is passed by name is not overruled
     return made
 
 
@@ -252,17 +245,17 @@ class FewStepsLearner(nn.Module):
         self.register_buffer("coefficients", coefficients, persistent=False)
         self.register_buffer("timesteps", torch.from_numpy(np.array(scheduler.timesteps)), persistent=False)
 
-    def forward(self, path: torch.Tensor, cond: Tensors) -> Tensors:
+    def forward(self, points: torch.Tensor, cond: Tensors) -> Tensors:
         """The terms of the loss, ``full`` and ``cached``, scalars, of trajectories [B, steps + 1, C, H, W].
 
         `cond` is the conditioning by name, [B, ...].
         """
-        count, steps = len(path), len(self.mask)
+        count, steps = len(points), len(self.mask)
         of_x, of_out = (each.reshape(1, steps, 1, 1, 1) for each in self.coefficients.unbind(1))
-        target = (path[:, 1:] - of_x * path[:, :-1]) / of_out
+        target = (points[:, 1:] - of_x * points[:, :-1]) / of_out
         parts = self.divided.parts
         tensors = {name: rows.repeat_interleave(steps, dim=0) for name, rows in cond.items()}
-        tensors |= {"sample": path[:, :-1].flatten(0, 1), "timestep": self.timesteps.repeat(count)}
+        tensors |= {"sample": points[:, :-1].flatten(0, 1), "timestep": self.timesteps.repeat(count)}
         for name in ("highres_in", "lowres", "highres_out"):
             tensors |= parts[name].run(tensors)
         by_step = {name: value.reshape(count, steps, *value.shape[1:]) for name, value in tensors.items()}
@@ -295,58 +288,66 @@ def _learner(model: Model, mask: tuple[bool, ...], settings: FewStepsTraining) -
 class _FewStepsTask(Task):
     """A visit is a pass over a round of trajectories."""
 
-    def __init__(self, accelerator: Accelerator, learner: FewStepsLearner, paths: Paths, path: Path) -> None:
-        settings = paths.settings
+    def __init__(
+        self, accelerator: Accelerator, learner: FewStepsLearner, trajectories: TeacherTrajectories, path: Path
+    ) -> None:
+        settings = trajectories.settings
         optimizer = torch.optim.AdamW(
             learner.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         super().__init__(accelerator, settings, learner, optimizer, learner, settings.rounds * settings.passes)
         self.weights = {FULL: 1.0, CACHED: 1.0}
-        self.paths = paths
+        self.trajectories = trajectories
         self.round: Tensors = {}
-        bound = None if settings.store_gb is None else settings.store_gb / accelerator.num_processes
-        self.store = Store(path, accelerator.process_index, settings.rounds, "rounds", bound)
+        advice = "raise it, or ask for fewer rounds or images"
+        self.store = Store(path, accelerator, settings.rounds, "rounds", settings.store_gb, advice)
 
     def batches(self, visit: int) -> Sequence[torch.Tensor]:
         """Rows of a round, in a seeded order; a pass goes through all rounds."""
         settings, index = self.settings, visit % self.settings.rounds
-        self.round = self.store.get(index, lambda: self.paths.draw(self.number(index)), torch.device("cpu"))
+        self.round = self.store.get(index, lambda: self.trajectories.draw(self.number(index)), torch.device("cpu"))
         order = torch.randperm(settings.images, generator=generator(settings.seed, visit))
         return torch.split(order, settings.batch)
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
-        cond, _ = self.paths.prompts.take(self.round[PROMPT][batch].numpy())
+        cond, _ = self.trajectories.prompts.take(self.round[PROMPT][batch].numpy())
         given = {name: torch.from_numpy(rows).to(self.device) for name, rows in cond.items()}
-        terms: dict[str, torch.Tensor] = model(self.round[PATH][batch].to(self.device), given)
+        terms: dict[str, torch.Tensor] = model(self.round[POINTS][batch].to(self.device), given)
         return terms
 
 
-@torch.no_grad()
-def _nearness(model: Model, divided: SplitUNet, paths: Paths, guidance: float, mask: tuple[bool, ...] | None) -> float:
-    """PSNR in dB of final samples in the few steps against the teacher's, on unseen seeds; `mask` None is all full."""
-    divided.eval()
-    chosen = np.random.default_rng(_SEED).integers(paths.prompts.count, size=_MEASURED)
-    scheduler = few_steps_of(model, paths.settings.steps)
-    steps = len(scheduler.timesteps)
-    session = TorchSession(divided.parts, graph_list(divided, model))
-    references, made = [], []
-    at_once = min(paths.settings.images, _MEASURED)
-    for first in range(0, _MEASURED, at_once):
-        some, seed = chosen[first : first + at_once], _SEED + first
-        cond, uncond = paths.prompts.take(some)
-        request = Request(
-            graphs=session.graphs,
-            scheduler=scheduler,
-            clock=(True,) * steps if mask is None else mask,
-            guidance=(guidance,) * steps,
-            latents=initial_latents(seed, len(some), model.sample_shape, scheduler.init_noise_sigma),
-            cond=cond,
-            uncond=uncond if guidance > 1 else {},
-            seed=seed,
-        )
-        made.append(deque(denoise(request, session), maxlen=1).pop().latents)
-        references.append(paths.walk(some, seed)[:, -1])
-    return psnr_of(np.concatenate(references), np.concatenate(made), model.space)
+class _Measure:
+    """PSNR in dB of final samples in the few steps against the teacher's, on unseen seeds."""
+
+    def __init__(self, model: Model, trajectories: TeacherTrajectories) -> None:
+        self._model, self._trajectories = model, trajectories
+        chosen = np.random.default_rng(_SEED).integers(trajectories.prompts.count, size=_MEASURED)
+        at_once = min(trajectories.settings.images, _MEASURED)  # more may not fit
+        self._parts = [(chosen[first : first + at_once], _SEED + first) for first in range(0, _MEASURED, at_once)]
+        self._reference = np.concatenate([trajectories.walk(*part)[:, -1] for part in self._parts])
+
+    @torch.no_grad()
+    def of(self, divided: SplitUNet, guidance: float, mask: tuple[bool, ...] | None = None) -> float:
+        """Of a divided UNet with a guidance and a clock; None is clock 1."""
+        divided.eval()
+        trajectories, model = self._trajectories, self._model
+        session = TorchSession(divided.parts, graph_list(divided, model))
+        steps = len(trajectories.mask)
+        made = []
+        for chosen, seed in self._parts:
+            cond, uncond = trajectories.prompts.take(chosen)
+            request = Request(
+                graphs=session.graphs,
+                scheduler=trajectories.few,
+                clock=(True,) * steps if mask is None else mask,
+                guidance=(guidance,) * steps,
+                latents=initial_latents(seed, len(chosen), model.sample_shape, trajectories.few.init_noise_sigma),
+                cond=cond,
+                uncond=uncond if guidance > 1 else {},
+                seed=seed,
+            )
+            made.append(final_latents(request, session))
+        return psnr_of(self._reference, np.concatenate(made), model.space)
 
 
 def _save(
@@ -354,13 +355,13 @@ def _save(
     model: Model,
     teacher: Model,
     learner: FewStepsLearner,
-    paths: Paths,
+    trajectories: TeacherTrajectories,
     nearness: Nearness,
     task: Task,
     accelerator: Accelerator,
 ) -> None:
     """Writes the model's directory with what is new in it; the card comes last, by which it is known to be whole."""
-    settings = paths.settings
+    settings = trajectories.settings
     index = model.home / "model_index.json"
     if index.is_file():
         said = json.loads(index.read_text(encoding="utf-8"))
@@ -370,18 +371,20 @@ def _save(
             has_part = isinstance(value, list) and value[0] is not None and (model.home / name).is_dir()
             if has_part and name not in (UNET, "scheduler"):
                 shutil.copytree(model.home / name, path / name, dirs_exist_ok=True)
-    if (model.home / "classes.json").is_file():
-        shutil.copy(model.home / "classes.json", path / "classes.json")
+    for name in ("classes.json", *LICENSE_FILES):
+        if (model.home / name).is_file():
+            shutil.copy(model.home / name, path / name)
     save_parts(path, {"scheduler": ddim_of(model), UNET: model.unet.requires_grad_(False).eval()})
     if learner.learns_adaptor:
-        _save_adaptor(path, model, learner, paths)
-    card = few_steps_card(model, teacher, settings, paths.guidance, nearness, task.state, accelerator)
+        _save_adaptor(path, model, learner, trajectories)
+    sampler, guidance = trajectories.sampler, trajectories.guidance
+    card = few_steps_card(model, teacher, settings, sampler, guidance, nearness, task.state, accelerator)
     write_whole(path / CARD, lambda scratch: scratch.write_text(card, encoding="utf-8"))
 
 
-def _save_adaptor(path: Path, model: Model, learner: FewStepsLearner, paths: Paths) -> None:
+def _save_adaptor(path: Path, model: Model, learner: FewStepsLearner, trajectories: TeacherTrajectories) -> None:
     """Writes the adaptor for the UNet that lies in the folder by now."""
-    settings, adaptor = paths.settings, learner.divided.adaptor
+    settings, adaptor = trajectories.settings, learner.divided.adaptor
     assert isinstance(adaptor, LearnedAdaptor)
     shape = adaptor_shape(learner.divided, model)
     record = AdaptorRecord(
@@ -399,7 +402,7 @@ def _save_adaptor(path: Path, model: Model, learner: FewStepsLearner, paths: Pat
             num_inference_steps=settings.steps,
             scheduler=SAMPLER,
             clock=settings.clock,
-            mask=tuple(int(full) for full in paths.mask),
+            mask=tuple(int(full) for full in trajectories.mask),
             guidance_scale=1.0,
         ),
         rollout="teacher",

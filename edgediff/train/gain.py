@@ -12,7 +12,7 @@ from edgediff.models.load import Model
 from edgediff.models.torch_session import TorchSession
 from edgediff.train.rollout import Rollouts
 from edgediff_runtime.image import to_uint8
-from edgediff_runtime.loop import denoise, initial_latents
+from edgediff_runtime.loop import Request, denoise, initial_latents
 
 IMAGES = 16
 SEED = 1
@@ -78,8 +78,14 @@ def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[
             uncond={name: values[rows] for name, values in uncond.items()},
             seed=SEED + first,
         )
-        made.append(deque(denoise(request, session), maxlen=1).pop().latents)
+        made.append(final_latents(request, session))
     return np.concatenate(made)
+
+
+def final_latents(request: Request, session: TorchSession) -> np.ndarray:
+    """What the last step gives."""
+    latents: np.ndarray = deque(denoise(request, session), maxlen=1).pop().latents
+    return latents
 
 
 def psnr_of(reference: np.ndarray, samples: np.ndarray, space: str) -> float:

@@ -21,6 +21,7 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.models.torch_session import TorchSession
 from edgediff.train.settings import AdaptorTraining, check_clock
 from edgediff.train.text import STATES, Text, encode, text_of
+from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.loop import Request, denoise, initial_latents
 from edgediff_runtime.schedulers import make_scheduler
 
@@ -110,6 +111,25 @@ class Prompts:
         return self.take(rng.integers(self.count, size=count))
 
 
+def conditioning_sources(model: Model, conditioning: str | None) -> dict[str, str]:
+    """Hashes, as `Claim` has them, of a file of prompts or embeddings and of the text encoder that prompts need.
+
+    Raises:
+        ConfigError: There is no such file.
+        ModelError: The prompts need a text encoder, which the model does not have.
+    """
+    if conditioning is None:
+        return {}
+    file = Path(conditioning)
+    if not file.is_file():
+        raise ConfigError(f"conditioning {file}: no such file")
+    is_prompts = file.suffix == PROMPTS
+    sources = {f"other {'prompts' if is_prompts else 'embeddings'} in {file}": sha256_of(file)}
+    if is_prompts and model.conditioning.kind == "text":
+        sources["another text encoder"] = text_of(model, learns=False).digest()
+    return sources
+
+
 class Rollouts:
     """Draws trajectories, and takes from them what an adaptor learns from."""
 
@@ -173,4 +193,5 @@ class Rollouts:
             given = {name: tensors[name] for name in self.names if name != "lowres_feature"}
             for name, value in {**given, TARGET: tensors["lowres_feature"]}.items():
                 found[name].append(value.expand(rows) if name == "timestep" else value)
-        return {name: torch.cat(values) for name, values in found.items() if values}
+        # In memory as a store gives them back: sums of what lies otherwise differ in the last bit.
+        return {name: torch.cat(values).contiguous() for name, values in found.items() if values}

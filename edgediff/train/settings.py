@@ -99,15 +99,15 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class FewStepsTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Distillation to a few steps without guidance, with an adaptor along it; by AdamW.
+    """Distillation to a few steps without guidance, with an adaptor beside the UNet; by AdamW.
 
     Attributes:
         teacher: Whose trajectories are learnt from; None takes the model's own.
         steps: Of the result.
         teacher_steps: A multiple of `steps`; None is four times as many.
         scheduler, guidance_scale: The teacher's; None takes what it is usually sampled with.
-        clock: With cached steps, an adaptor learns along; 1 has none.
-        images: Trajectories of a round, in each process; all are stored, and learnt from in `passes`.
+        clock: With cached steps, an adaptor learns beside the UNet; 1 has none.
+        images: Trajectories of a round, in each process; all are stored, and each is learnt from `passes` times.
         batch: Trajectories of an update, each with all its steps.
         store_gb: Most GB (1e9 bytes) that they may take; None leaves that to the disk.
     """
@@ -208,16 +208,16 @@ class ImageTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class DecoderTraining(ImageTraining, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A decoder's, for the latents of a pipeline's KL autoencoder, which stay as they are.
+    """A decoder's, for the latents of a pipeline's autoencoder, which stay as they are.
 
     Attributes:
-        model: The pipeline, or the autoencoder alone: a diffusers directory.
+        model: The pipeline, a diffusers directory or a built-in name; or the directory of an autoencoder.
         tiny: Channels and blocks of an AutoencoderTiny, which is then trained instead; its encoder learns the latents.
         edge_weight: Weight of the absolute error of the details (Haar's, of `DETAIL_LEVELS` sizes) beside that of the
             pixels.
         latent_noise: Standard deviation of the noise on the latents that are decoded, whose own is about 1: the latents
             that a UNet makes are not exact.
-        size: Height and width of the images in pixels; None takes the autoencoder's.
+        size: Height and width of the images in pixels; None takes the autoencoder's, where it says so.
     """
 
     model: str | None = None

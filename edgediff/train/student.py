@@ -53,7 +53,7 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
         sources["another text encoder"] = text.digest()
     if settings.student is not None:
         sources["another student"] = model.sha256
-        _check_components(teacher, model, sources)
+        check_components(teacher, model, sources)
     return train_unet(
         replace(model, name=path.resolve().name),
         read_data(settings, size, say, captioned=text is not None),
@@ -68,8 +68,8 @@ def train_student(path: str | Path, settings: StudentTraining, *, progress: Say 
     )
 
 
-def _check_components(teacher: Model, student: Model, sources: dict[str, str]) -> None:
-    """Refuses a student that learnt the latents or the text of other components than the teacher's."""
+def check_components(teacher: Model, student: Model, sources: dict[str, str]) -> None:
+    """Refuses a student whose autoencoder or text encoder is not the teacher's, of which `sources` has the hashes."""
     found = {}
     if "another autoencoder" in sources:
         if student.space == "pixel":

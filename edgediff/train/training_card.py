@@ -1,6 +1,7 @@
 """What a training leaves for readers: the card, which has all that is needed to repeat it, and the loss curves."""
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -74,6 +75,7 @@ def few_steps_card(
     model: Model,
     teacher: Model,
     settings: FewStepsTraining,
+    sampler: str,
     guidance: float,
     nearness: Nearness,
     state: Progress,
@@ -83,9 +85,11 @@ def few_steps_card(
     what = "8-bit images" if model.space == "pixel" else "latents"
     cached = "" if nearness.cached is None else f", at clock {settings.clock} {nearness.cached:.2f} dB"
     adaptor = (
-        "" if nearness.cached is None else f"; a {settings.adaptor} adaptor for clock {settings.clock} learnt along"
+        "" if nearness.cached is None else f"; a {settings.adaptor} adaptor for clock {settings.clock} learnt beside it"
     )
     said = "" if model.card.license == "unknown" else f"license: {model.card.license}\n"
+    text = re.sub(r"\A---\s*\n.*?\n---\s*\n", "", model.card.text, flags=re.DOTALL)
+    of_model = f"\n## The card of the model before\n\n{text}" if text else ""
     return f"""---
 {said}inference:
   parameters:
@@ -96,18 +100,24 @@ def few_steps_card(
 
 - **What**: `{model.name}`, sha256 `{model.sha256}`, distilled to {settings.steps} steps of DDIM, trailing, without \
 guidance{adaptor}.
-- **Teacher**: `{teacher.name}`, sha256 `{teacher.sha256}`: trajectories of {settings.from_steps} steps with guidance \
-{guidance:g}.
+- **Teacher**: `{teacher.name}`, sha256 `{teacher.sha256}`: trajectories of {settings.from_steps} steps of \
+{sampler}, trailing, with guidance {guidance:g}.
 - **Data**: {settings.rounds * settings.images * accelerator.num_processes:,} trajectories from pure noise; no images.
 - **Training**: {settings.passes} pass(es), AdamW at {settings.learning_rate:g} ({settings.schedule}), averaged \
 weights ({settings.ema:g}), seed {settings.seed}: {state.updates:,} updates of \
-{settings.batch * accelerator.num_processes} trajectories in {_where(state, accelerator)}; loss \
+{min(settings.batch, settings.images) * accelerator.num_processes} trajectories in {_where(state, accelerator)}; loss \
 {recent(state.losses):.4f} ([curve]({LOSSES})).
 - **Nearness**: PSNR of {nearness.images} {what} of unseen seeds against the teacher's: {nearness.full:.2f} \
 dB{cached}; the model before, in {settings.steps} steps with guidance, {nearness.before:.2f} dB.
 - **Versions**: {_versions()}.
 - **Licence**: as the model's, {model.card.license}.
-"""
+
+Settings (`edgediff train few-steps` takes them as they stand, as `--config`):
+
+```json
+{msgspec.json.format(msgspec.json.encode(settings), indent=1).decode()}
+```
+{of_model}"""
 
 
 def unet_card(

@@ -181,9 +181,9 @@ class _UNetTask(MeasuredTask):
         self.prompts = _prompts_of(images[0])
         self.draws, self.store = settings.updates, None
         if isinstance(settings, StudentTraining) and settings.draws is not None:
-            self.draws = settings.draws
+            self.draws = min(settings.draws, settings.updates)
             if settings.distils:
-                self.store = Store(path, accelerator.process_index, settings.draws, "draws")
+                self.store = Store(path, accelerator, self.draws, "draws")
         self.noising = Noising(model.scheduler, self.device)
 
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
@@ -204,7 +204,9 @@ class _UNetTask(MeasuredTask):
         """The teacher's features of noised images, by place."""
         assert self.teacher is not None
         assert self.learner.distillation is not None
-        return predict_with_features(self.teacher.unet, self.learner.distillation.points, x_t, t, cond)[1]
+        _, found = predict_with_features(self.teacher.unet, self.learner.distillation.points, x_t, t, cond)
+        # In memory as a store gives them back: sums of what lies otherwise differ in the last bit.
+        return {name: feature.contiguous() for name, feature in found.items()}
 
     def draw(self, data: Batches, first: int, size: int, number: int, learning: bool = True) -> dict[str, Any]:
         """Images, noise and time steps, under a number.

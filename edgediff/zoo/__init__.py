@@ -45,7 +45,7 @@ def check_adaptor(adaptor: str, source: str) -> None:
     Raises:
         UnsupportedError: With the choices.
     """
-    folder = built_in(source) or Path(source)
+    folder = Path(source) if Path(source).exists() else built_in(source) or Path(source)
     records = sorted(folder.glob("adaptors/*/adaptor.json"))
     names = [record.parent.name for record in records]
     if adaptor not in ("identity", *names, *map(_kind_in, records)) and not (adaptor and Path(adaptor).is_dir()):
@@ -54,7 +54,7 @@ def check_adaptor(adaptor: str, source: str) -> None:
 
 
 def _kind_in(record: Path) -> str:
-    """The kind that an adaptor's record names; '' where it is damaged, which is refused when the model is loaded."""
+    """The kind that an adaptor's record names; '' where it is damaged, which is refused when an adaptor is chosen."""
     try:
         return str(json.loads(record.read_text(encoding="utf-8"))["kind"])
     except (OSError, ValueError, LookupError, TypeError):

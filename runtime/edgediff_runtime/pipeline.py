@@ -314,19 +314,20 @@ class EdgePipeline:
         clip_skip: int = 0,
         emphasis: bool = True,
     ) -> dict[str, Any]:
-        """Encodes prompts once for many requests: the arguments that take their place, with a row for each.
+        """Encodes prompts that many requests use; returns the arguments to pass instead of them.
 
         Returns:
-            ``prompt_embeds`` and ``negative_prompt_embeds``, and ``added_cond`` and ``negative_added_cond``.
+            ``prompt_embeds`` and ``negative_prompt_embeds``, and ``added_cond`` and ``negative_added_cond``, each with
+            a row for each prompt. SDXL's sizes are not among them: they follow from the request.
 
         Raises:
             RequestError: The bundle has no text encoder, or a text cannot be encoded.
         """
         self._check_text(prompt, None, None)
-        texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
+        texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, plain(clip_skip), emphasis)
         size = self._latent_size(None, None)
         needed = {t.name: t for graph in self._graphs(UNET, *size) for t in graph.inputs if t.name in TEXT_INPUTS}
-        both = self._embeds(texts, texts.count(), True, needed, self._usage(), size)
+        both = self._embeds(texts, texts.count(), True, needed, self._usage())
         found: dict[str, Any] = {}
         for prefix, made in zip(("", "negative_"), both, strict=True):
             found[f"{prefix}prompt_embeds"] = made.pop(TEXT, None)
@@ -334,17 +335,13 @@ class EdgePipeline:
         return found
 
     def _embeds(
-        self, texts: Texts, count: int, guided: bool, needed: Mapping[str, Tensor], usage: Usage, size: tuple[int, int]
+        self, texts: Texts, count: int, guided: bool, needed: Mapping[str, Tensor], usage: Usage
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """The UNet's inputs of every image's texts and, where guidance needs them, of what it leads away from."""
         any_length = TEXT not in needed or TOKENS in needed[TEXT].shape
         made = texts.encode(self._text_stage(usage), count, guided, any_length)
-        found = tuple({name: value for name, value in each.items() if name in needed} for each in made)
-        if "time_ids" in needed and self.manifest.vae is not None:
-            height, width = (self.manifest.vae.downscale * side for side in size)
-            for values, is_negative in zip(found, (False, True), strict=True):
-                values["time_ids"] = time_ids(int(needed["time_ids"].shape[1]), height, width, is_negative)
-        return found[0], found[1]
+        given, negative = ({name: value for name, value in each.items() if name in needed} for each in made)
+        return given, negative
 
     def decode(self, latents: Array, tile: int | None = None) -> Array:
         """Decodes finished latents, float32 [N, C, H, W]: pixels, float32 [N, 3, h, w], about -1 to 1.
@@ -664,8 +661,13 @@ class EdgePipeline:
             check_count(num_images)
         self._check_memory(num_images, guided, size)
         if texts is not None:
-            made, made_negative = self._embeds(texts, num_images, guided, needed, usage, size)
+            made, made_negative = self._embeds(texts, num_images, guided, needed, usage)
             given, negative = made | given, made_negative | negative
+        if "time_ids" in needed and self.manifest.vae is not None:
+            height, width = (self.manifest.vae.downscale * side for side in size)
+            for values, is_negative in ((given, False), (negative, True)):
+                if "time_ids" not in values:
+                    values["time_ids"] = time_ids(int(needed["time_ids"].shape[1]), height, width, is_negative)
         cond = rows_of(needed, given, num_images, "")
         if not guided:
             return cond, {}, num_images
