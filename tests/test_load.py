@@ -18,7 +18,7 @@ from edgediff.models.conditioning import TensorSpec
 from edgediff.models.load import random_weights
 from edgediff.models.macs import tally
 from edgediff.models.model_files import WEIGHTS
-from edgediff.models.spectral import SpectralUNet2DModel
+from edgediff.models.spectral import SpectralUNet2DConditionModel, SpectralUNet2DModel
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -194,12 +194,18 @@ def test_the_built_in_pipeline() -> None:
     assert {prompt.partition(", ")[2].replace(" ", "-") for prompt in PROMPTS} <= {*styles}
 
 
-def test_the_built_in_student() -> None:
-    model, teacher = load_model("grocery-32-student"), load_model("grocery-32")
-    assert type(model.unet) is SpectralUNet2DModel
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("drawings-64-student", SpectralUNet2DConditionModel), ("grocery-32-student", SpectralUNet2DModel)],
+)
+def test_the_built_in_students(name: str, kind: type) -> None:
+    model, teacher = load_model(name), load_model(name.removesuffix("-student"))
+    assert type(model.unet) is kind
     assert_ready(model.unet)
     assert (model.conditioning, model.sample_shape) == (teacher.conditioning, teacher.sample_shape)
-    assert (model.space, model.card.license) == ("pixel", "apache-2.0")
+    assert (model.space, model.card.license) == (teacher.space, "apache-2.0")
+    assert (model.usual_steps, model.usual_guidance) == (teacher.usual_steps, teacher.usual_guidance)
+    assert set(pipeline_components(model)) == set(pipeline_components(teacher))
     own, its = (tally(split(m.unet, Cut()), m.sample_shape, m.conditioning.tensors) for m in (model, teacher))
     assert own.parts["full"].macs <= its.parts["full"].macs / 8
 

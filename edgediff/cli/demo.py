@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgediff_runtime import Result
 
 # Built-in models with weights and a recipe of their name; the first is the default.
-MODELS = ("drawings-64", "grocery-32-student", "grocery-32")
+MODELS = ("drawings-64", "drawings-64-student", "grocery-32-student", "grocery-32")
 # What models of text are asked for; the others draw their classes one after the other.
 PROMPTS = (
     "red apple, fluent 3d", "avocado, fluent 3d", "watermelon, fluent flat", "hamburger, fluent 3d",
@@ -50,7 +50,7 @@ def doctor(as_json: JsonOption = False) -> None:
 def demo(
     model: Annotated[
         str,
-        typer.Argument(help="drawings-64, a small Stable Diffusion; or grocery-32-student, or its teacher grocery-32."),
+        typer.Argument(help=f"What to show: {', '.join(MODELS)}."),
     ] = MODELS[0],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")] = Path(
         "out/demo"
