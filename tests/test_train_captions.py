@@ -239,6 +239,7 @@ def test_a_student_learns_captions_from_its_teacher(pipeline: Path, drawings: Pa
     assert train_student(tmp_path / "b", further) is not None
 
 
+@pytest.mark.long
 def test_a_student_learns_the_latents_of_a_small_autoencoder(pipeline: Path, drawings: Path, tmp_path: Path) -> None:
     theirs = shutil.copytree(pipeline, tmp_path / "pipeline")
     shutil.rmtree(theirs / "vae")

@@ -121,6 +121,7 @@ def test_a_small_one_is_trained_further(asked: DecoderTraining, tmp_path: Path) 
     assert changes == {"decoder"}
 
 
+@pytest.mark.long
 def test_a_built_in_models_decoder_is_trained_further(asked: DecoderTraining, tmp_path: Path) -> None:
     done = train_decoder(tmp_path / "a", changed(asked, model="drawings-64", size=SIZE, updates=1))
     assert done is not None

@@ -206,6 +206,7 @@ def test_its_adaptor_is_exported_with_it(asked: FewStepsTraining, tmp_path: Path
     assert adaptor.trained_for == TrainedFor(2, "ddim", 2, (1, 0), 1.0)
 
 
+@pytest.mark.long
 def test_without_cached_steps_there_is_no_adaptor(asked: FewStepsTraining, tmp_path: Path, loops: list[Loop]) -> None:
     done = train_few_steps(tmp_path / "a", changed(asked, clock=1))
     assert done is not None
@@ -246,6 +247,7 @@ def test_a_pipeline_keeps_its_other_parts(tmp_path: Path, asked: FewStepsTrainin
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.long
 def test_an_interrupted_training_ends_with_the_same_weights(asked: FewStepsTraining, tmp_path: Path) -> None:
     settings, left = changed(asked, checkpoint_minutes=1e-9), iter((None, None))
 
