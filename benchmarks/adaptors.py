@@ -1,25 +1,28 @@
-"""What is a learned adaptor worth? Built-in models, 8 steps of DPM-Solver++ 2M, guidance 2, at clock 2 and clock 4.
+"""What is a learned adaptor worth? Built-in models, 8 steps of DPM-Solver++ 2M, their guidance, at clock 2 and clock 4.
 
-The same seeds and labels at clock 1, with the identity and with the built-in adaptor trained for that clock, in ONNX
-Runtime. PSNR of 8-bit images against clock 1, a mean over 64 seeds with labels one after the other. The bar: 3 dB above
-the identity. With `--images FOLDER` (photographs, a subfolder for each class) also the distances of image sets.
+The same seeds and labels or prompts at clock 1, with the identity and with the built-in adaptor trained for that clock,
+in ONNX Runtime. PSNR of 8-bit images against clock 1, a mean over 64 seeds, labels or prompts one after the other. The
+bar: 3 dB above the identity. With `--images FOLDER` (photographs, a subfolder for each class) also the distances of
+image sets, of the models of classes.
 """
 
 import argparse
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from drawings import taught_prompts
 from measure import exported, machine, verdict
 
 from edgediff.evaluate.distance import evaluate_distance
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, open_bundle
 
 FIRST_SEED = 10_000
 BAR_DB = 3.0
 CLOCKS = (2, 4)
-MODELS = ("grocery-32", "grocery-32-student")
+MODELS = ("drawings-64", "grocery-32", "grocery-32-student")
 
 
 def main() -> None:
@@ -38,7 +41,8 @@ def main() -> None:
                 name: exported(model, Path(folder) / name, adaptor=name, clock=clock) for name in ("identity", "resnet")
             }
             compare(bundles, given.seeds)
-            if given.images is not None:
+            of_classes = open_bundle(bundles["identity"]).manifest.conditioning.kind == "class"
+            if given.images is not None and of_classes:
                 distances(clock, bundles, given.images, given.num_images)
 
 
@@ -47,13 +51,20 @@ def compare(bundles: dict[str, str], seeds: int) -> None:
     found = {}
     for name, bundle in bundles.items():
         pipe = EdgePipeline.from_pretrained(bundle)
-        labels = len(pipe.manifest.conditioning.labels)
-        asked = [{"seed": FIRST_SEED + i, "label": i % labels} for i in range(seeds)]
+        asked = [{"seed": FIRST_SEED + i} | condition(pipe, i) for i in range(seeds)]
         found[name] = np.array([psnr(pipe(**each, clock=1).images, pipe(**each).images) for each in asked])
         print(f"  {name}: {decibels(found[name])}, the worst {found[name].min():.2f}")
     gain = found["resnet"] - found["identity"]
     print(f"  learned above identity: {decibels(gain)} (bar: {BAR_DB:.0f}) {verdict(gain.mean() >= BAR_DB)}; "
           f"better on {np.mean(gain > 0):.0%} of {seeds} seeds")  # fmt: skip
+
+
+def condition(pipe: EdgePipeline, i: int) -> dict[str, Any]:
+    """The label or the prompt of an image."""
+    if pipe.can_encode:
+        prompts = taught_prompts()
+        return {"prompt": prompts[7 * i % len(prompts)]}
+    return {"label": i % len(pipe.manifest.conditioning.labels)}
 
 
 def decibels(values: np.ndarray) -> str:

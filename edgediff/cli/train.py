@@ -45,6 +45,12 @@ UpdatesOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchOption = Annotated[int | None, typer.Option(help="Images of an update.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")]
 SizeOption = Annotated[int | None, typer.Option(help="Height and width of the images, in pixels.")]
+RoundsOption = Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")]
+TrajectoriesOption = Annotated[int | None, typer.Option(help="Trajectories of a round.")]
+ConditioningOption = Annotated[
+    Path | None,
+    typer.Option(help="For models with text: prompts, one a line (.txt), or embeddings (.safetensors, .npz)."),
+]
 OnlyOption = Annotated[
     list[str] | None,
     typer.Option(metavar="COLUMN=FILE", help="Learn only images with captions whose column has a value of the file's."),
@@ -72,12 +78,9 @@ def adaptor(
     rollout: Annotated[
         str | None, typer.Option(help="teacher (the paper's), or student: its own outputs are fed back.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")] = None,
-    images: Annotated[int | None, typer.Option(help="Trajectories of a round.")] = None,
-    conditioning: Annotated[
-        Path | None,
-        typer.Option(help="For models with text: prompts, one a line (.txt), or embeddings (.safetensors, .npz)."),
-    ] = None,
+    rounds: RoundsOption = None,
+    images: TrajectoriesOption = None,
+    conditioning: ConditioningOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -228,13 +231,10 @@ def few_steps(
     scheduler: Annotated[str | None, typer.Option(help="The teacher's sampler; without it, its usual one.")] = None,
     clock: ClockOption = None,
     guidance_scale: GuidanceOption = None,
-    rounds: Annotated[int | None, typer.Option(help="How many times trajectories are drawn.")] = None,
-    images: Annotated[int | None, typer.Option(help="Trajectories of a round.")] = None,
+    rounds: RoundsOption = None,
+    images: TrajectoriesOption = None,
     passes: Annotated[int | None, typer.Option(help="How often each trajectory is learnt from.")] = None,
-    conditioning: Annotated[
-        Path | None,
-        typer.Option(help="For models with text: prompts, one a line (.txt), or embeddings (.safetensors, .npz)."),
-    ] = None,
+    conditioning: ConditioningOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -201,8 +201,6 @@ def make_plan(
     opened = open_bundle(bundle)
     manifest, point = opened.manifest, opened.manifest.operating_point
     steps = point.num_inference_steps if steps is None else steps
-    if num_images < 1:
-        raise ConfigError(f"num_images is {num_images}; expected a whole number above 0")
     if isinstance(conditioning, str) or (conditioning is not None and not conditioning):
         raise ConfigError(f"conditioning is {conditioning!r}; expected a list of prompts, or embeddings")
     if not 1 <= steps <= MAX_STEPS:
@@ -220,7 +218,7 @@ def make_plan(
         conditioning = prompt_arguments(load_reference(opened.file(REFERENCE)).conditioning) if text else {}
     pipe = open_pipeline(opened, backend)
     if not isinstance(conditioning, dict):
-        conditioning = pipe.encode_prompt([conditioning[i % len(conditioning)] for i in range(num_images)])
+        conditioning = pipe.encode_prompt([*conditioning[: max(num_images, 1)]])
     images = Trajectories(manifest, pipe.session, steps, guidance_scale, seed, num_images, conditioning, say)
     if output is not None and not force:
         check_replaced(output, search_of(images, backend, budget, unit))

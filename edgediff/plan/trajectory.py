@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff.errors import ConfigError
 from edgediff_runtime import EdgePipeline, Manifest
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.schedulers import sampler_of
@@ -91,6 +92,8 @@ class Trajectories:
     say: Callable[[str], None] = lambda what: None
 
     def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ConfigError(f"num_images is {self.num_images}; expected a whole number above 0")
         self.calls = sampler_of(self.manifest.scheduler.name).calls(self.steps)
         self._replay = ReplaySession(self.session)
         # An adaptor was trained for one clock, and the others are what is measured here.

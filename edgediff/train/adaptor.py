@@ -7,7 +7,7 @@ makes. Losses are relative to those of the identity, so that 1 is no better than
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from edgediff.data.batches import generator
 from edgediff.errors import ConfigError
-from edgediff.models.adaptors import AdaptorShape, LearnedAdaptor
+from edgediff.models.adaptors import LearnedAdaptor
 from edgediff.models.clockwork import split
 from edgediff.models.graphs import adaptor_shape
 from edgediff.models.load import Model
@@ -25,7 +25,7 @@ from edgediff.train.claim import Claim
 from edgediff.train.gain import Gain, measure_gain
 from edgediff.train.loop import Loop, Say, Task, begin, recent
 from edgediff.train.rollout import TARGET, Rollouts, Samples, conditioning_sources
-from edgediff.train.settings import AdaptorTraining, check_training
+from edgediff.train.settings import AdaptorTraining, FewStepsTraining, check_training
 from edgediff.train.store import Store
 from edgediff.train.training_card import CARD, LOSSES, adaptor_card, draw_losses
 from edgediff_runtime.manifest import TrainedFor
@@ -76,10 +76,7 @@ def train_adaptor(
     if claim.is_done():
         return None
     check_drawing("drawing the loss curve")
-    shape = adaptor_shape(split(model.unet, settings.cut), model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        adaptor = LearnedAdaptor(settings.adaptor, shape, settings.takes_text)
+    adaptor = new_adaptor(model, settings)
     rollouts = Rollouts(model, split(model.unet, settings.cut, adaptor).to(accelerator.device), settings)
     with claim.locked():
         task = _AdaptorTask(accelerator, rollouts, path)
@@ -89,7 +86,7 @@ def train_adaptor(
         gain = measure_gain(model, rollouts)
         if accelerator.is_main_process:
             loop.count_time()
-            record = _record(settings, model, shape, rollouts)
+            record = record_of(model, settings, rollouts.trained_for, settings.rollout)
             draw_losses(
                 {"loss": task.state.losses},
                 path / LOSSES,
@@ -105,7 +102,22 @@ def train_adaptor(
     return AdaptorTrained(path, gain, task.state.updates, recent(task.state.losses))
 
 
-def _record(settings: AdaptorTraining, model: Model, shape: AdaptorShape, rollouts: Rollouts) -> AdaptorRecord:
+def new_adaptor(model: Model, settings: AdaptorTraining | FewStepsTraining) -> LearnedAdaptor:
+    """An adaptor that has learnt nothing, for a model at a cut; an UnsupportedError where no such one fits."""
+    shape = adaptor_shape(split(model.unet, settings.cut), model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return LearnedAdaptor(settings.adaptor, shape, settings.takes_text)
+
+
+def record_of(
+    model: Model,
+    settings: AdaptorTraining | FewStepsTraining,
+    point: TrainedFor,
+    rollout: Literal["teacher", "student"],
+) -> AdaptorRecord:
+    """What is written beside the weights of an adaptor that was trained for a model at an operating point."""
+    shape = adaptor_shape(split(model.unet, settings.cut), model)
     return AdaptorRecord(
         edgediff_adaptor=FORMAT,
         kind=settings.adaptor,
@@ -117,14 +129,8 @@ def _record(settings: AdaptorTraining, model: Model, shape: AdaptorShape, rollou
         lowres=shape.lowres,
         emb=shape.emb,
         text=shape.text if settings.takes_text else None,
-        trained_for=TrainedFor(
-            num_inference_steps=rollouts.steps,
-            scheduler=rollouts.sampler,
-            clock=settings.clock,
-            mask=tuple(int(full) for full in rollouts.mask),
-            guidance_scale=rollouts.guidance,
-        ),
-        rollout=settings.rollout,
+        trained_for=point,
+        rollout=rollout,
     )
 
 

@@ -31,20 +31,21 @@ from edgediff.errors import ConfigError
 from edgediff.models.adaptors import LearnedAdaptor
 from edgediff.models.card import LICENSE_FILES
 from edgediff.models.clockwork import SplitUNet, split
-from edgediff.models.graphs import adaptor_shape, graph_list
+from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, load_model
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import FOLDER as ADAPTORS
-from edgediff.models.trained import FORMAT, AdaptorRecord, save_adaptor
+from edgediff.models.trained import save_adaptor
 from edgediff.models.undivided import undivided_session
 from edgediff.outputs import check_drawing, write_whole
+from edgediff.train.adaptor import new_adaptor, record_of
 from edgediff.train.claim import Claim, writing
-from edgediff.train.gain import Nearness, final_latents, psnr_of
+from edgediff.train.gain import Nearness, psnr_of
 from edgediff.train.latents import autoencoder_of, hash_of_autoencoder
 from edgediff.train.learner import check_pair
 from edgediff.train.loop import Loop, Say, Task, begin, recent
-from edgediff.train.rollout import FIRST_SEED, Prompts, conditioning_sources
+from edgediff.train.rollout import FIRST_SEED, Prompts, conditioning_sources, final_latents
 from edgediff.train.settings import FewStepsTraining, check_training, mask_of
 from edgediff.train.store import Store, Tensors
 from edgediff.train.student import check_components
@@ -275,12 +276,7 @@ class FewStepsLearner(nn.Module):
 
 
 def _learner(model: Model, mask: tuple[bool, ...], settings: FewStepsTraining) -> FewStepsLearner:
-    adaptor = None
-    if not all(mask):
-        shape = adaptor_shape(split(model.unet, settings.cut), model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            adaptor = LearnedAdaptor(settings.adaptor, shape, settings.takes_text)
+    adaptor = None if all(mask) else new_adaptor(model, settings)
     divided = split(model.unet.requires_grad_(True).train(), settings.cut, adaptor)
     return FewStepsLearner(divided, few_steps_of(model, settings.steps), mask)
 
@@ -376,35 +372,22 @@ def _save(
             shutil.copy(model.home / name, path / name)
     save_parts(path, {"scheduler": ddim_of(model), UNET: model.unet.requires_grad_(False).eval()})
     if learner.learns_adaptor:
-        _save_adaptor(path, model, learner, trajectories)
+        _save_adaptor(path, learner, trajectories)
     sampler, guidance = trajectories.sampler, trajectories.guidance
     card = few_steps_card(model, teacher, settings, sampler, guidance, nearness, task.state, accelerator)
     write_whole(path / CARD, lambda scratch: scratch.write_text(card, encoding="utf-8"))
 
 
-def _save_adaptor(path: Path, model: Model, learner: FewStepsLearner, trajectories: TeacherTrajectories) -> None:
-    """Writes the adaptor for the UNet that lies in the folder by now."""
+def _save_adaptor(path: Path, learner: FewStepsLearner, trajectories: TeacherTrajectories) -> None:
+    """Writes the adaptor for the model that lies in the folder by now."""
     settings, adaptor = trajectories.settings, learner.divided.adaptor
     assert isinstance(adaptor, LearnedAdaptor)
-    shape = adaptor_shape(learner.divided, model)
-    record = AdaptorRecord(
-        edgediff_adaptor=FORMAT,
-        kind=settings.adaptor,
-        takes_text=settings.takes_text,
-        model=path.resolve().name,
-        model_sha256=load_model(path).sha256,
-        cut=settings.cut,
-        highres=shape.highres,
-        lowres=shape.lowres,
-        emb=shape.emb,
-        text=shape.text if settings.takes_text else None,
-        trained_for=TrainedFor(
-            num_inference_steps=settings.steps,
-            scheduler=SAMPLER,
-            clock=settings.clock,
-            mask=tuple(int(full) for full in trajectories.mask),
-            guidance_scale=1.0,
-        ),
-        rollout="teacher",
+    point = TrainedFor(
+        num_inference_steps=settings.steps,
+        scheduler=SAMPLER,
+        clock=settings.clock,
+        mask=tuple(int(full) for full in trajectories.mask),
+        guidance_scale=1.0,
     )
+    record = record_of(load_model(path), settings, point, "teacher")
     save_adaptor(adaptor, record, path / ADAPTORS / f"{settings.adaptor}-clock-{settings.clock}")

@@ -1,6 +1,5 @@
 """What an adaptor, or a distillation to a few steps, is worth: PSNR of final images of unseen seeds."""
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +9,9 @@ from edgediff.models.clockwork import SplitUNet, split
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model
 from edgediff.models.torch_session import TorchSession
-from edgediff.train.rollout import Rollouts
+from edgediff.train.rollout import Rollouts, final_latents
 from edgediff_runtime.image import to_uint8
-from edgediff_runtime.loop import Request, denoise, initial_latents
+from edgediff_runtime.loop import initial_latents
 
 IMAGES = 16
 SEED = 1
@@ -80,12 +79,6 @@ def _generate(model: Model, divided: SplitUNet, rollouts: Rollouts, mask: tuple[
         )
         made.append(final_latents(request, session))
     return np.concatenate(made)
-
-
-def final_latents(request: Request, session: TorchSession) -> np.ndarray:
-    """What the last step gives."""
-    latents: np.ndarray = deque(denoise(request, session), maxlen=1).pop().latents
-    return latents
 
 
 def psnr_of(reference: np.ndarray, samples: np.ndarray, space: str) -> float:

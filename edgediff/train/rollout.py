@@ -4,6 +4,7 @@ No images are needed: labels or prompts are all there is to draw (Clockwork Diff
 follow from the seed, the round and the process.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from edgediff.train.settings import AdaptorTraining, check_clock
 from edgediff.train.text import STATES, Text, encode, text_of
 from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.loop import Request, denoise, initial_latents
+from edgediff_runtime.manifest import TrainedFor
 from edgediff_runtime.schedulers import make_scheduler
 
 TARGET = "target"
@@ -130,6 +132,12 @@ def conditioning_sources(model: Model, conditioning: str | None) -> dict[str, st
     return sources
 
 
+def final_latents(request: Request, session: TorchSession) -> np.ndarray:
+    """What the last step of a generation gives, float32 [N, C, H, W]."""
+    latents: np.ndarray = deque(denoise(request, session), maxlen=1).pop().latents
+    return latents
+
+
 class Rollouts:
     """Draws trajectories, and takes from them what an adaptor learns from."""
 
@@ -154,6 +162,17 @@ class Rollouts:
         self.names = tuple(dict.fromkeys(split.adaptor.inputs))
         if settings.output_weight:
             self.names = tuple(dict.fromkeys((*self.names, *split.highres_out.inputs, "out_sample")))
+
+    @property
+    def trained_for(self) -> TrainedFor:
+        """The operating point."""
+        return TrainedFor(
+            num_inference_steps=self.steps,
+            scheduler=self.sampler,
+            clock=self.settings.clock,
+            mask=tuple(int(full) for full in self.mask),
+            guidance_scale=self.guidance,
+        )
 
     def request(self, session: TorchSession, **rest: Any) -> Request:
         """A generation at the operating point; `rest` is clock, latents, prompts and seed of a `Request`."""

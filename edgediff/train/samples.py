@@ -1,7 +1,6 @@
 """Samples of a UNet while it is trained, by the loop that runs on the device."""
 
 import math
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,10 @@ from edgediff.errors import UnsupportedError
 from edgediff.models.load import Model
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
-from edgediff.train.rollout import Prompts
+from edgediff.train.rollout import Prompts, final_latents
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.image import grid, write_png
-from edgediff_runtime.loop import Request, denoise, initial_latents
+from edgediff_runtime.loop import Request, initial_latents
 from edgediff_runtime.schedulers import Scheduler, make_scheduler
 
 STEPS = 20
@@ -66,8 +65,7 @@ def draw_samples(
         uncond=uncond,
         seed=0,
     )
-    made: NDArray[np.float32] = deque(denoise(request, session), maxlen=1).pop().latents
-    return made
+    return final_latents(request, session)
 
 
 def write_grid(images: NDArray[np.uint8], path: Path) -> None:
