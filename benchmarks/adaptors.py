@@ -22,7 +22,7 @@ from edgediff_runtime import EdgePipeline, open_bundle
 FIRST_SEED = 10_000
 BAR_DB = 3.0
 CLOCKS = (2, 4)
-MODELS = ("drawings-64", "grocery-32", "grocery-32-student")
+MODELS = ("drawings-64", "drawings-64-student", "grocery-32", "grocery-32-student")
 
 
 def main() -> None:

@@ -226,7 +226,7 @@ def test_controlnet_residuals_are_refused_by_name() -> None:
 # Built-in ones
 
 
-@pytest.mark.parametrize("name", ["drawings-64", "grocery-32", "grocery-32-student"])
+@pytest.mark.parametrize("name", ["drawings-64", "drawings-64-student", "grocery-32", "grocery-32-student"])
 def test_own_adaptors_are_whole_and_belong_to_their_model(name: str) -> None:
     model = load_model(name)
     found = dict(own_adaptors(model))
