@@ -323,7 +323,7 @@ def test_the_demo_shows_models_that_have_weights_and_a_recipe(command: Command, 
         assert load_config(find_recipe(name)).model == name
         assert edgediff.load_model(name).has_weights
     said = command("demo", "sd15", "-o", place / "demo")
-    assert_error(said, "'sd15'", "choices: drawings-64, drawings-64-student, grocery-32-student, grocery-32")
+    assert_error(said, "'sd15'", "choices: drawings-64-student, drawings-64-student-4-steps, drawings-64, ")
     assert not (place / "demo").exists()
 
 

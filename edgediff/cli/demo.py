@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from edgediff_runtime import Result
 
 # Built-in models with weights and a recipe of their name; the first is the default.
-MODELS = ("drawings-64", "drawings-64-student", "grocery-32-student", "grocery-32")
+MODELS = (
+    "drawings-64-student", "drawings-64-student-4-steps", "drawings-64", "grocery-32-student", "grocery-32",
+)  # fmt: skip
 # What models of text are asked for; the others draw their classes one after the other.
 PROMPTS = (
     "red apple, fluent 3d", "avocado, fluent 3d", "watermelon, fluent flat", "hamburger, fluent 3d",

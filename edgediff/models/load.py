@@ -130,13 +130,14 @@ class Model:
 
     @property
     def usual_sampler(self) -> str:
-        """The sampler that the model is sampled with by default: its own; of a built-in model, its adaptors'.
+        """The sampler that the model is sampled with by default: its own; of a built-in geometry, dpmpp_2m.
 
         Raises:
             UnsupportedError: The model's own cannot be followed.
         """
         assert self.scheduler is not None
-        return USUAL if self.is_built_in else own_sampler(self.scheduler)
+        is_geometry = self.is_built_in and not any((self.path / "unet").glob("*.safetensors"))
+        return USUAL if is_geometry else own_sampler(self.scheduler)
 
     @property
     def usual_steps(self) -> int:

@@ -9,6 +9,7 @@ Constraints that shaped this file:
 """
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,11 +160,20 @@ def _betas(config: "SchedulerConfig") -> NDArray[np.float32]:
     if config.beta_schedule == "scaled_linear":
         return np.square(_linspace(config.beta_start**0.5, config.beta_end**0.5, steps))
 
+    return _cosine_betas(steps)
+
+
+@lru_cache(maxsize=4)
+def _cosine_betas(steps: int) -> NDArray[np.float32]:
+    """Nichol and Dhariwal 2021, equation 17; the same array for each generation, so it is not to be changed."""
+
     def alpha_bar(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
     betas = [1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
-    return np.minimum(betas, _MAX_BETA).astype(np.float32)
+    found = np.minimum(betas, _MAX_BETA).astype(np.float32)
+    found.setflags(write=False)
+    return found
 
 
 def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
