@@ -193,9 +193,9 @@ def show_retrieval(models: list[str], folder: Path, images: Path, precisions: li
 def clocks_of(model: str) -> list[int]:
     """Clock 1, and those that the model has adaptors for at its own number of steps."""
     loaded = edgediff.load_model(model)
-    records = [record.trained_for for _, record in own_adaptors(loaded)]
-    clocks = {int(each.clock) for each in records if each.num_inference_steps == loaded.usual_steps}
-    return [clock for clock in CLOCKS if clock == 1 or clock in clocks]
+    points = [record.trained_for for _, record in own_adaptors(loaded)]
+    clocks = {1, *(point.clock for point in points if point.num_inference_steps == loaded.usual_steps)}
+    return [clock for clock in CLOCKS if clock in clocks]
 
 
 def tops(row: dict[str, Any]) -> str:

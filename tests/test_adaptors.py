@@ -238,6 +238,16 @@ def test_own_adaptors_are_whole_and_belong_to_their_model(name: str) -> None:
         assert _choose(model, path.name, record.cut)
 
 
+def test_a_model_of_few_steps_is_sampled_as_its_adaptor_was_trained() -> None:
+    model = load_model("drawings-64-student-4-steps")
+    ((path, record),) = dict(own_adaptors(model)).items()
+    point = record.trained_for
+    usual = (model.usual_sampler, model.usual_steps, model.usual_guidance)
+    assert usual == (point.scheduler, point.num_inference_steps, point.guidance_scale) == ("ddim", 4, 1.0)
+    assert load_adaptor(path, is_built_in=True).record == record
+    assert choose_adaptor(None, model, record.cut, point).manifest.name == "resnet-clock-2"
+
+
 def test_the_default_is_the_adaptor_trained_for_the_operating_point() -> None:
     model = load_model("grocery-32")
     by_kind = choose_adaptor("resnet", model, Cut(), msgspec.structs.replace(HERE, num_inference_steps=20))

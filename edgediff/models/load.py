@@ -136,8 +136,9 @@ class Model:
             UnsupportedError: The model's own cannot be followed.
         """
         assert self.scheduler is not None
-        is_geometry = self.is_built_in and not any((self.path / "unet").glob("*.safetensors"))
-        return USUAL if is_geometry else own_sampler(self.scheduler)
+        # Random weights make no trained model of a geometry.
+        was_trained = not self.is_built_in or any((self.path / "unet").glob("*.safetensors"))
+        return own_sampler(self.scheduler) if was_trained else USUAL
 
     @property
     def usual_steps(self) -> int:

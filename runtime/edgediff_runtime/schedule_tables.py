@@ -159,7 +159,6 @@ def _betas(config: "SchedulerConfig") -> NDArray[np.float32]:
         return _linspace(config.beta_start, config.beta_end, steps)
     if config.beta_schedule == "scaled_linear":
         return np.square(_linspace(config.beta_start**0.5, config.beta_end**0.5, steps))
-
     return _cosine_betas(steps)
 
 
