@@ -19,7 +19,7 @@ import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import UnsupportedError
-from edgediff.export.half_reference import HalfPart
+from edgediff.export.half_reference import RoundedPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
 from edgediff.targets.backends import open_session
@@ -95,7 +95,7 @@ def test_every_geometry_is_converted_and_evaluated(name: str, dtype: Any, tmp_pa
         assert psnr_db(value, got[key].numpy()) > (45 if dtype == "fp16" else 100)
     if dtype == "fp16":
         exact = function.run(given, rounded=False)
-        for key, value in _run(HalfPart(whole, half_constants(config.deployment_target)), values).items():
+        for key, value in _run(RoundedPart(whole, half_constants(config.deployment_target), None), values).items():
             assert psnr_db(value, exact[key].numpy()) > 100
 
 

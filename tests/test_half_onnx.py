@@ -29,7 +29,7 @@ from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.config.floors import HalfFloors
 from edgediff.errors import ConfigError, UnsupportedError, VerificationError
 from edgediff.export.export_config import config_from
-from edgediff.export.half_reference import HalfPart
+from edgediff.export.half_reference import RoundedPart
 from edgediff.models.torch_session import graph_tensor
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session
@@ -181,7 +181,7 @@ def test_a_graph_has_the_reference_s_constants(tmp_path: Path) -> None:
     got = ort.InferenceSession(model.SerializeToString()).run(list(part.outputs), arrays)
 
     def worst(constants: HalfConstants) -> float:
-        want = HalfPart(part, constants)(*(given[name] for name in part.inputs))
+        want = RoundedPart(part, constants, None)(*(given[name] for name in part.inputs))
         return min(psnr_db(tensor.numpy(), array) for tensor, array in zip(want, got, strict=True))
 
     assert worst(TARGETS["onnx"].half_constants(None)) > HalfFloors().program_db + 10

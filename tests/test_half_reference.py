@@ -12,7 +12,7 @@ from unets import CASES, Case, unet2d, unet2d_condition
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
-from edgediff.export.half_reference import HalfPart
+from edgediff.export.half_reference import RoundedPart
 from edgediff.mil import open_program
 from edgediff.models.part import Part
 from edgediff.targets.base import HalfConstants
@@ -69,9 +69,9 @@ def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_pat
         tensors = reference(*(values[key] for key in part.inputs))
         return min(psnr_db(t.numpy(), got[key].numpy()) for key, t in zip(part.outputs, tensors, strict=True))
 
-    assert worst(HalfPart(part, half_constants(system))) > 110
+    assert worst(RoundedPart(part, half_constants(system), None)) > 110
     # One scalar a thousandth off is found.
-    half = HalfPart(part, half_constants(system))
+    half = RoundedPart(part, half_constants(system), None)
     for module in half.modules():
         if hasattr(module, "output_scale_factor"):
             module.output_scale_factor *= 1.001
@@ -81,7 +81,7 @@ def test_a_program_has_the_reference_s_constants(name: str, system: str, tmp_pat
 @torch.no_grad()
 def test_the_timestep_s_frequencies_stay_exact() -> None:
     part = edgediff.split(unet2d(**PLAIN)).parts["highres_in"]
-    half = HalfPart(part, half_constants("iOS18"))
+    half = RoundedPart(part, half_constants("iOS18"), None)
     (exact,), (rounded,) = ({m for m in p.modules() if type(m).__name__ == "Timesteps"} for p in (part, half))
     want = exact(torch.tensor([637.0]))
     with half.rounding:
@@ -96,7 +96,7 @@ def test_weights_are_rounded_where_they_are_taken_and_not_copied() -> None:
     values = {"sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([637.0]), **CASES["sd15-like"].cond(2)}
     given = [values[name] for name in part.inputs]
     # Nothing but weights is rounded.
-    half = HalfPart(part, HalfConstants("exact", rounds_epsilon=False, divides=True))
+    half = RoundedPart(part, HalfConstants("exact", rounds_epsilon=False, divides=True), None)
     assert all(ours is given for ours, given in zip(half.parameters(), part.parameters(), strict=True))
     before = [parameter.clone() for parameter in part.parameters()]
     made = half(*given)
@@ -115,4 +115,4 @@ def test_a_weight_that_fp16_does_not_hold_is_named() -> None:
         weight[0] = 7e4
     words = rf"unet: fp16 overflows in the weight {name} \(largest 7e\+04, fp16 holds 65504\); keep it in fp32"
     with pytest.raises(UnsupportedError, match=words):
-        HalfPart(part, half_constants("iOS18"))
+        RoundedPart(part, half_constants("iOS18"), None)

@@ -32,6 +32,13 @@ def _titles(setting: str) -> str:
     return " and ".join(form.title for form in TARGETS.values() if setting in form.config.__struct_fields__)
 
 
+def _weight_formats() -> str:
+    """The formats that weights can be stored in, with the targets that have them."""
+    return "; ".join(
+        f"{', '.join(form.weight_formats)} for {form.title}" for form in TARGETS.values() if form.weight_formats
+    )
+
+
 @app.command(
     epilog="Examples:  edgediff export grocery-32 -o bundle   |   edgediff export path/to/diffusers/dir -o bundle "
     "--clock 1,0,0,1,0,0,0,1   |   edgediff export sd15 -o sd --random-weights 0 --verify graphs"
@@ -78,6 +85,13 @@ def export(
         typer.Option(
             help="fp32 (ONNX's default) or fp16 (Core ML's), of everything; or COMPONENT=DTYPE, such as "
             "vae_decoder=fp32; may be given more than once."
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"What weights are stored in, of everything or as COMPONENT=FORMAT: {_weight_formats()}; or a plan of "
+            "weights, a file; may be given more than once."
         ),
     ] = None,
     quantize_nbits: Annotated[
@@ -133,6 +147,12 @@ def export(
         if value is not None:
             recipe[section][key] = value
     _set_precisions(recipe, dtype or [])
+    for text in weights or []:
+        component, named, asked = text.rpartition("=")
+        if named:
+            recipe["weights"][component] = asked
+        else:
+            _set_in_sections(recipe, "weights", asked)
     settings = {"quantize_nbits": quantize_nbits, "deployment_target": deployment_target}
     for key, value in settings.items():
         _set_in_sections(recipe, key, value)

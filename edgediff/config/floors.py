@@ -1,5 +1,7 @@
 """What verification asks of a bundle, part of the recipe: PSNR in dB by dtype."""
 
+import math
+
 import msgspec
 
 from edgediff.config.choices import VerifyMode
@@ -27,6 +29,23 @@ class QuantizedFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trajectory_db: float = 35.0
 
 
+class WeightFloors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Floors of graphs whose weights have fewer bits, in dB of PSNR, by the format of the fewest bits among them.
+
+    Of a graph, a composed step and the trajectory against torch with the weights as they were; against torch with the
+    rounded ones a graph must reach `HalfFloors.program_db`.
+    """
+
+    fp16: float = 50.0
+    int8: float = 35.0
+    int4: float = 20.0
+    palette8: float = 35.0
+    palette6: float = 30.0
+    palette4: float = 20.0
+    palette3: float = 15.0
+    palette2: float = 8.0
+
+
 class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The floors, in dB of PSNR.
 
@@ -48,14 +67,16 @@ class VerifyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     caching_db: float | None = None
     fp16: HalfFloors = HalfFloors()
     int8: QuantizedFloors = QuantizedFloors()
+    weights: WeightFloors = WeightFloors()
 
-    def floors(self, dtype: str) -> m.Floors:
-        """The floors of a target's graphs."""
+    def floors(self, dtype: str, weights: m.WeightFormat | None = None) -> m.Floors:
+        """The floors of a target's graphs; `weights` is the format of the fewest bits that weights are stored in."""
         chosen: VerifyConfig | HalfFloors | QuantizedFloors = {"fp16": self.fp16, "int8": self.int8}.get(dtype, self)  # type: ignore[assignment]
+        least = math.inf if weights is None else getattr(self.weights, weights)
         return m.Floors(
-            graph=chosen.graph_db,
-            composed=chosen.composed_db,
-            trajectory=chosen.trajectory_db,
+            graph=min(chosen.graph_db, least),
+            composed=min(chosen.composed_db, least),
+            trajectory=min(chosen.trajectory_db, least),
             caching=self.caching_db,
-            program=self.fp16.program_db if dtype == "fp16" else None,
+            program=self.fp16.program_db if dtype == "fp16" or weights is not None else None,
         )

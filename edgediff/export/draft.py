@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
+from edgediff.config.weight_plan import coarsest
 from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.reference_conditioning import Source
@@ -173,13 +174,19 @@ def _targets(
         target, section = TARGETS[name], config.section(name)
         outline = Outline(parts, divided, layout_of(config, name), rows, config.verify, sizes)
         entry = target.describe(outline, section)
+        entry = entry.with_unet(floors=_floors(config, name, "unet", entry.unet))
         for component in components.values():
             own = config.section(name, component.name)
             described = target.describe_component(component.stage, component.graph, config.verify, own, sizes)
             if described is not None:
-                entry = entry.with_component(component.name, described)
+                floors = _floors(config, name, component.name, described)
+                entry = entry.with_component(component.name, msgspec.structs.replace(described, floors=floors))
         entries.append(entry)
     return tuple(entries)
+
+
+def _floors(config: ExportConfig, target: str, name: str, component: m.Component) -> m.Floors:
+    return config.verify.floors(component.dtype, coarsest(config.weights_of(target, name), name))
 
 
 def _text(seed: int | None) -> str | None:

@@ -26,6 +26,7 @@ from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import ConfigError, TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
 from edgediff.export.component_reference import component_inputs, encode_prompt, record_component
+from edgediff.export.component_weights import stored_weights, unet_weights
 from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import draft_manifest, essence, operating_point, with_defaults
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
@@ -48,6 +49,7 @@ from edgediff.models.load import Model, random_weights, unet_config
 from edgediff.models.lora import read_spec
 from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
+from edgediff.models.stored_weights import StoredWeights, taken_weights
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.trained import choose_adaptor
@@ -145,9 +147,10 @@ def export_bundle(
             say("drawing a picture with diffusers' own pipeline")
             texts = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
             check_against_diffusers(model, components, draft, draft.operating_point.scheduler, texts)
-        reference = half_outputs(draft, divided, reference, say)
+        stored = unet_weights(model, adaptor.part, config)
+        reference = half_outputs(draft, divided, reference, stored, say)
         for size, first in reference.sizes.items():
-            reference.sizes[size] = half_outputs(at_size(draft, size), divided, first, say)
+            reference.sizes[size] = half_outputs(at_size(draft, size), divided, first, stored, say)
 
         # Write each target.
         entries = []
@@ -157,10 +160,13 @@ def export_bundle(
             for entry in draft.targets:
                 section = config.section(entry.target)
                 parts = modules(divided, layout_of(config, entry.target))
+                weights = stored.get(entry.target)
                 job = Job(
-                    folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say, traces
-                )
-                entries.append(TARGETS[entry.target].write(job))
+                    folder, entry, unet_config(model), parts, reference, pipe, section, config.verify, say, traces,
+                    weights,
+                )  # fmt: skip
+                written = TARGETS[entry.target].write(job)
+                entries.append(written.with_unet(weights={} if weights is None else weights.elements))
 
             # Write the components around it, one after the other.
             entries = _write_components(folder, model, components, draft, entries, reference, config, say, traces)
@@ -234,17 +240,29 @@ def _write_components(
     for name, component in components.items():
         say(f"loading {name}")
         part = component.load()
-        inputs = _record_component(component, part, draft, tokenizers, reference)
+        inputs = component_inputs(component, draft, tokenizers, reference)
+        own = taken_weights(part, inputs) if any(config.weights_of(entry.target, name) for entry in entries) else {}
+        stored = {
+            entry.target: stored_weights(config, entry.target, name, own)
+            for entry in entries
+            if name in entry.components
+        }
+        _record_component(component, part, draft, inputs, reference, stored)
         if component.graph.maps:
             for size, sized in reference.sizes.items():
-                _record_component(component, part, at_size(draft, size), tokenizers, sized)
+                resized_draft = at_size(draft, size)
+                given = component_inputs(component, resized_draft, tokenizers, sized)
+                _record_component(component, part, resized_draft, given, sized, stored)
         for i, entry in enumerate(entries):
             if name in entry.components:
+                weights = stored[entry.target]
                 job = ComponentJob(
                     folder, name, entry.components[name], part, inputs, component.config,
-                    config.section(entry.target, name), say, traces,
+                    config.section(entry.target, name), say, traces, weights,
                 )  # fmt: skip
-                entries[i] = entry.with_component(name, TARGETS[entry.target].write_component(job))
+                written = TARGETS[entry.target].write_component(job)
+                elements = {} if weights is None else weights.elements
+                entries[i] = entry.with_component(name, msgspec.structs.replace(written, weights=elements))
                 del job
         del part
     scheduler = diffusers_scheduler(model.scheduler, draft.operating_point.scheduler)
@@ -255,16 +273,18 @@ def _record_component(
     component: PipelineComponent,
     part: Part,
     draft: Manifest,
-    tokenizers: Mapping[str, Tokenizer],
+    inputs: dict[str, np.ndarray],
     reference: Reference,
-) -> dict[str, np.ndarray]:
-    """Adds to a reference what torch computes in a component, rounded to fp16 too where a target is; its inputs."""
-    inputs = component_inputs(component, draft, tokenizers, reference)
+    stored: Mapping[str, StoredWeights | None],
+) -> None:
+    """Adds to a reference what torch computes in a component of its inputs, rounded too where a target rounds."""
     reference.components[component.name] = record_component(part, inputs)
     for entry in draft.targets:
-        if component.name in entry.components and entry.components[component.name].dtype == "fp16":
-            reference.half[entry.target, 0, component.name] = half_component(entry, component.name, part, inputs)
-    return inputs
+        if component.name in entry.components:
+            weights = stored[entry.target]
+            if weights is not None or entry.components[component.name].dtype == "fp16":
+                rounded = half_component(entry, component.name, part, inputs, weights)
+                reference.half[entry.target, 0, component.name] = rounded
 
 
 def _first_steps(model: Model, divided: SplitUNet, draft: Manifest, conditioning: dict[str, np.ndarray]) -> Reference:

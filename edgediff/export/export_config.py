@@ -14,6 +14,7 @@ from edgediff.config.floors import VerifyConfig
 from edgediff.config.recipes import find_recipe
 from edgediff.config.sizes import read_sizes
 from edgediff.config.strict import clock_to_text, read_yaml, retyped, strict
+from edgediff.config.weight_plan import formats_of
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff.targets.base import PRECISIONS, Int8Config, Layout, Target
@@ -37,8 +38,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         steps: Denoising steps; None takes those that the adaptor's folder was trained for, else 4 for distilled models
             (LCM, SDXL-Turbo), 8 for others.
         scheduler: The sampler; None takes the one that the adaptor's folder was trained for, else the model's own.
-            That is dpmpp_2m for built-in models and for those saved with ``DDPMScheduler``, which models are trained
-            with.
+            That is dpmpp_2m for built-in geometries and for models saved with ``DDPMScheduler``, which is the one of
+            trainings.
         guidance_scale: Classifier-free guidance of the operating point; None takes the adaptor's, else 2.0 for models
             with classes, 7.5 for models with text, 8.5 where the UNet is told (LCM), 1.0 (off) for others, SDXL-Turbo
             among them.
@@ -47,6 +48,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             target and the clock allow: a ``pair``, unless all steps are full, for all but Core ML and portable ONNX.
         dtypes: Precision by component, for each target that has it: ``{vae_decoder: fp32}``. It goes before the
             ``dtype`` of a target's section.
+        weights: What weights are stored in by component, for each target: a format by its name, or a plan of
+            weights, a file. It goes before the ``weights`` of a target's section.
         lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
@@ -77,6 +80,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     layout: Layout | None = None
     verify: VerifyConfig = VerifyConfig()
     dtypes: dict[str, str] = {}
+    weights: dict[str, str] = {}
     lora: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
@@ -93,9 +97,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def section(self, target: str, component: str = "unet") -> Any:
         """How one target's graphs of a component are written: its own struct, in the component's precision."""
         own = getattr(self, target)
-        if component not in self.dtypes or "dtype" not in own.__struct_fields__:
-            return own
-        return msgspec.structs.replace(own, dtype=self.dtypes[component])
+        asked = (("dtype", self.dtypes.get(component)), ("weights", self.weights.get(component)))
+        said = {key: value for key, value in asked if value is not None and key in own.__struct_fields__}
+        return msgspec.structs.replace(own, **said) if said else own
+
+    def weights_of(self, target: str, component: str) -> str | None:
+        """What a component's weights are stored in; None where they stay in its precision."""
+        asked: str | None = getattr(self.section(target, component), "weights", None)
+        return asked
 
 
 if TYPE_CHECKING:
@@ -161,9 +170,11 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
+    for key in ("dtypes", "weights"):
+        for name in getattr(config, key):
+            if name not in COMPONENTS:
+                raise ConfigError(f"{key!r} names {name!r}; expected components of: {', '.join(COMPONENTS)}")
     for name, dtype in config.dtypes.items():
-        if name not in COMPONENTS:
-            raise ConfigError(f"'dtypes' names {name!r}; expected components of: {', '.join(COMPONENTS)}")
         if dtype not in PRECISIONS:
             raise ConfigError(f"'dtypes.{name}' is {dtype!r}; expected one of: {', '.join(PRECISIONS)}")
     if config.cut.level < 1:
@@ -179,10 +190,11 @@ def check_config(config: ExportConfig) -> ExportConfig:
         raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
     if config.guidance_scale is not None and not _positive(config.guidance_scale):
         raise ConfigError(f"'guidance_scale' is {config.guidance_scale}; expected a finite number above 0")
-    for kind, floors in (("", config.verify), ("fp16.", config.verify.fp16), ("int8.", config.verify.int8)):
+    verify = config.verify
+    for kind, floors in (("", verify), ("fp16.", verify.fp16), ("int8.", verify.int8), ("weights.", verify.weights)):
         for name in floors.__struct_fields__:
             floor = getattr(floors, name)
-            if name.endswith("_db") and floor is not None and not _positive(floor):
+            if isinstance(floor, float) and not _positive(floor):
                 raise ConfigError(f"'verify.{kind}{name}' is {floor}; expected a finite number of dB above 0")
     for name in ("seed", "random_weights"):
         seed = getattr(config, name)
@@ -195,6 +207,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         chosen = name in config.targets
         if chosen:
             _check_precisions(config, target)
+            _check_weights(config, target)
         target.check(section, layout if chosen else "split")
         if chosen:
             target.check_sizes(section, sizes)
@@ -255,6 +268,25 @@ def _check_precisions(config: ExportConfig, target: Target) -> None:
                 f"'dtypes.{name}' is {dtype}; {target.title} has it in {has} alone: leave target {target.name} out, or "
                 f"ask for {has}"
             )
+
+
+def _check_weights(config: ExportConfig, target: Target) -> None:
+    """Checks that a target has the formats that weights are to be stored in."""
+    everywhere: str | None = getattr(getattr(config, target.name), "weights", None)
+    asked = {component: config.weights.get(component, everywhere) for component in COMPONENTS}
+    for component, form in ((c, form) for c, wish in asked.items() for form in sorted(formats_of(wish, c))):
+        if form not in target.weight_formats:
+            has = ", ".join(target.weight_formats) or "none of fewer bits"
+            raise ConfigError(
+                f"weights {form} of {component}: {target.title} has {has}; leave target {target.name} out, or ask for "
+                "another format"
+            )
+    section = config.section(target.name)
+    if config.weights_of(target.name, "unet") is not None and getattr(section, "quantize_nbits", None) is not None:
+        raise ConfigError(
+            f"'{target.name}.quantize_nbits' already has the UNet's weights in int8; leave it out to have them stored "
+            "in a format and multiplied in fp32, or name the other components: weights: {text_encoder: int8}"
+        )
 
 
 def _positive(x: float) -> bool:

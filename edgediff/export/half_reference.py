@@ -1,13 +1,13 @@
-"""What torch computes with weights and constants rounded to fp16: the sharp half of an fp16 graph's reference.
+"""What torch computes with rounded weights and constants: the sharp half of the reference of graphs that round.
 
-A graph whose results are rounded to fp16 is about 50 to 70 dB from fp32 torch, whether it is right or slightly wrong.
-The same graph in fp32 arithmetic, compared with torch on equally rounded constants and inputs, is as exact as fp32: a
-wrong constant shows.
+A graph whose results are rounded to fp16 is about 50 to 70 dB from fp32 torch, whether it is right or slightly wrong;
+one whose weights are in four bits is at 30. The same graph in fp32 arithmetic, compared with torch on equally rounded
+weights, constants and inputs, is as exact as fp32: a wrong constant shows.
 """
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Part
 from edgediff.models.spectral import WaveletGating
+from edgediff.models.stored_weights import StoredWeights
 from edgediff.targets import TARGETS
 from edgediff.targets.base import LARGEST_HALF, HalfConstants
 from edgediff.targets.layout import modules
@@ -37,14 +38,16 @@ NORMS = ("group_norm", "layer_norm")
 
 
 class Rounding(TorchFunctionMode):
-    """Rounds a module's weights, and numbers that its code holds, as an fp16 graph of a target stores them.
+    """Rounds a module's weights, and numbers that its code holds, as a graph of a target stores them.
 
     A weight is rounded where a function of torch takes it, so that there is no second copy of them all.
     """
 
-    def __init__(self, constants: HalfConstants) -> None:
+    def __init__(self, constants: HalfConstants | None, weights: StoredWeights | None) -> None:
+        """Takes how an fp16 graph holds numbers, None where it is fp32, and what weights are stored as."""
         super().__init__()
         self.constants = constants
+        self.weights = weights
         self.is_exact = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,9 +57,12 @@ class Rounding(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "__get__":  # an attribute: most say nothing of the numbers
             made = func(*args, **kwargs)
-            return _rounded_weight(args[0], made)
-        args = [_rounded_weight(value, value) for value in args]
-        kwargs = {key: _rounded_weight(value, value) for key, value in kwargs.items()}
+            is_weight = isinstance(args[0], nn.Parameter) and isinstance(made, torch.Tensor)
+            return func(self._rounded(args[0])) if is_weight and made.is_floating_point() else made
+        args = [self._rounded(value) for value in args]
+        kwargs = {key: self._rounded(value) for key, value in kwargs.items()}
+        if self.constants is None:
+            return func(*args, **kwargs)
         if name in ARITHMETIC:
             args = [_half(value) if _is_number(value) else value for value in args]
         elif name in DIVISIONS and len(args) > 1 and _is_number(args[1]):
@@ -69,28 +75,50 @@ class Rounding(TorchFunctionMode):
             else:
                 args = [*args[:4], _half(args[4] if len(args) > 4 else 1e-5), *args[5:]]
         elif name == "scaled_dot_product_attention":
-            kwargs["scale"] = self._attention_scale(kwargs.get("scale"), args[0].shape[-1])
+            how = self.constants.attention_scale
+            kwargs["scale"] = self._attention_scale(how, kwargs.get("scale"), args[0].shape[-1])
         return func(*args, **kwargs)
 
-    def _attention_scale(self, given: float | None, width: int) -> float | None:
-        how = self.constants.attention_scale
+    def _rounded(self, value: Any) -> Any:
+        """A weight as it is stored; anything else as it is."""
+        if not (isinstance(value, nn.Parameter) and value.is_floating_point()):
+            return value
+        stored = None if self.weights is None else self.weights.rounded(value)
+        weight = value if stored is None else stored
+        return weight if self.constants is None else weight.half().float()
+
+    @staticmethod
+    def _attention_scale(how: str, given: float | None, width: int) -> float | None:
         if given is None and how == "exact":
             return None
         scale = 1 / math.sqrt(width) if given is None else given
         return _half(math.sqrt(scale)) ** 2 if how == "root" else _half(scale)
 
 
-class HalfPart(Part):
-    """A part with weights and constants rounded to fp16, in fp32 arithmetic; the weights themselves are shared.
+class RoundedPart(Part):
+    """A part with rounded weights and constants, in fp32 arithmetic; the weights themselves are shared.
 
     The timestep's frequencies, and what is computed of them up to sine and cosine, stay exact, as they do in a program.
     """
 
-    def __init__(self, part: Part, constants: HalfConstants, component: str = "unet") -> None:
-        """Takes a part of a component; an UnsupportedError names a weight that fp16 does not hold."""
+    def __init__(
+        self,
+        part: Part,
+        constants: HalfConstants | None,
+        weights: StoredWeights | None,
+        component: str = "unet",
+    ) -> None:
+        """Takes a part of a component; an UnsupportedError names a weight that fp16 does not hold.
+
+        Args:
+            constants: How an fp16 graph holds numbers; None where the graph is fp32.
+            weights: What weights are stored as.
+        """
         super().__init__(part.inputs, part.outputs)
         self.part = copy.deepcopy(part, {id(parameter): parameter for parameter in part.parameters()})
-        self.rounding = Rounding(constants)
+        self.rounding = Rounding(constants, weights)
+        if constants is None:
+            return
         exact = [m for m in self.part.modules() if isinstance(m, GaussianFourierProjection | Timesteps)]
         kept = {id(parameter) for module in exact for parameter in module.parameters()}
         with torch.no_grad():
@@ -116,24 +144,34 @@ class HalfPart(Part):
 
 
 @torch.no_grad()
-def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, say: Callable[[str], None]) -> Reference:
-    """Adds to a reference what the graphs of fp16 targets give in fp32 arithmetic on rounded constants.
+def half_outputs(
+    manifest: Manifest,
+    divided: SplitUNet,
+    reference: Reference,
+    weights: Mapping[str, StoredWeights],
+    say: Callable[[str], None],
+) -> Reference:
+    """Adds to a reference what the graphs of targets that round give in fp32 arithmetic on rounded constants.
+
+    Args:
+        weights: What the UNet's weights are stored as, by the targets' names.
 
     Returns:
-        The reference, with `half` filled where a target is fp16.
+        The reference, with `half` filled where a target is fp16 or has weights in fewer bits.
     """
     found: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
     for target in manifest.targets:
         unet = target.unet
-        if unet.dtype != "fp16" or unet.layout is None:
+        stored = weights.get(target.target)
+        if unet.layout is None or (unet.dtype != "fp16" and stored is None):
             continue
         parts = modules(divided, unet.layout)
-        constants = TARGETS[target.target].half_constants(target)
+        constants = TARGETS[target.target].half_constants(target) if unet.dtype == "fp16" else None
         for graph in unet.graphs:
             if graph.file is None:
                 continue
-            say(f"reference with constants of fp16 for {target.target}: {graph.name}")
-            module = HalfPart(parts[graph.name], constants)
+            say(f"reference with rounded weights for {target.target}: {graph.name}")
+            module = RoundedPart(parts[graph.name], constants, stored)
             for step in reference.steps:
                 if graph.runs(step.full):
                     inputs = step_inputs(step, graph)
@@ -146,9 +184,12 @@ def half_outputs(manifest: Manifest, divided: SplitUNet, reference: Reference, s
 
 
 @torch.no_grad()
-def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a component of an fp16 target gives in fp32 arithmetic on rounded weights, constants and inputs."""
-    module = HalfPart(part, TARGETS[target.target].half_constants(target), name)
+def half_component(
+    target: Target, name: str, part: Part, inputs: dict[str, np.ndarray], weights: StoredWeights | None
+) -> dict[str, np.ndarray]:
+    """What a component of a target gives in fp32 arithmetic on rounded weights, constants and inputs."""
+    is_half = target.components[name].dtype == "fp16"
+    module = RoundedPart(part, TARGETS[target.target].half_constants(target) if is_half else None, weights, name)
     taken = {tensor.name: tensor.dtype for tensor in target.components[name].graphs[0].inputs}
     rounded = {key: _rounded(value, taken[key]) for key, value in inputs.items()}
     outputs = module.run({key: torch.from_numpy(value) for key, value in rounded.items()})
@@ -157,13 +198,6 @@ def half_component(target: Target, name: str, part: Part, inputs: dict[str, np.n
 
 def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:
     return value.astype(np.float16).astype(np.float32) if dtype == "float16" else value
-
-
-def _rounded_weight(of: Any, value: Any) -> Any:
-    """A weight, or an attribute of one, rounded; anything else as it is."""
-    if isinstance(of, nn.Parameter) and isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.half().float()
-    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgediff.bundle.rows import Finding
     from edgediff.models.clockwork import SplitUNet
     from edgediff.models.part import Part
+    from edgediff.models.stored_weights import StoredWeights
     from edgediff.targets.operations import Op
     from edgediff_runtime import Bundle, EdgePipeline
     from edgediff_runtime.sessions import Session
@@ -139,6 +140,7 @@ class Job:
         pipe: A pipeline over torch, for further trajectories.
         config: The target's section of the recipe.
         traces: A folder for traced graphs, which further targets of the recipe are made of too; None where none is.
+        weights: What the UNet's and the adaptor's weights are stored as; None leaves all as they are.
     """
 
     folder: Path
@@ -151,6 +153,7 @@ class Job:
     verify: VerifyConfig
     say: Say
     traces: Path | None = None
+    weights: "StoredWeights | None" = None
 
     def examples(self) -> dict[str, dict[str, np.ndarray]]:
         """Real inputs of each graph that has a file, by the graph's name.
@@ -183,6 +186,7 @@ class ComponentJob:
         settings: Its configuration, as diffusers or transformers saves it.
         config: The target's section of the recipe.
         traces: A folder of traced graphs that several targets are made of; None where one target is.
+        weights: What its weights are stored as; None leaves all as they are.
     """
 
     folder: Path
@@ -194,6 +198,7 @@ class ComponentJob:
     config: Any
     say: Say
     traces: Path | None = None
+    weights: "StoredWeights | None" = None
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,8 @@ class Target(ABC):
         backends: What is made to run its graphs. Verification takes them in this order, and one must have measured.
         tools_to_run: The packages whose versions a verification records.
         precisions: Of its components, where nothing is quantized.
+        weight_formats: What its weights can be stored in, beside the precision of a component.
+        whole_blocks: Whether int4 is for weights alone whose inputs are a multiple of a block.
         takes_any_size: Whether one graph of it can take latents of any size.
         lends_session: Whether `unrounded` and `findings` need the component's session. Where not, it is let go of
             before: a large model is not in memory twice.
@@ -273,6 +280,8 @@ class Target(ABC):
     backends: tuple[Backend, ...]
     tools_to_run: tuple[str, ...] = ()
     precisions: tuple[Precision, ...] = ("fp32",)
+    weight_formats: tuple[m.WeightFormat, ...] = ()
+    whole_blocks: bool = False
     takes_any_size: bool = False
     lends_session: bool = False
     takes_traces: bool = False

@@ -15,6 +15,9 @@ import msgspec
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.schedulers import SchedulerConfig
 
+# What weights are stored in: ``int8`` has a scale for each output channel, ``int4`` one for each block of 32 inputs,
+# ``paletteN`` a table of 2^N numbers for each weight.
+WeightFormat = Literal["fp16", "int8", "int4", "palette8", "palette6", "palette4", "palette3", "palette2"]
 Stage = Literal["prompt", "image", "step", "decode", "preview"]
 Frequency = Literal["step", "full_step", "cached_step"]
 # A size that only a request tells: of rows, of the text, or of the picture: what ``5*height/4`` says, of the latent's.
@@ -238,6 +241,8 @@ class Component(Struct, frozen=True):
             (the loop), ``decode`` (once for each finished latent) or ``preview`` (whenever the caller asks).
         dtype: Precision of weights and features. In ``int8`` it is that of weights and matmuls: what goes into a graph
             and what crosses between graphs is float32.
+        weights: How many elements of the weights are stored in each format of fewer bits, from which the engine makes
+            numbers of `dtype`; the others are stored in `dtype`.
         batch: Rows that each graph takes, or None where the batch is symbolic.
         graphs: In the order in which the stage runs them.
         layout: How the graphs of the ``step`` stage are packed: ``split``, the four parts; or ``pair``, a whole full
@@ -261,6 +266,7 @@ class Component(Struct, frozen=True):
     tokenizer: str | None = None
     peak_bytes: int | None = None
     further: tuple[Sized, ...] = ()
+    weights: dict[WeightFormat, int] = {}
 
     @property
     def has_size(self) -> bool:

@@ -165,8 +165,11 @@ def _check_target(target: Target, manifest: Manifest) -> None:
         batch = component.batch
         _must(batch is None or batch > 0, "batch", batch, "null or a whole number above 0")
         half = component.dtype == "fp16"
-        _must((component.floors.program is not None) == half, "floors.program", component.floors.program,
-              "dB for fp16 alone")  # fmt: skip
+        is_rounded = half or bool(component.weights)
+        _must((component.floors.program is not None) == is_rounded, "floors.program", component.floors.program,
+              "dB for fp16 and for weights in fewer bits alone")  # fmt: skip
+        count = min(component.weights.values(), default=1)
+        _must(count > 0, "weights", count, "how many elements, 1 or more")
         tensors = [t for graph in component.graphs for t in (*graph.inputs, *graph.outputs)]
         _must(half or all(t.dtype != "float16" for t in tensors), "dtype", component.dtype, "fp16 for float16 tensors")
         names = [graph.name for graph in component.graphs]

@@ -47,7 +47,7 @@ class OrtBoundSession:
         self.device = device
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._sessions: dict[str, Any] = {}
-        options = session_options(opened.dtype == "int8", threads)
+        options = session_options(opened.dtype == "int8", threads, bool(opened.weights))
         with bundle.hold(self.graphs):
             for graph in self.graphs:
                 loaded = load_graphs(bundle, (graph,), options, PROVIDERS[device])

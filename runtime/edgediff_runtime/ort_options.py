@@ -5,12 +5,14 @@ from typing import Any
 from edgediff_runtime.ort_overflow import bytes_overflow
 
 
-def session_options(int8: bool, threads: int | None = None) -> Any:
+def session_options(int8: bool, threads: int | None = None, stored: bool = False) -> Any:
     """Makes onnxruntime's ``SessionOptions``.
 
     Args:
         int8: Whether the graphs have int8 matmuls. On x64 without VNNI the usual kernels add pairs of them in 16 bits,
             which overflows; slower ones, which are asked for there, do not.
+        stored: Whether weights are stored in fewer bits than they are multiplied in: they are made once, when the graph
+            is opened, and not in each run.
     """
     import onnxruntime as ort
 
@@ -21,4 +23,6 @@ def session_options(int8: bool, threads: int | None = None) -> Any:
     # Each graph has its own threads: those of one would still spin while the next one runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", str(int(int8 and bytes_overflow())))
+    if stored:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options

@@ -55,7 +55,7 @@ class OrtSession:
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
-        self._bundle, self._int8 = bundle, loaded.dtype == "int8"
+        self._bundle, self._int8, self._stored = bundle, loaded.dtype == "int8", bool(loaded.weights)
         # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
         shares = any(graph.shares_rows for graph in self.graphs)
         self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES
@@ -65,7 +65,7 @@ class OrtSession:
 
     def _load(self, threads: int | None) -> dict[str, Any]:
         with self._bundle.hold(self.graphs):
-            return load_graphs(self._bundle, self.graphs, session_options(self._int8, threads))
+            return load_graphs(self._bundle, self.graphs, session_options(self._int8, threads, self._stored))
 
     def put(self, array: Array) -> Any:
         """Wraps a C-contiguous array, rows first, without a copy: one OrtValue, or one for each thread's rows."""

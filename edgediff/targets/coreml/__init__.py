@@ -63,12 +63,16 @@ class CoreMLConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         deployment_target: Oldest system that is to run them. The ``pair`` layout needs iOS18's multifunction packages.
         batch: Rows of each graph, which is fixed throughout; None takes 2 where the operating point is guided (the
             unconditional and the conditional row of an image), 1 where it is not.
+        weights: What the weights of every component are stored in: ``int8`` (a scale for each output channel),
+            ``palette8``, 6, 4, 3 or 2 (a table of numbers for each weight; below 8 bits, the smallest tenth in int8),
+            or a plan of weights, a file. None leaves them in `dtype`.
     """
 
     dtype: Precision = "fp16"
     deployment_target: DeploymentTarget = "iOS18"
     batch: int | None = None
     layout: Layout | None = None
+    weights: str | None = None
 
 
 class CoreMLTarget(Target):
@@ -99,6 +103,7 @@ class CoreMLTarget(Target):
         ),
     )
     precisions = PRECISIONS
+    weight_formats = ("int8", "palette8", "palette6", "palette4", "palette3", "palette2")
     accelerators = ("ane",)
     lends_session = True
 
@@ -201,7 +206,7 @@ class CoreMLTarget(Target):
             full = [modules[graph.name] for graph in unet.graphs if graph.runs(full=True)]
             modules[unet.model.name] = SwiftStep(unet.model, full)
             graphs = (unet.model, *graphs)
-        version = write_coreml(job.folder, graphs, modules, job.config, job.say)
+        version = write_coreml(job.folder, graphs, modules, job.config, job.say, weights=job.weights)
         return msgspec.structs.replace(job.target, specification_version=version)
 
     def write_component(self, job: ComponentJob) -> m.Component:
@@ -210,7 +215,9 @@ class CoreMLTarget(Target):
         from edgediff.targets.coreml.write_coreml import write_coreml
 
         part = FloatIds(job.part) if IDS in job.part.inputs else job.part
-        write_coreml(job.folder, job.component.every_graph, {job.name: part}, job.config, job.say)
+        write_coreml(
+            job.folder, job.component.every_graph, {job.name: part}, job.config, job.say, job.name, job.weights
+        )
         return job.component
 
     def usual_backend(self) -> str | None:

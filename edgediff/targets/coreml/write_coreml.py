@@ -24,7 +24,9 @@ from edgediff.errors import UnsupportedError
 from edgediff.mil.coremltools_quiet import import_coremltools, quiet, without_validation
 from edgediff.mil.package import read_package
 from edgediff.models.part import Part
+from edgediff.models.stored_weights import StoredWeights
 from edgediff.targets.coreml import CoreMLConfig
+from edgediff.targets.coreml.constexpr_weights import check_stored, storing
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph, Tensor
 
@@ -44,9 +46,18 @@ DATED = "com.github.apple.coremltools.conversion_date"
 
 
 def write_coreml(
-    folder: Path, graphs: Iterable[Graph], modules: Mapping[str, Part], config: CoreMLConfig, say: Callable[[str], None]
+    folder: Path,
+    graphs: Iterable[Graph],
+    modules: Mapping[str, Part],
+    config: CoreMLConfig,
+    say: Callable[[str], None],
+    component: str = "unet",
+    weights: StoredWeights | None = None,
 ) -> int:
-    """Writes every Core ML package of a target and gives their specification version.
+    """Writes every Core ML package of a component and gives their specification version.
+
+    Args:
+        weights: What weights are stored as; None leaves them in the precision of the recipe.
 
     Raises:
         UnsupportedError: The converter failed, or made what the deployment target cannot hold.
@@ -54,13 +65,16 @@ def write_coreml(
     """
     ct = import_coremltools("exporting to Core ML")
     packages: dict[str, dict[str, Path]] = {}
+    found: set[str] = set()
     with _scratch(folder) as scratch:
         for graph in graphs:
             if graph.file is not None:
                 say(f"exporting {graph.key} to Core ML")
                 made = scratch / f"{graph.key}.mlpackage"
-                _convert(ct, modules[graph.name], graph, made, config)
+                passes = {} if weights is None else {"pass_pipeline": storing(ct, weights, found)}
+                _convert(ct, modules[graph.name], graph, made, config, passes)
                 packages.setdefault(graph.file, {})[graph.function or ""] = made
+        check_stored(component, weights, found)
         for file, functions in packages.items():
             path = folder / file
             path.parent.mkdir(exist_ok=True)
@@ -73,7 +87,7 @@ def write_coreml(
     return version
 
 
-def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConfig) -> None:
+def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConfig, passes: Mapping[str, Any]) -> None:
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     examples = tuple(_example(inputs[name]) for name in module.inputs)
     with _faults(f"{graph.name}: conversion to Core ML for {config.deployment_target} failed", path.parent):
@@ -86,6 +100,7 @@ def _convert(ct: Any, module: Part, graph: Graph, path: Path, config: CoreMLConf
             compute_precision=_half_but_time(ct) if config.dtype == "fp16" else ct.precision.FLOAT32,
             skip_model_load=True,
             package_dir=str(path),
+            **passes,
         )
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # The first operator set that has attention, and one that is everywhere.
 FUSED_OPSET, PORTABLE_OPSET = 23, 21
+# The first whose DequantizeLinear takes four bits, and a scale for each block.
+BLOCKS_OPSET = 21
 FOLDER = "onnx/unet"
 # Both install the same package name: one replaces the other.
 INSTALL_CUDA = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
@@ -57,6 +59,9 @@ class OnnxConfig(Int8Config, frozen=True):
             ``MultiHeadAttention`` where there are many keys, one operator for the scale and shift of norms, and, where
             nothing is quantized, convolutions with fewer multiplications and feed-forwards in slices.
         layout: How the graphs are packed; None takes the recipe's.
+        weights: What the weights of every component are stored in: ``fp16``, ``int8`` (a scale for each output
+            channel), ``int4`` (one for each 32 inputs; the smallest tenth in int8), or a plan of weights, a file. They
+            are multiplied in `dtype` all the same. None leaves them in it.
     """
 
     opset: int | None = None
@@ -64,6 +69,7 @@ class OnnxConfig(Int8Config, frozen=True):
     simplify: bool = True
     portable: bool = False
     layout: Layout | None = None
+    weights: str | None = None
 
 
 def opset_of(config: OnnxConfig) -> int:
@@ -107,6 +113,7 @@ class OnnxTarget(Target):
     )
     accelerators = ("coreml-ep", "nnapi-ep", "xnnpack-ep")
     precisions = PRECISIONS
+    weight_formats = ("fp16", "int8", "int4")
     takes_any_size = True
     takes_traces = True
 
@@ -117,6 +124,8 @@ class OnnxTarget(Target):
             why = ", since in 23 attention is an operator that few accelerators know" if is_standard(config) else ""
             raise ConfigError(f"'onnx.opset' is {config.opset}; expected 18 to {latest}{why}")
         int8_check(self, config)
+        if config.weights is not None and opset_of(config) < BLOCKS_OPSET:
+            raise ConfigError(f"'onnx.weights' needs 'onnx.opset' {BLOCKS_OPSET} or later, which have scales of blocks")
         if config.dtype == "fp16" and config.quantize_nbits is not None:
             raise ConfigError(
                 "'onnx.dtype' is fp16, and 'onnx.quantize_nbits' asks for a UNet in int8, which is fp32 between its "

@@ -127,6 +127,8 @@ def open_graph(model: str | bytes, optimized: bool = True) -> Any:
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
+    # Weights in fewer bits are made when the graph is opened: ONNX Runtime would round what they are multiplied with.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from edgediff.errors import UnsupportedError
 from edgediff.targets.base import LARGEST_HALF
 from edgediff.targets.onnx.passes import SKELETON_BYTES, tensor_bytes
-from edgediff.targets.onnx.pool_weights import POOLED_BYTES, WeightFile, read_weight
+from edgediff.targets.onnx.pool_weights import POOLED_BYTES, WeightFile, read_bytes, read_weight
 from edgediff.targets.onnx.rewriting import attributes_of
 from edgediff_runtime.manifest import Tensor
 
@@ -42,6 +42,12 @@ class Converting:
         if self._file is None or array.nbytes < POOLED_BYTES:
             return numpy_helper.from_array(array, name)
         return self._file.add(name, array)
+
+    def as_it_is(self, tensor: TensorProto) -> TensorProto:
+        """The same weight: codes are no numbers to convert."""
+        if self._file is None or tensor.data_location != TensorProto.EXTERNAL:
+            return tensor
+        return self._file.move(tensor, read_bytes(tensor, self._folder))
 
 
 INSIDE = Converting()
@@ -132,7 +138,9 @@ def to_float(model: ModelProto, converting: Converting = INSIDE) -> tuple[ModelP
     half = {name for name, kind in element_types(model).items() if kind == HALF}
     rounded = {name: node for node in graph.node for name in node.output if name in half}
     for tensor in graph.initializer:
-        if tensor.data_type == HALF or tensor.data_location == TensorProto.EXTERNAL:
+        if tensor.data_type not in (FLOAT, HALF):
+            tensor.CopyFrom(converting.as_it_is(tensor))
+        elif tensor.data_type == HALF or tensor.data_location == TensorProto.EXTERNAL:
             tensor.CopyFrom(converting(tensor, tensor.name, _float_array))
     for node in graph.node:
         _retype_attributes(node, HALF, FLOAT)

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # onnxsim needs small constants (shapes, axes) to fold with; anything larger is a weight.
 SKELETON_BYTES = 4096
 MERGES = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv")
+# What changes a weight's numbers.
+SCALES = ("fuse_bn_into_conv", "fuse_matmul_into_conv", "fuse_mul_into_conv", "fuse_preceding_mul_into_conv")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def weight_bytes(model: ModelProto) -> int:
 def tensor_bytes(tensor: TensorProto) -> int:
     """Counts the bytes of one tensor, wherever they lie."""
     count: int = math.prod(tensor.dims)
+    if tensor.data_type == TensorProto.INT4:
+        return (count + 1) // 2
     size: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return count * size
 
@@ -143,6 +147,8 @@ SIMPLIFY = Pass("onnxsim", simplify)
 # Matmuls keep their biases separate, since no int8 Gemm kernel has a float result; and they are not merged, since
 # splitting a merged result in three costs more than three int8 matmuls.
 SIMPLIFY_UNMERGED = Pass("onnxsim", partial(simplify, skipped=MERGES))
+# Weights that are to be rounded are those of torch.
+SIMPLIFY_UNSCALED = Pass("onnxsim", partial(simplify, skipped=(*MERGES, *SCALES)))
 # Same result with fewer operations or less memory traffic. After onnxsim, which would store the new kernels instead of
 # the weights that they are sums of.
 FASTER = (

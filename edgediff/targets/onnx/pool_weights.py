@@ -35,9 +35,15 @@ class WeightFile:
 
     def add(self, name: str, array: np.ndarray) -> TensorProto:
         """Writes the numbers, and gives the initialiser that says where they lie."""
-        offset, length = place_weights(array.tobytes(), self._places, self._stream)
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        return self.move(TensorProto(name=name, data_type=kind, dims=array.shape), array.tobytes())
+
+    def move(self, tensor: TensorProto, data: bytes) -> TensorProto:
+        """Writes the bytes of an initialiser, and gives one of the same name, type and sizes that says where."""
+        offset, length = place_weights(data, self._places, self._stream)
+        tensor = TensorProto(
+            name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
+        )
         for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         return tensor
@@ -54,13 +60,23 @@ def read_weight(tensor: TensorProto, folder: Path) -> np.ndarray:
     return array.reshape(tuple(tensor.dims))
 
 
+def read_bytes(tensor: TensorProto, folder: Path) -> bytes:
+    """The bytes of an initialiser as they are stored: two numbers of four bits in one."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / Path(place["location"]).name).open("rb") as stream:
+        stream.seek(int(place.get("offset", 0)))
+        return stream.read(tensor_bytes(tensor))
+
+
 def move_weights(model: ModelProto, folder: Path, file: WeightFile | None) -> None:
     """Moves a model's weights, inside or in files of a folder, into one file, the small ones inside; None: all."""
     for tensor in model.graph.initializer:
         if file is not None and tensor_bytes(tensor) >= POOLED_BYTES:
-            tensor.CopyFrom(file.add(tensor.name, read_weight(tensor, folder)))
+            tensor.CopyFrom(file.move(tensor, read_bytes(tensor, folder)))
         elif tensor.data_location == TensorProto.EXTERNAL:
-            tensor.raw_data = read_weight(tensor, folder).tobytes()
+            tensor.raw_data = read_bytes(tensor, folder)
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]
 

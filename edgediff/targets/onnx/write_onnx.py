@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
+from edgediff.models.stored_weights import StoredWeights
 from edgediff.targets.base import ComponentJob, Job, converter_errors
 from edgediff.targets.onnx import OnnxConfig, is_standard, opset_of
 from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
@@ -32,6 +33,7 @@ from edgediff.targets.onnx.passes import (
     SHARED_ROWS,
     SIMPLIFY,
     SIMPLIFY_UNMERGED,
+    SIMPLIFY_UNSCALED,
     STRIP_METADATA,
     Pass,
     check,
@@ -41,6 +43,7 @@ from edgediff.targets.onnx.passes import (
 from edgediff.targets.onnx.pool_weights import WeightFile, move_weights, pool_weights
 from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
 from edgediff.targets.onnx.shared_rows import has_shared_rows
+from edgediff.targets.onnx.store_weights import storing
 from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
 from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
 from edgediff_runtime.ort_session import APART_BYTES
@@ -60,6 +63,7 @@ class Written:
         shares_rows: Whether the graph takes a sample once for each image.
         external_data: File name of the weights that lie outside of the graph's file, or None.
         simplified: Whether onnxsim's result was taken, or why it was left out.
+        stored: The names of the weights that it has in fewer bits.
     """
 
     shares_rows: bool
@@ -67,6 +71,7 @@ class Written:
     opset: int
     ir_version: int
     simplified: str
+    stored: frozenset[str] = frozenset()
 
 
 def write_onnx(
@@ -91,13 +96,16 @@ def write_onnx(
     counted = all(graph.can_count_rows for graph in graphs if graph.takes_sample)
     # OrtSession runs the rows of smaller graphs on separate threads, which saves more than sharing does.
     share = counted and _weights(job.modules.values(), config) > APART_BYTES and not is_standard(config)
-    finished = []
+    finished, stored = [], set[str]()
     for graph in graphs:
         if graph.file is not None:
             job.say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            done = write_graph(job.modules[graph.name], graph, examples[graph.name], path, config, share, job.traces)
+            done = write_graph(
+                job.modules[graph.name], graph, examples[graph.name], path, config, share, job.traces, job.weights
+            )
+            stored |= done.stored
             if calibration is not None:
                 job.say(f"measuring ranges and quantizing {graph.name}")
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
@@ -106,6 +114,7 @@ def write_onnx(
             written = graph.with_shared_rows() if done.shares_rows else graph
             graph = msgspec.structs.replace(written, external_data=external, simplified=done.simplified)
         finished.append(graph)
+    _check_stored("unet", job.weights, stored)
     pooled = [graph for graph, drafted in zip(finished, graphs, strict=True) if drafted.external_data is not None]
     if pooled:
         job.say("storing shared weights once")
@@ -126,7 +135,8 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
     path = job.folder / str(graph.file)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = msgspec.structs.replace(job.config, quantize_nbits=None, quantize_attention=False)
-    done = write_graph(job.part, graph, job.inputs, path, config)
+    done = write_graph(job.part, graph, job.inputs, path, config, weights=job.weights)
+    _check_stored(job.name, job.weights, done.stored)
     external = None if done.external_data is None else f"{Path(str(graph.file)).parent}/{done.external_data}"
     return msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
 
@@ -148,6 +158,7 @@ def write_graph(
     config: OnnxConfig,
     share: bool = False,
     traces: Path | None = None,
+    weights: StoredWeights | None = None,
 ) -> Written:
     """Exports a module to an ONNX file, large weights beside it.
 
@@ -156,6 +167,7 @@ def write_graph(
         config: How to write; with int8, what is written is in fp32 and ready to be quantized.
         share: Whether rows of one image may share what they have in common.
         traces: A folder in which the traced graph is kept, or found where it was traced before.
+        weights: The formats of weights that are stored in fewer bits.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
@@ -166,7 +178,7 @@ def write_graph(
         traced = Path(scratch if traces is None else traces) / f"{graph.name}-{opset_of(config)}.onnx"
         if not traced.exists():
             _trace(part, graph, args, traced, opset_of(config))
-        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share)
+        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share, weights)
 
 
 def _trace(part: Part, graph: Graph, args: tuple[torch.Tensor, ...], path: Path, opset: int) -> None:
@@ -192,14 +204,21 @@ def _trace(part: Part, graph: Graph, args: tuple[torch.Tensor, ...], path: Path,
 
 
 def _finish(
-    traced: Path, path: Path, graph: Graph, inputs: Mapping[str, torch.Tensor], config: OnnxConfig, share: bool
+    traced: Path,
+    path: Path,
+    graph: Graph,
+    inputs: Mapping[str, torch.Tensor],
+    config: OnnxConfig,
+    share: bool,
+    weights: StoredWeights | None,
 ) -> Written:
     """Passes, checks, and the file in its final form."""
     model = onnx.load(traced, load_external_data=False)
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES
     try:
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-        simplify = SIMPLIFY if config.quantize_nbits is None else SIMPLIFY_UNMERGED
+        is_plain = config.quantize_nbits is None and weights is None
+        simplify = SIMPLIFY if is_plain else SIMPLIFY_UNMERGED if weights is None else SIMPLIFY_UNSCALED
         if not large:
             simplify = _checked(simplify, feeds)
         # Only the graph's verification checks group normalization: the pass is nearer to torch than ONNX Runtime's own
@@ -207,7 +226,10 @@ def _finish(
         group_norm = PORTABLE_GROUP_NORM if is_standard(config) else GROUP_NORM
         named = (NAME_BY_MODULE,) if config.dtype == "fp16" else ()
         passes = (*named, STRIP_METADATA, group_norm, ATTENTION)
-        last = () if is_standard(config) or config.quantize_nbits is not None else _last(FASTER, share)
+        found: set[str] = set()
+        last: tuple[Pass, ...] = (storing(weights, found, traced.parent),) if weights is not None else ()
+        if not is_standard(config) and config.quantize_nbits is None:
+            last = _last(FASTER if is_plain else last, share)
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
         halves = traced.with_name(f"{graph.name}-half.bin")
@@ -220,7 +242,18 @@ def _finish(
     except UnsupportedError as e:
         raise UnsupportedError(f"{graph.name}: {e}") from e
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return Written(has_shared_rows(model), external, opset, model.ir_version, _how_simplified(config, large))
+    simplified = _how_simplified(config, large)
+    return Written(has_shared_rows(model), external, opset, model.ir_version, simplified, frozenset(found))
+
+
+def _check_stored(component: str, weights: StoredWeights | None, found: Collection[str]) -> None:
+    """Checks that every weight that was to be stored in fewer bits was found in a graph."""
+    missing = [] if weights is None else [name for name in weights.forms if name not in found]
+    if missing:
+        raise UnsupportedError(
+            f"{component}: {len(missing)} weights that are to be stored in fewer bits are not in its graphs, such as "
+            f"{missing[0]}; leave them out of the plan of formats"
+        )
 
 
 def _last(passes: tuple[Pass, ...], share: bool) -> tuple[Pass, ...]:

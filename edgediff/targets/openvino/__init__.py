@@ -48,9 +48,11 @@ class OpenVinoConfig(Int8Config, frozen=True):
 
     Attributes:
         layout: How the graphs are packed; None takes the recipe's. All of them have their weights in one file.
+        weights: What the weights are stored in, as in ONNX's section.
     """
 
     layout: Layout | None = None
+    weights: str | None = None
 
 
 class OpenVinoTarget(Target):
@@ -65,6 +67,8 @@ class OpenVinoTarget(Target):
         Backend("openvino-bf16", READS, ("openvino",), INSTALL, verifies=False, floor_db=BF16_DB),
     )
     tools_to_run = ("openvino",)
+    weight_formats = ("fp16", "int8", "int4")
+    whole_blocks = True
     takes_any_size = True
     takes_traces = True
 
