@@ -10,7 +10,7 @@ import gc
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,31 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, Reference, at_size, record, save_reference
 from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
-from edgediff.errors import ConfigError, TargetError, VerificationError
+from edgediff.errors import TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
-from edgediff.export.component_reference import component_inputs, encode_prompt, record_component
+from edgediff.export.component_reference import component_inputs, record_component
 from edgediff.export.component_weights import stored_weights, unet_weights
 from edgediff.export.diffusers_check import can_compare, check_against_diffusers
-from edgediff.export.draft import draft_manifest, essence, operating_point, with_defaults
+from edgediff.export.draft import essence
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
-from edgediff.export.latent_sizes import latent_sizes, resized
-from edgediff.export.reference_conditioning import concatenated_noise, reference_conditioning
-from edgediff.models.clockwork import SplitUNet, split
+from edgediff.export.prepare import Progress, concatenated, prepare
+from edgediff.export.reference_conditioning import concatenated_noise
+from edgediff.models.clockwork import SplitUNet
 from edgediff.models.components import (
     TEXT_ENCODERS,
     PipelineComponent,
-    pipeline_components,
     place_tokenizer,
-    prompt_settings,
     tokenizer_folder,
-    vae_settings,
     write_pipeline_files,
 )
 from edgediff.models.graphs import graph_list
-from edgediff.models.load import Model, random_weights, unet_config
-from edgediff.models.lora import read_spec
+from edgediff.models.load import Model, unet_config
 from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.stored_weights import StoredWeights, taken_weights
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
-from edgediff.models.trained import choose_adaptor
 from edgediff.models.undivided import Undivided
 from edgediff.targets import TARGETS
 from edgediff.targets.base import ComponentJob, Job
@@ -66,8 +61,6 @@ from edgediff_runtime.operating_point import departure
 from edgediff_runtime.text_encoding import Tokenizer
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str], None]
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -106,28 +99,10 @@ def export_bundle(
     for name in config.targets:
         TARGETS[name].require()
 
-    _check_loaded(model, config)
-
-    # Load: weights, and what the reference is conditioned on.
-    model = _with_weights(model, config, say)
-    config = with_defaults(config, model)
-    components = _components(model, config)
-    sizes = latent_sizes(model, components, config)
-    model, components = resized(model, components, sizes.usual)
-    settings = prompt_settings(model, components)
-    prompt = None
-    if settings is not None and config.conditioning is None:
-        say("encoding the reference's prompt in torch")
-        prompt = encode_prompt(components, settings, config.prompt, config.negative_prompt)
-    conditioning, conditioning_source = reference_conditioning(
-        model.conditioning, config.conditioning, config.seed, _concatenated(model), prompt, _pixels(model, components)
-    )
-
-    # Split.
-    say("dividing the UNet")
-    adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
-    divided = split(model.unet, config.cut, adaptor.part)
-    draft = draft_manifest(model, divided, config, conditioning_source, components, adaptor.manifest, sizes)
+    # Load and split.
+    prepared = prepare(model, config, say)
+    model, config, components, divided = prepared.model, prepared.config, prepared.components, prepared.divided
+    draft, conditioning = prepared.draft, prepared.conditioning
     clear_stale(path)
     if _is_there(path, draft, say, force):
         return Exported(path, None)
@@ -138,7 +113,7 @@ def export_bundle(
         # Record the reference trajectory in torch, and compare the parts with the undivided UNet.
         pipe = EdgePipeline(draft, TorchSession(divided.parts, graph_list(divided, model)), warn=False)
         reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
-        for size in sizes.further:
+        for size in prepared.sizes.further:
             say(f"first steps in torch for latents of {size[1]} x {size[0]}")
             reference.sizes[size] = _first_steps(model, divided, at_size(draft, size), conditioning)
         say("comparing the parts with the undivided UNet")
@@ -147,7 +122,7 @@ def export_bundle(
             say("drawing a picture with diffusers' own pipeline")
             texts = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
             check_against_diffusers(model, components, draft, draft.operating_point.scheduler, texts)
-        stored = unet_weights(model, adaptor.part, config)
+        stored = unet_weights(model, prepared.adaptor.part, config)
         reference = half_outputs(draft, divided, reference, stored, say)
         for size, first in reference.sizes.items():
             reference.sizes[size] = half_outputs(at_size(draft, size), divided, first, stored, say)
@@ -183,42 +158,12 @@ def export_bundle(
         # Verify. What needs no torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
         source = model if draft.evidence.verified == "full" else None
-        del model, divided, adaptor, pipe, reference, job, parts
+        del model, divided, prepared, pipe, reference, job, parts
         gc.collect()
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
             raise VerificationError(f"{report.failure}; nothing was written", report)
     return Exported(path, report)
-
-
-def _components(model: Model, config: ExportConfig) -> dict[str, PipelineComponent]:
-    """The components that the recipe asks for, of those that the pipeline has."""
-    found = pipeline_components(model)
-    for name in config.dtypes:
-        if name not in ("unet", *found):
-            there = ", ".join(("unet", *found))
-            raise ConfigError(f"'dtypes' names {name}, which {model.name} does not have; it has: {there}")
-    if config.components is None:
-        return found
-    missing = [name for name in config.components if name not in found]
-    if missing:
-        there = ", ".join(found) or "none beside the UNet"
-        raise ConfigError(f"'components' asks for {missing[0]}, which {model.name} does not have; it has: {there}")
-    chosen = {name: component for name, component in found.items() if name in config.components}
-    if config.preview is not None and "preview_decoder" not in chosen:
-        raise ConfigError(f"'preview' is {config.preview}, but 'components' has no preview_decoder; name it there too")
-    for name, needed in (("vae_encoder", ["vae_decoder"]), *((each, TEXT_ENCODERS) for each in TEXT_ENCODERS)):
-        without = [each for each in needed if each in found and each not in chosen]
-        if name in chosen and without:
-            raise ConfigError(f"'components' has {name} without {without[0]}, which it goes with; name both")
-    return chosen
-
-
-def _pixels(model: Model, components: Mapping[str, PipelineComponent]) -> tuple[int, int] | None:
-    """Height and width of the picture."""
-    vae = vae_settings(model, components)
-    _, height, width = model.sample_shape
-    return None if vae is None else (vae.downscale * height, vae.downscale * width)
 
 
 def _write_components(
@@ -291,7 +236,7 @@ def _first_steps(model: Model, divided: SplitUNet, draft: Manifest, conditioning
     """The first full and the first cached step in torch, for a draft whose usual size is a further one."""
     sized = dataclasses.replace(model, size=(draft.sample.height, draft.sample.width))
     session = TorchSession(divided.parts, graph_list(divided, sized))
-    given = conditioning | concatenated_noise(_concatenated(sized), int(draft.operating_point.seed))
+    given = conditioning | concatenated_noise(concatenated(sized), int(draft.operating_point.seed))
     found = record(EdgePipeline(draft, session, warn=False), given)
     return dataclasses.replace(found, conditioning={})
 
@@ -318,42 +263,6 @@ def _write_pipeline(
             tokenizer = f"{where or entry.target}/{source.name}/tokenizer.json"
             entry = entry.with_component(name, msgspec.structs.replace(entry.components[name], tokenizer=tokenizer))
     return entry
-
-
-def _check_loaded(model: Model, config: ExportConfig) -> None:
-    """Refuses a recipe that names weights which the model was not loaded with."""
-    if config.lora and [read_spec(spec) for spec in config.lora] != [(lora.path, lora.scale) for lora in model.lora]:
-        raise ConfigError(f"'lora' names {', '.join(config.lora)}, which {model.name} was not loaded with; pass "
-                          "lora= to load_model")  # fmt: skip
-    for name, asked, given in (("vae", config.vae, model.vae), ("preview", config.preview, model.preview)):
-        if asked is not None and Path(asked) != given:
-            raise ConfigError(
-                f"'{name}' is {asked}, which {model.name} was not loaded with; pass {name}= to load_model"
-            )
-    said = None if model.single is None else model.single.prediction_type
-    if config.prediction_type not in (None, said):
-        raise ConfigError(f"'prediction_type' is {config.prediction_type}, {model.name} was loaded with {said}; pass "
-                          "prediction_type= to load_model")  # fmt: skip
-
-
-def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:
-    """The model with random weights where the recipe asks for them."""
-    if config.random_weights is not None:
-        if model.has_weights:
-            raise ConfigError(f"random weights were asked for, but {model.name} has weights of its own")
-        say("drawing random weights")
-        model = random_weights(model, config.random_weights)
-    if not model.has_weights:
-        raise ConfigError(f"{model.name} is a geometry without weights; pass --random-weights SEED to export it")
-    model.check_schedule()
-    return model
-
-
-def _concatenated(model: Model) -> tuple[int, int, int] | None:
-    """Shape of the channels that the UNet takes after the latent's; None where it takes the latent alone."""
-    channels, height, width = model.sample_shape
-    extra = channels - model.out_channels
-    return (extra, height, width) if extra > 0 else None
 
 
 @torch.no_grad()

@@ -70,15 +70,20 @@ def fits(weight: torch.Tensor, form: WeightFormat, whole_blocks: bool) -> bool:
 @torch.no_grad()
 def taken_weights(part: Part, inputs: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
     """The weights that a part computes with, by name: an encoder's module may hold the decoder too."""
-    with _Taking() as taking:
+    with TakenWeights() as taking:
         part.run({name: torch.from_numpy(value) for name, value in inputs.items()})
     return {name: weight for name, weight in weights_of(part).items() if id(weight) in taking.taken}
 
 
-class _Taking(TorchFunctionMode):
-    """Remembers the parameters that functions of torch are given."""
+class TakenWeights(TorchFunctionMode):
+    """A context that remembers which parameters functions of torch are given.
+
+    Attributes:
+        taken: The ids of the parameters.
+    """
 
     def __init__(self) -> None:
+        """Begins with none."""
         super().__init__()
         self.taken: set[int] = set()
 

@@ -41,7 +41,8 @@ def store_weights(model: ModelProto, weights: StoredWeights, folder: Path = Path
     del graph.initializer[:]
     graph.initializer.extend(kept)
     nodes += list(graph.node)
-    del graph.node[:]
+    # Shapes between nodes are a tenth of a small graph's file, and readers infer them.
+    del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     return found
 

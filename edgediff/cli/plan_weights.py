@@ -1,0 +1,106 @@
+"""``edgediff plan-weights``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgediff.cli.app import (
+    ClockOption,
+    GuidanceOption,
+    JsonOption,
+    SchedulerOption,
+    StepsOption,
+    app,
+    out,
+    print_json,
+    progress,
+    toolchain,
+)
+
+
+@app.command(
+    "plan-weights",
+    epilog="Examples:  edgediff plan-weights drawings-64-student --psnr-floor 40 --conditioning prompts.txt   |   "
+    "edgediff plan-weights path/to/diffusers/dir --size-mb 300 --target coreml --conditioning prompts.txt -o small",
+)
+def plan_weights(
+    model: Annotated[str | None, typer.Argument(help="A diffusers directory or a built-in name.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the plan, what was measured, a picture.")
+    ] = (Path("out/weights")),
+    psnr_floor: Annotated[
+        float | None, typer.Option(help="The least PSNR, dB, that final latents and pictures are to keep.")
+    ] = None,
+    size_mb: Annotated[
+        float | None, typer.Option(help="Or: the MB (10^6 bytes) that all weights of the pipeline may take.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Whose formats are searched: onnx, openvino or coreml.")] = "onnx",
+    conditioning: Annotated[
+        Path | None, typer.Option(help="For a model of text: prompts to draw, one a line (.txt).")
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(help="Pictures of a model without text; left out, 4.")] = None,
+    config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
+    adaptor: Annotated[
+        str | None, typer.Option(help="identity, a built-in one by name or kind, or a folder that train adaptor wrote.")
+    ] = None,
+    clock: ClockOption = None,
+    steps: StepsOption = None,
+    scheduler: SchedulerOption = None,
+    guidance_scale: GuidanceOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a search of other settings.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose what each weight is stored in: the fewest bytes at a floor of PSNR, or the least error at a size.
+
+    Every weight is rounded alone and the pictures are drawn with it; an interrupted search goes on where it was. The
+    plan is for `edgediff export MODEL --weights out/weights/weights.json`.
+    """
+    import msgspec
+
+    from edgediff.data.arrays import read_prompts
+    from edgediff.errors import ConfigError
+    from edgediff.export.export_config import ExportConfig, config_from, load_config
+    from edgediff.outputs import check_drawing, check_folder
+    from edgediff.zoo import check_adaptor, check_source
+
+    recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
+    given = {"model": model, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
+             "guidance_scale": guidance_scale}  # fmt: skip
+    recipe.update({key: value for key, value in given.items() if value is not None})
+    recipe["targets"] = [target]
+    checked = config_from(recipe)
+    if checked.model is None:
+        raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
+    prompts = None if conditioning is None else read_prompts(conditioning)
+    check_source(checked.model)
+    if checked.adaptor is not None:
+        check_adaptor(checked.adaptor, checked.model)
+    check_drawing("the frontier")
+    check_folder(output)
+    searching = toolchain("edgediff.plan.weight_search", "plan-weights")
+    searching.check_search(target, psnr_floor, size_mb)
+    preparing = toolchain("edgediff.export.prepare", "plan-weights")
+    load = toolchain("edgediff.models.load", "plan-weights")
+    with progress() as say:
+        say(f"loading {checked.model}")
+        loaded = load.load_model(checked.model, lora=checked.lora, vae=checked.vae, preview=checked.preview)
+        prepared = preparing.prepare(loaded, checked, say)
+        found = searching.search_weights(
+            prepared, target, floor_db=psnr_floor, size_mb=size_mb, prompts=prompts, num_images=num_images, seed=seed,
+            folder=output, force=force, say=say,
+        )  # fmt: skip
+        from edgediff.plan.weight_files import write_search
+
+        say("drawing the frontier")
+        files = write_search(found, output)
+    if as_json:
+        print_json(found.to_dict() | {"files": {name: str(path) for name, path in files.items()}})
+        return
+    from edgediff.cli.render.weight_tables import search_tables
+
+    for table in search_tables(found):
+        out.print(table)
+    out.print(f"plan: {files['plan']}; picture: {files['figure']}")
+    out.print(f"next: edgediff export {checked.model} --target {target} --weights {files['plan']}")

@@ -1,0 +1,145 @@
+"""What an export begins with: a loaded model and a recipe become a divided UNet and the draft of a manifest."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgediff.errors import ConfigError
+from edgediff.export.component_reference import encode_prompt
+from edgediff.export.draft import draft_manifest, operating_point, with_defaults
+from edgediff.export.export_config import ExportConfig
+from edgediff.export.latent_sizes import latent_sizes, resized
+from edgediff.export.reference_conditioning import reference_conditioning
+from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.components import (
+    TEXT_ENCODERS,
+    PipelineComponent,
+    pipeline_components,
+    prompt_settings,
+    vae_settings,
+)
+from edgediff.models.load import Model, random_weights
+from edgediff.models.lora import read_spec
+from edgediff.models.trained import TrainedAdaptor, choose_adaptor
+from edgediff.targets.base import Sizes
+from edgediff_runtime import Manifest
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """A model as a recipe has it, before anything is written.
+
+    Attributes:
+        config: The recipe with the sampler and the steps that it left out.
+        components: What goes into the bundle beside the UNet, not yet loaded.
+        conditioning: Embeddings of the reference trajectory by tensor names, one row each; empty for classes.
+        draft: The manifest without files.
+    """
+
+    model: Model
+    config: ExportConfig
+    components: dict[str, PipelineComponent]
+    sizes: Sizes
+    conditioning: dict[str, np.ndarray]
+    adaptor: TrainedAdaptor
+    divided: SplitUNet
+    draft: Manifest
+
+
+def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
+    """Loads weights, encodes the reference's prompt, divides the UNet and drafts the manifest.
+
+    Raises:
+        ConfigError: The recipe does not fit the model.
+        ModelError: The model has no scheduler.
+        UnsupportedError: The model cannot be cut or exported so.
+    """
+    _check_loaded(model, config)
+    model = _with_weights(model, config, say)
+    config = with_defaults(config, model)
+    components = _components(model, config)
+    sizes = latent_sizes(model, components, config)
+    model, components = resized(model, components, sizes.usual)
+    settings = prompt_settings(model, components)
+    prompt = None
+    if settings is not None and config.conditioning is None:
+        say("encoding the reference's prompt in torch")
+        prompt = encode_prompt(components, settings, config.prompt, config.negative_prompt)
+    conditioning, source = reference_conditioning(
+        model.conditioning, config.conditioning, config.seed, concatenated(model), prompt, _pixels(model, components)
+    )
+    say("dividing the UNet")
+    adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
+    divided = split(model.unet, config.cut, adaptor.part)
+    draft = draft_manifest(model, divided, config, source, components, adaptor.manifest, sizes)
+    return Prepared(model, config, components, sizes, conditioning, adaptor, divided, draft)
+
+
+def concatenated(model: Model) -> tuple[int, int, int] | None:
+    """Shape of the channels that the UNet takes after the latent's; None where it takes the latent alone."""
+    channels, height, width = model.sample_shape
+    extra = channels - model.out_channels
+    return (extra, height, width) if extra > 0 else None
+
+
+def _check_loaded(model: Model, config: ExportConfig) -> None:
+    """Refuses a recipe that names weights which the model was not loaded with."""
+    if config.lora and [read_spec(spec) for spec in config.lora] != [(lora.path, lora.scale) for lora in model.lora]:
+        raise ConfigError(f"'lora' names {', '.join(config.lora)}, which {model.name} was not loaded with; pass "
+                          "lora= to load_model")  # fmt: skip
+    for name, asked, given in (("vae", config.vae, model.vae), ("preview", config.preview, model.preview)):
+        if asked is not None and Path(asked) != given:
+            raise ConfigError(
+                f"'{name}' is {asked}, which {model.name} was not loaded with; pass {name}= to load_model"
+            )
+    said = None if model.single is None else model.single.prediction_type
+    if config.prediction_type not in (None, said):
+        raise ConfigError(f"'prediction_type' is {config.prediction_type}, {model.name} was loaded with {said}; pass "
+                          "prediction_type= to load_model")  # fmt: skip
+
+
+def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:
+    """The model with random weights where the recipe asks for them."""
+    if config.random_weights is not None:
+        if model.has_weights:
+            raise ConfigError(f"random weights were asked for, but {model.name} has weights of its own")
+        say("drawing random weights")
+        model = random_weights(model, config.random_weights)
+    if not model.has_weights:
+        raise ConfigError(f"{model.name} is a geometry without weights; pass --random-weights SEED to export it")
+    model.check_schedule()
+    return model
+
+
+def _components(model: Model, config: ExportConfig) -> dict[str, PipelineComponent]:
+    """The components that the recipe asks for, of those that the pipeline has."""
+    found = pipeline_components(model)
+    for name in config.dtypes:
+        if name not in ("unet", *found):
+            there = ", ".join(("unet", *found))
+            raise ConfigError(f"'dtypes' names {name}, which {model.name} does not have; it has: {there}")
+    if config.components is None:
+        return found
+    missing = [name for name in config.components if name not in found]
+    if missing:
+        there = ", ".join(found) or "none beside the UNet"
+        raise ConfigError(f"'components' asks for {missing[0]}, which {model.name} does not have; it has: {there}")
+    chosen = {name: component for name, component in found.items() if name in config.components}
+    if config.preview is not None and "preview_decoder" not in chosen:
+        raise ConfigError(f"'preview' is {config.preview}, but 'components' has no preview_decoder; name it there too")
+    for name, needed in (("vae_encoder", ["vae_decoder"]), *((each, TEXT_ENCODERS) for each in TEXT_ENCODERS)):
+        without = [each for each in needed if each in found and each not in chosen]
+        if name in chosen and without:
+            raise ConfigError(f"'components' has {name} without {without[0]}, which it goes with; name both")
+    return chosen
+
+
+def _pixels(model: Model, components: Mapping[str, PipelineComponent]) -> tuple[int, int] | None:
+    """Height and width of the picture."""
+    vae = vae_settings(model, components)
+    _, height, width = model.sample_shape
+    return None if vae is None else (vae.downscale * height, vae.downscale * width)
