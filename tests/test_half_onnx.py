@@ -37,6 +37,7 @@ from edgediff.targets.base import LARGEST_HALF, HalfConstants
 from edgediff.targets.layout import modules
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.half_precision import Converting, element_types, to_float, to_half
+from edgediff.targets.onnx.half_ranges import beyond_half
 from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff.targets.onnx.unrounded import UnroundedSession
 from edgediff.targets.onnx.write_onnx import write_graph
@@ -322,43 +323,121 @@ def test_int8_and_other_precisions_go_together() -> None:
     assert [config.section("coreml", name).dtype for name in ("unet", "vae_decoder")] == ["fp16", "fp16"]
 
 
-def _plant(model: Path, folder: str, weight: str) -> None:
-    """Lets one convolution make numbers beyond fp16; a norm comes after it."""
-    file = model / folder / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights[weight] = weights[weight] * 3e5
+def _scale(model: Path, file: str, weight: str, factor: float) -> None:
+    """Makes a weight larger, within fp16's range."""
+    path = model / file
+    weights = load_file(path)
+    weights[weight] = weights[weight] * factor
     assert weights[weight].abs().max() < LARGEST_HALF
-    save_file(weights, file, metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+
+@pytest.fixture
+def planted(sd1: Path, place: Path) -> Path:
+    """Numbers beyond fp16 in convolutions, attention scores, a text encoder's layer and the squares of a norm."""
+    source = shutil.copytree(sd1, place / "planted")
+    _scale(source, UNET, "down_blocks.0.resnets.0.conv1.weight", 3e5)
+    _scale(source, VAE, "decoder.up_blocks.1.resnets.0.conv1.weight", 3e5)
+    for name in ("to_q", "to_k"):
+        _scale(source, UNET, f"{ATTENTION}.{name}.weight", 1e3)
+    _scale(source, TEXT, "encoder.layers.1.mlp.fc1.weight", 1e5)
+    _scale(source, TEXT, "encoder.layers.1.mlp.fc2.weight", 1e-3)
+    # Some hundred: fp16 holds these, and not their squares.
+    _scale(source, UNET, "mid_block.resnets.0.conv1.weight", 3e3)
+    return source
+
+
+# One operator set for both precisions: each module is traced once.
+PLANTED = {
+    "steps": 1, "clock": 1, "adaptor": "identity", "onnx": {"dtype": "fp16", "opset": 21},
+    "components": ["text_encoder", "vae_decoder"],
+}  # fmt: skip
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("traced_once")
-def test_an_overflow_ends_the_export_and_is_named(sd1: Path, place: Path) -> None:
-    source = shutil.copytree(sd1, place / "planted")
-    _plant(source, "unet", "down_blocks.0.resnets.0.conv1.weight")
-    _plant(source, "vae", "decoder.up_blocks.1.resnets.0.conv1.weight")
-    model = edgediff.load_model(source)
-    # One operator set for both precisions: each module is traced once.
-    recipe = {
-        "steps": 1, "clock": 1, "adaptor": "identity", "onnx": {"dtype": "fp16", "opset": 21},
-        "components": ["vae_decoder"],
-    }  # fmt: skip
+def test_what_fp16_is_too_narrow_for_stays_fp32(planted: Path, place: Path) -> None:
+    done = edgediff.export_bundle(edgediff.load_model(planted), place / "bundle", config_from(PLANTED))
+    assert done.report is not None
+    assert done.report.ok
+    components = manifest_of(place / "bundle").target("onnx").components
+    kept = {name: [op for graph in each.graphs for op in graph.kept_fp32] for name, each in components.items()}
+    for name, module in (
+        ("unet", "layers.0.resnet.conv1/Conv"),
+        ("unet", "attn1/MatMul"),
+        ("unet", "resnet.norm2/GroupNormalization"),
+        ("text_encoder", "layers.1.mlp.fc1/"),
+        ("vae_decoder", "decoder.up_blocks.1.resnets.0.conv1/Conv"),
+    ):
+        assert any(module in op for op in kept[name]), (name, module, kept[name])
+    # The others are still fp16.
+    for name, each in components.items():
+        for graph in (graph for graph in each.graphs if graph.file is not None):
+            nodes = onnx.load(place / "bundle" / str(graph.file), load_external_data=False).graph.node
+            assert len(graph.kept_fp32) < len(nodes) / 4, name
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("traced_once")
+def test_an_overflow_ends_the_export_and_is_named(planted: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As verification would find it in a bundle whose ranges were measured with too little."""
+    monkeypatch.setattr("edgediff.targets.onnx.write_onnx.beyond_half", lambda *_: set())
+    model = edgediff.load_model(planted)
 
     def refused(dtypes: dict[str, str]) -> str:
         with pytest.raises(VerificationError) as caught:
-            edgediff.export_bundle(model, place / "bundle", config_from(recipe | {"dtypes": dtypes}))
+            edgediff.export_bundle(model, place / "bundle", config_from(PLANTED | {"dtypes": dtypes}))
         assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "planted"]
         return str(caught.value)
 
-    for component, dtypes, module in (
-        ("unet", {}, "layers.0.resnet.conv1"),  # the first of highres_in
-        ("vae_decoder", {"unet": "fp32"}, "decoder.up_blocks.1.resnets.0.conv1"),
+    exact = {"unet": "fp32", "text_encoder": "fp32", "vae_decoder": "fp32"}
+    for component, module in (
+        ("unet", "layers.0.resnet.conv1"),  # the first of highres_in
+        ("text_encoder", "encoder.layers.1.mlp.fc1"),
+        ("vae_decoder", "decoder.up_blocks.1.resnets.0.conv1"),
     ):
-        said = refused(dtypes)
+        said = refused({name: dtype for name, dtype in exact.items() if name != component})
         assert said.startswith(f"{component}: fp16 overflows in ")
-        assert f"{module}/Conv" in said
+        assert f"{module}/" in said
         assert f"fp16 holds 65504); keep it in fp32: --dtype {component}=fp32" in said
-    both = config_from(recipe | {"dtypes": {"unet": "fp32", "vae_decoder": "fp32"}})
-    done = edgediff.export_bundle(model, place / "bundle", both)
-    assert done.report is not None
-    assert done.report.ok
+
+
+def _norm(kind: str, scale: float) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """One norm between two products, and an input whose deviation is `scale`."""
+    shape = [2, 4, 64]
+    ends = ([2, 4, 64], [64]) if kind == "LayerNormalization" else ([2, 4, 64], [4])
+    weights = [numpy_helper.from_array(np.ones(ends[1], np.float32), name) for name in ("weight", "bias")]
+    weights.append(numpy_helper.from_array(np.array(2, np.float32), "two"))
+    how = {"axis": -1, "epsilon": 1e-5} if kind == "LayerNormalization" else {"epsilon": 1e-5}
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["doubled"]),
+        helper.make_node(kind, ["doubled", "weight", "bias"], ["normal"], **how),
+        helper.make_node("Mul", ["normal", "two"], ["out"]),
+    ]
+    ends_of = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name in ("x", "out")]
+    graph = helper.make_graph(nodes, "g", *ends_of, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    x = np.random.default_rng(0).normal(scale=scale, size=shape).astype(np.float32)
+    return model, {"x": x}
+
+
+@pytest.mark.parametrize("kind", ["LayerNormalization", "InstanceNormalization"])
+@pytest.mark.parametrize(
+    ("scale", "kept"),
+    [(1, set()), (100, {"normal"}), (2e-3, {"normal"}), (3e4, {"doubled", "normal"})],
+    ids=["as usual", "squares", "a variance too small", "all of it"],
+)
+def test_norms_are_looked_into(kind: str, scale: float, kept: set[str], tmp_path: Path) -> None:
+    model, feeds = _norm(kind, scale)
+    assert beyond_half(model, tmp_path, [feeds]) == kept
+    assert list(tmp_path.iterdir()) == []
+    want = ort.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
+    half = to_half(model, [Tensor(name, "float32", (2, 4, 64)) for name in ("x", "out")], kept=kept)
+    onnx.checker.check_model(half, full_check=True)
+    got = ort.InferenceSession(half.SerializeToString()).run(None, feeds)[0]
+    assert psnr_db(want, got) > 60  # two roundings of some numbers to eleven bits

@@ -17,12 +17,18 @@ from edgediff.cli.app import (
     progress,
     toolchain,
 )
+from edgediff.targets import TARGETS
+
+
+def _able() -> str:
+    """The targets that have formats of fewer bits."""
+    return ", ".join(name for name, form in TARGETS.items() if form.weight_formats)
 
 
 @app.command(
     "plan-weights",
     epilog="Examples:  edgediff plan-weights drawings-64-student --psnr-floor 40 --conditioning prompts.txt   |   "
-    "edgediff plan-weights path/to/diffusers/dir --size-mb 300 --target coreml --conditioning prompts.txt -o small",
+    "edgediff plan-weights path/to/diffusers/dir --size-mb 300 --conditioning prompts.txt -o small",
 )
 def plan_weights(
     model: Annotated[str | None, typer.Argument(help="A diffusers directory or a built-in name.")] = None,
@@ -35,7 +41,7 @@ def plan_weights(
     size_mb: Annotated[
         float | None, typer.Option(help="Or: the MB (10^6 bytes) that all weights of the pipeline may take.")
     ] = None,
-    target: Annotated[str, typer.Option(help="Whose formats are searched: onnx, openvino or coreml.")] = "onnx",
+    target: Annotated[str, typer.Option(help=f"Whose formats are searched: {_able()}.")] = "onnx",
     conditioning: Annotated[
         Path | None, typer.Option(help="For a model of text: prompts to draw, one a line (.txt).")
     ] = None,

@@ -125,6 +125,8 @@ class Graph(Struct, frozen=True):
         external_data: Path in the bundle of the weights that lie outside of `file`, or None.
         function: Which function of the file, where it holds several; None where it holds one.
         simplified: Whether onnxsim's result was taken, or why it was left out.
+        kept_fp32: The operations of an fp16 graph that compute in fp32, since fp16 does not hold their numbers; for
+            information.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Graph(Struct, frozen=True):
     external_data: str | None = None
     function: str | None = None
     simplified: str = ""
+    kept_fp32: tuple[str, ...] = ()
 
     def runs(self, full: bool) -> bool:
         """Whether the graph belongs to a full or a cached step; graphs of other stages belong to neither."""

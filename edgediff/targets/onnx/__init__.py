@@ -252,7 +252,7 @@ def essential(entry: m.Target) -> m.Target:
 
 
 def _essential_graph(graph: m.Graph) -> m.Graph:
-    return msgspec.structs.replace(graph.with_shared_rows(), external_data=None, simplified="")
+    return msgspec.structs.replace(graph.with_shared_rows(), external_data=None, simplified="", kept_fp32=())
 
 
 TARGET = OnnxTarget()

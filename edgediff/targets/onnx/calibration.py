@@ -38,17 +38,27 @@ class Calibration:
     steps: tuple[Recorded, ...]
     floor_db: float
 
+    def runs(self, graph: Graph, most: int) -> list[dict[str, np.ndarray]]:
+        """Inputs of a graph, some rows of them, from at most so many steps over the trajectories."""
+        steps = [step for step in self.steps if graph.runs(step.full)]
+        chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(most, len(steps)))})]
+        return [given for step in chosen for given in groups(step_inputs(step, graph), ROWS)]
+
 
 def calibrate_for(job: Job) -> Calibration | None:
-    """Runs the trajectories that a target in int8 is quantized by; None where the recipe asks for no int8.
+    """Runs the trajectories that ranges are measured along; None where the recipe asks for neither int8 nor fp16.
 
     They run at the bundle's clock, and at clock 1, as users will who compare. Random weights do not denoise: SD v1.5's
     geometry makes samples fourteen times as large in eight steps, and ranges with them, as no trained model does. Of
     such a model only a full and a cached step are run, the first two.
     """
     settings: Int8Config = job.config
-    if settings.quantize_nbits is None:
+    is_half = getattr(settings, "dtype", "fp32") == "fp16"
+    if settings.quantize_nbits is None and not is_half:
         return None
+    if is_half and job.pipe.manifest.evidence.verified != "full":
+        # A very large model, of which no whole trajectory is run.
+        return Calibration(job.reference.steps, job.verify.graph_db)
     pipe, graphs = job.pipe, job.target.unet.graphs
     point = pipe.manifest.operating_point
     wanted = {tensor.name for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}

@@ -5,7 +5,7 @@ without a word, has the time embedding in fp16, and needs the whole model in one
 UNet this pass gives 72 dB of fp32, that one 69.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +53,16 @@ class Converting:
 INSIDE = Converting()
 
 
-def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting = INSIDE) -> ModelProto:
+def to_half(
+    model: ModelProto, tensors: Iterable[Tensor], converting: Converting = INSIDE, kept: Collection[str] = ()
+) -> ModelProto:
     """Converts a graph to fp16.
 
     Args:
         model: In fp32, of standard operators; changed in place.
         tensors: The graph's inputs and outputs as they are to be.
         converting: Where weights outside of the graph lie and go to.
+        kept: First outputs of nodes that compute in fp32, on weights that are stored in fp16 all the same.
 
     Raises:
         UnsupportedError: A weight is beyond fp16's range.
@@ -71,6 +74,7 @@ def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting
     # What each value is after the conversion; what is no float stays what it is.
     made = {name: HALF for name, kind in kinds.items() if kind == FLOAT}
     made |= dict.fromkeys(exact & made.keys(), FLOAT)
+    made |= {name: FLOAT for node in graph.node if node.output[0] in kept for name in node.output if name in made}
     made |= {value.name: declared[value.name] for value in graph.input if kinds[value.name] == FLOAT}
     outputs = {value.name for value in graph.output}
     nodes: list[NodeProto] = []
@@ -80,26 +84,32 @@ def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting
     def half_weight(name: str, found: str) -> TensorProto:
         return converting(weights[name], found, lambda array: _half_array(array, name))
 
-    def taken(name: str, kind: int) -> str:
-        """The name of a float value as a node or an output takes it."""
-        if name in weights:
-            found = f"{name}.half" if kind == HALF else name
-            if found not in added:
-                added[found] = half_weight(name, found) if kind == HALF else weights[name]
-            return found
-        if made[name] == kind:
-            return name
-        found = f"{name}.{'half' if kind == HALF else 'float'}"
+    def cast(name: str, found: str, kind: int) -> str:
         if found not in casts:
             casts.add(found)
             nodes.append(helper.make_node("Cast", [name], [found], found, to=kind))
         return found
 
+    def taken(name: str, kind: int, exactly: bool = True) -> str:
+        """The name of a float value as a node or an output takes it; a weight not `exactly` where fp16 will do."""
+        if name in weights:
+            rounds = kind == HALF or not exactly
+            found = f"{name}.half" if rounds else name
+            if found not in added:
+                added[found] = half_weight(name, found) if rounds else weights[name]
+            return found if not rounds or kind == HALF else cast(found, f"{name}.half.float", FLOAT)
+        if made[name] == kind:
+            return name
+        return cast(name, f"{name}.{'half' if kind == HALF else 'float'}", kind)
+
     for node in graph.node:
         always = ALWAYS_FLOAT.get(node.op_type, ())
-        kind = FLOAT if node.output[0] in exact else HALF
+        is_kept = node.output[0] in kept and node.output[0] not in exact
+        kind = FLOAT if is_kept or node.output[0] in exact else HALF
         node.input[:] = [
-            taken(name, FLOAT if place in always else kind) if kinds.get(name) == FLOAT else name
+            taken(name, FLOAT if place in always else kind, not is_kept or place in always)
+            if kinds.get(name) == FLOAT
+            else name
             for place, name in enumerate(node.input)
         ]
         if kind == HALF:
@@ -114,10 +124,10 @@ def to_half(model: ModelProto, tensors: Iterable[Tensor], converting: Converting
             nodes.append(helper.make_node("Cast", [inner], [name], f"{name}.cast", to=declared[name]))
             made[inner], made[name] = made[name], declared[name]
     untouched = {name for node in nodes for name in node.input} & {n for n in weights if kinds[n] != FLOAT}
-    kept = [tensor for name, tensor in weights.items() if name in untouched]
+    others = [tensor for name, tensor in weights.items() if name in untouched]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend([*kept, *added.values()])
+    graph.initializer.extend([*others, *added.values()])
     for value in (*graph.input, *graph.output):
         if kinds.get(value.name) == FLOAT:
             value.type.tensor_type.elem_type = declared[value.name]

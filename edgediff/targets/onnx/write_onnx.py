@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
 from edgediff.models.stored_weights import StoredWeights
-from edgediff.targets.base import ComponentJob, Job, converter_errors
+from edgediff.targets.base import ComponentJob, Job, Say, converter_errors
 from edgediff.targets.onnx import OnnxConfig, is_standard, opset_of
 from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
 from edgediff.targets.onnx.half_precision import Converting, to_half
+from edgediff.targets.onnx.half_ranges import beyond_half
 from edgediff.targets.onnx.passes import (
     ATTENTION,
     DECOMPOSE_ATTENTION,
@@ -51,6 +52,8 @@ from edgediff_runtime.ort_session import APART_BYTES
 # A graph whose weights are larger than this keeps them in a file of its own: one protobuf ends at 2 GiB, and readers
 # that map weights into memory want them outside of it.
 EXTERNAL_DATA_BYTES = 2**30
+# Steps of a graph, spread over the trajectories, that say what an fp16 graph keeps in fp32.
+RANGE_STEPS = 6
 # Simplifying changes constants, not arithmetic: only rounding may differ.
 SIMPLIFIED_DB = 100.0
 
@@ -64,6 +67,7 @@ class Written:
         external_data: File name of the weights that lie outside of the graph's file, or None.
         simplified: Whether onnxsim's result was taken, or why it was left out.
         stored: The names of the weights that it has in fewer bits.
+        kept: The operations of an fp16 graph that compute in fp32, since fp16 does not hold their numbers.
     """
 
     shares_rows: bool
@@ -72,6 +76,7 @@ class Written:
     ir_version: int
     simplified: str
     stored: frozenset[str] = frozenset()
+    kept: tuple[str, ...] = ()
 
 
 def write_onnx(
@@ -102,17 +107,23 @@ def write_onnx(
             job.say(f"exporting {graph.name} to ONNX")
             path = folder / graph.file
             path.parent.mkdir(parents=True, exist_ok=True)
+            runs = None
+            if calibration is not None and config.dtype == "fp16":
+                runs = calibration.runs(graph, RANGE_STEPS)
             done = write_graph(
-                job.modules[graph.name], graph, examples[graph.name], path, config, share, job.traces, job.weights
+                job.modules[graph.name], graph, examples[graph.name], path, config, share, job.traces, job.weights, runs
             )
+            _say_kept(job.say, graph.name, done)
             stored |= done.stored
-            if calibration is not None:
+            if calibration is not None and config.quantize_nbits is not None:
                 job.say(f"measuring ranges and quantizing {graph.name}")
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
             beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
             external = beside if graph.external_data is None else graph.external_data
             written = graph.with_shared_rows() if done.shares_rows else graph
-            graph = msgspec.structs.replace(written, external_data=external, simplified=done.simplified)
+            graph = msgspec.structs.replace(
+                written, external_data=external, simplified=done.simplified, kept_fp32=done.kept
+            )
         finished.append(graph)
     _check_stored("unet", job.weights, stored)
     pooled = [graph for graph, drafted in zip(finished, graphs, strict=True) if drafted.external_data is not None]
@@ -138,7 +149,8 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
     done = write_graph(job.part, graph, job.inputs, path, config, weights=job.weights)
     _check_stored(job.name, job.weights, done.stored)
     external = None if done.external_data is None else f"{Path(str(graph.file)).parent}/{done.external_data}"
-    return msgspec.structs.replace(graph, external_data=external, simplified=done.simplified)
+    _say_kept(job.say, job.name, done)
+    return msgspec.structs.replace(graph, external_data=external, simplified=done.simplified, kept_fp32=done.kept)
 
 
 def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: str) -> Graph:
@@ -159,6 +171,7 @@ def write_graph(
     share: bool = False,
     traces: Path | None = None,
     weights: StoredWeights | None = None,
+    runs: Sequence[Mapping[str, np.ndarray]] | None = None,
 ) -> Written:
     """Exports a module to an ONNX file, large weights beside it.
 
@@ -168,6 +181,7 @@ def write_graph(
         share: Whether rows of one image may share what they have in common.
         traces: A folder in which the traced graph is kept, or found where it was traced before.
         weights: The formats of weights that are stored in fewer bits.
+        runs: Inputs along real trajectories, which say what an fp16 graph keeps in fp32; None takes `inputs` alone.
 
     Raises:
         UnsupportedError: The exporter, a pass or onnx.checker failed.
@@ -178,7 +192,8 @@ def write_graph(
         traced = Path(scratch if traces is None else traces) / f"{graph.name}-{opset_of(config)}.onnx"
         if not traced.exists():
             _trace(part, graph, args, traced, opset_of(config))
-        return _finish(traced, path, graph, dict(zip(names, args, strict=True)), config, share, weights)
+        given = dict(zip(names, args, strict=True))
+        return _finish(traced, path, graph, given, config, share, weights, runs)
 
 
 def _trace(part: Part, graph: Graph, args: tuple[torch.Tensor, ...], path: Path, opset: int) -> None:
@@ -211,6 +226,7 @@ def _finish(
     config: OnnxConfig,
     share: bool,
     weights: StoredWeights | None,
+    runs: Sequence[Mapping[str, np.ndarray]] | None,
 ) -> Written:
     """Passes, checks, and the file in its final form."""
     model = onnx.load(traced, load_external_data=False)
@@ -233,9 +249,12 @@ def _finish(
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
         halves = traced.with_name(f"{graph.name}-half.bin")
+        kept: tuple[str, ...] = ()
         if config.dtype == "fp16":
+            beyond = beyond_half(model, traced.parent, [feeds] if runs is None else runs)
+            kept = tuple(node.name for node in model.graph.node if node.output[0] in beyond)
             with WeightFile(halves) if large else contextlib.nullcontext() as file:
-                model = to_half(model, (*graph.inputs, *graph.outputs), Converting(traced.parent, file))
+                model = to_half(model, (*graph.inputs, *graph.outputs), Converting(traced.parent, file), beyond)
         external = _save(model, path, traced.parent)
         halves.unlink(missing_ok=True)
         check(str(path))
@@ -243,7 +262,12 @@ def _finish(
         raise UnsupportedError(f"{graph.name}: {e}") from e
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     simplified = _how_simplified(config, large)
-    return Written(has_shared_rows(model), external, opset, model.ir_version, simplified, frozenset(found))
+    return Written(has_shared_rows(model), external, opset, model.ir_version, simplified, frozenset(found), kept)
+
+
+def _say_kept(say: Say, name: str, done: Written) -> None:
+    if done.kept:
+        say(f"{name}: {len(done.kept)} operations stay fp32, which fp16 is too narrow for, such as {done.kept[0]}")
 
 
 def _check_stored(component: str, weights: StoredWeights | None, found: Collection[str]) -> None:
