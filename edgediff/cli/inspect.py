@@ -15,6 +15,7 @@ from edgediff.cli.app import (
     err,
     out,
     print_json,
+    progress,
     toolchain,
 )
 from edgediff.errors import ConfigError, EdgediffError
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     "edgediff inspect --compare clockwork   |   edgediff inspect --compare spectral"
 )
 def inspect(
-    model: Annotated[
-        str | None, typer.Argument(help="A model (directory or built-in name) or a bundle.", metavar="MODEL|BUNDLE")
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A model (directory or built-in name) or a bundle; with --ladder, bundles.", metavar="MODEL|BUNDLE"
+        ),
     ] = None,
     level: LevelOption = None,
     point: PointOption = None,
@@ -43,6 +47,16 @@ def inspect(
     compare: Annotated[
         str | None, typer.Option(help="Instead of a model: count a paper's table; clockwork or spectral.")
     ] = None,
+    ladder: Annotated[
+        bool,
+        typer.Option(
+            "--ladder",
+            help="Compare bundles of one model: what they are stored in, size, PSNR, time, picture by picture.",
+        ),
+    ] = False,
+    picture: Annotated[Path, typer.Option(help="Where --ladder draws the pictures side by side.")] = (
+        Path("ladder.png")
+    ),
     as_json: JsonOption = False,
 ) -> None:
     """Show parts, parameters, operations and cache of a model or a bundle, and what a clock saves.
@@ -54,6 +68,12 @@ def inspect(
     from edgediff.zoo import check_source
     from edgediff_runtime import clock_mask
 
+    model = models[0] if models else None
+    if ladder:
+        _climb(models or [], picture, as_json)
+        return
+    if models is not None and len(models) > 1:
+        raise ConfigError(f"expected one MODEL or BUNDLE, got {len(models)}; --ladder compares bundles")
     if compare is not None:
         options = {"--level": level, "--point": point, "--clock": clock, "--steps": steps, "--batch": batch,
                    "--adaptor": adaptor}  # fmt: skip
@@ -92,6 +112,27 @@ def inspect(
             out.print(table)
         if notes is not None:
             out.print(placement_table(notes))
+
+
+def _climb(bundles: list[str], picture: Path, as_json: bool) -> None:
+    """Shows a ladder and draws its pictures."""
+    from edgediff.inspect.ladder import climb, draw_ladder
+    from edgediff.outputs import check_drawing, check_file
+
+    if not bundles:
+        raise ConfigError("nothing to compare; expected one BUNDLE or more")
+    check_drawing("the ladder")
+    check_file(picture)
+    with progress() as say:
+        rungs = climb(bundles, say)
+    draw_ladder(rungs, picture)
+    if as_json:
+        print_json({"rungs": [rung.to_dict() for rung in rungs], "picture": str(picture)})
+        return
+    from edgediff.cli.render.ladder_table import ladder_table
+
+    out.print(ladder_table(rungs))
+    out.print(f"picture: {picture}")
 
 
 def _placement(bundle: Path) -> "tuple[Note, ...] | None":
