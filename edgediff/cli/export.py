@@ -20,6 +20,7 @@ from edgediff.cli.app import (
     progress,
     toolchain,
 )
+from edgediff.cli.recipe import AdaptorOption, ConfigOption, check_recipe, load_recipe_model, recipe_with
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.targets import TARGETS
 
@@ -48,7 +49,7 @@ def export(
         str | None, typer.Argument(help="A diffusers directory, a single file, or a built-in name.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is to be.")] = Path("bundle"),
-    config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
+    config: ConfigOption = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="FILE[:scale]: a LoRA that is fused into the model; may be given more than once."),
@@ -73,9 +74,7 @@ def export(
     ] = None,
     level: LevelOption = None,
     point: PointOption = None,
-    adaptor: Annotated[
-        str | None, typer.Option(help="identity, a built-in one by name or kind, or a folder that train adaptor wrote.")
-    ] = None,
+    adaptor: AdaptorOption = None,
     clock: ClockOption = None,
     steps: StepsOption = None,
     scheduler: SchedulerOption = None,
@@ -126,21 +125,16 @@ def export(
 
     Sampler, steps and guidance that are left out are the model's own.
     """
-    import msgspec
-
     from edgediff.bundle.staging import check_place
     from edgediff.data.arrays import load_arrays
-    from edgediff.export.export_config import ExportConfig, config_from, load_config
-    from edgediff.zoo import check_adaptor, check_source
 
-    recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
     given = {
         "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
         "lora": lora, "vae": vae, "preview": preview, "sizes": size, "prediction_type": prediction_type,
     }  # fmt: skip
-    recipe.update({key: value for key, value in given.items() if value is not None})
+    recipe = recipe_with(config, given)
     for section, key, value in (
         ("cut", "level", level), ("cut", "point", point), ("verify", "mode", verify),
     ):  # fmt: skip
@@ -156,25 +150,15 @@ def export(
     settings = {"quantize_nbits": quantize_nbits, "deployment_target": deployment_target}
     for key, value in settings.items():
         _set_in_sections(recipe, key, value)
-    checked = config_from(recipe)
-    if checked.model is None:
-        raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
-    # Before torch is imported, and a large model loaded.
-    check_source(checked.model)
-    if checked.adaptor is not None:
-        check_adaptor(checked.adaptor, checked.model)
+    checked = check_recipe(recipe)
     if checked.conditioning is not None:
         load_arrays(checked.conditioning)
     check_place(output, force=True)
     pipeline = toolchain("edgediff.export.export_bundle", "export")
-    load = toolchain("edgediff.models.load", "export")
     try:
         with progress() as say:
             say(f"loading {checked.model}")
-            loaded = load.load_model(
-                checked.model, lora=checked.lora, vae=checked.vae, preview=checked.preview,
-                prediction_type=checked.prediction_type, allow_pickle=allow_pickle,
-            )  # fmt: skip
+            loaded = load_recipe_model(checked, "export", allow_pickle)
             done = pipeline.export_bundle(loaded, output, checked, force=force, progress=say)
     except VerificationError as e:
         if e.report is not None:

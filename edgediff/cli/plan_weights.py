@@ -1,7 +1,7 @@
 """``edgediff plan-weights``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from edgediff.cli.app import (
     progress,
     toolchain,
 )
+from edgediff.cli.recipe import AdaptorOption, ConfigOption, check_recipe, load_recipe_model, recipe_with
 from edgediff.targets import TARGETS
 
 
@@ -46,10 +47,8 @@ def plan_weights(
         Path | None, typer.Option(help="For a model of text: prompts to draw, one a line (.txt).")
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Pictures of a model without text; left out, 4.")] = None,
-    config: Annotated[str | None, typer.Option(help="A YAML recipe, or the name of a built-in one.")] = None,
-    adaptor: Annotated[
-        str | None, typer.Option(help="identity, a built-in one by name or kind, or a folder that train adaptor wrote.")
-    ] = None,
+    config: ConfigOption = None,
+    adaptor: AdaptorOption = None,
     clock: ClockOption = None,
     steps: StepsOption = None,
     scheduler: SchedulerOption = None,
@@ -63,35 +62,21 @@ def plan_weights(
     Every weight is rounded alone and the pictures are drawn with it; an interrupted search goes on where it was. The
     plan is for `edgediff export MODEL --weights out/weights/weights.json`.
     """
-    import msgspec
-
     from edgediff.data.arrays import read_prompts
-    from edgediff.errors import ConfigError
-    from edgediff.export.export_config import ExportConfig, config_from, load_config
     from edgediff.outputs import check_drawing, check_folder
-    from edgediff.zoo import check_adaptor, check_source
 
-    recipe: dict[str, Any] = msgspec.to_builtins(load_config(config) if config is not None else ExportConfig())
     given = {"model": model, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
-             "guidance_scale": guidance_scale}  # fmt: skip
-    recipe.update({key: value for key, value in given.items() if value is not None})
-    recipe["targets"] = [target]
-    checked = config_from(recipe)
-    if checked.model is None:
-        raise ConfigError("no model: name a diffusers directory, a built-in one, or a recipe with a model")
+             "guidance_scale": guidance_scale, "targets": [target]}  # fmt: skip
+    checked = check_recipe(recipe_with(config, given))
     prompts = None if conditioning is None else read_prompts(conditioning)
-    check_source(checked.model)
-    if checked.adaptor is not None:
-        check_adaptor(checked.adaptor, checked.model)
     check_drawing("the frontier")
     check_folder(output)
     searching = toolchain("edgediff.plan.weight_search", "plan-weights")
     searching.check_search(target, psnr_floor, size_mb)
     preparing = toolchain("edgediff.export.prepare", "plan-weights")
-    load = toolchain("edgediff.models.load", "plan-weights")
     with progress() as say:
         say(f"loading {checked.model}")
-        loaded = load.load_model(checked.model, lora=checked.lora, vae=checked.vae, preview=checked.preview)
+        loaded = load_recipe_model(checked, "plan-weights")
         prepared = preparing.prepare(loaded, checked, say)
         found = searching.search_weights(
             prepared, target, floor_db=psnr_floor, size_mb=size_mb, prompts=prompts, num_images=num_images, seed=seed,

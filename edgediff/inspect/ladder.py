@@ -76,13 +76,16 @@ def climb(paths: Sequence[str | Path], say: Callable[[str], None]) -> list[Rung]
     for path, bundle, backend in zip(paths, bundles, backends, strict=True):
         say(f"opening {path} in {backend}")
         pipes.append(open_pipeline(bundle, backend))
+    requests = [
+        reference_request(bundle.manifest, load_reference(bundle.path / REFERENCE).conditioning) | prompt_request(pipe)
+        for bundle, pipe in zip(bundles, pipes, strict=True)
+    ]
     times: list[list[float]] = [[] for _ in pipes]
     images: list[NDArray[np.uint8] | None] = [None for _ in pipes]
     for n in range(ROUNDS + 1):
-        for i, (bundle, pipe) in enumerate(zip(bundles, pipes, strict=True)):
+        for i, pipe in enumerate(pipes):
             say(f"drawing: round {n + 1} of {ROUNDS + 1}, {paths[i]}")
-            conditioning = load_reference(bundle.path / REFERENCE).conditioning
-            result = pipe(**reference_request(bundle.manifest, conditioning) | prompt_request(pipe))
+            result = pipe(**requests[i])
             if n:
                 times[i].append(result.ms)
             images[i] = None if result.pixels is None else result.images[0]

@@ -6,7 +6,7 @@ transposed and under another name, but not rounded to anything else.
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from edgediff.config.weight_plan import BITS
+from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
 from edgediff.models.weight_formats import BLOCK, Stored, store
 from edgediff_runtime.manifest import WeightFormat
@@ -117,6 +118,15 @@ class StoredWeights:
         for name, form in self.forms.items():
             counted[form] += self._weights[name].numel()
         return dict(sorted(counted.items()))
+
+    def check_found(self, component: str, found: Collection[str], where: str) -> None:
+        """Checks that every weight was found in what a target wrote; an UnsupportedError names one that was not."""
+        missing = [name for name in self.forms if name not in found]
+        if missing:
+            raise UnsupportedError(
+                f"{component}: {len(missing)} weights that are to be stored in fewer bits are not in its {where}, "
+                f"such as {missing[0]}; leave them out of the plan of formats"
+            )
 
     def stored(self, name: str) -> Stored:
         """A weight in its format; an UnsupportedError says that it does not fit."""

@@ -249,12 +249,9 @@ def _identity(
     return {"model": prepared.model.name, "whole_blocks": TARGETS[target].whole_blocks, "inputs_sha256": digest}
 
 
-def _formats(
-    weight: torch.Tensor, forms: Sequence[WeightFormat], whole_blocks: bool, measured: bool = False
-) -> list[WeightFormat]:
-    """What a weight can be stored in; or, first in the list, what it is measured in."""
-    able = [form for form in forms if fits(weight, form, whole_blocks)]
-    return sorted(able, key=lambda form: (abs(BITS[form] - MEASURED_BITS), form)) if measured else able
+def _formats(weight: torch.Tensor, forms: Sequence[WeightFormat], whole_blocks: bool) -> list[WeightFormat]:
+    """What a weight can be stored in."""
+    return [form for form in forms if fits(weight, form, whole_blocks)]
 
 
 def _measure(
@@ -267,7 +264,8 @@ def _measure(
     """The error of each weight alone, in the format that it is measured in."""
     found: dict[Place, tuple[WeightFormat, Errors]] = {}
     for i, (place, weight) in enumerate(trials.weights.items()):
-        form = _formats(weight, forms, whole_blocks, measured=True)[0]
+        able = _formats(weight, forms, whole_blocks)
+        form = min(able, key=lambda form: (abs(BITS[form] - MEASURED_BITS), form))
         key = f"{place} {form}"
         if key not in record.known:
             say(f"measuring {place} in {form}: {i + 1} of {len(trials.weights)} weights ({trials.runs})")
@@ -290,8 +288,8 @@ def _moves(
         say(f"rounding {place}")
         array = weight.detach().float().numpy()
         base, errors = measured[place]
-        stored = {form: store(array, form, str(place)) for form in
-                  {base, *_formats(weight, forms, TARGETS[target].whole_blocks)}}  # fmt: skip
+        able = _formats(weight, forms, TARGETS[target].whole_blocks)
+        stored = {form: store(array, form, str(place)) for form in able}
         far = {form: float(np.mean((each.values() - array) ** 2)) for form, each in stored.items()}
         whole = Form(None, itemsize * array.size, np.zeros_like(errors))
         scaled = [Form(form, stored[form].nbytes, errors * far[form] / max(far[base], 1e-30)) for form in stored]

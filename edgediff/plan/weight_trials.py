@@ -19,7 +19,8 @@ from edgediff.models.graphs import graph_list
 from edgediff.models.stored_weights import TakenWeights, taken_weights, weights_of
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
-from edgediff.models.weight_formats import store
+from edgediff.models.weight_formats import Stored, store
+from edgediff.plan import trajectory
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.manifest import WeightFormat
@@ -48,8 +49,7 @@ def psnr_db(errors: Errors | float) -> float:
     >>> psnr_db(np.array([1e-5, 1e-4]))
     40.0
     """
-    worst = float(np.max(errors))
-    return math.inf if worst <= 0 else -10 * math.log10(worst)
+    return trajectory.psnr_db(float(np.max(errors)))
 
 
 class Trials:
@@ -75,6 +75,7 @@ class Trials:
             UnsupportedError: The pipeline has no text encoder, or the UNet takes an image beside the latent.
         """
         self._prepared = prepared
+        self._last: dict[Place, tuple[WeightFormat, Stored]] = {}
         model, draft = prepared.model, prepared.draft
         self.takes_text = model.conditioning.kind == "text"
         if self.takes_text and not prompts:
@@ -148,12 +149,18 @@ class Trials:
         kept = {place: self.weights[place].detach().clone() for place in changed}
         try:
             for place, form in changed.items():
-                made = store(kept[place].float().numpy(), form, str(place)).values()
-                self.weights[place].copy_(torch.from_numpy(made))
+                self.weights[place].copy_(torch.from_numpy(self._stored(place, form, kept[place]).values()))
             yield
         finally:
             for place, weight in kept.items():
                 self.weights[place].copy_(weight)
+
+    def _stored(self, place: Place, form: WeightFormat, weight: torch.Tensor) -> Stored:
+        """A weight in a format; the last one of each is kept, since plans that are measured in turn share most."""
+        known = self._last.get(place)
+        if known is None or known[0] != form:
+            known = self._last[place] = form, store(weight.float().numpy(), form, str(place))
+        return known[1]
 
     def _draw(self, texts: bool = True) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         result = self._pipe(**self._request, **(self._texts if texts else self._embeddings))

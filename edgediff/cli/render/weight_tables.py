@@ -6,11 +6,10 @@ from rich import box
 from rich.table import Table
 
 from edgediff.config.weight_plan import BITS
+from edgediff.plan.weight_search import MEGABYTE
 
 if TYPE_CHECKING:
     from edgediff.plan.weight_search import WeightSearch
-
-MEGABYTE = 10**6
 
 
 def search_tables(search: "WeightSearch") -> list[Table]:

@@ -27,16 +27,6 @@ def storing(ct: Any, weights: StoredWeights, found: set[str]) -> Any:
     return pipeline
 
 
-def check_stored(component: str, weights: StoredWeights | None, found: set[str]) -> None:
-    """Checks that every weight that was to be stored in fewer bits was found in a program."""
-    missing = [] if weights is None else [name for name in weights.forms if name not in found]
-    if missing:
-        raise UnsupportedError(
-            f"{component}: {len(missing)} weights that are to be stored in fewer bits are not in its Core ML programs, "
-            f"such as {missing[0]}; leave them out of the plan of formats"
-        )
-
-
 def _store_pass(apply: Callable[[Any], None]) -> Any:
     from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 

@@ -26,7 +26,7 @@ from edgediff.mil.package import read_package
 from edgediff.models.part import Part
 from edgediff.models.stored_weights import StoredWeights
 from edgediff.targets.coreml import CoreMLConfig
-from edgediff.targets.coreml.constexpr_weights import check_stored, storing
+from edgediff.targets.coreml.constexpr_weights import storing
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph, Tensor
 
@@ -74,7 +74,8 @@ def write_coreml(
                 passes = {} if weights is None else {"pass_pipeline": storing(ct, weights, found)}
                 _convert(ct, modules[graph.name], graph, made, config, passes)
                 packages.setdefault(graph.file, {})[graph.function or ""] = made
-        check_stored(component, weights, found)
+        if weights is not None:
+            weights.check_found(component, found, "Core ML programs")
         for file, functions in packages.items():
             path = folder / file
             path.parent.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,7 +125,8 @@ def write_onnx(
                 written, external_data=external, simplified=done.simplified, kept_fp32=done.kept
             )
         finished.append(graph)
-    _check_stored("unet", job.weights, stored)
+    if job.weights is not None:
+        job.weights.check_found("unet", stored, "graphs")
     pooled = [graph for graph, drafted in zip(finished, graphs, strict=True) if drafted.external_data is not None]
     if pooled:
         job.say("storing shared weights once")
@@ -147,7 +148,8 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
     path.parent.mkdir(parents=True, exist_ok=True)
     config = msgspec.structs.replace(job.config, quantize_nbits=None, quantize_attention=False)
     done = write_graph(job.part, graph, job.inputs, path, config, weights=job.weights)
-    _check_stored(job.name, job.weights, done.stored)
+    if job.weights is not None:
+        job.weights.check_found(job.name, done.stored, "graphs")
     external = None if done.external_data is None else f"{Path(str(graph.file)).parent}/{done.external_data}"
     _say_kept(job.say, job.name, done)
     return msgspec.structs.replace(graph, external_data=external, simplified=done.simplified, kept_fp32=done.kept)
@@ -268,16 +270,6 @@ def _finish(
 def _say_kept(say: Say, name: str, done: Written) -> None:
     if done.kept:
         say(f"{name}: {len(done.kept)} operations stay fp32, which fp16 is too narrow for, such as {done.kept[0]}")
-
-
-def _check_stored(component: str, weights: StoredWeights | None, found: Collection[str]) -> None:
-    """Checks that every weight that was to be stored in fewer bits was found in a graph."""
-    missing = [] if weights is None else [name for name in weights.forms if name not in found]
-    if missing:
-        raise UnsupportedError(
-            f"{component}: {len(missing)} weights that are to be stored in fewer bits are not in its graphs, such as "
-            f"{missing[0]}; leave them out of the plan of formats"
-        )
 
 
 def _last(passes: tuple[Pass, ...], share: bool) -> tuple[Pass, ...]:
