@@ -9,7 +9,7 @@ from tiny_pipelines import save_xl
 
 import edgediff
 from edgediff.errors import VerificationError
-from edgediff.export import draft, export_bundle
+from edgediff.export import draft, prepare
 from edgediff_runtime.manifest import Prompt, Vae
 
 
@@ -38,7 +38,7 @@ def test_a_setting_that_is_misread_ends_the_export(
 ) -> None:
     assert callable(misread)
     read = getattr(draft, name)
-    for module in (draft, export_bundle):
+    for module in (draft, prepare):
         monkeypatch.setattr(module, name, lambda *args: misread(read(*args)))
     with pytest.raises(VerificationError, match=r"differs from that of diffusers' StableDiffusionXLPipeline: .* dB"):
         edgediff.export_bundle(edgediff.load_model(pipeline), tmp_path / "bundle", edgediff.ExportConfig(steps=2))
