@@ -19,8 +19,9 @@ from tiny_pipelines import save_sd1
 from torch import nn
 from torch.nn import Parameter
 
+from edgediff import export_bundle, load_model
 from edgediff.bundle.psnr import psnr_db
-from edgediff.errors import ConfigError
+from edgediff.errors import ConfigError, TargetError
 from edgediff.export.export_config import config_from
 from edgediff.models.stored_weights import StoredWeights
 from edgediff.targets.onnx.half_precision import to_float, to_half
@@ -79,6 +80,10 @@ def run(model: ModelProto | str, stored: bool = True) -> list[np.ndarray]:
 def rounded(weights: dict[str, Parameter], forms: dict[str, WeightFormat]) -> dict[str, Parameter]:
     known = StoredWeights(weights, forms)
     return {name: nn.Parameter(known.rounded(weight)) for name, weight in weights.items()}
+
+
+def plan_of(unet: dict[str, str]) -> str:
+    return json.dumps({"components": {"unet": unet}})
 
 
 def operators(model: ModelProto) -> list[str]:
@@ -204,14 +209,22 @@ def test_a_pipeline_is_exported_verified_and_draws(sd1: Path, export_once: Expor
 @pytest.mark.long
 def test_components_may_differ_and_a_plan_may_say(sd1: Path, export_once: Export, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"components": {"unet": {"conv_in.weight": "int8", "conv_out.weight": "fp16"}}}))
+    plan.write_text(plan_of({"conv_in.weight": "int8", "conv_out.weight": "fp16"}))
     config = {"steps": 2, "adaptor": "identity", "weights": {"unet": str(plan), "text_encoder": "int8"},
               "verify": {"weights": LOW}}  # fmt: skip
-    components = open_bundle(export_once(sd1, config_from(config))).manifest.target("onnx").components
+    path = export_once(sd1, config_from(config))
+    components = open_bundle(path).manifest.target("onnx").components
     assert set(components["unet"].weights) == {"fp16", "int8"}
     assert set(components["text_encoder"].weights) == {"int8"}
     assert components["vae_decoder"].weights == {}
     assert components["vae_decoder"].floors.program is None
+
+    elsewhere = plan.rename(tmp_path / "elsewhere.json")
+    again = config_from(config | {"weights": {"unet": str(elsewhere), "text_encoder": "int8"}})
+    assert export_bundle(load_model(sd1), path, again).report is None  # the same bundle, and left as it is
+    elsewhere.write_text(plan_of({"conv_in.weight": "int8"}))
+    with pytest.raises(TargetError, match="another bundle"):
+        export_bundle(load_model(sd1), path, again)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +252,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
     command: Command, sd1: Path, tmp_path: Path, forms: dict[str, str], what: str
 ) -> None:
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"components": {"unet": forms}}))
+    plan.write_text(plan_of(forms))
     said = command(
         "export", sd1, "-o", tmp_path / "b", "--target", "openvino", "--weights", f"unet={plan}", "--steps", 1
     )

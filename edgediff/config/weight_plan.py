@@ -10,6 +10,7 @@ from typing import get_args
 import msgspec
 
 from edgediff.errors import ConfigError
+from edgediff_runtime.bundle import sha256_of
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import WeightFormat
 
@@ -49,6 +50,11 @@ def planned(asked: str, component: str) -> WeightFormat | dict[str, WeightFormat
     if asked in BITS:
         return asked  # type: ignore[return-value]
     return read_plan(asked).components.get(component, {})
+
+
+def named_by_content(asked: str) -> str:
+    """What is asked for of weights, a plan by its SHA-256."""
+    return asked if asked in BITS else f"sha256:{sha256_of(Path(asked))}"
 
 
 def formats_of(asked: str | None, component: str) -> set[WeightFormat]:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
-from edgediff.config.weight_plan import coarsest
+from edgediff.config.weight_plan import coarsest, named_by_content
 from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.reference_conditioning import Source
@@ -104,10 +104,6 @@ def draft_manifest(
             f"the UNet takes {in_channels} channels and gives {channels}: it also predicts a variance, which no "
             "sampler here uses; supported: as many channels out as the latent has"
         )
-    # As the manifest's JSON gives it back, so that the two can be compared.
-    without = msgspec.structs.replace(config, model=None, lora=(), vae=None, preview=None)
-    recipe = msgspec.json.decode(msgspec.json.encode(without))
-    recipe |= {"seed": str(config.seed), "random_weights": _text(config.random_weights)}
     prompt = (config.prompt, config.negative_prompt) if conditioning_source == "prompt" else None
     file_hash = sha256_of(Path(config.conditioning)) if config.conditioning is not None else None
     tools = dict.fromkeys((*TOOLS, *(tool for name in config.targets for tool in TARGETS[name].packages)))
@@ -150,13 +146,30 @@ def draft_manifest(
             sizes,
             guided=point.guidance_scale > 1 and m.GUIDANCE not in known.tensors,
         ),
-        config=recipe,
+        config=_recipe(config),
         versions={tool: version(tool) for tool in tools},
         files={},
         prompt=prompt_settings(model, components),
         vae=vae_settings(model, components),
         preview=preview_settings(model, components),
     )
+
+
+def _recipe(config: ExportConfig) -> dict[str, Any]:
+    """The recipe as the manifest's JSON gives it back; files that the source or the evidence names are left out.
+
+    A plan of weights is named by its content: the same plan elsewhere makes the same bundle, another plan in the same
+    file does not.
+    """
+    without = msgspec.structs.replace(config, model=None, lora=(), vae=None, preview=None)
+    for name in config.targets:
+        section = getattr(config, name)
+        if getattr(section, "weights", None) is not None:
+            named = msgspec.structs.replace(section, weights=named_by_content(section.weights))
+            without = msgspec.structs.replace(without, **{name: named})
+    weights = {component: named_by_content(asked) for component, asked in config.weights.items()}
+    recipe = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(without, weights=weights)))
+    return dict(recipe, seed=str(config.seed), random_weights=_text(config.random_weights))
 
 
 def _targets(
