@@ -222,7 +222,7 @@ def show_memory(kind: str, bundle: Path) -> None:
     low = in_turns({"low": Call.of(drawing_low, bundle=str(bundle), request=request)}, 1)["low"].parts
     found = open_bundle(bundle)
     entry = found.manifest.target("onnx").unet
-    names = {name for graph in entry.graphs for name in (graph.file, graph.external_data) if name is not None}
+    names = {name for graph in entry.graphs for name in graph.files}
     files = sum(found.manifest.files[name].size for name in names)
     peaks = {name: values[0] for name, values in low.items() if name not in ("picture", "size")}
     height, width = low["size"]

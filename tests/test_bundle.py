@@ -318,7 +318,7 @@ def test_paths_that_leave_the_bundle_or_are_not_plain(bundle: Path, path: str) -
     known = manifest.files[GRAPHS[0]]
     for changed in (
         replace_graph(manifest, 0, file=path),
-        replace_graph(manifest, 0, external_data=path),
+        replace_graph(manifest, 0, external_data=(path,)),
         msgspec.structs.replace(manifest, files={**manifest.files, path: known}),
     ):
         seal(bundle, changed)

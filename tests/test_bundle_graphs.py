@@ -183,7 +183,7 @@ def test_external_data_never_comes_from_outside(
     assert_refused(bundle, words)
     # Named in the manifest, the same file is refused before ONNX Runtime sees the graph.
     name = location if os.path.isabs(location) else f"onnx/unet/{location}"
-    reseal(bundle, replace_graph(manifest, 0, external_data=name))
+    reseal(bundle, replace_graph(manifest, 0, external_data=(name,)))
     assert_refused(bundle, named)
 
 
@@ -197,7 +197,7 @@ def _weights_outside(bundle: Path) -> str:
 
 def test_external_data_inside_the_bundle_is_used_and_hashed(bundle: Path) -> None:
     data = _weights_outside(bundle)
-    reseal(bundle, replace_graph(manifest_of(bundle), 0, external_data=data))
+    reseal(bundle, replace_graph(manifest_of(bundle), 0, external_data=(data,)))
     assert verify_bundle(bundle).ok
     flip_bit(bundle / data)
     assert_refused(bundle, f"{data} does not have the hash")

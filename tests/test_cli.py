@@ -138,6 +138,7 @@ def test_inspect_shows_what_a_bundle_has_of_each_component(command: Command, cla
     size = sum(file.stat().st_size for file in (class_bundle / "onnx" / "unet").iterdir())
     assert unet == {
         "target": "onnx", "component": "unet", "stage": "step", "dtype": "fp32", "batch": None, "bytes": size,
+        "peak_bytes": None,
         "floors_db": {"graph": 100.0, "composed": 90.0, "trajectory": 70.0, "caching": None, "program": None},
     }  # fmt: skip
     assert f"{size / 1e6:.2f}" in command("inspect", class_bundle).out

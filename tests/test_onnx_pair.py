@@ -32,8 +32,8 @@ def pair_bundle(class_model: Path, export_once: Export) -> Path:
 def test_shared_weights_are_stored_once(pair_bundle: Path, class_bundle: Path) -> None:
     target = manifest_of(pair_bundle).target("onnx")
     assert [(g.name, g.file, g.frequency, g.external_data) for g in target.unet.graphs] == [
-        ("full", "onnx/unet/full.onnx", "full_step", WEIGHTS),
-        ("cached", "onnx/unet/cached.onnx", "cached_step", WEIGHTS),
+        ("full", "onnx/unet/full.onnx", "full_step", (WEIGHTS,)),
+        ("cached", "onnx/unet/cached.onnx", "cached_step", (WEIGHTS,)),
     ]
     assert sorted(file.name for file in (pair_bundle / "onnx/unet").iterdir()) == [
         "cached.onnx", "config.json", "full.onnx", "model.onnx", "weights.bin",

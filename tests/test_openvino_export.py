@@ -64,7 +64,7 @@ def changed(ir_bundle: Path, tmp_path: Path) -> Path:
 def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
     target = manifest_of(ir_bundle).target("openvino")
     assert [(g.file, g.external_data) for g in target.unet.graphs] == [
-        (f"{UNET}/{name}.xml", f"{UNET}/openvino_model.bin") for name in ("full", "cached")
+        (f"{UNET}/{name}.xml", (f"{UNET}/openvino_model.bin",)) for name in ("full", "cached")
     ]
     assert (target.unet.layout, target.unet.batch, target.unet.dtype) == ("pair", None, "fp32")
     assert msgspec.to_builtins(target).keys() == {"target", "components"}
@@ -75,7 +75,7 @@ def test_each_graph_is_a_model_with_its_weights(ir_bundle: Path) -> None:
     assert target.unet.model.file == f"{UNET}/openvino_model.xml"
     for graph in (*target.unet.graphs, target.unet.model):
         # What other tools open, OpenVINO finds the weights of by itself.
-        weights = {} if graph is target.unet.model else {"weights": ir_bundle / str(graph.external_data)}
+        weights = {} if graph is target.unet.model else {"weights": ir_bundle / graph.external_data[0]}
         model = core.read_model(ir_bundle / str(graph.file), **weights)
         assert [port.get_names() for port in model.inputs] == [{tensor.name} for tensor in graph.inputs]
         assert [port.get_names() for port in model.outputs] == [{tensor.name} for tensor in graph.outputs]

@@ -127,6 +127,24 @@ def test_weights_are_made_once_when_the_runtime_opens_a_graph(weights: dict[str,
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
+def test_with_low_memory_they_stay_as_they_are(
+    weights: dict[str, Parameter], form: WeightFormat, tmp_path: Path
+) -> None:
+    """And ONNX Runtime does not round the features."""
+    model = graph_of(weights)
+    store_weights(model, StoredWeights(weights, dict.fromkeys(weights, form)))
+    options = session_options(int8=False, threads=1, stored=True, low_memory=True)
+    options.optimized_model_filepath = str(tmp_path / "kept.onnx")
+    made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, FEEDS)
+    for want, got in zip(run(model), made, strict=True):
+        assert psnr_db(want, got) >= 120  # fp32 against fp32
+    kept = onnx.load(tmp_path / "kept.onnx")
+    assert set(operators(kept)) & {"DequantizeLinear", "MatMulNBits"}
+    known = {tensor.name: tensor.data_type for tensor in kept.graph.initializer}
+    assert TensorProto.FLOAT not in {known[name] for name in known if name.endswith(".codes")}
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
 def test_a_graph_in_fp16_has_them_too(weights: dict[str, Parameter], form: WeightFormat) -> None:
     model = graph_of(weights)
     store_weights(model, StoredWeights(weights, dict.fromkeys(weights, form)))

@@ -57,7 +57,7 @@ def _leads_out(folder: Path, name: str) -> bool:
 def component_files(component: Component, files: Iterable[str]) -> tuple[str, ...]:
     """The files that a component consists of: its graphs, their weights, packages' contents and config.json."""
     graphs = [graph for graph in (*component.graphs, component.model) if graph is not None]
-    named = {name for graph in graphs for name in (graph.file, graph.external_data) if name is not None}
+    named = {name for graph in graphs for name in graph.files}
     named |= {str(PurePosixPath(name).with_name("config.json")) for name in named}
     named |= {name for name in (component.tokenizer,) if name is not None}
     return tuple(sorted(file for file in files if file in named or any(file.startswith(f"{name}/") for name in named)))

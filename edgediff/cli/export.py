@@ -119,6 +119,10 @@ def export(
     seed: Annotated[int | None, typer.Option(help="Seed of the reference trajectory.")] = None,
     verify: Annotated[str | None, typer.Option(help="full, or graphs: no trajectory, for very large models.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    measure_memory: Annotated[
+        bool,
+        typer.Option("--measure-memory", help="Write what each component takes in memory into the manifest."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model as a verified bundle.
@@ -159,7 +163,9 @@ def export(
         with progress() as say:
             say(f"loading {checked.model}")
             loaded = load_recipe_model(checked, "export", allow_pickle)
-            done = pipeline.export_bundle(loaded, output, checked, force=force, progress=say)
+            done = pipeline.export_bundle(
+                loaded, output, checked, force=force, measure_memory=measure_memory, progress=say
+            )
     except VerificationError as e:
         if e.report is not None:
             _show_report(e.report, as_json)

@@ -74,6 +74,10 @@ def run(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Open each component when its stage comes, and drop it after.")
     ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="A folder in which the backend keeps optimized graphs, to open them faster the next time."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with a bundle."""
@@ -95,7 +99,7 @@ def run(
     with progress() as say:
         say(f"opening {bundle}")
         chosen = usual_backend(opened) if backend is None else backend
-        pipe = open_pipeline(opened, chosen, compute_units, threads, low_memory)
+        pipe = open_pipeline(opened, chosen, compute_units, threads, low_memory, cache)
         check_output(output, scale, pipe.can_decode)
         if preview is not None:
             check_previews(preview, pipe.can_preview)

@@ -25,6 +25,7 @@ from edgediff.bundle.rows import ParityReport
 from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
+from edgediff.export.component_memory import with_peaks
 from edgediff.export.component_reference import component_inputs, record_component
 from edgediff.export.component_weights import stored_weights, unet_weights
 from edgediff.export.diffusers_check import can_compare, check_against_diffusers
@@ -76,6 +77,7 @@ def export_bundle(
     config: ExportConfig | None = None,
     *,
     force: bool = False,
+    measure_memory: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Exports a model as a verified bundle.
@@ -84,6 +86,8 @@ def export_bundle(
 
     Args:
         force: Replace a bundle that is already there.
+        measure_memory: Run the pipeline once more in a process of its own, and write what each component took into the
+            manifest; two exports then differ in that.
 
     Raises:
         ConfigError: The recipe does not fit the model.
@@ -153,13 +157,16 @@ def export_bundle(
         (folder / "README.md").write_text(bundle_card(manifest, model), encoding="utf-8")
         if model.card.license_text is not None:
             (folder / "LICENSE").write_text(model.card.license_text, encoding="utf-8")
-        _seal(folder, manifest)
+        manifest = _seal(folder, manifest)
 
         # Verify. What needs no torch lets go of torch's weights first, also of those that the exporter's own cycles
         # hold: a large model is not in memory twice.
         source = model if draft.evidence.verified == "full" else None
         del model, divided, prepared, pipe, reference, job, parts
         gc.collect()
+        if measure_memory:
+            say("measuring what each component takes in memory")
+            _seal(folder, with_peaks(folder, manifest))
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
             raise VerificationError(f"{report.failure}; nothing was written", report)
@@ -304,7 +311,7 @@ def _warn_of_adaptor(draft: Manifest) -> None:
         warnings.warn(differs, OperatingPointWarning, stacklevel=3)
 
 
-def _seal(folder: Path, manifest: Manifest) -> None:
+def _seal(folder: Path, manifest: Manifest) -> Manifest:
     """Lists every file in the manifest, and in the component that it belongs to, and writes SHA256SUMS."""
     files = {name: file for name, file in list_files(folder).items() if name not in (MANIFEST, SUMS, PARITY)}
     targets = []
@@ -316,3 +323,4 @@ def _seal(folder: Path, manifest: Manifest) -> None:
     data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files, targets=tuple(targets)))
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))
+    return manifest

@@ -109,6 +109,7 @@ def _entries(manifest: Manifest) -> Iterator[dict[str, Any]]:
                 "dtype": component.dtype,
                 "batch": component.batch,
                 "bytes": sum(manifest.files[file].size for file in component.files),
+                "peak_bytes": component.peak_bytes,
                 "floors_db": msgspec.to_builtins(component.floors),
             }
 

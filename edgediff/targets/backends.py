@@ -1,5 +1,7 @@
 """Every backend that a bundle can be opened in: the runtime's own, and those that a target brings."""
 
+from pathlib import Path
+
 from edgediff.targets import TARGETS
 from edgediff.targets.base import Target
 from edgediff_runtime import Bundle, EdgePipeline, RequestError
@@ -14,11 +16,13 @@ def open_session(
     compute_units: str = "all",
     threads: int | None = None,
     component: str = "unet",
+    cache: Path | None = None,
+    low_memory: bool = False,
 ) -> runtime.Session:
     """Opens a component of a bundle as the runtime's `open_session` does, or in a target's own backend."""
     _check_backend(backend)
     if backend in runtime.BACKENDS:
-        return runtime.open_session(bundle, backend, compute_units, threads, component)
+        return runtime.open_session(bundle, backend, compute_units, threads, component, cache, low_memory)
     runtime.check_threads(threads)
     runtime.refuse_compute_units(backend, compute_units)
     return _owner(backend).open_session(bundle, backend, threads, component)
@@ -30,12 +34,16 @@ def open_pipeline(
     compute_units: str = "all",
     threads: int | None = None,
     low_memory: bool = False,
+    cache: Path | None = None,
 ) -> EdgePipeline:
     """Opens a bundle's pipeline as `EdgePipeline.from_pretrained` does, or in a target's own backend."""
     _check_backend(backend)
     targets = runtime.TARGETS_OF[backend] if backend in runtime.TARGETS_OF else (_owner(backend).name,)
     return EdgePipeline.of_bundle(
-        bundle, targets, lambda name: open_session(bundle, backend, compute_units, threads, name), low_memory
+        bundle,
+        targets,
+        lambda name: open_session(bundle, backend, compute_units, threads, name, cache, low_memory),
+        low_memory,
     )
 
 

@@ -358,7 +358,7 @@ class Target(ABC):
     def essence(self, entry: Any) -> m.Target:
         """The entry without what only writing fills in: two exports with equal essences are the same bundle."""
         components = {
-            name: msgspec.structs.replace(component, model=None, files=(), tokenizer=None, weights={})
+            name: msgspec.structs.replace(component, model=None, files=(), tokenizer=None, weights={}, peak_bytes=None)
             for name, component in entry.components.items()
         }
         target: m.Target = msgspec.structs.replace(entry, components=components)

@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--tile", type=int, help="decode larger pictures in tiles of this side in pixels")
     parser.add_argument("--preview", type=Path, metavar="FOLDER", help="write a PNG of each step's prediction there")
     parser.add_argument("--low-memory", action="store_true", help="open one component at a time")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep optimized graphs there, to open them faster")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the backend's own choice)")
     backends = (
         "onnxruntime (default), onnxruntime-cuda on an NVIDIA GPU, openvino, openvino-bf16 (of ONNX graphs too), "
@@ -44,7 +45,9 @@ def main() -> int:
     try:
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
-        pipe = EdgePipeline.from_pretrained(args.bundle, args.backend, threads=args.threads, low_memory=args.low_memory)
+        pipe = EdgePipeline.from_pretrained(
+            args.bundle, args.backend, threads=args.threads, low_memory=args.low_memory, cache=args.cache
+        )
         if args.preview is not None:
             check_previews(args.preview, pipe.can_preview)
         previews = list[Path]()

@@ -66,7 +66,7 @@ class Bundle:
             BundleError: As in `file`; of weights' hashes at the end of the block.
         """
         files = {graph.file for graph in graphs if graph.file is not None}
-        weights = {graph.external_data for graph in graphs if graph.external_data is not None} - files
+        weights = {name for graph in graphs for name in graph.external_data} - files
         folders = {str(PurePosixPath(name).parent) for name in files | weights}
         for name in sorted(files.union(weights, *map(self._files_in, folders))):
             if name in weights:
@@ -138,7 +138,7 @@ def _read(path: Path, name: str) -> bytes:
 def _names(manifest: Manifest) -> list[str]:
     components = [component for target in manifest.targets for component in target.components.values()]
     graphs = [graph for each in components for graph in (*each.graphs, each.model) if graph is not None]
-    named = [name for graph in graphs for name in (graph.file, graph.external_data) if name is not None]
+    named = [name for graph in graphs for name in graph.files]
     return [*manifest.files, *named]
 
 

@@ -122,7 +122,7 @@ class Graph(Struct, frozen=True):
             run whenever the stage does.
         inputs: In the graph's order.
         outputs: In the graph's order.
-        external_data: Path in the bundle of the weights that lie outside of `file`, or None.
+        external_data: Paths in the bundle of the weights that lie outside of `file`.
         function: Which function of the file, where it holds several; None where it holds one.
         simplified: Whether onnxsim's result was taken, or why it was left out.
         kept_fp32: The operations of an fp16 graph that compute in fp32, since fp16 does not hold their numbers; for
@@ -134,10 +134,15 @@ class Graph(Struct, frozen=True):
     frequency: Frequency | None
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    external_data: str | None = None
+    external_data: tuple[str, ...] = ()
     function: str | None = None
     simplified: str = ""
     kept_fp32: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths in the bundle of all that the graph lies in, a package's directory being one."""
+        return () if self.file is None else (self.file, *self.external_data)
 
     def runs(self, full: bool) -> bool:
         """Whether the graph belongs to a full or a cached step; graphs of other stages belong to neither."""
@@ -254,7 +259,8 @@ class Component(Struct, frozen=True):
             is none. edgediff's runtimes leave it alone.
         files: Paths in the bundle of everything that the component consists of.
         tokenizer: Of a text encoder, path in the bundle of the ``tokenizer.json`` that its ids come from.
-        peak_bytes: Peak resident memory of running it, where it was measured.
+        peak_bytes: What it took in memory at its peak, weights and activations, when the export's machine ran it alone;
+            None where that was not measured.
         further: The graphs for further sizes, where a graph takes one size; files and weights are shared.
     """
 

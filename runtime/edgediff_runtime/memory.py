@@ -1,8 +1,9 @@
 """What memory is available, and the peak that a stage of a generation took."""
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -18,6 +19,11 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
+
+
+def resident_bytes() -> int | None:
+    """What this process has in memory now; None where the system does not say."""
+    return _entry(_STATUS, "VmRSS")
 
 
 def _entry(path: Path, name: str) -> int | None:
@@ -47,7 +53,9 @@ class Usage:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures what runs in the block as the component's."""
+        """Measures what runs in the block as the component's, once what the one before it left has been given back."""
+        if self._measures_memory:
+            give_back()
         reset = self._measures_memory and _reset_peak()
         before = perf_counter()
         try:
@@ -58,6 +66,12 @@ class Usage:
                 peak = _entry(_STATUS, "VmHWM" if reset else "VmRSS")
                 if peak is not None:
                     self.peak_bytes[name] = peak
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system, which glibc else keeps for later; other systems need no asking."""
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:

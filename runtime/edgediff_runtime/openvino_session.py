@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,17 @@ class OpenVinoSession:
     batch: int | None = None
 
     def __init__(
-        self, bundle: Bundle, precision: str = "fp32", threads: int | None = None, component: str = "unet"
+        self,
+        bundle: Bundle,
+        precision: str = "fp32",
+        threads: int | None = None,
+        component: str = "unet",
+        cache: Path | None = None,
     ) -> None:
-        """Checks and reads the graphs, to compute in one of `PRECISIONS`; compiled once the shapes are known."""
+        """Checks and reads the graphs, to compute in one of `PRECISIONS`; compiled once the shapes are known.
+
+        With a folder as `cache`, OpenVINO keeps compiled graphs there.
+        """
         if precision not in PRECISIONS:
             raise RequestError(f"no precision {precision!r}; choices: {', '.join(PRECISIONS)}")
         try:
@@ -54,6 +63,8 @@ class OpenVinoSession:
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
+        if cache is not None:
+            self._settings["CACHE_DIR"] = os.fspath(cache)
         self.graphs = bundle.manifest.target("openvino", "onnx").component(component).graphs
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
@@ -91,11 +102,12 @@ class OpenVinoSession:
         try:
             # IR models share one file of weights; ONNX graphs name their own.
             is_ir = str(graph.file).endswith(".xml")
-            weights = [os.fspath(bundle.path / str(graph.external_data))] if is_ir else []
+            weights = [os.fspath(bundle.path / name) for name in graph.external_data] if is_ir else []
             model = self._core.read_model(os.fspath(bundle.path / str(graph.file)), *weights)
         except RuntimeError as e:
-            if graph.external_data is not None and (bundle.path / graph.external_data).is_symlink():
-                said = f"{graph.external_data} is a link, which OpenVINO does not follow"
+            linked = next((name for name in graph.external_data if (bundle.path / name).is_symlink()), None)
+            if linked is not None:
+                said = f"{linked} is a link, which OpenVINO does not follow"
                 raise BundleError(f"{said}; {LOCAL_DIR}, or take backend 'onnxruntime'") from e
             what = f"{graph.file} cannot be read by OpenVINO: {one_line(e)}"
             raise BundleError(f"{what}; update openvino or export again") from e

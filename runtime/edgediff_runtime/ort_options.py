@@ -5,7 +5,7 @@ from typing import Any
 from edgediff_runtime.ort_overflow import bytes_overflow
 
 
-def session_options(int8: bool, threads: int | None = None, stored: bool = False) -> Any:
+def session_options(int8: bool, threads: int | None = None, stored: bool = False, low_memory: bool = False) -> Any:
     """Makes onnxruntime's ``SessionOptions``.
 
     Args:
@@ -13,6 +13,8 @@ def session_options(int8: bool, threads: int | None = None, stored: bool = False
             which overflows; slower ones, which are asked for there, do not.
         stored: Whether weights are stored in fewer bits than they are multiplied in: they are made once, when the graph
             is opened, and not in each run.
+        low_memory: Make such weights in each run, one after the other: slower, and the graph takes no more memory than
+            its files and the largest of them.
     """
     import onnxruntime as ort
 
@@ -23,6 +25,14 @@ def session_options(int8: bool, threads: int | None = None, stored: bool = False
     # Each graph has its own threads: those of one would still spin while the next one runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", str(int(int8 and bytes_overflow())))
-    if stored:
+    if stored and low_memory:
+        # Where ONNX Runtime multiplies by blocks of bits, it would else round the features to eight bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    elif stored:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
+
+
+def options_key(int8: bool, stored: bool, low_memory: bool) -> str:
+    """What `session_options` makes of its arguments here, as far as it changes an optimized graph."""
+    return f"int8={int8 and bytes_overflow()} stored={stored} low_memory={stored and low_memory}"

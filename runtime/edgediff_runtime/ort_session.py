@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import BundleError, RequestError, one_line
 from edgediff_runtime.manifest import Graph
-from edgediff_runtime.ort_options import session_options
+from edgediff_runtime.ort_cache import load_cached
+from edgediff_runtime.ort_options import options_key, session_options
 from edgediff_runtime.tensor_check import Found, check_tensors
 
 Array = npt.NDArray[Any]
@@ -45,8 +47,19 @@ class OrtSession:
 
     batch: int | None = None
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, component: str = "unet") -> None:
-        """Checks and loads a component's ONNX graphs; `threads` None takes as many as the process has cores."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        component: str = "unet",
+        cache: Path | None = None,
+        low_memory: bool = False,
+    ) -> None:
+        """Checks and loads a component's ONNX graphs; `threads` None takes as many as the process has cores.
+
+        With a folder as `cache`, what ONNX Runtime makes of them is kept there, and opened the next time. With
+        `low_memory`, weights in fewer bits stay so in memory.
+        """
         import onnxruntime as ort
 
         loaded = bundle.manifest.target("onnx").component(component)
@@ -56,6 +69,7 @@ class OrtSession:
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
         self._bundle, self._int8, self._stored = bundle, loaded.dtype == "int8", bool(loaded.weights)
+        self._cache, self._low_memory = cache, low_memory
         # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
         shares = any(graph.shares_rows for graph in self.graphs)
         self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES
@@ -64,8 +78,14 @@ class OrtSession:
         self._shared = self._load(threads)
 
     def _load(self, threads: int | None) -> dict[str, Any]:
+        def options() -> Any:
+            return session_options(self._int8, threads, self._stored, self._low_memory)
+
+        if self._cache is not None:
+            settings = options_key(self._int8, self._stored, self._low_memory)
+            return load_cached(self._bundle, self.graphs, options, open_graph, self._cache, settings)
         with self._bundle.hold(self.graphs):
-            return load_graphs(self._bundle, self.graphs, session_options(self._int8, threads, self._stored))
+            return load_graphs(self._bundle, self.graphs, options())
 
     def put(self, array: Array) -> Any:
         """Wraps a C-contiguous array, rows first, without a copy: one OrtValue, or one for each thread's rows."""
@@ -128,26 +148,29 @@ def load_graphs(
     Raises:
         BundleError: One cannot be loaded, or has other inputs or outputs than the manifest says.
     """
+    return {
+        graph.name: open_graph(graph, os.fspath(bundle.path / graph.file), options, providers)
+        for graph in graphs
+        if graph.file is not None
+    }
+
+
+def open_graph(graph: Graph, file: str, options: Any, providers: tuple[Any, ...] = (CPU,)) -> Any:
+    """Loads a graph from a file and checks it: ONNX Runtime's session; a BundleError where it cannot be."""
     import onnxruntime as ort
 
-    sessions = {}
-    for graph in graphs:
-        if graph.file is not None:
-            try:
-                file = os.fspath(bundle.path / graph.file)
-                # ONNX Runtime's own fallback to the CPU would print, and ignore the user's choice.
-                session = ort.InferenceSession(file, options, providers=list(providers), enable_fallback=0)
-            except Exception as e:  # onnxruntime's own errors share no base class
-                what = f"{graph.file} cannot be loaded: {one_line(e)}"
-                raise BundleError(f"{what}; update onnxruntime or export again") from e
-            check_tensors(graph, _found(session.get_inputs()), _found(session.get_outputs()))
-            sessions[graph.name] = session
-    return sessions
+    try:
+        # ONNX Runtime's own fallback to the CPU would print, and ignore the user's choice.
+        session = ort.InferenceSession(file, options, providers=list(providers), enable_fallback=0)
+    except Exception as e:  # onnxruntime's own errors share no base class
+        raise BundleError(f"{graph.file} cannot be loaded: {one_line(e)}; update onnxruntime or export again") from e
+    check_tensors(graph, _found(session.get_inputs()), _found(session.get_outputs()))
+    return session
 
 
 def weight_bytes(bundle: Bundle, graphs: tuple[Graph, ...]) -> int:
     """Bytes of the files that graphs lie in; what they share counts once."""
-    names = {name for graph in graphs for name in (graph.file, graph.external_data) if name is not None}
+    names = {name for graph in graphs for name in graph.files}
     return sum(bundle.manifest.files[name].size for name in names if name in bundle.manifest.files)
 
 

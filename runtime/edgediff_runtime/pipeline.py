@@ -179,6 +179,7 @@ class EdgePipeline:
         compute_units: str = "all",
         threads: int | None = None,
         low_memory: bool = False,
+        cache: str | Path | None = None,
     ) -> "EdgePipeline":
         """Opens a bundle.
 
@@ -187,7 +188,10 @@ class EdgePipeline:
             compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
             threads: CPU threads of the backend; None takes its own choice. Set it in a container that has fewer cores
                 than its host. Core ML has no such choice.
-            low_memory: Open each component when its stage comes, and drop it after.
+            low_memory: Open each component when its stage comes, and drop it after. Weights of fewer bits stay so in
+                memory.
+            cache: A folder in which the backend keeps graphs as it optimized them for this machine, to
+                open them faster the next time. It is as large as the bundle, or larger.
 
         Raises:
             BundleError: The bundle is damaged, unsafe or of a newer version.
@@ -195,10 +199,11 @@ class EdgePipeline:
         """
         bundle = open_bundle(path)
         check_backend(backend)
+        kept = None if cache is None else Path(cache)
         return cls.of_bundle(
             bundle,
             TARGETS_OF[backend],
-            lambda name: open_session(bundle, backend, compute_units, threads, name),
+            lambda name: open_session(bundle, backend, compute_units, threads, name, kept, low_memory),
             low_memory,
         )
 

@@ -4,6 +4,7 @@ The loop knows tensors only by name and never looks into them. A session keeps t
 the cache and the skip connections go from graph to graph without a copy through numpy.
 """
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -60,12 +61,17 @@ def open_session(
     compute_units: str = "all",
     threads: int | None = None,
     component: str = "unet",
+    cache: Path | None = None,
+    low_memory: bool = False,
 ) -> Session:
     """Opens a component of a bundle in a backend.
 
     Args:
         compute_units: What Core ML may use: ``all``, ``cpu_only``, ``cpu_and_gpu`` or ``cpu_and_ne``.
         threads: How many to use on the CPU; None takes the backend's own choice. Core ML has no such choice.
+        cache: A folder in which the backend keeps graphs as it optimized them for this machine; not Core ML.
+        low_memory: Keep weights of fewer bits as they are stored, where ONNX Runtime can, and make numbers of them in
+            each run.
 
     Raises:
         BundleError: The backend cannot load the bundle.
@@ -77,10 +83,10 @@ def open_session(
         return CoreMLSession(bundle, compute_units, component)
     refuse_compute_units(backend, compute_units)
     if backend == "onnxruntime":
-        return OrtSession(bundle, threads, component)
+        return OrtSession(bundle, threads, component, cache, low_memory)
     if backend == "onnxruntime-cuda":
         return OrtBoundSession(bundle, "cuda", threads, component)
-    return OpenVinoSession(bundle, "fp32" if backend == "openvino" else "bf16", threads, component)
+    return OpenVinoSession(bundle, "fp32" if backend == "openvino" else "bf16", threads, component, cache)
 
 
 def check_backend(backend: object) -> None:

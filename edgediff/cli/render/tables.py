@@ -157,12 +157,20 @@ def _components_table(components: Sequence[Mapping[str, Any]]) -> Table:
     words = ("target", "component", "stage", "dtype", "batch") if of_bundle else ("component", "class")
     for name in words:
         table.add_column(name, overflow="fold")
-    for name in ("MB", "graph floor") if of_bundle else ("parameters", "GFLOPs", "attention"):
+    measured = any(entry.get("peak_bytes") is not None for entry in components)
+    for name in (
+        ("MB", *(["peak MB"] if measured else []), "graph floor")
+        if of_bundle
+        else ("parameters", "GFLOPs", "attention")
+    ):
         table.add_column(name, justify="right")
     for entry in components:
         row = ["any" if entry[name] is None else str(entry[name]) for name in words]
         if of_bundle:
-            row += [f"{entry['bytes'] / 1e6:,.2f}", f"{entry['floors_db']['graph']:g} dB"]
+            peak = entry["peak_bytes"]
+            row += [f"{entry['bytes'] / 1e6:,.2f}"]
+            row += ["-" if peak is None else f"{peak / 1e6:,.2f}"] if measured else []
+            row += [f"{entry['floors_db']['graph']:g} dB"]
         else:
             gflops, attention = entry["gflops"], entry["gflops_attention"]
             row += [f"{entry['parameters']:,}", f"{gflops:,.3f}", f"{attention:,.3f}"]

@@ -148,7 +148,7 @@ class OnnxTarget(Target):
         from edgediff.targets.layout import pack
 
         dtype = config.dtype if config.quantize_nbits is None else "int8"
-        weights = None if config.portable else WEIGHTS
+        weights = () if config.portable else (WEIGHTS,)
         graphs = tuple(
             graph
             if graph.file is None
@@ -189,7 +189,7 @@ class OnnxTarget(Target):
         from edgediff.targets.onnx.write_onnx import write_onnx, write_undivided
 
         graphs, versions = write_onnx(job, job.folder, job.target.unet.graphs, job.config)
-        model = None if job.config.portable else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx", WEIGHTS)
+        model = None if job.config.portable else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx")
         write_json(job.folder / FOLDER / "config.json", job.unet_config)
         return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)
 
@@ -252,7 +252,7 @@ def essential(entry: m.Target) -> m.Target:
 
 
 def _essential_graph(graph: m.Graph) -> m.Graph:
-    return msgspec.structs.replace(graph.with_shared_rows(), external_data=None, simplified="", kept_fp32=())
+    return msgspec.structs.replace(graph.with_shared_rows(), external_data=(), simplified="", kept_fp32=())
 
 
 TARGET = OnnxTarget()

@@ -35,7 +35,11 @@ def onnx_ops(graph: Any) -> Iterator[Op]:
     yield from (Op("output", info.name, outputs=(values[info.name],)) for info in graph.output)
     outside = [{e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data]
     if outside:
-        yield Op("weights", outside[0]["location"], bytes=sum(int(entry.get("length", 0)) for entry in outside))
+        yield Op(
+            "weights",
+            ", ".join(sorted({entry["location"] for entry in outside})),
+            bytes=sum(int(entry.get("length", 0)) for entry in outside),
+        )
     for node in graph.node:
         if node.op_type != "Constant":
             domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}:"

@@ -1,4 +1,4 @@
-"""Weights of ONNX graphs in a file beside them, read and written one tensor at a time: equal ones are stored once."""
+"""Weights of ONNX graphs in files beside them, read and written one tensor at a time: equal ones are stored once."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,15 +16,23 @@ from edgediff.targets.onnx.passes import tensor_bytes
 POOLED_BYTES = 1024
 # Readers map weights into memory; vector loads need a cache line's alignment.
 ALIGNMENT = 64
+# A browser on a phone does not hold a file of more than about this.
+FILE_BYTES = 2**30
 
 
 class WeightFile:
-    """A file of weights that is being written; equal ones, by the hash of their bytes, share a place."""
+    """Files of weights that are being written; equal ones, by the hash of their bytes, share a place."""
 
-    def __init__(self, path: Path) -> None:
-        """Begins an empty file, in the folder of the graphs."""
-        self.path = path
-        self._places: dict[bytes, tuple[int, int]] = {}
+    def __init__(self, path: Path, most: float | None = None) -> None:
+        """Begins an empty file, in the folder of the graphs.
+
+        Args:
+            path: The first file; those that follow it have a number after their stem: ``weights-2.bin``.
+            most: Bytes of a file, unless one tensor has more; None takes `FILE_BYTES`.
+        """
+        self._first, self._most = path, FILE_BYTES if most is None else most
+        self._count = 1
+        self._places: dict[bytes, tuple[str, int, int]] = {}
         self._stream: BinaryIO = path.open("wb")
 
     def __enter__(self) -> Self:
@@ -40,13 +48,28 @@ class WeightFile:
 
     def move(self, tensor: TensorProto, data: bytes) -> TensorProto:
         """Writes the bytes of an initialiser, and gives one of the same name, type and sizes that says where."""
-        offset, length = place_weights(data, self._places, self._stream)
+        place = self.place(data)
         tensor = TensorProto(
             name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
         )
-        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
+        for key, value in zip(("location", "offset", "length"), place, strict=True):
             tensor.external_data.add(key=key, value=str(value))
         return tensor
+
+    def place(self, data: bytes) -> tuple[str, int, int]:
+        """The name of the file that these bytes lie in, offset and length; they are written if they are new."""
+        key = hashlib.sha256(data).digest()
+        if key not in self._places:
+            offset = self._stream.tell() + -self._stream.tell() % ALIGNMENT
+            if offset and offset + len(data) > self._most:
+                self._count, offset = self._count + 1, 0
+                self._stream.close()
+                name = f"{self._first.stem}-{self._count}{self._first.suffix}"
+                self._stream = self._first.with_name(name).open("wb")
+            self._stream.write(bytes(offset - self._stream.tell()))
+            self._places[key] = Path(self._stream.name).name, offset, len(data)
+            self._stream.write(data)
+        return self._places[key]
 
 
 def read_weight(tensor: TensorProto, folder: Path) -> np.ndarray:
@@ -81,26 +104,34 @@ def move_weights(model: ModelProto, folder: Path, file: WeightFile | None) -> No
             del tensor.external_data[:]
 
 
-def pool_weights(graphs: Iterable[Path], weights: Path) -> None:
-    """Moves the weights of graphs into one file beside them.
+def locations(model: ModelProto) -> tuple[str, ...]:
+    """The names of the files that a model's weights lie in."""
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    return tuple(sorted({entry.value for entry in entries if entry.key == "location"}))
+
+
+def remove_weights(graph: Path) -> None:
+    """Removes the files of its own that a graph's weights lie in."""
+    for file in graph.parent.glob(f"{graph.name}*.data"):
+        file.unlink()
+
+
+def pool_weights(graphs: Iterable[Path], weights: Path) -> list[tuple[str, ...]]:
+    """Moves the weights of graphs into one file beside them, or more where they are large.
 
     Args:
-        graphs: ONNX files, weights inside or in a file of their own, which is removed; changed in place.
-        weights: The file to write, in the folder of the graphs.
+        graphs: ONNX files, weights inside or in files of their own, which are removed; changed in place.
+        weights: The first file to write, in the folder of the graphs.
+
+    Returns:
+        For each graph the names of the files that its weights lie in.
     """
+    found = []
     with WeightFile(weights) as pool:
         for path in graphs:
             model = onnx.load(path, load_external_data=False)
             move_weights(model, path.parent, pool)
             path.write_bytes(model.SerializeToString(deterministic=True))
-            path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-
-
-def place_weights(data: bytes, places: dict[bytes, tuple[int, int]], pool: BinaryIO) -> tuple[int, int]:
-    """Offset and length of these bytes in the pool, written there if they are new."""
-    key = hashlib.sha256(data).digest()
-    if key not in places:
-        pool.write(bytes(-pool.tell() % ALIGNMENT))
-        places[key] = pool.tell(), len(data)
-        pool.write(data)
-    return places[key]
+            remove_weights(path)
+            found.append(locations(model))
+    return found

@@ -48,11 +48,12 @@ def join_full_step(models: Sequence[ModelProto], timestep: Literal["float", "int
     return joined
 
 
-def undivided_graph(full: Sequence[Graph], file: str, weights: str | None, timestep: Tensor) -> Graph:
-    """The manifest's entry of that model."""
+def undivided_graph(full: Sequence[Graph], file: str, timestep: Tensor) -> Graph:
+    """The manifest's entry of that model, over the weights of its graphs."""
     made = {tensor.name for graph in full for tensor in graph.outputs}
     inputs = {tensor.name: tensor for graph in full for tensor in graph.inputs if tensor.name not in made}
     outputs = tuple(tensor for graph in full for tensor in graph.outputs if tensor.name == OUTPUT)
+    weights = tuple(sorted({name for graph in full for name in graph.external_data}))
     return Graph("undivided", file, "step", tuple((inputs | {TIMESTEP: timestep}).values()), outputs, weights)
 
 

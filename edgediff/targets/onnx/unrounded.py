@@ -1,5 +1,6 @@
 """fp16 graphs in fp32 arithmetic: whether their constants are right, and which of their tensors leave fp16's range."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -100,10 +101,9 @@ def _opened(bundle: Bundle, graph: Graph, watched: bool = False) -> tuple[Any, d
     Its weights are converted from file to file and mapped, since there may be too many for one protobuf or for memory.
     """
     path = bundle.path / str(graph.file)
-    weights = path if graph.external_data is None else bundle.path / graph.external_data
     with tempfile.TemporaryDirectory() as folder:
-        with WeightFile(Path(folder) / "weights.bin") as file:
-            model, rounded = to_float(onnx.load(path, load_external_data=False), Converting(weights.parent, file))
+        with WeightFile(Path(folder) / "weights.bin", math.inf) as file:
+            model, rounded = to_float(onnx.load(path, load_external_data=False), Converting(path.parent, file))
         if watched:
             _watch(model, rounded)
         made = Path(folder) / "model.onnx"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from edgediff.targets.onnx.passes import (
     run_passes,
     weight_bytes,
 )
-from edgediff.targets.onnx.pool_weights import WeightFile, move_weights, pool_weights
+from edgediff.targets.onnx.pool_weights import WeightFile, locations, move_weights, pool_weights, remove_weights
 from edgediff.targets.onnx.quantize import WEIGHT_LEVELS, quantizing
 from edgediff.targets.onnx.shared_rows import has_shared_rows
 from edgediff.targets.onnx.store_weights import storing
@@ -64,14 +65,14 @@ class Written:
 
     Attributes:
         shares_rows: Whether the graph takes a sample once for each image.
-        external_data: File name of the weights that lie outside of the graph's file, or None.
+        external_data: File names of the weights that lie outside of the graph's file.
         simplified: Whether onnxsim's result was taken, or why it was left out.
         stored: The names of the weights that it has in fewer bits.
         kept: The operations of an fp16 graph that compute in fp32, since fp16 does not hold their numbers.
     """
 
     shares_rows: bool
-    external_data: str | None
+    external_data: tuple[str, ...]
     opset: int
     ir_version: int
     simplified: str
@@ -118,8 +119,7 @@ def write_onnx(
             if calibration is not None and config.quantize_nbits is not None:
                 job.say(f"measuring ranges and quantizing {graph.name}")
                 done = _quantize(done, path, graph, calibration, config, weight_levels, share)
-            beside = None if done.external_data is None else f"{Path(graph.file).parent}/{done.external_data}"
-            external = beside if graph.external_data is None else graph.external_data
+            external = graph.external_data or _beside(graph, done.external_data)
             written = graph.with_shared_rows() if done.shares_rows else graph
             graph = msgspec.structs.replace(
                 written, external_data=external, simplified=done.simplified, kept_fp32=done.kept
@@ -127,11 +127,12 @@ def write_onnx(
         finished.append(graph)
     if job.weights is not None:
         job.weights.check_found("unet", stored, "graphs")
-    pooled = [graph for graph, drafted in zip(finished, graphs, strict=True) if drafted.external_data is not None]
+    pooled = [i for i, drafted in enumerate(graphs) if drafted.external_data]
     if pooled:
         job.say("storing shared weights once")
-        paths = [folder / str(graph.file) for graph in pooled]
-        pool_weights(paths, folder / str(pooled[0].external_data))
+        paths = [folder / str(finished[i].file) for i in pooled]
+        for i, names in zip(pooled, pool_weights(paths, folder / graphs[pooled[0]].external_data[0]), strict=True):
+            finished[i] = msgspec.structs.replace(finished[i], external_data=_beside(finished[i], names))
         for path in paths:
             check(str(path))
     return tuple(finished), {"opset": done.opset, "ir_version": done.ir_version}
@@ -150,18 +151,23 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
     done = write_graph(job.part, graph, job.inputs, path, config, weights=job.weights)
     if job.weights is not None:
         job.weights.check_found(job.name, done.stored, "graphs")
-    external = None if done.external_data is None else f"{Path(str(graph.file)).parent}/{done.external_data}"
+    external = _beside(graph, done.external_data)
     _say_kept(job.say, job.name, done)
     return msgspec.structs.replace(graph, external_data=external, simplified=done.simplified, kept_fp32=done.kept)
 
 
-def write_undivided(folder: Path, graphs: Iterable[Graph], file: str, weights: str) -> Graph:
+def _beside(graph: Graph, names: Iterable[str]) -> tuple[str, ...]:
+    """The paths in the bundle of files in a graph's folder."""
+    return tuple(f"{Path(str(graph.file)).parent}/{name}" for name in names)
+
+
+def write_undivided(folder: Path, graphs: Iterable[Graph], file: str) -> Graph:
     """Writes the undivided step over the weights that the graphs of a full step have."""
     full = [graph for graph in graphs if graph.runs(full=True)]
     model = join_full_step([onnx.load(folder / str(graph.file), load_external_data=False) for graph in full])
     (folder / file).write_bytes(model.SerializeToString(deterministic=True))
     check(str(folder / file))
-    return undivided_graph(full, file, weights, Tensor(TIMESTEP, "float32", ()))
+    return undivided_graph(full, file, Tensor(TIMESTEP, "float32", ()))
 
 
 def write_graph(
@@ -255,7 +261,7 @@ def _finish(
         if config.dtype == "fp16":
             beyond = beyond_half(model, traced.parent, [feeds] if runs is None else runs)
             kept = tuple(node.name for node in model.graph.node if node.output[0] in beyond)
-            with WeightFile(halves) if large else contextlib.nullcontext() as file:
+            with WeightFile(halves, math.inf) if large else contextlib.nullcontext() as file:
                 model = to_half(model, (*graph.inputs, *graph.outputs), Converting(traced.parent, file), beyond)
         external = _save(model, path, traced.parent)
         halves.unlink(missing_ok=True)
@@ -276,18 +282,16 @@ def _last(passes: tuple[Pass, ...], share: bool) -> tuple[Pass, ...]:
     return (*passes, SHARED_ROWS) if share else passes
 
 
-def _save(model: onnx.ModelProto, path: Path, folder: Path) -> str | None:
-    """Writes a graph whose weights lie inside or in a folder; the name of the file beside it, where they are many."""
-    beside = path.with_name(f"{path.name}.data")
-    beside.unlink(missing_ok=True)
-    external = weight_bytes(model) > EXTERNAL_DATA_BYTES
-    if external:
-        with WeightFile(beside) as file:
+def _save(model: onnx.ModelProto, path: Path, folder: Path) -> tuple[str, ...]:
+    """Writes a graph whose weights lie inside or in a folder; the names of the files beside it, where they are many."""
+    remove_weights(path)
+    if weight_bytes(model) > EXTERNAL_DATA_BYTES:
+        with WeightFile(path.with_name(f"{path.name}.data")) as file:
             move_weights(model, folder, file)
     else:
         move_weights(model, folder, None)
     path.write_bytes(model.SerializeToString(deterministic=True))
-    return beside.name if external else None
+    return locations(model)
 
 
 def _quantize(

@@ -89,7 +89,7 @@ class OpenVinoTarget(Target):
             graph
             if graph.file is None
             else msgspec.structs.replace(
-                graph.with_any_text(), file=f"{FOLDER}/{graph.name}.xml", external_data=WEIGHTS
+                graph.with_any_text(), file=f"{FOLDER}/{graph.name}.xml", external_data=(WEIGHTS,)
             )
             for graph in outline.sizes.any_size(pack(outline.parts, outline.divided, outline.layout))
         )

@@ -10,6 +10,7 @@ Constraints that shaped this file:
 - A model in IR refers to its weights by their offset in a file that the reader is given: several models share one.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from edgediff.extras import import_extra
 from edgediff.models.components import load_tokenizer
 from edgediff.targets.base import ComponentJob, Job, Say, converter_errors
 from edgediff.targets.onnx import OnnxConfig
-from edgediff.targets.onnx.pool_weights import place_weights
+from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
 from edgediff.targets.onnx.undivided_model import join_full_step, undivided_graph
 from edgediff.targets.onnx.write_onnx import write_component as write_onnx_component
@@ -54,7 +55,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as name:
         scratch = Path(name)
         as_onnx = [
-            msgspec.structs.replace(graph, file=graph.file and f"{graph.name}.onnx", external_data=None)
+            msgspec.structs.replace(graph, file=graph.file and f"{graph.name}.onnx", external_data=())
             for graph in graphs
         ]
         made, _ = write_onnx(job, scratch, as_onnx, settings, HALVED_WEIGHT_LEVELS)
@@ -72,7 +73,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
             _write(openvino, scratch / f"{graph_name}.onnx", folder / file, graph_name)
         pool_ir_weights([folder / file for file in files.values()], folder / WEIGHTS)
     model = undivided_graph(
-        [graph for graph in finished if graph.runs(full=True)], MODEL, WEIGHTS, Tensor(TIMESTEP, "int64", (1,))
+        [graph for graph in finished if graph.runs(full=True)], MODEL, Tensor(TIMESTEP, "int64", (1,))
     )
     return finished, model
 
@@ -92,7 +93,7 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
         made = write_onnx_component(onnx_job, msgspec.structs.replace(graph, file="model.onnx"))
         _write(openvino, Path(name) / "model.onnx", path, job.name)
     weights = str(PurePosixPath(str(graph.file)).with_suffix(".bin"))
-    return msgspec.structs.replace(graph, external_data=weights, simplified=made.simplified)
+    return msgspec.structs.replace(graph, external_data=(weights,), simplified=made.simplified)
 
 
 def write_tokenizers(folder: Path, say: Say) -> None:
@@ -113,15 +114,14 @@ def write_tokenizers(folder: Path, say: Say) -> None:
 
 def pool_ir_weights(models: Iterable[Path], weights: Path) -> None:
     """Moves the weights of .xml models, each in a .bin beside it, into one file; equal ones share a place."""
-    places: dict[bytes, tuple[int, int]] = {}
     pooled = weights.with_name(f"{weights.name}.pooled")
-    with pooled.open("wb") as pool:
+    with WeightFile(pooled, math.inf) as pool:
         for path in models:
             tree = ElementTree.parse(path)
             with path.with_suffix(".bin").open("rb") as own:
                 for data in tree.iterfind(".//layer[@type='Const']/data"):
                     own.seek(int(data.attrib["offset"]))
-                    offset, _ = place_weights(own.read(int(data.attrib["size"])), places, pool)
+                    _, offset, _ = pool.place(own.read(int(data.attrib["size"])))
                     data.set("offset", str(offset))
             path.with_suffix(".bin").unlink()
             tree.write(path, encoding="utf-8", xml_declaration=True)
