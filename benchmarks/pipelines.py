@@ -1,9 +1,10 @@
 """How large and how fast is a whole pipeline of true size, from the prompt to the picture? Random weights.
 
-The bars. Stable Diffusion 1.5: exporting all of it to ONNX takes at most 8 minutes, and 3 times the UNet's fp32 weights
-in memory; a picture of 512 x 512 with `low_memory` at most 1.25 times the UNet's files and its activations; 8 steps at
-clock 2, text encoder and decoder included, are at least 1.75 times as fast as diffusers' own pipeline. SDXL is exported
-in fp16 on a machine of 24 GiB, and draws a picture of 256 x 256. Needs 20 GB of disk, for SDXL 45.
+The bars. Stable Diffusion 1.5: exporting all of it to ONNX takes at most 8 minutes, and 3 times the UNet's fp32
+weights in memory; a picture of 512 x 512 with `low_memory` at most 1.25 times the UNet's files and its activations,
+with weights in fp32 and in int8 (`--weights int8`); with a cache, all of it is opened within 4 s; 8 steps at clock 2,
+text encoder and decoder included, are at least 1.75 times as fast as diffusers' own pipeline. SDXL is exported in fp16
+on a machine of 24 GiB, and draws a picture of 256 x 256. Needs 20 GB of disk, for SDXL 45.
 """
 
 import argparse
@@ -30,8 +31,8 @@ REQUEST: dict[str, dict[str, Any]] = {
     "sd15": {"num_inference_steps": 8, "guidance_scale": 7.5},
     "sdxl": {"num_inference_steps": 2, "guidance_scale": 5.0},
 }
-WHAT = ("export", "memory", "time", "sizes")
-MINUTES, WEIGHTS, LOW_MEMORY, SPEED = 8.0, 3.0, 1.25, 1.75
+WHAT = ("export", "memory", "opening", "time", "sizes")
+MINUTES, WEIGHTS, LOW_MEMORY, OPENING, SPEED = 8.0, 3.0, 1.25, 4.0, 1.75
 SAME_DB = 60.0
 
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=SAVED, default=["sd15", "sdxl"])
     parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
+    parser.add_argument("--weights", help="what weights are stored in: fp16, int8 or int4; left out, as they are")
     parser.add_argument("--rounds", type=int, default=3, help="of the comparison with diffusers")
     parser.add_argument(
         "--folder", type=Path, help="pipelines and bundles stay here, and are found; else all is deleted"
@@ -49,13 +51,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if given.folder is None else given.folder
         for kind in given.kinds:
-            model, bundle = Path(folder) / kind, Path(folder) / f"{kind}-bundle"
+            stored = "" if given.weights is None else f"-{given.weights}"
+            model, bundle = Path(folder) / kind, Path(folder) / f"{kind}{stored}-bundle"
             if not model.exists():
                 in_turns({"save": Call.of(saving, kind=kind, folder=str(model))}, 0)
             if "export" in given.what or not bundle.exists():
-                show_export(kind, model, bundle)
+                show_export(kind, model, bundle, given.weights)
             if "memory" in given.what:
                 show_memory(kind, bundle)
+            if "opening" in given.what and kind == "sd15":
+                show_opening(bundle, given.rounds)
             if "time" in given.what and kind == "sd15":
                 show_time(model, bundle, given.rounds)
             if "sizes" in given.what and kind == "sd15":
@@ -73,7 +78,7 @@ def saving(kind: str, folder: str) -> Iterator[Said]:
     yield Said()
 
 
-def exporting(model: str, bundle: str, dtype: Any, request: dict[str, Any]) -> Iterator[Said]:
+def exporting(model: str, bundle: str, dtype: Any, weights: str | None, request: dict[str, Any]) -> Iterator[Said]:
     """The only turn loads a pipeline and exports it; what does not verify raises."""
     import edgediff
     from edgediff.config.floors import VerifyConfig
@@ -82,8 +87,9 @@ def exporting(model: str, bundle: str, dtype: Any, request: dict[str, Any]) -> I
     yield Said()
     start, ends = perf_counter(), []
     config = edgediff.ExportConfig(
-        onnx=OnnxConfig(dtype=dtype), clock=2, steps=request["num_inference_steps"], scheduler=SCHEDULER,
-        adaptor="identity", guidance_scale=request["guidance_scale"], verify=VerifyConfig(mode="graphs"),
+        onnx=OnnxConfig(dtype=dtype, weights=weights), clock=2, steps=request["num_inference_steps"],
+        scheduler=SCHEDULER, adaptor="identity", guidance_scale=request["guidance_scale"],
+        verify=VerifyConfig(mode="graphs"),
     )  # fmt: skip
     said: list[str] = []
 
@@ -99,9 +105,13 @@ def exporting(model: str, bundle: str, dtype: Any, request: dict[str, Any]) -> I
     yield Said(parts=parts)
 
 
-def drawing_low(bundle: str, request: dict[str, Any]) -> Iterator[Said]:
+def drawing_low(bundle: str, request: dict[str, Any], cache: str | None) -> Iterator[Said]:
     """The only turn draws one picture with one component in memory at a time; peaks are in bytes."""
-    pipe = EdgePipeline.from_pretrained(bundle, low_memory=True)
+    pipe = EdgePipeline.from_pretrained(bundle, low_memory=True, cache=cache)
+    if cache is not None:
+        for name in pipe.components.graphs:
+            with pipe.components.use(name):  # fills the cache
+                pass
     yield Said()
     start = perf_counter()
     result = pipe(prompt=PROMPT, seed=SEED, **request)
@@ -129,6 +139,21 @@ def activations(bundle: str, request: dict[str, Any]) -> Iterator[Said]:
     with usage.stage("run"):
         pipe(prompt=PROMPT, seed=SEED, **request, output_type="latent")
     yield Said(parts={name: [float(peak)] for name, peak in usage.peak_bytes.items()})
+
+
+def opening(bundle: str, cache: str | None) -> Iterator[Said]:
+    """A turn opens every component that a prompt needs, and lets go of them."""
+    if cache is not None:
+        EdgePipeline.from_pretrained(bundle, cache=cache)
+    yield Said()
+    while True:
+        start = perf_counter()
+        pipe = EdgePipeline.from_pretrained(bundle, cache=cache)
+        for name in set(pipe.components.graphs) - {"vae_encoder"}:
+            pipe.components.session(name)
+        ms = 1e3 * (perf_counter() - start)
+        del pipe
+        yield Said(parts={"opening": [ms]})
 
 
 def time_runtime(bundle: str, request: dict[str, Any], want: str) -> Iterator[Said]:
@@ -200,18 +225,20 @@ def time_steps(bundle: str, request: dict[str, Any]) -> Iterator[Said]:
 # What is printed
 
 
-def show_export(kind: str, model: Path, bundle: Path) -> None:
+def show_export(kind: str, model: Path, bundle: Path, weights: str | None) -> None:
     """Time and peak memory of the export."""
-    call = Call.of(exporting, model=str(model), bundle=str(bundle), dtype=DTYPE[kind], request=REQUEST[kind])
+    given = {"dtype": DTYPE[kind], "weights": weights, "request": REQUEST[kind]}
+    call = Call.of(exporting, model=str(model), bundle=str(bundle), **given)
     runner = in_turns({"export": call}, 1)["export"]
-    weights = 4 * open_bundle(bundle).manifest.cost["full"].parameters
+    whole = 4 * open_bundle(bundle).manifest.cost["full"].parameters
     seconds, peak = 1e-3 * runner.parts["export"][0], 2**20 * (runner.heard[-1].peak_mib or 0.0)
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
-    print(f"{kind}, everything to ONNX in {DTYPE[kind]}: {seconds:.0f} s; peak {peak / 1e9:.2f} GB, "
-          f"{peak / weights:.2f} times the UNet's {weights / 1e9:.2f} GB in fp32; "
+    stored = "" if weights is None else f" with weights in {weights}"
+    print(f"{kind}, everything to ONNX in {DTYPE[kind]}{stored}: {seconds:.0f} s; peak {peak / 1e9:.2f} GB, "
+          f"{peak / whole:.2f} times the UNet's {whole / 1e9:.2f} GB in fp32; "
           f"bundle {size / 1e9:.2f} GB")  # fmt: skip
     if kind == "sd15":
-        print(f"  time {verdict(seconds <= 60 * MINUTES)}, memory {verdict(peak <= WEIGHTS * weights)}")
+        print(f"  time {verdict(seconds <= 60 * MINUTES)}, memory {verdict(peak <= WEIGHTS * whole)}")
     for name, ms in runner.parts.items():
         print(f"  {1e-3 * sum(ms):7.1f} s  {name}", flush=True)
 
@@ -219,23 +246,44 @@ def show_export(kind: str, model: Path, bundle: Path) -> None:
 def show_memory(kind: str, bundle: Path) -> None:
     """The runtime's peak with one component at a time, against the largest one's files and activations."""
     request = REQUEST[kind]
-    low = in_turns({"low": Call.of(drawing_low, bundle=str(bundle), request=request)}, 1)["low"].parts
     found = open_bundle(bundle)
     entry = found.manifest.target("onnx").unet
-    names = {name for graph in entry.graphs for name in graph.files}
-    files = sum(found.manifest.files[name].size for name in names)
-    peaks = {name: values[0] for name, values in low.items() if name not in ("picture", "size")}
-    height, width = low["size"]
-    print(f"{kind}, low_memory: a picture of {width:.0f} x {height:.0f} in {1e-3 * low['picture'][0]:.1f} s; peak "
-          + ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in peaks.items())
-          + f"; the UNet's files {files / 1e9:.2f} GB", flush=True)  # fmt: skip
+    files = sum(found.manifest.files[name].size for name in {name for graph in entry.graphs for name in graph.files})
+    taken = None
     if kind == "sd15":
         call = Call.of(activations, bundle=str(bundle), request=request)
         parts = in_turns({"activations": call}, 1)["activations"].parts
         taken = parts["run"][0] - parts["opened"][0]
-        share = max(peaks.values()) / (files + taken)
-        print(f"  activations {taken / 1e9:.2f} GB ({parts['opened'][0] / 1e9:.2f} GB resident before): the peak is "
-              f"{share:.2f} of both {verdict(share <= LOW_MEMORY)}", flush=True)  # fmt: skip
+        print(f"activations {taken / 1e9:.2f} GB ({parts['opened'][0] / 1e9:.2f} GB resident before)")
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as cache:
+        for words, place in (("low_memory", None), ("low_memory and a cache", cache)):
+            call = Call.of(drawing_low, bundle=str(bundle), request=request, cache=place)
+            low = in_turns({"low": call}, 1)["low"].parts
+            peaks = {name: values[0] for name, values in low.items() if name not in ("picture", "size")}
+            height, width = low["size"]
+            print(f"{kind}, {words}: a picture of {width:.0f} x {height:.0f} in {1e-3 * low['picture'][0]:.1f} s; peak "
+                  + ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in peaks.items())
+                  + f"; the UNet's files {files / 1e9:.2f} GB", flush=True)  # fmt: skip
+            if taken is not None:
+                share = max(peaks.values()) / (files + taken)
+                print(f"  {share:.2f} of files and activations {verdict(share <= LOW_MEMORY)}", flush=True)
+
+
+def show_opening(bundle: Path, rounds: int) -> None:
+    """Text encoder, UNet and decoder opened, with and without a cache of optimized graphs."""
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as cache:
+        runners = in_turns(
+            {
+                "plain": Call.of(opening, bundle=str(bundle), cache=None),
+                "cache": Call.of(opening, bundle=str(bundle), cache=cache),
+            },
+            rounds + 1,
+        )
+        size = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
+    # The first turn with the cache fills what is left of it.
+    plain, kept = (runners[name].parts["opening"][1:] for name in ("plain", "cache"))
+    print(f"sd15, opened {rounds} times in turns, ms: {spread(plain)}; with a cache of {size / 1e9:.2f} GB "
+          f"{spread(kept)} {verdict(median(kept) <= 1e3 * OPENING)}", flush=True)  # fmt: skip
 
 
 def show_time(model: Path, bundle: Path, rounds: int) -> None:

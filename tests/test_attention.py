@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import edgediff
 from edgediff.targets.onnx import OnnxConfig
-from edgediff.targets.onnx.attention import CONTRIB, MANY_KEYS, fuse_attention
+from edgediff.targets.onnx.attention import CONTRIB, MANY_KEYS, fuse_attention, slice_attention
 from edgediff_runtime import EdgePipeline
 
 HEADS, WIDTH = 2, 4
@@ -155,3 +155,55 @@ def test_the_operator_that_goes_block_by_block_goes_through_an_export(class_mode
     pytest.importorskip("openvino")
     results = [EdgePipeline.from_pretrained(bundle, backend=name)(seed=1) for name in ("onnxruntime", "openvino")]
     assert np.abs(results[0].latents - results[1].latents).max() < 1e-3
+
+
+def scored(queries: int = 8, heads: int = 2, mask: bool = False) -> ModelProto:
+    """Attention as two matmuls and a softmax, as torch's exporter writes it for earlier operator sets."""
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["scores"], "scores"),
+        *([helper.make_node("Add", ["scores", "mask"], ["masked"])] if mask else []),
+        helper.make_node("Softmax", ["masked" if mask else "scores"], ["weights"], "weights", axis=-1),
+        helper.make_node("MatMul", ["weights", "v"], ["mixed"], "mixed"),
+        helper.make_node("Relu", ["mixed"], ["out"], "out"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [tensor("q", heads, queries, WIDTH), tensor("k", heads, WIDTH, 6), tensor("v", heads, 6, WIDTH)],
+        [tensor("out", heads, queries, WIDTH)],
+        [numpy_helper.from_array(np.linspace(-3, 0, 6, dtype=np.float32), "mask")],
+        value_info=[tensor("scores", heads, queries, 6), tensor("weights", heads, queries, 6)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+# Scores of one image take 2 heads x 8 queries x 6 keys x 4 bytes = 384.
+@pytest.mark.parametrize(("most", "slices"), [(400, 1), (384, 1), (200, 2), (100, 4), (1, 8)])
+def test_attention_is_computed_in_slices_of_queries(monkeypatch: pytest.MonkeyPatch, most: int, slices: int) -> None:
+    monkeypatch.setattr("edgediff.targets.onnx.attention.SCORE_BYTES", most)
+    want = run(scored())
+    model = slice_attention(scored())
+    onnx.checker.check_model(model)
+    assert Counter(node.op_type for node in model.graph.node)["Softmax"] == slices
+    assert np.abs(run(model) - want).max() < 1e-6  # another shape of a matmul may add in another order
+
+
+@pytest.mark.parametrize("model", [scored(queries=9), scored(mask=True)])
+def test_what_cannot_be_sliced_stays(monkeypatch: pytest.MonkeyPatch, model: ModelProto) -> None:
+    monkeypatch.setattr("edgediff.targets.onnx.attention.SCORE_BYTES", 1)
+    assert [node.op_type for node in slice_attention(model).graph.node].count("Softmax") == 1
+
+
+@pytest.mark.long
+def test_portable_graphs_have_slices_where_scores_are_many(
+    class_model: Path, export_once: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = edgediff.ExportConfig(steps=2, onnx=OnnxConfig(portable=True))
+    small = {"edgediff.targets.onnx.attention.SCORE_BYTES": 2**8}
+    count = {}
+    for name, changes in (("whole", {}), ("sliced", small)):
+        path = export_once(class_model, config, changes)
+        model = onnx.load(path / "onnx/unet/lowres.onnx", load_external_data=False)
+        count[name] = Counter(node.op_type for node in model.graph.node)
+    assert count["sliced"]["Softmax"] > count["whole"]["Softmax"] > 0
+    assert count["sliced"]["Split"] > count["whole"]["Split"]

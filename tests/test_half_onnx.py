@@ -298,7 +298,7 @@ def test_a_wrong_constant_shows_in_fp32_arithmetic(half_bundle: Path, place: Pat
     [
         ({"dtypes": {"vae": "fp32"}}, "'dtypes' names 'vae'; expected components of: text_encoder, "),
         ({"dtypes": {"unet": "bf16"}}, "'dtypes.unet' is 'bf16'; expected one of: fp16, fp32"),
-        ({"targets": ["onnx", "openvino"], "dtypes": {"vae_decoder": "fp16"}}, "'dtypes.vae_decoder' is fp16; Open"),
+        ({"targets": ["onnx", "executorch"], "dtypes": {"vae_decoder": "fp16"}}, "'dtypes.vae_decoder' is fp16; Exec"),
         ({"targets": ["executorch"], "dtypes": {"unet": "fp16"}}, "'dtypes.unet' is fp16; ExecuTorch has it in fp32"),
         ({"onnx": {"dtype": "fp16", "quantize_nbits": 8}}, "'onnx.dtype' is fp16, and 'onnx.quantize_nbits' asks"),
         ({"dtypes": {"unet": "fp16"}, "onnx": {"quantize_nbits": 8}}, "'onnx.dtype' is fp16, and"),
@@ -317,7 +317,7 @@ def test_a_precision_that_is_not_there_is_refused(data: dict[str, object], words
         (["--dtype", "vae=fp32"], "'dtypes' names 'vae'"),
         (["--dtype", "vae_decoder=fp8"], "'dtypes.vae_decoder' is 'fp8'"),
         (["--dtype", "text_encoder_2=fp32"], "'dtypes' names text_encoder_2, which"),
-        (["--dtype", "fp16", "--target", "onnx", "--target", "openvino"], "--dtype fp16: OpenVINO has fp32 alone"),
+        (["--dtype", "fp16", "--target", "onnx", "--target", "executorch"], "--dtype fp16: ExecuTorch has fp32 alone"),
     ],
 )
 def test_the_command_line_refuses_them_too(
@@ -374,9 +374,11 @@ PLANTED = {
 @pytest.mark.long
 @pytest.mark.usefixtures("traced_once")
 def test_what_fp16_is_too_narrow_for_stays_fp32(planted: Path, place: Path) -> None:
-    done = edgediff.export_bundle(edgediff.load_model(planted), place / "bundle", config_from(PLANTED))
+    both = PLANTED | {"targets": ["onnx", "openvino"], "openvino": {"dtype": "fp16"}}
+    done = edgediff.export_bundle(edgediff.load_model(planted), place / "bundle", config_from(both))
     assert done.report is not None
     assert done.report.ok
+    of_openvino = manifest_of(place / "bundle").target("openvino").components
     components = manifest_of(place / "bundle").target("onnx").components
     kept = {name: [op for graph in each.graphs for op in graph.kept_fp32] for name, each in components.items()}
     for name, module in (
@@ -392,6 +394,13 @@ def test_what_fp16_is_too_narrow_for_stays_fp32(planted: Path, place: Path) -> N
         for graph in (graph for graph in each.graphs if graph.file is not None):
             nodes = onnx.load(place / "bundle" / str(graph.file), load_external_data=False).graph.node
             assert len(graph.kept_fp32) < len(nodes) / 4, name
+        # OpenVINO's devices are told of the same operations.
+        for graph, other in zip(each.graphs, of_openvino[name].graphs, strict=True):
+            if graph.file is not None:
+                model = (place / "bundle" / str(other.file)).read_text()
+                assert other.kept_fp32 == graph.kept_fp32
+                assert model.count('name="DisablePrecisionConversion"') >= len(graph.kept_fp32)
+                assert 'element_type="f16"' in model
 
 
 @pytest.mark.long

@@ -273,7 +273,7 @@ def test_other_targets_and_backends_are_named(ir_bundle: Path, command: Command,
     ("args", "parts"),
     [
         (("--quantize-nbits", 4), ("openvino.quantize_nbits",)),
-        (("--dtype", "fp16"), ("--dtype fp16: OpenVINO has fp32 alone", "leave target openvino out")),
+        (("--dtype", "fp16", "--quantize-nbits", 8), ("openvino.dtype' is fp16, and 'openvino.quantize_nbits'",)),
         (("--clock", 1, "--layout", "pair"), ("layout pair with clock 1",)),
     ],
 )
@@ -289,7 +289,7 @@ def test_settings_that_it_has_not_are_refused(
     [
         ({"quantize_nbits": 8, "calibration_images": 0}, r"openvino\.calibration_images' is 0"),
         ({"quantize_attention": True}, r"openvino\.quantize_attention' needs 'openvino\.quantize_nbits'"),
-        ({"dtype": "fp16"}, r"unknown key 'openvino\.dtype'"),
+        ({"dtype": "bf16"}, r"openvino\.dtype"),
         ({"layout": "four"}, r"openvino\.layout"),
     ],
 )

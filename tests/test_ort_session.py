@@ -55,6 +55,12 @@ def test_graphs_are_opened_twice_where_rows_divide_and_weights_are_small(
             assert OrtSession(open_bundle(class_bundle), 2).put(rows_of(4)).shape()[0] == 4
 
 
+def test_with_low_memory_tensors_are_given_back(class_bundle: Path) -> None:
+    for low in (False, True):
+        session = OrtSession(open_bundle(class_bundle), 1, low_memory=low)
+        assert all(each.get_session_options().enable_cpu_mem_arena != low for each in session._shared.values())
+
+
 def test_a_bundle_that_is_gone_while_it_is_open_goes_on_as_it_was_opened(class_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(class_bundle, tmp_path / "bundle"))
     pipe = EdgePipeline.from_pretrained(bundle, threads=2)

@@ -435,6 +435,11 @@ def int8_check(target: Target, config: Int8Config) -> None:
     """Checks the int8 settings of a section."""
     if config.quantize_attention and config.quantize_nbits is None:
         raise ConfigError(f"'{target.name}.quantize_attention' needs '{target.name}.quantize_nbits'")
+    if getattr(config, "dtype", "fp32") == "fp16" and config.quantize_nbits is not None:
+        raise ConfigError(
+            f"'{target.name}.dtype' is fp16, and '{target.name}.quantize_nbits' asks for a UNet in int8, which is fp32 "
+            "between its matmuls; name the components that are to be fp16: dtypes: {vae_decoder: fp16}"
+        )
     if config.calibration_images < 1:
         raise ConfigError(f"'{target.name}.calibration_images' is {config.calibration_images}; expected 1 or more")
 

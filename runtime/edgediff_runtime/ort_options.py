@@ -13,8 +13,8 @@ def session_options(int8: bool, threads: int | None = None, stored: bool = False
             which overflows; slower ones, which are asked for there, do not.
         stored: Whether weights are stored in fewer bits than they are multiplied in: they are made once, when the graph
             is opened, and not in each run.
-        low_memory: Make such weights in each run, one after the other: slower, and the graph takes no more memory than
-            its files and the largest of them.
+        low_memory: Give tensors back to the system as soon as they are of no more use; and make such weights in each
+            run, one after the other: slower, and a graph takes little more memory than its files and its features.
     """
     import onnxruntime as ort
 
@@ -25,6 +25,9 @@ def session_options(int8: bool, threads: int | None = None, stored: bool = False
     # Each graph has its own threads: those of one would still spin while the next one runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", str(int(int8 and bytes_overflow())))
+    # The arena keeps what it once took, and takes twice as much each time: at Stable Diffusion 1.5's size 2.4 GB in
+    # place of 1.6, for 4 % of the time.
+    options.enable_cpu_mem_arena = not low_memory
     if stored and low_memory:
         # Where ONNX Runtime multiplies by blocks of bits, it would else round the features to eight bits.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -33,6 +36,6 @@ def session_options(int8: bool, threads: int | None = None, stored: bool = False
     return options
 
 
-def options_key(int8: bool, stored: bool, low_memory: bool) -> str:
+def options_key(int8: bool, stored: bool) -> str:
     """What `session_options` makes of its arguments here, as far as it changes an optimized graph."""
-    return f"int8={int8 and bytes_overflow()} stored={stored} low_memory={stored and low_memory}"
+    return f"int8={int8 and bytes_overflow()} stored={stored}"

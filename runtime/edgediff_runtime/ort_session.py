@@ -81,8 +81,9 @@ class OrtSession:
         def options() -> Any:
             return session_options(self._int8, threads, self._stored, self._low_memory)
 
-        if self._cache is not None:
-            settings = options_key(self._int8, self._stored, self._low_memory)
+        # Read again from a file, a graph makes all its weights early and holds them; it opens within a second anyway.
+        if self._cache is not None and not (self._stored and self._low_memory):
+            settings = options_key(self._int8, self._stored)
             return load_cached(self._bundle, self.graphs, options, open_graph, self._cache, settings)
         with self._bundle.hold(self.graphs):
             return load_graphs(self._bundle, self.graphs, options())

@@ -126,11 +126,6 @@ class OnnxTarget(Target):
         int8_check(self, config)
         if config.weights is not None and opset_of(config) < BLOCKS_OPSET:
             raise ConfigError(f"'onnx.weights' needs 'onnx.opset' {BLOCKS_OPSET} or later, which have scales of blocks")
-        if config.dtype == "fp16" and config.quantize_nbits is not None:
-            raise ConfigError(
-                "'onnx.dtype' is fp16, and 'onnx.quantize_nbits' asks for a UNet in int8, which is fp32 between its "
-                "matmuls; name the components that are to be fp16: dtypes: {vae_decoder: fp16}"
-            )
         if config.quantize_attention and opset_of(config) < FUSED_OPSET:
             raise ConfigError(f"'onnx.quantize_attention' needs 'onnx.opset' {FUSED_OPSET}")
 
@@ -158,7 +153,7 @@ class OnnxTarget(Target):
         if not config.portable:
             graphs = tuple(graph.with_any_text() for graph in graphs)
         if dtype == "fp16":
-            graphs = tuple(map(_in_half, graphs))
+            graphs = tuple(map(in_half, graphs))
         return m.OnnxTarget({"unet": outline.unet(graphs, dtype, None)}, opset=opset_of(config), ir_version=0)
 
     def describe_component(
@@ -233,7 +228,7 @@ class OnnxTarget(Target):
         return read_onnx(bundle.file(str(graph.file)))
 
 
-def _in_half(graph: m.Graph) -> m.Graph:
+def in_half(graph: m.Graph) -> m.Graph:
     """The entry of the same graph in fp16: tensors that cross between graphs are fp16."""
     inputs, outputs = (
         tuple(t if t.name in OUTSIDE else msgspec.structs.replace(t, dtype="float16") for t in side)

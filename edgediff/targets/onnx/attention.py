@@ -7,6 +7,7 @@ for many keys it is faster and needs little memory.
 """
 
 import logging
+import math
 from collections import Counter
 from typing import Any
 
@@ -15,13 +16,15 @@ from onnx import ModelProto, NodeProto, helper
 from onnxscript import ir
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
 
-from edgediff.targets.onnx.rewriting import Rewriting, attributes_of
+from edgediff.targets.onnx.rewriting import Rewriting, attributes_of, equal_slices, renamed
 
 log = logging.getLogger(__name__)
 
 CONTRIB = "com.microsoft"
 # With fewer keys the operator that computes block by block is the slower one.
 MANY_KEYS = 1024
+# Scores of one image that take more are computed in slices.
+SCORE_BYTES = 2**26
 _HEADS_FIRST = (0, 2, 1, 3)
 # The softmax of a decomposed attention is named after its result, with this suffix.
 ATTENTION_WEIGHTS = ".weights"
@@ -36,6 +39,48 @@ def fuse_attention(model: ModelProto) -> ModelProto:
     kinds = Counter(node.op_type for node in changed.graph.node if "num_heads" in str(node.attribute))
     log.info("attention: heads joined in %s", dict(kinds))
     return changed
+
+
+def slice_attention(model: ModelProto) -> ModelProto:
+    """Computes attention whose scores would take much memory for some of the queries after the other.
+
+    Each query has its own softmax, so that the numbers are the same.
+
+    Args:
+        model: With attention as two matmuls and a softmax, of known sizes but the batch; changed in place.
+    """
+    rewriting, graph = Rewriting(model), model.graph
+    made = {name: node for node in graph.node for name in node.output}
+    mixes = {node.input[0]: node for node in graph.node if node.op_type == "MatMul"}
+    sliced: dict[str, list[NodeProto]] = {}
+    left_out: set[str] = set()
+    for node in graph.node:
+        scores = made.get(node.input[0]) if node.op_type == "Softmax" else None
+        if scores is None or scores.op_type != "MatMul" or attributes_of(node).get("axis", -1) not in (-1, 3):
+            continue
+        mixed = mixes.get(node.output[0])
+        alone = rewriting.taken[scores.output[0]] == rewriting.taken[node.output[0]] == 1
+        shape = rewriting.shape(scores.output[0]) or rewriting.shape(node.output[0])
+        if mixed is None or not alone or len(shape) != len(_HEADS_FIRST) or not all(shape[1:]):
+            continue
+        slices = equal_slices(shape[2], 4 * math.prod(shape[1:]), SCORE_BYTES)
+        if slices > 1:
+            sliced[mixed.output[0]] = _by_queries(scores, node, mixed, slices)
+            left_out |= {scores.output[0], node.output[0]}
+    log.info("attention: %d computed in slices", len(sliced))
+    nodes = [sliced.get(node.output[0], [node]) for node in graph.node if node.output[0] not in left_out]
+    return rewriting.finish([node for group in nodes for node in group])
+
+
+def _by_queries(scores: NodeProto, softmax: NodeProto, mixed: NodeProto, slices: int) -> list[NodeProto]:
+    out = mixed.output[0]
+    queries, rows = ([f"{out}.slice{i}.{what}" for i in range(slices)] for what in ("queries", "rows"))
+    nodes = [helper.make_node("Split", [scores.input[0]], queries, f"{out}.slices", axis=2, num_outputs=slices)]
+    for i, query in enumerate(queries):
+        names = {scores.input[0]: query, mixed.output[0]: rows[i]}
+        names |= {node.output[0]: f"{node.output[0]}.slice{i}" for node in (scores, softmax)}
+        nodes += [renamed(node, names) for node in (scores, softmax, mixed)]
+    return [*nodes, helper.make_node("Concat", rows, [out], f"{out}.together", axis=2)]
 
 
 def decompose_attention(model: ModelProto) -> ModelProto:

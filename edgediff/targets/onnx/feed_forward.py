@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
-from edgediff.targets.onnx.rewriting import Rewriting, attributes_of, renamed
+from edgediff.targets.onnx.rewriting import Rewriting, attributes_of, equal_slices, renamed
 from edgediff.targets.onnx.separate_gates import PRODUCTS, Halves, halved, is_halvable
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class _Search:
         """The feed-forward that cuts its first product's result in two here; None where it is none, or holds little."""
         _, tokens, features = shape if len(shape := self._shape(split.input[0])) == 3 else (0, 0, 0)
         said = attributes_of(split)
-        slices = _slices(tokens, 4 * tokens * features)
+        slices = equal_slices(tokens, 4 * tokens * features, SLICE_BYTES)
         before = self._before(split.input[0])
         if slices == 1 or said.get("axis", 0) not in (-1, 2) or before is None:
             return None
@@ -141,14 +141,6 @@ class _Search:
 
 def _has_product(nodes: list[NodeProto]) -> bool:
     return any(node.op_type in PRODUCTS for node in nodes)
-
-
-def _slices(tokens: int, size: int) -> int:
-    """In how many equal slices of tokens something of so many bytes is small enough, a power of two."""
-    slices = 1
-    while size > slices * SLICE_BYTES and tokens % (2 * slices) == 0:
-        slices *= 2
-    return slices
 
 
 def _sliced(of: _FeedForward, rewriting: Rewriting, halves: Halves) -> list[NodeProto]:

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from edgediff.errors import UnsupportedError
 from edgediff.targets.base import converter_errors
-from edgediff.targets.onnx.attention import decompose_attention, fuse_attention
+from edgediff.targets.onnx.attention import decompose_attention, fuse_attention, slice_attention
 from edgediff.targets.onnx.feed_forward import slice_feed_forwards
 from edgediff.targets.onnx.group_norm import expand_group_norm
 from edgediff.targets.onnx.separate_gates import separate_gates
@@ -142,6 +142,7 @@ GROUP_NORM = Pass("group-norm", expand_group_norm)
 PORTABLE_GROUP_NORM = Pass("group-norm", partial(expand_group_norm, portable=True))
 ATTENTION = Pass("attention", fuse_attention)
 SEPARATE_GATES = Pass("gates", separate_gates)
+SLICE_ATTENTION = Pass("attention-sliced", slice_attention)
 DECOMPOSE_ATTENTION = Pass("attention-decomposed", decompose_attention)
 SIMPLIFY = Pass("onnxsim", simplify)
 # Matmuls keep their biases separate, since no int8 Gemm kernel has a float result; and they are not merged, since

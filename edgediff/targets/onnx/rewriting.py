@@ -59,6 +59,14 @@ class Rewriting:
         return self.model
 
 
+def equal_slices(count: int, size: int, most: int) -> int:
+    """In how many equal slices of `count` something of `size` bytes takes at most so many each, a power of two."""
+    slices = 1
+    while size > slices * most and count % (2 * slices) == 0:
+        slices *= 2
+    return slices
+
+
 def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     """A copy of a node with other names for all that it makes, and for what it takes where `names` has one."""
     copy = NodeProto()

@@ -36,6 +36,7 @@ from edgediff.targets.onnx.passes import (
     SIMPLIFY,
     SIMPLIFY_UNMERGED,
     SIMPLIFY_UNSCALED,
+    SLICE_ATTENTION,
     STRIP_METADATA,
     Pass,
     check,
@@ -254,6 +255,8 @@ def _finish(
         last: tuple[Pass, ...] = (storing(weights, found, traced.parent),) if weights is not None else ()
         if not is_standard(config) and config.quantize_nbits is None:
             last = _last(FASTER if is_plain else last, share)
+        elif is_standard(config):
+            last = (*last, SLICE_ATTENTION)
         model = run_passes(model, (*passes, *((simplify,) if config.simplify else ()), *last))
         _restore_names(model, graph)
         halves = traced.with_name(f"{graph.name}-half.bin")

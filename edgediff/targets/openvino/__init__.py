@@ -1,30 +1,38 @@
-"""OpenVINO's IR, made from the default ONNX graphs."""
+"""OpenVINO's IR, made from the default ONNX graphs, or from those in fp16."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
 from edgediff.extras import import_extra
 from edgediff.outputs import write_json
 from edgediff.targets.base import (
+    PRECISIONS,
     Backend,
     ComponentJob,
+    HalfConstants,
     Int8Config,
     Job,
     Layout,
     Outline,
+    Precision,
     Say,
     Sizes,
     Target,
     int8_check,
 )
 from edgediff.targets.onnx import TARGET as ONNX
-from edgediff.targets.onnx import essential
+from edgediff.targets.onnx import essential, in_half
+from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
+
+if TYPE_CHECKING:
+    from edgediff_runtime.sessions import Session
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +52,16 @@ BF16_DB = 35.0
 
 
 class OpenVinoConfig(Int8Config, frozen=True):
-    """How OpenVINO's models (IR) are written: what ONNX's default graphs say, in fp32 or int8.
+    """How OpenVINO's models (IR) are written: what ONNX's default graphs say, in fp32 or int8, or its fp16 graphs.
 
     Attributes:
+        dtype: Precision of weights, features and arithmetic. In fp16, for Intel's GPUs and NPUs, what is out of fp16's
+            range stays fp32, and a device that computes in fp16 is told so; the CPU computes in fp32.
         layout: How the graphs are packed; None takes the recipe's. All of them have their weights in one file.
         weights: What the weights are stored in, as in ONNX's section.
     """
 
+    dtype: Precision = "fp32"
     layout: Layout | None = None
     weights: str | None = None
 
@@ -66,6 +77,7 @@ class OpenVinoTarget(Target):
         Backend("openvino", READS, ("openvino",), INSTALL, "run ONNX and OpenVINO bundles in OpenVINO"),
         Backend("openvino-bf16", READS, ("openvino",), INSTALL, verifies=False, floor_db=BF16_DB),
     )
+    precisions = PRECISIONS
     tools_to_run = ("openvino",)
     weight_formats = ("fp16", "int8", "int4")
     whole_blocks = True
@@ -82,7 +94,7 @@ class OpenVinoTarget(Target):
         import_extra("openvino", "exporting to OpenVINO", self.extra)
 
     def describe(self, outline: Outline, config: OpenVinoConfig) -> m.Target:
-        """Graphs of symbolic batch with fp32 tensors over one file of weights."""
+        """Graphs of symbolic batch over one file of weights."""
         from edgediff.targets.layout import pack
 
         graphs = tuple(
@@ -93,15 +105,17 @@ class OpenVinoTarget(Target):
             )
             for graph in outline.sizes.any_size(pack(outline.parts, outline.divided, outline.layout))
         )
-        dtype = "fp32" if config.quantize_nbits is None else "int8"
+        dtype = config.dtype if config.quantize_nbits is None else "int8"
+        if dtype == "fp16":
+            graphs = tuple(map(in_half, graphs))
         return m.OpenVinoTarget({"unet": outline.unet(graphs, dtype, None)})
 
     def describe_component(
         self, stage: m.Stage, graph: m.Graph, verify: Any, config: OpenVinoConfig, sizes: Sizes
     ) -> m.Component | None:
-        """One model of symbolic batch in fp32, named as OpenVINO GenAI looks for it."""
+        """One model of symbolic batch with fp32 inputs and outputs, named as OpenVINO GenAI looks for it."""
         graph = msgspec.structs.replace(graph, file=f"openvino/{graph.name}/openvino_model.xml")
-        return m.Component(stage, "fp32", None, verify.floors("fp32"), sizes.any_size([graph]))
+        return m.Component(stage, config.dtype, None, verify.floors(config.dtype), sizes.any_size([graph]))
 
     def pipeline_folder(self, entry: Any) -> str:
         """OpenVINO GenAI's."""
@@ -138,6 +152,24 @@ class OpenVinoTarget(Target):
         (graph,) = job.component.graphs
         write_json((job.folder / str(graph.file)).parent / "config.json", job.settings)
         return msgspec.structs.replace(job.component, graphs=(write_component(job, graph),))
+
+    def half_constants(self, entry: Any) -> HalfConstants:
+        """Those of the ONNX graphs that it reads."""
+        return ONNX.half_constants(entry)
+
+    def unrounded(
+        self, bundle: Bundle, backend: str, session: Any, component: str = "unet"
+    ) -> "contextlib.AbstractContextManager[Session] | None":
+        """The same models on the CPU, which computes in fp32, with fp32 outputs.
+
+        None where weights are codes, which the CPU multiplies by features that it rounds.
+        """
+        entry = bundle.manifest.target(self.name).component(component)
+        if entry.weights.keys() & {"int8", "int4"}:
+            return None
+        from edgediff.targets.openvino.fp32_outputs import Fp32Outputs
+
+        return contextlib.nullcontext(Fp32Outputs(bundle, component=component))
 
 
 def genai_lacks(scheduler: Mapping[str, Any]) -> str | None:

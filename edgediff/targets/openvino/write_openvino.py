@@ -36,6 +36,9 @@ from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
 
+# An operation with this note stays fp32 on a device that computes in fp16.
+KEEPS_FP32 = "precise_0"
+
 
 def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
     """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
@@ -50,7 +53,9 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
     """
     openvino = import_extra("openvino", "exporting to OpenVINO", "openvino")
     config: OpenVinoConfig = job.config
-    settings = OnnxConfig(quantize_nbits=config.quantize_nbits, quantize_attention=config.quantize_attention)
+    settings = OnnxConfig(
+        dtype=config.dtype, quantize_nbits=config.quantize_nbits, quantize_attention=config.quantize_attention
+    )
     folder, graphs = job.folder, job.target.unet.graphs
     with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as name:
         scratch = Path(name)
@@ -60,7 +65,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
         ]
         made, _ = write_onnx(job, scratch, as_onnx, settings, HALVED_WEIGHT_LEVELS)
         finished = tuple(
-            msgspec.structs.replace(graph, inputs=done.inputs, simplified=done.simplified)
+            msgspec.structs.replace(graph, inputs=done.inputs, simplified=done.simplified, kept_fp32=done.kept_fp32)
             for graph, done in zip(graphs, made, strict=True)
         )
         job.say("writing OpenVINO's models")
@@ -79,7 +84,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
 
 
 def write_component(job: ComponentJob, graph: Graph) -> Graph:
-    """Writes the model of a component beside the UNet, in fp32, with its weights in a .bin of the same name.
+    """Writes the model of a component beside the UNet, with its weights in a .bin of the same name.
 
     Raises:
         UnsupportedError: The exporter, a pass or OpenVINO failed.
@@ -89,11 +94,13 @@ def write_component(job: ComponentJob, graph: Graph) -> Graph:
     path = job.folder / str(graph.file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.folder, prefix=".exporting-") as name:
-        onnx_job = replace(job, folder=Path(name), config=OnnxConfig())
+        onnx_job = replace(job, folder=Path(name), config=OnnxConfig(dtype=job.config.dtype))
         made = write_onnx_component(onnx_job, msgspec.structs.replace(graph, file="model.onnx"))
         _write(openvino, Path(name) / "model.onnx", path, job.name)
     weights = str(PurePosixPath(str(graph.file)).with_suffix(".bin"))
-    return msgspec.structs.replace(graph, external_data=(weights,), simplified=made.simplified)
+    return msgspec.structs.replace(
+        graph, external_data=(weights,), simplified=made.simplified, kept_fp32=made.kept_fp32
+    )
 
 
 def write_tokenizers(folder: Path, say: Say) -> None:
@@ -136,11 +143,21 @@ def _settle_names(model: Any, name: str, every: bool = False) -> None:
             op.set_friendly_name(f"{op.get_type_name()}.{i}")
 
 
+def _keep_fp32(openvino: Any, model: Any) -> None:
+    """Tells devices that compute in fp16 what of an fp16 model is fp32 on purpose."""
+    ops = [op for op in model.get_ordered_ops() if op.get_type_name() not in ("Parameter", "Constant", "Result")]
+    if any(port.get_element_type() == openvino.Type.f16 for op in ops for port in op.outputs()):
+        for op in ops:
+            if any(port.get_element_type() == openvino.Type.f32 for port in op.outputs()):
+                op.get_rt_info()[KEEPS_FP32] = True
+
+
 def _write(openvino: Any, source: Path, path: Path, name: str) -> None:
     """Reads an ONNX graph and writes it as IR, the same bytes for the same graph."""
     try:
         model = openvino.Core().read_model(source)
         _settle_names(model, name)
+        _keep_fp32(openvino, model)
         notes = model.get_rt_info()
         for key in list(notes.keys()):  # onnxsim's statistics
             del notes[key]
