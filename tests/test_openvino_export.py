@@ -15,7 +15,7 @@ from absent import hide
 from command_line import Command, assert_error, snapshot
 from conftest import Export
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, rows_of, seal
-from tiny_pipelines import tokenizer
+from tiny_pipelines import save_sd1, save_tiny_vae, tokenizer
 
 import edgediff
 from edgediff.bench.run_bench import run_bench
@@ -408,3 +408,23 @@ def test_without_openvino_tokenizers_the_export_says_what_is_left_out(
     TARGETS["openvino"].finish_pipeline(_tree(tmp_path), said.append)
     assert said == ["openvino-tokenizers is not installed: the tokenizers that OpenVINO GenAI reads are left out"]
     assert not list(tmp_path.rglob("openvino_*"))
+
+
+@pytest.mark.long
+def test_fp16_is_verified_in_the_arithmetic_of_the_cpu(tmp_path: Path) -> None:
+    """The tiny decoder divides by 3, which OpenVINO makes a product with a rounded third."""
+    save_sd1(tmp_path / "model")
+    save_tiny_vae(tmp_path / "tiny")
+    model = edgediff.load_model(tmp_path / "model", preview=tmp_path / "tiny")
+    config = {"steps": 1, "clock": 1, "adaptor": "identity", "targets": ["openvino"], "preview": str(tmp_path / "tiny"),
+              "components": ["preview_decoder"], "openvino": {"dtype": "fp16"}}  # fmt: skip
+    done = edgediff.export_bundle(model, tmp_path / "bundle", config_from(config))
+    assert done.report is not None
+    exact = {row.part: row.psnr_db for row in done.report.rows if row.check == "program"}
+    assert {"highres_in", "lowres", "highres_out", "preview_decoder"} <= exact.keys()
+    assert all(number is not None and number > 100 for number in exact.values()), exact
+    components = manifest_of(tmp_path / "bundle").target("openvino").components
+    assert {name: component.dtype for name, component in components.items()} == {
+        "unet": "fp16", "preview_decoder": "fp16"
+    }  # fmt: skip
+    assert b'element_type="f16"' in (tmp_path / "bundle/openvino/unet/lowres.xml").read_bytes()

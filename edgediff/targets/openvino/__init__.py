@@ -1,6 +1,7 @@
 """OpenVINO's IR, made from the default ONNX graphs, or from those in fp16."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -154,8 +155,8 @@ class OpenVinoTarget(Target):
         return msgspec.structs.replace(job.component, graphs=(write_component(job, graph),))
 
     def half_constants(self, entry: Any) -> HalfConstants:
-        """Those of the ONNX graphs that it reads."""
-        return ONNX.half_constants(entry)
+        """Those of the ONNX graphs that it reads, but that it multiplies by a divisor's inverse."""
+        return dataclasses.replace(ONNX.half_constants(entry), divides=False)
 
     def unrounded(
         self, bundle: Bundle, backend: str, session: Any, component: str = "unet"
