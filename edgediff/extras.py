@@ -2,10 +2,14 @@
 
 import contextlib
 import importlib
+import io
+import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from edgediff.errors import MissingExtraError
+from edgediff_runtime.stderr import silent
 
 
 def import_extra(module: str, what: str, package: str) -> Any:
@@ -31,3 +35,16 @@ def needing(extra: str, what: str) -> Iterator[None]:
         if e.name is None or e.name.partition(".")[0] == "edgediff":
             raise
         raise MissingExtraError(what, extra) from e
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps progress, log lines, warnings and what C++ writes off the screen; what fails is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with silent(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

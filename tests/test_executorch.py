@@ -20,6 +20,7 @@ from unets import unet2d
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.extras import quiet
 from edgediff.models.components import pipeline_components
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
@@ -27,7 +28,7 @@ from edgediff.models.torch_session import TorchSession
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session, usual_backend
 from edgediff.targets.base import ComponentJob, Sizes
-from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
+from edgediff.targets.executorch.import_executorch import import_executorch
 from edgediff.targets.executorch.write_executorch import group_norm, write_executorch
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
 from edgediff_runtime.manifest import Component, Floors, Graph, Tensor

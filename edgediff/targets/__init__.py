@@ -4,5 +4,5 @@ from importlib import import_module
 
 from edgediff.targets.base import Target
 
-NAMES = ("onnx", "coreml", "openvino", "executorch")
+NAMES = ("onnx", "coreml", "openvino", "executorch", "litert")
 TARGETS: dict[str, Target] = {name: import_module(f"edgediff.targets.{name}").TARGET for name in NAMES}

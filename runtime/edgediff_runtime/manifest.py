@@ -382,6 +382,11 @@ class ExecuTorchTarget(Target, frozen=True, tag="executorch"):
     """An ExecuTorch program for each component, with a method for each graph."""
 
 
+@register
+class LiteRtTarget(Target, frozen=True, tag="litert"):
+    """A .tflite file for each component, with a signature for each graph."""
+
+
 class Source(Struct, frozen=True):
     """Where the model came from.
 

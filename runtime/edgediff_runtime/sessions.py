@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.coreml_session import CoreMLSession
 from edgediff_runtime.errors import RequestError
+from edgediff_runtime.litert_session import LiteRtSession
 from edgediff_runtime.manifest import Graph
 from edgediff_runtime.openvino_session import OpenVinoSession
 from edgediff_runtime.ort_bound_session import OrtBoundSession
@@ -51,6 +52,7 @@ TARGETS_OF = {
     "openvino": ("openvino", "onnx"),
     "openvino-bf16": ("openvino", "onnx"),
     "coreml": ("coreml",),
+    "litert": ("litert",),
 }
 BACKENDS = tuple(TARGETS_OF)
 
@@ -82,6 +84,8 @@ def open_session(
     if backend == "coreml":
         return CoreMLSession(bundle, compute_units, component)
     refuse_compute_units(backend, compute_units)
+    if backend == "litert":
+        return LiteRtSession(bundle, threads, component, cache)
     if backend == "onnxruntime":
         return OrtSession(bundle, threads, component, cache, low_memory)
     if backend == "onnxruntime-cuda":

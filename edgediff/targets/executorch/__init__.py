@@ -49,7 +49,7 @@ class ExecuTorchTarget(Target):
 
     def require(self) -> None:
         """Imports ExecuTorch's exporter."""
-        from edgediff.targets.executorch.executorch_quiet import import_executorch
+        from edgediff.targets.executorch.import_executorch import import_executorch
 
         import_executorch("executorch.exir", "exporting to ExecuTorch")
 

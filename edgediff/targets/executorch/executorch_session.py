@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from edgediff.extras import quiet
 from edgediff.models.torch_session import TorchTensors
-from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
+from edgediff.targets.executorch.import_executorch import import_executorch
 from edgediff_runtime import Bundle, BundleError
 from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Graph

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgediff.extras import quiet
 from edgediff.models.part import Part
 from edgediff.targets.base import converter_errors
-from edgediff.targets.executorch.executorch_quiet import import_executorch, quiet
+from edgediff.targets.executorch.import_executorch import import_executorch
 from edgediff_runtime.manifest import Component, Graph
 
 

@@ -1,0 +1,95 @@
+"""LiteRT, once TensorFlow Lite: a .tflite file for each component, with a signature for each graph."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import msgspec
+
+from edgediff.config.floors import VerifyConfig
+from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Sizes, Target, batch_check, fixed
+from edgediff_runtime import manifest as m
+from edgediff_runtime.litert_session import INSTALL
+
+FOLDER = "litert"
+
+
+class LiteRtConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How .tflite files are written: fixed shapes, in fp32, weights once for all signatures of a file.
+
+    Attributes:
+        batch: Rows of the UNet's graphs; None takes 2 where the operating point is guided (the unconditional and the
+            conditional row of an image), 1 where it is not.
+    """
+
+    batch: int | None = None
+    layout: Layout | None = None
+
+
+class LiteRtTarget(Target):
+    """.tflite files, which Android's own runtime opens, and the accelerators' plugins behind it."""
+
+    name, title, files = "litert", "LiteRT", ".tflite files"
+    config = LiteRtConfig
+    extra = "litert"
+    packages: ClassVar[Mapping[str, str]] = {"litert-torch": "0.10.0", "ai-edge-litert": "2.3.0"}
+    backends = (Backend("litert", ("litert",), ("ai_edge_litert",), INSTALL, "run and verify LiteRT bundles"),)
+    tools_to_run = ("ai-edge-litert",)
+
+    def check(self, config: LiteRtConfig, layout: Layout) -> None:
+        """Checks the batch."""
+        batch_check(self, config.batch)
+
+    def require(self) -> None:
+        """Imports the converter."""
+        from edgediff.targets.litert.write_litert import import_litert
+
+        import_litert()
+
+    def describe(self, outline: Outline, config: LiteRtConfig) -> m.Target:
+        """Signatures of one file, fixed throughout, in fp32."""
+        from edgediff.targets.layout import pack
+
+        batch = outline.rows if config.batch is None else config.batch
+        graphs = tuple(
+            graph if graph.file is None else _placed(graph, graph.name, batch, "unet")
+            for graph in pack(outline.parts, outline.divided, outline.layout)
+        )
+        return m.LiteRtTarget({"unet": outline.sizes.each(outline.unet(graphs, "fp32", batch))})
+
+    def describe_component(
+        self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: LiteRtConfig, sizes: Sizes
+    ) -> m.Component | None:
+        """A file of its own with a signature for each size, of one row, in fp32."""
+        placed = _placed(graph, graph.name, 1, graph.name)
+        return sizes.each(m.Component(stage, "fp32", 1, verify.floors("fp32"), (placed,)))
+
+    def write(self, job: Job) -> m.Target:
+        """Writes the UNet's file."""
+        from edgediff.targets.litert.write_litert import write_litert
+
+        write_litert(job.folder, job.target.unet, job.modules, job.say)
+        return job.target
+
+    def write_component(self, job: ComponentJob) -> m.Component:
+        """Writes the component's file."""
+        from edgediff.targets.litert.write_litert import write_litert
+
+        write_litert(job.folder, job.component, {job.name: job.part}, job.say)
+        return job.component
+
+
+def _placed(graph: m.Graph, signature: str, rows: int, component: str) -> m.Graph:
+    """A graph's entry as a signature of a component's file: of fixed rows, ids in int32."""
+    inputs, outputs = (
+        tuple(
+            msgspec.structs.replace(tensor, dtype="int32") if tensor.dtype == "int64" else tensor
+            for tensor in fixed(side, rows)
+        )
+        for side in (graph.inputs, graph.outputs)
+    )
+    return msgspec.structs.replace(
+        graph, file=f"{FOLDER}/{component}.tflite", function=signature, inputs=inputs, outputs=outputs
+    )
+
+
+TARGET = LiteRtTarget()

@@ -1,0 +1,65 @@
+""".tflite files through LiteRT's converter for torch: one for each component, a signature for each graph.
+
+Constraints that shaped this file:
+
+- Signatures of one file share its weights: the converter writes equal ones once.
+- Names of a signature's tensors are those of keyword arguments, and of the entries of a dictionary that is returned.
+- Shapes are fixed: XNNPACK and the accelerators' compilers plan memory when a file is opened.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgediff.extras import needing, quiet
+from edgediff.models.part import Part
+from edgediff.targets.base import converter_errors
+from edgediff_runtime.manifest import Component, Graph
+
+
+class _ByName(nn.Module):
+    """A part that takes its tensors by name and gives them by name."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = self.part(*(tensors[name] for name in self.part.inputs))
+        return dict(zip(self.part.outputs, made, strict=True))
+
+
+def write_litert(folder: Path, component: Component, modules: Mapping[str, Part], say: Callable[[str], None]) -> None:
+    """Writes the file of a component.
+
+    Raises:
+        UnsupportedError: The converter failed.
+        MissingExtraError: It is not installed.
+    """
+    written = [graph for graph in component.every_graph if graph.file is not None]
+    path = folder / str(written[0].file)
+    path.parent.mkdir(exist_ok=True)
+    converter = import_litert()
+    say(f"converting {', '.join(graph.key for graph in written)} to LiteRT")
+    with converter_errors(f"{path.name}: litert_torch"), quiet():
+        for graph in written:
+            module = _ByName(modules[graph.name]).eval()
+            converter = converter.signature(graph.function, module, sample_kwargs=_example(graph))
+        # The strict way of torch.export is tried second by default, and traces anew.
+        converter.convert(strict_export=False).export(str(path))
+
+
+def _example(graph: Graph) -> dict[str, torch.Tensor]:
+    """Zeros of a graph's inputs: only shapes and dtypes count; ids are indices, and 0 is one."""
+    return {t.name: torch.from_numpy(np.zeros(t.shape, t.dtype)) for t in graph.inputs}
+
+
+def import_litert() -> Any:
+    """Imports the converter; a MissingExtraError where it is not installed."""
+    with needing("litert", "exporting to LiteRT"), quiet():
+        import litert_torch
+    return litert_torch

@@ -1,0 +1,250 @@
+"""The LiteRT target: a file with a signature for each graph, proved and run like any other."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artefacts import saved_once
+from command_line import Command, assert_error
+from conftest import SMALL_CLASS, Export, save_class_model
+from safetensors.numpy import load_file
+from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, rows_of, seal
+from tiny_pipelines import SAVE
+from unets import unet2d
+
+import edgediff
+from edgediff.bundle.psnr import psnr_db
+from edgediff.errors import UnsupportedError
+from edgediff.models.components import pipeline_components
+from edgediff.models.graphs import graph_list
+from edgediff.models.part import Part
+from edgediff.models.torch_session import TorchSession
+from edgediff.targets import TARGETS
+from edgediff.targets.backends import usual_backend
+from edgediff.targets.base import ComponentJob, Sizes
+from edgediff.targets.litert.write_litert import write_litert
+from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
+from edgediff_runtime.litert_session import Held, LiteRtSession
+from edgediff_runtime.manifest import Component, Floors, Graph, Tensor
+
+pytest.importorskip("litert_torch")
+FILE = "litert/unet.tflite"
+
+
+@pytest.fixture(scope="module")
+def litert_model() -> Path:
+    """A class model without attention: conversion takes as long as there are operations."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
+
+
+@pytest.fixture(scope="module")
+def litert_bundle(litert_model: Path, export_once: Export) -> Path:
+    """That as a .tflite file, 4 steps at clock 2."""
+    path = export_once(litert_model, edgediff.ExportConfig(steps=4, targets=("litert",)))
+    measured = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(path) if row["status"] == "measured"}
+    assert measured.keys() >= {("graph", "full"), ("graph", "cached"), ("trajectory", "latents")}
+    assert min(number for (check, _), number in measured.items() if check in ("graph", "composed")) > 100
+    return path
+
+
+@pytest.mark.long
+def test_one_file_has_a_signature_for_each_graph_and_weights_once(litert_bundle: Path, litert_model: Path) -> None:
+    target = manifest_of(litert_bundle).target("litert")
+    assert [(g.file, g.function) for g in target.unet.graphs] == [(FILE, "full"), (FILE, "cached")]
+    assert (target.unet.layout, target.unet.batch, target.unet.dtype) == ("pair", 2, "fp32")
+    assert sorted(file.name for file in (litert_bundle / FILE).parent.iterdir()) == ["unet.tflite"]
+    file = (litert_bundle / FILE).read_bytes()
+    weights = load_file(litert_model / "unet/diffusion_pytorch_model.safetensors")
+    # Both signatures have the first convolution; LiteRT's weights have their channels last.
+    assert file.count(weights["conv_in.weight"].transpose(0, 2, 3, 1).tobytes()) == 1
+    assert file.count(weights["conv_in.bias"].tobytes()) == 1
+
+
+@pytest.mark.long
+def test_images_are_those_of_torch_and_features_stay_in_its_buffers(litert_bundle: Path, litert_model: Path) -> None:
+    bundle = open_bundle(litert_bundle)
+    assert usual_backend(bundle) == "litert"
+    request: dict[str, Any] = {"num_images": 3, "guidance_scale": [2.0, 2.0, 1.0, 1.0], "seed": 3}
+    got = EdgePipeline.from_pretrained(litert_bundle, backend="litert")(**request)
+    model = edgediff.load_model(litert_model)
+    divided = edgediff.split(model.unet)
+    want = EdgePipeline(bundle.manifest, TorchSession(divided.parts, graph_list(divided, model)))(**request)
+    assert got.mask == want.mask
+    assert psnr_db(want.latents, got.latents) > 90
+    again = EdgePipeline.from_pretrained(litert_bundle, backend="litert", threads=64)(**request)
+    assert psnr_db(want.latents, again.latents) > 90
+    session = LiteRtSession(bundle)
+    full, cached = session.graphs
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Any] = {
+        t.name: rng.standard_normal(t.shape).astype(t.dtype) for graph in session.graphs for t in graph.inputs
+    }
+    session.run(full, tensors)
+    feature = tensors["lowres_feature"]
+    assert isinstance(feature, Held)
+    tensors["cache"] = feature
+    before = session.get(feature)
+    session.run(cached, tensors)
+    by_value = tensors | {"cache": before}
+    session.run(cached, by_value)
+    assert np.array_equal(session.get(tensors["out_sample"]), session.get(by_value["out_sample"]))
+    assert np.array_equal(session.get(feature), before)
+
+
+@pytest.mark.long
+def test_a_cache_keeps_packed_weights(litert_bundle: Path, tmp_path: Path) -> None:
+    images = [
+        EdgePipeline.from_pretrained(litert_bundle, backend="litert", cache=cache)(num_images=2, seed=1).latents
+        for cache in (None, tmp_path / "deep/cache", tmp_path / "deep/cache")
+    ]
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+    (kept,) = (tmp_path / "deep/cache").iterdir()
+    assert kept.suffix == ".xnnpack"
+
+
+@pytest.mark.long
+def test_it_verifies_and_runs_on_the_command_line_in_silence(
+    litert_bundle: Path, command: Command, tmp_path: Path
+) -> None:
+    assert command("verify", litert_bundle).code == 0
+    said = command("inspect", litert_bundle)
+    assert said.code == 0, said.errors
+    assert "litert fp32, pair" in said.out
+    arguments = [litert_bundle, "--backend", "litert", "--num-images", 2, "-o", tmp_path / "out.png"]
+    light = [sys.executable, "-m", "edgediff_runtime", *map(str, arguments)]
+    done = subprocess.run(light, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("2 images in ")
+    assert (tmp_path / "out.png").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "further"), [("text_encoder", ((12, 20),)), ("vae_encoder", ((12, 20),))])
+def test_a_component_is_a_file_with_a_signature_for_each_size(
+    name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
+    target, config = TARGETS["litert"], edgediff.ExportConfig()
+    entry = target.describe_component(
+        component.stage, component.graph, config.verify, config.section("litert"), Sizes((16, 16), further, 2)
+    )
+    assert entry is not None
+    sized = [graph.function for graph in entry.every_graph]
+    assert sized == ([name, f"{name}_40x24"] if name == "vae_encoder" else [name])
+    part = component.load()
+    job = ComponentJob(tmp_path, name, entry, part, {}, component.config, None, lambda what: None)
+    assert target.write_component(job) == entry
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(tmp_path / str(entry.graphs[0].file)))
+    rng = np.random.default_rng(0)
+    for graph in entry.every_graph:
+        (given,) = graph.inputs
+        shape = tuple(map(int, given.shape))
+        value = rng.integers(0, 500, shape, np.int32) if given.dtype == "int32" else rng.standard_normal(shape)
+        value = value.astype(given.dtype)
+        made = interpreter.get_signature_runner(graph.function)(**{given.name: value})
+        with torch.no_grad():
+            wanted = part(torch.from_numpy(value))
+        for tensor, want in zip(graph.outputs, wanted, strict=True):
+            assert made[tensor.name].shape == tensor.shape
+            assert psnr_db(want.numpy(), made[tensor.name]) > 100
+
+
+@pytest.mark.long
+def test_a_whole_pipeline_draws(export_once: Export) -> None:
+    path = export_once(saved_once("sd1", SAVE["sd1"]), edgediff.ExportConfig(steps=2, targets=("litert",)))
+    rows = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(path) if row["status"] == "measured"}
+    assert min(number for (check, _), number in rows.items() if check == "graph") > 100
+    assert rows["trajectory", "latents"] > 80
+    assert rows["picture", "pixels"] > 60
+    assert EdgePipeline.from_pretrained(path, backend="litert")(prompt="an apple", seed=1).images.any()
+
+
+class Unknown(Part):
+    """An operation that LiteRT has no form for."""
+
+    def __init__(self) -> None:
+        super().__init__(("sample",), ("out_sample",))
+        self.layer = torch.nn.Linear(4, 4)
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"out_sample": torch.linalg.eigvalsh(self.layer(tensors["sample"]))}
+
+
+def component_of(part: Part, inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]) -> Component:
+    sides = (tuple(Tensor(name, "float32", shape) for name, shape in side.items()) for side in (inputs, outputs))
+    graph = Graph("full", FILE, "full_step", *sides, function="full")
+    return Component("step", "fp32", 1, Floors(100, 100, 80, None), (graph,), "pair")
+
+
+@pytest.mark.long
+def test_an_operation_without_a_form_is_named(tmp_path: Path) -> None:
+    part = Unknown()
+    component = component_of(part, {"sample": (1, 4, 4)}, {"out_sample": (1, 4)})
+    with pytest.raises(UnsupportedError, match=r"unet\.tflite: litert_torch.*eigh"):
+        write_litert(tmp_path, component, {"full": part}, lambda what: None)
+
+
+@pytest.mark.long
+def test_what_is_damaged_or_of_another_shape_is_refused(litert_bundle: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(litert_bundle, tmp_path / "damaged")
+    flip_bit(damaged / FILE)
+    assert_refused(damaged, FILE, run=False)
+    manifest = manifest_of(litert_bundle)
+    for name, content in (("short", (litert_bundle / FILE).read_bytes()[:2000]), ("foreign", b"no model" * 100)):
+        other = shutil.copytree(litert_bundle, tmp_path / name)
+        (other / FILE).write_bytes(content)
+        reseal(other, manifest)
+        with pytest.raises(BundleError, match=r"unet\.tflite cannot be loaded by LiteRT: .*; export again"):
+            LiteRtSession(open_bundle(other))
+    other = shutil.copytree(litert_bundle, tmp_path / "other")
+    for changes, said in (
+        ({"function": "no_such"}, r"has no signature 'no_such'; it has: "),
+        ({"inputs": manifest.target("litert").unet.graphs[1].inputs[:-1]}, r"has the inputs .*; the manifest says"),
+    ):
+        seal(other, replace_graph(manifest, 1, **changes))
+        with pytest.raises(BundleError, match=said):
+            LiteRtSession(open_bundle(other))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("hidden", "said"),
+    [("ai_edge_litert", "which is not installed; pip install"), ("ai_edge_litert.options", "which is older than 2.3")],
+)
+def test_a_runtime_that_is_missing_or_old_is_named(
+    litert_bundle: Path, monkeypatch: pytest.MonkeyPatch, hidden: str, said: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"{hidden}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, hidden, None)
+    with pytest.raises(RequestError, match=f"backend 'litert' needs ai-edge-litert, {said}"):
+        LiteRtSession(open_bundle(litert_bundle))
+
+
+def test_without_the_converter_the_command_that_installs_it_is_named(
+    class_model: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "litert_torch", None)
+    said = command("export", class_model, "-o", place / "bundle", "--target", "litert")
+    assert_error(said, 'pip install "edgediff[litert]"')
+    assert not (place / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--dtype", "fp16"), "--dtype fp16: LiteRT has fp32 alone"), (("--size", "any"), "LiteRT take fixed sizes")],
+)
+def test_what_it_does_not_have_is_refused(
+    class_model: Path, place: Path, command: Command, arguments: tuple[str, ...], said: str
+) -> None:
+    assert_error(command("export", class_model, "-o", place / "bundle", "--target", "litert", *arguments), said)
+    assert not (place / "bundle").exists()
