@@ -30,7 +30,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (targets / file.name).symlink_to(file)
     (targets / "toy").symlink_to(HERE / "fifth_target")
     table = (ROOT / "edgediff" / "targets" / "__init__.py").read_text()
-    changed = table.replace('"executorch")', '"executorch", "toy")')
+    changed = table.replace('"litert")', '"litert", "toy")')
     assert changed != table
     (targets / "__init__.py").write_text(changed)
     return root

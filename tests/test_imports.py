@@ -28,10 +28,10 @@ STAGES = (
     ("edgediff.plan", "edgediff.bench"),
     ("edgediff.cli", "edgediff.__main__"),
 )
-BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch"}
+BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch", "ai_edge_litert"}
 OF_THE_RUNTIME = {"numpy", "msgspec"}
 # Only where they are needed: a session, a PNG, a prompt.
-LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL", "openvino", "tokenizers"}
+LATE_OF_THE_RUNTIME = {"onnxruntime", "coremltools", "PIL", "openvino", "tokenizers", "ai_edge_litert"}
 
 
 def module_name(file: Path) -> str:
