@@ -186,7 +186,7 @@ def test_names_are_shown_as_they_are_in_tables_and_progress(
     assert f"{name}, Apple" in " ".join(shown.out.split())
     said = command("run", tmp_path / name, "-o", tmp_path / f"{name}.png", "--num-images", 1, "--label", name)
     assert said.code == 0, said
-    assert said.out.rstrip().endswith(f"1 images: {tmp_path / name}.png")
+    assert said.out.rstrip().endswith(f"1 image: {tmp_path / name}.png")
     monkeypatch.setattr(Console, "is_terminal", True)
     assert command("run", tmp_path / name, "-o", tmp_path / f"{name}.png", "--num-images", 1).code == 0
     assert_error(command("run", tmp_path / name, "-o", tmp_path / f"{name}.jpg"), f"{name}.jpg")

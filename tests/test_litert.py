@@ -20,6 +20,7 @@ from unets import unet2d
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
+from edgediff.export.export_config import config_from
 from edgediff.models.components import pipeline_components
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
@@ -168,6 +169,29 @@ def test_a_whole_pipeline_draws(export_once: Export) -> None:
     assert EdgePipeline.from_pretrained(path, backend="litert")(prompt="an apple", seed=1).images.any()
 
 
+@pytest.mark.long
+def test_in_int8_weights_take_a_byte_and_what_is_sensitive_stays_wide(
+    litert_bundle: Path, litert_model: Path, export_once: Export
+) -> None:
+    floors = {"graph_db": 25, "composed_db": 25, "trajectory_db": 20}  # of random weights
+    recipe = {"steps": 4, "targets": ["litert"], "litert": {"quantize_nbits": 8}, "verify": {"int8": floors}}
+    path = export_once(litert_model, config_from(recipe))
+    target = manifest_of(path).target("litert")
+    assert target.unet.dtype == "int8"
+    assert {tensor.dtype for graph in target.unet.graphs for tensor in graph.outputs} == {"float32"}
+    file, whole = ((bundle / FILE).read_bytes() for bundle in (path, litert_bundle))
+    assert len(file) < len(whole)
+    weights = load_file(litert_model / "unet/diffusion_pytorch_model.safetensors")
+    for name, stays in (("conv_in", True), ("mid_block.resnets.0.conv1", False)):
+        stored = weights[f"{name}.weight"].transpose(0, 2, 3, 1).tobytes()
+        assert whole.count(stored) == 1
+        assert (file.count(stored) == 1) == stays
+    images = [
+        EdgePipeline.from_pretrained(each, backend="litert")(num_images=2, seed=1) for each in (path, litert_bundle)
+    ]
+    assert 20 < psnr_db(images[1].latents, images[0].latents) < 80
+
+
 class Unknown(Part):
     """An operation that LiteRT has no form for."""
 
@@ -241,7 +265,12 @@ def test_without_the_converter_the_command_that_installs_it_is_named(
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(("--dtype", "fp16"), "--dtype fp16: LiteRT has fp32 alone"), (("--size", "any"), "LiteRT take fixed sizes")],
+    [
+        (("--dtype", "fp16"), "--dtype fp16: LiteRT has fp32 alone"),
+        (("--size", "any"), "LiteRT take fixed sizes"),
+        (("--quantize-nbits", 4), "litert.quantize_nbits"),
+        (("--weights", "int8"), "--weights is for ONNX"),
+    ],
 )
 def test_what_it_does_not_have_is_refused(
     class_model: Path, place: Path, command: Command, arguments: tuple[str, ...], said: str

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Command, assert_error
 
-from edgediff_runtime import Bundle, BundleError, EdgePipeline, __main__
+from edgediff_runtime import Bundle, BundleError, EdgePipeline, RequestError, __main__
 from edgediff_runtime import ort_cache as kept
 
 REQUEST: dict[str, Any] = {"num_images": 4, "seed": 3}
@@ -35,7 +36,7 @@ def test_the_images_are_the_same_and_the_bundle_is_not_read_again(
     want = latents(class_bundle, None)
     assert np.array_equal(latents(class_bundle, cache, low_memory=low_memory), want)
     (place,) = cache.iterdir()
-    assert {path.suffix for path in place.iterdir()} == {".onnx", ".bin"}
+    assert {path.suffix for path in place.iterdir()} == {".onnx", ".bin", ".json"}
 
     def never(*_: object) -> None:
         raise AssertionError("the bundle's graphs are read")
@@ -49,6 +50,13 @@ def shorten(place: Path) -> None:
         path.write_bytes(path.read_bytes()[:1000])
 
 
+def scribble(place: Path) -> None:
+    path = next(place.glob("*.bin"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
 def empty(place: Path) -> None:
     next(place.glob("*.onnx")).write_bytes(b"")
 
@@ -57,7 +65,7 @@ def lose(place: Path) -> None:
     next(place.glob("*.onnx")).unlink()
 
 
-@pytest.mark.parametrize("damage", [shorten, empty, lose])
+@pytest.mark.parametrize("damage", [shorten, scribble, empty, lose])
 def test_a_damaged_cache_is_made_again(
     class_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
@@ -86,12 +94,24 @@ def test_a_damaged_bundle_does_not_enter_it(class_bundle: Path, tmp_path: Path) 
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(
-    class_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    class_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "file").write_text("no folder")
+    def full(**_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept.tempfile, "mkdtemp", full)
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(latents(class_bundle, tmp_path / "file"), latents(class_bundle, None))
-    assert "cannot be used as a cache" in caplog.text
+        assert np.array_equal(latents(class_bundle, tmp_path), latents(class_bundle, None))
+    assert "cannot be used as a cache: No space left on device" in caplog.text
+
+
+def test_a_file_in_its_place_is_refused(class_bundle: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "file").write_text("no folder")
+    said = command("run", class_bundle, "-o", tmp_path / "a.png", "--cache", tmp_path / "file")
+    assert_error(said, "is a file; expected a folder")
+    with pytest.raises(RequestError, match="is a file; expected a folder"):
+        EdgePipeline.from_pretrained(class_bundle, cache=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "no folder"
 
 
 def test_a_disk_that_is_full_is_done_without(

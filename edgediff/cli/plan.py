@@ -69,3 +69,4 @@ def plan(
     for table in plan_tables(found):
         out.print(table)
     out.print(f"recipe: {files['recipe']}; picture: {files['figure']}")
+    out.print(f"next: edgediff export --config {files['recipe']}")

@@ -122,7 +122,8 @@ def run(
         from edgediff.cli.render.tables import ledger_table
 
         out.print(ledger_table(result))
-        out.print(f"{len(result.latents)} images: {output}")
+        count = len(result.latents)
+        out.print(f"{count} {'image' if count == 1 else 'images'}: {output}")
 
 
 def _told(step: "Step") -> str:

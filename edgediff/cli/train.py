@@ -111,6 +111,7 @@ def adaptor(
             f"learned {gain.learned:.2f} dB"
         )
         out.print(f"adaptor: {done.path}")
+        out.print(f"next: edgediff export {asked.model} --adaptor {done.path}")
 
 
 @train.command(

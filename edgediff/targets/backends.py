@@ -38,6 +38,7 @@ def open_pipeline(
 ) -> EdgePipeline:
     """Opens a bundle's pipeline as `EdgePipeline.from_pretrained` does, or in a target's own backend."""
     _check_backend(backend)
+    runtime.check_cache(cache)
     targets = runtime.TARGETS_OF[backend] if backend in runtime.TARGETS_OF else (_owner(backend).name,)
     return EdgePipeline.of_bundle(
         bundle,

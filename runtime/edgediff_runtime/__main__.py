@@ -91,7 +91,8 @@ def main() -> int:
     else:
         mask = letters(result.mask)
         count = len(result.latents)
-        said = f"{count} images in {result.ms:.0f} ms (steps {mask}; F full, c cached): {args.output}"
+        drawn = f"{count} image{'s' * (count != 1)} in {result.ms:.0f} ms"
+        said = f"{drawn} (steps {mask}; F full, c cached): {args.output}"
     try:
         print(said, flush=True)
     except BrokenPipeError:  # the reader has left; the images are written

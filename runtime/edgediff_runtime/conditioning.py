@@ -185,7 +185,8 @@ def rows_of(needed: Mapping[str, Tensor], given: Mapping[str, Array], count: int
         array = given.get(name)
         if array is None:
             argument = {"encoder_hidden_states": "prompt_embeds"}.get(name, name)
-            raise RequestError(f"the model needs {which}{argument} of shape {spell_shape(tensor.shape)}")
+            prompt = "a prompt, or " if argument == "prompt_embeds" and not which else ""
+            raise RequestError(f"the model needs {prompt}{which}{argument} of shape {spell_shape(tensor.shape)}")
         if array.dtype.kind not in "biuf":
             raise RequestError(f"{which}{name} holds {array.dtype.name}; expected numbers")
         if not _fits(array.shape, tensor.shape) or len(array) not in (1, count):

@@ -65,7 +65,8 @@ class OpenVinoSession:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         if cache is not None:
             self._settings["CACHE_DIR"] = os.fspath(cache)
-        self.graphs = bundle.manifest.target("openvino", "onnx").component(component).graphs
+        loaded = bundle.manifest.target("openvino", "onnx").component(component)
+        self.graphs, self._has_int4 = loaded.graphs, "int4" in loaded.weights
         with bundle.hold(self.graphs):
             self._models = {graph.name: self._read(bundle, graph) for graph in self.graphs if graph.file is not None}
         self._compiled: OrderedDict[_Key, Any] = OrderedDict()
@@ -109,6 +110,11 @@ class OpenVinoSession:
             if linked is not None:
                 said = f"{linked} is a link, which OpenVINO does not follow"
                 raise BundleError(f"{said}; {LOCAL_DIR}, or take backend 'onnxruntime'") from e
+            if self._has_int4 and not is_ir:
+                raise BundleError(
+                    f"{graph.file} has weights in int4, which OpenVINO does not read from ONNX; take backend "
+                    "'onnxruntime', or export with --target openvino --weights int4"
+                ) from e
             what = f"{graph.file} cannot be read by OpenVINO: {one_line(e)}"
             raise BundleError(f"{what}; update openvino or export again") from e
         check_tensors(graph, _found(model.inputs), _found(model.outputs))

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Smaller numbers stay in the graph's own file.
 MAPPED_BYTES = 1024
+STAMPS = "stamps.json"
 _CPUINFO = Path("/proc/cpuinfo")
 
 # Opens a graph's file in ONNX Runtime with these options, and checks it against the manifest.
@@ -38,7 +39,7 @@ def load_cached(
     """Loads the graphs that have a file from a cache, or from the bundle, and keeps what becomes of them.
 
     What is found in the cache was made of files whose hashes were those of this manifest: the bundle's files are not
-    read again.
+    read again. Kept files that were changed since are made anew.
 
     Args:
         options: Makes ONNX Runtime's options anew for each graph.
@@ -55,6 +56,7 @@ def load_cached(
     place = cache / _key(bundle, graphs, settings)
     if place.is_dir():
         try:
+            _check_stamps(place)
             return {graph.name: open_graph(graph, os.fspath(place / f"{graph.name}.onnx"), _as_it_is(options()))
                     for graph in graphs}  # fmt: skip
         except BundleError as e:
@@ -64,7 +66,7 @@ def load_cached(
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".making-"))
     except OSError as e:
-        log.warning("%s cannot be used as a cache: %s", cache, e)
+        log.warning("%s cannot be used as a cache: %s", cache, e.strerror)
         with bundle.hold(graphs):
             return {graph.name: open_graph(graph, os.fspath(bundle.path / str(graph.file)), options())
                     for graph in graphs}  # fmt: skip
@@ -74,6 +76,7 @@ def load_cached(
         # At once, and only where all graphs are there; another process may have been faster.
         if all((scratch / f"{graph.name}.onnx").is_file() for graph in graphs):
             with suppress(OSError):
+                (scratch / STAMPS).write_text(json.dumps(_stamps(scratch)), encoding="utf-8")
                 scratch.rename(place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -99,6 +102,22 @@ def _open_and_keep(bundle: Bundle, graph: Graph, options: Callable[[], Any], ope
         log.warning("%s is not kept in the cache: %s", graph.name, e)
         (folder / f"{graph.name}.onnx").unlink(missing_ok=True)
         return session
+
+
+def _stamps(place: Path) -> dict[str, list[int]]:
+    """Size and time of the last change of each kept file: hashing gigabytes would take longer than all the rest."""
+    found = {file.name: file.stat() for file in sorted(place.iterdir()) if file.name != STAMPS}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _check_stamps(place: Path) -> None:
+    try:
+        said = json.loads((place / STAMPS).read_bytes())
+    except (OSError, ValueError) as e:
+        raise BundleError(f"{STAMPS} cannot be read") from e
+    changed = {name for name, stamp in _stamps(place).items() if said.get(name) != stamp}
+    if changed:
+        raise BundleError(f"{', '.join(sorted(changed))} changed")
 
 
 def _as_it_is(options: Any) -> Any:

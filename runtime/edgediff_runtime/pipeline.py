@@ -40,7 +40,7 @@ from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
 from edgediff_runtime.schedulers import make_scheduler
-from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, open_session
+from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, check_cache, open_session
 from edgediff_runtime.text_encoding import TextStage, Tokenizer
 
 NO_LATENTS = np.empty((0,), dtype=np.float32)
@@ -200,6 +200,7 @@ class EdgePipeline:
         bundle = open_bundle(path)
         check_backend(backend)
         kept = None if cache is None else Path(cache)
+        check_cache(kept)
         return cls.of_bundle(
             bundle,
             TARGETS_OF[backend],

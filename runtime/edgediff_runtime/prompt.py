@@ -122,7 +122,7 @@ def tokenized(prompt: str, tokenize: Tokenize, encoder: Encoder, emphasis: bool 
     size = encoder.max_length - 2
     starts = range(0, max(len(ids), 1), size)
     if len(starts) > MAX_CHUNKS:
-        raise RequestError(f"prompt: {len(ids)} tokens; expected {MAX_CHUNKS * size} at most")
+        raise RequestError(f"prompt: {len(ids)} tokens; expected {MAX_CHUNKS * size} at most; shorten the prompt")
     return [_chunk(ids[i : i + size], weights[i : i + size], encoder) for i in starts]
 
 

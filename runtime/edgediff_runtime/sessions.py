@@ -99,6 +99,12 @@ def check_backend(backend: object) -> None:
         raise RequestError(f"no backend {backend!r}; choices: {', '.join(BACKENDS)}")
 
 
+def check_cache(cache: Path | None) -> None:
+    """Refuses a cache that is no folder, nor can become one."""
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise RequestError(f"cache {cache} is a file; expected a folder")
+
+
 def refuse_compute_units(backend: str, compute_units: str) -> None:
     """Refuses compute units other than ``all`` for a backend that is not Core ML."""
     if compute_units != "all":

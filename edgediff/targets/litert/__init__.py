@@ -6,17 +6,32 @@ from typing import ClassVar
 import msgspec
 
 from edgediff.config.floors import VerifyConfig
-from edgediff.targets.base import Backend, ComponentJob, Job, Layout, Outline, Sizes, Target, batch_check, fixed
+from edgediff.errors import ConfigError
+from edgediff.targets.base import (
+    Backend,
+    ComponentJob,
+    Int8Config,
+    Job,
+    Layout,
+    Outline,
+    Sizes,
+    Target,
+    batch_check,
+    fixed,
+    int8_check,
+)
 from edgediff_runtime import manifest as m
 from edgediff_runtime.litert_session import INSTALL
 
 FOLDER = "litert"
 
 
-class LiteRtConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LiteRtConfig(Int8Config, frozen=True):
     """How .tflite files are written: fixed shapes, in fp32, weights once for all signatures of a file.
 
     Attributes:
+        quantize_nbits: 8 gives the UNet's convolutions and matmuls int8 weights, by ai-edge-quantizer; their kernels
+            round what goes into them by the range that it has in each run.
         batch: Rows of the UNet's graphs; None takes 2 where the operating point is guided (the unconditional and the
             conditional row of an image), 1 where it is not.
     """
@@ -36,8 +51,11 @@ class LiteRtTarget(Target):
     tools_to_run = ("ai-edge-litert",)
 
     def check(self, config: LiteRtConfig, layout: Layout) -> None:
-        """Checks the batch."""
+        """Checks the batch and the int8 settings."""
         batch_check(self, config.batch)
+        int8_check(self, config)
+        if config.quantize_attention:
+            raise ConfigError("'litert.quantize_attention': attention's matmuls stay fp32 in LiteRT; leave it out")
 
     def require(self) -> None:
         """Imports the converter."""
@@ -46,7 +64,7 @@ class LiteRtTarget(Target):
         import_litert()
 
     def describe(self, outline: Outline, config: LiteRtConfig) -> m.Target:
-        """Signatures of one file, fixed throughout, in fp32."""
+        """Signatures of one file, fixed throughout, with fp32 inputs and outputs."""
         from edgediff.targets.layout import pack
 
         batch = outline.rows if config.batch is None else config.batch
@@ -54,7 +72,8 @@ class LiteRtTarget(Target):
             graph if graph.file is None else _placed(graph, graph.name, batch, "unet")
             for graph in pack(outline.parts, outline.divided, outline.layout)
         )
-        return m.LiteRtTarget({"unet": outline.sizes.each(outline.unet(graphs, "fp32", batch))})
+        dtype = "fp32" if config.quantize_nbits is None else "int8"
+        return m.LiteRtTarget({"unet": outline.sizes.each(outline.unet(graphs, dtype, batch))})
 
     def describe_component(
         self, stage: m.Stage, graph: m.Graph, verify: VerifyConfig, config: LiteRtConfig, sizes: Sizes
@@ -67,7 +86,12 @@ class LiteRtTarget(Target):
         """Writes the UNet's file."""
         from edgediff.targets.litert.write_litert import write_litert
 
-        write_litert(job.folder, job.target.unet, job.modules, job.say)
+        path = write_litert(job.folder, job.target.unet, job.modules, job.say)
+        if job.config.quantize_nbits is not None:
+            from edgediff.targets.litert.quantize_litert import quantize_litert
+
+            job.say("quantizing for LiteRT")
+            quantize_litert(path)
         return job.target
 
     def write_component(self, job: ComponentJob) -> m.Component:

@@ -33,8 +33,8 @@ class _ByName(nn.Module):
         return dict(zip(self.part.outputs, made, strict=True))
 
 
-def write_litert(folder: Path, component: Component, modules: Mapping[str, Part], say: Callable[[str], None]) -> None:
-    """Writes the file of a component.
+def write_litert(folder: Path, component: Component, modules: Mapping[str, Part], say: Callable[[str], None]) -> Path:
+    """Writes the file of a component, and says where it lies.
 
     Raises:
         UnsupportedError: The converter failed.
@@ -51,6 +51,7 @@ def write_litert(folder: Path, component: Component, modules: Mapping[str, Part]
             converter = converter.signature(graph.function, module, sample_kwargs=_example(graph))
         # The strict way of torch.export is tried second by default, and traces anew.
         converter.convert(strict_export=False).export(str(path))
+    return path
 
 
 def _example(graph: Graph) -> dict[str, torch.Tensor]:
