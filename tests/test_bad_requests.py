@@ -49,7 +49,10 @@ from edgediff_runtime.__main__ import main
         (["--threads", "0"], ("threads is 0; expected a whole number above 0",)),
         (
             ["--backend", "tpu"],
-            ("no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino", "coreml, litert, mil-reference, executorch"),
+            (
+                "no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino",
+                "coreml, litert, mil-reference, executorch",
+            ),
         ),
         (["--level", "1"], ("--level",)),
     ],
