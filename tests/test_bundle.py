@@ -343,7 +343,7 @@ def test_threads_of_one_graph_do_not_spin_while_the_next_one_runs(bundle: Path) 
 def test_a_target_or_a_backend_that_is_not_there(bundle: Path) -> None:
     with pytest.raises(
         RequestError,
-        match=r"no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, coreml$",
+        match=r"no backend 'tpu'; choices: onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, coreml, litert$",
     ):
         EdgePipeline.from_pretrained(bundle, backend="tpu")
     with pytest.raises(BundleError, match="no 'coreml' target; it has: onnx"):
