@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import BundleError, RequestError, one_line
 from edgediff_runtime.manifest import Graph, Tensor
+from edgediff_runtime.ort_session import cores
 from edgediff_runtime.stderr import silent
 from edgediff_runtime.tensor_check import Found, check_tensors
 
@@ -44,7 +45,7 @@ class LiteRtSession:
     def __init__(
         self, bundle: Bundle, threads: int | None = None, component: str = "unet", cache: Path | None = None
     ) -> None:
-        """Checks and opens a component's file; `threads` None leaves their number to LiteRT.
+        """Checks and opens a component's file; `threads` None takes as many as the process has cores, LiteRT one.
 
         With a folder as `cache`, XNNPACK keeps the weights there as it packed them for this processor.
         """
@@ -111,8 +112,7 @@ def _open(path: Path, threads: int | None, kept: Path | None) -> Any:
         raise RequestError(f"backend 'litert' needs ai-edge-litert, which {missing}; {INSTALL}") from e
     options = Options.create()
     options.hardware_accelerators = HardwareAccelerator.CPU
-    if threads is not None:
-        options.cpu_options.num_threads = threads
+    options.cpu_options.num_threads = cores() if threads is None else threads
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         options.cpu_options.xnnpack_weight_cache_path = os.fspath(kept)

@@ -64,7 +64,7 @@ class OrtSession:
 
         loaded = bundle.manifest.target("onnx").component(component)
         self.graphs = loaded.graphs
-        self.threads = _cores() if threads is None else threads
+        self.threads = cores() if threads is None else threads
         self._from_numpy = ort.OrtValue.ortvalue_from_numpy
         self._outputs = {graph.name: [tensor.name for tensor in graph.outputs] for graph in self.graphs}
         self._workers = ThreadPoolExecutor(max(self.threads - 1, 1), "rows")
@@ -175,7 +175,7 @@ def weight_bytes(bundle: Bundle, graphs: tuple[Graph, ...]) -> int:
     return sum(bundle.manifest.files[name].size for name in names if name in bundle.manifest.files)
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many cores the process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
