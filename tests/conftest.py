@@ -114,6 +114,13 @@ def class_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_model() -> Path:
+    """A class model without attention, for converters that take as long as there are operations."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
+
+
+@pytest.fixture(scope="session")
 def text_model() -> Path:
     """A text-conditional latent model, 4x16x16, text of 7 x 12, on disk."""
     return saved_once("tiny-text", lambda path: save_text_model(unet2d_condition(**SMALL_TEXT), path))

@@ -10,24 +10,19 @@ import numpy as np
 import pytest
 import torch
 from absent import hide
-from artefacts import saved_once
 from command_line import Command, assert_error
-from conftest import SMALL_CLASS, Export, save_class_model
+from conftest import Export
 from safetensors.numpy import load_file
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, rows_of, seal
-from tiny_pipelines import SAVE
-from unets import unet2d
+from sized_components import cases, written
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.extras import quiet
-from edgediff.models.components import pipeline_components
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession
-from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_session, usual_backend
-from edgediff.targets.base import ComponentJob, Sizes
 from edgediff.targets.executorch.import_executorch import import_executorch
 from edgediff.targets.executorch.write_executorch import group_norm, write_executorch
 from edgediff_runtime import BundleError, EdgePipeline, open_bundle
@@ -37,30 +32,23 @@ PROGRAM = "executorch/unet.pte"
 
 
 @pytest.fixture(scope="module")
-def program_model() -> Path:
-    """A class model without attention: each operation more is another that lowering goes over in every pass."""
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
-
-
-@pytest.fixture(scope="module")
-def program_bundle(program_model: Path, export_once: Export) -> Path:
+def program_bundle(plain_model: Path, export_once: Export) -> Path:
     """That as an ExecuTorch program, 4 steps at clock 2."""
-    path = export_once(program_model, edgediff.ExportConfig(steps=4, targets=("executorch",)))
+    path = export_once(plain_model, edgediff.ExportConfig(steps=4, targets=("executorch",)))
     measured = {(row["check"], row["part"]) for row in rows_of(path) if row["status"] == "measured"}
     assert measured >= {("graph", "full"), ("graph", "cached"), ("trajectory", "latents")}
     return path
 
 
 @pytest.mark.long
-def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: Path, program_model: Path) -> None:
+def test_one_file_has_a_method_for_each_graph_and_weights_once(program_bundle: Path, plain_model: Path) -> None:
     target = manifest_of(program_bundle).target("executorch")
     assert [(g.file, g.function) for g in target.unet.graphs] == [(PROGRAM, "full"), (PROGRAM, "cached")]
     assert (target.unet.layout, target.unet.batch, target.unet.dtype) == ("pair", 2, "fp32")
     assert msgspec.to_builtins(target).keys() == {"target", "components"}
     assert sorted(file.name for file in (program_bundle / PROGRAM).parent.iterdir()) == ["unet.pte"]
     program = (program_bundle / PROGRAM).read_bytes()
-    weights = load_file(program_model / "unet/diffusion_pytorch_model.safetensors")
+    weights = load_file(plain_model / "unet/diffusion_pytorch_model.safetensors")
     # Both methods have the first convolution; XNNPACK's weights have their channels last.
     assert program.count(weights["conv_in.weight"].transpose(0, 2, 3, 1).tobytes()) == 1
     assert program.count(weights["conv_in.bias"].tobytes()) == 1
@@ -108,32 +96,18 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
 def test_a_component_is_a_program_with_a_method_for_each_size(
     name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
-    component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
-    target, config = TARGETS["executorch"], edgediff.ExportConfig()
-    entry = target.describe_component(
-        component.stage, component.graph, config.verify, config.section("executorch"), Sizes((16, 16), further, 2)
-    )
-    assert entry is not None
+    entry, part = written("executorch", name, further, tmp_path)
     sized = [graph.function for graph in entry.every_graph]
     assert sized == (["forward", "forward_40x24"] if name == "vae_encoder" else ["forward"])
     assert entry.graphs[0].file == f"executorch/{name}.pte"
     assert (entry.batch, entry.dtype) == (1, "fp32")
-    part = component.load()
-    job = ComponentJob(tmp_path, name, entry, part, {}, component.config, None, lambda what: None)
-    assert target.write_component(job) == entry
     path = tmp_path / str(entry.graphs[0].file)
     program = import_executorch("executorch.runtime", "a test").Runtime.get().load_program(path)
-    rng = np.random.default_rng(0)
-    for graph in entry.every_graph:
-        (given,) = graph.inputs
-        shape = tuple(map(int, given.shape))
-        value = rng.integers(0, 500, shape) if given.dtype == "int64" else rng.standard_normal(shape).astype(np.float32)
+    for graph, value, wanted in cases(entry, part):
         made = program.load_method(str(graph.function)).execute([torch.from_numpy(value)])
-        with torch.no_grad():
-            wanted = part(torch.from_numpy(value))
         for tensor, want, got in zip(graph.outputs, wanted, made, strict=True):
             assert tuple(got.shape) == tensor.shape
-            assert psnr_db(want.numpy(), got.numpy()) > 100
+            assert psnr_db(want, got.numpy()) > 100
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (1, 12, 7), (3, 12, 1, 1)])
@@ -153,13 +127,13 @@ def test_group_norm_in_operations_of_xnnpack(shape: tuple[int, ...], affine: boo
 
 
 @pytest.mark.long
-def test_images_are_those_of_torch(program_bundle: Path, program_model: Path) -> None:
+def test_images_are_those_of_torch(program_bundle: Path, plain_model: Path) -> None:
     bundle = open_bundle(program_bundle)
     assert usual_backend(bundle) == "executorch"
     # Three images of two rows each, and at the end guidance off: groups of two rows with one row repeated.
     request: dict[str, Any] = {"num_images": 3, "guidance_scale": [2.0, 2.0, 1.0, 1.0], "seed": 3}
     got = EdgePipeline(bundle.manifest, open_session(bundle, "executorch"))(**request)
-    model = edgediff.load_model(program_model)
+    model = edgediff.load_model(plain_model)
     divided = edgediff.split(model.unet)
     want = EdgePipeline(bundle.manifest, TorchSession(divided.parts, graph_list(divided, model)))(**request)
     assert got.mask == want.mask

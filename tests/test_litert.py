@@ -11,23 +11,20 @@ import pytest
 import torch
 from artefacts import saved_once
 from command_line import Command, assert_error
-from conftest import SMALL_CLASS, Export, save_class_model
+from conftest import Export
 from safetensors.numpy import load_file
 from seals import assert_refused, flip_bit, manifest_of, replace_graph, reseal, rows_of, seal
+from sized_components import cases, written
 from tiny_pipelines import SAVE
-from unets import unet2d
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import config_from
-from edgediff.models.components import pipeline_components
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession
-from edgediff.targets import TARGETS
 from edgediff.targets.backends import usual_backend
-from edgediff.targets.base import ComponentJob, Sizes
 from edgediff.targets.litert.write_litert import write_litert
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.litert_session import Held, LiteRtSession
@@ -38,16 +35,9 @@ FILE = "litert/unet.tflite"
 
 
 @pytest.fixture(scope="module")
-def litert_model() -> Path:
-    """A class model without attention: conversion takes as long as there are operations."""
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
-
-
-@pytest.fixture(scope="module")
-def litert_bundle(litert_model: Path, export_once: Export) -> Path:
+def litert_bundle(plain_model: Path, export_once: Export) -> Path:
     """That as a .tflite file, 4 steps at clock 2."""
-    path = export_once(litert_model, edgediff.ExportConfig(steps=4, targets=("litert",)))
+    path = export_once(plain_model, edgediff.ExportConfig(steps=4, targets=("litert",)))
     measured = {(row["check"], row["part"]): row["psnr_db"] for row in rows_of(path) if row["status"] == "measured"}
     assert measured.keys() >= {("graph", "full"), ("graph", "cached"), ("trajectory", "latents")}
     assert min(number for (check, _), number in measured.items() if check in ("graph", "composed")) > 100
@@ -55,25 +45,25 @@ def litert_bundle(litert_model: Path, export_once: Export) -> Path:
 
 
 @pytest.mark.long
-def test_one_file_has_a_signature_for_each_graph_and_weights_once(litert_bundle: Path, litert_model: Path) -> None:
+def test_one_file_has_a_signature_for_each_graph_and_weights_once(litert_bundle: Path, plain_model: Path) -> None:
     target = manifest_of(litert_bundle).target("litert")
     assert [(g.file, g.function) for g in target.unet.graphs] == [(FILE, "full"), (FILE, "cached")]
     assert (target.unet.layout, target.unet.batch, target.unet.dtype) == ("pair", 2, "fp32")
     assert sorted(file.name for file in (litert_bundle / FILE).parent.iterdir()) == ["unet.tflite"]
     file = (litert_bundle / FILE).read_bytes()
-    weights = load_file(litert_model / "unet/diffusion_pytorch_model.safetensors")
+    weights = load_file(plain_model / "unet/diffusion_pytorch_model.safetensors")
     # Both signatures have the first convolution; LiteRT's weights have their channels last.
     assert file.count(weights["conv_in.weight"].transpose(0, 2, 3, 1).tobytes()) == 1
     assert file.count(weights["conv_in.bias"].tobytes()) == 1
 
 
 @pytest.mark.long
-def test_images_are_those_of_torch_and_features_stay_in_its_buffers(litert_bundle: Path, litert_model: Path) -> None:
+def test_images_are_those_of_torch_and_features_stay_in_its_buffers(litert_bundle: Path, plain_model: Path) -> None:
     bundle = open_bundle(litert_bundle)
     assert usual_backend(bundle) == "litert"
     request: dict[str, Any] = {"num_images": 3, "guidance_scale": [2.0, 2.0, 1.0, 1.0], "seed": 3}
     got = EdgePipeline.from_pretrained(litert_bundle, backend="litert")(**request)
-    model = edgediff.load_model(litert_model)
+    model = edgediff.load_model(plain_model)
     divided = edgediff.split(model.unet)
     want = EdgePipeline(bundle.manifest, TorchSession(divided.parts, graph_list(divided, model)))(**request)
     assert got.mask == want.mask
@@ -131,32 +121,17 @@ def test_it_verifies_and_runs_on_the_command_line_in_silence(
 def test_a_component_is_a_file_with_a_signature_for_each_size(
     name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
-    component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
-    target, config = TARGETS["litert"], edgediff.ExportConfig()
-    entry = target.describe_component(
-        component.stage, component.graph, config.verify, config.section("litert"), Sizes((16, 16), further, 2)
-    )
-    assert entry is not None
-    sized = [graph.function for graph in entry.every_graph]
-    assert sized == ([name, f"{name}_40x24"] if name == "vae_encoder" else [name])
-    part = component.load()
-    job = ComponentJob(tmp_path, name, entry, part, {}, component.config, None, lambda what: None)
-    assert target.write_component(job) == entry
     from ai_edge_litert.interpreter import Interpreter
 
+    entry, part = written("litert", name, further, tmp_path)
+    sized = [graph.function for graph in entry.every_graph]
+    assert sized == ([name, f"{name}_40x24"] if name == "vae_encoder" else [name])
     interpreter = Interpreter(str(tmp_path / str(entry.graphs[0].file)))
-    rng = np.random.default_rng(0)
-    for graph in entry.every_graph:
-        (given,) = graph.inputs
-        shape = tuple(map(int, given.shape))
-        value = rng.integers(0, 500, shape, np.int32) if given.dtype == "int32" else rng.standard_normal(shape)
-        value = value.astype(given.dtype)
-        made = interpreter.get_signature_runner(graph.function)(**{given.name: value})
-        with torch.no_grad():
-            wanted = part(torch.from_numpy(value))
+    for graph, value, wanted in cases(entry, part):
+        made = interpreter.get_signature_runner(graph.function)(**{graph.inputs[0].name: value})
         for tensor, want in zip(graph.outputs, wanted, strict=True):
             assert made[tensor.name].shape == tensor.shape
-            assert psnr_db(want.numpy(), made[tensor.name]) > 100
+            assert psnr_db(want, made[tensor.name]) > 100
 
 
 @pytest.mark.long
@@ -171,17 +146,17 @@ def test_a_whole_pipeline_draws(export_once: Export) -> None:
 
 @pytest.mark.long
 def test_in_int8_weights_take_a_byte_and_what_is_sensitive_stays_wide(
-    litert_bundle: Path, litert_model: Path, export_once: Export
+    litert_bundle: Path, plain_model: Path, export_once: Export
 ) -> None:
     floors = {"graph_db": 25, "composed_db": 25, "trajectory_db": 20}  # of random weights
     recipe = {"steps": 4, "targets": ["litert"], "litert": {"quantize_nbits": 8}, "verify": {"int8": floors}}
-    path = export_once(litert_model, config_from(recipe))
+    path = export_once(plain_model, config_from(recipe))
     target = manifest_of(path).target("litert")
     assert target.unet.dtype == "int8"
     assert {tensor.dtype for graph in target.unet.graphs for tensor in graph.outputs} == {"float32"}
     file, whole = ((bundle / FILE).read_bytes() for bundle in (path, litert_bundle))
     assert len(file) < len(whole)
-    weights = load_file(litert_model / "unet/diffusion_pytorch_model.safetensors")
+    weights = load_file(plain_model / "unet/diffusion_pytorch_model.safetensors")
     for name, stays in (("conv_in", True), ("mid_block.resnets.0.conv1", False)):
         stored = weights[f"{name}.weight"].transpose(0, 2, 3, 1).tobytes()
         assert whole.count(stored) == 1

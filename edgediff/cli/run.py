@@ -123,7 +123,7 @@ def run(
 
         out.print(ledger_table(result))
         count = len(result.latents)
-        out.print(f"{count} {'image' if count == 1 else 'images'}: {output}")
+        out.print(f"{count} image{'s' * (count != 1)}: {output}")
 
 
 def _told(step: "Step") -> str:

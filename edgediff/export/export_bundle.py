@@ -166,7 +166,7 @@ def export_bundle(
         gc.collect()
         if measure_memory:
             say("measuring what each component takes in memory")
-            _seal(folder, with_peaks(folder, manifest))
+            _write_manifest(folder, with_peaks(folder, manifest))
         report = verify_bundle(folder, source, progress=lambda what: say(f"verifying: {what}"))
         if not report.ok:
             raise VerificationError(f"{report.failure}; nothing was written", report)
@@ -320,7 +320,12 @@ def _seal(folder: Path, manifest: Manifest) -> Manifest:
             component = msgspec.structs.replace(component, files=component_files(component, files))
             entry = entry.with_component(name, component)
         targets.append(entry)
-    data = render_manifest(manifest := msgspec.structs.replace(manifest, files=files, targets=tuple(targets)))
+    return _write_manifest(folder, msgspec.structs.replace(manifest, files=files, targets=tuple(targets)))
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Writes the manifest, whose files are listed, and SHA256SUMS."""
+    data = render_manifest(manifest)
     (folder / MANIFEST).write_bytes(data)
     (folder / SUMS).write_bytes(render_sums(manifest, data))
     return manifest

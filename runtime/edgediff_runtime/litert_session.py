@@ -32,8 +32,7 @@ class Held:
     """A tensor that a graph gave, in a buffer of LiteRT's."""
 
     buffer: Any
-    shape: tuple[int, ...]
-    dtype: str
+    tensor: Tensor
 
 
 class LiteRtSession:
@@ -72,7 +71,8 @@ class LiteRtSession:
             array: Array = value
             return array
         with self._running:
-            found: Array = value.buffer.read(int(np.prod(value.shape)), np.dtype(value.dtype)).reshape(value.shape)
+            shape = tuple(map(int, value.tensor.shape))
+            found: Array = value.buffer.read(int(np.prod(shape)), np.dtype(value.tensor.dtype)).reshape(shape)
         return found
 
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
@@ -85,8 +85,7 @@ class LiteRtSession:
                 self._model.run_by_name(signature, given, made)
             except RuntimeError as e:
                 raise BundleError(f"{graph.file}: {signature} failed: {one_line(e)}") from e
-        shapes = {tensor.name: (_numbers(tensor), tensor.dtype) for tensor in graph.outputs}
-        tensors.update((name, Held(buffer, *shapes[name])) for name, buffer in made.items())
+        tensors.update((tensor.name, Held(made[tensor.name], tensor)) for tensor in graph.outputs)
 
     def _given(self, signature: str, tensor: Tensor, value: Any) -> Any:
         """The buffer that a graph reads a tensor from: another graph's, or its own, into which an array is copied."""
@@ -147,17 +146,9 @@ def _check(graph: Graph, model: Any) -> None:
         order = [tensor.name for tensor in said]
         # A signature's tensors have names and no order.
         named = sorted(details, key=lambda name: order.index(name) if name in order else len(order))
-        sides.append([Found(frozenset({name}), _dtype(details[name]), _shape(details[name])) for name in named])
+        sides.append([_found(name, details[name]) for name in named])
     check_tensors(graph, *sides)
 
 
-def _dtype(detail: Any) -> str:
-    return str(np.dtype(detail["dtype"]).name)
-
-
-def _shape(detail: Any) -> tuple[int, ...]:
-    return tuple(int(size) for size in detail["shape"])
-
-
-def _numbers(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in tensor.shape)
+def _found(name: str, detail: Any) -> Found:
+    return Found(frozenset({name}), np.dtype(detail["dtype"]).name, tuple(map(int, detail["shape"])))

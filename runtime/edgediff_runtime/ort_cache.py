@@ -6,6 +6,7 @@ the file: pages that the system may drop and read again. It is as large as the w
 same processor with the same version alone, so it is not part of a bundle.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -53,12 +54,15 @@ def load_cached(
         BundleError: As `Bundle.hold` and `open_graph` raise it; never since the cache is damaged or cannot be written.
     """
     graphs = tuple(graph for graph in graphs if graph.file is not None)
+
+    def opened(file: Callable[[Graph], Path], options: Callable[[], Any]) -> dict[str, Any]:
+        return {graph.name: open_graph(graph, os.fspath(file(graph)), options()) for graph in graphs}
+
     place = cache / _key(bundle, graphs, settings)
     if place.is_dir():
         try:
             _check_stamps(place)
-            return {graph.name: open_graph(graph, os.fspath(place / f"{graph.name}.onnx"), _as_it_is(options()))
-                    for graph in graphs}  # fmt: skip
+            return opened(lambda graph: place / f"{graph.name}.onnx", lambda: _as_it_is(options()))
         except BundleError as e:
             log.warning("%s is damaged and made again: %s", place, e)
             shutil.rmtree(place, ignore_errors=True)
@@ -68,8 +72,7 @@ def load_cached(
     except OSError as e:
         log.warning("%s cannot be used as a cache: %s", cache, e.strerror)
         with bundle.hold(graphs):
-            return {graph.name: open_graph(graph, os.fspath(bundle.path / str(graph.file)), options())
-                    for graph in graphs}  # fmt: skip
+            return opened(lambda graph: bundle.path / str(graph.file), options)
     try:
         with bundle.hold(graphs):
             sessions = {graph.name: _open_and_keep(bundle, graph, options, open_graph, scratch) for graph in graphs}
@@ -137,6 +140,7 @@ def _key(bundle: Bundle, graphs: tuple[Graph, ...], settings: str) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
+@functools.cache
 def _processor() -> list[str]:
     """What the layout of weights depends on: the kind of processor and, where the system says, what it can do."""
     found = {platform.machine(), platform.processor()}

@@ -79,7 +79,9 @@ def _by_queries(scores: NodeProto, softmax: NodeProto, mixed: NodeProto, slices:
     for i, query in enumerate(queries):
         names = {scores.input[0]: query, mixed.output[0]: rows[i]}
         names |= {node.output[0]: f"{node.output[0]}.slice{i}" for node in (scores, softmax)}
-        nodes += [renamed(node, names) for node in (scores, softmax, mixed)]
+        for node in (scores, softmax, mixed):
+            nodes.append(renamed(node, names))
+            nodes[-1].name = f"{node.name}.slice{i}"  # the module's, by which faults are named
     return [*nodes, helper.make_node("Concat", rows, [out], f"{out}.together", axis=2)]
 
 
