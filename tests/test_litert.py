@@ -23,14 +23,19 @@ from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import config_from
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
+from edgediff.models.stored_weights import StoredWeights, uniform, weights_of
 from edgediff.models.torch_session import TorchSession
+from edgediff.models.weight_formats import Half
 from edgediff.targets.backends import usual_backend
+from edgediff.targets.litert.dequantized_weights import store_weights_in_tflite
+from edgediff.targets.litert.tflite_file import _module, operations, read_tflite, schema
 from edgediff.targets.litert.write_litert import write_litert
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.litert_session import Held, LiteRtSession
 from edgediff_runtime.manifest import Component, Floors, Graph, Tensor
 
 pytest.importorskip("litert_torch")
+Interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
 FILE = "litert/unet.tflite"
 
 
@@ -121,8 +126,6 @@ def test_it_verifies_and_runs_on_the_command_line_in_silence(
 def test_a_component_is_a_file_with_a_signature_for_each_size(
     name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
-    from ai_edge_litert.interpreter import Interpreter
-
     entry, part = written("litert", name, further, tmp_path)
     sized = [graph.function for graph in entry.every_graph]
     assert sized == ([name, f"{name}_40x24"] if name == "vae_encoder" else [name])
@@ -167,15 +170,113 @@ def test_in_int8_weights_take_a_byte_and_what_is_sensitive_stays_wide(
     assert 20 < psnr_db(images[1].latents, images[0].latents) < 80
 
 
-class Unknown(Part):
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("form", "type_", "share", "least_db"),
+    [("fp16", "FLOAT16", 0.6, 60), ("int8", "INT8", 0.4, 30), ("int4", "INT4", 0.4, 10)],
+)
+def test_weights_are_stored_in_fewer_bits_and_made_where_they_are_used(
+    form: Any, type_: str, share: float, least_db: float, litert_bundle: Path, plain_model: Path, tmp_path: Path
+) -> None:
+    model = edgediff.load_model(plain_model)
+    weights = weights_of(model.unet)
+    stored = StoredWeights(weights, uniform(weights, form, "channels"), "channels")
+    whole = read_tflite(litert_bundle / FILE)
+    path = tmp_path / "unet.tflite"
+    shutil.copy(litert_bundle / FILE, path)
+    assert store_weights_in_tflite(path, stored) == weights.keys()  # also those that the converter multiplied
+    file = read_tflite(path)
+    types = {code: name for name, code in vars(schema().TensorType).items() if isinstance(code, int)}
+    assert type_ in {types[tensor.type] for graph in file.subgraphs for tensor in graph.tensors}
+    assert sum(kind == "DEQUANTIZE" for *_, kind in operations(file)) > 40
+    sizes = [sum(len(b.data) for b in each.buffers if b.data is not None) for each in (file, whole)]
+    assert sizes[0] < share * sizes[1]
+    # What no constant was multiplied into is, number by number, what torch was told.
+    signatures = [Interpreter(str(each)).get_signature_runner("full") for each in (path, litert_bundle / FILE)]
+    rng = np.random.default_rng(0)
+    graph = manifest_of(litert_bundle).target("litert").unet.graphs[0]
+    given = {tensor.name: rng.random(tensor.shape).astype(tensor.dtype) for tensor in graph.inputs}
+    made, want = (signature(**given)["out_sample"] for signature in signatures)
+    assert least_db < psnr_db(want, made) < 140
+    name = "mid_block.resnets.0.conv1.weight"
+    assert np.array_equal(values_of(file, stored, name), stored.stored(name).values())
+
+
+def values_of(file: Any, stored: StoredWeights, name: str) -> np.ndarray:
+    """A convolution's weight as a file has it, in torch's order; its codes and scales are looked for."""
+    wanted = stored.stored(name)
+    for graph in file.subgraphs:
+        for tensor in graph.tensors:
+            data = file.buffers[tensor.buffer].data
+            if data is None or tensor.shape is None or not tensor.name.endswith(b";stored"):
+                continue
+            outputs, *inputs = wanted.values().shape
+            if list(tensor.shape) != [outputs, *inputs[1:], inputs[0]]:
+                continue
+            if isinstance(wanted, Half):
+                codes = np.frombuffer(data, np.float16).astype(np.float32)
+            elif wanted.bits == 8:
+                codes = np.frombuffer(data, np.int8).astype(np.float32)
+            else:
+                halves = np.frombuffer(data, np.uint8)
+                both = np.stack([halves & 15, halves >> 4], axis=1).reshape(-1).astype(np.int8)
+                codes = np.where(both > 7, both - 16, both).astype(np.float32)
+            found = codes[: int(np.prod(tensor.shape))].reshape(tensor.shape).transpose(0, 3, 1, 2)
+            if tensor.quantization is not None and tensor.quantization.scale is not None:
+                assert tensor.quantization.quantizedDimension == 0
+                found = found * np.array(tensor.quantization.scale, np.float32)[:, None, None, None]
+            if np.array_equal(found, wanted.values()):
+                return found
+    raise AssertionError(f"{name} is not in the file")
+
+
+@pytest.mark.long
+def test_ranges_are_measured_where_activations_are_static(
+    litert_bundle: Path, plain_model: Path, export_once: Export
+) -> None:
+    floors = {"graph_db": 15, "composed_db": 15, "trajectory_db": 10}  # of random weights
+    settings = {"quantize_nbits": 8, "activations": "int8", "calibration_images": 1}
+    path = export_once(
+        plain_model, config_from({"steps": 4, "targets": ["litert"], "litert": settings, "verify": {"int8": floors}})
+    )
+    file = read_tflite(path / FILE)
+    kinds = [kind for *_, kind in operations(file)]
+    assert kinds.count("QUANTIZE") > 20
+    convolutions = [(graph, operation) for graph, operation, kind in operations(file) if kind == "CONV_2D"]
+    int8 = schema().TensorType.INT8
+    narrow = [all(graph.tensors[o.inputs[i]].type == int8 for i in (0, 1)) for graph, o in convolutions]
+    assert 0 < narrow.count(False) < narrow.count(True)  # the first, the last, shortcuts
+    images = [
+        EdgePipeline.from_pretrained(each, backend="litert")(num_images=2, seed=1) for each in (path, litert_bundle)
+    ]
+    assert 10 < psnr_db(images[1].latents, images[0].latents) < 80
+
+
+def test_tensors_keep_modules_names_alone() -> None:
+    long = (
+        "edgediff.models.part.Chain_part/edgediff.models.clockwork.HighresIn_0/torch.nn.modules.conv.Conv2d_conv_in;3"
+    )
+    assert "/".join(map(_module, long.split("/"))) == "part/0/conv_in;3"
+    assert _module("full_sample") == "full_sample"
+    assert _module("arith.constant1") == "arith.constant1"
+
+
+class Eigenvalues(torch.nn.Module):
     """An operation that LiteRT has no form for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvalsh(x)
+
+
+class Unknown(Part):
+    """A part with it inside."""
 
     def __init__(self) -> None:
         super().__init__(("sample",), ("out_sample",))
-        self.layer = torch.nn.Linear(4, 4)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), Eigenvalues())
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"out_sample": torch.linalg.eigvalsh(self.layer(tensors["sample"]))}
+        return {"out_sample": self.layers(tensors["sample"])}
 
 
 def component_of(part: Part, inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]) -> Component:
@@ -185,10 +286,10 @@ def component_of(part: Part, inputs: dict[str, tuple[int, ...]], outputs: dict[s
 
 
 @pytest.mark.long
-def test_an_operation_without_a_form_is_named(tmp_path: Path) -> None:
+def test_an_operation_without_a_form_is_named_with_its_module(tmp_path: Path) -> None:
     part = Unknown()
     component = component_of(part, {"sample": (1, 4, 4)}, {"out_sample": (1, 4)})
-    with pytest.raises(UnsupportedError, match=r"unet\.tflite: litert_torch.*eigh"):
+    with pytest.raises(UnsupportedError, match=r"unet\.tflite: .*_linalg_eigh.*layers\.1 \(Eigenvalues\)"):
         write_litert(tmp_path, component, {"full": part}, lambda what: None)
 
 
@@ -244,7 +345,7 @@ def test_without_the_converter_the_command_that_installs_it_is_named(
         (("--dtype", "fp16"), "--dtype fp16: LiteRT has fp32 alone"),
         (("--size", "any"), "LiteRT take fixed sizes"),
         (("--quantize-nbits", 4), "litert.quantize_nbits"),
-        (("--weights", "int8"), "--weights is for ONNX"),
+        (("--weights", "palette4"), "LiteRT has fp16, int8, int4"),
     ],
 )
 def test_what_it_does_not_have_is_refused(

@@ -16,9 +16,10 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, step_inputs
 from edgediff.errors import ConfigError, VerificationError
 from edgediff.export.export_config import check_config, config_from
+from edgediff.targets.calibration import Calibration
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.attention import decompose_attention
-from edgediff.targets.onnx.calibration import Calibration, measure_ranges
+from edgediff.targets.onnx.measured_ranges import measure_ranges
 from edgediff.targets.onnx.quantize import (
     affine,
     attended,

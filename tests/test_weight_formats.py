@@ -141,8 +141,39 @@ def test_below_eight_bits_the_smallest_tenth_and_what_does_not_fit_are_int8() ->
     assert uniform(weights, "palette4") == {"a": "palette4", "b": "int8", "narrow": "palette4"}
     assert uniform(weights, "int4") == {"a": "int4", "b": "int8", "narrow": "int8"}
     assert uniform({"b": torch.empty(99, 70)}, "int4") == {"b": "int4"}
-    assert uniform({"b": torch.empty(99, 70)}, "int4", whole_blocks=True) == {"b": "int8"}
-    assert fits(torch.empty(9, 64), "int4", whole_blocks=True)
+    assert uniform({"b": torch.empty(99, 70)}, "int4", "whole_blocks") == {"b": "int8"}
+    assert fits(torch.empty(9, 64), "int4", "whole_blocks")
+    assert uniform({**weights, "c": torch.empty(100, 60)}, "int4", "channels")["c"] == "int8"  # of 40 %
+
+
+def test_without_blocks_int4_has_the_scale_of_the_least_error_for_each_channel() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((6, 20, 3, 3)).astype(np.float32)
+    weight[0, 0] = 30  # outliers that all others would pay for
+    weight[1] = 0
+    made = store(weight, "int4", scales="channels")
+    assert isinstance(made, Linear)
+    assert (made.bits, made.scales.shape) == (4, (6,))
+    assert (made.scales > 0).all()
+    assert -8 <= made.codes.min() <= made.codes.max() <= 7
+    assert not made.values()[1].any()
+    widest = np.abs(weight).reshape(6, -1).max(axis=1)[2:, None, None, None] / 7
+    plain = np.clip(np.rint(weight[2:] / widest), -7, 7) * widest
+    assert np.square(made.values()[2:] - weight[2:]).sum() < 0.9 * np.square(plain - weight[2:]).sum()
+    assert store(weight, "int4").scales.ndim == 2
+
+
+def test_a_weight_that_was_multiplied_by_a_constant_is_known() -> None:
+    part = Two()
+    weight = part.used.weight.detach().numpy()
+    weights = StoredWeights({"used": part.used.weight}, {"used": "int8"})
+    rng = np.random.default_rng(0)
+    outputs, inputs = (rng.uniform(0.1, 2, size).astype(np.float32) for size in weight.shape)
+    for array in (weight * outputs[:, None], weight * inputs, weight * np.float32(0.3)):
+        assert weights.find(array) == []
+        assert weights.find_scaled(array) == "used"
+    assert weights.find_scaled(weight * outputs[:, None] * inputs) is None
+    assert weights.find_scaled(weight + np.float32(1e-3)) is None
 
 
 def test_a_weight_is_known_by_its_bytes() -> None:

@@ -30,15 +30,15 @@ def stored_weights(
     asked = config.weights_of(target, component)
     if asked is None:
         return None
-    whole, found = TARGETS[target].whole_blocks, planned(asked, component)
+    scales, found = TARGETS[target].int4_scales, planned(asked, component)
     if isinstance(found, str):
-        return StoredWeights(weights, uniform(weights, found, whole))
+        return StoredWeights(weights, uniform(weights, found, scales), scales)
     for name, form in found.items():
         if name not in weights:
             raise ConfigError(f"{asked}: {component} has no weight {name}; make a plan for this model")
-        if not fits(weights[name], form, whole):
+        if not fits(weights[name], form, scales):
             raise ConfigError(
                 f"{asked}: {name} has {weights[name][0].numel()} inputs for each output, which {TARGETS[target].title} "
                 f"does not take in {form}; take int8 for it"
             )
-    return StoredWeights(weights, found) if found else None
+    return StoredWeights(weights, found, scales) if found else None

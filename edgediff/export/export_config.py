@@ -17,7 +17,7 @@ from edgediff.config.strict import clock_to_text, read_yaml, retyped, strict
 from edgediff.config.weight_plan import formats_of
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
-from edgediff.targets.base import PRECISIONS, Int8Config, Layout, Target
+from edgediff.targets.base import PRECISIONS, CalibratedConfig, Layout, Target
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
@@ -211,7 +211,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
         target.check(section, layout if chosen else "split")
         if chosen:
             target.check_sizes(section, sizes)
-        if isinstance(section, Int8Config) and section.quantize_nbits is not None and not chosen:
+        if isinstance(section, CalibratedConfig) and section.quantize_nbits is not None and not chosen:
             raise ConfigError(
                 f"'{name}.quantize_nbits' is for {target.files}; the targets are: {', '.join(config.targets)}"
             )

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from edgediff.config.weight_plan import BITS
 from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
-from edgediff.models.weight_formats import BLOCK, Stored, store
+from edgediff.models.weight_formats import BLOCK, Scales, Stored, store
 from edgediff_runtime.manifest import WeightFormat
 
 # Fewer elements are not worth a format: biases, norms, tables of frequencies.
@@ -26,6 +26,10 @@ SMALLEST = 256
 # layers are the first and the last convolution and the shortcuts, whose errors no norm evens out: on drawings-64 and
 # its student they are worth 4 to 9 dB for a tenth of the bytes (benchmarks/README.md).
 SMALL_SHARE = 0.1
+# The same share where int4 has a scale for a whole channel: with it, it is as near to fp32 as int4 in blocks is.
+SMALL_SHARE_BY_CHANNEL = 0.4
+# How near a weight that was multiplied in float32 is to what it was multiplied from, of its channel's largest number.
+NEARLY = 1e-6
 
 
 def weights_of(*modules: nn.Module) -> dict[str, nn.Parameter]:
@@ -43,7 +47,7 @@ def weights_of(*modules: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def uniform(
-    weights: Mapping[str, torch.Tensor], form: WeightFormat, whole_blocks: bool = False
+    weights: Mapping[str, torch.Tensor], form: WeightFormat, scales: Scales = "blocks"
 ) -> dict[str, WeightFormat]:
     """One format for every weight; below eight bits, int8 for the smallest and for those that `fits` leaves out.
 
@@ -54,18 +58,19 @@ def uniform(
     forms = dict.fromkeys(weights, form)
     if BITS[form] >= 8:
         return forms
-    left = SMALL_SHARE * sum(weight.numel() for weight in weights.values())
+    share = SMALL_SHARE_BY_CHANNEL if form == "int4" and scales == "channels" else SMALL_SHARE
+    left = share * sum(weight.numel() for weight in weights.values())
     for name, weight in sorted(weights.items(), key=lambda item: item[1].numel()):
         left -= weight.numel()
-        if left >= 0 or not fits(weight, form, whole_blocks):
+        if left >= 0 or not fits(weight, form, scales):
             forms[name] = "int8"
     return forms
 
 
-def fits(weight: torch.Tensor, form: WeightFormat, whole_blocks: bool) -> bool:
-    """Whether a weight has inputs for a block, and, where a target wants it, for whole blocks alone."""
+def fits(weight: torch.Tensor, form: WeightFormat, scales: Scales) -> bool:
+    """Whether a weight has inputs for a block, or for a scale, and, where a target wants it, for whole blocks alone."""
     inputs = weight[0].numel()
-    return form != "int4" or (inputs >= BLOCK and not (whole_blocks and inputs % BLOCK))
+    return form != "int4" or (inputs >= BLOCK and not (scales == "whole_blocks" and inputs % BLOCK))
 
 
 @torch.no_grad()
@@ -103,9 +108,11 @@ class StoredWeights:
         forms: Formats by the weights' names; what is not in it stays as it is.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], forms: Mapping[str, WeightFormat]) -> None:
-        """Takes weights by name, and the formats of some of them."""
-        self.forms = dict(forms)
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], forms: Mapping[str, WeightFormat], scales: Scales = "blocks"
+    ) -> None:
+        """Takes weights by name, the formats of some of them, and where int4 has its scales."""
+        self.forms, self._scales = dict(forms), scales
         self._weights = {name: weights[name] for name in forms}
         self._names = {id(weight): name for name, weight in self._weights.items()}
         self._stored: dict[str, Stored] = {}
@@ -131,7 +138,7 @@ class StoredWeights:
     def stored(self, name: str) -> Stored:
         """A weight in its format; an UnsupportedError says that it does not fit."""
         if name not in self._stored:
-            self._stored[name] = store(_array(self._weights[name]), self.forms[name], name)
+            self._stored[name] = store(_array(self._weights[name]), self.forms[name], name, self._scales)
         return self._stored[name]
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor | None:
@@ -152,6 +159,34 @@ class StoredWeights:
             self._names_of[dtype] = known
         return self._names_of[dtype].get(_digest(array), [])
 
+    def find_scaled(self, array: np.ndarray) -> str | None:
+        """The weight that an array is but for one factor for each output channel, or for each of its inputs.
+
+        Converters multiply a weight by constants that come after it, attention's scale, or before it, a norm's.
+        """
+        for name, weight in self._weights.items():
+            if _sizes(tuple(weight.shape)) == _sizes(array.shape):
+                own = _array(weight).reshape(len(weight), -1).astype(np.float64)
+                made = array.reshape(own.shape).astype(np.float64)
+                if _is_scaled(own, made) or _is_scaled(own.T, made.T):
+                    return name
+        return None
+
+    def store_as(self, name: str, array: np.ndarray) -> Stored:
+        """What a converter made of a weight, in the weight's format."""
+        return store(np.ascontiguousarray(array, np.float32), self.forms[name], name, self._scales)
+
+
+def _is_scaled(own: np.ndarray, made: np.ndarray) -> bool:
+    """Whether rows are those of another matrix, each times a number."""
+    factors = (own * made).sum(axis=1) / np.maximum(np.square(own).sum(axis=1), 1e-30)
+    return bool((np.abs(made - factors[:, None] * own) <= NEARLY * np.abs(made).max(axis=1, keepdims=True)).all())
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    # A convolution of one pixel may have become a matmul, a table of positions have a row's dimension.
+    return tuple(size for size in shape if size > 1)
+
 
 def _array(weight: torch.Tensor) -> np.ndarray:
     array: np.ndarray = weight.detach().cpu().float().numpy()
@@ -159,6 +194,5 @@ def _array(weight: torch.Tensor) -> np.ndarray:
 
 
 def _digest(array: np.ndarray) -> bytes:
-    # A convolution of one pixel may have become a matmul, a table of positions have a row's dimension.
-    shape = ",".join(str(size) for size in array.shape if size > 1).encode()
+    shape = ",".join(map(str, _sizes(array.shape))).encode()
     return hashlib.blake2b(np.ascontiguousarray(array).tobytes() + shape, digest_size=16).digest()

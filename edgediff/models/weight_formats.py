@@ -6,7 +6,7 @@ here, once, for every target: what is written into a graph is what was measured 
 - ``fp16`` halves a graph whose arithmetic stays fp32.
 - ``int8`` has a scale for each output channel, ``int4`` one for each 32 inputs of an output channel; both are numbers
   that fp16 holds. The element of the largest magnitude in a block is -8 times its scale, so that all sixteen codes are
-  of use.
+  of use. Where a target has no blocks, ``int4`` has a scale for each output channel too, the one of the least error.
 - ``paletteN`` has a table of 2^N numbers for each weight and N bits for each element: the table's numbers are the means
   of the elements that are nearest to them (k-means in one dimension).
 """
@@ -24,6 +24,8 @@ BLOCK = 32
 # Of k-means, after which the table hardly moves; and bins of the histogram that it begins from: at most so many, and
 # so many numbers in each on average, since a density cannot be seen in bins of one.
 ITERATIONS, BINS, NUMBERS_A_BIN = 40, 2048, 8
+# What the largest element of an output channel may be cut to, in int4 without blocks.
+CUTS = np.linspace(0.4, 1.05, 27)
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,24 @@ class Half:
         return self.half.astype(np.float32)
 
 
+def packed_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Codes of four bits in C order, two in a byte, the first in the lower half."""
+    flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.int8)).astype(np.uint8) & 15
+    return (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
+
+
 Stored = Linear | Palette | Half
+# Where int4 has its scales: one for each block of inputs, of which the last may be shorter; the same, for weights of
+# whole blocks alone; or one for each output channel.
+Scales = Literal["blocks", "whole_blocks", "channels"]
 
 
-def store(weight: NDArray[np.float32], form: WeightFormat, name: str = "a weight") -> Stored:
+def store(weight: NDArray[np.float32], form: WeightFormat, name: str = "a weight", scales: Scales = "blocks") -> Stored:
     """The nearest to a weight that a format holds.
 
     Args:
         weight: Output channels first, as torch has them: [O, I], [O, I, h, w]; of an embedding, a row for each token.
+        scales: Where int4 has them.
 
     Raises:
         UnsupportedError: It is not finite, or beyond fp16's range where it is to be fp16.
@@ -118,7 +130,7 @@ def store(weight: NDArray[np.float32], form: WeightFormat, name: str = "a weight
     if form == "int8":
         return _by_channel(weight)
     if form == "int4":
-        return _in_blocks(weight)
+        return _of_least_error(weight) if scales == "channels" else _in_blocks(weight)
     return _palette(weight, int(form.removeprefix("palette")))
 
 
@@ -129,6 +141,26 @@ def _by_channel(weight: NDArray[np.float32]) -> Linear:
     return Linear(8, codes.reshape(weight.shape), scales)
 
 
+def _of_least_error(weight: NDArray[np.float32]) -> Linear:
+    """int4 by channel: the largest elements are cut off where the others gain more by it. Scales are above zero."""
+    flat = weight.reshape(len(weight), -1)
+    widest = np.abs(flat).max(axis=1)
+    best, least = np.ones(len(flat), np.float16), np.full(len(flat), np.inf)
+    for share in CUTS:
+        half = (share * widest / 7.5).astype(np.float16)
+        half[half == 0] = 1
+        spread = half.astype(np.float32)[:, None]
+        errors = np.square(_codes(flat, spread) * spread - flat).sum(axis=1)
+        best, least = np.where(errors < least, half, best), np.minimum(errors, least)
+    codes = _codes(flat, best.astype(np.float32)[:, None]).astype(np.int8)
+    return Linear(4, codes.reshape(weight.shape), best)
+
+
+def _codes(flat: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    codes: NDArray[np.float32] = np.clip(np.rint(flat / scales), -8, 7)
+    return codes
+
+
 def _in_blocks(weight: NDArray[np.float32]) -> Linear:
     flat = weight.reshape(len(weight), -1)
     count = flat.shape[1]
@@ -136,7 +168,7 @@ def _in_blocks(weight: NDArray[np.float32]) -> Linear:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
     half = (largest / -8).astype(np.float16)
     half[half == 0] = 1
-    codes = np.clip(np.rint(blocks / half.astype(np.float32)[..., None]), -8, 7).astype(np.int8)
+    codes = _codes(blocks, half.astype(np.float32)[..., None]).astype(np.int8)
     return Linear(4, codes.reshape(len(flat), -1)[:, :count].reshape(weight.shape), half)
 
 

@@ -24,7 +24,7 @@ from edgediff.config.weight_plan import BITS, WeightPlan
 from edgediff.errors import ConfigError, TargetError
 from edgediff.export.prepare import Prepared
 from edgediff.models.stored_weights import fits
-from edgediff.models.weight_formats import store
+from edgediff.models.weight_formats import Scales, store
 from edgediff.outputs import write_whole
 from edgediff.plan.weight_trials import Errors, Place, Trials, psnr_db
 from edgediff.targets import TARGETS
@@ -151,9 +151,9 @@ def search_weights(
     """
     forms = check_search(target, floor_db, size_mb)
     say("drawing the pictures with the weights as they are")
-    trials = Trials(prepared, prompts, num_images, seed)
+    trials = Trials(prepared, prompts, num_images, seed, TARGETS[target].int4_scales)
     search = _identity(prepared, target, prompts, num_images, seed)
-    measured = _measure(trials, forms, TARGETS[target].whole_blocks, _Record(folder, search, force), say)
+    measured = _measure(trials, forms, TARGETS[target].int4_scales, _Record(folder, search, force), say)
     half = prepared.config.section(target)
     itemsize = 2 if getattr(half, "dtype", "fp32") == "fp16" else 4
     finest: WeightFormat = max(forms, key=lambda form: (BITS[form] if BITS[form] <= 8 else 0, form))
@@ -246,25 +246,25 @@ def _identity(
     draft = prepared.draft
     drawn = [draft.source, draft.adaptor, draft.cut, draft.scheduler, draft.operating_point, list(prompts or ()), seed]
     digest = hashlib.sha256(msgspec.json.encode([*drawn, num_images], order="sorted")).hexdigest()
-    return {"model": prepared.model.name, "whole_blocks": TARGETS[target].whole_blocks, "inputs_sha256": digest}
+    return {"model": prepared.model.name, "int4_scales": TARGETS[target].int4_scales, "inputs_sha256": digest}
 
 
-def _formats(weight: torch.Tensor, forms: Sequence[WeightFormat], whole_blocks: bool) -> list[WeightFormat]:
+def _formats(weight: torch.Tensor, forms: Sequence[WeightFormat], scales: Scales) -> list[WeightFormat]:
     """What a weight can be stored in."""
-    return [form for form in forms if fits(weight, form, whole_blocks)]
+    return [form for form in forms if fits(weight, form, scales)]
 
 
 def _measure(
     trials: Trials,
     forms: Sequence[WeightFormat],
-    whole_blocks: bool,
+    scales: Scales,
     record: _Record,
     say: Callable[[str], None],
 ) -> dict[Place, tuple[WeightFormat, Errors]]:
     """The error of each weight alone, in the format that it is measured in."""
     found: dict[Place, tuple[WeightFormat, Errors]] = {}
     for i, (place, weight) in enumerate(trials.weights.items()):
-        able = _formats(weight, forms, whole_blocks)
+        able = _formats(weight, forms, scales)
         form = min(able, key=lambda form: (abs(BITS[form] - MEASURED_BITS), form))
         key = f"{place} {form}"
         if key not in record.known:
@@ -288,8 +288,9 @@ def _moves(
         say(f"rounding {place}")
         array = weight.detach().float().numpy()
         base, errors = measured[place]
-        able = _formats(weight, forms, TARGETS[target].whole_blocks)
-        stored = {form: store(array, form, str(place)) for form in able}
+        scales = TARGETS[target].int4_scales
+        able = _formats(weight, forms, scales)
+        stored = {form: store(array, form, str(place), scales) for form in able}
         far = {form: float(np.mean((each.values() - array) ** 2)) for form, each in stored.items()}
         whole = Form(None, itemsize * array.size, np.zeros_like(errors))
         scaled = [Form(form, stored[form].nbytes, errors * far[form] / max(far[base], 1e-30)) for form in stored]

@@ -19,7 +19,7 @@ from edgediff.models.graphs import graph_list
 from edgediff.models.stored_weights import TakenWeights, taken_weights, weights_of
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
-from edgediff.models.weight_formats import Stored, store
+from edgediff.models.weight_formats import Scales, Stored, store
 from edgediff.plan import trajectory
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.components import UNET, Components
@@ -62,19 +62,25 @@ class Trials:
     """
 
     def __init__(
-        self, prepared: Prepared, prompts: Sequence[str] | None, num_images: int | None = None, seed: int = 0
+        self,
+        prepared: Prepared,
+        prompts: Sequence[str] | None,
+        num_images: int | None = None,
+        seed: int = 0,
+        scales: Scales = "blocks",
     ) -> None:
         """Takes a model as an export prepared it, and draws the pictures that others are compared with.
 
         Args:
             prompts: One for each picture; None for a model without text.
             num_images: Pictures of a model without text.
+            scales: Where int4 has them in the target.
 
         Raises:
             ConfigError: The model takes text and has none to measure with, or the other way round.
             UnsupportedError: The pipeline has no text encoder, or the UNet takes an image beside the latent.
         """
-        self._prepared = prepared
+        self._prepared, self._scales = prepared, scales
         self._last: dict[Place, tuple[WeightFormat, Stored]] = {}
         model, draft = prepared.model, prepared.draft
         self.takes_text = model.conditioning.kind == "text"
@@ -159,7 +165,7 @@ class Trials:
         """A weight in a format; the last one of each is kept, since plans that are measured in turn share most."""
         known = self._last.get(place)
         if known is None or known[0] != form:
-            known = self._last[place] = form, store(weight.float().numpy(), form, str(place))
+            known = self._last[place] = form, store(weight.float().numpy(), form, str(place), self._scales)
         return known[1]
 
     def _draw(self, texts: bool = True) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgediff.models.clockwork import SplitUNet
     from edgediff.models.part import Part
     from edgediff.models.stored_weights import StoredWeights
+    from edgediff.models.weight_formats import Scales
     from edgediff.targets.operations import Op
     from edgediff_runtime import Bundle, EdgePipeline
     from edgediff_runtime.sessions import Session
@@ -62,20 +63,28 @@ class HalfConstants:
     divides: bool = False
 
 
-class Int8Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CalibratedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a target in int8 is quantized by.
 
     Attributes:
         quantize_nbits: 8 gives convolutions and matmuls int8 weights and inputs, with ranges measured along whole
             trajectories; everything between them stays fp32. None leaves all of it fp32.
-        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it.
-            ONNX Runtime has no kernels for them and computes its own operator faster.
         calibration_images: How many images those trajectories are of.
     """
 
     quantize_nbits: Literal[8] | None = None
-    quantize_attention: bool = False
     calibration_images: int = 4
+
+
+class Int8Config(CalibratedConfig, frozen=True):
+    """The same for ONNX and what is made of it.
+
+    Attributes:
+        quantize_attention: Also quantize the matmuls of attention over many keys, which is decomposed for it.
+            ONNX Runtime has no kernels for them and computes its own operator faster.
+    """
+
+    quantize_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,7 +272,7 @@ class Target(ABC):
         tools_to_run: The packages whose versions a verification records.
         precisions: Of its components, where nothing is quantized.
         weight_formats: What its weights can be stored in, beside the precision of a component.
-        whole_blocks: Whether int4 is for weights alone whose inputs are a multiple of a block.
+        int4_scales: Where int4 has its scales.
         takes_any_size: Whether one graph of it can take latents of any size.
         lends_session: Whether `unrounded` and `findings` need the component's session. Where not, it is let go of
             before: a large model is not in memory twice.
@@ -281,7 +290,7 @@ class Target(ABC):
     tools_to_run: tuple[str, ...] = ()
     precisions: tuple[Precision, ...] = ("fp32",)
     weight_formats: tuple[m.WeightFormat, ...] = ()
-    whole_blocks: bool = False
+    int4_scales: "Scales" = "blocks"
     takes_any_size: bool = False
     lends_session: bool = False
     takes_traces: bool = False
@@ -431,9 +440,9 @@ class Target(ABC):
         return []
 
 
-def int8_check(target: Target, config: Int8Config) -> None:
+def int8_check(target: Target, config: CalibratedConfig) -> None:
     """Checks the int8 settings of a section."""
-    if config.quantize_attention and config.quantize_nbits is None:
+    if isinstance(config, Int8Config) and config.quantize_attention and config.quantize_nbits is None:
         raise ConfigError(f"'{target.name}.quantize_attention' needs '{target.name}.quantize_nbits'")
     if getattr(config, "dtype", "fp32") == "fp16" and config.quantize_nbits is not None:
         raise ConfigError(

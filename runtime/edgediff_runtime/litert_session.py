@@ -105,6 +105,7 @@ def _open(path: Path, threads: int | None, kept: Path | None) -> Any:
             import ai_edge_litert  # noqa: F401
             from ai_edge_litert.compiled_model import CompiledModel
             from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+            from ai_edge_litert.interpreter import Interpreter, OpResolverType
             from ai_edge_litert.options import Options
     except ImportError as e:
         missing = "is not installed" if e.name == "ai_edge_litert" else f"is older than {OLDEST}"
@@ -117,8 +118,10 @@ def _open(path: Path, threads: int | None, kept: Path | None) -> Any:
         options.cpu_options.xnnpack_weight_cache_path = os.fspath(kept)
     try:
         with silent():
+            # This one checks the file's tables; CompiledModel takes them as they are, and a truncated file crashed it.
+            Interpreter(os.fspath(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
             return CompiledModel.from_file(os.fspath(path), options=options, environment=_environment())
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         raise BundleError(f"{path.name} cannot be loaded by LiteRT: {one_line(e)}; export again") from e
 
 

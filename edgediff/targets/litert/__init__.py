@@ -1,7 +1,8 @@
 """LiteRT, once TensorFlow Lite: a .tflite file for each component, with a signature for each graph."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
@@ -9,8 +10,8 @@ from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError
 from edgediff.targets.base import (
     Backend,
+    CalibratedConfig,
     ComponentJob,
-    Int8Config,
     Job,
     Layout,
     Outline,
@@ -23,21 +24,31 @@ from edgediff.targets.base import (
 from edgediff_runtime import manifest as m
 from edgediff_runtime.litert_session import INSTALL
 
+if TYPE_CHECKING:
+    from edgediff.models.stored_weights import StoredWeights
+
 FOLDER = "litert"
 
 
-class LiteRtConfig(Int8Config, frozen=True):
+class LiteRtConfig(CalibratedConfig, frozen=True):
     """How .tflite files are written: fixed shapes, in fp32, weights once for all signatures of a file.
 
     Attributes:
-        quantize_nbits: 8 gives the UNet's convolutions and matmuls int8 weights, by ai-edge-quantizer; their kernels
-            round what goes into them by the range that it has in each run.
+        quantize_nbits: 8 gives the UNet's convolutions and matmuls int8 weights, by ai-edge-quantizer, and inputs as
+            `activations` says.
+        activations: What goes into those is rounded by the range that it has in each run (``dynamic``, for CPUs), or to
+            int8 or int16 by a range that was measured along whole trajectories (for NPUs).
         batch: Rows of the UNet's graphs; None takes 2 where the operating point is guided (the unconditional and the
             conditional row of an image), 1 where it is not.
+        layout: How the graphs are packed; None takes the recipe's.
+        weights: What the weights of every component are stored in: ``fp16``, ``int8``, ``int4`` (one scale for each
+            output channel; the smallest 40 % in int8), or a plan of weights, a file. They are multiplied in fp32.
     """
 
+    activations: Literal["dynamic", "int8", "int16"] = "dynamic"
     batch: int | None = None
     layout: Layout | None = None
+    weights: str | None = None
 
 
 class LiteRtTarget(Target):
@@ -49,13 +60,17 @@ class LiteRtTarget(Target):
     packages: ClassVar[Mapping[str, str]] = {"litert-torch": "0.10.0", "ai-edge-litert": "2.3.0"}
     backends = (Backend("litert", ("litert",), ("ai_edge_litert",), INSTALL, "run and verify LiteRT bundles"),)
     tools_to_run = ("ai-edge-litert",)
+    weight_formats = ("fp16", "int8", "int4")
+    int4_scales = "channels"
 
     def check(self, config: LiteRtConfig, layout: Layout) -> None:
         """Checks the batch and the int8 settings."""
         batch_check(self, config.batch)
         int8_check(self, config)
-        if config.quantize_attention:
-            raise ConfigError("'litert.quantize_attention': attention's matmuls stay fp32 in LiteRT; leave it out")
+        if config.activations != "dynamic" and config.quantize_nbits is None:
+            raise ConfigError(
+                f"'litert.activations' is {config.activations}, and nothing is int8; add litert.quantize_nbits: 8"
+            )
 
     def require(self) -> None:
         """Imports the converter."""
@@ -90,16 +105,27 @@ class LiteRtTarget(Target):
         if job.config.quantize_nbits is not None:
             from edgediff.targets.litert.quantize_litert import quantize_litert
 
-            job.say("quantizing for LiteRT")
-            quantize_litert(path)
+            quantize_litert(path, job)
+        _finish(path, "unet", job.weights)
         return job.target
 
     def write_component(self, job: ComponentJob) -> m.Component:
         """Writes the component's file."""
         from edgediff.targets.litert.write_litert import write_litert
 
-        write_litert(job.folder, job.component, {job.name: job.part}, job.say)
+        path = write_litert(job.folder, job.component, {job.name: job.part}, job.say)
+        _finish(path, job.name, job.weights)
         return job.component
+
+
+def _finish(path: Path, component: str, weights: "StoredWeights | None") -> None:
+    """Stores weights in their formats, and leaves what is not needed of names."""
+    from edgediff.targets.litert.dequantized_weights import store_weights_in_tflite
+    from edgediff.targets.litert.tflite_file import shorten_names
+
+    if weights is not None:
+        weights.check_found(component, store_weights_in_tflite(path, weights), ".tflite file")
+    shorten_names(path)
 
 
 def _placed(graph: m.Graph, signature: str, rows: int, component: str) -> m.Graph:

@@ -7,6 +7,7 @@ Constraints that shaped this file:
 - Shapes are fixed: XNNPACK and the accelerators' compilers plan memory when a file is opened.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgediff.errors import UnsupportedError
 from edgediff.extras import needing, quiet
 from edgediff.models.part import Part
 from edgediff.targets.base import converter_errors
@@ -49,9 +51,30 @@ def write_litert(folder: Path, component: Component, modules: Mapping[str, Part]
         for graph in written:
             module = _ByName(modules[graph.name]).eval()
             converter = converter.signature(graph.function, module, sample_kwargs=_example(graph))
-        # The strict way of torch.export is tried second by default, and traces anew.
-        converter.convert(strict_export=False).export(str(path))
+        try:
+            # The strict way of torch.export is tried second by default, and traces anew.
+            converter.convert(strict_export=False).export(str(path))
+        except RuntimeError as e:
+            without = re.match(r"Lowering not found: (\S+)", str(e))
+            if without is None:
+                raise
+            where = [_module_of(without[1], graph, modules[graph.name]) for graph in written]
+            raise UnsupportedError(
+                f"{path.name}: LiteRT has no form of {without[1]}, which {next(filter(None, where), 'a graph')} "
+                "computes; leave target litert out"
+            ) from e
     return path
+
+
+def _module_of(operation: str, graph: Graph, part: Part) -> str | None:
+    """The innermost module that computes an operation, by path and class, in the words of a message."""
+    program = torch.export.export(_ByName(part).eval(), (), _example(graph), strict=False).run_decompositions()
+    for node in program.graph.nodes:
+        if str(node.target) == operation and node.meta.get("nn_module_stack"):
+            name, cls = list(node.meta["nn_module_stack"].values())[-1]
+            cls = cls if isinstance(cls, str) else cls.__name__
+            return f"{name.removeprefix('part.') or graph.name} ({cls.rpartition('.')[2]})"
+    return None
 
 
 def _example(graph: Graph) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from edgediff.targets.base import LARGEST_HALF
-from edgediff.targets.onnx.calibration import open_graph
 from edgediff.targets.onnx.half_precision import MASKED, element_types
+from edgediff.targets.onnx.measured_ranges import open_graph
 from edgediff.targets.onnx.rewriting import attributes_of
 
 # How many times larger another prompt or seed may make a number, or smaller a variance.

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgediff.models.stored_weights import StoredWeights
-from edgediff.models.weight_formats import BLOCK, Half, Linear, Stored
+from edgediff.models.weight_formats import BLOCK, Half, Linear, Stored, packed_int4
 from edgediff.targets.onnx.passes import Pass
 from edgediff.targets.onnx.pool_weights import read_weight
 
@@ -99,9 +99,8 @@ def encoded(name: str, shape: list[int], stored: Stored, transposed: bool) -> tu
 
 
 def _codes(name: str, codes: np.ndarray, bits: int) -> TensorProto:
-    """int8 codes as they are; of four bits two in a byte, the first in the lower half."""
+    """int8 codes as they are; of four bits two in a byte."""
     if bits == 8:
         return numpy_helper.from_array(np.ascontiguousarray(codes), name)
-    flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.int8)).astype(np.uint8) & 15
-    packed = (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
-    return TensorProto(name=name, data_type=TensorProto.INT4, dims=codes.shape, raw_data=packed.tobytes())
+    data = packed_int4(codes).tobytes()
+    return TensorProto(name=name, data_type=TensorProto.INT4, dims=codes.shape, raw_data=data)

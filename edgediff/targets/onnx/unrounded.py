@@ -13,8 +13,8 @@ from onnx import NodeProto
 
 from edgediff.bundle.rows import Finding
 from edgediff.targets.base import LARGEST_HALF
-from edgediff.targets.onnx.calibration import open_graph
 from edgediff.targets.onnx.half_precision import Converting, to_float
+from edgediff.targets.onnx.measured_ranges import open_graph
 from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff_runtime import Bundle
 from edgediff_runtime.manifest import Graph

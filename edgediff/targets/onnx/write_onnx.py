@@ -20,10 +20,11 @@ from edgediff.errors import UnsupportedError
 from edgediff.models.part import Part
 from edgediff.models.stored_weights import StoredWeights
 from edgediff.targets.base import ComponentJob, Job, Say, converter_errors
+from edgediff.targets.calibration import Calibration, calibrate_for
 from edgediff.targets.onnx import OnnxConfig, is_standard, opset_of
-from edgediff.targets.onnx.calibration import Calibration, calibrate_for, measure_ranges, open_graph
 from edgediff.targets.onnx.half_precision import Converting, to_half
 from edgediff.targets.onnx.half_ranges import beyond_half
+from edgediff.targets.onnx.measured_ranges import measure_ranges, open_graph
 from edgediff.targets.onnx.passes import (
     ATTENTION,
     DECOMPOSE_ATTENTION,

@@ -81,7 +81,7 @@ class OpenVinoTarget(Target):
     precisions = PRECISIONS
     tools_to_run = ("openvino",)
     weight_formats = ("fp16", "int8", "int4")
-    whole_blocks = True
+    int4_scales = "whole_blocks"
     takes_any_size = True
     takes_traces = True
 
