@@ -21,6 +21,7 @@ import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import UnsupportedError
 from edgediff.export.export_config import config_from
+from edgediff.inspect.placement import LITERT_GPU, LITERT_MEDIATEK, LITERT_QUALCOMM, lint, lint_bundle
 from edgediff.models.graphs import graph_list
 from edgediff.models.part import Part
 from edgediff.models.stored_weights import StoredWeights, uniform, weights_of
@@ -28,8 +29,10 @@ from edgediff.models.torch_session import TorchSession
 from edgediff.models.weight_formats import Half
 from edgediff.targets.backends import usual_backend
 from edgediff.targets.litert.dequantized_weights import store_weights_in_tflite
+from edgediff.targets.litert.litert_operations import read_signature
 from edgediff.targets.litert.tflite_file import _module, operations, read_tflite, schema
 from edgediff.targets.litert.write_litert import write_litert
+from edgediff.targets.operations import Op, Value
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.litert_session import Held, LiteRtSession
 from edgediff_runtime.manifest import Component, Floors, Graph, Tensor
@@ -250,6 +253,22 @@ def test_ranges_are_measured_where_activations_are_static(
         EdgePipeline.from_pretrained(each, backend="litert")(num_images=2, seed=1) for each in (path, litert_bundle)
     ]
     assert 10 < psnr_db(images[1].latents, images[0].latents) < 80
+
+
+@pytest.mark.long
+def test_placement_knows_what_the_accelerators_do_not_take(litert_bundle: Path) -> None:
+    known = {name for name, code in vars(schema().BuiltinOperator).items() if isinstance(code, int)}
+    assert not (LITERT_GPU | LITERT_QUALCOMM | LITERT_MEDIATEK) - known
+    found = {(note.rule.id, note.graph): note.ops for note in lint_bundle(litert_bundle)}
+    assert found["litert-mediatek-op", "full"].keys() >= {"SIN", "COS"}
+    assert "litert-qualcomm-op" not in {rule for rule, _ in found}
+    ops = read_signature(litert_bundle / FILE, "cached")
+    assert {op.inputs["1"].dtype for op in ops if op.type == "CONV_2D"} == {"float32"}
+    wide = Op("ADD", "x", {"0": Value("x", "float32", (1, 2, 3, 4, 5))})
+    odd = Op("RFFT2D", "y", outputs=(Value("y", "float32", (1,)),))
+    assert [note.rule.id for note in lint([wide, odd], "litert", "full")] == [
+        "litert-gpu-op", "litert-gpu-rank", "litert-qualcomm-op", "litert-mediatek-op",
+    ]  # fmt: skip
 
 
 def test_tensors_keep_modules_names_alone() -> None:

@@ -61,8 +61,8 @@ def inspect(
 ) -> None:
     """Show parts, parameters, operations and cache of a model or a bundle, and what a clock saves.
 
-    Of a bundle also what is known to fall off the Neural Engine or ONNX Runtime's mobile accelerators, with a source
-    for each line.
+    Of a bundle also what is known to fall off the Neural Engine or ONNX Runtime's or LiteRT's accelerators, with
+    a source for each line.
     """
     from edgediff.inspect.survey import check_batch, check_comparison, survey_bundle
     from edgediff.zoo import check_source

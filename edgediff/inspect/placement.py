@@ -47,6 +47,33 @@ NNAPI = GRAPH | _names(
 )
 # The list for ML Programs lags behind what the EP registers (op_builder_factory.cc): the other list's too, and these.
 COREML = GRAPH | MLPROGRAM | NEURALNETWORK | _names("Range ReduceMin ReduceProd")
+# LiteRT's, of August 2026: what the GPU accelerator's parser knows, and the lists beside the NPU plugins.
+LITERT_GPU = _names(
+    "ABS ADD ADD_N AVERAGE_POOL_2D BATCH_MATMUL CAST CONCATENATION CONV_2D COS CUMSUM DENSIFY DEPTHWISE_CONV_2D "
+    "DEPTH_TO_SPACE DEQUANTIZE DIV ELU EQUAL EXP FLOOR FLOOR_DIV FLOOR_MOD FULLY_CONNECTED GATHER GELU GREATER "
+    "GREATER_EQUAL HARD_SWISH LEAKY_RELU LESS LESS_EQUAL LOG LOGICAL_AND LOGISTIC LSTM MAXIMUM MAX_POOL_2D MEAN "
+    "MINIMUM MIRROR_PAD MUL NEG NOT_EQUAL ONE_HOT PACK PAD PADV2 POW PRELU QUANTIZE REDUCE_MAX REDUCE_MIN REDUCE_PROD "
+    "RELU RELU_0_TO_1 RELU6 RELU_N1_TO_1 RESHAPE RESIZE_BILINEAR RESIZE_NEAREST_NEIGHBOR RSQRT SELECT SELECT_V2 SIGN "
+    "SIN SLICE SOFTMAX SPACE_TO_DEPTH SPLIT SPLIT_V SQRT SQUARE SQUARED_DIFFERENCE STRIDED_SLICE SUB SUM TANH TILE "
+    "TRANSPOSE TRANSPOSE_CONV UNPACK"
+)
+LITERT_QUALCOMM = _names(
+    "ABS ADD ARG_MAX ARG_MIN AVERAGE_POOL_2D BATCH_MATMUL BATCH_TO_SPACE_ND BROADCAST_TO CAST CEIL CONCATENATION "
+    "CONV_2D CONV_3D COS CUMSUM DEPTHWISE_CONV_2D DEPTH_TO_SPACE DEQUANTIZE DIV DYNAMIC_UPDATE_SLICE ELU "
+    "EMBEDDING_LOOKUP EQUAL EXP FLOOR FLOOR_DIV FLOOR_MOD FULLY_CONNECTED GATHER GATHER_ND GELU GREATER GREATER_EQUAL "
+    "HARD_SWISH L2_NORMALIZATION L2_POOL_2D LEAKY_RELU LESS LESS_EQUAL LOG LOGICAL_AND LOGICAL_NOT LOGICAL_OR "
+    "LOGISTIC MAXIMUM MAX_POOL_2D MEAN MINIMUM MIRROR_PAD MUL NEG NOT_EQUAL ONE_HOT PACK PAD PADV2 POW PRELU QUANTIZE "
+    "REDUCE_ALL REDUCE_ANY REDUCE_MAX REDUCE_MIN RELU RELU_0_TO_1 RELU6 RELU_N1_TO_1 RESHAPE RESIZE_BILINEAR "
+    "RESIZE_NEAREST_NEIGHBOR REVERSE_V2 ROUND RSQRT SELECT SELECT_V2 SIGN SIN SLICE SOFTMAX SPACE_TO_BATCH_ND "
+    "SPACE_TO_DEPTH SPLIT SPLIT_V SQRT SQUARE SQUARED_DIFFERENCE STRIDED_SLICE SUB SUM TANH TILE TOPK_V2 TRANSPOSE "
+    "TRANSPOSE_CONV UNPACK"
+)
+LITERT_MEDIATEK = _names(
+    "ABS ADD AVERAGE_POOL_2D BATCH_MATMUL CAST CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE DIV FULLY_CONNECTED "
+    "GELU GREATER HARD_SWISH L2_NORMALIZATION LEAKY_RELU LESS LOGISTIC MAXIMUM MAX_POOL_2D MEAN MINIMUM MUL PAD PADV2 "
+    "PRELU QUANTIZE REDUCE_MAX RELU RESHAPE RESIZE_BILINEAR RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SPLIT SQRT "
+    "SQUARED_DIFFERENCE STRIDED_SLICE SUB SUM TANH TRANSPOSE TRANSPOSE_CONV"
+)
 
 
 @dataclass(frozen=True)
@@ -54,14 +81,15 @@ class Rule:
     """One line of the table.
 
     Attributes:
-        where: What an operation falls off: ``ane`` is looked for in ML Programs, the others in ONNX graphs.
+        where: What an operation falls off: ``ane`` is looked for in ML Programs, those of LiteRT in .tflite files, the
+            others in ONNX graphs.
         hits: What is wrong with an operation ("" where its type says all); None where nothing is.
         says: What happens, and whether the source documents it or somebody observed it.
         rewrite: What to do about it.
     """
 
     id: str
-    where: Literal["ane", "coreml-ep", "nnapi-ep", "xnnpack-ep"]
+    where: Literal["ane", "coreml-ep", "nnapi-ep", "xnnpack-ep", "litert-gpu", "litert-qualcomm", "litert-mediatek"]
     hits: Callable[[Op], str | None]
     says: str
     rewrite: str
@@ -107,6 +135,10 @@ def _not_4d(op: Op) -> str | None:
     return str(value) if len(value.shape) == rank else None
 
 
+def _over_4d(op: Op) -> str | None:
+    return next((str(v) for v in (*op.inputs.values(), *op.outputs) if len(v.shape) > 4), None)
+
+
 def _padded(op: Op) -> str | None:
     if op.type not in ("input", "output") or len(op.outputs[0].shape) < 3:
         return None  # tensors of fewer axes than a feature are too small to matter
@@ -128,6 +160,7 @@ def _symbolic_rows(op: Op) -> str | None:
 
 
 ORT = "https://github.com/microsoft/onnxruntime/"
+LITERT = "https://github.com/google-ai-edge/LiteRT/blob/main/"
 APPLE = (
     "Deploying Transformers on the Apple Neural Engine",
     "https://machinelearning.apple.com/research/neural-engine-transformers",
@@ -221,6 +254,22 @@ RULES = (
          "fix the batch, or take an onnxruntime that has the fix",
          "[XNNPACK EP] Gemm treats a dynamic M dimension as 1 and uses the wrong output shape at runtime",
          ORT + "issues/31153"),
+    Rule("litert-gpu-op", "litert-gpu", lambda op: None if op.type in LITERT_GPU else "",
+         "its parser does not know it; runs on the CPU and divides the graph there",
+         "write it in operations of the list: BROADCAST_TO as a MUL, say", "model_builder.cc",
+         LITERT + "tflite/delegates/gpu/common/model_builder.cc"),
+    Rule("litert-gpu-rank", "litert-gpu", _over_4d,
+         "its parser takes tensors of four dimensions at most; runs on the CPU and divides the graph there",
+         "reshape it to four dimensions", "model_builder_helper.cc",
+         LITERT + "tflite/delegates/gpu/common/model_builder_helper.cc"),
+    Rule("litert-qualcomm-op", "litert-qualcomm", lambda op: None if op.type in LITERT_QUALCOMM else "",
+         "documented: not among the operations that the plugin compiles; runs on the CPU and divides the graph there",
+         "write it in operations of the list", "LiteRT to Qualcomm QNN Compiler Support",
+         LITERT + "litert/vendors/qualcomm/compiler/Qualcomm_QNN_Compiler.md"),
+    Rule("litert-mediatek-op", "litert-mediatek", lambda op: None if op.type in LITERT_MEDIATEK else "",
+         "documented: not among the operations that the plugin compiles; runs on the CPU and divides the graph there",
+         "write it in operations of the list; compute the timestep's sine and cosine before the graph",
+         "MediaTek_Neuro_Compiler.md", LITERT + "litert/vendors/mediatek/compiler/MediaTek_Neuro_Compiler.md"),
 )
 # fmt: on
 

@@ -21,6 +21,8 @@ from edgediff.targets.base import (
     fixed,
     int8_check,
 )
+from edgediff.targets.operations import Op
+from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
 from edgediff_runtime.litert_session import INSTALL
 
@@ -62,6 +64,7 @@ class LiteRtTarget(Target):
     tools_to_run = ("ai-edge-litert",)
     weight_formats = ("fp16", "int8", "int4")
     int4_scales = "channels"
+    accelerators = ("litert-gpu", "litert-qualcomm", "litert-mediatek")
 
     def check(self, config: LiteRtConfig, layout: Layout) -> None:
         """Checks the batch and the int8 settings."""
@@ -116,6 +119,12 @@ class LiteRtTarget(Target):
         path = write_litert(job.folder, job.component, {job.name: job.part}, job.say)
         _finish(path, job.name, job.weights)
         return job.component
+
+    def operations(self, bundle: Bundle, graph: m.Graph) -> list[Op]:
+        """Those of a signature."""
+        from edgediff.targets.litert.litert_operations import read_signature
+
+        return read_signature(bundle.file(str(graph.file)), str(graph.function))
 
 
 def _finish(path: Path, component: str, weights: "StoredWeights | None") -> None:
