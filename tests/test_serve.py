@@ -503,8 +503,15 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
 @pytest.mark.parametrize("name", ["serve", "site"])
 @pytest.mark.parametrize(("breaks", "says"), REFUSED, ids=[says[:30] for _, says in REFUSED])
 def test_what_browsers_cannot_run_is_refused(
-    command: Command, place: Path, name: str, breaks: Callable[[Path], object], says: str
+    command: Command,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    breaks: Callable[[Path], object],
+    says: str,
 ) -> None:
+    # It would serve until the end of time.
+    monkeypatch.setattr(server, "listen", lambda *_: pytest.fail("it is served"))
     bundle = copy_bundle(place / "bundle")
     breaks(bundle)
     output = ["-o", place / "site"] if name == "site" else []
@@ -631,7 +638,8 @@ def test_lan_serves_over_https_and_shows_what_a_phone_needs(page: Path, tmp_path
         drawn = [run.out.readline().rstrip("\n") for _ in range(17)]
         says, why = run.out.readline(), run.out.readline()
         running = Served(port, page, GOLDEN, secure=True)
-        assert running.ask("/", host=f"192.0.2.7:{port}").headers["cross-origin-opener-policy"] == "same-origin"
+        answer = running.ask("/", host=f"192.0.2.7:{port}")
+        assert (answer.status, answer.headers["cross-origin-opener-policy"]) == (200, "same-origin")
         with running.connected() as there:
             assert isinstance(there, ssl.SSLSocket)
             data = there.getpeercert(binary_form=True)
