@@ -56,7 +56,7 @@ bench: $(READY) $(CONTENDERS) $(OPTIMUM)/.ready $(GENAI)/.ready
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("edgediff needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[train,bench,executorch,litert,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[train,bench,executorch,litert,web,dev]"
 	touch $@
 
 # What benchmarks/against.py measures beside edgediff; one of them wants an environment of its own.

@@ -26,9 +26,14 @@ TESTED = {
     "pyyaml": "6.0.3",
     "accelerate": "1.15.0",
     "matplotlib": "3.11.2",
+    "starlette": "1.10.0",
+    "uvicorn": "0.54.0",
+    "trustme": "1.2.1",
+    "segno": "1.6.6",
 }
 EXPORT = ("torch", "diffusers", "pyyaml")
 TRAIN = (*EXPORT, "accelerate", "matplotlib")
+WEB = ("starlette", "uvicorn", "trustme", "segno")
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ def _abilities(installed: Mapping[str, str | None]) -> dict[str, str]:
         "recompute trajectories in torch": needs(["torch"], 'pip install "edgediff[export]"'),
         "train adaptors": needs(TRAIN, 'pip install "edgediff[train]"'),
         "plan clocks": needs(["matplotlib"], 'pip install "edgediff[train]"'),
+        "serve bundles to browsers": needs(WEB, 'pip install "edgediff[web]"'),
     }
 
 

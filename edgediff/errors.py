@@ -33,6 +33,10 @@ class TargetError(EdgediffError):
     """The output path cannot be written as asked: choose another, or pass ``--force``."""
 
 
+class SiteError(EdgediffError):
+    """The browser page cannot be served as asked: build it, or choose another port or network, as the message says."""
+
+
 class VerificationError(EdgediffError):
     """A number is below its floor: the bundle does not compute what the model does, and was not put in place.
 

@@ -27,7 +27,7 @@ PROGRESS = (
     "loading ", "opening ", "step ", "dividing ", "drawing ", "reference trajectory", "exporting ", "verifying: ",
     "hashing ", "comparing ", "reading ", "onnxruntime: ", "mil-reference: ", "coreml: ", "trajectory of the source",
     "reference with ", "joining ", "storing ", "encoding ", "openvino: ", "writing ", "calibrating ", "measuring ",
-    "first steps ",
+    "first steps ", "copying ",
 )  # fmt: skip
 
 

@@ -313,7 +313,7 @@ def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert found["versions"]["torch"]["tested"] == "2.13.0"
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["export", "verify", "run", "inspect", "doctor", "demo", "serve", "site"])
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(monkeypatch, command, "--help") == 0
     assert f"edgediff {command}" in capsys.readouterr().out

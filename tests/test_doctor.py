@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from edgediff import doctor
-from edgediff.doctor import KNOWN_BAD, TESTED, TRAIN, _abilities, _numbers, examine, find_known_bad
+from edgediff.doctor import KNOWN_BAD, TESTED, TRAIN, WEB, _abilities, _numbers, examine, find_known_bad
 from edgediff.targets import TARGETS
 from edgediff_runtime.ort_bound_session import CUDA
 
@@ -18,7 +18,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 def test_tested_versions_are_those_of_the_constraints() -> None:
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE))
     assert {name: pins.get(name) for name in TESTED} == TESTED
-    assert {*TRAIN} <= {*TESTED}
+    assert {*TRAIN, *WEB} <= {*TESTED}
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,14 @@ def test_every_target_and_backend_is_told_of() -> None:
     abilities = _abilities(TESTED)
     for target in TARGETS.values():
         assert f"export to {target.title}" in abilities
-    assert len(abilities) == 3 + len(TARGETS) + sum(len(target.backends) for target in TARGETS.values())
+    assert len(abilities) == 4 + len(TARGETS) + sum(len(target.backends) for target in TARGETS.values())
     assert abilities["run ExecuTorch programs in executorch"] == "yes"
     missing = _abilities(TESTED | {"executorch": None, "coremltools": None})
     assert missing["export to ExecuTorch"] == 'no: pip install "edgediff[executorch]" (executorch missing)'
     assert missing["run ExecuTorch programs in executorch"] == missing["export to ExecuTorch"]
     assert missing["verify Core ML packages (mil-reference)"].endswith("(coremltools missing)")
+    unserved = _abilities(TESTED | {"segno": None})["serve bundles to browsers"]
+    assert unserved == 'no: pip install "edgediff[web]" (segno missing)'
 
 
 def test_what_this_machine_lacks_besides_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ STAGES = (
     ("edgediff.targets",),
     ("edgediff.verify", "edgediff.train"),
     ("edgediff.export", "edgediff.evaluate", "edgediff.inspect", "edgediff.doctor"),
-    ("edgediff.plan", "edgediff.bench"),
+    ("edgediff.plan", "edgediff.bench", "edgediff.site"),
     ("edgediff.cli", "edgediff.__main__"),
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch", "ai_edge_litert"}
@@ -204,6 +204,8 @@ LIGHT = (
     "edgediff.inspect.survey",
     "edgediff.cli.render.tables",
     "edgediff.verify.parity",
+    "edgediff.site.server",
+    "edgediff.site.folder",
 )
 
 

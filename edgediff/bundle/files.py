@@ -1,7 +1,7 @@
 """Every file of a bundle against the manifest, and the manifest against every file."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path, PurePosixPath
 
 from edgediff_runtime import Bundle, Manifest
@@ -23,11 +23,15 @@ def check_files(bundle: Bundle) -> None:
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """Finds files and symlinks in a bundle's folder that are not the bundle's, as paths in it.
+    """Finds files and symlinks in a bundle's folder that are not the bundle's, as paths in it."""
+    return strangers(folder, {*manifest.files, MANIFEST, SUMS, PARITY, PARITY_SCRATCH})
+
+
+def strangers(folder: Path, listed: Container[str]) -> list[str]:
+    """Finds files that are not listed, and symlinks, in a folder, as paths in it.
 
     What systems and tools leave in folders (``.DS_Store``, ``Thumbs.db``) does not count.
     """
-    listed = {*manifest.files, MANIFEST, SUMS, PARITY, PARITY_SCRATCH}
     found = []
     for where, folders, files in os.walk(folder):
         for name in (*folders, *files):

@@ -9,7 +9,7 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgediff.bundle.files import unlisted
@@ -20,8 +20,30 @@ from edgediff_runtime.errors import BundleError
 from edgediff_runtime.manifest_json import parse_manifest
 
 
-def check_place(target: Path, force: bool) -> None:
+def bundle_strays(folder: Path) -> list[str] | None:
+    """Files in a bundle that are not its own, as paths in it; None where export did not write the folder.
+
+    Of a bundle whose manifest cannot be read nothing is known, and nothing is a stray.
+    """
+    if not _looks_like_a_bundle(folder):
+        return None
+    try:
+        manifest = parse_manifest((folder / MANIFEST).read_bytes())
+    except BundleError:
+        return []
+    return unlisted(folder, manifest)
+
+
+def check_place(
+    target: Path, force: bool, what: str = "bundle", strays: Callable[[Path], list[str] | None] = bundle_strays
+) -> None:
     """Refuses to write where something is that must not be lost.
+
+    Args:
+        target: Where the folder is to be.
+        force: Whether a folder of the same kind may be replaced.
+        what: The kind of folder that is written, for the message.
+        strays: Says of a folder which files in it are not its own; None where it is of another kind.
 
     Raises:
         TargetError: The target exists and `force` is off, or it is something else than a bundle or an empty folder, or
@@ -31,13 +53,27 @@ def check_place(target: Path, force: bool) -> None:
         raise TargetError(f"{target} is not a directory; choose another output")
     check_folder(target, replaced=True)
     if target.is_dir() and any(target.iterdir()):
-        if not _looks_like_a_bundle(target):
-            raise TargetError(f"{target} is a folder that is not a bundle, never replaced; choose another output")
-        strays = _strays(target)
-        if strays:
-            raise TargetError(f"{target} holds {strays[0]}, which is not the bundle's; choose another output")
+        found = strays(target)
+        if found is None:
+            raise TargetError(f"{target} is a folder that is not a {what}, never replaced; choose another output")
+        if found:
+            raise TargetError(f"{target} holds {found[0]}, which is not the {what}'s; choose another output")
         if not force:
-            raise TargetError(f"{target} holds another bundle; pass --force to replace it, or choose another output")
+            raise TargetError(f"{target} holds another {what}; pass --force to replace it, or choose another output")
+
+
+def check_outside(folder: Path, bundle: Path) -> None:
+    """Refuses a folder in a bundle, this one or another.
+
+    Raises:
+        TargetError: It is in one.
+    """
+    here = folder.resolve()
+    inside = next((parent for parent in (here, *here.parents) if _looks_like_a_bundle(parent)), None)
+    if inside is not None or bundle.resolve() in (here, *here.parents):
+        raise TargetError(
+            f"{folder} is in the bundle {inside or bundle}, which contains only its own files; choose another output"
+        )
 
 
 def _looks_like_a_bundle(folder: Path) -> bool:
@@ -46,20 +82,11 @@ def _looks_like_a_bundle(folder: Path) -> bool:
     return manifest.is_file() and ((folder / SUMS).is_file() or b'"format_version"' in manifest.read_bytes())
 
 
-def _strays(bundle: Path) -> list[str]:
-    """Files in a bundle that are not its own; of one whose manifest cannot be read nothing is known."""
-    try:
-        manifest = parse_manifest((bundle / MANIFEST).read_bytes())
-    except BundleError:
-        return []
-    return unlisted(bundle, manifest)
-
-
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, what: str = "bundle") -> Iterator[Path]:
     """Gives a temporary sibling, an empty directory, to write into and puts it in place when the block ends well.
 
-    What is there already is replaced: `check_place` comes first.
+    What is there already is replaced: `check_place` comes first. `what` is for messages.
 
     Raises:
         TargetError: The disk is full, or the place cannot be written. What was there is as it was.
@@ -77,7 +104,7 @@ def staged(target: Path) -> Iterator[Path]:
         held = lock(scratch)
         yield scratch
         if target.exists() and not existed:
-            raise TargetError(f"{target} appeared while the bundle was written; nothing was replaced, export again")
+            raise TargetError(f"{target} appeared while the {what} was written; nothing was replaced, write it again")
         _swap(scratch, target)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -96,7 +123,7 @@ def _swap(scratch: Path, target: Path) -> None:
     try:
         held = lock(target)
     except BlockingIOError as e:
-        raise TargetError(f"{target}: another export is writing it; wait for it to end") from e
+        raise TargetError(f"{target}: another process is writing it; wait for it to end") from e
     try:
         os.rename(target, old)
         try:

@@ -90,7 +90,7 @@ def _run() -> int:
         if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets escapes, not an error
             stream.reconfigure(errors="backslashreplace")
     try:
-        with warnings_told(_say_warning):
+        with warnings_told(say_warning):
             code = app(standalone_mode=False)
         if code == INTERRUPTED:  # newer Typer returns the code where older ones raise Abort
             raise KeyboardInterrupt
@@ -129,7 +129,8 @@ def _say_error(message: object, code: int) -> int:
     return code
 
 
-def _say_warning(message: str) -> None:
+def say_warning(message: str) -> None:
+    """Prints a warning on standard error."""
     err.print("warning:", style="yellow", end=" ")
     err.print(message)
 
@@ -176,6 +177,6 @@ def progress() -> Iterator[Callable[..., None]]:
         yield lambda what, share=None: bar.update(task, description=what, completed=share or 0, total=share and 1)
 
 
-def print_json(data: object) -> None:
-    """Prints plain data as indented JSON."""
-    print(json.dumps(data, indent=1), flush=True)
+def print_json(data: object, indent: int | None = 1) -> None:
+    """Prints plain data as indented JSON, or on one line."""
+    print(json.dumps(data, indent=indent), flush=True)

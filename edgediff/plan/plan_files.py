@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edgediff.bundle.staging import check_outside
 from edgediff.errors import ConfigError, TargetError
 from edgediff.export.export_config import ExportConfig, check_config, config_from
 from edgediff.outputs import check_drawing, check_folder, make_figure, mark_limit, open_frame, save_figure, write_whole
 from edgediff.plan.trajectory import Mask, psnr_db
 from edgediff.targets import TARGETS
 from edgediff_runtime import Manifest
-from edgediff_runtime.bundle import MANIFEST
 from edgediff_runtime.clock import format_mask, letters
 from edgediff_runtime.schedulers import steps_of
 
@@ -40,12 +40,7 @@ def check_place(folder: Path, bundle: Path) -> None:
     """
     check_drawing("the plan's picture")
     check_folder(folder)
-    here = folder.resolve()
-    inside = next((parent for parent in (here, *here.parents) if (parent / MANIFEST).is_file()), None)
-    if inside is not None or bundle.resolve() in (here, *here.parents):
-        raise TargetError(
-            f"{folder} is in the bundle {inside or bundle}, which contains only its own files; choose another output"
-        )
+    check_outside(folder, bundle)
 
 
 def check_replaced(folder: Path, search: dict[str, Any]) -> None:

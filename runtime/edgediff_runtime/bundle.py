@@ -38,9 +38,26 @@ class Bundle:
         Raises:
             BundleError: The path leaves the bundle, or the file is not listed, missing, or not what the manifest says.
         """
-        path = self._listed(name)
+        path = self.listed(name)
         if sha256_of(path) != self.manifest.files[name].sha256:
             raise BundleError(f"{name} does not have the hash in {MANIFEST}: it is damaged; {AGAIN}")
+        return path
+
+    def listed(self, name: str) -> Path:
+        """Checks all of a file but its content, which takes no time, and says where it lies.
+
+        Raises:
+            BundleError: As in `file`, but for the hash.
+        """
+        path = inside(self.path, name)
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{name} is not listed in {MANIFEST}; delete it")
+        if not path.is_file():
+            raise BundleError(f"{name} is missing from the bundle {self.path}; {AGAIN}")
+        if path.stat().st_size != entry.size:
+            size = path.stat().st_size
+            raise BundleError(f"{name} has {size} bytes, {entry.size} in {MANIFEST}: it is damaged; {AGAIN}")
         return path
 
     def folder(self, name: str) -> set[str]:
@@ -70,7 +87,7 @@ class Bundle:
         folders = {str(PurePosixPath(name).parent) for name in files | weights}
         for name in sorted(files.union(weights, *map(self._files_in, folders))):
             if name in weights:
-                self._listed(name)
+                self.listed(name)
             else:
                 self.file(name)
         with ThreadPoolExecutor(1, "hashes") as beside:
@@ -80,19 +97,6 @@ class Bundle:
             finally:  # damaged weights may also be why loading failed
                 for each in hashed:
                     each.result()
-
-    def _listed(self, name: str) -> Path:
-        """Checks all of a file but its content."""
-        path = inside(self.path, name)
-        entry = self.manifest.files.get(name)
-        if entry is None:
-            raise BundleError(f"{name} is not listed in {MANIFEST}; delete it")
-        if not path.is_file():
-            raise BundleError(f"{name} is missing from the bundle {self.path}; {AGAIN}")
-        if path.stat().st_size != entry.size:
-            size = path.stat().st_size
-            raise BundleError(f"{name} has {size} bytes, {entry.size} in {MANIFEST}: it is damaged; {AGAIN}")
-        return path
 
     def _files_in(self, name: str) -> set[str]:
         """Paths in the bundle of all that lies in a folder, links too, leftovers not."""
