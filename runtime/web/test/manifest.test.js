@@ -1,0 +1,72 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { BundleError } from "../src/errors.js";
+import { graphsAt, parseManifest } from "../src/manifest.js";
+import { readGolden } from "./golden.js";
+
+const encode = (document) => new TextEncoder().encode(JSON.stringify(document));
+const good = (name) => readGolden(`manifests/${name}.json`);
+
+test("good manifests are read, and targets of unknown formats left out", () => {
+  for (const [name, targets] of Object.entries({ class: ["onnx"], text: ["coreml"], pipeline: ["onnx"] })) {
+    assert.deepEqual(parseManifest(encode(good(name))).targets.map((each) => each.target), targets);
+  }
+});
+
+for (const { manifest, at, value, why } of readGolden("manifests/bad.json").bad) {
+  test(`refused: ${why} (${at.join(".")})`, () => {
+    const document = good(manifest);
+    const place = at.slice(0, -1).reduce((each, key) => each[key], document);
+    if (value === "remove") delete place[at.at(-1)];
+    else place[at.at(-1)] = value;
+    assert.throws(() => parseManifest(encode(document)), (e) => e instanceof BundleError && !e.message.includes("\n"));
+  });
+}
+
+test("every field that has no default is needed, at every depth", () => {
+  const document = good("pipeline");
+  const refused = (path) => {
+    const changed = structuredClone(document);
+    const place = path.slice(0, -1).reduce((each, key) => each[key], changed);
+    delete place[path.at(-1)];
+    assert.throws(() => parseManifest(encode(changed)), BundleError, path.join("."));
+  };
+  for (const key of ["generator", "license", "source", "cut", "adaptor", "sample", "conditioning", "scheduler", "operating_point", "evidence", "cost", "cache_bytes", "targets", "config", "versions", "files"]) refused([key]);
+  refused(["sample", "space"]);
+  refused(["targets", 0, "components", "unet", "graphs", 0, "name"]);
+  refused(["targets", 0, "components", "unet", "graphs", 0, "inputs", 0, "dtype"]);
+});
+
+test("what is no manifest is refused in one sentence", () => {
+  for (const bytes of ["", "<!doctype html>", "[]", "null", "{}", '{"format_version": "2"}', "\ufeff{}"].map((text) => new TextEncoder().encode(text))) {
+    assert.throws(() => parseManifest(bytes), (e) => e instanceof BundleError && /expected a bundle that export wrote$/.test(e.message));
+  }
+  assert.throws(() => parseManifest(new Uint8Array([0xff, 0xfe])), /not JSON/);
+});
+
+test("the version is refused before anything else is read", () => {
+  assert.throws(() => parseManifest(encode({ format_version: 3, new: 1 })), /version 3.*update/);
+  assert.throws(() => parseManifest(encode({ format_version: 1 })), /version 1.*export the model again/);
+});
+
+test("keys of prototypes are only keys", () => {
+  for (const key of ["__proto__", "constructor", "toString"]) {
+    const document = JSON.stringify(good("class")).replace('"files":{', `"files":{"${key}":{"size":1,"sha256":"${"0".repeat(64)}"},`);
+    const { files } = parseManifest(new TextEncoder().encode(document));
+    assert.equal(files[key].size, 1);
+    const target = good("class");
+    target.targets[0].target = key;
+    assert.throws(() => parseManifest(encode(target)), BundleError);
+  }
+});
+
+test("graphs of any size take multiples, others the sizes that they list", () => {
+  const { targets, sample } = parseManifest(encode(good("pipeline"))), { unet, text_encoder } = targets[0].components;
+  const shapes = graphsAt(unet, sample, 32, 48)[0].inputs[0].shape;
+  assert.deepEqual(shapes.slice(2), [32, 48]);
+  assert.equal(graphsAt(unet, sample, 33, 48), null);
+  assert.deepEqual(graphsAt(text_encoder, sample, 33, 48), text_encoder.graphs);
+  const text = parseManifest(encode(good("text")));
+  assert.equal(graphsAt(text.targets[0].components.unet, text.sample, 16, 8)[0].function, "full_8x16");
+  assert.equal(graphsAt(text.targets[0].components.unet, text.sample, 8, 16), null);
+});
