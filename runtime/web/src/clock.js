@@ -1,5 +1,5 @@
 // Which steps are full and which are cached. Every call of the UNet is a step.
-import { RequestError, shown } from "./errors.js";
+import { refuse, shown } from "./errors.js";
 import { samplerOf } from "./schedulers.js";
 
 const MAX_STEPS = 10000;
@@ -13,9 +13,7 @@ const MAX_STEPS = 10000;
  * @param {string} scheduler a sampler's name, or with the layout of its noise levels
  */
 export function clockMask(clock, steps, scheduler) {
-  if (!Number.isInteger(steps) || steps < 1 || steps > MAX_STEPS) {
-    throw new RequestError(`steps is ${shown(steps)}; expected a whole number above 0, ${MAX_STEPS} at most`);
-  }
+  refuse(!Number.isInteger(steps) || steps < 1 || steps > MAX_STEPS, `steps is ${shown(steps)}; expected a whole number above 0, ${MAX_STEPS} at most`);
   const calls = samplerOf(scheduler).calls(steps);
   let read = clock;
   if (typeof clock === "string" && /^\s*\d+\s*(,\s*\d+\s*)*$/.test(clock)) {
@@ -26,13 +24,11 @@ export function clockMask(clock, steps, scheduler) {
     const period = read;
     return Array.from({ length: calls }, (_, i) => i % period === 0);
   }
-  if (!Array.isArray(read)) throw new RequestError(`clock is ${shown(clock)}; expected a period such as 2 or a mask such as 1,0,1,0`);
+  refuse(!Array.isArray(read), `clock is ${shown(clock)}; expected a period such as 2 or a mask such as 1,0,1,0`);
   const mask = /** @type {unknown[]} */ (read), told = `clock mask ${shown(mask.join())}`;
-  if (mask.some((bit) => bit !== 0 && bit !== 1)) throw new RequestError(`${told}: each entry is 0 (cached) or 1 (full)`);
-  if (mask.length !== calls) {
-    throw new RequestError(`${told} has ${mask.length} entries for ${callsInWords(steps, scheduler)}; expected one each`);
-  }
-  if (!mask[0]) throw new RequestError(`${told} begins with 0; the first step is always full`);
+  refuse(mask.some((bit) => bit !== 0 && bit !== 1), `${told}: each entry is 0 (cached) or 1 (full)`);
+  refuse(mask.length !== calls, `${told} has ${mask.length} entries for ${callsInWords(steps, scheduler)}; expected one each`);
+  refuse(!mask[0], `${told} begins with 0; the first step is always full`);
   return mask.map(Boolean);
 }
 

@@ -1,5 +1,5 @@
 // What a request says of the condition, checked and made into rows: labels, texts, embeddings.
-import { RequestError, shown } from "./errors.js";
+import { refuse, shown } from "./errors.js";
 import { emphasize, makeChunk, tokenized } from "./prompt.js";
 import { beside, joined, range, take } from "./rows.js";
 import { runOne } from "./sessions.js";
@@ -16,9 +16,7 @@ const TEXT = "encoder_hidden_states", MAX_IMAGES = 4096;
 
 /** @param {unknown} count */
 export function checkCount(count) {
-  if (!Number.isInteger(count) || Number(count) < 1 || Number(count) > MAX_IMAGES) {
-    throw new RequestError(`numImages is ${shown(count)}; expected a whole number above 0, ${MAX_IMAGES} at most`);
-  }
+  refuse(!Number.isInteger(count) || Number(count) < 1 || Number(count) > MAX_IMAGES, `numImages is ${shown(count)}; expected a whole number above 0, ${MAX_IMAGES} at most`);
 }
 
 /**
@@ -32,23 +30,23 @@ export function checkCount(count) {
  */
 export function classRows({ labels, null_label: none }, label, count, guided, dtype) {
   const given = Array.isArray(label) ? label : Array(count).fill(label);
-  if (given.length !== count) throw new RequestError(`label has ${given.length} entries for ${count} images; expected one each`);
+  refuse(given.length !== count, `label has ${given.length} entries for ${count} images; expected one each`);
   const rows = (/** @type {number[]} */ values) => ({ class_labels: { data: dtype === "int64" ? BigInt64Array.from(values, BigInt) : Int32Array.from(values), dims: [count] } });
   const cond = rows(
     given.map((each, i) => {
       const index = each === null || each === undefined ? i % labels.length : typeof each === "number" ? each : labels.indexOf(each);
-      if (!Number.isInteger(index) || index < 0 || index >= labels.length) throw new RequestError(`no label ${shown(each)}; choices: ${labels.join(", ")}`);
+      refuse(!Number.isInteger(index) || index < 0 || index >= labels.length, `no label ${shown(each)}; choices: ${labels.join(", ")}`);
       return index;
     }),
   );
-  if (guided && none === null) throw new RequestError("guidanceScale is above 1, but the model has no null class; give 1");
+  refuse(guided && none === null, "guidanceScale is above 1, but the model has no null class; give 1");
   return [cond, guided ? rows(Array(count).fill(none)) : {}];
 }
 
 /** The number of images that a list of texts is for; 1 where one text is for all. @param {Texts} texts */
 export function countOf({ prompt, prompt2 }) {
   const list = [prompt, prompt2].find(Array.isArray);
-  if (list && !list.length) throw new RequestError("prompt is an empty list; expected a text, or a list with one for each image");
+  refuse(list && !list.length, "prompt is an empty list; expected a text, or a list with one for each image");
   return list?.length ?? 1;
 }
 
@@ -67,11 +65,11 @@ export async function encodeTexts({ encoders, zeros_without_negative: zeros }, t
   const { prompt, prompt2, negativePrompt, negativePrompt2, clipSkip = 0, emphasis = true } = texts;
   /** For each image, the text of each encoder. @param {string} name @param {Text} first @param {Text} second */
   const each = (name, first, second) => {
-    if (encoders.length < 2 && second != null) throw new RequestError(`${name}2 was given, but the bundle has one text encoder; leave it out`);
+    refuse(encoders.length < 2 && second != null, `${name}2 was given, but the bundle has one text encoder; leave it out`);
     const columns = encoders.map((_, k) => {
       const text = k && second != null ? second : first, list = Array.isArray(text) ? text : Array(count).fill(text);
-      if (!list.every((one) => typeof one === "string")) throw new RequestError(`${name} is ${shown(text)}; expected a text, or a list with one for each image`);
-      if (list.length !== count) throw new RequestError(`${name} has ${list.length} entries for ${count} images; expected one each`);
+      refuse(!list.every((one) => typeof one === "string"), `${name} is ${shown(text)}; expected a text, or a list with one for each image`);
+      refuse(list.length !== count, `${name} has ${list.length} entries for ${count} images; expected one each`);
       return list;
     });
     return range(count).map((n) => columns.map((column) => String(column[n])));
@@ -79,15 +77,11 @@ export async function encodeTexts({ encoders, zeros_without_negative: zeros }, t
   const positive = each("prompt", prompt, prompt2), away = guided && !(zeros && negativePrompt == null && negativePrompt2 == null);
   const rows = [...positive, ...(away ? each("negativePrompt", negativePrompt ?? "", negativePrompt2) : [])];
   const chunks = encoders.map((encoder, k) => {
-    if (!Number.isInteger(clipSkip) || clipSkip < 0 || clipSkip >= encoder.hidden.length) {
-      throw new RequestError(`clipSkip is ${shown(clipSkip)}; expected a whole number from 0 to ${encoder.hidden.length - 1}`);
-    }
+    refuse(!Number.isInteger(clipSkip) || clipSkip < 0 || clipSkip >= encoder.hidden.length, `clipSkip is ${shown(clipSkip)}; expected a whole number from 0 to ${encoder.hidden.length - 1}`);
     return rows.map((row) => tokenized(row[k], tokenizers[k], encoder, emphasis));
   });
   const length = Math.max(...chunks.flat().map((list) => list.length));
-  if (length > 1 && !anyLength) {
-    throw new RequestError(`prompt: it is longer than ${encoders[0].max_length - 2} tokens, the most that the graphs take; shorten it`);
-  }
+  refuse(length > 1 && !anyLength, `prompt: it is longer than ${encoders[0].max_length - 2} tokens, the most that the graphs take; shorten it`);
   const states = [];
   /** @type {Rows | null} */
   let pooled = null;
@@ -123,8 +117,9 @@ export async function encodeTexts({ encoders, zeros_without_negative: zeros }, t
 
 /** What SDXL is told of a picture's size. @param {number} width 6, or 5 of the refiner @param {number} high @param {number} wide @param {boolean} negative @returns {Rows} */
 export function timeIds(width, high, wide, negative) {
-  const ends = width === 6 ? [high, wide] : width === 5 ? [negative ? 2.5 : 6] : null;
-  if (!ends) throw new RequestError(`the model needs addedCond with time_ids of width ${width}; only 6 and 5 have a usual form`);
+  /** @type {Record<number, number[]>} */
+  const known = { 6: [high, wide], 5: [negative ? 2.5 : 6] }, ends = known[width];
+  refuse(!ends, `the model needs addedCond with time_ids of width ${width}; only 6 and 5 have a usual form`);
   return { data: Float32Array.of(high, wide, 0, 0, ...ends), dims: [1, width] };
 }
 
@@ -147,18 +142,16 @@ export function guidanceEmbedding(scale, width, count) {
  */
 export function rowsOf(needed, given, count, which = "") {
   const unknown = Object.keys(given).find((name) => !needed.has(name));
-  if (unknown) throw new RequestError(`${which}${unknown} is not an input of this model; it takes ${[...needed.keys()].join(", ")}`);
+  refuse(unknown, `${which}${unknown} is not an input of this model; it takes ${[...needed.keys()].join(", ")}`);
   /** @type {Named} */
   const rows = {};
   for (const [name, { shape, dtype }] of needed) {
     const array = given[name], spelt = `[${shape.join(", ")}]`;
-    if (!array) throw new RequestError(`the model needs ${name === TEXT ? `a prompt, or ${which}promptEmbeds` : which + name} of shape ${spelt}`);
+    refuse(!array, `the model needs ${name === TEXT ? `a prompt, or ${which}promptEmbeds` : which + name} of shape ${spelt}`);
     const { data, dims } = array, kind = { float32: Float32Array, int64: BigInt64Array, int32: Int32Array }[dtype];
     const fits = Array.isArray(dims) && dims.length === shape.length && dims.every((n, k) => (k ? (shape[k] === "tokens" ? n > 0 : n === shape[k]) : n === 1 || n === count));
-    if (!fits || !kind || !(data instanceof kind) || data.length !== dims.reduce((a, b) => a * b, 1)) {
-      throw new RequestError(`${which}${name} has shape ${shown(dims)}; expected {data, dims} of ${dtype} ${spelt} with 1 or ${count} rows`);
-    }
-    if (data instanceof Float32Array && !data.every(Number.isFinite)) throw new RequestError(`${which}${name} holds NaN or infinity`);
+    refuse(!fits || !kind || !(data instanceof kind) || data.length !== dims.reduce((a, b) => a * b, 1), `${which}${name} has shape ${shown(dims)}; expected {data, dims} of ${dtype} ${spelt} with 1 or ${count} rows`);
+    refuse(data instanceof Float32Array && !data.every(Number.isFinite), `${which}${name} holds NaN or infinity`);
     rows[name] = dims[0] === count ? array : take(array, Array(count).fill(0));
   }
   return rows;

@@ -11,6 +11,11 @@ export class BundleError extends EdgeRuntimeError {}
 /** A request does not fit the bundle: a label, a clock, a number of steps, a guidance scale. */
 export class RequestError extends EdgeRuntimeError {}
 
+/** @param {unknown} when @param {string} message */
+export function refuse(when, message) {
+  if (when) throw new RequestError(message);
+}
+
 /** A value as messages show it. @param {unknown} value */
 export function shown(value) {
   const text = typeof value === "bigint" ? `${value}` : (JSON.stringify(value) ?? String(value));

@@ -1,5 +1,5 @@
 // Latents become pictures, one after the other: as a whole, or in tiles that fade into each other.
-import { RequestError } from "./errors.js";
+import { refuse } from "./errors.js";
 import { beside, joined, range, take } from "./rows.js";
 import { roundEven } from "./schedule_tables.js";
 import { runOne } from "./sessions.js";
@@ -24,7 +24,7 @@ export function toUint8({ data, dims: [count, channels, height, width] }) {
 
 /** One of some images as a canvas takes it: new ImageData(data, width, height). @param {Images} images @param {number} [index] */
 export function toRgba({ data, dims: [count, height, width, channels] }, index = 0) {
-  if (!(index >= 0 && index < count) || ![1, 3].includes(channels)) throw new RequestError(`image ${index} of ${count} with ${channels} channels: expected one of them, with 1 or 3`);
+  refuse(!(index >= 0 && index < count) || ![1, 3].includes(channels), `image ${index} of ${count} with ${channels} channels: expected one of them, with 1 or 3`);
   const made = new Uint8ClampedArray(4 * height * width);
   for (let k = 0, at = index * height * width * channels; k < made.length; k += 4, at += channels) {
     made[k] = data[at];

@@ -22,8 +22,6 @@ import { readScheduler } from "./schedulers.js";
  */
 
 const FORMAT = 2;
-const LARGEST = 3.4028234663852886e38; // float32's
-const ADAPTORS = ["identity", "resnet", "unet", "unet-light"];
 /** @type {Record<string, string>} */
 const STAGE_OF = {
   text_encoder: "prompt", text_encoder_2: "prompt", unet: "step", vae_decoder: "decode", vae_encoder: "image", preview_decoder: "preview",
@@ -32,31 +30,39 @@ const STAGE_OF = {
 const SPECIFICATIONS = { iOS16: 7, iOS17: 8, iOS18: 9 };
 
 /** @typedef {(value: any, at: string) => any} Kind reads a value, or refuses it */
-/** @param {string} expected @param {(v: any) => boolean} holds @returns {Kind} */
+/** @type {(expected: string, holds: (v: any) => boolean) => Kind} */
 const is = (expected, holds) => (v, at) => (must(holds(v), at, v, expected), v);
-const text = is("text", (v) => typeof v === "string"), whole = is("a whole number", Number.isInteger);
-const number = is("a number", Number.isFinite), flag = is("true or false", (v) => typeof v === "boolean");
-/** @param {...string} words */
+const text = is("text", (v) => typeof v === "string"), flag = is("true or false", (v) => typeof v === "boolean");
+const whole = is("a whole number from 0", (v) => Number.isInteger(v) && v >= 0), count = is("a whole number above 0", (v) => Number.isInteger(v) && v > 0);
+// Of float32's range.
+const number = is("a finite number", (v) => Number.isFinite(v) && Number.isFinite(Math.fround(v))), above = is("a number above 0", (v) => v > 0 && number(v, "") > 0);
+const hash = is("64 hexadecimal digits", (v) => /^[0-9a-f]{64}$/.test(v));
+const seed = is("0 to 2^64 - 1 as decimal text", (v) => typeof v === "string" && /^(0|[1-9]\d{0,19})$/.test(v) && BigInt(v) < 1n << 64n);
+// Provenance, and what this runtime leaves alone.
+const any = is("a value", (v) => v !== undefined);
+/** @type {(...words: string[]) => Kind} */
 const one = (...words) => is(words.join(", "), (v) => words.includes(v));
-/** @param {Kind} kind @returns {Kind} */
+/** @type {(kind: Kind) => Kind} */
 const list = (kind) => (v, at) => (must(Array.isArray(v), at, v, "a list"), v.map((/** @type {any} */ each, /** @type {number} */ i) => kind(each, `${at}[${i}]`)));
+/** A list of names, each once. @type {(kind: Kind, name?: (v: any) => any) => Kind} */
+const unique = (kind, name = (v) => v) => (v, at) => (must(distinct(list(kind)(v, at).map(name)), at, v.map(name), "names, each once"), v);
 const isObject = (/** @type {any} */ v) => typeof v === "object" && v !== null && !Array.isArray(v);
-/** An object without a prototype, so that any key is only a key. @param {Kind} kind @param {Kind} [key] @returns {Kind} */
-const map = (kind, key = text) => (v, at) => {
+/** An object without a prototype, so that any key is only a key. @type {(kind: Kind) => Kind} */
+const map = (kind) => (v, at) => {
   must(isObject(v), at, v, "an object");
   const made = Object.create(null);
-  for (const [name, each] of Object.entries(v)) made[key(name, at)] = kind(each, `${at}.${name}`);
+  for (const name of Object.keys(v)) made[name] = kind(v[name], `${at}.${name}`);
   return made;
 };
-/** A field that may be left out. @param {Kind} kind @param {any} [usual] @returns {[Kind, any]} */
-const maybe = (kind, usual = null) => [usual === null ? or(kind) : kind, usual];
-/** @param {Kind} kind @returns {Kind} */
+/** @type {(kind: Kind) => Kind} */
 const or = (kind) => (v, at) => (v === null ? v : kind(v, at));
-/** @param {Record<string, Kind | [Kind, any]>} fields @returns {Kind} */
+/** A field that may be left out. @type {(kind: Kind, usual?: any) => [Kind, any]} */
+const maybe = (kind, usual = null) => [usual === null ? or(kind) : kind, usual];
+/** @type {(fields: Record<string, Kind | [Kind, any]>) => Kind} */
 const struct = (fields) => (v, at) => {
   must(isObject(v), at, v, "an object");
   const extra = Object.keys(v).find((name) => !Object.hasOwn(fields, name));
-  must(extra === undefined, at, extra, `fields of ${Object.keys(fields).join(", ")} alone`);
+  must(extra === undefined, at || "a key", extra, Object.keys(fields).join(", "));
   return Object.fromEntries(
     Object.entries(fields).map(([name, field]) => {
       const [kind, usual] = Array.isArray(field) ? field : [field, undefined];
@@ -64,58 +70,50 @@ const struct = (fields) => (v, at) => {
     }),
   );
 };
-const any = is("a value", (v) => v !== undefined);
 
 const size = is("a size", (v) => Number.isInteger(v) || /^(batch|images|tokens|([1-9]\d*\*)?(height|width)(\/[1-9]\d*)?)$/.test(v));
-const TENSOR = { name: text, dtype: one("float32", "float16", "int64", "int32"), shape: list(size), stored_as: maybe(text) };
-const tensors = list(struct(TENSOR));
-const graph = struct({
-  name: text, file: or(text), frequency: or(one("step", "full_step", "cached_step")), inputs: tensors, outputs: tensors,
-  external_data: maybe(list(text), []), function: maybe(text), simplified: maybe(text, ""), kept_fp32: maybe(list(text), []),
-});
-const graphs = list(graph);
+const tensors = list(struct({ name: text, dtype: one("float32", "float16", "int64", "int32"), shape: list(size), stored_as: maybe(text) }));
+const graphs = unique(
+  struct({
+    name: text, file: or(text), frequency: or(one("step", "full_step", "cached_step")), inputs: tensors, outputs: tensors,
+    external_data: maybe(list(text), []), function: maybe(text), simplified: maybe(any), kept_fp32: maybe(any),
+  }),
+  (g) => g.name,
+);
 const component = struct({
-  stage: one("prompt", "image", "step", "decode", "preview"), dtype: one("fp32", "fp16", "int8"), batch: or(whole),
-  floors: struct({ graph: number, composed: number, trajectory: number, caching: or(number), program: maybe(number) }),
-  graphs, layout: maybe(one("split", "pair")), model: maybe(graph), files: maybe(list(text), []), tokenizer: maybe(text),
-  peak_bytes: maybe(whole), further: maybe(list(struct({ height: whole, width: whole, graphs })), []),
-  weights: maybe(map(whole, one("fp16", "int8", "int4", "palette8", "palette6", "palette4", "palette3", "palette2")), {}),
+  stage: one("prompt", "image", "step", "decode", "preview"), dtype: one("fp32", "fp16", "int8"), batch: or(count), floors: map(or(above)), graphs,
+  layout: maybe(one("split", "pair")), model: maybe(any), files: maybe(list(text), []), tokenizer: maybe(text), peak_bytes: maybe(any),
+  further: maybe(list(struct({ height: count, width: count, graphs })), []), weights: maybe(map(count), {}),
 });
 const target = { target: text, components: map(component) };
 /** @type {Record<string, Kind>} */
 const TARGETS = {
   onnx: struct({ ...target, opset: whole, ir_version: whole }),
-  coreml: struct({ ...target, deployment_target: text, specification_version: whole }),
+  coreml: struct({ ...target, deployment_target: one(...Object.keys(SPECIFICATIONS)), specification_version: whole }),
   openvino: struct(target),
   executorch: struct(target),
   litert: struct(target),
 };
-const trained = { num_inference_steps: whole, scheduler: text, clock: is("a clock", (v) => typeof v === "string" || Number.isInteger(v)), mask: list(whole), guidance_scale: number };
-const vae = struct({ scaling_factor: number, downscale: whole, mean: maybe(list(number)), std: maybe(list(number)) });
-const pair = (/** @type {Kind} */ kind) => is("two of them", (v) => Array.isArray(v) && v.length === 2 && list(kind)(v, "pair"));
+const trained = { num_inference_steps: whole, scheduler: text, clock: any, mask: list(whole), guidance_scale: above };
+const point = (/** @type {any} */ fields) => (/** @type {any} */ v, /** @type {string} */ at) => {
+  const read = struct(fields)(v, at), mask = clockMask(read.clock, read.num_inference_steps, read.scheduler).map(Number);
+  must(same(read.mask, mask), `${at}.mask`, read.mask, `the mask of clock ${read.clock}`);
+  return read;
+};
+const vae = struct({ scaling_factor: above, downscale: count, mean: maybe(list(number)), std: maybe(list(above)) });
 const manifest = struct({
-  format_version: whole, generator: text, license: text,
-  source: struct({
-    name: text, path: or(text), sha256: text, random_weights: maybe(text), components: maybe(map(text), {}), lora: maybe(list(text), []),
-    vae: maybe(text), preview: maybe(text), prediction_type: maybe(text),
-  }),
-  cut: struct({ level: whole, point: text }),
-  adaptor: struct({ kind: text, name: maybe(text), path: maybe(text), sha256: maybe(text), trained_for: maybe(struct(trained)) }),
-  sample: struct({ channels: whole, in_channels: whole, height: whole, width: whole, space: one("pixel", "latent"), multiple: maybe(whole, 1) }),
+  format_version: whole, generator: any, license: any, source: any, cut: any, evidence: any, config: any, versions: any, cache_bytes: any,
+  adaptor: struct({ kind: one("identity", "resnet", "unet", "unet-light"), name: maybe(text), path: maybe(text), sha256: maybe(hash), trained_for: maybe(point(trained)) }),
+  sample: struct({ channels: count, in_channels: count, height: count, width: count, space: one("pixel", "latent"), multiple: maybe(count, 1) }),
   conditioning: struct({ kind: one("none", "class", "text"), tensors: maybe(tensors, []), labels: maybe(list(text), []), null_label: maybe(whole) }),
   scheduler: (v, at) => (must(isObject(v), at, v, "an object"), readScheduler(v)),
-  operating_point: struct({ ...trained, seed: text, num_images: whole }),
-  evidence: struct({
-    verified: one("full", "graphs"), conditioning: maybe(one("none", "labels", "prompt", "file", "synthetic"), "none"), sha256: maybe(text),
-    prompt: maybe(pair(or(text))), sizes: maybe(list(pair(whole)), []),
-  }),
+  operating_point: point({ ...trained, seed, num_images: count }),
   cost: map(struct({ parameters: whole, macs: whole, macs_attention: whole })),
-  cache_bytes: whole,
-  targets: list((v, at) => TARGETS[v.target](v, at)),
-  config: map(any), versions: map(text), files: map(struct({ size: whole, sha256: text })),
+  targets: list((v, at) => (must(isObject(v) && typeof v.target === "string", at, v, "a target"), TARGETS[v.target](v, at))),
+  files: map(struct({ size: whole, sha256: hash })),
   prompt: maybe(
     struct({
-      encoders: list(struct({ component: text, max_length: whole, bos: whole, eos: whole, pad: whole, hidden: list(text), pooled: maybe(text) })),
+      encoders: unique(struct({ component: text, max_length: whole, bos: whole, eos: whole, pad: whole, hidden: unique(text), pooled: maybe(text) }), (each) => each.component),
       zeros_without_negative: maybe(flag, false),
     }),
   ),
@@ -149,7 +147,6 @@ export function parseManifest(bytes) {
   }
   if (Array.isArray(document.targets)) {
     document.targets = document.targets.filter((/** @type {any} */ each) => typeof each?.target !== "string" || Object.hasOwn(TARGETS, each.target));
-    for (const each of document.targets) must(typeof each?.target === "string", "targets", each, "objects with a target");
   }
   try {
     const read = manifest(document, "");
@@ -160,117 +157,53 @@ export function parseManifest(bytes) {
   }
 }
 
-/** @param {unknown[]} values */
+/** @type {(values: unknown[]) => boolean} */
 const distinct = (values) => new Set(values).size === values.length;
-const same = (/** @type {unknown} */ a, /** @type {unknown} */ b) => JSON.stringify(a) === JSON.stringify(b);
+/** @type {(a: unknown, b: unknown) => boolean} */
+const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
-/** @param {Manifest} m */
+/** What fields say of each other. @param {Manifest} m */
 function check(m) {
-  const { sample, operating_point: point, conditioning: known } = m;
-  checkPoint("operating_point", point);
-  checkAdaptor(m.adaptor);
-  for (const seed of [point.seed, m.source.random_weights]) {
-    must(seed === null || (/^(0|[1-9]\d{0,19})$/.test(seed) && BigInt(seed) < 1n << 64n), "seed", seed, "0 to 2^64 - 1 as decimal text");
-  }
-  for (const [name, value] of Object.entries({
-    num_images: point.num_images, channels: sample.channels, multiple: sample.multiple, "cut.level": m.cut.level, cache_bytes: m.cache_bytes,
-  })) {
-    must(value > 0, name, value, "a whole number above 0");
-  }
-  for (const sides of [[sample.height, sample.width], ...m.evidence.sizes]) {
-    must(sides.every((/** @type {number} */ side) => side > 0 && side % sample.multiple === 0), "size of a latent", sides, `multiples of ${sample.multiple}`);
+  const { sample, conditioning: known, adaptor, evidence } = m;
+  const learned = adaptor.kind !== "identity";
+  must(["name", "sha256", "trained_for"].every((name) => (/** @type {any} */ (adaptor)[name] !== null) === learned), "adaptor", adaptor, "name, sha256 and trained_for of a learned one, null for identity");
+  for (const sides of [[sample.height, sample.width], ...(evidence?.sizes ?? [])]) {
+    must(sides.every((/** @type {number} */ side) => side % sample.multiple === 0), "size of a latent", sides, `multiples of ${sample.multiple}`);
   }
   must(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, `${sample.channels} or more`);
   must(known.kind !== "class" || known.labels.length > 0, "labels", known.labels, "the names of the classes");
-  must((known.kind !== "none") === known.tensors.length > 0, "conditioning.tensors", known.tensors, "tensors where there is a condition, none where there is not");
+  must((known.kind !== "none") === known.tensors.length > 0, "conditioning.tensors", known.tensors, "tensors where there is a condition alone");
   known.tensors.forEach(checkSizes);
-  must(known.null_label === null || (known.null_label >= 0 && known.null_label <= known.labels.length), "null_label", known.null_label, `0 to ${known.labels.length}`);
-  if (m.prompt) checkPrompt(m);
-  for (const name of ["vae", "preview"]) if (m[name]) checkVae(name, m[name], sample);
-  for (const [name, file] of Object.entries(m.files)) {
-    must(file.size >= 0, `size of ${name}`, file.size, "0 or more");
-    checkHash(`sha256 of ${name}`, file.sha256);
+  must((known.null_label ?? 0) <= known.labels.length, "null_label", known.null_label, `0 to ${known.labels.length}`);
+  if (m.prompt) {
+    const { encoders } = m.prompt, first = encoders[0]?.max_length, pooled = encoders.filter((each) => each.pooled !== null).length;
+    const fits = known.kind === "text" && encoders.length > 0 && encoders.every((each) => STAGE_OF[each.component] === "prompt" && each.max_length === first && each.hidden.length > 0);
+    must(fits && first > 2, "prompt", m.prompt, "text encoders of a text model, all of one max_length above 2, with their hidden states");
+    must(pooled === Number(known.tensors.some((t) => t.name === "text_embeds")), "pooled", pooled, "one text encoder where the UNet takes text_embeds, else none");
+  }
+  for (const name of ["vae", "preview"]) {
+    const { mean, std } = m[name] ?? {}, lengths = [mean, std].map((values) => values?.length ?? sample.channels);
+    must(!m[name] || (sample.space === "latent" && !mean === !std && lengths.every((n) => n === sample.channels)), name, m[name], `null where the space is pixel; mean and std with ${sample.channels} numbers, or neither`);
   }
   const kinds = m.targets.map((each) => each.target);
   must(kinds.length > 0 && distinct(kinds), "targets", kinds, "one of a kind, one at least that this runtime knows");
   for (const each of m.targets) checkTarget(each, m);
 }
 
-/** @param {string} where @param {TrainedFor} point */
-function checkPoint(where, point) {
-  const mask = clockMask(point.clock, point.num_inference_steps, point.scheduler).map(Number);
-  must(same(point.mask, mask), `${where}.mask`, point.mask, `the mask of clock ${point.clock}`);
-  must(point.guidance_scale > 0 && point.guidance_scale <= LARGEST, `${where}.guidance_scale`, point.guidance_scale, "a number above 0");
-}
-
-/** @param {any} adaptor */
-function checkAdaptor(adaptor) {
-  must(ADAPTORS.includes(adaptor.kind), "adaptor.kind", adaptor.kind, ADAPTORS.join(", "));
-  const learned = adaptor.kind !== "identity";
-  for (const name of ["name", "sha256", "trained_for"]) {
-    must((adaptor[name] !== null) === learned, `adaptor.${name}`, adaptor[name], "a value for a learned one, null for identity");
-  }
-  must(learned || adaptor.path === null, "adaptor.path", adaptor.path, "null for identity");
-  if (learned) {
-    checkHash("adaptor.sha256", adaptor.sha256);
-    checkPoint("adaptor.trained_for", adaptor.trained_for);
-  }
-}
-
-/** @param {string} name @param {string} hash */
-function checkHash(name, hash) {
-  must(/^[0-9a-f]{64}$/.test(hash), name, hash, "64 hexadecimal digits");
-}
-
-/** @param {Manifest} m */
-function checkPrompt({ prompt, conditioning: known }) {
-  const encoders = prompt?.encoders ?? [], names = encoders.map((each) => each.component);
-  must(known.kind === "text", "prompt", prompt, `null where the condition is ${known.kind}`);
-  must(names.length > 0 && distinct(names) && names.every((name) => STAGE_OF[name] === "prompt"), "prompt.encoders", names, "text encoders, each once");
-  for (const each of encoders) {
-    must(each.max_length > 2 && each.max_length === encoders[0].max_length, `max_length of ${each.component}`, each.max_length, "3 or more, the same for all");
-    must(Math.min(each.bos, each.eos, each.pad) >= 0, `tokens of ${each.component}`, [each.bos, each.eos, each.pad], "ids from 0");
-    must(each.hidden.length > 0 && distinct(each.hidden), `hidden of ${each.component}`, each.hidden, "names of outputs, each once");
-  }
-  const pooled = encoders.filter((each) => each.pooled !== null).length, wanted = known.tensors.some((t) => t.name === "text_embeds");
-  must(pooled === Number(wanted), "pooled", pooled, "one text encoder where the UNet takes text_embeds, else none");
-}
-
-/** @param {string} where @param {Vae} vae @param {Sample} sample */
-function checkVae(where, vae, sample) {
-  must(sample.space === "latent", where, vae, `null where the space is ${sample.space}`);
-  must(vae.scaling_factor > 0 && vae.scaling_factor <= LARGEST, `${where}.scaling_factor`, vae.scaling_factor, "a number above 0");
-  must(vae.downscale > 0, `${where}.downscale`, vae.downscale, "a whole number above 0");
-  must((vae.mean === null) === (vae.std === null), `${where}.std`, vae.std, "a value where there is a mean, else null");
-  for (const values of [vae.mean, vae.std]) {
-    must(!values || (values.length === sample.channels && values.every((v) => Math.abs(v) <= LARGEST)), where, values, `a number for each of ${sample.channels} channels`);
-  }
-  must(!vae.std || Math.min(...vae.std) > 0, `${where}.std`, vae.std, "numbers above 0");
-}
-
 /** @param {any} target @param {Manifest} m */
 function checkTarget(target, m) {
-  if (target.target === "coreml") {
-    const version = SPECIFICATIONS[target.deployment_target];
-    must(version > 0 && [version, 0].includes(target.specification_version), "specification_version", target.specification_version, `that of ${target.deployment_target}`);
-  }
+  const { deployment_target: system, specification_version: version } = target;
+  must(!system || version === 0 || version === SPECIFICATIONS[system], "specification_version", version, `that of ${system}`);
   must("unet" in target.components, "components", Object.keys(target.components), "a unet");
   for (const [name, each] of Object.entries(/** @type {Record<string, Component>} */ (target.components))) {
-    must(Object.hasOwn(STAGE_OF, name), "components", name, Object.keys(STAGE_OF).join(", "));
-    must(each.stage === STAGE_OF[name], `stage of ${name}`, each.stage, STAGE_OF[name]);
-    const floors = Object.values(each.floors), half = each.dtype === "fp16", looped = each.stage === "step";
-    must(floors.every((floor) => floor === null || floor > 0), `floors of ${name}`, each.floors, "dB above 0");
-    must(each.batch === null || each.batch > 0, "batch", each.batch, "null or a whole number above 0");
-    const rounded = half || Object.keys(each.weights).length > 0;
-    must((each.floors.program !== null) === rounded, "floors.program", each.floors.program, "dB for fp16 and for weights in fewer bits alone");
-    must(Object.values(each.weights).every((count) => count > 0), "weights", each.weights, "how many elements, 1 or more");
+    const half = each.dtype === "fp16", looped = each.stage === "step", rounded = half || Object.keys(each.weights).length > 0;
+    must(each.stage === STAGE_OF[name], `stage of ${name}`, each.stage, `a component of ${Object.keys(STAGE_OF).join(", ")} in its own stage`);
+    must((each.floors.program != null) === rounded, "floors.program", each.floors.program, "dB for fp16 and for weights in fewer bits alone");
     must(half || all(each.graphs).every((t) => t.dtype !== "float16"), "dtype", each.dtype, "fp16 for float16 tensors");
-    must(distinct(each.graphs.map((g) => g.name)), `graphs of ${name}`, each.graphs.map((g) => g.name), "distinct names");
     const listed = (/** @type {string} */ file) => file in m.files || !Object.keys(m.files).length;
     must(each.files.every(listed), `files of ${name}`, each.files, "files of the bundle");
     must(each.tokenizer === null || (each.stage === "prompt" && listed(each.tokenizer)), `tokenizer of ${name}`, each.tokenizer, "a file of the bundle where it is a text encoder, else null");
-    must((each.layout !== null) === looped, "layout", each.layout, "a value for the unet alone");
-    must(each.graphs.every((g) => (g.frequency !== null) === looped), `frequency in ${name}`, each.graphs.map((g) => g.frequency), "a value for graphs of the unet alone");
+    must((each.layout !== null) === looped && each.graphs.every((g) => (g.frequency !== null) === looped), `layout of ${name}`, each.layout, "a layout and frequencies for the unet alone");
     checkGraphs(name, each, m);
     checkFurther(name, each, m);
   }

@@ -1,5 +1,5 @@
 // Seeded normal noise that every runtime draws alike: Philox4x32-10 (Salmon et al. 2011), then Box-Muller.
-import { RequestError, shown } from "./errors.js";
+import { refuse, shown } from "./errors.js";
 
 /** The high word of a product of two 32-bit words; Math.imul gives the low one. @param {number} a @param {number} b */
 function high(a, b) {
@@ -35,9 +35,7 @@ export function philox(counter, key, words) {
 export function readSeed(given) {
   const whole = typeof given === "bigint" || Number.isSafeInteger(given) || (typeof given === "string" && /^\d{1,20}$/.test(given));
   const seed = whole ? BigInt(/** @type {string} */ (given)) : -1n;
-  if (seed < 0n || seed >= 1n << 64n) {
-    throw new RequestError(`seed is ${shown(given)}; expected 0 to 2^64 - 1 as a whole number, a BigInt or decimal text`);
-  }
+  refuse(seed < 0n || seed >= 1n << 64n, `seed is ${shown(given)}; expected 0 to 2^64 - 1 as a whole number, a BigInt or decimal text`);
   return seed;
 }
 

@@ -3,7 +3,7 @@
 import { openBundle } from "./bundle.js";
 import { callsInWords, clockMask } from "./clock.js";
 import { checkCount, classRows, countOf, encodeTexts, guidanceEmbedding, rowsOf, timeIds } from "./conditioning.js";
-import { BundleError, RequestError, shown } from "./errors.js";
+import { BundleError, refuse, RequestError, shown } from "./errors.js";
 import { decode, toUint8 } from "./images.js";
 import { breathe, denoise } from "./loop.js";
 import { all, graphsAt } from "./manifest.js";
@@ -16,6 +16,7 @@ import { Tokenizer } from "./tokenizer.js";
  * @typedef {import("./rows.js").Rows} Rows
  * @typedef {import("./manifest.js").Manifest} Manifest
  * @typedef {import("./manifest.js").Graph} Graph
+ * @typedef {import("./manifest.js").Vae} Vae
  * @typedef {import("./loop.js").Session} Session
  * @typedef {import("./loop.js").Step} Step
  * @typedef {import("./images.js").Images} Images
@@ -65,6 +66,7 @@ import { Tokenizer } from "./tokenizer.js";
  *
  * @typedef {{type: "step", count: number} & Step} StepEvent `count` is the number of steps
  * @typedef {{type: "stage", stage: string}} StageEvent a component that begins
+ * @typedef {{type: "warning", warning: string}} WarningEvent comes before the first step
  * @typedef {{type: "result", result: Result}} ResultEvent
  */
 
@@ -86,7 +88,7 @@ export class EdgePipeline {
     this.manifest = bundle.manifest;
     this.backend = backend;
     this.components = target.components;
-    this.options = options;
+    this.options = { ...options, backend };
   }
 
   /**
@@ -96,7 +98,7 @@ export class EdgePipeline {
    */
   static async fromUrl(url, options = {}) {
     const { threads } = options;
-    if (threads !== undefined && !(Number.isInteger(threads) && threads > 0)) throw new RequestError(`threads is ${shown(threads)}; expected a whole number above 0`);
+    refuse(threads !== undefined && !(Number.isInteger(threads) && threads > 0), `threads is ${shown(threads)}; expected a whole number above 0`);
     const bundle = await openBundle(url, options), onnx = bundle.manifest.targets.find((each) => each.target === "onnx");
     const half = Object.values(onnx?.components ?? {}).some((each) => each.dtype === "fp16");
     const pipe = new EdgePipeline(bundle, await chooseBackend(options.backend, half), options);
@@ -139,8 +141,7 @@ export class EdgePipeline {
 
   /** @param {string} name */
   #session(name) {
-    const { backend, options: { threads, wasmPaths } } = this;
-    const session = this.#open.get(name) ?? OrtSession.open(this.bundle, this.components[name], { backend, threads, wasmPaths });
+    const session = this.#open.get(name) ?? OrtSession.open(this.bundle, this.components[name], this.options);
     if (!this.#open.has(name)) {
       this.#open.set(name, session);
       session.catch(() => this.#open.delete(name)); // the next use tries again
@@ -160,8 +161,7 @@ export class EdgePipeline {
 
   /** @param {string} name */
   #lent(name) {
-    const { lowMemory, threads, wasmPaths } = this.options;
-    return lowMemory ? OrtSession.open(this.bundle, this.components[name], { backend: this.backend, threads, wasmPaths }) : this.#session(name);
+    return this.options.lowMemory ? OrtSession.open(this.bundle, this.components[name], this.options) : this.#session(name);
   }
 
   /** @param {OrtSession} session */
@@ -194,11 +194,11 @@ export class EdgePipeline {
   /**
    * Makes pictures step by step; leaving the loop, or `signal`, cancels. Everything is checked before anything runs.
    * @param {Arguments} [request]
-   * @returns {AsyncGenerator<StageEvent | StepEvent | ResultEvent, void, void>}
+   * @returns {AsyncGenerator<StageEvent | WarningEvent | StepEvent | ResultEvent, void, void>}
    */
   async *stream(request = {}) {
     const { signal, tile, outputType = "image" } = request;
-    if (outputType !== "image" && outputType !== "latent") throw new RequestError(`outputType is ${shown(outputType)}; expected image or latent`);
+    refuse(outputType !== "image" && outputType !== "latent", `outputType is ${shown(outputType)}; expected image or latent`);
     signal?.throwIfAborted();
     const plan = this.#plan(request), { count, guided, size, scheduler, clock, seed } = plan, { manifest } = this, [height, width] = size;
     const side = this.#tile(tile), decodes = outputType === "image" && manifest.sample.space === "latent" && DECODER in this.components;
@@ -223,6 +223,7 @@ export class EdgePipeline {
     /** @type {Result["ledger"]} */
     const ledger = [];
     let latents = { data, dims: shape };
+    for (const text of warnings) yield { type: "warning", warning: text };
     yield { type: "stage", stage: "step" };
     const session = await this.#lent("unet");
     try {
@@ -240,7 +241,7 @@ export class EdgePipeline {
     if (outputType === "image" && manifest.sample.space === "pixel") images = toUint8(latents);
     if (decodes) {
       yield { type: "stage", stage: "decode" };
-      const vae = /** @type {import("./manifest.js").Vae} */ (manifest.vae);
+      const vae = /** @type {Vae} */ (manifest.vae);
       const graphAt = (/** @type {number} */ h, /** @type {number} */ w) => graphsAt(this.components[DECODER], manifest.sample, h, w)?.[0] ?? null;
       images = toUint8(await timed(DECODER, () => this.#use(DECODER, (opened) => decode(opened, graphAt, vae, latents, side, signal))));
     }
@@ -265,11 +266,11 @@ export class EdgePipeline {
   async preview(latents, size = {}) {
     const { sample, preview } = this.manifest, [height, width] = this.#size(size.height, size.width), each = sample.channels * height * width;
     const rows = { data: latents, dims: [latents.length / each, sample.channels, height, width] };
-    if (!(latents instanceof Float32Array) || !latents.length || latents.length % each) throw new RequestError(`latents are ${latents?.length} numbers; expected a multiple of ${each}`);
+    refuse(!(latents instanceof Float32Array) || !latents.length || latents.length % each, `latents are ${latents?.length} numbers; expected a multiple of ${each}`);
     if (sample.space === "pixel") return toUint8(rows);
-    if (!preview || !(PREVIEW in this.components)) throw new RequestError("the bundle has no preview decoder; export it with --preview DIR, an AutoencoderTiny of the same latents");
+    refuse(!preview || !(PREVIEW in this.components), "the bundle has no preview decoder; export it with --preview DIR, an AutoencoderTiny of the same latents");
     const [graph] = this.#graphs(PREVIEW, height, width);
-    return toUint8(await decode(await this.#session(PREVIEW), () => graph, preview, rows));
+    return toUint8(await decode(await this.#session(PREVIEW), () => graph, /** @type {Vae} */ (preview), rows));
   }
 
   /** Everything of a request that needs no graph, checked. @param {Arguments} request */
@@ -277,19 +278,19 @@ export class EdgePipeline {
     const { manifest } = this, { operating_point: point, conditioning: known, sample } = manifest, sampler = manifest.scheduler.name;
     const { numInferenceSteps: steps = point.num_inference_steps, firstImage = 0, guidanceScale = point.guidance_scale } = request;
     const seed = readSeed(request.seed ?? 0), scheduler = makeScheduler(manifest.scheduler, steps), asked = request.clock ?? point.clock;
-    if (!Number.isInteger(firstImage) || firstImage < 0 || firstImage >= 2 ** 32) throw new RequestError(`firstImage is ${shown(firstImage)}; expected a whole number from 0`);
+    refuse(!Number.isInteger(firstImage) || firstImage < 0 || firstImage >= 2 ** 32, `firstImage is ${shown(firstImage)}; expected a whole number from 0`);
     const clock = clockMask(asked, steps, sampler);
     let guidance = Array.isArray(guidanceScale) ? guidanceScale : clock.map(() => guidanceScale);
-    if (guidance.length !== clock.length) throw new RequestError(`guidanceScale has ${guidance.length} entries for ${callsInWords(steps, sampler)}; expected one each`);
+    refuse(guidance.length !== clock.length, `guidanceScale has ${guidance.length} entries for ${callsInWords(steps, sampler)}; expected one each`);
     const wrong = guidance.find((scale) => !Number.isFinite(scale) || scale < 0 || !Number.isFinite(Math.fround(scale)));
-    if (wrong !== undefined) throw new RequestError(`guidanceScale is ${shown(wrong)}; expected a finite number from 0; 1 or less is off`);
+    refuse(wrong !== undefined, `guidanceScale is ${shown(wrong)}; expected a finite number from 0; 1 or less is off`);
     const warning = departure(manifest, clock, guidance, asked);
     const size = this.#size(request.height, request.width), graphs = this.#graphs("unet", ...size);
     const tensors = new Map(graphs.flatMap((g) => g.inputs).map((t) => [t.name, t]));
     /** What a latent consistency model is told of the guidance. @type {number | null} */
     let told = null;
     if (tensors.has("timestep_cond")) {
-      if (new Set(guidance).size > 1) throw new RequestError("guidanceScale differs between steps, but the model is told one; give one number");
+      refuse(new Set(guidance).size > 1, "guidanceScale differs between steps, but the model is told one; give one number");
       told = guidance[0];
       guidance = clock.map(() => 1);
     }
@@ -297,23 +298,21 @@ export class EdgePipeline {
     const texts = [request.prompt, request.negativePrompt, request.prompt2, request.negativePrompt2].some((text) => text != null) ? request : null;
     const what = `the model is conditioned on ${{ none: "nothing", class: "classes (label)", text: "text (prompt, or promptEmbeds)" }[known.kind]}; leave it out`;
     const { promptEmbeds, negativePromptEmbeds, addedCond, negativeAddedCond, label } = request, embeds = promptEmbeds ?? negativePromptEmbeds;
-    if (known.kind !== "class" && label != null) throw new RequestError(`label ${shown(label)} was given, but ${what}`);
-    if (known.kind !== "text" && (texts || embeds || addedCond || negativeAddedCond)) throw new RequestError(`a prompt was given, but ${what}`);
-    if (known.kind === "none" && guided) throw new RequestError("guidanceScale is above 1, but the model has no condition; give 1");
+    refuse(known.kind !== "class" && label != null, `label ${shown(label)} was given, but ${what}`);
+    refuse(known.kind !== "text" && (texts || embeds || addedCond || negativeAddedCond), `a prompt was given, but ${what}`);
+    refuse(known.kind === "none" && guided, "guidanceScale is above 1, but the model has no condition; give 1");
     if (texts) {
-      if (!this.canEncode) throw new RequestError("the bundle has no text encoder; give embeddings (promptEmbeds), not a prompt");
-      if (embeds) throw new RequestError("a prompt and its embeddings were given; give one of them");
-      if (texts.prompt == null) throw new RequestError("a negative prompt or a second one was given without a prompt; give one");
+      refuse(!this.canEncode, "the bundle has no text encoder; give embeddings (promptEmbeds), not a prompt");
+      refuse(embeds, "a prompt and its embeddings were given; give one of them");
+      refuse(texts.prompt == null, "a negative prompt or a second one was given without a prompt; give one");
     }
     const count = request.numImages ?? (texts ? countOf(texts) : Array.isArray(label) ? label.length : (promptEmbeds?.dims?.[0] ?? 1));
     checkCount(count);
     this.#checkMemory(graphs, count, guided, size);
     const length = count * sample.channels * size[0] * size[1], { latents } = request;
-    if (latents && !(latents instanceof Float32Array && latents.length === length && latents.every(Number.isFinite))) {
-      throw new RequestError(`latents are ${shown(latents.length)} numbers; expected ${length} finite ones in a Float32Array`);
-    }
+    refuse(latents && !(latents instanceof Float32Array && latents.length === length && latents.every(Number.isFinite)), `latents are ${latents?.length} numbers; expected ${length} finite ones in a Float32Array`);
     const channels = sample.in_channels - sample.channels, { concatLatents } = request;
-    if (!channels && concatLatents) throw new RequestError("concatLatents were given, but the UNet takes the latent alone; leave them out");
+    refuse(!channels && concatLatents, "concatLatents were given, but the UNet takes the latent alone; leave them out");
     const tensor = { name: "concatLatents", dtype: "float32", shape: ["batch", channels, ...size], stored_as: null };
     const concat = channels ? rowsOf(new Map([[tensor.name, tensor]]), concatLatents ? { concatLatents } : {}, count).concatLatents : null;
     return { seed, scheduler, clock, guidance, guided, warning, size, graphs, tensors, told, texts, count, concat, firstImage };
@@ -352,7 +351,7 @@ export class EdgePipeline {
     }
     const cond = rowsOf(needed, given, count), uncond = guided ? rowsOf(needed, negative, count, "negative ") : {};
     for (const name of Object.keys(uncond)) {
-      if (String(cond[name].dims) !== String(uncond[name].dims)) throw new RequestError(`${name} has shape ${shown(cond[name].dims)} and negative ${name} ${shown(uncond[name].dims)}; expected the same`);
+      refuse(String(cond[name].dims) !== String(uncond[name].dims), `${name} has shape ${shown(cond[name].dims)} and negative ${name} ${shown(uncond[name].dims)}; expected the same`);
     }
     if (told !== null) cond.timestep_cond = guidanceEmbedding(told, Number(tensors.get("timestep_cond")?.shape[1]), count);
     return [cond, uncond];
@@ -368,7 +367,7 @@ export class EdgePipeline {
     const { sample } = this.manifest, each = this.#pixels;
     const [h, w] = Object.entries({ height, width }).map(([name, given]) => {
       if (given == null) return name === "height" ? sample.height : sample.width;
-      if (!Number.isInteger(given) || Number(given) < 1 || Number(given) % each) throw new RequestError(`${name} is ${shown(given)}; expected a multiple of ${each * sample.multiple}`);
+      refuse(!Number.isInteger(given) || Number(given) < 1 || Number(given) % each, `${name} is ${shown(given)}; expected a multiple of ${each * sample.multiple}`);
       return Number(given) / each;
     });
     return [h, w];
@@ -387,8 +386,8 @@ export class EdgePipeline {
   #tile(tile) {
     if (tile == null) return null;
     const each = 4 * this.#pixels;
-    if (!(DECODER in this.components)) throw new RequestError("tile was given, but the bundle has no decoder; leave it out");
-    if (!Number.isInteger(tile) || Number(tile) < 1 || Number(tile) % each) throw new RequestError(`tile is ${shown(tile)}; expected a multiple of ${each} pixels`);
+    refuse(!(DECODER in this.components), "tile was given, but the bundle has no decoder; leave it out");
+    refuse(!Number.isInteger(tile) || Number(tile) < 1 || Number(tile) % each, `tile is ${shown(tile)}; expected a multiple of ${each} pixels`);
     return Number(tile) / this.#pixels;
   }
 
@@ -402,7 +401,7 @@ export class EdgePipeline {
     const bytes = new Map(all(graphs).map((t) => [t.name, t.shape.slice(1).reduce((/** @type {number} */ sum, n) => sum * (typeof n === "number" ? n : 1), t.dtype === "float16" ? 2 : t.dtype === "int64" ? 8 : 4)]));
     const rows = [...bytes.values()].reduce((a, b) => a + b, 0) * (guided ? 2 : 1), picture = this.manifest.vae ? 12 * this.#pixels ** 2 * size[0] * size[1] : 0;
     const needed = count * (rows + picture), there = memory();
-    if (needed > there) throw new RequestError(`numImages is ${count}: they take ${(needed / 1e9).toFixed(1)} GB of memory at least, ${(there / 1e9).toFixed(1)} GB can be had; ask for fewer at a time`);
+    refuse(needed > there, `numImages is ${count}: they take ${(needed / 1e9).toFixed(1)} GB of memory at least, ${(there / 1e9).toFixed(1)} GB can be had; ask for fewer at a time`);
   }
 }
 

@@ -1,5 +1,5 @@
 // From a prompt to token ids: emphasis, chunks, padding. No encoder runs here.
-import { RequestError, shown } from "./errors.js";
+import { refuse, shown } from "./errors.js";
 
 /**
  * @typedef {import("./manifest.js").Encoder} Encoder
@@ -51,7 +51,7 @@ export function parsePrompt(prompt) {
   }
   add(prompt.slice(at));
   const bad = pieces.find(([, weight]) => !(weight >= 0 && weight <= MAX_WEIGHT));
-  if (bad) throw new RequestError(`prompt: the weight of ${shown(bad[0].slice(0, 40))} is ${bad[1]}; expected 0 to ${MAX_WEIGHT}`);
+  refuse(bad, `prompt: the weight of ${shown(bad?.[0].slice(0, 40))} is ${bad?.[1]}; expected 0 to ${MAX_WEIGHT}`);
   return pieces.length ? pieces : [["", 1]];
 }
 
@@ -64,8 +64,8 @@ export function parsePrompt(prompt) {
  * @returns {Chunk[]}
  */
 export function tokenized(prompt, tokenize, encoder, emphasis = true) {
-  if (prompt.length > MAX_CHARACTERS) throw new RequestError(`prompt: ${prompt.length} characters; expected ${MAX_CHARACTERS} at most`);
-  if (/\p{Cs}/u.test(prompt)) throw new RequestError("prompt: it holds a lone surrogate; expected valid Unicode");
+  refuse(prompt.length > MAX_CHARACTERS, `prompt: ${prompt.length} characters; expected ${MAX_CHARACTERS} at most`);
+  refuse(/\p{Cs}/u.test(prompt), "prompt: it holds a lone surrogate; expected valid Unicode");
   /** @type {number[]} */
   const ids = [], weights = /** @type {number[]} */ ([]), size = encoder.max_length - 2;
   for (const [text, weight] of emphasis ? parsePrompt(prompt) : [/** @type {[string, number]} */ ([prompt, 1])]) {
@@ -74,7 +74,7 @@ export function tokenized(prompt, tokenize, encoder, emphasis = true) {
       weights.push(weight);
     }
   }
-  if (ids.length > MAX_CHUNKS * size) throw new RequestError(`prompt: ${ids.length} tokens; expected ${MAX_CHUNKS * size} at most; shorten the prompt`);
+  refuse(ids.length > MAX_CHUNKS * size, `prompt: ${ids.length} tokens; expected ${MAX_CHUNKS * size} at most; shorten the prompt`);
   return Array.from({ length: Math.max(1, Math.ceil(ids.length / size)) }, (_, i) =>
     makeChunk(encoder, ids.slice(i * size, (i + 1) * size), weights.slice(i * size, (i + 1) * size)),
   );

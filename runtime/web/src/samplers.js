@@ -280,7 +280,7 @@ const tcd = {
   },
 };
 
-/** @type {Record<string, Sampler>} */
-export const SAMPLERS = {
+/** Without a prototype, so that any name is only a name. @type {Record<string, Sampler>} */
+export const SAMPLERS = Object.assign(Object.create(null), {
   ddim, pndm, dpmpp_2m: dpm(false), dpmpp_2m_sde: dpm(true), unipc, euler: euler(false), euler_ancestral: euler(true), heun, lcm, tcd,
-};
+});

@@ -1,6 +1,6 @@
 // Where the steps of a schedule lie: alphas, timesteps and noise levels. The training tables are float32, rounded
 // where torch rounds them: 1 - alpha cancels near t = 0, and published models are sampled with those roundings.
-import { RequestError } from "./errors.js";
+import { refuse } from "./errors.js";
 
 /** @typedef {import("./schedulers.js").SchedulerConfig} SchedulerConfig */
 
@@ -76,20 +76,14 @@ export function spacedTimesteps(config, steps, { points = steps, last = config.n
     spaced = Array.from({ length: Math.ceil(last / (train / steps)) }, (_, i) => roundEven(last + i * stride) - 1);
   }
   spaced = spaced.slice(0, steps);
-  if (spaced[0] > train - 1) {
-    throw new RequestError(
-      `${steps} steps with steps_offset ${config.steps_offset} start at timestep ${spaced[0]}: expected at most ${train - 1}; take fewer steps`,
-    );
-  }
+  refuse(spaced[0] > train - 1, `${steps} steps with steps_offset ${config.steps_offset} start at timestep ${spaced[0]}: expected at most ${train - 1}; take fewer steps`);
   return spaced;
 }
 
 /** Timesteps of a model that was distilled on `original_inference_steps`. @param {SchedulerConfig} config @param {number} steps */
 export function distilledTimesteps(config, steps) {
   const original = config.original_inference_steps;
-  if (steps > original || original > config.num_train_timesteps) {
-    throw new RequestError(`${steps} steps of ${config.name} with original_inference_steps ${original}: expected ${original} at most; take fewer steps`);
-  }
+  refuse(steps > original || original > config.num_train_timesteps, `${steps} steps of ${config.name} with original_inference_steps ${original}: expected ${original} at most; take fewer steps`);
   const each = Math.floor(config.num_train_timesteps / original);
   return Array.from({ length: steps }, (_, i) => (original - Math.floor((i * original) / steps)) * each - 1);
 }
@@ -162,7 +156,7 @@ function lastTimestep(config) {
   if (least === null) return train;
   const lambdas = terminalAlphas(config).map((a) => round32(Math.log(round32(Math.sqrt(a)))) - round32(Math.log(round32(Math.sqrt(round32(1 - a))))));
   const last = lambdas.filter((lambda) => lambda >= round32(least)).length;
-  if (!last) throw new RequestError(`lambda_min_clipped ${least}: expected at most ${lambdas[0]}, where the training schedule begins`);
+  refuse(!last, `lambda_min_clipped ${least}: expected at most ${lambdas[0]}, where the training schedule begins`);
   return last;
 }
 

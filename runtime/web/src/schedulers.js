@@ -1,5 +1,5 @@
 // The settings of a scheduler, under diffusers' names, and the scheduler that is made from them.
-import { RequestError, shown } from "./errors.js";
+import { refuse, shown } from "./errors.js";
 import { mix, SAMPLERS } from "./samplers.js";
 
 /**
@@ -61,34 +61,33 @@ const SPREADS = ["karras", "exponential", "beta"];
  * @returns {SchedulerConfig}
  */
 export function readScheduler(given) {
-  const name = String(given.name), sampler = Object.hasOwn(SAMPLERS, name) ? SAMPLERS[name] : null;
-  if (!sampler) throw new RequestError(`scheduler name ${shown(given.name)}: expected one of ${Object.keys(SAMPLERS).join(", ")}`);
+  const name = String(given.name), sampler = SAMPLERS[name];
+  refuse(!sampler, `scheduler name ${shown(given.name)}: expected one of ${Object.keys(SAMPLERS).join(", ")}`);
   /** @type {Record<string, unknown>} */
   const config = { name };
   for (const key of Object.keys(given)) {
-    if (key !== "name" && !Object.hasOwn(SETTINGS, key)) throw new RequestError(`scheduler ${key}: there is no such setting; update the runtime`);
+    refuse(key !== "name" && !Object.hasOwn(SETTINGS, key), `scheduler ${key}: there is no such setting; update the runtime`);
   }
   for (const [key, [[holds, expected], unread]] of Object.entries(SETTINGS)) {
     const reads = key in sampler.settings, usual = reads ? sampler.settings[key] : unread;
     const value = given[key] === undefined || (key === "timestep_spacing" && given[key] === null) ? usual : given[key];
-    const fits = reads || PROCESS.includes(key) ? holds(value, { ...config, ...given }) : value === unread;
-    if (!fits || (key === "prediction_type" && sampler.predictions?.includes(String(value)) === false)) {
-      throw new RequestError(`scheduler ${key} ${shown(value)}: expected ${fits ? sampler.predictions : reads || PROCESS.includes(key) ? expected : `${shown(unread)}, since ${name} does not read it`}`);
-    }
+    const told = `scheduler ${key} ${shown(value)}: expected`;
+    if (reads || PROCESS.includes(key)) refuse(!holds(value, { ...config, ...given }), `${told} ${expected}`);
+    else refuse(value !== unread, `${told} ${shown(unread)}, since ${name} does not read it`);
     config[key] = value;
   }
+  const { predictions } = sampler;
+  refuse(predictions && !predictions.includes(String(config.prediction_type)), `scheduler prediction_type ${shown(config.prediction_type)}: expected ${predictions} for ${name}`);
   const spreads = SPREADS.filter((spread) => config[`use_${spread}_sigmas`]);
-  if (spreads.length > 1) throw new RequestError(`scheduler: ${spreads.join(" and ")} sigmas are both true; expected one of them`);
+  refuse(spreads.length > 1, `scheduler: ${spreads.join(" and ")} sigmas are both true; expected one of them`);
   return /** @type {any} */ (config);
 }
 
 /** The sampler of a name such as `euler` or, with the layout of its noise levels, `euler_karras`. @param {string} name */
 export function samplerOf(name) {
   const base = name.replace(/_(karras|exponential|beta)$/, "");
-  const sampler = Object.hasOwn(SAMPLERS, base) ? SAMPLERS[base] : null;
-  if (!sampler || (base !== name && !(`use_${name.slice(base.length + 1)}_sigmas` in sampler.settings))) {
-    throw new RequestError(`scheduler ${shown(name)}: expected a sampler, one of ${Object.keys(SAMPLERS).join(", ")}`);
-  }
+  const sampler = SAMPLERS[base];
+  refuse(!sampler || (base !== name && !(`use_${name.slice(base.length + 1)}_sigmas` in sampler.settings)), `scheduler ${shown(name)}: expected a sampler, one of ${Object.keys(SAMPLERS).join(", ")}`);
   return sampler;
 }
 
@@ -127,7 +126,7 @@ export class Scheduler {
    * @returns {[Float32Array, Float32Array[]]}
    */
   step(i, x, out, state, noise, first = i === 0) {
-    if (!first && !state) throw new RequestError(`scheduler state, none: step ${i} expected the state of step ${i - 1}`);
+    refuse(!first && !state, `scheduler state, none: step ${i} expected the state of step ${i - 1}`);
     return this.sampler.step(this, i, x, out, first ? [] : /** @type {Float32Array[]} */ (state), this.needsNoise ? noise : null);
   }
 
@@ -142,14 +141,8 @@ export class Scheduler {
 /** A scheduler with every coefficient computed. @param {SchedulerConfig} config @param {number} steps */
 export function makeScheduler(config, steps) {
   const limit = config.num_train_timesteps;
-  if (!Number.isInteger(steps) || steps < 1 || steps > limit) {
-    throw new RequestError(`numInferenceSteps is ${shown(steps)}; expected a whole number from 1 to ${limit}`);
-  }
+  refuse(!Number.isInteger(steps) || steps < 1 || steps > limit, `numInferenceSteps is ${shown(steps)}; expected a whole number from 1 to ${limit}`);
   const scheduler = new Scheduler(config, steps), bad = scheduler.rows.findIndex((row) => !row.every(Number.isFinite));
-  if (bad >= 0) {
-    throw new RequestError(
-      `${config.name} in ${steps} steps: step ${bad} would divide by zero; take fewer steps or, where the terminal SNR is zero, a prediction other than epsilon`,
-    );
-  }
+  refuse(bad >= 0, `${config.name} in ${steps} steps: step ${bad} would divide by zero; take fewer steps or, where the terminal SNR is zero, a prediction other than epsilon`);
   return scheduler;
 }

@@ -1,5 +1,5 @@
 // ONNX Runtime Web behind the loop's interface.
-import { BundleError, RequestError, oneLine, shown } from "./errors.js";
+import { BundleError, oneLine, refuse, RequestError, shown } from "./errors.js";
 
 /**
  * @typedef {import("./manifest.js").Graph} Graph
@@ -27,11 +27,11 @@ function alone(job) {
  * @returns {Promise<Backend>}
  */
 export async function chooseBackend(asked, half) {
-  if (asked !== undefined && asked !== "wasm" && asked !== "webgpu") throw new RequestError(`backend is ${shown(asked)}; expected wasm or webgpu`);
+  refuse(asked !== undefined && asked !== "wasm" && asked !== "webgpu", `backend is ${shown(asked)}; expected wasm or webgpu`);
   if (asked === "wasm") return asked;
   const adapter = await /** @type {any} */ (globalThis.navigator)?.gpu?.requestAdapter().catch(() => null);
   if (adapter && (!half || adapter.features.has("shader-f16"))) return "webgpu";
-  if (asked) throw new RequestError(`backend webgpu: this browser has no adapter for it${adapter ? " that computes in float16" : ""}; take wasm`);
+  refuse(asked, `backend webgpu: this browser has no adapter for it${adapter ? " that computes in float16" : ""}; take wasm`);
   return "wasm";
 }
 
