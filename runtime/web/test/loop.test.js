@@ -35,14 +35,15 @@ class FakeSession {
   async run({ name }, table) {
     this.ran.push(name);
     const graph = this.golden.graphs.find((each) => each.name === name);
-    const count = table.get(graph.inputs.find((each) => each !== "timestep")).dims[0], rows = [];
+    const others = graph.inputs.filter((each) => each !== "timestep").map((each) => table.get(each)), rows = [];
+    const count = Math.max(...others.map(({ dims }) => dims[0]));
     for (let i = 0; i < count; i++) {
       const row = {};
       for (const each of graph.inputs) {
         const value = table.get(each);
         assert.ok(this.live.has(value), `${each} was used after it was dropped`);
         const size = value.data.length / value.dims[0];
-        row[each] = each === "timestep" ? [...value.data] : [...value.data.subarray(i * size, (i + 1) * size)];
+        row[each] = each === "timestep" ? [...value.data] : Array.from(value.data.subarray((i % value.dims[0]) * size).subarray(0, size));
       }
       for (const { tensor, terms } of graph.compute) {
         row[tensor] = terms[0].matrix.map((_, k) =>
@@ -90,6 +91,18 @@ for (const name of goldenFiles("loop")) {
     assert.equal(session.live.size, 0, "tensors outlived the generation");
   });
 }
+
+test("graphs that can repeat a sample take it once for each image, unless another graph cannot", async () => {
+  for (const shared of [2, 1]) {
+    const golden = readGolden("loop/guided_pair.json"), request = requestOf(golden), session = new FakeSession(golden), rows = [];
+    request.graphs.slice(0, shared).forEach((graph) => (graph.inputs.find(({ name }) => name === "sample").shape = ["images"]));
+    const put = session.put.bind(session);
+    session.put = (value) => (rows.push(value.dims), put(value));
+    for await (const step of denoise(request, session)) closeTo(step.latents, golden.steps[step.index].latents, 1e-5 * largest(golden.steps[step.index].latents));
+    const samples = rows.filter((dims) => dims.length === 4 && dims[2] === 2 && dims[1] === 2);
+    assert.ok(samples.some(([n]) => n === (shared === 2 ? 2 : 4)));
+  }
+});
 
 test("a caller may change and transfer what a step gives", async () => {
   const golden = readGolden("loop/second_order.json");
