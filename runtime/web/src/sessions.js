@@ -6,7 +6,7 @@ import { BundleError, oneLine, refuse, RequestError, shown } from "./errors.js";
  * @typedef {import("./manifest.js").Tensor} Tensor
  * @typedef {import("./rows.js").Rows} Rows
  * @typedef {"wasm" | "webgpu"} Backend
- * @typedef {{backend: Backend, threads?: number, wasmPaths?: any}} SessionOptions
+ * @typedef {{backend: Backend, threads?: number, lowMemory?: boolean, wasmPaths?: any}} SessionOptions
  */
 
 const OUT = "out_sample";
@@ -50,12 +50,13 @@ export class OrtSession {
    * @param {import("./manifest.js").Component} component
    * @param {SessionOptions} options
    */
-  static async open(bundle, component, { backend, threads, wasmPaths }) {
+  static async open(bundle, component, { backend, threads, wasmPaths, lowMemory = false }) {
+    const stored = component.dtype !== "int8" && Object.keys(component.weights).length > 0;
     const ort = /** @type {typeof import("onnxruntime-web")} */ (
       await (backend === "wasm" ? import("onnxruntime-web/wasm") : import("onnxruntime-web/webgpu"))
     );
     // Both hold from the module's first session on.
-    if (threads !== undefined) ort.env.wasm.numThreads = threads;
+    if (threads !== undefined || !globalThis.crossOriginIsolated) ort.env.wasm.numThreads = threads ?? 1;
     if (wasmPaths !== undefined) ort.env.wasm.wasmPaths = wasmPaths;
     /** Weights that graphs share are loaded once. @type {Map<string, Uint8Array>} */
     const weights = new Map();
@@ -76,7 +77,9 @@ export class OrtSession {
         const place = (/** @type {Tensor} */ t) => (backend === "webgpu" && component.stage === "step" && t.name !== OUT ? "gpu-buffer" : "cpu");
         const preferredOutputLocation = /** @type {any} */ (Object.fromEntries(graph.outputs.map((t) => [t.name, place(t)])));
         const model = await bundle.file(graph.file);
-        const made = await alone(() => ort.InferenceSession.create(model, { executionProviders: [backend], externalData, preferredOutputLocation })).catch((e) => {
+        // Weights that are stored in fewer bits are made once, not in each run.
+        const extra = stored && !lowMemory ? { session: { disable_quant_qdq: "1" } } : {};
+        const made = await alone(() => ort.InferenceSession.create(model, { executionProviders: [backend], externalData, preferredOutputLocation, extra })).catch((e) => {
           throw new BundleError(`${graph.file} cannot be loaded: ${oneLine(e)}; take another backend or export again`);
         });
         loaded.set(graph.name, made);

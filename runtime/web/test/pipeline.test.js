@@ -6,7 +6,7 @@ import { EdgePipeline } from "../src/pipeline.js";
 import { closeTo, GOLDEN, readGolden } from "./golden.js";
 import { serve } from "./server.js";
 
-const golden = readGolden("bundle.json"), options = { backend: "wasm", threads: 1 };
+const golden = readGolden("bundle.json"), options = { backend: "wasm" };
 let server, pipe;
 before(async () => {
   server = await serve(new URL("bundle/", GOLDEN));
