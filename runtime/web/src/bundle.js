@@ -13,7 +13,10 @@ import { Sha256, sha256 } from "./sha256.js";
  * @property {AbortSignal} [signal] ends a download
  */
 
-const MANIFEST = "manifest.json", SUMS = "SHA256SUMS", AGAIN = "download or copy the bundle again", TRIES = 3;
+const MANIFEST = "manifest.json",
+  SUMS = "SHA256SUMS",
+  AGAIN = "download or copy the bundle again",
+  TRIES = 3;
 // Of manifest.json and SHA256SUMS, whose sizes nobody tells.
 const MAX_BYTES = 2 ** 26;
 
@@ -49,7 +52,8 @@ export class Bundle {
    * @returns {Promise<Uint8Array<ArrayBuffer>>}
    */
   async file(name) {
-    const { size, sha256: hash } = this.#entry(name), { store } = this.options;
+    const { size, sha256: hash } = this.#entry(name),
+      { store } = this.options;
     this.expect([name]);
     const kept = await store?.get(hash);
     if (kept && kept.length === size && (await sha256(kept)) === hash) {
@@ -69,14 +73,22 @@ export class Bundle {
   /** @param {string} name @param {number} loaded */
   #told(name, loaded) {
     /** @type {any} */ (this.#wanted.get(name)).loaded = loaded;
-    const sum = (/** @type {"size" | "loaded"} */ key) => [...this.#wanted.values()].reduce((total, file) => total + file[key], 0);
+    const sum = (/** @type {"size" | "loaded"} */ key) =>
+      [...this.#wanted.values()].reduce((total, file) => total + file[key], 0);
     this.options.onProgress?.({ file: name, loaded: sum("loaded"), total: sum("size") });
   }
 
-  /** Streams a file into its place; goes on where a connection has ended. @param {string} name @param {number} size @param {string} hash */
+  /**
+   * Streams a file into its place; goes on where a connection has ended.
+   * @param {string} name
+   * @param {number} size
+   * @param {string} hash
+   */
   async #download(name, size, hash) {
     const bytes = new Uint8Array(size);
-    let at = 0, sum = new Sha256(), why = "";
+    let at = 0,
+      sum = new Sha256(),
+      why = "";
     for (let tries = 0; tries < TRIES && (at < size || !tries); tries++) {
       const response = await get(this.url, name, this.options, at ? { range: `bytes=${at}-` } : {}).catch((e) => {
         if (!at) throw e; // it never began
@@ -87,11 +99,14 @@ export class Bundle {
         at = 0; // the server sends it from its beginning
         sum = new Sha256();
       } else if (at && !(response.headers.get("content-range") ?? "").startsWith(`bytes ${at}-`)) {
-        throw new BundleError(`${name} cannot be resumed: the server sent ${shown(response.headers.get("content-range"))}; try again`);
+        throw new BundleError(
+          `${name} cannot be resumed: the server sent ${shown(response.headers.get("content-range"))}; try again`,
+        );
       }
       try {
         for await (const chunk of chunks(response)) {
-          if (at + chunk.length > size) throw new BundleError(`${name} has more than the ${size} bytes in ${MANIFEST}: it is damaged; ${AGAIN}`);
+          if (at + chunk.length > size)
+            throw new BundleError(`${name} has more than the ${size} bytes in ${MANIFEST}: it is damaged; ${AGAIN}`);
           bytes.set(chunk, at);
           sum.update(chunk);
           at += chunk.length;
@@ -103,9 +118,12 @@ export class Bundle {
       }
     }
     if (at < size) {
-      throw new BundleError(`${name} ended after ${at} of ${size} bytes, and could not be resumed${why && ` (${why})`}; check the connection, or ${AGAIN}`);
+      throw new BundleError(
+        `${name} ended after ${at} of ${size} bytes, and could not be resumed${why && ` (${why})`}; check the connection, or ${AGAIN}`,
+      );
     }
-    if (sum.hex() !== hash) throw new BundleError(`${name} does not have the hash in ${MANIFEST}: it is damaged; ${AGAIN}`);
+    if (sum.hex() !== hash)
+      throw new BundleError(`${name} does not have the hash in ${MANIFEST}: it is damaged; ${AGAIN}`);
     return bytes;
   }
 }
@@ -127,14 +145,29 @@ export async function openBundle(url, options = {}) {
   const [data, sums] = await Promise.all([MANIFEST, SUMS].map((name) => whole(base, name, options)));
   const manifest = parseManifest(data);
   const targets = manifest.targets.flatMap((each) => Object.values(each.components));
-  const graphs = targets.flatMap((each) => [...each.graphs, ...each.further.flatMap((sized) => sized.graphs), ...(each.model ? [each.model] : [])]);
-  for (const name of [...Object.keys(manifest.files), ...graphs.flatMap((g) => [g.file ?? MANIFEST, ...g.external_data])]) address(base, name);
+  const graphs = targets.flatMap((each) => [
+    ...each.graphs,
+    ...each.further.flatMap((sized) => sized.graphs),
+    ...(each.model ? [each.model] : []),
+  ]);
+  for (const name of [
+    ...Object.keys(manifest.files),
+    ...graphs.flatMap((g) => [g.file ?? MANIFEST, ...g.external_data]),
+  ])
+    address(base, name);
   const hashes = new Map(Object.entries(manifest.files).map(([name, file]) => [name, file.sha256]));
   hashes.set(MANIFEST, await sha256(data));
   // Sorted as Python sorts, by code points and not by UTF-16.
-  const lines = [...hashes].map(([name, hash]) => ({ key: Array.from(name, (char) => String(char.codePointAt(0)).padStart(7, "0")).join(), line: `${hash}  ${name}\n` }));
-  const rendered = lines.sort((a, b) => (a.key < b.key ? -1 : 1)).map(({ line }) => line).join("");
-  if (new TextDecoder().decode(sums) !== rendered) throw new BundleError(`${SUMS} does not agree with ${MANIFEST}: one of the two is damaged; ${AGAIN}`);
+  const lines = [...hashes].map(([name, hash]) => ({
+    key: Array.from(name, (char) => String(char.codePointAt(0)).padStart(7, "0")).join(),
+    line: `${hash}  ${name}\n`,
+  }));
+  const rendered = lines
+    .sort((a, b) => (a.key < b.key ? -1 : 1))
+    .map(({ line }) => line)
+    .join("");
+  if (new TextDecoder().decode(sums) !== rendered)
+    throw new BundleError(`${SUMS} does not agree with ${MANIFEST}: one of the two is damaged; ${AGAIN}`);
   return new Bundle(base, options, manifest);
 }
 
@@ -157,14 +190,20 @@ async function get(base, name, { fetch = globalThis.fetch, signal }, headers = {
     response = await fetch(address(base, name), { headers, signal });
   } catch (e) {
     if (signal?.aborted) throw e;
-    throw new BundleError(`${name} cannot be fetched from ${base.href}: ${oneLine(e)}; check the address and the connection`);
+    throw new BundleError(
+      `${name} cannot be fetched from ${base.href}: ${oneLine(e)}; check the address and the connection`,
+    );
   }
   if (response.ok) return response;
   await response.body?.cancel();
   if (response.status === 404 && [MANIFEST, SUMS].includes(name)) {
-    throw new BundleError(`${base.href} is not a bundle: ${name} is missing; expected the address of a folder that export wrote`);
+    throw new BundleError(
+      `${base.href} is not a bundle: ${name} is missing; expected the address of a folder that export wrote`,
+    );
   }
-  throw new BundleError(`${name} cannot be fetched from ${base.href}: the server answered ${response.status}; ${AGAIN}`);
+  throw new BundleError(
+    `${name} cannot be fetched from ${base.href}: the server answered ${response.status}; ${AGAIN}`,
+  );
 }
 
 /** @param {URL} base @param {string} name @param {BundleOptions} options */
@@ -175,7 +214,10 @@ async function whole(base, name, options) {
   try {
     for await (const chunk of chunks(response)) {
       parts.push(chunk);
-      if ((size += chunk.length) > MAX_BYTES) throw new BundleError(`${name} has more than ${MAX_BYTES} bytes: ${base.href} is not a bundle; check the address`);
+      if ((size += chunk.length) > MAX_BYTES)
+        throw new BundleError(
+          `${name} has more than ${MAX_BYTES} bytes: ${base.href} is not a bundle; check the address`,
+        );
     }
   } catch (e) {
     if (e instanceof BundleError || options.signal?.aborted) throw e;
@@ -186,6 +228,7 @@ async function whole(base, name, options) {
 
 /** What a response gives; Safari's streams are not iterable. @param {Response} response */
 async function* chunks(response) {
+  if (!response.body) return;
   const reader = /** @type {ReadableStream<Uint8Array<ArrayBuffer>>} */ (response.body).getReader();
   try {
     for (let read = await reader.read(); !read.done; read = await reader.read()) yield read.value;

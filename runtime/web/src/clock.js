@@ -13,7 +13,10 @@ const MAX_STEPS = 10000;
  * @param {string} scheduler a sampler's name, or with the layout of its noise levels
  */
 export function clockMask(clock, steps, scheduler) {
-  refuse(!Number.isInteger(steps) || steps < 1 || steps > MAX_STEPS, `steps is ${shown(steps)}; expected a whole number above 0, ${MAX_STEPS} at most`);
+  refuse(
+    !Number.isInteger(steps) || steps < 1 || steps > MAX_STEPS,
+    `steps is ${shown(steps)}; expected a whole number above 0, ${MAX_STEPS} at most`,
+  );
   const calls = samplerOf(scheduler).calls(steps);
   let read = clock;
   if (typeof clock === "string" && /^\s*\d+\s*(,\s*\d+\s*)*$/.test(clock)) {
@@ -25,9 +28,16 @@ export function clockMask(clock, steps, scheduler) {
     return Array.from({ length: calls }, (_, i) => i % period === 0);
   }
   refuse(!Array.isArray(read), `clock is ${shown(clock)}; expected a period such as 2 or a mask such as 1,0,1,0`);
-  const mask = /** @type {unknown[]} */ (read), told = `clock mask ${shown(mask.join())}`;
-  refuse(mask.some((bit) => bit !== 0 && bit !== 1), `${told}: each entry is 0 (cached) or 1 (full)`);
-  refuse(mask.length !== calls, `${told} has ${mask.length} entries for ${callsInWords(steps, scheduler)}; expected one each`);
+  const mask = /** @type {unknown[]} */ (read),
+    told = `clock mask ${shown(mask.join())}`;
+  refuse(
+    mask.some((bit) => bit !== 0 && bit !== 1),
+    `${told}: each entry is 0 (cached) or 1 (full)`,
+  );
+  refuse(
+    mask.length !== calls,
+    `${told} has ${mask.length} entries for ${callsInWords(steps, scheduler)}; expected one each`,
+  );
   refuse(!mask[0], `${told} begins with 0; the first step is always full`);
   return mask.map(Boolean);
 }

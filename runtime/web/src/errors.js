@@ -1,17 +1,19 @@
 /** Something that a user can correct; the message is one line that says what was given and what was expected. */
 export class EdgeRuntimeError extends Error {
-  get name() {
-    return this.constructor.name;
-  }
+  name = "EdgeRuntimeError"; // not the class's, which a bundler shortens
 }
 
 /** The bundle is damaged, unsafe to open, or of another version. */
-export class BundleError extends EdgeRuntimeError {}
+export class BundleError extends EdgeRuntimeError {
+  name = "BundleError";
+}
 
 /** A request does not fit the bundle: a label, a clock, a number of steps, a guidance scale. */
-export class RequestError extends EdgeRuntimeError {}
+export class RequestError extends EdgeRuntimeError {
+  name = "RequestError";
+}
 
-/** @param {unknown} when @param {string} message */
+/** Refuses a request with a message. @param {unknown} when @param {string} message */
 export function refuse(when, message) {
   if (when) throw new RequestError(message);
 }
@@ -24,5 +26,7 @@ export function shown(value) {
 
 /** What an error says, on one line. @param {unknown} error */
 export function oneLine(error) {
-  return String(error instanceof Error ? error.message || error.name : error).replace(/\s+/g, " ").slice(0, 300);
+  return String(error instanceof Error ? error.message || error.name : error)
+    .replace(/\s+/g, " ")
+    .slice(0, 300);
 }

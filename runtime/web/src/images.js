@@ -9,9 +9,14 @@ import { runOne } from "./sessions.js";
  * @typedef {{data: Uint8Array, dims: number[]}} Images [N, H, W, C]
  */
 
-/** From float32 [N, C, H, W], clipped to [-1, 1], to bytes [N, H, W, C]; halves go to the even neighbour. @param {Rows} pixels @returns {Images} */
+/**
+ * From float32 [N, C, H, W], clipped to [-1, 1], to bytes [N, H, W, C]; halves go to the even neighbour.
+ * @param {Rows} pixels
+ * @returns {Images}
+ */
 export function toUint8({ data, dims: [count, channels, height, width] }) {
-  const area = height * width, made = new Uint8Array(data.length);
+  const area = height * width,
+    made = new Uint8Array(data.length);
   for (let n = 0; n < count * channels; n++) {
     let to = Math.floor(n / channels) * channels * area + (n % channels);
     for (let k = n * area; k < (n + 1) * area; k++, to += channels) {
@@ -22,9 +27,16 @@ export function toUint8({ data, dims: [count, channels, height, width] }) {
   return { data: made, dims: [count, height, width, channels] };
 }
 
-/** One of some images as a canvas takes it: new ImageData(data, width, height). @param {Images} images @param {number} [index] */
+/**
+ * One of some images as a canvas takes it: new ImageData(data, width, height).
+ * @param {Images} images
+ * @param {number} [index]
+ */
 export function toRgba({ data, dims: [count, height, width, channels] }, index = 0) {
-  refuse(!(index >= 0 && index < count) || ![1, 3].includes(channels), `image ${index} of ${count} with ${channels} channels: expected one of them, with 1 or 3`);
+  refuse(
+    !(index >= 0 && index < count) || ![1, 3].includes(channels),
+    `image ${index} of ${count} with ${channels} channels: expected one of them, with 1 or 3`,
+  );
   const made = new Uint8ClampedArray(4 * height * width);
   for (let k = 0, at = index * height * width * channels; k < made.length; k += 4, at += channels) {
     made[k] = data[at];
@@ -45,11 +57,16 @@ export function toRgba({ data, dims: [count, height, width, channels] }, index =
  * @param {AbortSignal} [signal]
  */
 export async function decode(session, graphAt, vae, latents, tile = null, signal) {
-  const [count, channels, height, width] = latents.dims, area = height * width, { mean, std, scaling_factor: scale, downscale } = vae;
-  const z = { dims: latents.dims, data: /** @type {Float32Array} */ (latents.data).map((value, k) => {
-    const c = Math.floor(k / area) % channels;
-    return mean && std ? (value * std[c]) / scale + mean[c] : value / scale;
-  }) };
+  const [count, channels, height, width] = latents.dims,
+    area = height * width,
+    { mean, std, scaling_factor: scale, downscale } = vae;
+  const z = {
+    dims: latents.dims,
+    data: /** @type {Float32Array} */ (latents.data).map((value, k) => {
+      const c = Math.floor(k / area) % channels;
+      return mean && std ? (value * std[c]) / scale + mean[c] : value / scale;
+    }),
+  };
   const made = [];
   for (const n of range(count)) {
     signal?.throwIfAborted();
@@ -58,12 +75,24 @@ export async function decode(session, graphAt, vae, latents, tile = null, signal
   return joined(...made);
 }
 
-/** One latent, in a single tile where that is large enough. @param {import("./loop.js").Session} session @param {(h: number, w: number) => import("./manifest.js").Graph | null} graphAt @param {Rows} z @param {number} tile @param {number} scale */
+/**
+ * One latent, in a single tile where that is large enough.
+ * @param {import("./loop.js").Session} session
+ * @param {(h: number, w: number) => import("./manifest.js").Graph | null} graphAt
+ * @param {Rows} z
+ * @param {number} tile
+ * @param {number} scale
+ */
 async function inTiles(session, graphAt, z, tile, scale) {
-  const [, , height, width] = z.dims, overlap = tile / 4, stride = tile - overlap;
+  const [, , height, width] = z.dims,
+    overlap = tile / 4,
+    stride = tile - overlap;
   const pixels = async (/** @type {number} */ top, /** @type {number} */ left) => {
-    const bottom = Math.min(top + tile, height), right = Math.min(left + tile, width);
-    let y = top, x = left, graph = graphAt(bottom - y, right - x);
+    const bottom = Math.min(top + tile, height),
+      right = Math.min(left + tile, width);
+    let y = top,
+      x = left,
+      graph = graphAt(bottom - y, right - x);
     if (!graph) {
       // No graph for what is left: a whole tile that ends there.
       y = Math.max(bottom - tile, 0);
@@ -87,13 +116,26 @@ async function inTiles(session, graphAt, z, tile, scale) {
       row.push(made);
     }
     const side = scale * stride;
-    bands.push(beside(row.map((each) => cropped(each, 0, 0, Math.min(side, each.dims[2]), Math.min(side, each.dims[3]))), 3));
+    bands.push(
+      beside(
+        row.map((each) => cropped(each, 0, 0, Math.min(side, each.dims[2]), Math.min(side, each.dims[3]))),
+        3,
+      ),
+    );
     above = row;
   }
   return beside(bands, 2);
 }
 
-/** A part of a map [1, C, H, W]. @param {Rows} map @param {number} top @param {number} left @param {number} height @param {number} width @returns {Rows} */
+/**
+ * A part of a map [1, C, H, W].
+ * @param {Rows} map
+ * @param {number} top
+ * @param {number} left
+ * @param {number} height
+ * @param {number} width
+ * @returns {Rows}
+ */
 function cropped({ data, dims: [, channels, h, w] }, top, left, height, width) {
   const made = new Float32Array(channels * height * width);
   for (let r = 0; r < channels * height; r++) {
@@ -103,15 +145,26 @@ function cropped({ data, dims: [, channels, h, w] }, top, left, height, width) {
   return { data: made, dims: [1, channels, height, width] };
 }
 
-/** Fades from the end of the tile before into the beginning of this one, which is changed. @param {Rows} before @param {Rows} tile @param {number} axis @param {number} overlap */
+/**
+ * Fades from the end of the tile before into the beginning of this one, which is changed.
+ * @param {Rows} before
+ * @param {Rows} tile
+ * @param {number} axis
+ * @param {number} overlap
+ */
 function blend(before, tile, axis, overlap) {
-  const count = Math.min(before.dims[axis], tile.dims[axis], overlap), [, channels, height, width] = tile.dims;
-  const old = /** @type {Float32Array} */ (before.data), made = /** @type {Float32Array} */ (tile.data), [h, w] = before.dims.slice(2);
-  const rows = axis === 2 ? count : height, columns = axis === 3 ? count : width;
+  const count = Math.min(before.dims[axis], tile.dims[axis], overlap),
+    [, channels, height, width] = tile.dims;
+  const old = /** @type {Float32Array} */ (before.data),
+    made = /** @type {Float32Array} */ (tile.data),
+    [h, w] = before.dims.slice(2);
+  const rows = axis === 2 ? count : height,
+    columns = axis === 3 ? count : width;
   for (let c = 0; c < channels; c++) {
     for (let y = 0; y < rows; y++) {
       for (let x = 0; x < columns; x++) {
-        const at = (c * height + y) * width + x, from = (c * h + y + (axis === 2 ? h - count : 0)) * w + x + (axis === 3 ? w - count : 0);
+        const at = (c * height + y) * width + x,
+          from = (c * h + y + (axis === 2 ? h - count : 0)) * w + x + (axis === 3 ? w - count : 0);
         const share = (axis === 2 ? y : x) / count;
         made[at] = old[from] * (1 - share) + made[at] * share;
       }

@@ -17,14 +17,19 @@ import { readScheduler } from "./schedulers.js";
  * @typedef {{format_version: number, targets: Target[], sample: Sample, files: Record<string, {size: number, sha256: string}>,
  *   conditioning: {kind: string, tensors: Tensor[], labels: string[], null_label: number | null},
  *   scheduler: import("./schedulers.js").SchedulerConfig, operating_point: TrainedFor & {seed: string, num_images: number},
- *   adaptor: {kind: string, name: string | null, trained_for: TrainedFor | null}, prompt: {encoders: Encoder[], zeros_without_negative: boolean} | null,
+ *   adaptor: {kind: string, name: string | null, sha256: string | null, trained_for: TrainedFor | null}, prompt: {encoders: Encoder[], zeros_without_negative: boolean} | null,
  *   vae: Vae | null, preview: Vae | null, cost: Record<string, {macs: number, macs_attention: number}>, [more: string]: any}} Manifest
  */
 
 const FORMAT = 2;
 /** @type {Record<string, string>} */
 const STAGE_OF = {
-  text_encoder: "prompt", text_encoder_2: "prompt", unet: "step", vae_decoder: "decode", vae_encoder: "image", preview_decoder: "preview",
+  text_encoder: "prompt",
+  text_encoder_2: "prompt",
+  unet: "step",
+  vae_decoder: "decode",
+  vae_encoder: "image",
+  preview_decoder: "preview",
 };
 /** @type {Record<string, number>} */
 const SPECIFICATIONS = { iOS16: 7, iOS17: 8, iOS18: 9 };
@@ -32,20 +37,31 @@ const SPECIFICATIONS = { iOS16: 7, iOS17: 8, iOS18: 9 };
 /** @typedef {(value: any, at: string) => any} Kind reads a value, or refuses it */
 /** @type {(expected: string, holds: (v: any) => boolean) => Kind} */
 const is = (expected, holds) => (v, at) => (must(holds(v), at, v, expected), v);
-const text = is("text", (v) => typeof v === "string"), flag = is("true or false", (v) => typeof v === "boolean");
-const whole = is("a whole number from 0", (v) => Number.isInteger(v) && v >= 0), count = is("a whole number above 0", (v) => Number.isInteger(v) && v > 0);
+const text = is("text", (v) => typeof v === "string"),
+  flag = is("true or false", (v) => typeof v === "boolean");
+const whole = is("a whole number from 0", (v) => Number.isInteger(v) && v >= 0),
+  count = is("a whole number above 0", (v) => Number.isInteger(v) && v > 0);
 // Of float32's range.
-const number = is("a finite number", (v) => Number.isFinite(v) && Number.isFinite(Math.fround(v))), above = is("a number above 0", (v) => v > 0 && number(v, "") > 0);
+const number = is("a finite number", (v) => Number.isFinite(v) && Number.isFinite(Math.fround(v))),
+  above = is("a number above 0", (v) => v > 0 && number(v, "") > 0);
 const hash = is("64 hexadecimal digits", (v) => /^[0-9a-f]{64}$/.test(v));
-const seed = is("0 to 2^64 - 1 as decimal text", (v) => typeof v === "string" && /^(0|[1-9]\d{0,19})$/.test(v) && BigInt(v) < 1n << 64n);
+const seed = is(
+  "0 to 2^64 - 1 as decimal text",
+  (v) => typeof v === "string" && /^(0|[1-9]\d{0,19})$/.test(v) && BigInt(v) < 1n << 64n,
+);
 // Provenance, and what this runtime leaves alone.
 const any = is("a value", (v) => v !== undefined);
 /** @type {(...words: string[]) => Kind} */
 const one = (...words) => is(words.join(", "), (v) => words.includes(v));
 /** @type {(kind: Kind) => Kind} */
-const list = (kind) => (v, at) => (must(Array.isArray(v), at, v, "a list"), v.map((/** @type {any} */ each, /** @type {number} */ i) => kind(each, `${at}[${i}]`)));
+const list = (kind) => (v, at) => (
+  must(Array.isArray(v), at, v, "a list"),
+  v.map((/** @type {any} */ each, /** @type {number} */ i) => kind(each, `${at}[${i}]`))
+);
 /** A list of names, each once. @type {(kind: Kind, name?: (v: any) => any) => Kind} */
-const unique = (kind, name = (v) => v) => (v, at) => (must(distinct(list(kind)(v, at).map(name)), at, v.map(name), "names, each once"), v);
+const unique =
+  (kind, name = (v) => v) =>
+  (v, at) => (must(distinct(list(kind)(v, at).map(name)), at, v.map(name), "names, each once"), v);
 const isObject = (/** @type {any} */ v) => typeof v === "object" && v !== null && !Array.isArray(v);
 /** An object without a prototype, so that any key is only a key. @type {(kind: Kind) => Kind} */
 const map = (kind) => (v, at) => {
@@ -71,19 +87,40 @@ const struct = (fields) => (v, at) => {
   );
 };
 
-const size = is("a size", (v) => Number.isInteger(v) || /^(batch|images|tokens|([1-9]\d*\*)?(height|width)(\/[1-9]\d*)?)$/.test(v));
-const tensors = list(struct({ name: text, dtype: one("float32", "float16", "int64", "int32"), shape: list(size), stored_as: maybe(text) }));
+const size = is(
+  "a size",
+  (v) => Number.isInteger(v) || /^(batch|images|tokens|([1-9]\d*\*)?(height|width)(\/[1-9]\d*)?)$/.test(v),
+);
+const tensors = list(
+  struct({ name: text, dtype: one("float32", "float16", "int64", "int32"), shape: list(size), stored_as: maybe(text) }),
+);
 const graphs = unique(
   struct({
-    name: text, file: or(text), frequency: or(one("step", "full_step", "cached_step")), inputs: tensors, outputs: tensors,
-    external_data: maybe(list(text), []), function: maybe(text), simplified: maybe(any), kept_fp32: maybe(any),
+    name: text,
+    file: or(text),
+    frequency: or(one("step", "full_step", "cached_step")),
+    inputs: tensors,
+    outputs: tensors,
+    external_data: maybe(list(text), []),
+    function: maybe(text),
+    simplified: maybe(any),
+    kept_fp32: maybe(any),
   }),
   (g) => g.name,
 );
 const component = struct({
-  stage: one("prompt", "image", "step", "decode", "preview"), dtype: one("fp32", "fp16", "int8"), batch: or(count), floors: map(or(above)), graphs,
-  layout: maybe(one("split", "pair")), model: maybe(any), files: maybe(list(text), []), tokenizer: maybe(text), peak_bytes: maybe(any),
-  further: maybe(list(struct({ height: count, width: count, graphs })), []), weights: maybe(map(count), {}),
+  stage: one("prompt", "image", "step", "decode", "preview"),
+  dtype: one("fp32", "fp16", "int8"),
+  batch: or(count),
+  floors: map(or(above)),
+  graphs,
+  layout: maybe(one("split", "pair")),
+  model: maybe(any),
+  files: maybe(list(text), []),
+  tokenizer: maybe(text),
+  peak_bytes: maybe(any),
+  further: maybe(list(struct({ height: count, width: count, graphs })), []),
+  weights: maybe(map(count), {}),
 });
 const target = { target: text, components: map(component) };
 /** @type {Record<string, Kind>} */
@@ -96,33 +133,77 @@ const TARGETS = {
 };
 const trained = { num_inference_steps: whole, scheduler: text, clock: any, mask: list(whole), guidance_scale: above };
 const point = (/** @type {any} */ fields) => (/** @type {any} */ v, /** @type {string} */ at) => {
-  const read = struct(fields)(v, at), mask = clockMask(read.clock, read.num_inference_steps, read.scheduler).map(Number);
+  const read = struct(fields)(v, at),
+    mask = clockMask(read.clock, read.num_inference_steps, read.scheduler).map(Number);
   must(same(read.mask, mask), `${at}.mask`, read.mask, `the mask of clock ${read.clock}`);
   return read;
 };
 const vae = struct({ scaling_factor: above, downscale: count, mean: maybe(list(number)), std: maybe(list(above)) });
 const manifest = struct({
-  format_version: whole, generator: any, license: any, source: any, cut: any, evidence: any, config: any, versions: any, cache_bytes: any,
-  adaptor: struct({ kind: one("identity", "resnet", "unet", "unet-light"), name: maybe(text), path: maybe(text), sha256: maybe(hash), trained_for: maybe(point(trained)) }),
-  sample: struct({ channels: count, in_channels: count, height: count, width: count, space: one("pixel", "latent"), multiple: maybe(count, 1) }),
-  conditioning: struct({ kind: one("none", "class", "text"), tensors: maybe(tensors, []), labels: maybe(list(text), []), null_label: maybe(whole) }),
+  format_version: whole,
+  generator: any,
+  license: any,
+  source: any,
+  cut: any,
+  evidence: any,
+  config: any,
+  versions: any,
+  cache_bytes: any,
+  adaptor: struct({
+    kind: one("identity", "resnet", "unet", "unet-light"),
+    name: maybe(text),
+    path: maybe(text),
+    sha256: maybe(hash),
+    trained_for: maybe(point(trained)),
+  }),
+  sample: struct({
+    channels: count,
+    in_channels: count,
+    height: count,
+    width: count,
+    space: one("pixel", "latent"),
+    multiple: maybe(count, 1),
+  }),
+  conditioning: struct({
+    kind: one("none", "class", "text"),
+    tensors: maybe(tensors, []),
+    labels: maybe(list(text), []),
+    null_label: maybe(whole),
+  }),
   scheduler: (v, at) => (must(isObject(v), at, v, "an object"), readScheduler(v)),
   operating_point: point({ ...trained, seed, num_images: count }),
   cost: map(struct({ parameters: whole, macs: whole, macs_attention: whole })),
-  targets: list((v, at) => (must(isObject(v) && typeof v.target === "string", at, v, "a target"), TARGETS[v.target](v, at))),
+  targets: list(
+    (v, at) => (must(isObject(v) && typeof v.target === "string", at, v, "a target"), TARGETS[v.target](v, at)),
+  ),
   files: map(struct({ size: whole, sha256: hash })),
   prompt: maybe(
     struct({
-      encoders: unique(struct({ component: text, max_length: whole, bos: whole, eos: whole, pad: whole, hidden: unique(text), pooled: maybe(text) }), (each) => each.component),
+      encoders: unique(
+        struct({
+          component: text,
+          max_length: whole,
+          bos: whole,
+          eos: whole,
+          pad: whole,
+          hidden: unique(text),
+          pooled: maybe(text),
+        }),
+        (each) => each.component,
+      ),
       zeros_without_negative: maybe(flag, false),
     }),
   ),
-  vae: maybe(vae), preview: maybe(vae),
+  vae: maybe(vae),
+  preview: maybe(vae),
 });
 
 /** @param {boolean} holds @param {string} name @param {unknown} given @param {string} expected */
 function must(holds, name, given, expected) {
-  if (!holds) throw new BundleError(`manifest.json: ${name} is ${given === undefined ? "missing" : shown(given)}; expected ${expected}`);
+  if (!holds)
+    throw new BundleError(
+      `manifest.json: ${name} is ${given === undefined ? "missing" : shown(given)}; expected ${expected}`,
+    );
 }
 
 /**
@@ -139,14 +220,20 @@ export function parseManifest(bytes) {
   }
   const version = document?.format_version;
   if (!isObject(document) || !Number.isInteger(version)) {
-    throw new BundleError("manifest.json is not the manifest of a bundle: it has no format_version; expected a bundle that export wrote");
+    throw new BundleError(
+      "manifest.json is not the manifest of a bundle: it has no format_version; expected a bundle that export wrote",
+    );
   }
   if (version !== FORMAT) {
     const way = version > FORMAT ? "update the page that runs it" : "export the model again";
-    throw new BundleError(`manifest.json is of format version ${version}, this runtime reads version ${FORMAT}; ${way}`);
+    throw new BundleError(
+      `manifest.json is of format version ${version}, this runtime reads version ${FORMAT}; ${way}`,
+    );
   }
   if (Array.isArray(document.targets)) {
-    document.targets = document.targets.filter((/** @type {any} */ each) => typeof each?.target !== "string" || Object.hasOwn(TARGETS, each.target));
+    document.targets = document.targets.filter(
+      (/** @type {any} */ each) => typeof each?.target !== "string" || Object.hasOwn(TARGETS, each.target),
+    );
   }
   try {
     const read = manifest(document, "");
@@ -166,24 +253,62 @@ const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 function check(m) {
   const { sample, conditioning: known, adaptor, evidence } = m;
   const learned = adaptor.kind !== "identity";
-  must(["name", "sha256", "trained_for"].every((name) => (/** @type {any} */ (adaptor)[name] !== null) === learned), "adaptor", adaptor, "name, sha256 and trained_for of a learned one, null for identity");
+  must(
+    [adaptor.name, adaptor.sha256, adaptor.trained_for].every((value) => (value !== null) === learned),
+    "adaptor",
+    adaptor,
+    "name, sha256 and trained_for of a learned one, null for identity",
+  );
   for (const sides of [[sample.height, sample.width], ...(evidence?.sizes ?? [])]) {
-    must(sides.every((/** @type {number} */ side) => side % sample.multiple === 0), "size of a latent", sides, `multiples of ${sample.multiple}`);
+    must(
+      sides.every((/** @type {number} */ side) => side % sample.multiple === 0),
+      "size of a latent",
+      sides,
+      `multiples of ${sample.multiple}`,
+    );
   }
   must(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, `${sample.channels} or more`);
   must(known.kind !== "class" || known.labels.length > 0, "labels", known.labels, "the names of the classes");
-  must((known.kind !== "none") === known.tensors.length > 0, "conditioning.tensors", known.tensors, "tensors where there is a condition alone");
+  must(
+    (known.kind !== "none") === known.tensors.length > 0,
+    "conditioning.tensors",
+    known.tensors,
+    "tensors where there is a condition alone",
+  );
   known.tensors.forEach(checkSizes);
   must((known.null_label ?? 0) <= known.labels.length, "null_label", known.null_label, `0 to ${known.labels.length}`);
   if (m.prompt) {
-    const { encoders } = m.prompt, first = encoders[0]?.max_length, pooled = encoders.filter((each) => each.pooled !== null).length;
-    const fits = known.kind === "text" && encoders.length > 0 && encoders.every((each) => STAGE_OF[each.component] === "prompt" && each.max_length === first && each.hidden.length > 0);
-    must(fits && first > 2, "prompt", m.prompt, "text encoders of a text model, all of one max_length above 2, with their hidden states");
-    must(pooled === Number(known.tensors.some((t) => t.name === "text_embeds")), "pooled", pooled, "one text encoder where the UNet takes text_embeds, else none");
+    const { encoders } = m.prompt,
+      first = encoders[0]?.max_length,
+      pooled = encoders.filter((each) => each.pooled !== null).length;
+    const fits =
+      known.kind === "text" &&
+      encoders.length > 0 &&
+      encoders.every(
+        (each) => STAGE_OF[each.component] === "prompt" && each.max_length === first && each.hidden.length > 0,
+      );
+    must(
+      fits && first > 2,
+      "prompt",
+      m.prompt,
+      "text encoders of a text model, all of one max_length above 2, with their hidden states",
+    );
+    must(
+      pooled === Number(known.tensors.some((t) => t.name === "text_embeds")),
+      "pooled",
+      pooled,
+      "one text encoder where the UNet takes text_embeds, else none",
+    );
   }
   for (const name of ["vae", "preview"]) {
-    const { mean, std } = m[name] ?? {}, lengths = [mean, std].map((values) => values?.length ?? sample.channels);
-    must(!m[name] || (sample.space === "latent" && !mean === !std && lengths.every((n) => n === sample.channels)), name, m[name], `null where the space is pixel; mean and std with ${sample.channels} numbers, or neither`);
+    const { mean, std } = m[name] ?? {},
+      lengths = [mean, std].map((values) => values?.length ?? sample.channels);
+    must(
+      !m[name] || (sample.space === "latent" && !mean === !std && lengths.every((n) => n === sample.channels)),
+      name,
+      m[name],
+      `null where the space is pixel; mean and std with ${sample.channels} numbers, or neither`,
+    );
   }
   const kinds = m.targets.map((each) => each.target);
   must(kinds.length > 0 && distinct(kinds), "targets", kinds, "one of a kind, one at least that this runtime knows");
@@ -193,17 +318,44 @@ function check(m) {
 /** @param {any} target @param {Manifest} m */
 function checkTarget(target, m) {
   const { deployment_target: system, specification_version: version } = target;
-  must(!system || version === 0 || version === SPECIFICATIONS[system], "specification_version", version, `that of ${system}`);
+  must(
+    !system || version === 0 || version === SPECIFICATIONS[system],
+    "specification_version",
+    version,
+    `that of ${system}`,
+  );
   must("unet" in target.components, "components", Object.keys(target.components), "a unet");
   for (const [name, each] of Object.entries(/** @type {Record<string, Component>} */ (target.components))) {
-    const half = each.dtype === "fp16", looped = each.stage === "step", rounded = half || Object.keys(each.weights).length > 0;
-    must(each.stage === STAGE_OF[name], `stage of ${name}`, each.stage, `a component of ${Object.keys(STAGE_OF).join(", ")} in its own stage`);
-    must((each.floors.program != null) === rounded, "floors.program", each.floors.program, "dB for fp16 and for weights in fewer bits alone");
+    const half = each.dtype === "fp16",
+      looped = each.stage === "step",
+      rounded = half || Object.keys(each.weights).length > 0;
+    must(
+      each.stage === STAGE_OF[name],
+      `stage of ${name}`,
+      each.stage,
+      `a component of ${Object.keys(STAGE_OF).join(", ")} in its own stage`,
+    );
+    must(
+      (each.floors.program != null) === rounded,
+      "floors.program",
+      each.floors.program,
+      "dB for fp16 and for weights in fewer bits alone",
+    );
     must(half || all(each.graphs).every((t) => t.dtype !== "float16"), "dtype", each.dtype, "fp16 for float16 tensors");
     const listed = (/** @type {string} */ file) => file in m.files || !Object.keys(m.files).length;
     must(each.files.every(listed), `files of ${name}`, each.files, "files of the bundle");
-    must(each.tokenizer === null || (each.stage === "prompt" && listed(each.tokenizer)), `tokenizer of ${name}`, each.tokenizer, "a file of the bundle where it is a text encoder, else null");
-    must((each.layout !== null) === looped && each.graphs.every((g) => (g.frequency !== null) === looped), `layout of ${name}`, each.layout, "a layout and frequencies for the unet alone");
+    must(
+      each.tokenizer === null || (each.stage === "prompt" && listed(each.tokenizer)),
+      `tokenizer of ${name}`,
+      each.tokenizer,
+      "a file of the bundle where it is a text encoder, else null",
+    );
+    must(
+      (each.layout !== null) === looped && each.graphs.every((g) => (g.frequency !== null) === looped),
+      `layout of ${name}`,
+      each.layout,
+      "a layout and frequencies for the unet alone",
+    );
     checkGraphs(name, each, m);
     checkFurther(name, each, m);
   }
@@ -214,13 +366,16 @@ function checkTarget(target, m) {
 export const all = (graphs) => graphs.flatMap((g) => [...g.inputs, ...g.outputs]);
 /** Whether a tensor has a height and a width. @param {Tensor} t */
 const isMap = (t) => t.shape.length === 4 && t.name !== "encoder_hidden_states";
-const isAny = (/** @type {Graph[]} */ graphs) => all(graphs).some((t) => isMap(t) && t.shape.slice(2).some((side) => typeof side === "string"));
+const isAny = (/** @type {Graph[]} */ graphs) =>
+  all(graphs).some((t) => isMap(t) && t.shape.slice(2).some((side) => typeof side === "string"));
 
 /** A tensor's shape for a latent of this size. @param {Tensor} t @param {number} height @param {number} width */
 function shapeAt(t, height, width) {
   return t.shape.map((side) => {
     const found = /^(?:(\d+)\*)?(height|width)(?:\/(\d+))?$/.exec(String(side));
-    return found ? Math.floor((Number(found[1] ?? 1) * (found[2] === "height" ? height : width)) / Number(found[3] ?? 1)) : side;
+    return found
+      ? Math.floor((Number(found[1] ?? 1) * (found[2] === "height" ? height : width)) / Number(found[3] ?? 1))
+      : side;
   });
 }
 
@@ -232,7 +387,8 @@ function shapeAt(t, height, width) {
  * @param {number} width
  */
 export function graphsAt(component, sample, height, width) {
-  const { graphs, further } = component, usual = height === sample.height && width === sample.width;
+  const { graphs, further } = component,
+    usual = height === sample.height && width === sample.width;
   if (isAny(graphs)) {
     if (height % sample.multiple || width % sample.multiple) return null;
     const sized = (/** @type {Tensor} */ t) => ({ ...t, shape: shapeAt(t, height, width) });
@@ -245,7 +401,12 @@ export function graphsAt(component, sample, height, width) {
 /** @param {string} name @param {Component} component @param {Manifest} m */
 function checkGraphs(name, component, m) {
   const maps = all(component.graphs).filter(isMap);
-  must(new Set(maps.flatMap((t) => t.shape.slice(2).map((side) => typeof side))).size < 2, `shapes in ${name}`, maps.map((t) => t.shape), "all of one size, or all of any");
+  must(
+    new Set(maps.flatMap((t) => t.shape.slice(2).map((side) => typeof side))).size < 2,
+    `shapes in ${name}`,
+    maps.map((t) => t.shape),
+    "all of one size, or all of any",
+  );
   all(component.graphs).forEach(checkSizes);
   if (component.stage === "step") checkUnet(component, m);
   else checkBeside(name, component, m);
@@ -253,13 +414,30 @@ function checkGraphs(name, component, m) {
 
 /** @param {string} name @param {Component} component @param {Manifest} m */
 function checkFurther(name, component, m) {
-  const { graphs, further } = component, { sample } = m, key = (/** @type {any} */ g) => g.function ?? g.name;
-  must(distinct([sample, ...further].map((s) => `${s.height}x${s.width}`)), `further of ${name}`, further.length, "other sizes than the usual one, each once");
+  const { graphs, further } = component,
+    { sample } = m,
+    key = (/** @type {any} */ g) => g.function ?? g.name;
+  must(
+    distinct([sample, ...further].map((s) => `${s.height}x${s.width}`)),
+    `further of ${name}`,
+    further.length,
+    "other sizes than the usual one, each once",
+  );
   must(!further.length || !isAny(graphs), `further of ${name}`, further.length, "none where graphs take any size");
   const keys = [...graphs, ...further.flatMap((each) => each.graphs)].filter((g) => g.file !== null).map(key);
-  must(!further.length || distinct(keys), `functions of ${name}`, keys, "a function of its own for each graph and size");
+  must(
+    !further.length || distinct(keys),
+    `functions of ${name}`,
+    keys,
+    "a function of its own for each graph and size",
+  );
   for (const { height, width, graphs: sized } of further) {
-    must(height % sample.multiple === 0 && width % sample.multiple === 0, `further of ${name}`, [height, width], `multiples of ${sample.multiple}`);
+    must(
+      height % sample.multiple === 0 && width % sample.multiple === 0,
+      `further of ${name}`,
+      [height, width],
+      `multiples of ${sample.multiple}`,
+    );
     const [said, expected] = [sized, graphs].map((each) => each.map((g) => [g.name, g.frequency]));
     must(same(said, expected), `further of ${name}`, said, "the graphs of the usual size");
     checkGraphs(name, { ...component, graphs: sized, further: [] }, { ...m, sample: { ...sample, height, width } });
@@ -268,28 +446,66 @@ function checkFurther(name, component, m) {
 
 /** @param {string} name @param {Component} component @param {Manifest} m */
 function checkBeside(name, { stage, batch, graphs }, m) {
-  must(graphs.length === 1 && graphs[0].file !== null, `graphs of ${name}`, graphs.map((g) => g.name), "one, with a file");
-  const [{ inputs, outputs }] = graphs, rows = batch ?? "batch", { sample } = m;
+  must(
+    graphs.length === 1 && graphs[0].file !== null,
+    `graphs of ${name}`,
+    graphs.map((g) => g.name),
+    "one, with a file",
+  );
+  const [{ inputs, outputs }] = graphs,
+    rows = batch ?? "batch",
+    { sample } = m;
   for (const t of all(graphs)) must(t.shape[0] === rows, `shape of ${t.name} in ${name}`, t.shape, `${rows} first`);
-  must(inputs.length === 1, `inputs of ${name}`, inputs.map((t) => t.name), "one");
+  must(
+    inputs.length === 1,
+    `inputs of ${name}`,
+    inputs.map((t) => t.name),
+    "one",
+  );
   if (stage === "prompt") {
     const encoder = m.prompt?.encoders.find((each) => each.component === name);
     if (!encoder) return must(false, "prompt.encoders", m.prompt, `an entry for ${name}`);
-    must(inputs[0].name === "input_ids" && same(inputs[0].shape.slice(1), [encoder.max_length]), `inputs of ${name}`, inputs[0], `input_ids of max_length ${encoder.max_length}`);
+    must(
+      inputs[0].name === "input_ids" && same(inputs[0].shape.slice(1), [encoder.max_length]),
+      `inputs of ${name}`,
+      inputs[0],
+      `input_ids of max_length ${encoder.max_length}`,
+    );
     const shapes = new Map(outputs.map((t) => [t.name, t.shape]));
     for (const hidden of encoder.hidden) {
       const shape = shapes.get(hidden);
-      must(shape?.length === 3 && shape[1] === encoder.max_length, `${hidden} of ${name}`, shape, `an output with a row for each of ${encoder.max_length} tokens`);
+      must(
+        shape?.length === 3 && shape[1] === encoder.max_length,
+        `${hidden} of ${name}`,
+        shape,
+        `an output with a row for each of ${encoder.max_length} tokens`,
+      );
     }
-    must(encoder.pooled === null || shapes.get(encoder.pooled)?.length === 2, `${encoder.pooled} of ${name}`, [...shapes.keys()], "an output with a row for each text");
+    must(
+      encoder.pooled === null || shapes.get(encoder.pooled)?.length === 2,
+      `${encoder.pooled} of ${name}`,
+      [...shapes.keys()],
+      "an output with a row for each text",
+    );
     return;
   }
   const vae = stage === "preview" ? m.preview : m.vae;
   if (!vae) return must(false, stage === "preview" ? "preview" : "vae", vae, `a value where there is a ${name}`);
-  const picture = [3, vae.downscale * sample.height, vae.downscale * sample.width], latent = [sample.channels, sample.height, sample.width];
-  must(outputs.length === 1, `outputs of ${name}`, outputs.map((t) => t.name), "one");
+  const picture = [3, vae.downscale * sample.height, vae.downscale * sample.width],
+    latent = [sample.channels, sample.height, sample.width];
+  must(
+    outputs.length === 1,
+    `outputs of ${name}`,
+    outputs.map((t) => t.name),
+    "one",
+  );
   const fits = (/** @type {Tensor} */ t, /** @type {number[]} */ shape) =>
-    must(same(shapeAt(t, sample.height, sample.width).slice(1), shape), `shape of ${t.name} in ${name}`, t.shape, shown(shape));
+    must(
+      same(shapeAt(t, sample.height, sample.width).slice(1), shape),
+      `shape of ${t.name} in ${name}`,
+      t.shape,
+      shown(shape),
+    );
   fits(inputs[0], stage === "image" ? picture : latent);
   if (stage !== "image") fits(outputs[0], picture);
 }
@@ -308,31 +524,64 @@ function checkWidths({ components }, m) {
     if (pooled !== null) given.text_embeds = widths.get(pooled) ?? 0;
   }
   for (const { name, shape } of m.conditioning.tensors) {
-    must(!(name in given) || shape.at(-1) === given[name], `width of ${name}`, shape, `${given[name]}, as the encoders give it`);
+    must(
+      !(name in given) || shape.at(-1) === given[name],
+      `width of ${name}`,
+      shape,
+      `${given[name]}, as the encoders give it`,
+    );
   }
 }
 
 /** @param {Component} unet @param {Manifest} m */
 function checkUnet({ graphs, batch }, m) {
-  const { sample } = m, rows = batch ?? "batch";
-  for (const name of [...graphs.map((g) => g.name), "full", "cached"]) must(name in m.cost, "cost", Object.keys(m.cost), `an entry for ${name}`);
+  const { sample } = m,
+    rows = batch ?? "batch";
+  for (const name of [...graphs.map((g) => g.name), "full", "cached"])
+    must(name in m.cost, "cost", Object.keys(m.cost), `an entry for ${name}`);
   for (const g of graphs.filter((each) => each.name === "adaptor")) {
-    must((g.file === null) === (m.adaptor.kind === "identity"), "file of adaptor", g.file, "null for the identity alone");
+    must(
+      (g.file === null) === (m.adaptor.kind === "identity"),
+      "file of adaptor",
+      g.file,
+      "null for the identity alone",
+    );
   }
   for (const full of [true, false]) checkWiring(graphs, m, full);
   /** @type {Record<string, number[]>} */
-  const images = { sample: [sample.in_channels, sample.height, sample.width], out_sample: [sample.channels, sample.height, sample.width] };
+  const images = {
+    sample: [sample.in_channels, sample.height, sample.width],
+    out_sample: [sample.channels, sample.height, sample.width],
+  };
   for (const t of all(graphs)) {
     if (t.name === "timestep") {
       must(same(t.shape, [1]), "shape of timestep", t.shape, "[1]");
       continue;
     }
-    must(t.shape[0] === rows || (t.name === "sample" && t.shape[0] === "images"), `shape of ${t.name}`, t.shape, `${rows} first`);
-    must(!(t.name in images) || same(shapeAt(t, sample.height, sample.width).slice(1), images[t.name]), `shape of ${t.name}`, t.shape, shown(images[t.name]));
+    must(
+      t.shape[0] === rows || (t.name === "sample" && t.shape[0] === "images"),
+      `shape of ${t.name}`,
+      t.shape,
+      `${rows} first`,
+    );
+    must(
+      !(t.name in images) || same(shapeAt(t, sample.height, sample.width).slice(1), images[t.name]),
+      `shape of ${t.name}`,
+      t.shape,
+      shown(images[t.name]),
+    );
   }
   for (const g of graphs) {
-    const can = batch === null && g.inputs.some((t) => !["sample", "timestep"].includes(t.name)) && g.outputs.every((t) => t.name !== "sample");
-    must(can || !sharesRows(g), `shape of sample in ${g.name}`, "images", `${rows}: graphs share rows where the batch is symbolic and something else has all rows`);
+    const can =
+      batch === null &&
+      g.inputs.some((t) => !["sample", "timestep"].includes(t.name)) &&
+      g.outputs.every((t) => t.name !== "sample");
+    must(
+      can || !sharesRows(g),
+      `shape of sample in ${g.name}`,
+      "images",
+      `${rows}: graphs share rows where the batch is symbolic and something else has all rows`,
+    );
   }
 }
 
@@ -341,24 +590,50 @@ export const sharesRows = (g) => g.inputs.some((t) => t.name === "sample" && t.s
 /** Whether a graph belongs to a full or a cached step. @param {Graph} g @param {boolean} full */
 export const runsIn = (g, full) => g.frequency === "step" || g.frequency === (full ? "full_step" : "cached_step");
 
-/** Follows the tensors through one step: each is there when a graph wants it. @param {Graph[]} graphs @param {Manifest} m @param {boolean} full */
+/**
+ * Follows the tensors through one step: each is there when a graph wants it.
+ * @param {Graph[]} graphs
+ * @param {Manifest} m
+ * @param {boolean} full
+ */
 function checkWiring(graphs, m, full) {
-  const there = new Set(["sample", "timestep", ...m.conditioning.tensors.map((t) => t.name), ...(full ? [] : ["cache", "lowres_feature"])]);
+  const there = new Set([
+    "sample",
+    "timestep",
+    ...m.conditioning.tensors.map((t) => t.name),
+    ...(full ? [] : ["cache", "lowres_feature"]),
+  ]);
   for (const g of graphs) {
     // Where nothing runs, the cache keeps the name that the last step gave it.
     const stays = g.inputs.map((t) => (t.name === "cache" ? "lowres_feature" : t.name));
-    must(g.file !== null || g.outputs.every((t) => stays.includes(t.name)), `file of ${g.name}`, g.file, "a file: what it makes does not come in");
+    must(
+      g.file !== null || g.outputs.every((t) => stays.includes(t.name)),
+      `file of ${g.name}`,
+      g.file,
+      "a file: what it makes does not come in",
+    );
     if (!runsIn(g, full)) continue;
     const missing = g.inputs.find((t) => !there.has(t.name));
     must(!missing, `inputs of ${g.name}`, missing?.name, "tensors that a step has by then");
     for (const t of g.outputs) there.add(t.name);
   }
-  must(there.has("out_sample") && there.has("lowres_feature"), "outputs of a step", [...there], "out_sample, lowres_feature");
+  must(
+    there.has("out_sample") && there.has("lowres_feature"),
+    "outputs of a step",
+    [...there],
+    "out_sample, lowres_feature",
+  );
 }
 
 /** Only the rows, a text's length, and a map's height and width may be symbols. @param {Tensor} t */
 function checkSizes(t) {
   const shape = isMap(t) ? shapeAt(t, 2 ** 20, 2 ** 20) : t.shape;
-  const symbolic = (/** @type {number} */ i) => i === 0 || (i === 1 && t.name === "encoder_hidden_states" && t.shape[1] === "tokens");
-  must(shape.every((side, i) => (typeof side === "number" ? side > 0 : symbolic(i))), `shape of ${t.name}`, t.shape, "sizes");
+  const symbolic = (/** @type {number} */ i) =>
+    i === 0 || (i === 1 && t.name === "encoder_hidden_states" && t.shape[1] === "tokens");
+  must(
+    shape.every((side, i) => (typeof side === "number" ? side > 0 : symbolic(i))),
+    `shape of ${t.name}`,
+    t.shape,
+    "sizes",
+  );
 }

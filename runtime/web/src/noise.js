@@ -3,7 +3,10 @@ import { refuse, shown } from "./errors.js";
 
 /** The high word of a product of two 32-bit words; Math.imul gives the low one. @param {number} a @param {number} b */
 function high(a, b) {
-  const a0 = a & 0xffff, a1 = a >>> 16, b0 = b & 0xffff, b1 = b >>> 16;
+  const a0 = a & 0xffff,
+    a1 = a >>> 16,
+    b0 = b & 0xffff,
+    b1 = b >>> 16;
   const middle = a1 * b0 + ((a0 * b0) >>> 16);
   return a1 * b1 + (middle >>> 16) + ((a0 * b1 + (middle & 0xffff)) >>> 16);
 }
@@ -15,9 +18,17 @@ function high(a, b) {
  * @param {Uint32Array} words written
  */
 export function philox(counter, key, words) {
-  let c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
+  let c0 = counter[0],
+    c1 = counter[1],
+    c2 = counter[2],
+    c3 = counter[3],
+    k0 = key[0],
+    k1 = key[1];
   for (let round = 0; round < 10; round++) {
-    const h0 = high(0xd2511f53, c0), l0 = Math.imul(0xd2511f53, c0), h1 = high(0xcd9e8d57, c2), l1 = Math.imul(0xcd9e8d57, c2);
+    const h0 = high(0xd2511f53, c0),
+      l0 = Math.imul(0xd2511f53, c0),
+      h1 = high(0xcd9e8d57, c2),
+      l1 = Math.imul(0xcd9e8d57, c2);
     c0 = h1 ^ c1 ^ k0;
     c1 = l1;
     c2 = h0 ^ c3 ^ k1;
@@ -25,7 +36,7 @@ export function philox(counter, key, words) {
     k0 = (k0 + 0x9e3779b9) | 0;
     k1 = (k1 + 0xbb67ae85) | 0;
   }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  ((words[0] = c0), (words[1] = c1), (words[2] = c2), (words[3] = c3));
 }
 
 /**
@@ -33,9 +44,13 @@ export function philox(counter, key, words) {
  * @param {unknown} given
  */
 export function readSeed(given) {
-  const whole = typeof given === "bigint" || Number.isSafeInteger(given) || (typeof given === "string" && /^\d{1,20}$/.test(given));
+  const whole =
+    typeof given === "bigint" || Number.isSafeInteger(given) || (typeof given === "string" && /^\d{1,20}$/.test(given));
   const seed = whole ? BigInt(/** @type {string} */ (given)) : -1n;
-  refuse(seed < 0n || seed >= 1n << 64n, `seed is ${shown(given)}; expected 0 to 2^64 - 1 as a whole number, a BigInt or decimal text`);
+  refuse(
+    seed < 0n || seed >= 1n << 64n,
+    `seed is ${shown(given)}; expected 0 to 2^64 - 1 as a whole number, a BigInt or decimal text`,
+  );
   return seed;
 }
 
@@ -47,7 +62,9 @@ export function readSeed(given) {
  * @param {number} [draw] 0 is the initial latent, k the k-th fresh noise
  */
 export function noise(seed, values, image = 0, draw = 0) {
-  const key = [Number(seed & 0xffffffffn), Number(seed >> 32n)], counter = [0, image, draw, 0], words = new Uint32Array(4);
+  const key = [Number(seed & 0xffffffffn), Number(seed >> 32n)],
+    counter = [0, image, draw, 0],
+    words = new Uint32Array(4);
   for (let at = 0; at < values.length; at += 4) {
     counter[0] = at / 4;
     philox(counter, key, words);

@@ -10,7 +10,8 @@ const TERMINAL_ALPHA = 2 ** -24;
 
 /** To the nearest whole number, halves to the even one. @param {number} x */
 export function roundEven(x) {
-  const low = Math.floor(x), part = x - low;
+  const low = Math.floor(x),
+    part = x - low;
   return part > 0.5 || (part === 0.5 && low % 2 !== 0) ? low + 1 : low;
 }
 
@@ -34,7 +35,9 @@ function cumulativeProduct(alphas) {
 
 /** Lin et al. 2023, Algorithm 1: shift sqrt(alpha_bar) to end at 0. @param {Float32Array} alphas */
 function zeroTerminalSnr(alphas) {
-  const root = cumulativeProduct(alphas).map(Math.sqrt), first = root[0], last = root[root.length - 1];
+  const root = cumulativeProduct(alphas).map(Math.sqrt),
+    first = root[0],
+    last = root[root.length - 1];
   const scale = round32(first / round32(first - last));
   const bar = root.map((r) => round32(round32(r - last) * scale) ** 2);
   // Through betas and back, for the two roundings that the published tables have.
@@ -53,7 +56,8 @@ function betas(config) {
   const [first, last] = [config.beta_start, config.beta_end].map((beta) => round32(scaled ? Math.sqrt(beta) : beta));
   // As torch has them: a float32 stride from both ends.
   const stride = round32(round32(last - first) / (steps - 1));
-  const at = (/** @type {number} */ i) => (2 * i < steps - 1 || steps === 1 ? first + (i && stride * i) : last - stride * (steps - 1 - i));
+  const at = (/** @type {number} */ i) =>
+    2 * i < steps - 1 || steps === 1 ? first + (i && stride * i) : last - stride * (steps - 1 - i);
   return Float32Array.from({ length: steps }, (_, i) => at(i)).map((beta) => (scaled ? beta * beta : beta));
 }
 
@@ -64,26 +68,45 @@ function betas(config) {
  * @param {{points?: number, last?: number, fractional?: boolean}} [how] points that divide the schedule, one past the
  *   highest timestep, whether `linspace` keeps fractions
  */
-export function spacedTimesteps(config, steps, { points = steps, last = config.num_train_timesteps, fractional = false } = {}) {
+export function spacedTimesteps(
+  config,
+  steps,
+  { points = steps, last = config.num_train_timesteps, fractional = false } = {},
+) {
   const train = config.num_train_timesteps;
   let spaced;
   if (config.timestep_spacing === "linspace") {
-    spaced = linspace(0, last - 1, points).map(fractional ? round32 : roundEven).reverse();
+    spaced = linspace(0, last - 1, points)
+      .map(fractional ? round32 : roundEven)
+      .reverse();
   } else if (config.timestep_spacing === "leading") {
-    spaced = Array.from({ length: points }, (_, i) => (points - 1 - i) * Math.floor(last / points) + config.steps_offset);
+    spaced = Array.from(
+      { length: points },
+      (_, i) => (points - 1 - i) * Math.floor(last / points) + config.steps_offset,
+    );
   } else {
     const stride = last - train / steps - last;
     spaced = Array.from({ length: Math.ceil(last / (train / steps)) }, (_, i) => roundEven(last + i * stride) - 1);
   }
   spaced = spaced.slice(0, steps);
-  refuse(spaced[0] > train - 1, `${steps} steps with steps_offset ${config.steps_offset} start at timestep ${spaced[0]}: expected at most ${train - 1}; take fewer steps`);
+  refuse(
+    spaced[0] > train - 1,
+    `${steps} steps with steps_offset ${config.steps_offset} start at timestep ${spaced[0]}: expected at most ${train - 1}; take fewer steps`,
+  );
   return spaced;
 }
 
-/** Timesteps of a model that was distilled on `original_inference_steps`. @param {SchedulerConfig} config @param {number} steps */
+/**
+ * Timesteps of a model that was distilled on `original_inference_steps`.
+ * @param {SchedulerConfig} config
+ * @param {number} steps
+ */
 export function distilledTimesteps(config, steps) {
   const original = config.original_inference_steps;
-  refuse(steps > original || original > config.num_train_timesteps, `${steps} steps of ${config.name} with original_inference_steps ${original}: expected ${original} at most; take fewer steps`);
+  refuse(
+    steps > original || original > config.num_train_timesteps,
+    `${steps} steps of ${config.name} with original_inference_steps ${original}: expected ${original} at most; take fewer steps`,
+  );
   const each = Math.floor(config.num_train_timesteps / original);
   return Array.from({ length: steps }, (_, i) => (original - Math.floor((i * original) / steps)) * each - 1);
 }
@@ -105,9 +128,15 @@ export function eulerLevels(config, steps) {
   return withArrival(config, table, timesteps, sigmas);
 }
 
-/** The same for multistep solvers: whole timesteps, and levels over the whole table. @param {SchedulerConfig} config @param {number} steps @param {boolean} roundKarras */
+/**
+ * The same for multistep solvers: whole timesteps, and levels over the whole table.
+ * @param {SchedulerConfig} config
+ * @param {number} steps
+ * @param {boolean} roundKarras
+ */
 export function solverLevels(config, steps, roundKarras) {
-  const table = sigmaTable(config), kind = spreadOf(config);
+  const table = sigmaTable(config),
+    kind = spreadOf(config);
   let timesteps, sigmas;
   if (kind) {
     sigmas = spread(kind, table[table.length - 1], table[0], steps);
@@ -123,7 +152,13 @@ export function solverLevels(config, steps, roundKarras) {
 
 /** The layout of the noise levels; "" where the timesteps' own are taken. @param {SchedulerConfig} config */
 export function spreadOf(config) {
-  return config.use_karras_sigmas ? "karras" : config.use_exponential_sigmas ? "exponential" : config.use_beta_sigmas ? "beta" : "";
+  return config.use_karras_sigmas
+    ? "karras"
+    : config.use_exponential_sigmas
+      ? "exponential"
+      : config.use_beta_sigmas
+        ? "beta"
+        : "";
 }
 
 /** @param {SchedulerConfig} config @param {Float32Array} table @param {number[]} timesteps @param {number[]} sigmas */
@@ -152,25 +187,36 @@ function interpolated(table, t) {
 
 /** One past the highest timestep that `lambda_min_clipped` leaves. @param {SchedulerConfig} config */
 function lastTimestep(config) {
-  const train = config.num_train_timesteps, least = config.lambda_min_clipped;
+  const train = config.num_train_timesteps,
+    least = config.lambda_min_clipped;
   if (least === null) return train;
-  const lambdas = terminalAlphas(config).map((a) => round32(Math.log(round32(Math.sqrt(a)))) - round32(Math.log(round32(Math.sqrt(round32(1 - a))))));
+  const lambdas = terminalAlphas(config).map(
+    (a) => round32(Math.log(round32(Math.sqrt(a)))) - round32(Math.log(round32(Math.sqrt(round32(1 - a))))),
+  );
   const last = lambdas.filter((lambda) => lambda >= round32(least)).length;
   refuse(!last, `lambda_min_clipped ${least}: expected at most ${lambdas[0]}, where the training schedule begins`);
   return last;
 }
 
-/** Levels from the highest to the lowest: Karras et al. 2022, equation 5; even in log; or quantiles. @param {string} kind @param {number} highest @param {number} lowest @param {number} count */
+/**
+ * Levels from the highest to the lowest: Karras et al. 2022, equation 5; even in log; or quantiles.
+ * @param {string} kind
+ * @param {number} highest
+ * @param {number} lowest
+ * @param {number} count
+ */
 function spread(kind, highest, lowest, count) {
   if (kind === "exponential") return linspace(Math.log(highest), Math.log(lowest), count).map(Math.exp);
   const ramp = linspace(0, 1, count);
   if (kind === "beta") return ramp.map((share) => lowest + betaQuantile(1 - share) * (highest - lowest));
-  const start = highest ** (1 / 7), end = lowest ** (1 / 7);
+  const start = highest ** (1 / 7),
+    end = lowest ** (1 / 7);
   return ramp.map((share) => (start + share * (end - start)) ** 7);
 }
 
 // Beta(a, a), the distribution of Lee et al. 2024; BETA is the complete beta function there.
-const A = 0.6, BETA = 2.4153442080024714;
+const A = 0.6,
+  BETA = 2.4153442080024714;
 
 /** Coefficients of x^k in B_x(a, a) / x^a, which are (1 - a)_k / (k! (a + k)). */
 const SERIES = [1 / A];

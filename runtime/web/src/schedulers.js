@@ -22,7 +22,8 @@ const number = (expected, holds) => [(v) => Number.isFinite(v) && holds(v), expe
 /** @type {Kind} */
 const flag = [(v) => typeof v === "boolean", "true or false"];
 const isBeta = (/** @type {number} */ v) => Number.isFinite(v) && v > 0 && v < 1;
-const beta = number("a number above 0 and below 1", isBeta), positive = number("a number above 0", (v) => v > 0);
+const beta = number("a number above 0 and below 1", isBeta),
+  positive = number("a number above 0", (v) => v > 0);
 
 /** Each setting's kind, and what it is where a sampler does not read it. @type {Record<string, [Kind, unknown]>} */
 const SETTINGS = {
@@ -31,7 +32,10 @@ const SETTINGS = {
   beta_end: [beta, 0.02],
   beta_schedule: [one("linear", "scaled_linear", "squaredcos_cap_v2"), "linear"],
   trained_betas: [
-    [(v, c) => v === null || (Array.isArray(v) && v.length === c.num_train_timesteps && v.every(isBeta)), "null, or a beta for each training timestep"],
+    [
+      (v, c) => v === null || (Array.isArray(v) && v.length === c.num_train_timesteps && v.every(isBeta)),
+      "null, or a beta for each training timestep",
+    ],
     null,
   ],
   prediction_type: [one("epsilon", "v_prediction", "sample"), "epsilon"],
@@ -61,15 +65,20 @@ const SPREADS = ["karras", "exponential", "beta"];
  * @returns {SchedulerConfig}
  */
 export function readScheduler(given) {
-  const name = String(given.name), sampler = SAMPLERS[name];
+  const name = String(given.name),
+    sampler = SAMPLERS[name];
   refuse(!sampler, `scheduler name ${shown(given.name)}: expected one of ${Object.keys(SAMPLERS).join(", ")}`);
   /** @type {Record<string, unknown>} */
   const config = { name };
   for (const key of Object.keys(given)) {
-    refuse(key !== "name" && !Object.hasOwn(SETTINGS, key), `scheduler ${key}: there is no such setting; update the runtime`);
+    refuse(
+      key !== "name" && !Object.hasOwn(SETTINGS, key),
+      `scheduler ${key}: there is no such setting; update the runtime`,
+    );
   }
   for (const [key, [[holds, expected], unread]] of Object.entries(SETTINGS)) {
-    const reads = key in sampler.settings, usual = reads ? sampler.settings[key] : unread;
+    const reads = key in sampler.settings,
+      usual = reads ? sampler.settings[key] : unread;
     const value = given[key] === undefined || (key === "timestep_spacing" && given[key] === null) ? usual : given[key];
     const told = `scheduler ${key} ${shown(value)}: expected`;
     if (reads || PROCESS.includes(key)) refuse(!holds(value, { ...config, ...given }), `${told} ${expected}`);
@@ -77,17 +86,26 @@ export function readScheduler(given) {
     config[key] = value;
   }
   const { predictions } = sampler;
-  refuse(predictions && !predictions.includes(String(config.prediction_type)), `scheduler prediction_type ${shown(config.prediction_type)}: expected ${predictions} for ${name}`);
+  refuse(
+    predictions && !predictions.includes(String(config.prediction_type)),
+    `scheduler prediction_type ${shown(config.prediction_type)}: expected ${predictions} for ${name}`,
+  );
   const spreads = SPREADS.filter((spread) => config[`use_${spread}_sigmas`]);
   refuse(spreads.length > 1, `scheduler: ${spreads.join(" and ")} sigmas are both true; expected one of them`);
   return /** @type {any} */ (config);
 }
 
-/** The sampler of a name such as `euler` or, with the layout of its noise levels, `euler_karras`. @param {string} name */
+/**
+ * The sampler of a name such as `euler` or, with the layout of its noise levels, `euler_karras`.
+ * @param {string} name
+ */
 export function samplerOf(name) {
   const base = name.replace(/_(karras|exponential|beta)$/, "");
   const sampler = SAMPLERS[base];
-  refuse(!sampler || (base !== name && !(`use_${name.slice(base.length + 1)}_sigmas` in sampler.settings)), `scheduler ${shown(name)}: expected a sampler, one of ${Object.keys(SAMPLERS).join(", ")}`);
+  refuse(
+    !sampler || (base !== name && !(`use_${name.slice(base.length + 1)}_sigmas` in sampler.settings)),
+    `scheduler ${shown(name)}: expected a sampler, one of ${Object.keys(SAMPLERS).join(", ")}`,
+  );
   return sampler;
 }
 
@@ -107,10 +125,15 @@ export class Scheduler {
     this.initNoiseSigma = made.sigma ?? 1;
     this.needsNoise = this.sampler.draws(config);
     /** Bound of the predicted x_0; 0 where there is none. */
-    this.clip = config.clip_sample && "clip_sample" in this.sampler.settings ? Math.fround(config.clip_sample_range) : 0;
+    this.clip =
+      config.clip_sample && "clip_sample" in this.sampler.settings ? Math.fround(config.clip_sample_range) : 0;
   }
 
-  /** The UNet's input at step i; `x` itself where the sampler does not scale. @param {number} i @param {Float32Array} x */
+  /**
+   * The UNet's input at step i; `x` itself where the sampler does not scale.
+   * @param {number} i
+   * @param {Float32Array} x
+   */
   scaleModelInput(i, x) {
     return this.sampler.scales ? mix([this.rows[i][2], x]) : x;
   }
@@ -127,12 +150,20 @@ export class Scheduler {
    */
   step(i, x, out, state, noise, first = i === 0) {
     refuse(!first && !state, `scheduler state, none: step ${i} expected the state of step ${i - 1}`);
-    return this.sampler.step(this, i, x, out, first ? [] : /** @type {Float32Array[]} */ (state), this.needsNoise ? noise : null);
+    return this.sampler.step(
+      this,
+      i,
+      x,
+      out,
+      first ? [] : /** @type {Float32Array[]} */ (state),
+      this.needsNoise ? noise : null,
+    );
   }
 
   /** x_0 as the output of step i predicts it. @param {number} i @param {Float32Array} x @param {Float32Array} out */
   predicted(i, x, out) {
-    const x0 = mix([this.rows[i][0], x], [this.rows[i][1], out]), { clip } = this;
+    const x0 = mix([this.rows[i][0], x], [this.rows[i][1], out]),
+      { clip } = this;
     if (clip) for (let k = 0; k < x0.length; k++) x0[k] = Math.min(Math.max(x0[k], -clip), clip);
     return x0;
   }
@@ -141,8 +172,15 @@ export class Scheduler {
 /** A scheduler with every coefficient computed. @param {SchedulerConfig} config @param {number} steps */
 export function makeScheduler(config, steps) {
   const limit = config.num_train_timesteps;
-  refuse(!Number.isInteger(steps) || steps < 1 || steps > limit, `numInferenceSteps is ${shown(steps)}; expected a whole number from 1 to ${limit}`);
-  const scheduler = new Scheduler(config, steps), bad = scheduler.rows.findIndex((row) => !row.every(Number.isFinite));
-  refuse(bad >= 0, `${config.name} in ${steps} steps: step ${bad} would divide by zero; take fewer steps or, where the terminal SNR is zero, a prediction other than epsilon`);
+  refuse(
+    !Number.isInteger(steps) || steps < 1 || steps > limit,
+    `numInferenceSteps is ${shown(steps)}; expected a whole number from 1 to ${limit}`,
+  );
+  const scheduler = new Scheduler(config, steps),
+    bad = scheduler.rows.findIndex((row) => !row.every(Number.isFinite));
+  refuse(
+    bad >= 0,
+    `${config.name} in ${steps} steps: step ${bad} would divide by zero; take fewer steps or, where the terminal SNR is zero, a prediction other than epsilon`,
+  );
   return scheduler;
 }

@@ -16,7 +16,10 @@ let running = Promise.resolve();
 /** @template T @param {() => Promise<T>} job @returns {Promise<T>} */
 function alone(job) {
   const done = running.then(job);
-  running = done.then(() => {}, () => {});
+  running = done.then(
+    () => {},
+    () => {},
+  );
   return done;
 }
 
@@ -27,17 +30,27 @@ function alone(job) {
  * @returns {Promise<Backend>}
  */
 export async function chooseBackend(asked, half) {
-  refuse(asked !== undefined && asked !== "wasm" && asked !== "webgpu", `backend is ${shown(asked)}; expected wasm or webgpu`);
+  refuse(
+    asked !== undefined && asked !== "wasm" && asked !== "webgpu",
+    `backend is ${shown(asked)}; expected wasm or webgpu`,
+  );
   if (asked === "wasm") return asked;
   const adapter = await /** @type {any} */ (globalThis.navigator)?.gpu?.requestAdapter().catch(() => null);
   if (adapter && (!half || adapter.features.has("shader-f16"))) return "webgpu";
-  refuse(asked, `backend webgpu: this browser has no adapter for it${adapter ? " that computes in float16" : ""}; take wasm`);
+  refuse(
+    asked,
+    `backend webgpu: this browser has no adapter for it${adapter ? " that computes in float16" : ""}; take wasm`,
+  );
   return "wasm";
 }
 
 /** A component's graphs, loaded. @implements {Session} @typedef {import("./loop.js").Session} Session */
 export class OrtSession {
-  /** @param {typeof import("onnxruntime-web")} ort @param {Map<string, import("onnxruntime-web").InferenceSession>} loaded @param {number | null} batch */
+  /**
+   * @param {typeof import("onnxruntime-web")} ort
+   * @param {Map<string, import("onnxruntime-web").InferenceSession>} loaded
+   * @param {number | null} batch
+   */
   constructor(ort, loaded, batch) {
     this.ort = ort;
     this.loaded = loaded;
@@ -68,18 +81,32 @@ export class OrtSession {
         /** @type {{path: string, data: Uint8Array}[]} */
         const externalData = [];
         for (const name of graph.external_data) {
-          if (!name.startsWith(folder)) throw new BundleError(`${name} does not lie beside ${graph.file}; export again`);
+          if (!name.startsWith(folder))
+            throw new BundleError(`${name} does not lie beside ${graph.file}; export again`);
           const data = weights.get(name) ?? (await bundle.file(name));
           weights.set(name, data);
           externalData.push({ path: name.slice(folder.length), data });
         }
         // The cache and the skip connections stay on the GPU. Outputs are not preallocated: those stay unwritten.
-        const place = (/** @type {Tensor} */ t) => (backend === "webgpu" && component.stage === "step" && t.name !== OUT ? "gpu-buffer" : "cpu");
-        const preferredOutputLocation = /** @type {any} */ (Object.fromEntries(graph.outputs.map((t) => [t.name, place(t)])));
+        const place = (/** @type {Tensor} */ t) =>
+          backend === "webgpu" && component.stage === "step" && t.name !== OUT ? "gpu-buffer" : "cpu";
+        const preferredOutputLocation = /** @type {any} */ (
+          Object.fromEntries(graph.outputs.map((t) => [t.name, place(t)]))
+        );
         const model = await bundle.file(graph.file);
-        // Weights that are stored in fewer bits are made once, not in each run.
-        const extra = stored && !lowMemory ? { session: { disable_quant_qdq: "1" } } : {};
-        const made = await alone(() => ort.InferenceSession.create(model, { executionProviders: [backend], externalData, preferredOutputLocation, extra })).catch((e) => {
+        // Weights that are stored in fewer bits are made once; with little memory in each run, where ONNX Runtime would
+        // else round the features to eight bits.
+        const extra = stored
+          ? { session: lowMemory ? { qdq_matmulnbits_accuracy_level: "1" } : { disable_quant_qdq: "1" } }
+          : {};
+        const made = await alone(() =>
+          ort.InferenceSession.create(model, {
+            executionProviders: [backend],
+            externalData,
+            preferredOutputLocation,
+            extra,
+          }),
+        ).catch((e) => {
           throw new BundleError(`${graph.file} cannot be loaded: ${oneLine(e)}; take another backend or export again`);
         });
         loaded.set(graph.name, made);
@@ -95,7 +122,14 @@ export class OrtSession {
 
   /** @param {Rows} rows */
   put({ data, dims }) {
-    const dtype = data instanceof Float32Array ? "float32" : data instanceof BigInt64Array ? "int64" : data instanceof Int32Array ? "int32" : "float16";
+    const dtype =
+      data instanceof Float32Array
+        ? "float32"
+        : data instanceof BigInt64Array
+          ? "int64"
+          : data instanceof Int32Array
+            ? "int32"
+            : "float16";
     return new this.ort.Tensor(/** @type {any} */ (dtype), /** @type {any} */ (data), dims);
   }
 
@@ -128,16 +162,29 @@ async function release(loaded) {
   for (const session of loaded.values()) await alone(() => session.release());
 }
 
-/** Compares what a graph's file says of its tensors with the manifest. @param {Graph} graph @param {"inputs" | "outputs"} side @param {readonly any[]} found */
+/**
+ * Compares what a graph's file says of its tensors with the manifest.
+ * @param {Graph} graph
+ * @param {"inputs" | "outputs"} side
+ * @param {readonly any[]} found
+ */
 function check(graph, side, found) {
   const said = graph[side];
   const fits = (/** @type {Tensor} */ t, /** @type {any} */ other) =>
-    other?.name === t.name && other.type === t.dtype && other.shape.length === t.shape.length &&
+    other?.name === t.name &&
+    other.type === t.dtype &&
+    other.shape.length === t.shape.length &&
     // `images` must be on both sides or on neither: only such a graph shares rows.
-    t.shape.every((want, i) => other.shape[i] === want || (typeof other.shape[i] !== "number" && want !== "images" && other.shape[i] !== "images"));
+    t.shape.every(
+      (want, i) =>
+        other.shape[i] === want ||
+        (typeof other.shape[i] !== "number" && want !== "images" && other.shape[i] !== "images"),
+    );
   if (said.length !== found.length || !said.every((t, i) => fits(t, found[i]))) {
     const spell = (/** @type {any} */ t) => `${t.name} ${t.type ?? t.dtype} [${t.shape}]`;
-    throw new BundleError(`${graph.file} has the ${side} ${found.map(spell).join(", ")}; the manifest says ${said.map(spell).join(", ")}; export again`);
+    throw new BundleError(
+      `${graph.file} has the ${side} ${found.map(spell).join(", ")}; the manifest says ${said.map(spell).join(", ")}; export again`,
+    );
   }
 }
 
@@ -149,7 +196,8 @@ function check(graph, side, found) {
  * @returns {Promise<Record<string, Rows>>}
  */
 export async function runOne(session, graph, row) {
-  const [input] = graph.inputs, { batch } = session;
+  const [input] = graph.inputs,
+    { batch } = session;
   // A graph of a fixed batch is given the row as often as it takes.
   const given = batch ? { data: row.data, dims: row.dims } : row;
   if (batch && batch > 1) {
@@ -161,9 +209,11 @@ export async function runOne(session, graph, row) {
   /** @type {Record<string, Rows>} */
   const found = {};
   for (const { name } of graph.outputs) {
-    const { data, dims } = await session.get(made[name]), values = /** @type {Float32Array} */ (data).slice(0, data.length / dims[0]);
+    const { data, dims } = await session.get(made[name]),
+      values = /** @type {Float32Array} */ (data).slice(0, data.length / dims[0]);
     session.drop(made[name]);
-    if (!values.every(Number.isFinite)) throw new BundleError(`${graph.name}: its ${name} holds NaN or infinity; export it in fp32`);
+    if (!values.every(Number.isFinite))
+      throw new BundleError(`${graph.name}: its ${name} holds NaN or infinity; export it in fp32`);
     found[name] = { data: values, dims: [1, ...dims.slice(1)] };
   }
   return found;

@@ -2,7 +2,9 @@
 
 // The fractional parts of the square and cube roots of the first primes.
 const fraction = (/** @type {number} */ x) => ((x - Math.floor(x)) * 2 ** 32) | 0;
-const primes = Array.from({ length: 310 }, (_, i) => i + 2).filter((n) => !Array.from({ length: n - 2 }, (_, i) => i + 2).some((d) => n % d === 0));
+const primes = Array.from({ length: 310 }, (_, i) => i + 2).filter(
+  (n) => !Array.from({ length: n - 2 }, (_, i) => i + 2).some((d) => n % d === 0),
+);
 const START = Int32Array.from(primes.slice(0, 8), (p) => fraction(Math.sqrt(p)));
 const K = Int32Array.from(primes.slice(0, 64), (p) => fraction(Math.cbrt(p)));
 
@@ -30,7 +32,8 @@ export class Sha256 {
 
   /** 64 hexadecimal digits; nothing can be added after it. */
   hex() {
-    const length = this.#length, padding = new Uint8Array(((119 - (length % 64)) % 64) + 9);
+    const length = this.#length,
+      padding = new Uint8Array(((119 - (length % 64)) % 64) + 9);
     padding[0] = 0x80;
     const view = new DataView(padding.buffer);
     view.setUint32(padding.length - 8, Math.floor(length / 2 ** 29));
@@ -41,23 +44,40 @@ export class Sha256 {
 
   /** @param {Uint8Array} bytes @param {number} at */
   #block(bytes, at) {
-    const w = this.#words, state = this.#state;
-    for (let i = 0; i < 16; i++, at += 4) w[i] = (bytes[at] << 24) | (bytes[at + 1] << 16) | (bytes[at + 2] << 8) | bytes[at + 3];
+    const w = this.#words,
+      state = this.#state;
+    for (let i = 0; i < 16; i++, at += 4)
+      w[i] = (bytes[at] << 24) | (bytes[at + 1] << 16) | (bytes[at + 2] << 8) | bytes[at + 3];
     for (let i = 16; i < 64; i++) {
-      const x = w[i - 15], y = w[i - 2];
+      const x = w[i - 15],
+        y = w[i - 2];
       const s0 = ((x >>> 7) | (x << 25)) ^ ((x >>> 18) | (x << 14)) ^ (x >>> 3);
       const s1 = ((y >>> 17) | (y << 15)) ^ ((y >>> 19) | (y << 13)) ^ (y >>> 10);
       w[i] = (w[i - 16] + s0 + w[i - 7] + s1) | 0;
     }
-    let a = state[0], b = state[1], c = state[2], d = state[3], e = state[4], f = state[5], g = state[6], h = state[7];
+    let a = state[0],
+      b = state[1],
+      c = state[2],
+      d = state[3],
+      e = state[4],
+      f = state[5],
+      g = state[6],
+      h = state[7];
     for (let i = 0; i < 64; i++) {
       const s1 = ((e >>> 6) | (e << 26)) ^ ((e >>> 11) | (e << 21)) ^ ((e >>> 25) | (e << 7));
       const t = (h + s1 + ((e & f) ^ (~e & g)) + K[i] + w[i]) | 0;
       const s0 = ((a >>> 2) | (a << 30)) ^ ((a >>> 13) | (a << 19)) ^ ((a >>> 22) | (a << 10));
-      h = g, g = f, f = e, e = (d + t) | 0;
-      d = c, c = b, b = a, a = (t + s0 + ((b & c) ^ (b & d) ^ (c & d))) | 0;
+      ((h = g), (g = f), (f = e), (e = (d + t) | 0));
+      ((d = c), (c = b), (b = a), (a = (t + s0 + ((b & c) ^ (b & d) ^ (c & d))) | 0));
     }
-    state[0] += a, state[1] += b, state[2] += c, state[3] += d, state[4] += e, state[5] += f, state[6] += g, state[7] += h;
+    ((state[0] += a),
+      (state[1] += b),
+      (state[2] += c),
+      (state[3] += d),
+      (state[4] += e),
+      (state[5] += f),
+      (state[6] += g),
+      (state[7] += h));
   }
 }
 

@@ -7,7 +7,8 @@
  * @property {(hash: string) => Promise<unknown>} delete
  */
 
-const PREFIX = "/.edgediff/", SLICE = 2 ** 20;
+const PREFIX = "/.edgediff/",
+  SLICE = 2 ** 20;
 
 /** Files in the browser's Cache API. @implements {Store} */
 export class CacheStore {
@@ -27,7 +28,11 @@ export class CacheStore {
     return found ? new Uint8Array(await found.arrayBuffer()) : null;
   }
 
-  /** Given in slices, so that the bytes are not in memory twice. @param {string} hash @param {Uint8Array<ArrayBuffer>} bytes */
+  /**
+   * Given in slices, so that the bytes are not in memory twice.
+   * @param {string} hash
+   * @param {Uint8Array<ArrayBuffer>} bytes
+   */
   async put(hash, bytes) {
     let at = 0;
     const body = new ReadableStream({
@@ -36,7 +41,10 @@ export class CacheStore {
         else controller.close();
       },
     });
-    await this.cache.put(PREFIX + hash, new Response(body, { headers: { "content-type": "application/octet-stream" } }));
+    await this.cache.put(
+      PREFIX + hash,
+      new Response(body, { headers: { "content-type": "application/octet-stream" } }),
+    );
   }
 
   /** @param {string} hash */

@@ -6,7 +6,8 @@ const SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u2
 const SPACES = new RegExp(`[${SPACE}]+`, "gu");
 const WORD = `'s|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^${SPACE}\\p{L}\\p{N}]+`;
 // A mark that is written in capitals is no mark, but what follows it is a word of its own.
-const WORDS = new RegExp(`<\\|(?:start|end)oftext\\|>|${WORD}`, "gu"), PARTS = new RegExp(WORD, "gu");
+const WORDS = new RegExp(`<\\|(?:start|end)oftext\\|>|${WORD}`, "gu"),
+  PARTS = new RegExp(WORD, "gu");
 const SUFFIX = "</w>";
 
 /** The character that stands for each byte: itself where it is printable, else one from 256 on. */
@@ -65,7 +66,8 @@ export class Tokenizer {
       // A character at a time, since a whole text would give a word's last sigma another form.
       const plain = Array.from(part.normalize("NFC").replace(SPACES, " "), (char) => char.toLowerCase()).join("");
       if (i % 2) return;
-      for (const [words] of plain.matchAll(WORDS)) for (const [word] of words.matchAll(PARTS)) ids.push(...this.#word(word));
+      for (const [words] of plain.matchAll(WORDS))
+        for (const [word] of words.matchAll(PARTS)) ids.push(...this.#word(word));
     });
     return ids;
   }
@@ -83,7 +85,8 @@ export class Tokenizer {
       /** @type {number[]} */
       const merged = [];
       for (let i = 0; i < ids.length; i++) {
-        if (i + 1 < ids.length && rankAt(i) === best) merged.push(/** @type {[number, number]} */ (this.#merges.get(this.#key(ids[i], ids[++i])))[1]);
+        if (i + 1 < ids.length && rankAt(i) === best)
+          merged.push(/** @type {[number, number]} */ (this.#merges.get(this.#key(ids[i], ids[++i])))[1]);
         else merged.push(ids[i]);
       }
       ids = merged;

@@ -9,7 +9,9 @@ import { CacheStore } from "../src/store.js";
 import { GOLDEN } from "./golden.js";
 import { serve } from "./server.js";
 
-const FOLDER = new URL("bundle/", GOLDEN), WEIGHTS = "onnx/unet/weights.bin", SIZE = 31552;
+const FOLDER = new URL("bundle/", GOLDEN),
+  WEIGHTS = "onnx/unet/weights.bin",
+  SIZE = 31552;
 const read = (name) => readFileSync(new URL(name, FOLDER));
 
 /** Serves the golden bundle while a job runs. */
@@ -31,13 +33,23 @@ const oneLine = (pattern) => (e) => {
 
 test("hashes of bytes that come in pieces", async () => {
   for (const length of [0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 1000]) {
-    const bytes = Uint8Array.from({ length }, (_, i) => i * 7 + length), expected = createHash("sha256").update(bytes).digest("hex");
+    const bytes = Uint8Array.from({ length }, (_, i) => i * 7 + length),
+      expected = createHash("sha256").update(bytes).digest("hex");
     for (const cut of [0, 1, 63, 64, length]) {
-      assert.equal(new Sha256().update(bytes.subarray(0, cut)).update(bytes.subarray(cut)).hex(), expected, `${length} cut at ${cut}`);
+      assert.equal(
+        new Sha256().update(bytes.subarray(0, cut)).update(bytes.subarray(cut)).hex(),
+        expected,
+        `${length} cut at ${cut}`,
+      );
     }
     assert.equal(await sha256(bytes), expected);
   }
-  assert.equal(new Sha256().update(new Uint8Array(2 ** 20 + 3)).hex(), createHash("sha256").update(new Uint8Array(2 ** 20 + 3)).digest("hex"));
+  assert.equal(
+    new Sha256().update(new Uint8Array(2 ** 20 + 3)).hex(),
+    createHash("sha256")
+      .update(new Uint8Array(2 ** 20 + 3))
+      .digest("hex"),
+  );
 });
 
 test("a bundle is opened at its folder, with or without a slash, or at its manifest; files are checked and progress told", async () => {
@@ -45,7 +57,8 @@ test("a bundle is opened at its folder, with or without a slash, or at its manif
     for (const path of ["", "manifest.json"]) assert.equal((await openBundle(url + path)).manifest.sample.height, 8);
   });
   const server = await serve(new URL("../", FOLDER));
-  const told = [], bundle = await openBundle(`${server.url}bundle`, { onProgress: (each) => told.push(each) });
+  const told = [],
+    bundle = await openBundle(`${server.url}bundle`, { onProgress: (each) => told.push(each) });
   bundle.expect([WEIGHTS, "onnx/unet/full.onnx"]);
   assert.deepEqual(Buffer.from(await bundle.file(WEIGHTS)), read(WEIGHTS));
   assert.deepEqual(told.at(-1), { file: WEIGHTS, loaded: SIZE, total: SIZE + 67498 });
@@ -53,40 +66,90 @@ test("a bundle is opened at its folder, with or without a slash, or at its manif
 });
 
 test("what is no bundle is refused in one sentence", async () => {
-  await served((path, _, response) => path === "SHA256SUMS" && !!response.writeHead(404).end(), async (url) => {
-    await assert.rejects(openBundle(url), oneLine(/is not a bundle: SHA256SUMS is missing; expected the address of a folder that export wrote$/));
-    await assert.rejects(openBundle(`${url}nowhere`), oneLine(/nowhere\/ is not a bundle: (manifest.json|SHA256SUMS) is missing/));
-  });
-  await served((path, _, response) => !!response.writeHead(200).end("<!doctype html>\n<p>Welcome</p>"), async (url) => {
-    await assert.rejects(openBundle(url), oneLine(/^manifest.json is not JSON.*expected a bundle that export wrote$/));
-  });
-  await served((path, _, response) => !!response.writeHead(500).end(), async (url) => {
-    await assert.rejects(openBundle(url), oneLine(/cannot be fetched from .*: the server answered 500/));
-  });
-  await assert.rejects(openBundle("http://127.0.0.1:1/"), oneLine(/^manifest.json cannot be fetched|^SHA256SUMS cannot be fetched/));
-  for (const bad of ["", "nothing", "http://", null]) await assert.rejects(openBundle(bad), oneLine(/it is no address/));
+  await served(
+    (path, _, response) => path === "SHA256SUMS" && !!response.writeHead(404).end(),
+    async (url) => {
+      await assert.rejects(
+        openBundle(url),
+        oneLine(/is not a bundle: SHA256SUMS is missing; expected the address of a folder that export wrote$/),
+      );
+      await assert.rejects(
+        openBundle(`${url}nowhere`),
+        oneLine(/nowhere\/ is not a bundle: (manifest.json|SHA256SUMS) is missing/),
+      );
+    },
+  );
+  await served(
+    (path, _, response) => !!response.writeHead(200).end("<!doctype html>\n<p>Welcome</p>"),
+    async (url) => {
+      await assert.rejects(
+        openBundle(url),
+        oneLine(/^manifest.json is not JSON.*expected a bundle that export wrote$/),
+      );
+    },
+  );
+  await served(
+    (path, _, response) => !!response.writeHead(500).end(),
+    async (url) => {
+      await assert.rejects(openBundle(url), oneLine(/cannot be fetched from .*: the server answered 500/));
+    },
+  );
+  await assert.rejects(
+    openBundle("http://127.0.0.1:1/"),
+    oneLine(/^manifest.json cannot be fetched|^SHA256SUMS cannot be fetched/),
+  );
+  for (const bad of ["", "nothing", "http://", null])
+    await assert.rejects(openBundle(bad), oneLine(/it is no address/));
 });
 
 test("a newer manifest is told by its version, whatever its sums are", async () => {
-  await served((path, _, response) => path === "manifest.json" && !!response.end('{"format_version": 3, "weights": "elsewhere"}'), async (url) => {
-    await assert.rejects(openBundle(url), oneLine(/^manifest.json is of format version 3, this runtime reads version 2; update/));
-  });
+  await served(
+    (path, _, response) => path === "manifest.json" && !!response.end('{"format_version": 3, "weights": "elsewhere"}'),
+    async (url) => {
+      await assert.rejects(
+        openBundle(url),
+        oneLine(/^manifest.json is of format version 3, this runtime reads version 2; update/),
+      );
+    },
+  );
 });
 
 test("sums that do not follow from the manifest are refused", async () => {
   for (const change of [(text) => `${text}\n`, (text) => text.slice(1), (text) => text.replace("f", "0"), () => ""]) {
-    await served((path, _, response) => path === "SHA256SUMS" && !!response.end(change(read("SHA256SUMS").toString())), async (url) => {
-      await assert.rejects(openBundle(url), oneLine(/^SHA256SUMS does not agree with manifest.json/));
-    });
+    await served(
+      (path, _, response) => path === "SHA256SUMS" && !!response.end(change(read("SHA256SUMS").toString())),
+      async (url) => {
+        await assert.rejects(openBundle(url), oneLine(/^SHA256SUMS does not agree with manifest.json/));
+      },
+    );
   }
-  await served((path, _, response) => path === "manifest.json" && !!response.end(`${read("manifest.json")} `), async (url) => {
-    await assert.rejects(openBundle(url), oneLine(/^SHA256SUMS does not agree/));
-  });
+  await served(
+    (path, _, response) => path === "manifest.json" && !!response.end(`${read("manifest.json")} `),
+    async (url) => {
+      await assert.rejects(openBundle(url), oneLine(/^SHA256SUMS does not agree/));
+    },
+  );
 });
 
 test("paths that leave the bundle are refused, in the manifest too", async () => {
   const base = new URL("http://host/a/bundle/");
-  for (const bad of ["", "/x", "../x", "a/../x", "a//x", "./x", "a/.", "a/", "a\\..\\x", "C:x", "http://evil/x", "//evil/x", "a\nb", "a\0b", "\ud800"]) {
+  for (const bad of [
+    "",
+    "/x",
+    "../x",
+    "a/../x",
+    "a//x",
+    "./x",
+    "a/.",
+    "a/",
+    "a\\..\\x",
+    "C:x",
+    "http://evil/x",
+    "//evil/x",
+    "a\nb",
+    "a\0b",
+    "\ud800",
+  ]) {
     assert.throws(() => address(base, bad), oneLine(/leaves the bundle or is not plain/), JSON.stringify(bad));
   }
   for (const odd of ["%2e%2e/%2e%2e/x", "%2E%2E", "a?b", "a#b", "a b", "é/ß", "..."]) {
@@ -95,14 +158,20 @@ test("paths that leave the bundle are refused, in the manifest too", async () =>
   }
   assert.equal(address(new URL("http://host/b/?sig=1"), "c").href, "http://host/b/c?sig=1");
   for (const name of ["../../etc/passwd", "/etc/passwd", "onnx/..\\x"]) {
-    const text = read("manifest.json").toString().replace('"files": {', `"files": {"${name.replace("\\", "\\\\")}": {"size": 1, "sha256": "${"0".repeat(64)}"},`);
-    await served((path, _, response) => path === "manifest.json" && !!response.end(text), async (url) => {
-      await assert.rejects(openBundle(url), oneLine(/leaves the bundle/));
-    });
+    const text = read("manifest.json")
+      .toString()
+      .replace('"files": {', `"files": {"${name.replace("\\", "\\\\")}": {"size": 1, "sha256": "${"0".repeat(64)}"},`);
+    await served(
+      (path, _, response) => path === "manifest.json" && !!response.end(text),
+      async (url) => {
+        await assert.rejects(openBundle(url), oneLine(/leaves the bundle/));
+      },
+    );
   }
   await served(undefined, async (url) => {
     const bundle = await openBundle(url);
-    for (const name of ["SHA256SUMS", "x", "__proto__", "constructor"]) await assert.rejects(bundle.file(name), oneLine(/is not listed in manifest.json/));
+    for (const name of ["SHA256SUMS", "x", "__proto__", "constructor"])
+      await assert.rejects(bundle.file(name), oneLine(/is not listed in manifest.json/));
     await assert.rejects(bundle.file("../x"), oneLine(/leaves the bundle/));
   });
 });
@@ -110,14 +179,20 @@ test("paths that leave the bundle are refused, in the manifest too", async () =>
 test("a file with another content or size is refused", async () => {
   const bytes = read(WEIGHTS);
   for (const [content, why] of [
-    [Buffer.concat([bytes.subarray(0, -1), Buffer.of(bytes.at(-1) ^ 1)]), /^onnx\/unet\/weights.bin does not have the hash/],
+    [
+      Buffer.concat([bytes.subarray(0, -1), Buffer.of(bytes.at(-1) ^ 1)]),
+      /^onnx\/unet\/weights.bin does not have the hash/,
+    ],
     [Buffer.concat([bytes, Buffer.of(0)]), /has more than the 31552 bytes/],
     [bytes.subarray(1), /ended after 31551 of 31552 bytes/],
     [Buffer.of(), /ended after 0 of 31552 bytes/],
   ]) {
-    await served((path, _, response) => path === WEIGHTS && !!response.end(content), async (url) => {
-      await assert.rejects((await openBundle(url)).file(WEIGHTS), oneLine(why));
-    });
+    await served(
+      (path, _, response) => path === WEIGHTS && !!response.end(content),
+      async (url) => {
+        await assert.rejects((await openBundle(url)).file(WEIGHTS), oneLine(why));
+      },
+    );
   }
 });
 
@@ -126,8 +201,12 @@ const breaking = (times, { ranges = true, after = 10000 } = {}) => {
   let left = times;
   return (path, request, response) => {
     if (path !== WEIGHTS) return false;
-    const start = ranges ? Number(/^bytes=(\d+)-$/.exec(request.headers.range ?? "")?.[1] ?? 0) : 0, rest = read(WEIGHTS).subarray(start);
-    response.writeHead(start ? 206 : 200, { "content-length": rest.length, ...(start ? { "content-range": `bytes ${start}-${SIZE - 1}/${SIZE}` } : {}) });
+    const start = ranges ? Number(/^bytes=(\d+)-$/.exec(request.headers.range ?? "")?.[1] ?? 0) : 0,
+      rest = read(WEIGHTS).subarray(start);
+    response.writeHead(start ? 206 : 200, {
+      "content-length": rest.length,
+      ...(start ? { "content-range": `bytes ${start}-${SIZE - 1}/${SIZE}` } : {}),
+    });
     if (left-- > 0) response.write(rest.subarray(0, after), () => setTimeout(() => response.destroy(), 20));
     else response.end(rest);
     return true;
@@ -136,10 +215,17 @@ const breaking = (times, { ranges = true, after = 10000 } = {}) => {
 
 test("a connection that ends half-way is taken up again", async () => {
   await served(breaking(2), async (url, requests) => {
-    const told = [], bundle = await openBundle(url, { onProgress: ({ loaded }) => told.push(loaded) });
+    const told = [],
+      bundle = await openBundle(url, { onProgress: ({ loaded }) => told.push(loaded) });
     assert.deepEqual(Buffer.from(await bundle.file(WEIGHTS)), read(WEIGHTS));
-    assert.deepEqual(requests.filter(({ path }) => path === WEIGHTS).map(({ range }) => range), [undefined, "bytes=10000-", "bytes=20000-"]);
-    assert.deepEqual(told, told.toSorted((a, b) => a - b));
+    assert.deepEqual(
+      requests.filter(({ path }) => path === WEIGHTS).map(({ range }) => range),
+      [undefined, "bytes=10000-", "bytes=20000-"],
+    );
+    assert.deepEqual(
+      told,
+      told.toSorted((a, b) => a - b),
+    );
     assert.equal(told.at(-1), SIZE);
   });
   await served(breaking(1, { ranges: false }), async (url) => {
@@ -149,29 +235,47 @@ test("a connection that ends half-way is taken up again", async () => {
 
 test("a server that always stops half-way is told as that", async () => {
   await served(breaking(99, { after: 5000 }), async (url) => {
-    await assert.rejects((await openBundle(url)).file(WEIGHTS), oneLine(/^onnx\/unet\/weights.bin ended after 15000 of 31552 bytes, and could not be resumed \(.*\); check the connection/));
+    await assert.rejects(
+      (await openBundle(url)).file(WEIGHTS),
+      oneLine(
+        /^onnx\/unet\/weights.bin ended after 15000 of 31552 bytes, and could not be resumed \(.*\); check the connection/,
+      ),
+    );
   });
-  await served((path, request, response) => {
-    if (path !== WEIGHTS || !request.headers.range) return breaking(1)(path, request, response);
-    return !!response.writeHead(206, { "content-range": `bytes 0-${SIZE - 1}/${SIZE}` }).end(read(WEIGHTS));
-  }, async (url) => {
-    await assert.rejects((await openBundle(url)).file(WEIGHTS), oneLine(/cannot be resumed: the server sent "bytes 0-/));
-  });
-  await served((path, _, response) => {
-    if (path !== "manifest.json") return false;
-    response.writeHead(200, { "content-length": 9999 }).write("{", () => setTimeout(() => response.destroy(), 20));
-    return true;
-  }, async (url) => {
-    await assert.rejects(openBundle(url), oneLine(/^manifest.json ended after 1 bytes/));
-  });
+  await served(
+    (path, request, response) => {
+      if (path !== WEIGHTS || !request.headers.range) return breaking(1)(path, request, response);
+      return !!response.writeHead(206, { "content-range": `bytes 0-${SIZE - 1}/${SIZE}` }).end(read(WEIGHTS));
+    },
+    async (url) => {
+      await assert.rejects(
+        (await openBundle(url)).file(WEIGHTS),
+        oneLine(/cannot be resumed: the server sent "bytes 0-/),
+      );
+    },
+  );
+  await served(
+    (path, _, response) => {
+      if (path !== "manifest.json") return false;
+      response.writeHead(200, { "content-length": 9999 }).write("{", () => setTimeout(() => response.destroy(), 20));
+      return true;
+    },
+    async (url) => {
+      await assert.rejects(openBundle(url), oneLine(/^manifest.json ended after 1 bytes/));
+    },
+  );
 });
 
 test("aborting ends a download with the caller's reason", async () => {
-  await served((path) => path === WEIGHTS, async (url) => {
-    const controller = new AbortController(), bundle = await openBundle(url, { signal: controller.signal });
-    setTimeout(() => controller.abort(new Error("enough")), 30);
-    await assert.rejects(bundle.file(WEIGHTS), /^Error: enough/);
-  });
+  await served(
+    (path) => path === WEIGHTS,
+    async (url) => {
+      const controller = new AbortController(),
+        bundle = await openBundle(url, { signal: controller.signal });
+      setTimeout(() => controller.abort(new Error("enough")), 30);
+      await assert.rejects(bundle.file(WEIGHTS), /^Error: enough/);
+    },
+  );
 });
 
 /** The Cache API's part that a store uses. */
@@ -189,7 +293,9 @@ class FakeCache {
 }
 
 test("a store is asked first, and what it gives is checked", async () => {
-  const cache = new FakeCache(), store = new CacheStore(cache), weights = ({ path }) => path === WEIGHTS;
+  const cache = new FakeCache(),
+    store = new CacheStore(cache),
+    weights = ({ path }) => path === WEIGHTS;
   await served(undefined, async (url, requests) => {
     const open = async () => Buffer.from(await (await openBundle(url, { store })).file(WEIGHTS));
     assert.deepEqual(await open(), read(WEIGHTS));
@@ -207,14 +313,22 @@ test("a store is asked first, and what it gives is checked", async () => {
 });
 
 test("files larger than a slice are kept whole", async () => {
-  const cache = new FakeCache(), store = new CacheStore(cache), bytes = Uint8Array.from({ length: 2 ** 20 * 2 + 5 }, (_, i) => i * 31);
+  const cache = new FakeCache(),
+    store = new CacheStore(cache),
+    bytes = Uint8Array.from({ length: 2 ** 20 * 2 + 5 }, (_, i) => i * 31);
   await store.put("x", bytes);
   assert.deepEqual(await store.get("x"), bytes);
   assert.equal(await store.get("y"), null);
 });
 
 test("a store that is full costs the next visit alone, and says so", async () => {
-  const store = { get: async () => null, delete: async () => {}, put: async () => { throw new DOMException("no room", "QuotaExceededError"); } };
+  const store = {
+    get: async () => null,
+    delete: async () => {},
+    put: async () => {
+      throw new DOMException("no room", "QuotaExceededError");
+    },
+  };
   await served(undefined, async (url) => {
     const bundle = await openBundle(url, { store });
     assert.equal((await bundle.file(WEIGHTS)).length, SIZE);

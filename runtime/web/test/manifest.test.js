@@ -9,7 +9,10 @@ const good = (name) => readGolden(`manifests/${name}.json`);
 
 test("good manifests are read, and targets of unknown formats left out", () => {
   for (const [name, targets] of Object.entries({ class: ["onnx"], text: ["coreml"], pipeline: ["onnx"] })) {
-    assert.deepEqual(parseManifest(encode(good(name))).targets.map((each) => each.target), targets);
+    assert.deepEqual(
+      parseManifest(encode(good(name))).targets.map((each) => each.target),
+      targets,
+    );
   }
 });
 
@@ -19,7 +22,10 @@ for (const { manifest, at, value, why } of readGolden("manifests/bad.json").bad)
     const place = at.slice(0, -1).reduce((each, key) => each[key], document);
     if (value === "remove") delete place[at.at(-1)];
     else place[at.at(-1)] = value;
-    assert.throws(() => parseManifest(encode(document)), (e) => e instanceof BundleError && !e.message.includes("\n"));
+    assert.throws(
+      () => parseManifest(encode(document)),
+      (e) => e instanceof BundleError && !e.message.includes("\n"),
+    );
   });
 }
 
@@ -31,15 +37,38 @@ test("every field that has no default is needed, at every depth", () => {
     delete place[path.at(-1)];
     assert.throws(() => parseManifest(encode(changed)), BundleError, path.join("."));
   };
-  for (const key of ["generator", "license", "source", "cut", "adaptor", "sample", "conditioning", "scheduler", "operating_point", "evidence", "cost", "cache_bytes", "targets", "config", "versions", "files"]) refused([key]);
+  for (const key of [
+    "generator",
+    "license",
+    "source",
+    "cut",
+    "adaptor",
+    "sample",
+    "conditioning",
+    "scheduler",
+    "operating_point",
+    "evidence",
+    "cost",
+    "cache_bytes",
+    "targets",
+    "config",
+    "versions",
+    "files",
+  ])
+    refused([key]);
   refused(["sample", "space"]);
   refused(["targets", 0, "components", "unet", "graphs", 0, "name"]);
   refused(["targets", 0, "components", "unet", "graphs", 0, "inputs", 0, "dtype"]);
 });
 
 test("what is no manifest is refused in one sentence", () => {
-  for (const bytes of ["", "<!doctype html>", "[]", "null", "{}", '{"format_version": "2"}', "\ufeff{}"].map((text) => new TextEncoder().encode(text))) {
-    assert.throws(() => parseManifest(bytes), (e) => e instanceof BundleError && /expected a bundle that export wrote$/.test(e.message));
+  for (const bytes of ["", "<!doctype html>", "[]", "null", "{}", '{"format_version": "2"}', "\ufeff{}"].map((text) =>
+    new TextEncoder().encode(text),
+  )) {
+    assert.throws(
+      () => parseManifest(bytes),
+      (e) => e instanceof BundleError && /expected a bundle that export wrote$/.test(e.message),
+    );
   }
   assert.throws(() => parseManifest(new Uint8Array([0xff, 0xfe])), /not JSON/);
 });
@@ -51,7 +80,10 @@ test("the version is refused before anything else is read", () => {
 
 test("keys of prototypes are only keys", () => {
   for (const key of ["__proto__", "constructor", "toString"]) {
-    const document = JSON.stringify(good("class")).replace('"files":{', `"files":{"${key}":{"size":1,"sha256":"${"0".repeat(64)}"},`);
+    const document = JSON.stringify(good("class")).replace(
+      '"files":{',
+      `"files":{"${key}":{"size":1,"sha256":"${"0".repeat(64)}"},`,
+    );
     const { files } = parseManifest(new TextEncoder().encode(document));
     assert.equal(files[key].size, 1);
     const target = good("class");
@@ -61,7 +93,8 @@ test("keys of prototypes are only keys", () => {
 });
 
 test("graphs of any size take multiples, others the sizes that they list", () => {
-  const { targets, sample } = parseManifest(encode(good("pipeline"))), { unet, text_encoder } = targets[0].components;
+  const { targets, sample } = parseManifest(encode(good("pipeline"))),
+    { unet, text_encoder } = targets[0].components;
   const shapes = graphsAt(unet, sample, 32, 48)[0].inputs[0].shape;
   assert.deepEqual(shapes.slice(2), [32, 48]);
   assert.equal(graphsAt(unet, sample, 33, 48), null);

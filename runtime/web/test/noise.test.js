@@ -8,7 +8,8 @@ const golden = readGolden("noise.json");
 
 test("Random123's known answers", () => {
   for (const { counter, key, words } of golden.philox4x32_10) {
-    const made = new Uint32Array(4), parse = (list) => list.map((word) => parseInt(word, 16));
+    const made = new Uint32Array(4),
+      parse = (list) => list.map((word) => parseInt(word, 16));
     philox(parse(counter), parse(key), made);
     assert.deepEqual([...made], parse(words));
   }
@@ -27,10 +28,37 @@ test("an image is the same whatever the number of images", () => {
 });
 
 test("seeds", () => {
-  for (const [given, seed] of [[0, 0n], ["18446744073709551615", 2n ** 64n - 1n], [5n, 5n], ["9007199254740993", 9007199254740993n]]) {
+  for (const [given, seed] of [
+    [0, 0n],
+    ["18446744073709551615", 2n ** 64n - 1n],
+    [5n, 5n],
+    ["9007199254740993", 9007199254740993n],
+  ]) {
     assert.equal(readSeed(given), seed);
   }
-  for (const bad of [-1, 1.5, NaN, 2 ** 53, "18446744073709551616", 2n ** 64n, -1n, "", " 1", "0x1", "1e3", null, undefined, true, [1], ["1"], {}]) {
-    assert.throws(() => readSeed(bad), (e) => e instanceof RequestError && /^seed is .*; expected 0 to 2\^64/.test(e.message), String(bad));
+  for (const bad of [
+    -1,
+    1.5,
+    NaN,
+    2 ** 53,
+    "18446744073709551616",
+    2n ** 64n,
+    -1n,
+    "",
+    " 1",
+    "0x1",
+    "1e3",
+    null,
+    undefined,
+    true,
+    [1],
+    ["1"],
+    {},
+  ]) {
+    assert.throws(
+      () => readSeed(bad),
+      (e) => e instanceof RequestError && /^seed is .*; expected 0 to 2\^64/.test(e.message),
+      String(bad),
+    );
   }
 });

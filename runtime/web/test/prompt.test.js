@@ -13,7 +13,10 @@ const tokenize = (text) => tokenizer.encode(text);
 for (const { prompt, emphasis, chunks } of cases) {
   test(`tokens of ${JSON.stringify(prompt).slice(0, 60)}${emphasis ? "" : ", brackets as characters"}`, () => {
     const found = tokenized(prompt, tokenize, encoder, emphasis);
-    assert.deepEqual(found.map((chunk) => chunk.ids), chunks.map((chunk) => chunk.ids));
+    assert.deepEqual(
+      found.map((chunk) => chunk.ids),
+      chunks.map((chunk) => chunk.ids),
+    );
     found.forEach((chunk, i) => closeTo(chunk.weights, chunks[i].weights, 1e-6));
   });
 }
@@ -31,21 +34,36 @@ test("a word's last sigma, a mark in capitals, other spaces and joined accents a
 });
 
 test("weights beyond 0 to 10, and lone surrogates, are refused", () => {
-  for (const prompt of ["(a:10.1)", "(a:-1)", "((((a:9):9):9):9)"]) assert.throws(() => parsePrompt(prompt), /^RequestError: prompt: the weight of "a"/);
+  for (const prompt of ["(a:10.1)", "(a:-1)", "((((a:9):9):9):9)"])
+    assert.throws(() => parsePrompt(prompt), /^RequestError: prompt: the weight of "a"/);
   assert.throws(() => tokenized("a \ud83d", tokenize, encoder), /lone surrogate/);
 });
 
 test("a prompt of 10,000 characters is refused in one line, and soon", () => {
   const start = performance.now();
-  for (const prompt of ["apple ".repeat(1667), "a".repeat(10000), "(".repeat(10000), "[(".repeat(5000), "1".repeat(10000)]) {
-    assert.throws(() => tokenized(prompt, tokenize, encoder), (e) => e instanceof RequestError && /expected 640 at most/.test(e.message) && !e.message.includes("\n"));
+  for (const prompt of [
+    "apple ".repeat(1667),
+    "a".repeat(10000),
+    "(".repeat(10000),
+    "[(".repeat(5000),
+    "1".repeat(10000),
+  ]) {
+    assert.throws(
+      () => tokenized(prompt, tokenize, encoder),
+      (e) => e instanceof RequestError && /expected 640 at most/.test(e.message) && !e.message.includes("\n"),
+    );
   }
   assert.throws(() => tokenized("a".repeat(100001), tokenize, encoder), /100001 characters/);
   assert.ok(performance.now() - start < 5000);
 });
 
 test("a tokenizer that is none is refused", () => {
-  for (const text of ["", "{}", '{"model":{"type":"WordPiece"}}', '{"model":{"type":"BPE","end_of_word_suffix":"</w>","vocab":{},"merges":["a b"]},"added_tokens":[]}']) {
+  for (const text of [
+    "",
+    "{}",
+    '{"model":{"type":"WordPiece"}}',
+    '{"model":{"type":"BPE","end_of_word_suffix":"</w>","vocab":{},"merges":["a b"]},"added_tokens":[]}',
+  ]) {
     assert.throws(() => new Tokenizer(new TextEncoder().encode(text)), BundleError);
   }
 });

@@ -14,7 +14,8 @@ for (const name of goldenFiles("schedulers")) {
     const floats = (values) => (values === null ? null : Float32Array.from(values));
     let state = null;
     trace.steps.forEach((step, i) => {
-      const x = floats(step.x_t), tolerance = 1e-5 * largest(step.x_t);
+      const x = floats(step.x_t),
+        tolerance = 1e-5 * largest(step.x_t);
       closeTo(scheduler.scaleModelInput(i, x), step.scaled_input, tolerance);
       assert.equal(scheduler.needsNoise, step.noise !== null);
       const [next, kept] = scheduler.step(i, x, floats(step.model_output), state, floats(step.noise));
@@ -25,14 +26,20 @@ for (const name of goldenFiles("schedulers")) {
     if (trace.hold_trajectory) {
       let x = floats(trace.steps[0].x_t);
       state = null;
-      trace.steps.forEach((step, i) => ([x, state] = scheduler.step(i, x, floats(step.model_output), state, floats(step.noise))));
+      trace.steps.forEach(
+        (step, i) => ([x, state] = scheduler.step(i, x, floats(step.model_output), state, floats(step.noise))),
+      );
       closeTo(x, trace.steps.at(-1).x_prev, 1e-5 * Math.max(...trace.steps.map((step) => largest(step.x_t))));
     }
   });
 }
 
 test("quantiles of Beta(0.6, 0.6)", () => {
-  closeTo([0.1, 0.25, 0.5, 0.75].map(betaQuantile), [0.03958440558878085, 0.17568037865269498, 0.5, 1 - 0.17568037865269498], 1e-12);
+  closeTo(
+    [0.1, 0.25, 0.5, 0.75].map(betaQuantile),
+    [0.03958440558878085, 0.17568037865269498, 0.5, 1 - 0.17568037865269498],
+    1e-12,
+  );
 });
 
 test("settings that do not fit are refused", () => {
@@ -48,13 +55,18 @@ test("settings that do not fit are refused", () => {
     [{ name: "ddim", trained_betas: [0.1] }, /each training timestep/],
     [{ name: "lcm", original_inference_steps: 0 }, /integer/],
   ]) {
-    assert.throws(() => readScheduler(bad), (e) => e instanceof RequestError && why.test(e.message), JSON.stringify(bad));
+    assert.throws(
+      () => readScheduler(bad),
+      (e) => e instanceof RequestError && why.test(e.message),
+      JSON.stringify(bad),
+    );
   }
 });
 
 test("numbers of steps that do not fit are refused", () => {
   const ddim = readScheduler({ name: "ddim" });
-  for (const steps of [0, -1, 1.5, 1001, "8", NaN, null]) assert.throws(() => makeScheduler(ddim, steps), /numInferenceSteps/);
+  for (const steps of [0, -1, 1.5, 1001, "8", NaN, null])
+    assert.throws(() => makeScheduler(ddim, steps), /numInferenceSteps/);
   assert.throws(() => makeScheduler(readScheduler({ name: "lcm" }), 51), /take fewer steps/);
   assert.throws(() => makeScheduler(readScheduler({ name: "ddim", steps_offset: 999 }), 4), /take fewer steps/);
   const zero = readScheduler({ name: "ddim", rescale_betas_zero_snr: true, timestep_spacing: "trailing" });
