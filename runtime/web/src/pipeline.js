@@ -234,7 +234,6 @@ export class EdgePipeline {
       outputType !== "image" && outputType !== "latent",
       `outputType is ${shown(outputType)}; expected image or latent`,
     );
-    signal?.throwIfAborted();
     const plan = this.#plan(request),
       { count, guided, size, scheduler, clock, seed } = plan,
       { manifest } = this,

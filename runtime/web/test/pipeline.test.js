@@ -1,8 +1,11 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
 import { BundleError, RequestError } from "../src/errors.js";
 import { toRgba, toUint8 } from "../src/images.js";
 import { EdgePipeline } from "../src/pipeline.js";
+import { OrtSession } from "../src/sessions.js";
 import { closeTo, GOLDEN, readGolden } from "./golden.js";
 import { serve } from "./server.js";
 
@@ -214,52 +217,93 @@ test("options that do not fit are refused", async () => {
   await assert.rejects(pipe.preview(new Float32Array(5)), refused(/^latents are 5 numbers/));
 });
 
+/** Opens the golden bundle with some files changed, and everything that follows from them. */
+async function changed(change, files = {}) {
+  const hash = (bytes) => createHash("sha256").update(bytes).digest("hex"),
+    manifest = readGolden("bundle/manifest.json");
+  for (const [name, bytes] of Object.entries(files)) manifest.files[name] = { size: bytes.length, sha256: hash(bytes) };
+  change(manifest);
+  const text = JSON.stringify(manifest),
+    hashes = { "manifest.json": hash(text) };
+  for (const [name, { sha256 }] of Object.entries(manifest.files)) hashes[name] = sha256;
+  const sums = Object.keys(hashes)
+    .sort()
+    .map((name) => `${hashes[name]}  ${name}\n`)
+    .join("");
+  const all = { "manifest.json": text, SHA256SUMS: sums, ...files };
+  const other = await serve(
+    new URL("bundle/", GOLDEN),
+    (path, _, response) => path in all && !!response.end(all[path]),
+  );
+  try {
+    return await EdgePipeline.fromUrl(other.url, options);
+  } finally {
+    await other.close();
+  }
+}
+
 test("a bundle without ONNX graphs, and graphs that are none, are refused", async () => {
-  const { createHash } = await import("node:crypto"),
-    { readFileSync } = await import("node:fs");
-  const hash = (bytes) => createHash("sha256").update(bytes).digest("hex");
-  /** The golden bundle with some files changed, and everything that follows. */
-  const changed = async (change, files = {}) => {
-    const manifest = readGolden("bundle/manifest.json");
-    for (const [name, bytes] of Object.entries(files))
-      manifest.files[name] = { size: bytes.length, sha256: hash(bytes) };
-    change(manifest);
-    const text = JSON.stringify(manifest),
-      hashes = {
-        ...Object.fromEntries(Object.entries(manifest.files).map(([name, file]) => [name, file.sha256])),
-        "manifest.json": hash(text),
-      };
-    const sums = Object.keys(hashes)
-      .sort()
-      .map((name) => `${hashes[name]}  ${name}\n`)
-      .join("");
-    const all = { "manifest.json": text, SHA256SUMS: sums, ...files };
-    const bad = await serve(
-      new URL("bundle/", GOLDEN),
-      (path, _, response) => path in all && !!response.end(all[path]),
-    );
-    try {
-      return await EdgePipeline.fromUrl(bad.url, options);
-    } finally {
-      await bad.close();
-    }
-  };
-  await (await changed(() => {})).close();
+  const bundleError = (pattern) => (e) => e instanceof BundleError && pattern.test(e.message);
   const text = readGolden("manifests/text.json");
   await assert.rejects(
     changed((manifest) => Object.assign(manifest, text, { files: manifest.files })),
-    (e) => e instanceof BundleError && /no onnx target; it has: coreml/.test(e.message),
+    bundleError(/no onnx target; it has: coreml/),
   );
   await assert.rejects(
     changed(() => {}, { "onnx/unet/full.onnx": Buffer.from("no graph") }),
-    (e) => e instanceof BundleError && /^onnx\/unet\/full.onnx cannot be loaded/.test(e.message),
+    bundleError(/^onnx\/unet\/full.onnx cannot be loaded/),
   );
   const cached = readFileSync(new URL("bundle/onnx/unet/cached.onnx", GOLDEN));
   await assert.rejects(
     changed(() => {}, { "onnx/unet/full.onnx": cached }),
-    (e) =>
-      e instanceof BundleError && /^onnx\/unet\/full.onnx has the inputs .*; the manifest says sample/.test(e.message),
+    bundleError(/^onnx\/unet\/full.onnx has the inputs .*; the manifest says sample/),
   );
+});
+
+test("what the adaptor was not trained for is told before the first step", async () => {
+  const learned = await changed((manifest) => {
+    const { num_inference_steps, scheduler, clock, mask, guidance_scale } = manifest.operating_point;
+    const trained_for = { num_inference_steps, scheduler, clock, mask, guidance_scale };
+    manifest.adaptor = { kind: "resnet", name: "small", path: null, sha256: "0".repeat(64), trained_for };
+  });
+  const warnings = async (asked) => (await learned.generate({ ...request, ...asked })).warnings;
+  for (const fits of [{}, { clock: "1,0,1,0" }, { clock: 1, numInferenceSteps: 2, guidanceScale: 1 }])
+    assert.deepEqual(await warnings(fits), []);
+  const point = "adaptor small was trained for 4 steps of dpmpp_2m, clock 2, guidance 2; this is ";
+  for (const [asked, differs] of [
+    [{ numInferenceSteps: 6 }, "6 steps"],
+    [{ clock: "1,0,0,0" }, "clock 1,0,0,0"],
+    [{ clock: 3, guidanceScale: [2, 2, 1, 0.5] }, "clock 3, guidance 2, 1, 0.5"],
+  ]) {
+    assert.deepEqual(await warnings(asked), [`${point}${differs}: images may be worse`]);
+  }
+  const types = [];
+  for await (const { type } of learned.stream({ ...request, clock: 4 })) types.push(type);
+  assert.deepEqual(types, ["warning", "stage", "step", "step", "step", "step", "result"]);
+  await learned.close();
+});
+
+test("with little memory nothing stays open, also when the caller leaves in the middle", async () => {
+  const small = await EdgePipeline.fromUrl(server.url, { ...options, lowMemory: true }),
+    { open } = OrtSession,
+    { release } = OrtSession.prototype;
+  const events = [];
+  OrtSession.open = async (...args) => (events.push("open"), open(...args));
+  OrtSession.prototype.release = function () {
+    events.push("release");
+    return release.call(this);
+  };
+  try {
+    await small.generate(request);
+    for await (const event of small.stream(request)) if (event.type === "step") break;
+    await assert.rejects(async () => {
+      for await (const event of small.stream(request)) if (event.type === "step") throw new Error("mine");
+    }, /mine/);
+  } finally {
+    OrtSession.open = open;
+    OrtSession.prototype.release = release;
+  }
+  assert.deepEqual(events, ["open", "release", "open", "release", "open", "release"]);
 });
 
 test("the loop's own time is small beside a graph's", async () => {

@@ -33,6 +33,15 @@ test("a word's last sigma, a mark in capitals, other spaces and joined accents a
   }
 });
 
+test("tokens of drawings-64, whose merges compete", () => {
+  // prompts.json has random prompts, with the ids that Python's tokenizers 0.23.3 gives with this file.
+  const file = new URL("../../../edgediff/zoo/drawings-64/tokenizer/tokenizer.json", import.meta.url);
+  const drawings = new Tokenizer(readFileSync(file));
+  for (const [text, ids] of JSON.parse(readFileSync(new URL("prompts.json", import.meta.url), "utf8"))) {
+    assert.deepEqual(drawings.encode(text), ids, JSON.stringify(text));
+  }
+});
+
 test("weights beyond 0 to 10, and lone surrogates, are refused", () => {
   for (const prompt of ["(a:10.1)", "(a:-1)", "((((a:9):9):9):9)"])
     assert.throws(() => parsePrompt(prompt), /^RequestError: prompt: the weight of "a"/);
