@@ -1,7 +1,7 @@
 // The manifest: read strictly, then checked for what types cannot say. Targets of formats that edgediff does not have
 // are left out; those that it has are checked, though this runtime runs ONNX alone.
 import { clockMask } from "./clock.js";
-import { BundleError, RequestError, oneLine, shown } from "./errors.js";
+import { BundleError, oneLine, shown } from "./errors.js";
 import { readScheduler } from "./schedulers.js";
 
 /**
@@ -58,10 +58,14 @@ const list = (kind) => (v, at) => (
   must(Array.isArray(v), at, v, "a list"),
   v.map((/** @type {any} */ each, /** @type {number} */ i) => kind(each, `${at}[${i}]`))
 );
-/** A list of names, each once. @type {(kind: Kind, name?: (v: any) => any) => Kind} */
+/** A list of things with names, each once. @type {(kind: Kind, name?: (v: any) => any) => Kind} */
 const unique =
   (kind, name = (v) => v) =>
-  (v, at) => (must(distinct(list(kind)(v, at).map(name)), at, v.map(name), "names, each once"), v);
+  (v, at) => {
+    const read = list(kind)(v, at);
+    must(distinct(read.map(name)), at, read.map(name), "names, each once");
+    return read;
+  };
 const isObject = (/** @type {any} */ v) => typeof v === "object" && v !== null && !Array.isArray(v);
 /** An object without a prototype, so that any key is only a key. @type {(kind: Kind) => Kind} */
 const map = (kind) => (v, at) => {
@@ -94,20 +98,18 @@ const size = is(
 const tensors = list(
   struct({ name: text, dtype: one("float32", "float16", "int64", "int32"), shape: list(size), stored_as: maybe(text) }),
 );
-const graphs = unique(
-  struct({
-    name: text,
-    file: or(text),
-    frequency: or(one("step", "full_step", "cached_step")),
-    inputs: tensors,
-    outputs: tensors,
-    external_data: maybe(list(text), []),
-    function: maybe(text),
-    simplified: maybe(any),
-    kept_fp32: maybe(any),
-  }),
-  (g) => g.name,
-);
+const graph = struct({
+  name: text,
+  file: or(text),
+  frequency: or(one("step", "full_step", "cached_step")),
+  inputs: tensors,
+  outputs: tensors,
+  external_data: maybe(list(text), []),
+  function: maybe(text),
+  simplified: maybe(any),
+  kept_fp32: maybe(any),
+});
+const graphs = unique(graph, (g) => g.name);
 const component = struct({
   stage: one("prompt", "image", "step", "decode", "preview"),
   dtype: one("fp32", "fp16", "int8"),
@@ -115,7 +117,7 @@ const component = struct({
   floors: map(or(above)),
   graphs,
   layout: maybe(one("split", "pair")),
-  model: maybe(any),
+  model: maybe(graph),
   files: maybe(list(text), []),
   tokenizer: maybe(text),
   peak_bytes: maybe(any),
@@ -240,7 +242,9 @@ export function parseManifest(bytes) {
     check(read);
     return read;
   } catch (e) {
-    throw e instanceof RequestError ? new BundleError(`manifest.json is not a manifest: ${e.message}`) : e;
+    throw e instanceof BundleError
+      ? e
+      : new BundleError(`manifest.json is not a manifest: ${oneLine(e)}; export again`);
   }
 }
 

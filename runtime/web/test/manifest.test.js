@@ -78,6 +78,49 @@ test("the version is refused before anything else is read", () => {
   assert.throws(() => parseManifest(encode({ format_version: 1 })), /version 1.*export the model again/);
 });
 
+test("what may be left out takes its default", () => {
+  const document = good("pipeline"),
+    { components } = document.targets[0],
+    graph = components.unet.graphs[0];
+  for (const place of [graph, components.vae_decoder.model ?? {}]) delete place.external_data;
+  delete graph.function;
+  delete document.prompt.encoders[0].pooled;
+  delete components.unet.further;
+  delete document.sample.multiple;
+  document.sample.width = document.sample.height;
+  const { targets, prompt, sample } = parseManifest(encode(document)),
+    { unet } = targets[0].components;
+  assert.deepEqual([unet.graphs[0].external_data, unet.graphs[0].function, unet.further], [[], null, []]);
+  assert.deepEqual([prompt.encoders[0].pooled, sample.multiple], [null, 1]);
+});
+
+test("whatever stands in a place, a manifest is read or refused as a bundle's fault", () => {
+  const places = (value, path = []) =>
+    value && typeof value === "object"
+      ? [path, ...Object.keys(value).flatMap((key) => places(value[key], [...path, key]))]
+      : [path];
+  let refused = 0;
+  for (const name of ["class", "pipeline"]) {
+    const document = good(name);
+    for (const path of places(document).slice(1)) {
+      const place = path.slice(0, -1).reduce((each, key) => each[key], document),
+        last = path.at(-1),
+        before = place[last];
+      for (const value of [null, -1, 1.5, "x", [], [[]], {}, true]) {
+        place[last] = value;
+        try {
+          parseManifest(encode(document));
+        } catch (e) {
+          assert.ok(e instanceof BundleError, `${path.join(".")}: ${e.stack}`);
+          refused++;
+        }
+      }
+      place[last] = before;
+    }
+  }
+  assert.ok(refused > 5000, `${refused} refused`);
+});
+
 test("keys of prototypes are only keys", () => {
   for (const key of ["__proto__", "constructor", "toString"]) {
     const document = JSON.stringify(good("class")).replace(
