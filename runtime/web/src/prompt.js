@@ -1,5 +1,6 @@
 // From a prompt to token ids: emphasis, chunks, padding. No encoder runs here.
 import { refuse, shown } from "./errors.js";
+import { SPACE } from "./tokenizer.js";
 
 /**
  * @typedef {import("./manifest.js").Encoder} Encoder
@@ -9,6 +10,9 @@ import { refuse, shown } from "./errors.js";
 const MAX_WEIGHT = 10,
   MAX_CHUNKS = 64,
   MAX_CHARACTERS = 100000;
+// What Python takes for spaces, which JavaScript's \s is not quite.
+const GAP = `[${SPACE}\\x1c-\\x1f]*`;
+const FACTOR = new RegExp(`:${GAP}([+-]?(?:\\d+\\.?\\d*|\\.\\d+))${GAP}$`);
 /** @type {Record<string, string>} */
 const OPENING = { ")": "(", "]": "[" };
 
@@ -36,7 +40,7 @@ export function parsePrompt(prompt) {
     } else if (opened.length && marks[opened[opened.length - 1]][2] === OPENING[char]) {
       const mark = marks[/** @type {number} */ (opened.pop())],
         first = Math.max(mark[1] + 1, start - 40); // a factor follows a text
-      const factor = char === ")" ? /:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$/.exec(prompt.slice(first, start)) : null;
+      const factor = char === ")" ? FACTOR.exec(prompt.slice(first, start)) : null;
       mark[2] = factor ? Number(factor[1]) : char === ")" ? 1.1 : 1 / 1.1;
       marks.push([factor ? first + factor.index : start, end, null]);
     }

@@ -2,7 +2,7 @@
 import { BundleError, oneLine } from "./errors.js";
 
 // Unicode's White_Space, which JavaScript's \s is not quite.
-const SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
+export const SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
 const SPACES = new RegExp(`[${SPACE}]+`, "gu");
 const WORD = `'s|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^${SPACE}\\p{L}\\p{N}]+`;
 // A mark that is written in capitals is no mark, but what follows it is a word of its own.

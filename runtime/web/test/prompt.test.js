@@ -42,6 +42,11 @@ test("tokens of drawings-64, whose merges compete", () => {
   }
 });
 
+test("spaces around a weight are those of Python", () => {
+  assert.deepEqual(parsePrompt("(a:\u00a02\x85\x1c)"), [["a", 2]]);
+  assert.deepEqual(parsePrompt("(a:2\ufeff)"), [["a:2\ufeff", 1.1]]);
+});
+
 test("weights beyond 0 to 10, and lone surrogates, are refused", () => {
   for (const prompt of ["(a:10.1)", "(a:-1)", "((((a:9):9):9):9)"])
     assert.throws(() => parsePrompt(prompt), /^RequestError: prompt: the weight of "a"/);
