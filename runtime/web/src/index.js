@@ -1,0 +1,7 @@
+// The public face.
+export { openBundle } from "./bundle.js";
+export { clockMask } from "./clock.js";
+export { BundleError, EdgeRuntimeError, RequestError } from "./errors.js";
+export { toRgba, toUint8 } from "./images.js";
+export { EdgePipeline } from "./pipeline.js";
+export { CacheStore } from "./store.js";

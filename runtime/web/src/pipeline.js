@@ -1,0 +1,617 @@
+// From a bundle to pictures: a request is checked, the prompt encoded, the loop run, the latents decoded. A pipeline
+// holds nothing of any generation.
+import { openBundle } from "./bundle.js";
+import { callsInWords, clockMask } from "./clock.js";
+import { checkCount, classRows, countOf, encodeTexts, guidanceEmbedding, rowsOf, timeIds } from "./conditioning.js";
+import { BundleError, refuse, RequestError, shown } from "./errors.js";
+import { decode, toUint8 } from "./images.js";
+import { breathe, denoise } from "./loop.js";
+import { all, graphsAt } from "./manifest.js";
+import { noises, readSeed } from "./noise.js";
+import { makeScheduler, samplerOf } from "./schedulers.js";
+import { chooseBackend, OrtSession } from "./sessions.js";
+import { Tokenizer } from "./tokenizer.js";
+
+/**
+ * @typedef {import("./rows.js").Rows} Rows
+ * @typedef {import("./manifest.js").Manifest} Manifest
+ * @typedef {import("./manifest.js").Graph} Graph
+ * @typedef {import("./manifest.js").Vae} Vae
+ * @typedef {import("./loop.js").Session} Session
+ * @typedef {import("./loop.js").Step} Step
+ * @typedef {import("./images.js").Images} Images
+ *
+ * @typedef {object} PipelineOptions
+ * @property {"wasm" | "webgpu"} [backend] what runs the graphs; left out, WebGPU where there is an adapter
+ * @property {number} [threads] of WebAssembly, where the page is cross-origin isolated
+ * @property {boolean} [lowMemory] one component open at a time, each loaded when its stage comes
+ * @property {any} [wasmPaths] where ONNX Runtime's .wasm and .mjs files lie, as its `env.wasm.wasmPaths` has it
+ *
+ * @typedef {object} Arguments What is left out comes from the bundle's operating point.
+ * @property {string | string[] | null} [prompt] one for all images, or one for each; so are the other texts
+ * @property {string | string[] | null} [negativePrompt]
+ * @property {string | string[] | null} [prompt2] what the second text encoder is told instead
+ * @property {string | string[] | null} [negativePrompt2]
+ * @property {boolean} [emphasis] false takes brackets in prompts as characters
+ * @property {number} [clipSkip] layers left out at the text encoder's end
+ * @property {Rows} [promptEmbeds] [1 or N, S, D] instead of a prompt
+ * @property {Rows} [negativePromptEmbeds]
+ * @property {Record<string, Rows>} [addedCond] `text_embeds`, `time_ids`
+ * @property {Record<string, Rows>} [negativeAddedCond]
+ * @property {string | number | (string | number)[] | null} [label] class by name or index
+ * @property {Rows} [concatLatents] [1 or N, C', H, W] of an inpainting or editing UNet
+ * @property {number} [numInferenceSteps]
+ * @property {number | string | number[]} [clock] a period, or a mask with an entry for each call of the UNet
+ * @property {number | number[]} [guidanceScale] one, or one for each call; 1 or less is off
+ * @property {bigint | string | number} [seed]
+ * @property {number} [numImages]
+ * @property {number} [firstImage] number of the first image
+ * @property {number} [height] of the picture in pixels
+ * @property {number} [width]
+ * @property {Float32Array} [latents] N * C * H * W initial latents, in place of the seed's
+ * @property {number} [tile] side in pixels of the tiles that a larger picture is decoded in
+ * @property {"image" | "latent"} [outputType] `latent` leaves the decoder out
+ * @property {AbortSignal} [signal]
+ *
+ * @typedef {object} Result
+ * @property {Images | null} images bytes [N, H, W, C]; null where latents were asked for, or nothing decodes them
+ * @property {Rows} latents [N, C, H, W]
+ * @property {{index: number, timestep: number, full: boolean, guided: boolean, ms: Record<string, number>}[]} ledger
+ * @property {number[]} mask the steps as they were run, 1 = full
+ * @property {Record<string, number>} stages milliseconds of each component outside of the loop
+ * @property {number} ms of all steps and stages
+ * @property {{done: number, uncached: number}} macs multiply-adds of the loop, and of one whose steps are all full
+ * @property {string[]} warnings one line each
+ * @property {string} seed as decimal text
+ *
+ * @typedef {{type: "step", count: number} & Step} StepEvent `count` is the number of steps
+ * @typedef {{type: "stage", stage: string}} StageEvent a component that begins
+ * @typedef {{type: "warning", warning: string}} WarningEvent comes before the first step
+ * @typedef {{type: "result", result: Result}} ResultEvent
+ */
+
+const DECODER = "vae_decoder",
+  PREVIEW = "preview_decoder";
+const ARGUMENTS = (
+  "prompt negativePrompt prompt2 negativePrompt2 emphasis clipSkip promptEmbeds negativePromptEmbeds addedCond " +
+  "negativeAddedCond label concatLatents numInferenceSteps clock guidanceScale seed numImages firstImage height width " +
+  "latents tile outputType signal"
+).split(" ");
+// WebAssembly addresses no more than 4 GiB.
+const memory = () => 2 ** 30 * Math.min(4, /** @type {any} */ (globalThis.navigator)?.deviceMemory ?? 4);
+
+export class EdgePipeline {
+  /** @type {Map<string, Promise<OrtSession>>} */
+  #open = new Map();
+  /** @type {Promise<Tokenizer[]> | null} */
+  #tokenizers = null;
+
+  /**
+   * @param {import("./bundle.js").Bundle} bundle
+   * @param {"wasm" | "webgpu"} backend
+   * @param {PipelineOptions} options
+   */
+  constructor(bundle, backend, options) {
+    const target = bundle.manifest.targets.find((each) => each.target === "onnx");
+    if (!target)
+      throw new BundleError(
+        `the bundle has no onnx target; it has: ${bundle.manifest.targets.map((each) => each.target).join(", ")}; export it with --target onnx`,
+      );
+    this.bundle = bundle;
+    this.manifest = bundle.manifest;
+    this.backend = backend;
+    this.components = target.components;
+    this.options = { ...options, backend };
+  }
+
+  /**
+   * Opens the bundle at an address, and its components.
+   * @param {string | URL} url
+   * @param {PipelineOptions & import("./bundle.js").BundleOptions} [options]
+   */
+  static async fromUrl(url, options = {}) {
+    const { threads } = options;
+    refuse(
+      threads !== undefined && !(Number.isInteger(threads) && threads > 0),
+      `threads is ${shown(threads)}; expected a whole number above 0`,
+    );
+    const bundle = await openBundle(url, options),
+      onnx = bundle.manifest.targets.find((each) => each.target === "onnx");
+    const half = Object.values(onnx?.components ?? {}).some((each) => each.dtype === "fp16");
+    const pipe = new EdgePipeline(bundle, await chooseBackend(options.backend, half), options);
+    if (options.lowMemory) return pipe;
+    const wanted = Object.keys(pipe.components).filter((name) =>
+      ["prompt", "step", "decode"].includes(pipe.components[name].stage),
+    );
+    const files = wanted.flatMap((name) =>
+      pipe.components[name].graphs.flatMap((g) => (g.file === null ? [] : [g.file, ...g.external_data])),
+    );
+    bundle.expect([...files, ...wanted.flatMap((name) => pipe.components[name].tokenizer ?? [])]);
+    try {
+      if (pipe.canEncode) await pipe.#readTokenizers();
+      for (const name of wanted) await pipe.#session(name);
+    } catch (e) {
+      await pipe.close();
+      throw e;
+    }
+    return pipe;
+  }
+
+  /** Whether latents can be made into pictures. */
+  get canDecode() {
+    return this.manifest.sample.space === "pixel" || DECODER in this.components;
+  }
+
+  /** Whether `preview` has something to make pictures with. */
+  get canPreview() {
+    return this.manifest.sample.space === "pixel" || PREVIEW in this.components;
+  }
+
+  /** Whether prompts can be made into embeddings. */
+  get canEncode() {
+    const { prompt } = this.manifest;
+    return !!prompt && prompt.encoders.every((each) => this.components[each.component]?.tokenizer);
+  }
+
+  /** Gives the memory of all components back; the pipeline opens them again where it is used. */
+  async close() {
+    const opened = [...this.#open.values()];
+    this.#open.clear();
+    for (const session of await Promise.allSettled(opened))
+      if (session.status === "fulfilled") await session.value.release();
+  }
+
+  /** @param {string} name */
+  #session(name) {
+    const session = this.#open.get(name) ?? OrtSession.open(this.bundle, this.components[name], this.options);
+    if (!this.#open.has(name)) {
+      this.#open.set(name, session);
+      session.catch(() => this.#open.delete(name)); // the next use tries again
+    }
+    return session;
+  }
+
+  /** A component while a stage lasts. @template T @param {string} name @param {(session: Session) => Promise<T>} job */
+  async #use(name, job) {
+    const session = await this.#lent(name);
+    try {
+      return await job(session);
+    } finally {
+      await this.#returned(session);
+    }
+  }
+
+  /** @param {string} name */
+  #lent(name) {
+    return this.options.lowMemory
+      ? OrtSession.open(this.bundle, this.components[name], this.options)
+      : this.#session(name);
+  }
+
+  /** @param {OrtSession} session */
+  async #returned(session) {
+    if (this.options.lowMemory) await session.release();
+  }
+
+  #readTokenizers() {
+    this.#tokenizers ??= Promise.all(
+      (this.manifest.prompt?.encoders ?? []).map(async ({ component }) => {
+        const file = /** @type {string} */ (this.components[component].tokenizer);
+        return new Tokenizer(await this.bundle.file(file), file);
+      }),
+    ).catch((e) => {
+      this.#tokenizers = null;
+      throw e;
+    });
+    return this.#tokenizers;
+  }
+
+  /** Makes pictures. @param {Arguments & {onStep?: (step: StepEvent) => void}} request @returns {Promise<Result>} */
+  async generate({ onStep, ...request }) {
+    for await (const event of this.stream(request)) {
+      if (event.type === "result") return event.result;
+      if (event.type === "step") onStep?.(event);
+    }
+    throw new Error("a stream ends with its result");
+  }
+
+  /**
+   * Makes pictures step by step; leaving the loop, or `signal`, cancels. Everything is checked before anything runs.
+   * @param {Arguments} [given] null is left out
+   * @returns {AsyncGenerator<StageEvent | WarningEvent | StepEvent | ResultEvent, void, void>}
+   */
+  async *stream(given = {}) {
+    for (const name of Object.keys(given)) {
+      refuse(
+        !ARGUMENTS.includes(name),
+        `there is no argument ${shown(name)}; expected some of ${ARGUMENTS.join(", ")}`,
+      );
+    }
+    /** @type {Arguments} */
+    const request = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== null));
+    const { signal, tile, outputType = "image" } = request;
+    refuse(
+      outputType !== "image" && outputType !== "latent",
+      `outputType is ${shown(outputType)}; expected image or latent`,
+    );
+    const plan = this.#plan(request),
+      { count, guided, size, scheduler, clock, seed } = plan,
+      { manifest } = this,
+      [height, width] = size;
+    const side = this.#tile(tile),
+      decodes = outputType === "image" && manifest.sample.space === "latent" && DECODER in this.components;
+    if (decodes) this.#checkDecoder(height, width, side);
+    /** @type {Record<string, number>} */
+    const stages = {};
+    const timed = async (/** @type {string} */ name, /** @type {() => Promise<any>} */ job) => {
+      const before = performance.now();
+      signal?.throwIfAborted();
+      const made = await job();
+      stages[name] = performance.now() - before;
+      await breathe();
+      signal?.throwIfAborted();
+      return made;
+    };
+    if (plan.texts) yield { type: "stage", stage: "prompt" };
+    const [cond, uncond] = await this.#conditioning(request, plan, timed);
+    const { warning } = plan,
+      warnings = [...this.bundle.warnings, ...(warning ? [warning] : [])];
+    const shape = [count, manifest.sample.channels, height, width],
+      length = shape.reduce((a, b) => a * b);
+    const data = request.latents ? request.latents.slice() : noises(seed, count, length / count, plan.firstImage, 0);
+    if (!request.latents)
+      for (let k = 0, sigma = Math.fround(scheduler.initNoiseSigma); k < length; k++) data[k] *= sigma;
+    /** @type {Result["ledger"]} */
+    const ledger = [];
+    let latents = { data, dims: shape };
+    for (const text of warnings) yield { type: "warning", warning: text };
+    yield { type: "stage", stage: "step" };
+    const session = await this.#lent("unet");
+    try {
+      const { guidance, concat, firstImage, graphs } = plan;
+      for await (const step of denoise(
+        { graphs, scheduler, clock, guidance, latents, cond, uncond, seed, concat, firstImage },
+        session,
+        signal,
+      )) {
+        const { index, timestep, full, guided: both, ms } = step;
+        ledger.push({ index, timestep, full, guided: both, ms });
+        latents = { data: step.latents.slice(), dims: shape };
+        yield { type: "step", count: clock.length, ...step };
+      }
+    } finally {
+      await this.#returned(session);
+    }
+    let images = null;
+    if (outputType === "image" && manifest.sample.space === "pixel") images = toUint8(latents);
+    if (decodes) {
+      yield { type: "stage", stage: "decode" };
+      const vae = /** @type {Vae} */ (manifest.vae);
+      const graphAt = (/** @type {number} */ h, /** @type {number} */ w) =>
+        graphsAt(this.components[DECODER], manifest.sample, h, w)?.[0] ?? null;
+      images = toUint8(
+        await timed(DECODER, () => this.#use(DECODER, (opened) => decode(opened, graphAt, vae, latents, side, signal))),
+      );
+    }
+    const sum = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0),
+      cost = (/** @type {string} */ name) => manifest.cost[name].macs + manifest.cost[name].macs_attention;
+    const macs = (/** @type {(full: boolean) => string} */ kind) =>
+      sum(ledger.map((step) => count * (step.guided ? 2 : 1) * cost(kind(step.full))));
+    yield {
+      type: "result",
+      result: {
+        images,
+        latents,
+        ledger,
+        stages,
+        warnings,
+        seed: String(seed),
+        mask: ledger.map((step) => Number(step.full)),
+        ms: sum([...ledger.flatMap((step) => Object.values(step.ms)), ...Object.values(stages)]),
+        macs: { done: macs((full) => (full ? "full" : "cached")), uncached: macs(() => "full") },
+      },
+    };
+  }
+
+  /**
+   * Quick pictures of latents: of a step's `predicted`, what the picture is going to be. Changes nothing in a generation.
+   * @param {Float32Array} latents N * C * H * W
+   * @param {{height?: number, width?: number}} [size] of the picture; left out, the usual one
+   */
+  async preview(latents, size = {}) {
+    const { sample, preview } = this.manifest,
+      [height, width] = this.#size(size.height, size.width),
+      each = sample.channels * height * width;
+    const rows = { data: latents, dims: [latents.length / each, sample.channels, height, width] };
+    refuse(
+      !(latents instanceof Float32Array) || !latents.length || latents.length % each,
+      `latents are ${latents?.length} numbers; expected a multiple of ${each}`,
+    );
+    if (sample.space === "pixel") return toUint8(rows);
+    refuse(
+      !preview || !(PREVIEW in this.components),
+      "the bundle has no preview decoder; export it with --preview DIR, an AutoencoderTiny of the same latents",
+    );
+    const [graph] = this.#graphs(PREVIEW, height, width);
+    return toUint8(await decode(await this.#session(PREVIEW), () => graph, /** @type {Vae} */ (preview), rows));
+  }
+
+  /** Everything of a request that needs no graph, checked. @param {Arguments} request */
+  #plan(request) {
+    const { manifest } = this,
+      { operating_point: point, conditioning: known, sample } = manifest,
+      sampler = manifest.scheduler.name;
+    const {
+      numInferenceSteps: steps = point.num_inference_steps,
+      firstImage = 0,
+      guidanceScale = point.guidance_scale,
+    } = request;
+    const seed = readSeed(request.seed ?? 0),
+      scheduler = makeScheduler(manifest.scheduler, steps),
+      asked = request.clock ?? point.clock;
+    refuse(
+      !Number.isInteger(firstImage) || firstImage < 0 || firstImage >= 2 ** 32,
+      `firstImage is ${shown(firstImage)}; expected a whole number from 0`,
+    );
+    const clock = clockMask(asked, steps, sampler);
+    let guidance = Array.isArray(guidanceScale) ? guidanceScale : clock.map(() => guidanceScale);
+    refuse(
+      guidance.length !== clock.length,
+      `guidanceScale has ${guidance.length} entries for ${callsInWords(steps, sampler)}; expected one each`,
+    );
+    const wrong = guidance.find(
+      (scale) => !Number.isFinite(scale) || scale < 0 || !Number.isFinite(Math.fround(scale)),
+    );
+    refuse(wrong !== undefined, `guidanceScale is ${shown(wrong)}; expected a finite number from 0; 1 or less is off`);
+    const warning = departure(manifest, clock, guidance, asked);
+    const size = this.#size(request.height, request.width),
+      graphs = this.#graphs("unet", ...size);
+    const tensors = new Map(graphs.flatMap((g) => g.inputs).map((t) => [t.name, t]));
+    /** What a latent consistency model is told of the guidance. @type {number | null} */
+    let told = null;
+    if (tensors.has("timestep_cond")) {
+      refuse(
+        new Set(guidance).size > 1,
+        "guidanceScale differs between steps, but the model is told one; give one number",
+      );
+      told = guidance[0];
+      guidance = clock.map(() => 1);
+    }
+    const guided = guidance.some((scale) => scale > 1);
+    const texts = [request.prompt, request.negativePrompt, request.prompt2, request.negativePrompt2].some(
+      (text) => text != null,
+    )
+      ? request
+      : null;
+    const what = `the model is conditioned on ${{ none: "nothing", class: "classes (label)", text: "text (prompt, or promptEmbeds)" }[known.kind]}; leave it out`;
+    const { promptEmbeds, negativePromptEmbeds, addedCond, negativeAddedCond, label } = request,
+      embeds = promptEmbeds ?? negativePromptEmbeds;
+    refuse(known.kind !== "class" && label != null, `label ${shown(label)} was given, but ${what}`);
+    refuse(
+      known.kind !== "text" && (texts || embeds || addedCond || negativeAddedCond),
+      `a prompt was given, but ${what}`,
+    );
+    refuse(known.kind === "none" && guided, "guidanceScale is above 1, but the model has no condition; give 1");
+    if (texts) {
+      refuse(!this.canEncode, "the bundle has no text encoder; give embeddings (promptEmbeds), not a prompt");
+      refuse(embeds, "a prompt and its embeddings were given; give one of them");
+      refuse(texts.prompt == null, "a negative prompt or a second one was given without a prompt; give one");
+    }
+    const count =
+      request.numImages ??
+      (texts ? countOf(texts) : Array.isArray(label) ? label.length : (promptEmbeds?.dims?.[0] ?? 1));
+    checkCount(count);
+    this.#checkMemory(graphs, count, guided, size);
+    const length = count * sample.channels * size[0] * size[1],
+      { latents } = request;
+    refuse(
+      latents && !(latents instanceof Float32Array && latents.length === length && latents.every(Number.isFinite)),
+      `latents are ${latents?.length} numbers; expected ${length} finite ones in a Float32Array`,
+    );
+    const channels = sample.in_channels - sample.channels,
+      { concatLatents } = request;
+    refuse(!channels && concatLatents, "concatLatents were given, but the UNet takes the latent alone; leave them out");
+    const tensor = { name: "concatLatents", dtype: "float32", shape: ["batch", channels, ...size], stored_as: null };
+    const concat = channels
+      ? rowsOf(new Map([[tensor.name, tensor]]), concatLatents ? { concatLatents } : {}, count).concatLatents
+      : null;
+    return {
+      seed,
+      scheduler,
+      clock,
+      guidance,
+      guided,
+      warning,
+      size,
+      graphs,
+      tensors,
+      told,
+      texts,
+      count,
+      concat,
+      firstImage,
+    };
+  }
+
+  /**
+   * Rows of every conditioning tensor, conditional and unconditional.
+   * @param {Arguments} request
+   * @param {any} plan
+   * @param {(name: string, job: () => Promise<any>) => Promise<any>} timed
+   * @returns {Promise<[Record<string, Rows>, Record<string, Rows>]>}
+   */
+  async #conditioning(request, { tensors, count, guided, texts, told, size }, timed) {
+    const { manifest } = this,
+      { conditioning: known, prompt } = manifest;
+    if (known.kind === "none") return [{}, {}];
+    if (known.kind === "class")
+      return classRows(known, request.label, count, guided, tensors.get("class_labels")?.dtype ?? "int64");
+    const needed = new Map(
+      ["encoder_hidden_states", "text_embeds", "time_ids", "class_labels"].flatMap((name) => {
+        const tensor = tensors.get(name);
+        return tensor ? [[name, tensor]] : [];
+      }),
+    );
+    /** @param {Rows | undefined} embeds @param {Record<string, Rows>} [added] @returns {Record<string, Rows>} */
+    const named = (embeds, added = {}) => ({ ...(embeds ? { encoder_hidden_states: embeds } : {}), ...added });
+    const given = named(request.promptEmbeds, request.addedCond),
+      negative = named(request.negativePromptEmbeds, request.negativeAddedCond);
+    for (const same of ["time_ids", "class_labels"]) if (given[same]) negative[same] ??= given[same];
+    if (texts && prompt) {
+      const tokenizers = (await this.#readTokenizers()).map(
+        (each) => (/** @type {string} */ text) => each.encode(text),
+      );
+      const any = needed.get("encoder_hidden_states")?.shape.includes("tokens") ?? true;
+      const made = await encodeTexts(
+        prompt,
+        tokenizers,
+        (name, job) => timed(name, () => this.#use(name, (session) => job(session, this.components[name].graphs[0]))),
+        texts,
+        count,
+        guided,
+        any,
+      );
+      [given, negative].forEach((to, k) => {
+        for (const [name, rows] of Object.entries(made[k])) if (needed.has(name)) to[name] ??= rows;
+      });
+    }
+    const ids = needed.get("time_ids"),
+      each = this.#pixels;
+    if (ids) {
+      for (const to of [given, negative])
+        to.time_ids ??= timeIds(Number(ids.shape[1]), each * size[0], each * size[1], to === negative);
+    }
+    const cond = rowsOf(needed, given, count),
+      uncond = guided ? rowsOf(needed, negative, count, "negative ") : {};
+    for (const name of Object.keys(uncond)) {
+      refuse(
+        String(cond[name].dims) !== String(uncond[name].dims),
+        `${name} has shape ${shown(cond[name].dims)} and negative ${name} ${shown(uncond[name].dims)}; expected the same`,
+      );
+    }
+    if (told !== null)
+      cond.timestep_cond = guidanceEmbedding(told, Number(tensors.get("timestep_cond")?.shape[1]), count);
+    return [cond, uncond];
+  }
+
+  /** Pixels of a side for one of the latent. */
+  get #pixels() {
+    return this.manifest.vae?.downscale ?? 1;
+  }
+
+  /**
+   * Height and width of the latent for a picture of these.
+   * @param {unknown} height
+   * @param {unknown} width
+   * @returns {[number, number]}
+   */
+  #size(height, width) {
+    const { sample } = this.manifest,
+      each = this.#pixels;
+    const [h, w] = Object.entries({ height, width }).map(([name, given]) => {
+      if (given == null) return name === "height" ? sample.height : sample.width;
+      refuse(
+        !Number.isInteger(given) || Number(given) < 1 || Number(given) % each,
+        `${name} is ${shown(given)}; expected a multiple of ${each * sample.multiple}`,
+      );
+      return Number(given) / each;
+    });
+    return [h, w];
+  }
+
+  /**
+   * A component's graphs for a latent of this size.
+   * @param {string} name
+   * @param {number} height
+   * @param {number} width
+   */
+  #graphs(name, height, width) {
+    const { sample } = this.manifest,
+      each = this.#pixels,
+      component = this.components[name],
+      found = graphsAt(component, sample, height, width);
+    if (found) return found;
+    const sizes = [sample, ...component.further].map((s) => `${each * s.width} x ${each * s.height}`).join(", ");
+    const any = graphsAt(component, sample, 2 * sample.height, 2 * sample.width);
+    throw new RequestError(
+      `${name}: it has no graphs for ${each * width} x ${each * height} (width x height); it takes ${any ? `multiples of ${each * sample.multiple}` : sizes}; ask for one of these`,
+    );
+  }
+
+  /** @param {unknown} tile */
+  #tile(tile) {
+    if (tile == null) return null;
+    const each = 4 * this.#pixels;
+    refuse(!(DECODER in this.components), "tile was given, but the bundle has no decoder; leave it out");
+    refuse(
+      !Number.isInteger(tile) || Number(tile) < 1 || Number(tile) % each,
+      `tile is ${shown(tile)}; expected a multiple of ${each} pixels`,
+    );
+    return Number(tile) / this.#pixels;
+  }
+
+  /** @param {number} height @param {number} width @param {number | null} tile */
+  #checkDecoder(height, width, tile) {
+    this.#graphs(DECODER, Math.min(height, tile ?? height), Math.min(width, tile ?? width));
+  }
+
+  /**
+   * Refuses images whose known tensors alone do not fit.
+   * @param {Graph[]} graphs
+   * @param {number} count
+   * @param {boolean} guided
+   * @param {[number, number]} size
+   */
+  #checkMemory(graphs, count, guided, size) {
+    const bytes = new Map(
+      all(graphs).map((t) => [
+        t.name,
+        t.shape
+          .slice(1)
+          .reduce(
+            (/** @type {number} */ sum, n) => sum * (typeof n === "number" ? n : 1),
+            t.dtype === "float16" ? 2 : t.dtype === "int64" ? 8 : 4,
+          ),
+      ]),
+    );
+    const rows = [...bytes.values()].reduce((a, b) => a + b, 0) * (guided ? 2 : 1),
+      picture = this.manifest.vae ? 12 * this.#pixels ** 2 * size[0] * size[1] : 0;
+    const needed = count * (rows + picture),
+      there = memory();
+    refuse(
+      needed > there,
+      `numImages is ${count}: they take ${(needed / 1e9).toFixed(1)} GB of memory at least, ${(there / 1e9).toFixed(1)} GB can be had; ask for fewer at a time`,
+    );
+  }
+}
+
+/**
+ * In what a generation differs from what the adaptor was trained for: one line, or null.
+ * @param {Manifest} manifest
+ * @param {boolean[]} clock
+ * @param {number[]} guidance
+ * @param {number | string | number[]} asked
+ */
+function departure({ adaptor, operating_point: { scheduler } }, clock, guidance, asked) {
+  const trained = adaptor.trained_for;
+  if (!trained || clock.every(Boolean)) return null;
+  const sampler = samplerOf(scheduler);
+  let steps = 1;
+  while (sampler.calls(steps) < clock.length) steps++;
+  let mask = trained.mask;
+  try {
+    if (mask.length !== clock.length) mask = clockMask(trained.clock, steps, scheduler).map(Number);
+  } catch {
+    mask = []; // a mask for another number of calls
+  }
+  const differs = [
+    steps !== trained.num_inference_steps && `${steps} steps`,
+    scheduler !== trained.scheduler && scheduler,
+    String(mask) !== String(clock.map(Number)) && `clock ${asked}`,
+    guidance.some((scale) => Math.max(scale, 1) !== Math.max(trained.guidance_scale, 1)) &&
+      `guidance ${[...new Set(guidance)].join(", ")}`,
+  ].filter(Boolean);
+  if (!differs.length) return null;
+  const point = `${trained.num_inference_steps} steps of ${trained.scheduler}, clock ${trained.clock}, guidance ${trained.guidance_scale}`;
+  return `adaptor ${adaptor.name} was trained for ${point}; this is ${differs.join(", ")}: images may be worse`;
+}

@@ -1,0 +1,186 @@
+// The settings of a scheduler, under diffusers' names, and the scheduler that is made from them.
+import { refuse, shown } from "./errors.js";
+import { mix, SAMPLERS } from "./samplers.js";
+
+/**
+ * Settings as `readScheduler` returns them, with every default filled in.
+ * @typedef {{name: string, num_train_timesteps: number, beta_start: number, beta_end: number, beta_schedule: string,
+ *   trained_betas: number[] | null, prediction_type: string, timestep_spacing: string, steps_offset: number,
+ *   rescale_betas_zero_snr: boolean, clip_sample: boolean, clip_sample_range: number, set_alpha_to_one: boolean, eta: number,
+ *   use_karras_sigmas: boolean, use_exponential_sigmas: boolean, use_beta_sigmas: boolean, final_sigmas_type: string,
+ *   lower_order_final: boolean, euler_at_final: boolean, lambda_min_clipped: number | null,
+ *   original_inference_steps: number, timestep_scaling: number}} SchedulerConfig
+ */
+
+/** @typedef {[(value: any, config: any) => boolean, string]} Kind a test, and what is expected */
+/** @param {...string} words @returns {Kind} */
+const one = (...words) => [(v) => words.includes(v), `one of ${words.join(", ")}`];
+/** @param {number} least @returns {Kind} */
+const whole = (least) => [(v) => Number.isInteger(v) && v >= least, `an integer of at least ${least}`];
+/** @param {string} expected @param {(v: number) => boolean} holds @returns {Kind} */
+const number = (expected, holds) => [(v) => Number.isFinite(v) && holds(v), expected];
+/** @type {Kind} */
+const flag = [(v) => typeof v === "boolean", "true or false"];
+const isBeta = (/** @type {number} */ v) => Number.isFinite(v) && v > 0 && v < 1;
+const beta = number("a number above 0 and below 1", isBeta),
+  positive = number("a number above 0", (v) => v > 0);
+
+/** Each setting's kind, and what it is where a sampler does not read it. @type {Record<string, [Kind, unknown]>} */
+const SETTINGS = {
+  num_train_timesteps: [whole(1), 1000],
+  beta_start: [beta, 0.0001],
+  beta_end: [beta, 0.02],
+  beta_schedule: [one("linear", "scaled_linear", "squaredcos_cap_v2"), "linear"],
+  trained_betas: [
+    [
+      (v, c) => v === null || (Array.isArray(v) && v.length === c.num_train_timesteps && v.every(isBeta)),
+      "null, or a beta for each training timestep",
+    ],
+    null,
+  ],
+  prediction_type: [one("epsilon", "v_prediction", "sample"), "epsilon"],
+  timestep_spacing: [one("linspace", "leading", "trailing"), "leading"],
+  steps_offset: [whole(0), 0],
+  rescale_betas_zero_snr: [flag, false],
+  clip_sample: [flag, true],
+  clip_sample_range: [positive, 1],
+  set_alpha_to_one: [flag, true],
+  eta: [number("a number from 0 to 1", (v) => v >= 0 && v <= 1), 0],
+  use_karras_sigmas: [flag, false],
+  use_exponential_sigmas: [flag, false],
+  use_beta_sigmas: [flag, false],
+  final_sigmas_type: [one("zero", "sigma_min"), "zero"],
+  lower_order_final: [flag, true],
+  euler_at_final: [flag, false],
+  lambda_min_clipped: [[(v) => v === null || Number.isFinite(v), "a finite number, or null"], null],
+  original_inference_steps: [whole(1), undefined],
+  timestep_scaling: [positive, undefined],
+};
+const PROCESS = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"];
+const SPREADS = ["karras", "exponential", "beta"];
+
+/**
+ * Checks a manifest's settings and fills in the sampler's defaults.
+ * @param {Record<string, unknown>} given
+ * @returns {SchedulerConfig}
+ */
+export function readScheduler(given) {
+  const name = String(given.name),
+    sampler = SAMPLERS[name];
+  refuse(!sampler, `scheduler name ${shown(given.name)}: expected one of ${Object.keys(SAMPLERS).join(", ")}`);
+  /** @type {Record<string, unknown>} */
+  const config = { name };
+  for (const key of Object.keys(given)) {
+    refuse(
+      key !== "name" && !Object.hasOwn(SETTINGS, key),
+      `scheduler ${key}: there is no such setting; update the runtime`,
+    );
+  }
+  for (const [key, [[holds, expected], unread]] of Object.entries(SETTINGS)) {
+    const reads = key in sampler.settings,
+      usual = reads ? sampler.settings[key] : unread;
+    const value = given[key] === undefined || (key === "timestep_spacing" && given[key] === null) ? usual : given[key];
+    const told = `scheduler ${key} ${shown(value)}: expected`;
+    if (reads || PROCESS.includes(key)) refuse(!holds(value, { ...config, ...given }), `${told} ${expected}`);
+    else refuse(value !== unread, `${told} ${shown(unread)}, since ${name} does not read it`);
+    config[key] = value;
+  }
+  const { predictions } = sampler;
+  refuse(
+    predictions && !predictions.includes(String(config.prediction_type)),
+    `scheduler prediction_type ${shown(config.prediction_type)}: expected ${predictions} for ${name}`,
+  );
+  const spreads = SPREADS.filter((spread) => config[`use_${spread}_sigmas`]);
+  refuse(spreads.length > 1, `scheduler: ${spreads.join(" and ")} sigmas are both true; expected one of them`);
+  return /** @type {any} */ (config);
+}
+
+/**
+ * The sampler of a name such as `euler` or, with the layout of its noise levels, `euler_karras`.
+ * @param {string} name
+ */
+export function samplerOf(name) {
+  const base = name.replace(/_(karras|exponential|beta)$/, "");
+  const sampler = SAMPLERS[base];
+  refuse(
+    !sampler || (base !== name && !(`use_${name.slice(base.length + 1)}_sigmas` in sampler.settings)),
+    `scheduler ${shown(name)}: expected a sampler, one of ${Object.keys(SAMPLERS).join(", ")}`,
+  );
+  return sampler;
+}
+
+/** The steps of one schedule, ready to take. It keeps nothing between steps: the caller has the state. */
+export class Scheduler {
+  /**
+   * @param {SchedulerConfig} config
+   * @param {number} steps
+   */
+  constructor(config, steps) {
+    this.sampler = SAMPLERS[config.name];
+    const made = this.sampler.make(config, steps);
+    /** As fed to the UNet, one for each call. */
+    this.timesteps = Float32Array.from(made.timesteps);
+    this.rows = made.rows.map((row) => row.map(Math.fround));
+    /** Standard deviation of the initial latent. */
+    this.initNoiseSigma = made.sigma ?? 1;
+    this.needsNoise = this.sampler.draws(config);
+    /** Bound of the predicted x_0; 0 where there is none. */
+    this.clip =
+      config.clip_sample && "clip_sample" in this.sampler.settings ? Math.fround(config.clip_sample_range) : 0;
+  }
+
+  /**
+   * The UNet's input at step i; `x` itself where the sampler does not scale.
+   * @param {number} i
+   * @param {Float32Array} x
+   */
+  scaleModelInput(i, x) {
+    return this.sampler.scales ? mix([this.rows[i][2], x]) : x;
+  }
+
+  /**
+   * Takes step i: the latent after it, and the state for the next one.
+   * @param {number} i
+   * @param {Float32Array} x left as it is, and not kept
+   * @param {Float32Array} out what the UNet returned, the same way
+   * @param {Float32Array[] | null} state what step i - 1 returned
+   * @param {Float32Array | null} noise standard normal, where `needsNoise`
+   * @param {boolean} [first] whether it is the first step that is run, wherever that is
+   * @returns {[Float32Array, Float32Array[]]}
+   */
+  step(i, x, out, state, noise, first = i === 0) {
+    refuse(!first && !state, `scheduler state, none: step ${i} expected the state of step ${i - 1}`);
+    return this.sampler.step(
+      this,
+      i,
+      x,
+      out,
+      first ? [] : /** @type {Float32Array[]} */ (state),
+      this.needsNoise ? noise : null,
+    );
+  }
+
+  /** x_0 as the output of step i predicts it. @param {number} i @param {Float32Array} x @param {Float32Array} out */
+  predicted(i, x, out) {
+    const x0 = mix([this.rows[i][0], x], [this.rows[i][1], out]),
+      { clip } = this;
+    if (clip) for (let k = 0; k < x0.length; k++) x0[k] = Math.min(Math.max(x0[k], -clip), clip);
+    return x0;
+  }
+}
+
+/** A scheduler with every coefficient computed. @param {SchedulerConfig} config @param {number} steps */
+export function makeScheduler(config, steps) {
+  const limit = config.num_train_timesteps;
+  refuse(
+    !Number.isInteger(steps) || steps < 1 || steps > limit,
+    `numInferenceSteps is ${shown(steps)}; expected a whole number from 1 to ${limit}`,
+  );
+  const scheduler = new Scheduler(config, steps),
+    bad = scheduler.rows.findIndex((row) => !row.every(Number.isFinite));
+  refuse(
+    bad >= 0,
+    `${config.name} in ${steps} steps: step ${bad} would divide by zero; take fewer steps or, where the terminal SNR is zero, a prediction other than epsilon`,
+  );
+  return scheduler;
+}

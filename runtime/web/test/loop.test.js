@@ -1,0 +1,201 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { denoise } from "../src/loop.js";
+import { makeScheduler, readScheduler } from "../src/schedulers.js";
+import { readSeed } from "../src/noise.js";
+import { closeTo, goldenFiles, largest, readGolden } from "./golden.js";
+
+/** Fake graphs of matrices, one row at a time. */
+class FakeSession {
+  live = new Set();
+  ran = [];
+
+  constructor(golden) {
+    this.golden = golden;
+    this.batch = golden.batch;
+  }
+
+  put(rows) {
+    if (this.batch && rows.dims.length > 1) assert.equal(rows.dims[0], this.batch);
+    assert.equal(
+      rows.data.length,
+      rows.dims.reduce((a, b) => a * b),
+    );
+    const value = { ...rows };
+    this.live.add(value);
+    return value;
+  }
+
+  async get(value) {
+    assert.ok(this.live.has(value), "read after it was dropped");
+    return value;
+  }
+
+  drop(value) {
+    assert.ok(this.live.delete(value), "dropped twice");
+  }
+
+  async run({ name }, table) {
+    this.ran.push(name);
+    const graph = this.golden.graphs.find((each) => each.name === name);
+    const others = graph.inputs.filter((each) => each !== "timestep").map((each) => table.get(each)),
+      rows = [];
+    const count = Math.max(...others.map(({ dims }) => dims[0]));
+    for (let i = 0; i < count; i++) {
+      const row = {};
+      for (const each of graph.inputs) {
+        const value = table.get(each);
+        assert.ok(this.live.has(value), `${each} was used after it was dropped`);
+        const size = value.data.length / value.dims[0];
+        row[each] =
+          each === "timestep"
+            ? [...value.data]
+            : Array.from(value.data.subarray((i % value.dims[0]) * size).subarray(0, size));
+      }
+      for (const { tensor, terms } of graph.compute) {
+        row[tensor] = terms[0].matrix.map((_, k) =>
+          terms.reduce(
+            (sum, { of, matrix }) => sum + matrix[k].reduce((total, weight, j) => total + weight * row[of][j], 0),
+            0,
+          ),
+        );
+      }
+      rows.push(row);
+    }
+    const made = {};
+    for (const each of graph.outputs) {
+      const { shape } = graph.compute.find(({ tensor }) => tensor === each);
+      made[each] = this.put({ data: Float32Array.from(rows.flatMap((row) => row[each])), dims: [count, ...shape] });
+    }
+    return made;
+  }
+}
+
+function requestOf(golden) {
+  const rows = (values, dims) =>
+    values?.length ? { data: Float32Array.from(values), dims: [golden.num_images, ...dims] } : null;
+  const tensors = (names) => names.map((name) => ({ name, dtype: "float32", shape: ["batch"] }));
+  const graphs = golden.graphs.map((each) => ({
+    ...each,
+    file: "x",
+    inputs: tensors(each.inputs),
+    outputs: tensors(each.outputs),
+  }));
+  const uncond = rows(golden.uncond, [1, 2]),
+    [, height, width] = golden.shape;
+  const concat = golden.concat?.length
+    ? rows(golden.concat, [golden.concat.length / golden.num_images / height / width, height, width])
+    : null;
+  return {
+    graphs,
+    concat,
+    scheduler: makeScheduler(readScheduler(golden.scheduler), golden.num_inference_steps),
+    clock: golden.clock.map(Boolean),
+    guidance: golden.guidance,
+    latents: rows(golden.latents, golden.shape),
+    cond: { encoder_hidden_states: rows(golden.cond, [1, 2]) },
+    uncond: uncond ? { encoder_hidden_states: uncond } : {},
+    seed: readSeed(golden.seed),
+    start: golden.start,
+  };
+}
+
+for (const name of goldenFiles("loop")) {
+  test(`the loop: ${name}`, async () => {
+    const golden = readGolden(`loop/${name}`),
+      session = new FakeSession(golden),
+      steps = [];
+    for await (const step of denoise(requestOf(golden), session)) steps.push(step);
+    assert.deepEqual(
+      steps.map((step) => Number(step.full)),
+      golden.mask,
+    );
+    steps.forEach((step, k) => {
+      closeTo(step.latents, golden.steps[k].latents, 1e-5 * largest(golden.steps[k].latents));
+      assert.equal(step.index, golden.start + k);
+      assert.ok(Object.values(step.ms).every(Number.isFinite) && "scheduler" in step.ms && "other" in step.ms);
+      assert.equal("guidance" in step.ms, golden.guidance[step.index] > 1);
+    });
+    assert.equal(steps.length, golden.steps.length);
+    assert.equal(session.live.size, 0, "tensors outlived the generation");
+  });
+}
+
+test("graphs that can repeat a sample take it once for each image, unless another graph cannot", async () => {
+  for (const shared of [2, 1]) {
+    const golden = readGolden("loop/guided_pair.json"),
+      request = requestOf(golden),
+      session = new FakeSession(golden),
+      rows = [];
+    request.graphs
+      .slice(0, shared)
+      .forEach((graph) => (graph.inputs.find(({ name }) => name === "sample").shape = ["images"]));
+    const put = session.put.bind(session);
+    session.put = (value) => (rows.push(value.dims), put(value));
+    for await (const step of denoise(request, session))
+      closeTo(step.latents, golden.steps[step.index].latents, 1e-5 * largest(golden.steps[step.index].latents));
+    const samples = rows.filter((dims) => dims.length === 4 && dims[2] === 2 && dims[1] === 2);
+    assert.ok(samples.some(([n]) => n === (shared === 2 ? 2 : 4)));
+  }
+});
+
+test("a caller may change and transfer what a step gives", async () => {
+  const golden = readGolden("loop/second_order.json");
+  for await (const step of denoise(requestOf(golden), new FakeSession(golden))) {
+    if (step.index === golden.steps.length - 1)
+      closeTo(step.latents, golden.steps.at(-1).latents, 1e-5 * largest(golden.steps.at(-1).latents));
+    structuredClone(step, { transfer: [step.latents.buffer, step.predicted.buffer] });
+  }
+});
+
+test("generations side by side do not meet", async () => {
+  const [a, b] = ["guided", "mask"].map((name) => readGolden(`loop/${name}.json`));
+  const run = async (golden) => {
+    let last;
+    for await (const step of denoise(requestOf(golden), new FakeSession(golden))) last = step;
+    closeTo(last.latents, golden.steps.at(-1).latents, 1e-5 * largest(golden.steps.at(-1).latents));
+  };
+  await Promise.all([run(a), run(b), run(a)]);
+});
+
+test("leaving and aborting end the generation and give its tensors back", async () => {
+  const golden = readGolden("loop/guided.json"),
+    session = new FakeSession(golden),
+    controller = new AbortController();
+  let count = 0;
+  for await (const step of denoise(requestOf(golden), session)) if (++count && step.index === 1) break;
+  assert.equal(count, 2);
+  const ran = session.ran.length;
+  await assert.rejects(async () => {
+    for await (const step of denoise(requestOf(golden), session, controller.signal))
+      if (step.index === 2) controller.abort();
+  }, /AbortError/);
+  assert.ok(session.ran.length > ran && session.ran.length < ran + 2 * 5 * 3);
+  assert.equal(session.live.size, 0);
+});
+
+test("a message that aborts arrives between steps", async () => {
+  const golden = readGolden("loop/guided.json"),
+    controller = new AbortController(),
+    { port1, port2 } = new MessageChannel();
+  port1.onmessage = () => controller.abort();
+  let count = 0;
+  await assert.rejects(async () => {
+    for await (const _ of denoise(requestOf(golden), new FakeSession(golden), controller.signal))
+      if (++count === 1) port2.postMessage(0);
+  }, /AbortError/);
+  port1.close();
+  assert.ok(count < 4, `${count} steps ran`);
+});
+
+test("an output that is not finite is the bundle's fault", async () => {
+  for (const bad of [NaN, Infinity, 1e30]) {
+    const golden = readGolden("loop/one_image.json"),
+      request = requestOf(golden);
+    request.latents.data[3] = bad;
+    await assert.rejects(
+      denoise(request, new FakeSession(golden)).next(),
+      /^BundleError: the model's output is not finite at step 0/,
+    );
+  }
+});

@@ -1,0 +1,74 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { RequestError } from "../src/errors.js";
+import { betaQuantile } from "../src/schedule_tables.js";
+import { makeScheduler, readScheduler } from "../src/schedulers.js";
+import { closeTo, goldenFiles, largest, readGolden } from "./golden.js";
+
+for (const name of goldenFiles("schedulers")) {
+  test(`steps as diffusers does: ${name}`, () => {
+    const trace = readGolden(`schedulers/${name}`);
+    const scheduler = makeScheduler(readScheduler(trace.config), trace.num_inference_steps);
+    closeTo(scheduler.timesteps, trace.timesteps, 1e-3);
+    closeTo([scheduler.initNoiseSigma / trace.init_noise_sigma], [1], 1e-5);
+    const floats = (values) => (values === null ? null : Float32Array.from(values));
+    let state = null;
+    trace.steps.forEach((step, i) => {
+      const x = floats(step.x_t),
+        tolerance = 1e-5 * largest(step.x_t);
+      closeTo(scheduler.scaleModelInput(i, x), step.scaled_input, tolerance);
+      assert.equal(scheduler.needsNoise, step.noise !== null);
+      const [next, kept] = scheduler.step(i, x, floats(step.model_output), state, floats(step.noise));
+      state = kept;
+      closeTo(next, step.x_prev, tolerance);
+      assert.deepEqual(Array.from(x), Array.from(floats(step.x_t)), "x_t was changed");
+    });
+    if (trace.hold_trajectory) {
+      let x = floats(trace.steps[0].x_t);
+      state = null;
+      trace.steps.forEach(
+        (step, i) => ([x, state] = scheduler.step(i, x, floats(step.model_output), state, floats(step.noise))),
+      );
+      closeTo(x, trace.steps.at(-1).x_prev, 1e-5 * Math.max(...trace.steps.map((step) => largest(step.x_t))));
+    }
+  });
+}
+
+test("quantiles of Beta(0.6, 0.6)", () => {
+  closeTo(
+    [0.1, 0.25, 0.5, 0.75].map(betaQuantile),
+    [0.03958440558878085, 0.17568037865269498, 0.5, 1 - 0.17568037865269498],
+    1e-12,
+  );
+});
+
+test("settings that do not fit are refused", () => {
+  for (const [bad, why] of [
+    [{ name: "ddpm" }, /one of ddim/],
+    [{ name: "toString" }, /one of ddim/],
+    [{ name: "ddim", colour: 1 }, /no such setting/],
+    [{ name: "ddim", use_karras_sigmas: true }, /does not read/],
+    [{ name: "euler", use_karras_sigmas: true, use_beta_sigmas: true }, /one of them/],
+    [{ name: "pndm", prediction_type: "sample" }, /epsilon/],
+    [{ name: "ddim", eta: 2 }, /0 to 1/],
+    [{ name: "ddim", num_train_timesteps: true }, /integer/],
+    [{ name: "ddim", trained_betas: [0.1] }, /each training timestep/],
+    [{ name: "lcm", original_inference_steps: 0 }, /integer/],
+  ]) {
+    assert.throws(
+      () => readScheduler(bad),
+      (e) => e instanceof RequestError && why.test(e.message),
+      JSON.stringify(bad),
+    );
+  }
+});
+
+test("numbers of steps that do not fit are refused", () => {
+  const ddim = readScheduler({ name: "ddim" });
+  for (const steps of [0, -1, 1.5, 1001, "8", NaN, null])
+    assert.throws(() => makeScheduler(ddim, steps), /numInferenceSteps/);
+  assert.throws(() => makeScheduler(readScheduler({ name: "lcm" }), 51), /take fewer steps/);
+  assert.throws(() => makeScheduler(readScheduler({ name: "ddim", steps_offset: 999 }), 4), /take fewer steps/);
+  const zero = readScheduler({ name: "ddim", rescale_betas_zero_snr: true, timestep_spacing: "trailing" });
+  assert.throws(() => makeScheduler(zero, 4), /divide by zero/);
+});
