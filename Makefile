@@ -1,5 +1,5 @@
 # make demo: the main job on the built-in model. make test: the quick tests; make test-all: the long ones too.
-# make lint, bench: what their names say. Everything lives in .venv.
+# make web: the browser's page; make test-web: its library. make lint, bench: what their names say. Everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,12 +7,27 @@ READY := $(VENV)/.ready
 CONTENDERS := $(VENV)/.contenders
 OPTIMUM := .venv-optimum
 GENAI := .venv-genai
+WEB := runtime/web
+PAGE := edgediff/site/page/index.html
 
-.PHONY: demo test test-long test-all lint bench clean
+.PHONY: demo web test test-long test-web test-all lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/edgediff demo -o out/demo
+
+# The browser's page, where edgediff serve and edgediff site look for it; needs Node.js.
+web: $(PAGE)
+
+$(PAGE): $(WEB)/node_modules/.ready $(shell find runtime/web/src runtime/web/page -type f) runtime/web/build.js
+	cd $(WEB) && npm run --silent build
+
+$(WEB)/node_modules/.ready: $(WEB)/package.json $(WEB)/package-lock.json
+	cd $(WEB) && npm ci --silent --no-audit --no-fund
+	touch $@
+
+test-web: $(WEB)/node_modules/.ready
+	cd $(WEB) && npm run --silent check && npm test --silent
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -70,4 +85,4 @@ $(CONTENDERS): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM) $(GENAI) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(WEB)/node_modules $(dir $(PAGE)) $(VENV) $(OPTIMUM) $(GENAI) out .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,8 @@ PAGE = Path(__file__).parent / "page"
 INDEX = "index.html"
 # Beside the page, where it looks for the bundle.
 BUNDLE = "bundle"
+# A file's name with it: the same file, compressed.
+PACKED = ".gz"
 
 
 def find_page(folder: Path | None = None) -> Path:
@@ -41,7 +43,7 @@ def page_file(page: Path, name: str) -> Path | None:
 
 
 def page_files(page: Path) -> dict[str, Path]:
-    """All files of the page by their paths in it, sorted."""
-    names = sorted(path.relative_to(page).as_posix() for path in page.rglob("*"))
+    """All files of the page by their paths in it, sorted, without compressed ones: web hosts compress by themselves."""
+    names = sorted(path.relative_to(page).as_posix() for path in page.rglob("*") if path.suffix != PACKED)
     found = {name: page_file(page, name) for name in names}
     return {name: path for name, path in found.items() if path is not None}

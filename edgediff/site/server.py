@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgediff.errors import SiteError
 from edgediff.site.browser_bundle import BundleFiles
-from edgediff.site.built_page import BUNDLE, INDEX, page_file
+from edgediff.site.built_page import BUNDLE, INDEX, PACKED, page_file
 from edgediff.site.certificate import Certificate
 from edgediff.site.headers import HEADERS, type_of
 
@@ -74,11 +74,14 @@ def make_app(bundle: Path, page: Path, *, local: bool) -> ASGIApp:
         path = files.find(of_bundle) if in_bundle else page_file(page, name)
         if path is None:
             raise HTTPException(404)
+        headers = {}
+        if not in_bundle and (packed := _packed(page, name, request)) is not None:
+            path, headers = packed, {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
         try:
             status = os.stat(path)
         except OSError as e:
             raise HTTPException(404) from e
-        found = _File(path, media_type=type_of(name, in_bundle=in_bundle), stat_result=status)
+        found = _File(path, media_type=type_of(name, in_bundle=in_bundle), stat_result=status, headers=headers)
         asked = request.headers.get("if-none-match", "")
         if found.headers["etag"] in (tag.strip().removeprefix("W/") for tag in asked.split(",")):
             return NotModifiedResponse(found.headers)
@@ -100,6 +103,12 @@ def make_app(bundle: Path, page: Path, *, local: bool) -> ASGIApp:
             await app(scope, receive, with_headers)
 
     return guarded
+
+
+def _packed(page: Path, name: str, request: Request) -> Path | None:
+    """The file as the build compressed it, where the browser takes it so and wants all of it."""
+    takes = (each.strip() for each in request.headers.get("accept-encoding", "").split(","))
+    return page_file(page, name + PACKED) if "gzip" in takes and "range" not in request.headers else None
 
 
 class _File(FileResponse):

@@ -26,8 +26,10 @@ export class Bundle {
   /** What went wrong and does not matter to a generation: one line each. @type {string[]} */
   warnings = [];
 
-  /** @param {URL} url @param {BundleOptions} options @param {import("./manifest.js").Manifest} manifest */
-  constructor(url, options, manifest) {
+  /** @param {URL} url @param {BundleOptions} options @param {import("./manifest.js").Manifest} manifest @param {string} sha256 */
+  constructor(url, options, manifest, sha256) {
+    /** Of manifest.json, in which all other files have theirs: it names the bundle. */
+    this.sha256 = sha256;
     this.url = url;
     this.options = options;
     this.manifest = manifest;
@@ -156,7 +158,8 @@ export async function openBundle(url, options = {}) {
   ])
     address(base, name);
   const hashes = new Map(Object.entries(manifest.files).map(([name, file]) => [name, file.sha256]));
-  hashes.set(MANIFEST, await sha256(data));
+  const hash = await sha256(data);
+  hashes.set(MANIFEST, hash);
   // Sorted as Python sorts, by code points and not by UTF-16.
   const lines = [...hashes].map(([name, hash]) => ({
     key: Array.from(name, (char) => String(char.codePointAt(0)).padStart(7, "0")).join(),
@@ -168,7 +171,7 @@ export async function openBundle(url, options = {}) {
     .join("");
   if (new TextDecoder().decode(sums) !== rendered)
     throw new BundleError(`${SUMS} does not agree with ${MANIFEST}: one of the two is damaged; ${AGAIN}`);
-  return new Bundle(base, options, manifest);
+  return new Bundle(base, options, manifest, hash);
 }
 
 /** The address of a path in a bundle, never out of it. @param {URL} base @param {string} name */

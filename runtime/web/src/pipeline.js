@@ -9,7 +9,7 @@ import { breathe, denoise } from "./loop.js";
 import { all, graphsAt } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
 import { makeScheduler, samplerOf } from "./schedulers.js";
-import { chooseBackend, OrtSession } from "./sessions.js";
+import { chooseBackend, OrtSession, threadsOf } from "./sessions.js";
 import { Tokenizer } from "./tokenizer.js";
 
 /**
@@ -135,6 +135,11 @@ export class EdgePipeline {
       throw e;
     }
     return pipe;
+  }
+
+  /** Threads of WebAssembly. */
+  get threads() {
+    return threadsOf(this.options.threads);
   }
 
   /** Whether latents can be made into pictures. */
@@ -318,8 +323,28 @@ export class EdgePipeline {
    * @param {Float32Array} latents N * C * H * W
    * @param {{height?: number, width?: number}} [size] of the picture; left out, the usual one
    */
-  async preview(latents, size = {}) {
-    const { sample, preview } = this.manifest,
+  preview(latents, size = {}) {
+    const { preview } = this.manifest;
+    refuse(
+      !this.canPreview,
+      "the bundle has no preview decoder; export it with --preview DIR, an AutoencoderTiny of the same latents",
+    );
+    return this.#decoded(PREVIEW, preview, latents, size);
+  }
+
+  /**
+   * Pictures of latents, by the decoder that a generation ends with; `preview` is quicker where there is one.
+   * @param {Float32Array} latents N * C * H * W
+   * @param {{height?: number, width?: number}} [size] of the picture; left out, the usual one
+   */
+  decode(latents, size = {}) {
+    refuse(!this.canDecode, "the bundle has no decoder; take the latents");
+    return this.#decoded(DECODER, this.manifest.vae, latents, size);
+  }
+
+  /** @param {string} name @param {Vae | null} vae @param {Float32Array} latents @param {{height?: number, width?: number}} size */
+  async #decoded(name, vae, latents, size) {
+    const { sample } = this.manifest,
       [height, width] = this.#size(size.height, size.width),
       each = sample.channels * height * width;
     const rows = { data: latents, dims: [latents.length / each, sample.channels, height, width] };
@@ -328,12 +353,8 @@ export class EdgePipeline {
       `latents are ${latents?.length} numbers; expected a multiple of ${each}`,
     );
     if (sample.space === "pixel") return toUint8(rows);
-    refuse(
-      !preview || !(PREVIEW in this.components),
-      "the bundle has no preview decoder; export it with --preview DIR, an AutoencoderTiny of the same latents",
-    );
-    const [graph] = this.#graphs(PREVIEW, height, width);
-    return toUint8(await decode(await this.#session(PREVIEW), () => graph, /** @type {Vae} */ (preview), rows));
+    const [graph] = this.#graphs(name, height, width);
+    return toUint8(await this.#use(name, (session) => decode(session, () => graph, /** @type {Vae} */ (vae), rows)));
   }
 
   /** Everything of a request that needs no graph, checked. @param {Arguments} request */

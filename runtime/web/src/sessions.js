@@ -44,6 +44,16 @@ export async function chooseBackend(asked, half) {
   return "wasm";
 }
 
+/**
+ * Threads of WebAssembly: what was asked for; else one for each core, four at most, where the page may have any. Of more
+ * a phone's would be its slow cores.
+ * @param {number} [asked]
+ */
+export function threadsOf(asked) {
+  const { crossOriginIsolated, navigator } = globalThis;
+  return asked ?? (crossOriginIsolated ? Math.min(4, navigator?.hardwareConcurrency || 1) : 1);
+}
+
 /** A component's graphs, loaded. @implements {Session} @typedef {import("./loop.js").Session} Session */
 export class OrtSession {
   /**
@@ -69,7 +79,7 @@ export class OrtSession {
       await (backend === "wasm" ? import("onnxruntime-web/wasm") : import("onnxruntime-web/webgpu"))
     );
     // Both hold from the module's first session on.
-    if (threads !== undefined || !globalThis.crossOriginIsolated) ort.env.wasm.numThreads = threads ?? 1;
+    ort.env.wasm.numThreads = threadsOf(threads);
     if (wasmPaths !== undefined) ort.env.wasm.wasmPaths = wasmPaths;
     /** Weights that graphs share are loaded once. @type {Map<string, Uint8Array>} */
     const weights = new Map();

@@ -1,0 +1,73 @@
+// The worker, as the page calls it.
+
+/**
+ * @typedef {{width: number, height: number, data: Uint8ClampedArray<ArrayBuffer>}} Image
+ * @typedef {{type: "step", index: number, count: number, full: boolean, timestep: number, ms: Record<string, number>,
+ *   image: Image | null}} StepMessage
+ * @typedef {{type: "result", image: Image | null, ledger: {index: number, full: boolean, guided: boolean,
+ *   ms: Record<string, number>}[], mask: number[], stages: Record<string, number>, ms: number,
+ *   macs: {done: number, uncached: number}, warnings: string[], seed: string}} ResultMessage
+ */
+
+export class Engine {
+  #last = 0;
+  /** @type {Map<number | string, {resolve: (value: any) => void, reject: (error: Error) => void, told: (event: any) => void}>} */
+  #jobs = new Map();
+
+  constructor() {
+    this.#start();
+  }
+
+  #start() {
+    this.worker = new Worker(new URL("worker.js", location.href), { type: "module" });
+    this.worker.addEventListener("message", ({ data }) => this.#hear(data));
+    this.worker.addEventListener("error", (event) => {
+      event.preventDefault();
+      const message = event.message || "the worker cannot be started; load the page again";
+      for (const job of this.#jobs.values()) job.reject(new Error(message));
+      this.#jobs.clear();
+    });
+  }
+
+  /** @param {any} data */
+  #hear(data) {
+    const key = data.id ?? "open";
+    const job = this.#jobs.get(key);
+    if (data.type === "opened" || data.type === "result") job?.resolve(data);
+    else if (data.type === "error") job?.reject(Object.assign(new Error(data.message), { name: data.name }));
+    else return job?.told(data);
+    this.#jobs.delete(key);
+  }
+
+  /** @param {number | string} key @param {any} message @param {(event: any) => void} told @returns {Promise<any>} */
+  #ask(key, message, told) {
+    return new Promise((resolve, reject) => {
+      this.#jobs.set(key, { resolve, reject, told });
+      this.worker?.postMessage(message);
+    });
+  }
+
+  /** Opens the bundle at an address. @param {object} options @param {(progress: {loaded: number, total: number}) => void} told */
+  open(options, told) {
+    return this.#ask("open", { type: "open", ...options }, told);
+  }
+
+  /**
+   * Draws; told of stages, warnings and steps.
+   * @param {import("../src/pipeline.js").Arguments} request
+   * @param {{signal?: AbortSignal, shows?: boolean, told?: (event: any) => void}} [options]
+   * @returns {Promise<ResultMessage>}
+   */
+  draw(request, { signal, shows = false, told = () => {} } = {}) {
+    const id = ++this.#last;
+    signal?.addEventListener("abort", () => this.worker?.postMessage({ type: "cancel", id }));
+    return this.#ask(id, { type: "draw", id, request, shows }, told);
+  }
+
+  /** Begins anew with another worker, whose memory is empty. */
+  restart() {
+    this.worker?.terminate();
+    this.#jobs.clear();
+    this.#start();
+  }
+}

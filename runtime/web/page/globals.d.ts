@@ -1,0 +1,1 @@
+declare const ORT_VERSION: string;

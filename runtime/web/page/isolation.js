@@ -1,0 +1,42 @@
+// Threads need a page that is cross-origin isolated; what works offline needs a service worker. A host that sets no
+// headers is helped by the service worker, once the page is loaded again.
+
+const AGAIN = "edgediff-loaded-again";
+
+/**
+ * Registers the service worker: `kept` is whether it keeps the page, `again` whether the page is about to be loaded again.
+ * @returns {Promise<{kept: boolean, again: boolean}>}
+ */
+export async function isolate() {
+  if (!("serviceWorker" in navigator)) return { kept: false, again: false };
+  try {
+    await navigator.serviceWorker.register("sw.js");
+    await navigator.serviceWorker.ready;
+  } catch {
+    return { kept: false, again: false }; // a certificate that the browser does not trust, or private browsing; `limits` says what is missing
+  }
+  if (crossOriginIsolated || sessionStorage.getItem(AGAIN)) return { kept: true, again: false };
+  sessionStorage.setItem(AGAIN, "1");
+  location.reload();
+  return { kept: true, again: true };
+}
+
+/** What this browser lacks, in sentences. @param {boolean} kept whether a service worker keeps the page */
+export function limits(kept) {
+  const found = [];
+  if (!isSecureContext)
+    found.push("This address is not secure (http): one thread, no WebGPU, and nothing is kept for the next visit. Use https.");
+  else if (!crossOriginIsolated) found.push("The page is not isolated from other sites, so it computes in one thread.");
+  if (isSecureContext && !kept) found.push("The browser keeps no page for offline use here.");
+  return found;
+}
+
+/** Why this browser cannot draw at all, in a sentence; null where it can. */
+export function missing() {
+  if (typeof WebAssembly === "undefined") return "This browser has no WebAssembly; use a newer one.";
+  // A module with one SIMD instruction.
+  const simd = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11]);
+  if (!WebAssembly.validate(simd)) return "This browser's WebAssembly has no SIMD instructions; use a newer one.";
+  if (typeof Worker === "undefined") return "This browser has no workers; use a newer one.";
+  return null;
+}

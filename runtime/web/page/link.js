@@ -1,0 +1,71 @@
+// Settings in the address: a link draws the same picture again.
+
+/**
+ * @typedef {object} Settings
+ * @property {string} prompt
+ * @property {string} negative
+ * @property {string} label
+ * @property {string} seed decimal text
+ * @property {number} steps
+ * @property {number} guidance
+ * @property {number[]} mask 1 = full
+ */
+
+const LARGEST_SEED = 2n ** 64n - 1n;
+export const MOST_STEPS = 200;
+
+/** @param {Settings} settings */
+export function toHash({ prompt, negative, label, seed, steps, guidance, mask }) {
+  const parts = new URLSearchParams();
+  if (prompt) parts.set("prompt", prompt);
+  if (negative) parts.set("negative", negative);
+  if (label) parts.set("label", label);
+  parts.set("seed", seed);
+  parts.set("steps", String(steps));
+  parts.set("guidance", String(guidance));
+  parts.set("clock", mask.join(""));
+  return `#${parts}`;
+}
+
+/**
+ * What a link asks for, and what in it is nonsense, in sentences; that is left out.
+ * @param {string} hash
+ * @returns {{settings: Partial<Settings>, wrong: string[]}}
+ */
+export function fromHash(hash) {
+  const parts = new URLSearchParams(hash.replace(/^#/, ""));
+  /** @type {Partial<Settings>} */
+  const settings = {};
+  /** @type {string[]} */
+  const wrong = [];
+  /** @param {string} name @param {(text: string) => boolean} good @param {string} expected */
+  const read = (name, good, expected) => {
+    const text = parts.get(name);
+    if (text === null) return null;
+    if (good(text)) return text;
+    wrong.push(`The link's ${name} is ${JSON.stringify(text.slice(0, 40))}; expected ${expected}. It was left out.`);
+    return null;
+  };
+  for (const name of /** @type {const} */ (["prompt", "negative", "label"])) {
+    const text = read(name, (given) => given.length <= 20000, "at most 20,000 characters");
+    if (text !== null) settings[name] = text;
+  }
+  const seed = read("seed", isSeed, "a whole number below 2^64");
+  if (seed !== null) settings.seed = seed;
+  const steps = read("steps", (text) => /^\d{1,3}$/.test(text) && +text >= 1 && +text <= MOST_STEPS, `1 to ${MOST_STEPS}`);
+  if (steps !== null) settings.steps = Number(steps);
+  const guidance = read("guidance", (text) => /^\d{1,2}(\.\d{1,6})?$/.test(text), "a number from 0 to 99");
+  if (guidance !== null) settings.guidance = Number(guidance);
+  const clock = read("clock", (text) => /^1[01]{0,399}$/.test(text), "ones and zeros, the first a one");
+  if (clock !== null) settings.mask = [...clock].map(Number);
+  for (const name of parts.keys()) {
+    if (!["prompt", "negative", "label", "seed", "steps", "guidance", "clock"].includes(name))
+      wrong.push(`The link has ${JSON.stringify(name.slice(0, 40))}, which the page does not know. It was left out.`);
+  }
+  return { settings, wrong };
+}
+
+/** @param {string} text */
+export function isSeed(text) {
+  return /^\d{1,20}$/.test(text) && BigInt(text) <= LARGEST_SEED;
+}
