@@ -13,7 +13,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import pytest
 from command_line import Command, assert_error
 from cryptography import x509
 from seals import reseal, seal_plain
-from web_pages import GOLDEN, SECRET, TYPES, copy_bundle, make_page
+from web_pages import GOLDEN, SECRET, TYPES, copy_bundle, listening, make_page
 
 import edgediff.site
 from edgediff.errors import SiteError
@@ -90,18 +89,8 @@ class Served:
 
 @contextlib.contextmanager
 def serving(page: Path, bundle: Path, *, local: bool = True, shown: Certificate | None = None) -> Iterator[Served]:
-    listening = server.listen("127.0.0.1", 0)
-    running = server.make_server(server.make_app(bundle, page, local=local), shown)
-    port = listening.getsockname()[1]
-    beside = threading.Thread(target=running.run, args=([listening],))
-    beside.start()
-    try:
+    with listening(page, bundle, local=local, shown=shown) as port:
         yield Served(port, page, bundle, shown is not None)
-    finally:
-        running.should_exit = True
-        beside.join(timeout=20)
-        listening.close()
-    assert not beside.is_alive()
 
 
 @pytest.fixture(scope="module")

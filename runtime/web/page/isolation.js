@@ -9,16 +9,38 @@ const AGAIN = "edgediff-loaded-again";
  */
 export async function isolate() {
   if (!("serviceWorker" in navigator)) return { kept: false, again: false };
+  /** @type {ServiceWorkerRegistration} */
+  let registration;
   try {
-    await navigator.serviceWorker.register("sw.js");
-    await navigator.serviceWorker.ready;
+    registration = await navigator.serviceWorker.register("sw.js");
   } catch {
-    return { kept: false, again: false }; // a certificate that the browser does not trust, or private browsing; `limits` says what is missing
+    // A certificate that the browser does not trust, or private browsing; `limits` says what is missing.
+    return { kept: false, again: false };
   }
   if (crossOriginIsolated || sessionStorage.getItem(AGAIN)) return { kept: true, again: false };
+  if (!(await activated(registration))) return { kept: false, again: false };
   sessionStorage.setItem(AGAIN, "1");
   location.reload();
   return { kept: true, again: true };
+}
+
+/** Lets the service worker keep files that were loaded before it was there. @param {string[]} files */
+export async function keepFiles(files) {
+  const { serviceWorker } = navigator;
+  if (!serviceWorker) return;
+  if (!serviceWorker.controller) await new Promise((resolve) => serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+  await Promise.all(files.map((file) => fetch(file)));
+}
+
+/** Waits until a service worker is at work; false where it could not be installed. @param {ServiceWorkerRegistration} registration */
+function activated(registration) {
+  const worker = registration?.installing ?? registration?.waiting;
+  if (!worker) return Promise.resolve(Boolean(registration?.active));
+  return new Promise((resolve) => {
+    const look = () => ["activated", "redundant"].includes(worker.state) && resolve(worker.state === "activated");
+    worker.addEventListener("statechange", look);
+    look();
+  });
 }
 
 /** What this browser lacks, in sentences. @param {boolean} kept whether a service worker keeps the page */

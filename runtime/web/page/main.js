@@ -2,7 +2,7 @@
 import { ClockBoxes, maskOf, periodOf } from "./clock_boxes.js";
 import { differenceMap, psnr } from "./compare.js";
 import { Engine } from "./engine.js";
-import { isolate, limits, missing } from "./isolation.js";
+import { isolate, keepFiles, limits, missing } from "./isolation.js";
 import { duration, ledgerChart, sum } from "./ledger_chart.js";
 import { fromHash, isSeed, MOST_STEPS, toHash } from "./link.js";
 import { benchLedger, spread } from "./measure.js";
@@ -29,7 +29,8 @@ const prompt = part("prompt", HTMLTextAreaElement),
   period = part("period", HTMLSelectElement),
   progress = part("progress", HTMLProgressElement);
 const boxes = new ClockBoxes(box("boxes"), () => showPeriod());
-const engine = new Engine();
+/** @type {Engine} */
+let engine;
 /** What the worker said of the bundle. @type {any} */
 let opened = null;
 /** @type {AbortController | null} */
@@ -70,6 +71,7 @@ const outOfMemory = (error) =>
 async function start() {
   const lacks = missing();
   if (lacks) return fail(Object.assign(new Error(lacks), { name: "RequestError" }));
+  engine = new Engine();
   const { kept, again } = await isolate();
   if (again) return;
   const { wrong } = fromHash(location.hash);
@@ -106,6 +108,7 @@ async function open(lowMemory = false) {
   fill();
   button("draw").disabled = button("measure").disabled = false;
   document.documentElement.dataset.ready = "yes";
+  keepFiles(["bundle/manifest.json", "bundle/SHA256SUMS"]).then(() => (document.documentElement.dataset.kept = "yes"), () => {}); // offline: they are kept
 }
 
 function fill() {
@@ -412,6 +415,7 @@ prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) draw();
 });
 button("cancel").addEventListener("click", () => running?.abort());
+button("measure").addEventListener("click", measure);
 button("another").addEventListener("click", () => {
   input("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
 });

@@ -1,0 +1,385 @@
+"""The browser's page in a real browser: Debian's Chromium, headless, against the Python runtime."""
+
+import base64
+import contextlib
+import functools
+import http.server
+import io
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from artefacts import saved_once
+from command_line import Command
+from conftest import Export
+from PIL import Image
+from seals import seal_bytes
+from tiny_pipelines import SAVE
+from web_pages import GOLDEN, copy_bundle, listening
+
+import edgediff
+from edgediff.bench.ledger import read_ledger
+from edgediff.site.built_page import INDEX, PAGE
+from edgediff.site.folder import write_site
+from edgediff_runtime import EdgePipeline, open_bundle
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+ROOT = Path(__file__).parents[1]
+AXE = ROOT / "runtime/web/node_modules/axe-core/axe.min.js"
+# In CI neither may be missing: there nothing is skipped.
+MUST = os.environ.get("EDGEDIFF_BROWSER") == "1"
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not MUST and CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+    pytest.mark.skipif(not MUST and not (PAGE / INDEX).is_file(), reason="needs the page: make web"),
+]
+READY = "html[data-ready=yes]"
+SECONDS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, without what calls home."""
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A tab, and everything that went wrong in it."""
+
+    def __init__(self, context: Any, url: str) -> None:
+        self.context, self.url = context, url
+        self.page = context.new_page()
+        self.page.set_default_timeout(SECONDS)
+        self.heard: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda m: self.heard.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda e: self.heard.append(str(e)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def open(self, after: str = "") -> "Visit":
+        """Loads the page until a bundle is open."""
+        self.page.goto(self.url + after)
+        self.page.wait_for_selector(READY)
+        return self
+
+    def fail(self, after: str = "") -> str:
+        """Loads the page until it says why it cannot draw."""
+        self.page.goto(self.url + after)
+        return self.error()
+
+    def error(self) -> str:
+        """The sentence that the page shows."""
+        self.page.wait_for_selector("#error:not([hidden])")
+        return self.text("error")
+
+    def text(self, name: str) -> str:
+        """What a part of the page says."""
+        return str(self.page.text_content(f"#{name}"))
+
+    def says(self, beginning: str) -> None:
+        """Waits until the status begins so; the page's policy forbids waiting for an expression."""
+        self.page.wait_for_selector(f'#status:text-matches("^{beginning}")')
+
+    def draw(self, **fields: object) -> np.ndarray:
+        """Fills fields, draws, and gives the picture's pixels [H, W, 3]."""
+        for name, value in fields.items():
+            place = self.page.locator(f"#{name}")
+            if name == "label":
+                place.select_option(str(value))
+            else:
+                place.fill(str(value))
+                place.dispatch_event("change")
+        self.page.click("#draw")
+        self.says("Drawn in")
+        return self.pixels("picture")
+
+    def pixels(self, name: str) -> np.ndarray:
+        """A canvas's pixels [H, W, 3]."""
+        data = self.page.evaluate(f"document.querySelector('#{name}').toDataURL()")
+        return np.array(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB"))
+
+    def boxes(self) -> list[bool]:
+        """Which steps are full."""
+        return [b.get_attribute("aria-pressed") == "true" for b in self.page.locator("#boxes button").all()]
+
+
+Visiting = Callable[..., Visit]
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visiting]:
+    """Opens tabs, each in a profile of its own; what a tab complained of fails the test unless it is expected."""
+    with contextlib.ExitStack() as stack:
+        visits: list[Visit] = []
+
+        def made(port: int, init: str = "", **options: Any) -> Visit:
+            context = stack.enter_context(browser.new_context(accept_downloads=True, **options))
+            if init:
+                context.add_init_script(init)
+            visits.append(Visit(context, f"http://127.0.0.1:{port}/"))
+            return visits[-1]
+
+        yield made
+        for each in visits:
+            assert each.heard == []
+            assert all(url.startswith((each.url, "blob:", "data:")) for url in each.asked), each.asked
+
+
+@pytest.fixture(scope="module")
+def golden() -> Iterator[int]:
+    """The golden bundle, served; nothing in it is changed."""
+    with listening(PAGE, GOLDEN) as port:
+        yield port
+
+
+@pytest.fixture
+def changing(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A copy of it, served, for a test to change."""
+    with listening(PAGE, copy_bundle(tmp_path / "bundle")) as port:
+        yield port, tmp_path / "bundle"
+
+
+def python_picture(**request: Any) -> np.ndarray:
+    return EdgePipeline.from_pretrained(GOLDEN)(**request).images[0]
+
+
+def near(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether bytes differ by 1 at most: each engine adds in its own order."""
+    return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def test_pictures_are_those_of_the_python_runtime_with_the_clock_as_clicked(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    assert tab.page.evaluate("crossOriginIsolated")
+    assert "WebAssembly" in tab.text("about")
+    assert tab.boxes() == [True, False, True, False]
+    request = {"label": "square", "seed": 2**64 - 1, "num_inference_steps": 4, "guidance_scale": 2.0}
+    assert near(tab.draw(label="square", seed=2**64 - 1, guidance=2), python_picture(**request, clock=2))
+    tab.page.click("#boxes button:nth-child(2)")
+    assert tab.boxes() == [True, True, True, False]
+    assert tab.page.input_value("#period") == "own"
+    tab.page.click("#boxes button:nth-child(1)", force=True)  # the first step is always full
+    assert near(tab.draw(), python_picture(**request, clock=[1, 1, 1, 0]))
+    assert near(tab.pixels("uncached"), python_picture(**request, clock=1))
+    tab.page.keyboard.press("Tab")
+    tab.page.focus("#boxes button:nth-child(3)")
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("Space")
+    assert tab.boxes() == [True, True, True, True]
+    assert tab.page.input_value("#period") == "1"
+    tab.page.select_option("#period", "3")
+    assert tab.boxes() == [True, False, False, True]
+    assert near(tab.draw(steps=7), python_picture(**request | {"num_inference_steps": 7}, clock=3))
+    assert "Multiply-adds saved" in tab.text("totals")
+    assert tab.page.locator("#chart rect").count() == 7
+    assert tab.page.locator("#gallery li").count() == 3
+    tab.page.click("#gallery li:last-child button")
+    assert tab.boxes() == [True, False, True, False]
+    assert near(tab.pixels("picture"), python_picture(**request, clock=2))
+
+
+def test_a_prompt_becomes_the_same_picture(visit: Visiting, export_once: Export) -> None:
+    bundle = export_once(saved_once("sd1", SAVE["sd1"]), edgediff.ExportConfig(steps=2))
+    want = EdgePipeline.from_pretrained(bundle)(prompt="a red apple", seed=3, negative_prompt="blurred").images[0]
+    with listening(PAGE, bundle) as port:
+        tab = visit(port).open()
+        got = tab.draw(prompt="a red apple", negative="blurred", seed=3)
+        assert near(got, want)
+        tab.page.fill("#prompt", "word " * 10_000)
+        tab.page.click("#draw")
+        assert "Prompt: 16000 tokens; expected 4800 at most" in tab.error()
+        assert near(tab.draw(prompt="a red apple"), want)  # the page lives
+        assert tab.page.is_hidden("#error")
+
+
+def test_a_link_draws_the_same_picture_again(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    want = tab.draw(label="square", seed=11, steps=5)
+    link = tab.page.evaluate("location.hash")
+    assert np.array_equal(visit(golden).open(link).draw(), want)
+
+
+def test_nonsense_in_a_link_is_said_and_left_out(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open("#seed=-1&steps=9999&clock=0101&label=hexagon&guidance=lots&evil=<b>1</b>")
+    notes = tab.text("notes")
+    for name in ("seed", "steps", "clock", "guidance", "evil", "hexagon"):
+        assert name in notes
+    assert tab.page.locator("#notes b").count() == 0
+    assert near(tab.draw(label="round", seed=0), python_picture(label="round", seed=0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"), [("seed", "one", "seed"), ("seed", 2**64, "2^64"), ("guidance", "-1", "guidance")]
+)
+def test_a_wrong_field_is_refused_before_anything_runs(
+    visit: Visiting, golden: int, field: str, value: object, said: str
+) -> None:
+    tab = visit(golden).open()
+    tab.page.evaluate("document.querySelector('#form').noValidate = true")
+    tab.page.fill(f"#{field}", str(value))
+    tab.page.click("#draw")
+    assert said in tab.error().lower() or said in tab.text("error")
+
+
+def test_a_generation_can_be_cancelled(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    tab.page.fill("#steps", "200")
+    tab.page.dispatch_event("#steps", "change")
+    tab.page.click("#draw")
+    tab.says("Step ")
+    tab.page.click("#cancel")
+    tab.says("Cancelled.")
+    assert tab.page.locator("#gallery li").count() == 0
+    assert near(tab.draw(steps=4, label="round", seed=1), python_picture(label="round", seed=1))
+
+
+def test_it_works_offline_after_a_visit(visit: Visiting, tmp_path: Path) -> None:
+    with listening(PAGE, copy_bundle(tmp_path / "bundle")) as port:
+        tab = visit(port).open()
+        want = tab.draw(seed=4)
+        tab.page.wait_for_selector("html[data-kept=yes]")
+    # The server is gone.
+    tab.open()
+    assert tab.page.evaluate("crossOriginIsolated")
+    assert np.array_equal(tab.draw(seed=4), want)
+    tab.heard.clear()  # the browser tells that manifest.json was asked for in vain
+
+
+def test_two_tabs_draw_at_once(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    other = Visit(tab.context, tab.url).open()
+    for each in (tab, other):
+        each.page.fill("#seed", "9")
+        each.page.fill("#steps", "40")
+        each.page.dispatch_event("#steps", "change")
+        each.page.click("#draw")
+    for each in (tab, other):
+        each.says("Drawn in")
+    assert np.array_equal(tab.pixels("picture"), other.pixels("picture"))
+    assert other.heard == []
+
+
+def test_a_damaged_file_is_said_and_not_kept(visit: Visiting, changing: tuple[int, Path]) -> None:
+    port, bundle = changing
+    weights = bundle / "onnx/unet/weights.bin"
+    good = weights.read_bytes()
+    weights.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    tab = visit(port)
+    assert "Onnx/unet/weights.bin does not have the hash" in tab.fail()
+    weights.write_bytes(good)
+    assert near(tab.open().draw(seed=1), python_picture(label="round", seed=1))
+
+
+def test_what_is_no_bundle_or_a_newer_one_is_said(visit: Visiting, changing: tuple[int, Path]) -> None:
+    port, bundle = changing
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    tab = visit(port)
+    seal_bytes(bundle, json.dumps(manifest | {"format_version": 3}).encode())
+    assert "format" in tab.fail() or "3" in tab.text("error")
+    (bundle / "manifest.json").unlink()
+    assert "is not a bundle" in tab.fail()
+    tab.heard.clear()  # 404
+
+
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ("delete globalThis.WebAssembly", "no WebAssembly"),
+        ("WebAssembly.validate = () => false", "no SIMD"),
+        ("delete globalThis.Worker", "no workers"),
+    ],
+)
+def test_what_a_browser_lacks_is_said(visit: Visiting, golden: int, init: str, said: str) -> None:
+    assert said in visit(golden, init).fail()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A web host that sets no headers."""
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@contextlib.contextmanager
+def plain_host(folder: Path) -> Iterator[int]:
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    beside = threading.Thread(target=host.serve_forever)
+    beside.start()
+    try:
+        yield host.server_address[1]
+    finally:
+        host.shutdown()
+        beside.join()
+        host.server_close()
+
+
+def test_a_site_on_a_host_without_headers_has_threads_all_the_same(visit: Visiting, tmp_path: Path) -> None:
+    write_site(open_bundle(GOLDEN), PAGE, tmp_path / "site")
+    with plain_host(tmp_path / "site") as port:
+        tab = visit(port).open()
+        assert tab.page.evaluate("crossOriginIsolated")
+        assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
+        # Where there is no service worker either, one thread computes, and the page says so.
+        alone = visit(port, "delete Navigator.prototype.serviceWorker").open()
+        assert not alone.page.evaluate("crossOriginIsolated")
+        assert "1 thread" in alone.text("about")
+        assert "one thread" in alone.text("notes")
+        assert near(alone.draw(seed=1), python_picture(label="round", seed=1))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_accessible_and_fits_a_narrow_screen(visit: Visiting, golden: int, scheme: str) -> None:
+    tab = visit(golden, viewport={"width": 360, "height": 640}, color_scheme=scheme, bypass_csp=True).open()
+    tab.draw(seed=2)
+    tab.page.click("#measure-section summary")
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
+    tab.page.add_script_tag(content=AXE.read_text("utf-8"))
+    found = tab.page.evaluate("axe.run()")["violations"]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+
+
+def test_downloads_are_the_picture_and_its_ledger(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    picture = tab.draw(label="square", seed=6)
+    with tab.page.expect_download() as given:
+        tab.page.click("#download")
+    assert given.value.suggested_filename == "square-6.png"
+    assert np.array_equal(np.array(Image.open(given.value.path()).convert("RGB")), picture)
+    with tab.page.expect_download() as given:
+        tab.page.click("#export")
+    ledger = json.loads(Path(given.value.path()).read_bytes())
+    assert ledger["result"]["mask"] == [1, 0, 1, 0]
+    assert ledger["always"]["mask"] == [1, 1, 1, 1]
+    assert [step["full"] for step in ledger["result"]["ledger"]] == [True, False, True, False]
+    assert 0 < 1 - ledger["result"]["macs"]["done"] / ledger["result"]["macs"]["uncached"] < 1
+
+
+def test_what_it_measures_stands_in_benchs_table(
+    visit: Visiting, golden: int, command: Command, tmp_path: Path
+) -> None:
+    tab = visit(golden).open()
+    tab.page.click("#measure-section summary")
+    tab.page.fill("#rounds", "3")
+    with tab.page.expect_download() as given:
+        tab.page.click("#measure")
+    phone = tmp_path / "phone.json"
+    given.value.save_as(phone)
+    ledger = read_ledger(phone)
+    (known,) = ledger.contenders
+    assert (known.backend, known.status, known.mask, known.rows) == ("onnxruntime-web", "measured", (1, 0, 1, 0), 2)
+    rows = {row.part: len(row.samples_ms) for row in ledger.rows}
+    assert (rows["loop"], rows["loop_clock1"], rows["cached"], rows["full"]) == (3, 3, 6, 6 + 12)
+    said = command("bench", GOLDEN, "--backend", "onnxruntime", "--rounds", 2, "--import", phone, "--no-undivided")
+    assert said.code == 0, said.errors
+    assert "onnxruntime-web" in said.out
