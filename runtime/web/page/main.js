@@ -124,6 +124,7 @@ function fill() {
   const { settings } = fromHash(location.hash);
   prompt.value ||= opened.prompt ?? "";
   input("compare").checked = opened.isLight;
+  input("forming").checked = opened.isLight || opened.canPreview;
   set({
     prompt: prompt.value,
     negative: "",
@@ -217,7 +218,7 @@ async function draw() {
     say("Drawing");
     const result = await engine.draw(requestOf(asked), {
       signal: controller.signal,
-      shows: opened.isLight || opened.canPreview,
+      shows: input("forming").checked,
       told: (event) => told(event),
     });
     show({ settings: asked, result, always: null });
