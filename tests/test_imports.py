@@ -24,8 +24,8 @@ STAGES = (
     ("edgediff.bundle",),
     ("edgediff.targets",),
     ("edgediff.verify", "edgediff.train"),
-    ("edgediff.export", "edgediff.evaluate", "edgediff.inspect", "edgediff.doctor"),
-    ("edgediff.plan", "edgediff.bench", "edgediff.site"),
+    ("edgediff.export", "edgediff.evaluate", "edgediff.inspect", "edgediff.doctor", "edgediff.site"),
+    ("edgediff.plan", "edgediff.bench"),
     ("edgediff.cli", "edgediff.__main__"),
 )
 BACKENDS = {"onnxruntime", "coremltools", "openvino", "executorch", "ai_edge_litert"}

@@ -383,3 +383,20 @@ def test_what_it_measures_stands_in_benchs_table(
     said = command("bench", GOLDEN, "--backend", "onnxruntime", "--rounds", 2, "--import", phone, "--no-undivided")
     assert said.code == 0, said.errors
     assert "onnxruntime-web" in said.out
+
+
+def test_bench_times_it_as_one_more_backend(command: Command, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.json"
+    backends = ("--backend", "onnxruntime", "--backend", "onnxruntime-web")
+    said = command("bench", GOLDEN, *backends, "--rounds", 2, "--num-images", 2, "--json", ledger)
+    assert said.code == 0, said.errors
+    known = {each.backend: each for each in read_ledger(ledger).contenders}
+    web = known["onnxruntime-web"]
+    assert (web.status, web.says, web.mask, web.rows) == ("measured", "", (1, 0, 1, 0), 4)
+    assert web.psnr_db is not None
+    assert web.psnr_db > 90
+    assert web.flops_saved == known["onnxruntime"].flops_saved
+    assert (web.undivided, known["onnxruntime"].undivided) == ("own", "undivided")
+    assert {row.part for row in read_ledger(ledger).rows if row.backend == "onnxruntime-web"} >= {
+        "loop", "loop_clock1", "full", "cached", "guidance", "scheduler", "other", "load",
+    }  # fmt: skip

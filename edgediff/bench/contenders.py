@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgediff.bench.in_browser import WEB
 from edgediff.bench.machine import peak_gflops
 from edgediff.bench.turns import Said
 from edgediff.bundle.feed import run_step, undivided_step
@@ -28,6 +29,7 @@ BACKENDS = (
     Backend("torch", (), ("torch",), TORCH),
     Backend("torch-compile", (), ("torch",), TORCH),
     *(backend for target in TARGETS.values() for backend in target.backends),
+    WEB,
 )
 
 

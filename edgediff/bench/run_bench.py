@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from edgediff.bench.contenders import BACKENDS, named, time_bundle, time_peak
+from edgediff.bench.in_browser import WEB, time_in_browser
 from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of, spread
 from edgediff.bench.machine import describe_machine
 from edgediff.bench.turns import Call, Runner, Say, take_turns
@@ -102,7 +103,8 @@ def _entries(
     for backend in chosen:
         target = backend.target(manifest)
         given = {"bundle": name, "backend": backend.name, **asked}
-        runner = Runner(f"{name} in {backend.name}", Call.of(time_bundle, **given), needs, asked["threads"])
+        function = time_in_browser if backend == WEB else time_bundle
+        runner = Runner(f"{name} in {backend.name}", Call.of(function, **given), needs, asked["threads"])
         entry = _Entry(name, manifest, backend, runner)
         entries.append(entry)
         if not backend.is_installed:
@@ -110,7 +112,7 @@ def _entries(
         elif backend.targets and target is None:
             there = ", ".join(target.target for target in manifest.targets)
             runner.status, runner.says = "absent", f"runs {' or '.join(backend.targets)} graphs, the bundle has {there}"
-        elif undivided and (target is None or manifest.target(target).unet.model is not None):
+        elif undivided and backend != WEB and (target is None or manifest.target(target).unet.model is not None):
             call = Call.of(time_bundle, **given, undivided=True)
             entry.undivided = Runner(f"{runner.name}, undivided", call, needs, asked["threads"])
     return entries

@@ -14,7 +14,8 @@ def machine_line(machine: Machine) -> str:
     """Processor, cores, system and versions on one line."""
     tools = ", ".join(f"{tool} {version}" for tool, version in machine.versions.items())
     flags = f" ({' '.join(machine.flags)})" if machine.flags else ""
-    return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}, Python {machine.python}; {tools}"
+    python = f", Python {machine.python}" if machine.python else ""  # a browser's has none
+    return f"{machine.processor}{flags}, {machine.cores} cores, {machine.system}{python}; {tools}"
 
 
 def peak_words(ledger: Ledger) -> str:

@@ -23,7 +23,8 @@ def main() -> None:
         call = msgspec.json.decode(sys.stdin.buffer.readline(), type=Call)
         try:
             for said in _start(call):
-                _answer(answers, msgspec.structs.replace(said, peak_mib=peak_memory()))
+                peak = peak_memory() if said.peak_mib is None else said.peak_mib
+                _answer(answers, msgspec.structs.replace(said, peak_mib=peak))
                 if not sys.stdin.buffer.readline():
                     return
         except (EdgediffError, EdgeRuntimeError) as e:

@@ -33,7 +33,7 @@ addEventListener("message", async ({ data }) => {
 async function open({ url, backend, threads, lowMemory }) {
   await pipe?.close();
   pipe = null;
-  const wasmPaths = new URL("ort/", location.href).href;
+  const wasmPaths = new URL("ort/", location.href).href; // beside the worker
   const store = await CacheStore.open();
   pipe = await EdgePipeline.fromUrl(url, {
     backend,
@@ -100,10 +100,10 @@ async function draw({ id, request, shows }) {
         const image = shows ? await formed(pipe, event.predicted) : null;
         postMessage({ type: "step", id, index, count, full, timestep, ms, image }, { transfer: image ? [image.data.buffer] : [] });
       } else if (event.type === "result") {
-        const { images, ledger, mask, stages, ms, macs, warnings, seed } = event.result;
+        const { images, latents, ledger, mask, stages, ms, macs, warnings, seed } = event.result;
         const image = images && toRgba(images);
         postMessage(
-          { type: "result", id, image, ledger, mask, stages, ms, macs, warnings, seed },
+          { type: "result", id, image, latents: images ? null : latents.data, ledger, mask, stages, ms, macs, warnings, seed },
           { transfer: image ? [image.data.buffer] : [] },
         );
       } else postMessage({ ...event, id });
