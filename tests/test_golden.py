@@ -1,7 +1,8 @@
 """The golden corpus (runtime/golden/): what every runtime must compute; its files are what its makers write."""
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,35 @@ def test_bad_manifests_are_refused(case: Mapping[str, Any]) -> None:
     assert bad != good
     with pytest.raises(BundleError):
         parse_manifest(json.dumps(bad).encode())
+
+
+@pytest.mark.parametrize("name", ["class", "text", "pipeline"])
+def test_a_shape_of_any_length_is_read_or_refused(name: str) -> None:
+    good = read(f"manifests/{name}.json")
+    places = list(shapes(good))
+    refused = 0
+    for *at, last in places:
+        for shape in ([], ["x"], [1] * 7):
+            bad = copy.deepcopy(good)
+            holder = bad
+            for key in at:
+                holder = holder[key]
+            holder[last] = shape
+            try:
+                parse_manifest(json.dumps(bad).encode())
+            except BundleError:
+                refused += 1
+    assert refused > 2 * len(places)
+
+
+def shapes(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in plain data a shape lies."""
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in entries:
+        if key == "shape":
+            yield (*path, key)
+        else:
+            yield from shapes(value, (*path, key))
 
 
 @pytest.mark.parametrize("change", [{"mean": [0.5] * 4, "std": [1.0] * 4}, {"scaling_factor": 1}])

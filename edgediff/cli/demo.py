@@ -61,6 +61,7 @@ def demo(
     """Do the main job on a built-in model: export, verify, generate at clock 1 and clock 2, compare."""
     from edgediff.cli.render.tables import demo_tables
     from edgediff.outputs import check_folder
+    from edgediff.site.built_page import is_built
 
     if model not in MODELS:
         raise ConfigError(f"the demo does not show {model!r}; choices: {', '.join(MODELS)}")
@@ -72,6 +73,7 @@ def demo(
         out.print(table)
     if shown.prompts:
         out.print(f"prompts, row by row: {'; '.join(shown.prompts)}")
+    out.print(f"in a browser: {'' if is_built() else 'make web, then '}edgediff serve {shown.bundle}")
     if not shown.report.ok:
         raise VerificationError(f"{shown.bundle}: {shown.report.failure}")
 

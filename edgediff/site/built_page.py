@@ -15,6 +15,11 @@ BUNDLE = "bundle"
 PACKED = ".gz"
 
 
+def is_built() -> bool:
+    """Whether there is a page to serve."""
+    return (PAGE / INDEX).is_file()
+
+
 def find_page(folder: Path | None = None) -> Path:
     """The folder of the built page; `folder` is in its place in tests.
 

@@ -70,6 +70,7 @@ def check_manifest(manifest: Manifest) -> None:
     _must((known.kind != "none") == bool(known.tensors), "conditioning.tensors", [t.name for t in known.tensors],
           "tensors where there is a condition, none where there is not")  # fmt: skip
     for tensor in known.tensors:
+        _must(bool(tensor.shape), f"shape of {tensor.name}", tensor.shape, "rows first")
         _check_sizes(tensor)
     _must(known.null_label is None or 0 <= known.null_label <= len(known.labels), "null_label", known.null_label,
           f"0 to {len(known.labels)}")  # fmt: skip
