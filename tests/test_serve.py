@@ -1,6 +1,7 @@
 """``edgediff serve`` by real requests over real sockets, sent as they are: what it answers, and what it never does."""
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import io
@@ -134,6 +135,19 @@ def test_every_answer_has_the_headers(served: Served, status: int, target: str, 
     assert answer.status == status
     assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
     assert "server" not in answer.headers
+
+
+def test_what_the_build_compressed_is_sent_so_to_who_takes_it(served: Served) -> None:
+    plain = served.ask("/ort/ort.wasm")
+    assert "content-encoding" not in plain.headers
+    packed = served.ask("/ort/ort.wasm", accept_encoding="br, gzip")
+    assert (packed.headers["content-encoding"], packed.headers["vary"]) == ("gzip", "Accept-Encoding")
+    assert packed.headers["content-type"] == plain.headers["content-type"]
+    assert gzip.decompress(packed.body) == plain.body
+    assert packed.headers["etag"] != plain.headers["etag"]
+    for asked in ({"accept_encoding": "br"}, {"accept_encoding": "gzip", "range": "bytes=0-3"}):
+        assert "content-encoding" not in served.ask("/ort/ort.wasm", **asked).headers
+    assert "content-encoding" not in served.ask("/app.css", accept_encoding="gzip").headers
 
 
 @pytest.mark.parametrize("name", TYPES)

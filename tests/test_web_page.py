@@ -304,6 +304,18 @@ def test_what_a_browser_lacks_is_said(visit: Visiting, golden: int, init: str, s
     assert said in visit(golden, init).fail()
 
 
+def test_without_memory_the_page_says_so_and_lives(golden: int) -> None:
+    # 8 MiB: less than ONNX Runtime Web begins with, in every tab of this browser.
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--js-flags=--wasm-max-mem-pages=128"]
+        small = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        tab = Visit(small.new_context(), f"http://127.0.0.1:{golden}/")
+        assert "no memory left" in tab.fail()
+        tab.page.fill("#seed", "12")
+        assert tab.page.is_disabled("#draw")
+        small.close()
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """A web host that sets no headers."""
 

@@ -1,6 +1,7 @@
 """A page in place of the one that ``make web`` builds, and the golden bundle to serve with it."""
 
 import contextlib
+import gzip
 import shutil
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ TYPES = {
     "ort/ort.wasm": "application/wasm",
     "app.webmanifest": "application/manifest+json",
 }
+# As the build compresses it.
+PACKED = "ort/ort.wasm.gz"
 SECRET = "not for browsers"
 
 
@@ -30,6 +33,7 @@ def make_page(folder: Path) -> Path:
     for name in TYPES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(f"this is {name}\n".encode() * 9)
+    (folder / PACKED).write_bytes(gzip.compress((folder / PACKED.removesuffix(".gz")).read_bytes()))
     (folder.parent / "secret.txt").write_text(SECRET)
     (folder / ".env").write_text(SECRET)
     (folder / ".git").mkdir()

@@ -12,7 +12,11 @@ const OUT = process.argv[2] ?? join(HERE, "../../edgediff/site/page");
 const ORT = join(HERE, "node_modules/onnxruntime-web/dist");
 const ENGINES = {
   "onnxruntime-web/wasm": ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"],
-  "onnxruntime-web/webgpu": ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"],
+  "onnxruntime-web/webgpu": [
+    "ort.webgpu.min.mjs",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+  ],
 };
 // Loaded where WebGPU is chosen, and kept from then on.
 const LATER = new Set(ENGINES["onnxruntime-web/webgpu"].map((name) => `ort/${name}`));
@@ -32,7 +36,10 @@ await build({
     {
       name: "engines",
       setup(steps) {
-        steps.onResolve({ filter: /^onnxruntime-web\// }, ({ path }) => ({ path: `./ort/${ENGINES[path][0]}`, external: true }));
+        steps.onResolve({ filter: /^onnxruntime-web\// }, ({ path }) => ({
+          path: `./ort/${ENGINES[path][0]}`,
+          external: true,
+        }));
       },
     },
   ],

@@ -28,7 +28,8 @@ export async function isolate() {
 export async function keepFiles(files) {
   const { serviceWorker } = navigator;
   if (!serviceWorker) return;
-  if (!serviceWorker.controller) await new Promise((resolve) => serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+  if (!serviceWorker.controller)
+    await new Promise((resolve) => serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
   await Promise.all(files.map((file) => fetch(file)));
 }
 
@@ -47,7 +48,9 @@ function activated(registration) {
 export function limits(kept) {
   const found = [];
   if (!isSecureContext)
-    found.push("This address is not secure (http): one thread, no WebGPU, and nothing is kept for the next visit. Use https.");
+    found.push(
+      "This address is not secure (http): one thread, no WebGPU, and nothing is kept for the next visit. Use https.",
+    );
   else if (!crossOriginIsolated) found.push("The page is not isolated from other sites, so it computes in one thread.");
   if (isSecureContext && !kept) found.push("The browser keeps no page for offline use here.");
   return found;
@@ -57,7 +60,9 @@ export function limits(kept) {
 export function missing() {
   if (typeof WebAssembly === "undefined") return "This browser has no WebAssembly; use a newer one.";
   // A module with one SIMD instruction.
-  const simd = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11]);
+  const simd = new Uint8Array([
+    0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
+  ]);
   if (!WebAssembly.validate(simd)) return "This browser's WebAssembly has no SIMD instructions; use a newer one.";
   if (typeof Worker === "undefined") return "This browser has no workers; use a newer one.";
   return null;

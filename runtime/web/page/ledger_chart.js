@@ -25,7 +25,11 @@ function element(name, attributes, text) {
 export function ledgerChart({ ledger, stages }, width) {
   const before = ["text_encoder", "text_encoder_2"].filter((name) => name in stages);
   const after = Object.keys(stages).filter((name) => !before.includes(name));
-  const component = (/** @type {string} */ name) => ({ kind: "component", name: SHORT[name] ?? name, ms: stages[name] });
+  const component = (/** @type {string} */ name) => ({
+    kind: "component",
+    name: SHORT[name] ?? name,
+    ms: stages[name],
+  });
   const bars = [
     ...before.map(component),
     ...ledger.map((step) => ({ kind: step.full ? "full" : "cached", name: String(step.index + 1), ms: sum(step.ms) })),
@@ -35,8 +39,14 @@ export function ledgerChart({ ledger, stages }, width) {
   // Components have words under them, steps a number.
   const widths = bars.map((bar) => (bar.kind === "component" ? 3 : 1));
   const unit = width / widths.reduce((a, b) => a + b, 0);
-  const words = bars.map((bar) => `${bar.kind === "component" ? bar.name : `step ${bar.name} (${bar.kind})`} ${bar.ms.toFixed(1)} ms`);
-  const chart = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Milliseconds: ${words.join(", ")}` });
+  const words = bars.map(
+    (bar) => `${bar.kind === "component" ? bar.name : `step ${bar.name} (${bar.kind})`} ${bar.ms.toFixed(1)} ms`,
+  );
+  const chart = element("svg", {
+    viewBox: `0 0 ${width} ${HEIGHT}`,
+    role: "img",
+    "aria-label": `Milliseconds: ${words.join(", ")}`,
+  });
   let x = 0;
   for (const [k, bar] of bars.entries()) {
     const wide = unit * widths[k],
@@ -45,7 +55,14 @@ export function ledgerChart({ ledger, stages }, width) {
       left = x + (wide - thick) / 2;
     const group = element("g", {});
     group.append(
-      element("rect", { class: `bar-${bar.kind}`, x: left, y: HEIGHT - BOTTOM - high, width: thick, height: high, rx: 2 }),
+      element("rect", {
+        class: `bar-${bar.kind}`,
+        x: left,
+        y: HEIGHT - BOTTOM - high,
+        width: thick,
+        height: high,
+        rx: 2,
+      }),
       element("title", {}, words[k]),
     );
     if (unit > 16 || bar.kind === "component") {

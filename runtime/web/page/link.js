@@ -52,7 +52,11 @@ export function fromHash(hash) {
   }
   const seed = read("seed", isSeed, "a whole number below 2^64");
   if (seed !== null) settings.seed = seed;
-  const steps = read("steps", (text) => /^\d{1,3}$/.test(text) && +text >= 1 && +text <= MOST_STEPS, `1 to ${MOST_STEPS}`);
+  const steps = read(
+    "steps",
+    (text) => /^\d{1,3}$/.test(text) && +text >= 1 && +text <= MOST_STEPS,
+    `1 to ${MOST_STEPS}`,
+  );
   if (steps !== null) settings.steps = Number(steps);
   const guidance = read("guidance", (text) => /^\d{1,2}(\.\d{1,6})?$/.test(text), "a number from 0 to 99");
   if (guidance !== null) settings.guidance = Number(guidance);

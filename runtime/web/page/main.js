@@ -56,15 +56,15 @@ function fail(error) {
 function sentence(error) {
   const { name = "", message = String(error) } = /** @type {Error} */ (error);
   const words = message.charAt(0).toUpperCase() + message.slice(1);
+  if (outOfMemory(error)) return `The browser has no memory left for this: ${message}. Close other tabs and try again.`;
   if (name === "BundleError" || name === "RequestError") return words.endsWith(".") ? words : `${words}.`;
-  if (outOfMemory(error))
-    return "The browser has no memory left for this. The bundle was opened anew, one component at a time; close other tabs or draw with fewer steps.";
   return `Something went wrong: ${message}.`;
 }
 
 /** @param {unknown} error */
 const outOfMemory = (error) =>
-  error instanceof RangeError || /out of memory|memory access out of bounds|bad_alloc|allocation failed/i.test(String(error));
+  error instanceof RangeError ||
+  /out of memory|allocate memory|bad_alloc|memory access out of bounds|allocation failed/i.test(String(error));
 
 // --- Opening
 
@@ -108,7 +108,10 @@ async function open(lowMemory = false) {
   fill();
   button("draw").disabled = button("measure").disabled = false;
   document.documentElement.dataset.ready = "yes";
-  keepFiles(["bundle/manifest.json", "bundle/SHA256SUMS"]).then(() => (document.documentElement.dataset.kept = "yes"), () => {}); // offline: they are kept
+  keepFiles(["bundle/manifest.json", "bundle/SHA256SUMS"]).then(
+    () => (document.documentElement.dataset.kept = "yes"),
+    () => {},
+  ); // offline: they are kept
 }
 
 function fill() {
@@ -116,11 +119,14 @@ function fill() {
   box("prompt-field").hidden = box("negative-field").hidden = !opened.canEncode;
   box("label-field").hidden = conditioning.kind !== "class";
   box("guidance-field").hidden = conditioning.kind === "none";
-  label.replaceChildren(
-    ...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name)),
-  );
+  label.replaceChildren(...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name)));
   if (conditioning.kind === "text" && !opened.canEncode)
-    fail(Object.assign(new Error("This bundle has no text encoder, so the page cannot draw with it; export a whole pipeline."), { name: "RequestError" }));
+    fail(
+      Object.assign(
+        new Error("This bundle has no text encoder, so the page cannot draw with it; export a whole pipeline."),
+        { name: "RequestError" },
+      ),
+    );
   const { settings } = fromHash(location.hash);
   prompt.value ||= opened.prompt ?? "";
   input("compare").checked = opened.isLight;
@@ -198,7 +204,13 @@ function requestOf({ prompt, negative, label, seed, steps, guidance, mask }) {
 
 function showPeriod() {
   const now = periodOf(boxes.mask);
-  const names = [1, 2, 3, 4, 5].map((n) => new Option(n === 1 ? "1: every step full" : `${n}: each ${["second", "third", "fourth", "fifth"][n - 2]} full`, String(n)));
+  const names = [1, 2, 3, 4, 5].map(
+    (n) =>
+      new Option(
+        n === 1 ? "1: every step full" : `${n}: each ${["second", "third", "fourth", "fifth"][n - 2]} full`,
+        String(n),
+      ),
+  );
   period.replaceChildren(...names, ...(now === null || now > 5 ? [new Option("as clicked", "own")] : []));
   period.value = now === null || now > 5 ? "own" : String(now);
 }
@@ -354,7 +366,8 @@ async function measure() {
     const asked = settings();
     const clocked = requestOf(asked),
       always = requestOf({ ...asked, mask: asked.mask.map(() => 1) });
-    const run = (/** @type {import("../src/pipeline.js").Arguments} */ request) => engine.draw(request, { signal: controller.signal });
+    const run = (/** @type {import("../src/pipeline.js").Arguments} */ request) =>
+      engine.draw(request, { signal: controller.signal });
     say("Warming up");
     await run(always);
     await run(clocked);
@@ -372,15 +385,25 @@ async function measure() {
       threads: opened.backend === "wasm" ? opened.threads : null,
       once: { load: loadMs },
     });
-    const rows = ["loop", "loop_clock1", "full", "cached", "picture"].flatMap((name) => ledger.rows.find((row) => row.part === name) ?? []);
+    const rows = ["loop", "loop_clock1", "full", "cached", "picture"].flatMap(
+      (name) => ledger.rows.find((row) => row.part === name) ?? [],
+    );
     const table = document.createElement("table");
     table.innerHTML = "<thead><tr><th>milliseconds</th><th>median</th><th>10 to 90 %</th></tr></thead>";
     for (const { part: name, median_ms, p10_ms, p90_ms } of rows) {
       const line = table.insertRow();
-      for (const text of [name.replace("_", ", "), median_ms.toFixed(1), `${p10_ms.toFixed(1)} to ${p90_ms.toFixed(1)}`]) line.insertCell().textContent = text;
+      for (const text of [
+        name.replace("_", ", "),
+        median_ms.toFixed(1),
+        `${p10_ms.toFixed(1)} to ${p90_ms.toFixed(1)}`,
+      ])
+        line.insertCell().textContent = text;
     }
     box("measured").replaceChildren(table);
-    save(`${opened.model}-${opened.backend}.json`, new Blob([JSON.stringify(ledger, null, 1)], { type: "application/json" }));
+    save(
+      `${opened.model}-${opened.backend}.json`,
+      new Blob([JSON.stringify(ledger, null, 1)], { type: "application/json" }),
+    );
     const [time] = spread(found.map((round) => 1 - loopMs(round.clocked) / loopMs(round.always)));
     say(`Measured: the steps take ${percent(time)} less time than with every step full.`);
   } catch (e) {
@@ -433,7 +456,11 @@ period.addEventListener("change", () => {
 });
 button("download").addEventListener("click", () => {
   part("picture", HTMLCanvasElement).toBlob((blob) => {
-    if (blob && shown) save(`${(shown.settings.prompt || shown.settings.label || "picture").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${shown.settings.seed}.png`, blob);
+    if (blob && shown)
+      save(
+        `${(shown.settings.prompt || shown.settings.label || "picture").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-${shown.settings.seed}.png`,
+        blob,
+      );
   });
 });
 button("share").addEventListener("click", async () => {
@@ -448,8 +475,20 @@ button("share").addEventListener("click", async () => {
 button("export").addEventListener("click", () => {
   if (!shown) return;
   const { settings, result, always } = shown;
-  const strip = (/** @type {ResultMessage | null} */ each) => each && { ...each, image: undefined, type: undefined, id: undefined };
-  const text = JSON.stringify({ bundle: opened.bundle, model: opened.model, backend: opened.backend, settings, result: strip(result), always: strip(always) }, null, 1);
+  const strip = (/** @type {ResultMessage | null} */ each) =>
+    each && { ...each, image: undefined, type: undefined, id: undefined };
+  const text = JSON.stringify(
+    {
+      bundle: opened.bundle,
+      model: opened.model,
+      backend: opened.backend,
+      settings,
+      result: strip(result),
+      always: strip(always),
+    },
+    null,
+    1,
+  );
   save("ledger.json", new Blob([text], { type: "application/json" }));
 });
 addEventListener("hashchange", () => {

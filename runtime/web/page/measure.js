@@ -14,7 +14,10 @@ export function partsOf({ ledger, stages, ms }, loop) {
     for (const [name, value] of Object.entries(step.ms)) if (!["full", "cached"].includes(name)) add(name, value);
     add(step.full ? "full" : "cached", sum(step.ms));
   }
-  add(loop, ledger.reduce((total, step) => total + sum(step.ms), 0));
+  add(
+    loop,
+    ledger.reduce((total, step) => total + sum(step.ms), 0),
+  );
   if (loop === "loop") {
     for (const [name, value] of Object.entries(stages)) add(name, value);
     if (Object.keys(stages).length) add("picture", ms);
@@ -63,14 +66,25 @@ export function benchLedger({ rounds, opened, settings, threads, once }) {
   const rows = Object.entries(parts).map(([part, samples]) => {
     const [median, p10, p90] = spread(samples).map(rounded);
     return {
-      bundle, backend, part, median_ms: median, p10_ms: p10, p90_ms: p90, samples_ms: samples.map(rounded), peak_mib: null,
+      bundle,
+      backend,
+      part,
+      median_ms: median,
+      p10_ms: p10,
+      p90_ms: p90,
+      samples_ms: samples.map(rounded),
+      peak_mib: null,
     };
   });
   return {
     machine: describeMachine(opened.versions),
     settings: {
-      steps: settings.steps, clock: settings.clock, num_images: 1, guidance_scale: settings.guidance,
-      rounds: rounds.length, threads,
+      steps: settings.steps,
+      clock: settings.clock,
+      num_images: 1,
+      guidance_scale: settings.guidance,
+      rounds: rounds.length,
+      threads,
     },
     peak_gflops: null,
     contenders: [

@@ -98,12 +98,27 @@ async function draw({ id, request, shows }) {
         const { index, count, full, timestep, ms } = event;
         // What the step predicts, decoded: the picture as it forms. It is not part of the ledger.
         const image = shows ? await formed(pipe, event.predicted) : null;
-        postMessage({ type: "step", id, index, count, full, timestep, ms, image }, { transfer: image ? [image.data.buffer] : [] });
+        postMessage(
+          { type: "step", id, index, count, full, timestep, ms, image },
+          { transfer: image ? [image.data.buffer] : [] },
+        );
       } else if (event.type === "result") {
         const { images, latents, ledger, mask, stages, ms, macs, warnings, seed } = event.result;
         const image = images && toRgba(images);
         postMessage(
-          { type: "result", id, image, latents: images ? null : latents.data, ledger, mask, stages, ms, macs, warnings, seed },
+          {
+            type: "result",
+            id,
+            image,
+            latents: images ? null : latents.data,
+            ledger,
+            mask,
+            stages,
+            ms,
+            macs,
+            warnings,
+            seed,
+          },
           { transfer: image ? [image.data.buffer] : [] },
         );
       } else postMessage({ ...event, id });
