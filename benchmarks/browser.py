@@ -84,9 +84,11 @@ def served(bundle: Path) -> Iterator[str]:
         running = server.make_server(server.make_app(bundle, find_page(), local=True))
         beside = threading.Thread(target=running.run, args=([listening],))
         beside.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        running.should_exit = True
-        beside.join()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        finally:
+            running.should_exit = True
+            beside.join()
 
 
 def opened(browser: Browser, url: str, query: str = "") -> Page:
@@ -154,7 +156,7 @@ def loading(browser: Browser, url: str, rounds: int) -> None:
     print({name.removeprefix(url): size for name, size in bytes_.items()})
 
 
-UNDIVIDED = """async ([rounds, rows, tokens, width, size, channels]) => {
+UNDIVIDED = """async ([rows, tokens, width, size, channels]) => {
   const ort = await import(new URL("ort/ort.wasm.min.mjs", location.href).href);
   ort.env.wasm.numThreads = Math.min(4, navigator.hardwareConcurrency);
   const get = async (name) => new Uint8Array(await (await fetch(`bundle/onnx/unet/${name}`)).arrayBuffer());
@@ -181,7 +183,7 @@ def speed(browser: Browser, url: str, name: str, rounds: int) -> None:
     shape = next(t["shape"] for t in manifest["conditioning"]["tensors"] if t["name"] == "encoder_hidden_states")
     sample, steps = manifest["sample"], len(manifest["operating_point"]["mask"])
     tokens = shape[1] if isinstance(shape[1], int) else 77
-    page.evaluate(UNDIVIDED, [rounds, 2, tokens, shape[2], sample["height"], sample["channels"]])
+    page.evaluate(UNDIVIDED, [2, tokens, shape[2], sample["height"], sample["channels"]])
     loop, always, alone, own, cached = [], [], [], [], []
     page.click("#measure-section summary")
     page.fill("#rounds", "2")

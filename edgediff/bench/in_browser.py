@@ -32,6 +32,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 ENGINE = """() => new Promise((ready) => {
   const worker = new Worker("/worker.js", { type: "module" });
   let told = null;
+  worker.onerror = (event) => told({ type: "error", message: event.message || "the worker does not start" });
   worker.onmessage = ({ data }) => ["opened", "result", "error"].includes(data.type) && told(data);
   window.ask = (message) => new Promise((done) => { told = done; worker.postMessage(message); });
   ready();
@@ -65,7 +66,7 @@ def time_in_browser(
         raise UnsupportedError(f"{bundle}: the page is given prompts and classes, and it takes {arrays[0]}")
     given = {_camel(name): value for name, value in asked.items()}
     with _page(Path(bundle)) as page:
-        load = _ask(page, {"type": "open", "url": "/bundle/", "backend": "wasm", "threads": threads})
+        load = _ask(page, {"type": "open", "url": "/bundle/", "backend": "wasm", "threads": threads, "warms": False})
         always = _draw(page, given | {"clock": 1, "outputType": "latent"})
         clocked = _draw(page, given | {"outputType": "latent"})
         want = python(**asked, output_type="latent").latents
@@ -77,7 +78,7 @@ def time_in_browser(
             yield Said(says=says, wrong=True, psnr_db=worst)
             return
         once = {"load": [load["ms"]], "first_call": [_sum(always["ledger"][0]["ms"])]}
-        yield Said(psnr_db=worst, parts=once, peak_mib=_memory(page))
+        yield Said(psnr_db=worst, parts=once)
         whole = given if python.can_decode else given | {"outputType": "latent"}
         while True:
             parts = _parts(_draw(page, given | {"clock": 1, "outputType": "latent"}), "loop_clock1")
@@ -85,7 +86,7 @@ def time_in_browser(
             for name, samples in _parts(clocked, "loop").items():
                 parts[name] = [*samples, *parts.get(name, [])]
             rows = num_images * (2 if clocked["ledger"][-1]["guided"] else 1)
-            yield Said(parts=parts, mask=tuple(clocked["mask"]), rows=rows, peak_mib=_memory(page))
+            yield Said(parts=parts, mask=tuple(clocked["mask"]), rows=rows)
 
 
 @contextmanager
@@ -106,13 +107,15 @@ def _page(bundle: Path) -> Iterator[Any]:
         beside.start()
         try:
             chromium = playwright.chromium.launch(executable_path=browser, args=FLAGS)
-            page = chromium.new_page()
-            page.set_default_timeout(0)
-            # A page of the same origin that computes nothing itself.
-            page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}/bundle/SHA256SUMS")
-            page.evaluate(ENGINE)
-            yield page
-            chromium.close()
+            try:
+                page = chromium.new_page()
+                page.set_default_timeout(0)
+                # A page of the same origin that computes nothing itself.
+                page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}/bundle/SHA256SUMS")
+                page.evaluate(ENGINE)
+                yield page
+            finally:
+                chromium.close()
         finally:
             running.should_exit = True
             beside.join()
@@ -151,12 +154,6 @@ def _parts(result: dict[str, Any], loop: str) -> dict[str, list[float]]:
 
 def _sum(ms: dict[str, float]) -> float:
     return float(sum(ms.values()))
-
-
-def _memory(page: Any) -> float:
-    """MiB of the page and its workers; WebAssembly's memory never shrinks."""
-    counted = "performance.measureUserAgentSpecificMemory().then((memory) => memory.bytes)"
-    return round(float(page.evaluate(counted)) / 2**20, 1)
 
 
 def _camel(name: str) -> str:

@@ -173,7 +173,7 @@ def _contender(entry: _Entry, peak: float | None) -> Contender:
         known,
         mask=last.mask,
         rows=last.rows,
-        peak_mib=last.peak_mib,
+        peak_mib=None if entry.backend == WEB else last.peak_mib,  # the browser's is in processes of its own
         undivided="undivided" if whole else "own",
         flops_saved=round(flops_saved, 4),
         time_saved=round(median(saved), 4),

@@ -35,7 +35,7 @@ class Said(msgspec.Struct, frozen=True):
         says: Why it cannot go on; empty where it can.
         wrong: Whether that is because its output is not the reference's.
         psnr_db: Of its output against the reference, the worst.
-        peak_mib: Peak memory until now; the worker adds its process's where it is left out.
+        peak_mib: Peak memory until now; the worker adds it.
         mask: The steps as they were run, 1 = full.
         rows: UNet rows in a step.
         parts: Samples of this turn by part, in milliseconds.

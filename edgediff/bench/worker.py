@@ -23,8 +23,7 @@ def main() -> None:
         call = msgspec.json.decode(sys.stdin.buffer.readline(), type=Call)
         try:
             for said in _start(call):
-                peak = peak_memory() if said.peak_mib is None else said.peak_mib
-                _answer(answers, msgspec.structs.replace(said, peak_mib=peak))
+                _answer(answers, msgspec.structs.replace(said, peak_mib=peak_memory()))
                 if not sys.stdin.buffer.readline():
                     return
         except (EdgediffError, EdgeRuntimeError) as e:

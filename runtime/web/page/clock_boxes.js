@@ -6,11 +6,14 @@ export class ClockBoxes {
     this.place = place;
     /** @type {number[]} */
     this.mask = [];
+    // The box that Tab comes to.
+    this.at = 0;
     place.addEventListener("click", (event) => {
       const box = /** @type {Element} */ (event.target).closest("button");
       if (!box || box.getAttribute("aria-disabled") === "true") return;
       const at = Number(box.dataset.step);
       this.mask[at] = 1 - this.mask[at];
+      this.at = at;
       this.#paint();
       changed();
     });
@@ -21,13 +24,16 @@ export class ClockBoxes {
       const at = boxes.indexOf(/** @type {HTMLButtonElement} */ (document.activeElement));
       if (way === undefined || at < 0) return;
       event.preventDefault();
-      boxes[Math.min(Math.max(at + way, 0), boxes.length - 1)].focus();
+      this.at = Math.min(Math.max(at + way, 0), boxes.length - 1);
+      this.#paint();
+      boxes[this.at].focus();
     });
   }
 
   /** @param {number[]} mask */
   show(mask) {
     this.mask = [...mask];
+    this.at = Math.min(this.at, mask.length - 1);
     if (this.place.childElementCount !== mask.length) {
       this.place.replaceChildren(
         ...mask.map((_, at) => {
@@ -45,6 +51,7 @@ export class ClockBoxes {
   #paint() {
     for (const [at, box] of [...this.place.children].entries()) {
       const full = this.mask[at] === 1;
+      /** @type {HTMLButtonElement} */ (box).tabIndex = at === this.at ? 0 : -1;
       box.setAttribute("aria-pressed", String(full));
       box.setAttribute("aria-label", `Step ${at + 1}: ${full ? "full" : "cached"}${at ? "" : ", always"}`);
       if (!at) box.setAttribute("aria-disabled", "true");

@@ -2,7 +2,7 @@
 
 /**
  * @typedef {{width: number, height: number, data: Uint8ClampedArray<ArrayBuffer>}} Image
- * @typedef {{type: "step", index: number, count: number, full: boolean, timestep: number, ms: Record<string, number>,
+ * @typedef {{type: "step", index: number, count: number, full: boolean, ms: Record<string, number>,
  *   image: Image | null}} StepMessage
  * @typedef {{type: "result", image: Image | null, ledger: {index: number, full: boolean, guided: boolean,
  *   ms: Record<string, number>}[], mask: number[], stages: Record<string, number>, ms: number,
@@ -19,14 +19,21 @@ export class Engine {
   }
 
   #start() {
+    /** Whether the worker failed: `restart` begins another. */
+    this.isDead = false;
     this.worker = new Worker(new URL("worker.js", location.href), { type: "module" });
     this.worker.addEventListener("message", ({ data }) => this.#hear(data));
     this.worker.addEventListener("error", (event) => {
       event.preventDefault();
-      const message = event.message || "the worker cannot be started; load the page again";
-      for (const job of this.#jobs.values()) job.reject(new Error(message));
-      this.#jobs.clear();
+      this.isDead = true;
+      this.#end(event.message || "the worker cannot be started; load the page again");
     });
+  }
+
+  /** @param {string} why */
+  #end(why) {
+    for (const job of this.#jobs.values()) job.reject(new Error(why));
+    this.#jobs.clear();
   }
 
   /** @param {any} data */
@@ -58,16 +65,19 @@ export class Engine {
    * @param {{signal?: AbortSignal, shows?: boolean, told?: (event: any) => void}} [options]
    * @returns {Promise<ResultMessage>}
    */
-  draw(request, { signal, shows = false, told = () => {} } = {}) {
-    const id = ++this.#last;
-    signal?.addEventListener("abort", () => this.worker?.postMessage({ type: "cancel", id }));
-    return this.#ask(id, { type: "draw", id, request, shows }, told);
+  async draw(request, { signal, shows = false, told = () => {} } = {}) {
+    signal?.throwIfAborted();
+    const id = ++this.#last,
+      cancel = () => this.worker?.postMessage({ type: "cancel", id });
+    signal?.addEventListener("abort", cancel);
+    const done = this.#ask(id, { type: "draw", id, request, shows }, told);
+    return done.finally(() => signal?.removeEventListener("abort", cancel));
   }
 
   /** Begins anew with another worker, whose memory is empty. */
   restart() {
     this.worker?.terminate();
-    this.#jobs.clear();
+    this.#end("the worker was started anew");
     this.#start();
   }
 }

@@ -1,7 +1,7 @@
 // Threads need a page that is cross-origin isolated; what works offline needs a service worker. A host that sets no
 // headers is helped by the service worker, once the page is loaded again.
 
-const AGAIN = "edgediff-loaded-again";
+const AGAIN = `edgediff-loaded-again ${location.pathname}`;
 
 /**
  * Registers the service worker: `kept` is whether it keeps the page, `again` whether the page is about to be loaded again.
@@ -28,8 +28,11 @@ export async function isolate() {
 export async function keepFiles(files) {
   const { serviceWorker } = navigator;
   if (!serviceWorker) return;
-  if (!serviceWorker.controller)
-    await new Promise((resolve) => serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+  if (!serviceWorker.controller) {
+    const there = new Promise((resolve) => serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+    await Promise.race([there, new Promise((resolve) => setTimeout(resolve, 10_000))]);
+  }
+  if (!serviceWorker.controller) throw new Error("the browser runs no service worker here");
   await Promise.all(files.map((file) => fetch(file)));
 }
 

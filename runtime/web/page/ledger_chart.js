@@ -45,7 +45,7 @@ export function ledgerChart({ ledger, stages }, width) {
   const chart = element("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`,
     role: "img",
-    "aria-label": `Milliseconds: ${words.join(", ")}`,
+    "aria-label": `Bars of ${ledger.length} steps and ${bars.length - ledger.length} components; the longest ${duration(most)}`,
   });
   let x = 0;
   for (const [k, bar] of bars.entries()) {

@@ -12,13 +12,14 @@
  */
 
 const LARGEST_SEED = 2n ** 64n - 1n;
-export const MOST_STEPS = 200;
+export const MOST_STEPS = 200,
+  MOST_GUIDANCE = 99;
 
 /** @param {Settings} settings */
 export function toHash({ prompt, negative, label, seed, steps, guidance, mask }) {
   const parts = new URLSearchParams();
-  if (prompt) parts.set("prompt", prompt);
-  if (negative) parts.set("negative", negative);
+  parts.set("prompt", prompt);
+  parts.set("negative", negative);
   if (label) parts.set("label", label);
   parts.set("seed", seed);
   parts.set("steps", String(steps));
@@ -58,7 +59,7 @@ export function fromHash(hash) {
     `1 to ${MOST_STEPS}`,
   );
   if (steps !== null) settings.steps = Number(steps);
-  const guidance = read("guidance", (text) => /^\d{1,2}(\.\d{1,6})?$/.test(text), "a number from 0 to 99");
+  const guidance = read("guidance", isGuidance, `a number from 0 to ${MOST_GUIDANCE}`);
   if (guidance !== null) settings.guidance = Number(guidance);
   const clock = read("clock", (text) => /^1[01]{0,399}$/.test(text), "ones and zeros, the first a one");
   if (clock !== null) settings.mask = [...clock].map(Number);
@@ -72,4 +73,9 @@ export function fromHash(hash) {
 /** @param {string} text */
 export function isSeed(text) {
   return /^\d{1,20}$/.test(text) && BigInt(text) <= LARGEST_SEED;
+}
+
+/** @param {string} text */
+export function isGuidance(text) {
+  return /^\d+(\.\d+)?$/.test(text) && Number(text) <= MOST_GUIDANCE;
 }

@@ -4,7 +4,7 @@ import { differenceMap, psnr } from "./compare.js";
 import { Engine } from "./engine.js";
 import { isolate, keepFiles, limits, missing } from "./isolation.js";
 import { duration, ledgerChart, sum } from "./ledger_chart.js";
-import { fromHash, isSeed, MOST_STEPS, toHash } from "./link.js";
+import { fromHash, isGuidance, isSeed, MOST_GUIDANCE, MOST_STEPS, toHash } from "./link.js";
 import { benchLedger, spread } from "./measure.js";
 
 /**
@@ -22,13 +22,17 @@ function part(id, kind) {
 }
 const input = (/** @type {string} */ id) => part(id, HTMLInputElement);
 const button = (/** @type {string} */ id) => part(id, HTMLButtonElement);
-const box = (/** @type {string} */ id) => part(id, HTMLElement);
+const element = (/** @type {string} */ id) => part(id, HTMLElement);
 
 const prompt = part("prompt", HTMLTextAreaElement),
   label = part("label", HTMLSelectElement),
   period = part("period", HTMLSelectElement),
   progress = part("progress", HTMLProgressElement);
-const boxes = new ClockBoxes(box("boxes"), () => showPeriod());
+const MOST_THREADS = 64;
+const boxes = new ClockBoxes(element("boxes"), () => {
+  chosen = periodOf(boxes.mask);
+  showPeriod();
+});
 /** @type {Engine} */
 let engine;
 /** What the worker said of the bundle. @type {any} */
@@ -38,28 +42,38 @@ let running = null;
 /** @type {Drawn | null} */
 let shown = null;
 let loadMs = 0;
+/** The period that was chosen; null where boxes were clicked. @type {number | null} */
+let chosen = null;
+/** A link that was followed while something ran. @type {string | null} */
+let wanted = null;
+/** Whether the form was filled, so that what the user switched off stays off. */
+let isFilled = false;
 
 // --- Words
 
 /** @param {string} text */
 function say(text) {
-  box("status").textContent = text;
+  element("status").textContent = text;
+  element("now").textContent = "";
 }
 
 /** @param {unknown} error */
 function fail(error) {
-  box("error").textContent = sentence(error);
-  box("error").hidden = false;
+  element("error").textContent = sentence(error);
+  element("error").hidden = false;
 }
 
 /** @param {unknown} error */
 function sentence(error) {
-  const { name = "", message = String(error) } = /** @type {Error} */ (error);
-  const words = message.charAt(0).toUpperCase() + message.slice(1);
-  if (outOfMemory(error)) return `The browser has no memory left for this: ${message}. Close other tabs and try again.`;
-  if (name === "BundleError" || name === "RequestError") return words.endsWith(".") ? words : `${words}.`;
-  return `Something went wrong: ${message}.`;
+  const { name = "", message = String(error) } = /** @type {Error} */ (error),
+    said = message.replace(/\.+$/, ""),
+    words = `${said.charAt(0).toUpperCase()}${said.slice(1)}.`;
+  if (outOfMemory(error)) return `The browser has no memory left for this: ${said}. Close other tabs and try again.`;
+  return name === "BundleError" || name === "RequestError" ? words : `Something went wrong: ${words}`;
 }
+
+/** What the user can correct. @param {string} message */
+const refusal = (message) => Object.assign(new Error(message), { name: "RequestError" });
 
 /** @param {unknown} error */
 const outOfMemory = (error) =>
@@ -75,7 +89,7 @@ async function start() {
   const { kept, again } = await isolate();
   if (again) return;
   const { wrong } = fromHash(location.hash);
-  box("notes").textContent = [...limits(kept), ...wrong].join(" ");
+  element("notes").textContent = [...limits(kept), ...wrong].join(" ");
   await open();
 }
 
@@ -85,69 +99,87 @@ async function open(lowMemory = false) {
   progress.hidden = false;
   progress.removeAttribute("value");
   const before = performance.now();
-  const asked = new URLSearchParams(location.search);
-  const number = Number(asked.get("threads"));
-  const options = {
-    url: new URL("bundle/", location.href).href,
-    backend: asked.get("backend") ?? undefined,
-    threads: asked.has("threads") ? number : undefined,
-    lowMemory,
-  };
+  const asked = new URLSearchParams(location.search),
+    threads = asked.get("threads");
   try {
+    if (threads !== null && !(/^\d+$/.test(threads) && +threads >= 1 && +threads <= MOST_THREADS))
+      throw refusal(`threads is ${JSON.stringify(threads)} in the address; expected 1 to ${MOST_THREADS}`);
+    const options = {
+      url: new URL("bundle/", location.href).href,
+      backend: asked.get("backend") ?? undefined,
+      threads: threads === null ? undefined : Number(threads),
+      lowMemory,
+    };
     opened = await engine.open(options, ({ loaded, total }) => {
       progress.value = total ? loaded / total : 0;
-      say(`Loading the bundle: ${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`);
+      element("now").textContent = `${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`;
     });
   } catch (e) {
     say("");
+    if (!lowMemory && outOfMemory(e)) {
+      engine.restart();
+      return open(true);
+    }
     return fail(e);
   } finally {
     progress.hidden = true;
   }
   loadMs = performance.now() - before;
   fill();
-  button("draw").disabled = button("measure").disabled = false;
+  const draws = opened.conditioning.kind !== "text" || opened.canEncode;
+  button("draw").disabled = button("measure").disabled = !draws;
+  if (!draws)
+    fail(refusal("this bundle has no text encoder, so the page cannot draw with it; export a whole pipeline"));
+  else if (!opened.canDecode)
+    fail(refusal("this bundle has no decoder, so there are no pictures; export it with its autoencoder"));
+  say(`Ready: opened in ${duration(loadMs)}${lowMemory ? ", with one component in memory at a time" : ""}.`);
   document.documentElement.dataset.ready = "yes";
+  // For the next visit without a network; where the browser keeps nothing, nothing is lost now.
   keepFiles(["bundle/manifest.json", "bundle/SHA256SUMS"]).then(
     () => (document.documentElement.dataset.kept = "yes"),
     () => {},
-  ); // offline: they are kept
+  );
+}
+
+/** After a failure that the worker does not outlive. @param {unknown} error */
+async function recover(error) {
+  if (!outOfMemory(error) && !engine.isDead) return;
+  engine.restart();
+  await open(true);
 }
 
 function fill() {
-  const { conditioning, point, backend, threads, model, adaptor } = opened;
-  box("prompt-field").hidden = box("negative-field").hidden = !opened.canEncode;
-  box("label-field").hidden = conditioning.kind !== "class";
-  box("guidance-field").hidden = conditioning.kind === "none";
+  const { conditioning, backend, threads, model, adaptor } = opened;
+  element("prompt-field").hidden = element("negative-field").hidden = !opened.canEncode;
+  element("label-field").hidden = conditioning.kind !== "class";
+  element("guidance-field").hidden = conditioning.kind === "none";
   label.replaceChildren(...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name)));
-  if (conditioning.kind === "text" && !opened.canEncode)
-    fail(
-      Object.assign(
-        new Error("This bundle has no text encoder, so the page cannot draw with it; export a whole pipeline."),
-        { name: "RequestError" },
-      ),
-    );
-  const { settings } = fromHash(location.hash);
-  prompt.value ||= opened.prompt ?? "";
-  input("compare").checked = opened.isLight;
-  input("forming").checked = opened.isLight || opened.canPreview;
-  set({
-    prompt: prompt.value,
+  if (!isFilled) {
+    input("compare").checked = opened.isLight;
+    input("forming").checked = opened.isLight || opened.canPreview;
+    set({ ...defaults(), ...fromHash(location.hash).settings });
+  }
+  isFilled = true;
+  const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
+  element("about").textContent =
+    `${model} with adaptor ${adaptor}, in ${where}, in this browser. Nothing leaves the device.`;
+}
+
+// --- Settings
+
+/** What the bundle is drawn with where nothing else is said. @returns {Settings} */
+function defaults() {
+  const { point, conditioning, prompt } = opened;
+  return {
+    prompt,
     negative: "",
     label: conditioning.labels[0] ?? "",
     seed: "0",
     steps: point.num_inference_steps,
-    guidance: Math.max(point.guidance_scale, 0),
+    guidance: point.guidance_scale,
     mask: point.mask,
-    ...settings,
-  });
-  const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
-  box("about").textContent =
-    `${model} with adaptor ${adaptor}, in ${where}, in this browser. Nothing leaves the device.`;
-  say(`Ready: opened in ${duration(loadMs)}.`);
+  };
 }
-
-// --- Settings
 
 /** @param {Settings} settings */
 function set(settings) {
@@ -157,34 +189,45 @@ function set(settings) {
     label.value = settings.label;
     if (label.selectedIndex < 0) {
       label.selectedIndex = 0;
-      box("notes").append(` The bundle has no class ${JSON.stringify(settings.label)}; the first one is chosen.`);
+      element("notes").append(` The bundle has no class ${JSON.stringify(settings.label)}; the first one is chosen.`);
     }
   }
   input("seed").value = settings.seed;
   input("steps").value = String(settings.steps);
   input("guidance").value = String(settings.guidance);
+  chosen = periodOf(settings.mask);
   const calls = opened.calls[settings.steps - 1];
-  boxes.show(settings.mask.length === calls ? settings.mask : maskOf(periodOf(settings.mask) ?? 2, calls));
+  if (settings.mask.length !== calls && chosen === null)
+    element("notes").append(
+      ` The link's clock is for ${settings.mask.length} calls of the model; here there are ${calls}.`,
+    );
+  boxes.show(fitted(settings.mask, calls));
   showPeriod();
+}
+
+/** A mask for another number of calls: the period goes on, clicked boxes stay and full ones follow. @param {number[]} mask @param {number} calls */
+function fitted(mask, calls) {
+  if (mask.length === calls) return mask;
+  return chosen === null ? Array.from({ length: calls }, (_, at) => mask[at] ?? 1) : maskOf(chosen, calls);
 }
 
 /** @returns {Settings} */
 function settings() {
   const steps = Number(input("steps").value),
     seed = input("seed").value.trim();
-  const refuse = (/** @type {string} */ message) => {
-    throw Object.assign(new Error(message), { name: "RequestError" });
-  };
+  const guidance = input("guidance").value;
   if (!(Number.isInteger(steps) && steps >= 1 && steps <= MOST_STEPS))
-    refuse(`steps is ${JSON.stringify(input("steps").value)}; expected 1 to ${MOST_STEPS}`);
-  if (!isSeed(seed)) refuse(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
+    throw refusal(`steps is ${JSON.stringify(input("steps").value)}; expected 1 to ${MOST_STEPS}`);
+  if (opened.conditioning.kind !== "none" && !isGuidance(guidance))
+    throw refusal(`guidance is ${JSON.stringify(guidance)}; expected a number from 0 to ${MOST_GUIDANCE}`);
+  if (!isSeed(seed)) throw refusal(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
   return {
     prompt: prompt.value,
     negative: input("negative").value,
     label: label.value,
     seed,
     steps,
-    guidance: Number(input("guidance").value),
+    guidance: Number(guidance),
     mask: [...boxes.mask],
   };
 }
@@ -203,64 +246,82 @@ function requestOf({ prompt, negative, label, seed, steps, guidance, mask }) {
 }
 
 function showPeriod() {
-  const now = periodOf(boxes.mask);
-  const names = [1, 2, 3, 4, 5].map(
-    (n) =>
-      new Option(
-        n === 1 ? "1: every step full" : `${n}: each ${["second", "third", "fourth", "fifth"][n - 2]} full`,
-        String(n),
-      ),
+  const words = ["every step full", "each second full", "each third full", "each fourth full", "each fifth full"];
+  const isListed = chosen !== null && chosen <= words.length;
+  period.replaceChildren(
+    ...words.map((text, k) => new Option(`${k + 1}: ${text}`, String(k + 1))),
+    ...(isListed ? [] : [new Option("as clicked", "own")]),
   );
-  period.replaceChildren(...names, ...(now === null || now > 5 ? [new Option("as clicked", "own")] : []));
-  period.value = now === null || now > 5 ? "own" : String(now);
+  period.value = isListed ? String(chosen) : "own";
 }
 
 // --- Drawing
 
-async function draw() {
+/** Runs a job that Cancel ends; one at a time. @param {(signal: AbortSignal) => Promise<void>} job */
+async function run(job) {
   if (running) return;
-  box("error").hidden = true;
-  const controller = (running = new AbortController());
-  button("draw").hidden = true;
-  button("cancel").hidden = button("measure").disabled = false;
-  button("measure").disabled = true;
+  const controller = (running = new AbortController()),
+    before = document.activeElement;
+  element("error").hidden = true;
+  setRunning(true);
   try {
-    const asked = settings();
-    history.replaceState(null, "", toHash(asked));
-    say("Drawing");
-    const result = await engine.draw(requestOf(asked), {
-      signal: controller.signal,
-      shows: input("forming").checked,
-      told: (event) => told(event),
-    });
-    show({ settings: asked, result, always: null });
-    box("notes").textContent = result.warnings.join(" ");
-    /** @type {ResultMessage | null} */
-    let always = null;
-    if (input("compare").checked && asked.mask.includes(0)) {
-      say("Drawing again with every step full, to compare");
-      always = await engine.draw(requestOf({ ...asked, mask: asked.mask.map(() => 1) }), { signal: controller.signal });
-    }
-    show({ settings: asked, result, always });
-    keep(/** @type {Drawn} */ (shown));
-    say(`Drawn in ${duration(result.ms)}.`);
+    await job(controller.signal);
   } catch (e) {
+    // What is on the page is the last picture again, not one that was never finished.
+    if (shown) show(shown);
+    else element("pictures").hidden = true;
     if (controller.signal.aborted) say("Cancelled.");
     else {
       say("");
       fail(e);
-      if (outOfMemory(e)) {
-        engine.restart();
-        await open(true);
-      }
+      await recover(e);
     }
   } finally {
     running = null;
     boxes.mark(null);
     progress.hidden = true;
-    button("draw").hidden = false;
-    button("cancel").hidden = true;
-    button("measure").disabled = false;
+    setRunning(false);
+    if (before === button("draw")) button("draw").focus();
+    if (wanted !== null) follow();
+  }
+}
+
+/** @param {boolean} isRunning */
+function setRunning(isRunning) {
+  for (const name of ["measure", "download", "share", "export"]) button(name).disabled = isRunning;
+  const hadFocus = document.activeElement === button("draw");
+  button("draw").hidden = isRunning;
+  button("cancel").hidden = !isRunning;
+  if (isRunning && hadFocus) button("cancel").focus();
+}
+
+function draw() {
+  return run(async (signal) => {
+    const asked = settings();
+    remember(asked);
+    say("Drawing");
+    const result = await engine.draw(requestOf(asked), { signal, shows: input("forming").checked, told });
+    /** @type {ResultMessage | null} */
+    let always = null;
+    if (input("compare").checked && asked.mask.includes(0)) {
+      say("Drawing again with every step full, to compare");
+      always = await engine.draw(requestOf({ ...asked, mask: asked.mask.map(() => 1) }), { signal });
+    }
+    signal.throwIfAborted();
+    element("notes").textContent = result.warnings.join(" ");
+    const drawn = { settings: asked, result, always };
+    show(drawn);
+    keep(drawn);
+    say(`Drawn in ${duration(result.ms)}.`);
+  });
+}
+
+/** Puts settings into the address. @param {Settings} asked */
+function remember(asked) {
+  try {
+    history.replaceState(null, "", toHash(asked));
+  } catch (e) {
+    console.info(String(e)); // a browser that limits how often; Copy link makes its own
   }
 }
 
@@ -271,12 +332,12 @@ function told(event) {
     boxes.mark(index + 1 < count ? index + 1 : null);
     progress.hidden = false;
     progress.value = (index + 1) / count;
-    say(`Step ${index + 1} of ${count}: ${full ? "full" : "cached"}, ${duration(sum(ms))}`);
+    element("now").textContent = `Step ${index + 1} of ${count}: ${full ? "full" : "cached"}, ${duration(sum(ms))}`;
     if (image) {
-      box("pictures").hidden = false;
-      box("other").hidden = box("map").hidden = true;
+      element("pictures").hidden = false;
+      element("other").hidden = element("map").hidden = true;
       paint("picture", image);
-      box("picture-caption").textContent = `after step ${index + 1} of ${count}`;
+      element("picture-caption").textContent = `after step ${index + 1} of ${count}`;
     }
   } else if (event.type === "stage" && event.stage === "decode") say("Decoding the picture");
 }
@@ -298,32 +359,39 @@ const percent = (/** @type {number} */ share) => `${(100 * share).toFixed(0)} %`
 function show(drawn) {
   shown = drawn;
   const { settings, result, always } = drawn;
-  const letters = result.mask.map((full) => (full ? "F" : "c")).join("");
-  box("pictures").hidden = !result.image;
+  const steps = result.mask.map((full) => (full ? "F" : "c")).join(""),
+    letters = steps.length > 20 ? `${result.mask.filter(Boolean).length} of ${steps.length} steps full` : steps;
+  element("pictures").hidden = !result.image;
   if (result.image) {
     paint("picture", result.image);
     part("picture", HTMLCanvasElement).setAttribute("aria-label", settings.prompt || settings.label || "The picture");
-    box("picture-caption").textContent = `${letters}, seed ${result.seed}, ${duration(result.ms)}`;
+    element("picture-caption").textContent = `${letters}, seed ${result.seed}, ${duration(result.ms)}`;
   }
   const both = result.image && always?.image ? { one: result.image, other: always.image } : null;
-  box("other").hidden = box("map").hidden = !both;
+  element("other").hidden = element("map").hidden = !both;
   if (both && always) {
     paint("uncached", both.other);
-    box("uncached-caption").textContent = `every step full, ${duration(always.ms)}`;
+    element("uncached-caption").textContent = `every step full, ${duration(always.ms)}`;
     paint("difference", differenceMap(both.one, both.other));
     const db = psnr(both.one, both.other);
-    box("difference-caption").textContent = `difference: ${db === Infinity ? "none" : `${db.toFixed(1)} dB PSNR`}`;
+    element("difference-caption").textContent = `difference: ${db === Infinity ? "none" : `${db.toFixed(1)} dB PSNR`}`;
   }
   const flops = 1 - result.macs.done / result.macs.uncached;
   const time = always ? 1 - loopMs(result) / loopMs(always) : null;
-  box("totals").textContent = [
+  element("totals").textContent = [
     `${duration(result.ms)} in all, ${duration(loopMs(result))} of it in the steps.`,
     `Multiply-adds saved: ${percent(flops)}.`,
     time === null ? "" : `Time of the steps saved: ${percent(time)}.`,
   ].join(" ");
-  box("ledger").hidden = box("keep").hidden = false;
-  box("chart").replaceChildren(ledgerChart(result, Math.max(box("chart").clientWidth, 240)));
+  element("ledger").hidden = element("keep").hidden = false;
+  button("download").hidden = !result.image;
+  element("chart").replaceChildren(ledgerChart(result, Math.max(element("chart").clientWidth, 240)));
 }
+
+/** Bytes of each picture in the gallery, the newest first. @type {number[]} */
+const kept = [],
+  MOST_KEPT = 48,
+  MOST_KEPT_BYTES = 2 ** 26;
 
 /** A thumbnail that brings a picture of this session back. @param {Drawn} drawn */
 function keep(drawn) {
@@ -342,41 +410,42 @@ function keep(drawn) {
   back.type = "button";
   back.append(picture);
   back.addEventListener("click", () => {
+    if (running) return;
     set(drawn.settings);
     show(drawn);
-    history.replaceState(null, "", toHash(drawn.settings));
+    remember(drawn.settings);
   });
   item.append(back);
-  box("gallery").prepend(item);
+  element("gallery").prepend(item);
   // The tab's memory stays flat: the oldest pictures go.
-  while (box("gallery").childElementCount > 48) box("gallery").lastElementChild?.remove();
-  box("gallery-section").hidden = false;
+  kept.unshift(image.data.length * (drawn.always ? 2 : 1));
+  while (kept.length > 1 && (kept.length > MOST_KEPT || kept.reduce((a, b) => a + b) > MOST_KEPT_BYTES)) {
+    kept.pop();
+    element("gallery").lastElementChild?.remove();
+  }
+  element("gallery-section").hidden = false;
 }
 
 // --- Measuring
 
-async function measure() {
-  if (running) return;
-  box("error").hidden = true;
-  const controller = (running = new AbortController()),
-    rounds = Math.min(Math.max(Number(input("rounds").value) || 8, 2), 50);
-  button("measure").disabled = button("draw").disabled = true;
-  button("cancel").hidden = false;
-  try {
+function measure() {
+  return run(async (signal) => {
+    const rounds = Math.min(Math.max(Number(input("rounds").value) || 8, 2), 50);
+    input("rounds").value = String(rounds);
+    element("status").scrollIntoView({ block: "center" });
     const asked = settings();
     const clocked = requestOf(asked),
       always = requestOf({ ...asked, mask: asked.mask.map(() => 1) });
-    const run = (/** @type {import("../src/pipeline.js").Arguments} */ request) =>
-      engine.draw(request, { signal: controller.signal });
+    const one = (/** @type {import("../src/pipeline.js").Arguments} */ request) => engine.draw(request, { signal });
     say("Warming up");
-    await run(always);
-    await run(clocked);
+    await one(always);
+    await one(clocked);
     const found = [];
     for (let k = 0; k < rounds; k++) {
       say(`Round ${k + 1} of ${rounds}`);
       progress.hidden = false;
       progress.value = k / rounds;
-      found.push({ always: await run(always), clocked: await run(clocked) });
+      found.push({ always: await one(always), clocked: await one(clocked) });
     }
     const ledger = benchLedger({
       rounds: found,
@@ -399,25 +468,14 @@ async function measure() {
       ])
         line.insertCell().textContent = text;
     }
-    box("measured").replaceChildren(table);
+    element("measured").replaceChildren(table);
     save(
       `${opened.model}-${opened.backend}.json`,
       new Blob([JSON.stringify(ledger, null, 1)], { type: "application/json" }),
     );
     const [time] = spread(found.map((round) => 1 - loopMs(round.clocked) / loopMs(round.always)));
     say(`Measured: the steps take ${percent(time)} less time than with every step full.`);
-  } catch (e) {
-    if (controller.signal.aborted) say("Cancelled.");
-    else {
-      say("");
-      fail(e);
-    }
-  } finally {
-    running = null;
-    progress.hidden = true;
-    button("measure").disabled = button("draw").disabled = false;
-    button("cancel").hidden = true;
-  }
+  });
 }
 
 /** @param {string} name @param {Blob} blob */
@@ -436,7 +494,7 @@ part("form", HTMLFormElement).addEventListener("submit", (event) => {
   draw();
 });
 prompt.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) draw();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) part("form", HTMLFormElement).requestSubmit();
 });
 button("cancel").addEventListener("click", () => running?.abort());
 button("measure").addEventListener("click", measure);
@@ -446,12 +504,13 @@ button("another").addEventListener("click", () => {
 input("steps").addEventListener("change", () => {
   const calls = opened?.calls[Number(input("steps").value) - 1];
   if (!calls) return;
-  boxes.show(maskOf(periodOf(boxes.mask) ?? 2, calls));
+  boxes.show(fitted(boxes.mask, calls));
   showPeriod();
 });
 period.addEventListener("change", () => {
   if (period.value === "own") return;
-  boxes.show(maskOf(Number(period.value), boxes.mask.length));
+  chosen = Number(period.value);
+  boxes.show(maskOf(chosen, boxes.mask.length));
   showPeriod();
 });
 button("download").addEventListener("click", () => {
@@ -464,10 +523,11 @@ button("download").addEventListener("click", () => {
   });
 });
 button("share").addEventListener("click", async () => {
-  const link = location.href;
+  if (!shown) return;
+  const link = new URL(toHash(shown.settings), location.href).href;
   try {
     await navigator.clipboard.writeText(link);
-    say("The link is copied; it draws the same picture again.");
+    say("The link is copied; with it, Draw makes the same picture again.");
   } catch {
     say(`The browser copies nothing here; the link is ${link}`);
   }
@@ -476,7 +536,7 @@ button("export").addEventListener("click", () => {
   if (!shown) return;
   const { settings, result, always } = shown;
   const strip = (/** @type {ResultMessage | null} */ each) =>
-    each && { ...each, image: undefined, type: undefined, id: undefined };
+    each && { ...each, image: undefined, latents: undefined, type: undefined, id: undefined };
   const text = JSON.stringify(
     {
       bundle: opened.bundle,
@@ -492,10 +552,15 @@ button("export").addEventListener("click", () => {
   save("ledger.json", new Blob([text], { type: "application/json" }));
 });
 addEventListener("hashchange", () => {
-  if (!opened || running) return;
-  const { settings: wanted, wrong } = fromHash(location.hash);
-  box("notes").textContent = wrong.join(" ");
-  set({ ...settings(), ...wanted });
+  wanted = location.hash;
+  if (opened && !running) follow();
 });
+
+function follow() {
+  const { settings, wrong } = fromHash(wanted ?? "");
+  wanted = null;
+  element("notes").textContent = wrong.join(" ");
+  set({ ...defaults(), ...settings });
+}
 
 start().catch(fail);

@@ -4,7 +4,8 @@ import { samplerOf } from "../src/schedulers.js";
 import { MOST_STEPS } from "./link.js";
 
 /**
- * @typedef {{type: "open", url: string, backend?: "wasm" | "webgpu", threads?: number, lowMemory?: boolean}} Open
+ * @typedef {{type: "open", url: string, backend?: "wasm" | "webgpu", threads?: number, lowMemory?: boolean,
+ *   warms?: boolean}} Open
  * @typedef {{type: "draw", id: number, request: import("../src/pipeline.js").Arguments, shows: boolean}} Draw
  * @typedef {{type: "cancel", id: number}} Cancel
  */
@@ -30,11 +31,12 @@ addEventListener("message", async ({ data }) => {
 });
 
 /** @param {Open} options */
-async function open({ url, backend, threads, lowMemory }) {
+async function open({ url, backend, threads, lowMemory, warms = true }) {
   await pipe?.close();
   pipe = null;
   const wasmPaths = new URL("ort/", location.href).href; // beside the worker
-  const store = await CacheStore.open();
+  // Of this address alone; null where the browser keeps nothing for it.
+  const store = await CacheStore.open(`edgediff ${new URL(url, location.href).pathname}`).catch(() => null);
   pipe = await EdgePipeline.fromUrl(url, {
     backend,
     threads,
@@ -44,7 +46,7 @@ async function open({ url, backend, threads, lowMemory }) {
     onProgress: (progress) => postMessage({ type: "progress", ...progress }),
   });
   const { manifest } = pipe;
-  const { conditioning, operating_point: point, scheduler, sample, cost, source, adaptor, evidence } = manifest;
+  const { conditioning, operating_point: point, scheduler, source, adaptor, evidence } = manifest;
   postMessage({
     type: "opened",
     backend: pipe.backend,
@@ -55,9 +57,6 @@ async function open({ url, backend, threads, lowMemory }) {
     model: source.name,
     adaptor: adaptor.kind === "learned" ? adaptor.name : adaptor.kind,
     point,
-    scheduler,
-    sample,
-    cost,
     bundle: pipe.bundle.sha256,
     prompt: evidence.prompt?.[0] ?? "",
     source: source.sha256,
@@ -66,7 +65,9 @@ async function open({ url, backend, threads, lowMemory }) {
     versions: { "onnxruntime-web": ORT_VERSION },
     isLight: isLight(pipe),
   });
-  if (isLight(pipe)) warming = warm(pipe);
+  const draws = manifest.conditioning.kind !== "text" || pipe.canEncode;
+  if (warms && draws && isLight(pipe)) warming = warm(pipe).catch(() => {}); // what is wrong there is said at a drawing
+  await store?.prune(new Set(Object.values(manifest.files).map((file) => file.sha256))).catch(() => {}); // no matter here
 }
 
 /** Whether a step takes milliseconds: then the page may run some more. @param {EdgePipeline} pipe */
@@ -89,17 +90,17 @@ async function formed(pipe, latents) {
 /** @param {Draw} job */
 async function draw({ id, request, shows }) {
   if (!pipe) throw new Error("no bundle is open");
-  await warming?.catch(() => {}); // what is wrong there is wrong here too, and is said here
   const controller = new AbortController();
   running.set(id, controller);
   try {
+    await warming;
     for await (const event of pipe.stream({ ...request, signal: controller.signal })) {
       if (event.type === "step") {
-        const { index, count, full, timestep, ms } = event;
+        const { index, count, full, ms } = event;
         // What the step predicts, decoded: the picture as it forms. It is not part of the ledger.
         const image = shows ? await formed(pipe, event.predicted) : null;
         postMessage(
-          { type: "step", id, index, count, full, timestep, ms, image },
+          { type: "step", id, index, count, full, ms, image },
           { transfer: image ? [image.data.buffer] : [] },
         );
       } else if (event.type === "result") {

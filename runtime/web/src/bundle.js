@@ -57,12 +57,16 @@ export class Bundle {
     const { size, sha256: hash } = this.#entry(name),
       { store } = this.options;
     this.expect([name]);
-    const kept = await store?.get(hash);
-    if (kept && kept.length === size && (await sha256(kept)) === hash) {
-      this.#told(name, size);
-      return kept;
+    try {
+      const kept = await store?.get(hash);
+      if (kept && kept.length === size && (await sha256(kept)) === hash) {
+        this.#told(name, size);
+        return kept;
+      }
+      if (kept) await store?.delete(hash);
+    } catch (e) {
+      this.warnings.push(`${name} cannot be looked for in what was kept: ${oneLine(e)}`);
     }
-    if (kept) await store?.delete(hash);
     const bytes = await this.#download(name, size, hash);
     try {
       await store?.put(hash, bytes);

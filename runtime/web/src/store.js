@@ -47,6 +47,14 @@ export class CacheStore {
     );
   }
 
+  /** Leaves these files alone; those of a bundle that was exported anew would stay for ever. @param {Set<string>} hashes */
+  async prune(hashes) {
+    for (const { url } of await this.cache.keys()) {
+      const hash = url.slice(url.lastIndexOf("/") + 1);
+      if (!hashes.has(hash)) await this.delete(hash);
+    }
+  }
+
   /** @param {string} hash */
   delete(hash) {
     return this.cache.delete(PREFIX + hash);
