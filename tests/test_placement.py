@@ -32,6 +32,7 @@ from edgediff.mil.coremltools_quiet import import_coremltools, quiet
 from edgediff.targets import TARGETS
 from edgediff.targets.coreml.mil_operations import read_mlprogram
 from edgediff.targets.onnx.onnx_operations import read_onnx
+from edgediff.targets.operations import Op, Value
 from edgediff_runtime import open_bundle
 
 X = (2, 8, 32, 32)
@@ -148,6 +149,12 @@ def square(*shape: int, dtype: str = "fp16", change: Any = None) -> Graph:
     return mil_graph(lambda mb, x: mb.square(x=x), (shape, dtype), change=change)
 
 
+def signature(op: str, shape: tuple[int, ...]) -> Graph:
+    """Lints one operation, as it is read from a .tflite file."""
+    value = Value("x", "float32", shape)
+    return lambda folder: lint([Op(op, "y", {"0": value}, (value,))], "litert", "full")
+
+
 WEIGHT, PADS = np.ones((8, 8), np.float32), np.array([0, 0, 1, 1, 0, 0, 1, 1])
 SIZES, ONES = np.array([2, 8, 32, 32]), np.ones(8, np.float32)
 gather = mil_graph(lambda mb, x, i: mb.gather(x=x, indices=i, axis=0), ((5, 32), "fp16"), ((2,), "uint16"))
@@ -185,6 +192,10 @@ CASES: dict[str, tuple[Graph, Graph]] = {
         onnx_graph("Gemm", ("batch", 8), constants=(WEIGHT,)),
         onnx_graph("Gemm", (2, 8), constants=(WEIGHT,)),
     ),
+    "litert-gpu-op": (signature("BROADCAST_TO", X), signature("MUL", X)),
+    "litert-gpu-rank": (signature("ADD", (1, *X)), signature("ADD", X)),
+    "litert-qualcomm-op": (signature("RFFT2D", X), signature("SIN", X)),
+    "litert-mediatek-op": (signature("SIN", X), signature("GELU", X)),
 }
 
 
