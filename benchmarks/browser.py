@@ -8,13 +8,10 @@ turns in one page; memory over many pictures. Everything goes through the page t
 
 import argparse
 import base64
-import contextlib
 import io
 import json
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -24,8 +21,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from edgediff.bundle.psnr import psnr_db
-from edgediff.site import server
 from edgediff.site.built_page import find_page
+from edgediff.site.server import serving
 from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline
 
@@ -56,7 +53,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         student = Path(exported(STUDENT, Path(scratch) / "student", adaptor=None, onnx=OnnxConfig(weights="fp16")))
         chromium = shutil.which("chromium")
-        with served(student) as url:
+        with serving(find_page(), student) as port:
+            url = f"http://127.0.0.1:{port}/"
             for what in given.what:
                 flags = FLAGS + (WEBGPU if what == "pictures" else ["--disable-gpu"])
                 browser = playwright.chromium.launch(executable_path=chromium, args=flags)
@@ -71,24 +69,11 @@ def main() -> None:
         if "speed" in given.what:
             for name in (TEACHER, STUDENT):
                 bundle = Path(exported(name, Path(scratch) / f"{name}-fp32", adaptor=None))
-                with served(bundle) as url:
+                with serving(find_page(), bundle) as port:
+                    url = f"http://127.0.0.1:{port}/"
                     browser = playwright.chromium.launch(executable_path=chromium, args=[*FLAGS, "--disable-gpu"])
                     speed(browser, url, name, given.rounds)
                     browser.close()
-
-
-@contextlib.contextmanager
-def served(bundle: Path) -> Iterator[str]:
-    """Serves a bundle as `edgediff serve` does; gives the address."""
-    with server.listen(server.LOOPBACK, 0) as listening:
-        running = server.make_server(server.make_app(bundle, find_page(), local=True))
-        beside = threading.Thread(target=running.run, args=([listening],))
-        beside.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            running.should_exit = True
-            beside.join()
 
 
 def opened(browser: Browser, url: str, query: str = "") -> Page:

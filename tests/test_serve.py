@@ -25,7 +25,7 @@ import pytest
 from command_line import Command, assert_error
 from cryptography import x509
 from seals import reseal, seal_plain
-from web_pages import GOLDEN, SECRET, TYPES, copy_bundle, listening, make_page
+from web_pages import GOLDEN, SECRET, TYPES, copy_bundle, make_page
 
 import edgediff.site
 from edgediff.errors import SiteError
@@ -90,7 +90,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(page: Path, bundle: Path, *, local: bool = True, shown: Certificate | None = None) -> Iterator[Served]:
-    with listening(page, bundle, local=local, shown=shown) as port:
+    with server.serving(page, bundle, local=local, shown=shown) as port:
         yield Served(port, page, bundle, shown is not None)
 
 

@@ -21,12 +21,13 @@ from conftest import Export
 from PIL import Image
 from seals import seal_plain
 from tiny_pipelines import SAVE
-from web_pages import GOLDEN, copy_bundle, listening
+from web_pages import GOLDEN, copy_bundle
 
 import edgediff
 from edgediff.bench.ledger import read_ledger
 from edgediff.site.built_page import INDEX, PAGE
 from edgediff.site.folder import write_site
+from edgediff.site.server import serving
 from edgediff_runtime import EdgePipeline, open_bundle
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -150,14 +151,14 @@ def visit(browser: Any) -> Iterator[Visiting]:
 @pytest.fixture(scope="module")
 def golden() -> Iterator[int]:
     """The golden bundle, served; nothing in it is changed."""
-    with listening(PAGE, GOLDEN) as port:
+    with serving(PAGE, GOLDEN) as port:
         yield port
 
 
 @pytest.fixture
 def changing(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A copy of it, served, for a test to change."""
-    with listening(PAGE, copy_bundle(tmp_path / "bundle")) as port:
+    with serving(PAGE, copy_bundle(tmp_path / "bundle")) as port:
         yield port, tmp_path / "bundle"
 
 
@@ -203,7 +204,7 @@ def test_pictures_are_those_of_the_python_runtime_with_the_clock_as_clicked(visi
 def test_a_prompt_becomes_the_same_picture(visit: Visiting, export_once: Export) -> None:
     bundle = export_once(saved_once("sd1", SAVE["sd1"]), edgediff.ExportConfig(steps=2))
     want = EdgePipeline.from_pretrained(bundle)(prompt="a red apple", seed=3, negative_prompt="blurred").images[0]
-    with listening(PAGE, bundle) as port:
+    with serving(PAGE, bundle) as port:
         tab = visit(port).open()
         got = tab.draw(prompt="a red apple", negative="blurred", seed=3)
         assert near(got, want)
@@ -301,7 +302,7 @@ def test_a_generation_can_be_cancelled(visit: Visiting, golden: int) -> None:
 
 
 def test_it_works_offline_after_a_visit(visit: Visiting, tmp_path: Path) -> None:
-    with listening(PAGE, copy_bundle(tmp_path / "bundle")) as port:
+    with serving(PAGE, copy_bundle(tmp_path / "bundle")) as port:
         tab = visit(port).open()
         want = tab.draw(seed=4)
         tab.page.wait_for_selector("html[data-kept=yes]")

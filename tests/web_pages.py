@@ -1,14 +1,8 @@
 """A page in place of the one that ``make web`` builds, and the golden bundle to serve with it."""
 
-import contextlib
 import gzip
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-
-from edgediff.site import server
-from edgediff.site.certificate import Certificate
 
 GOLDEN = Path(__file__).parents[1] / "runtime" / "golden" / "bundle"
 # Each a file of the page, with its type as a browser must get it.
@@ -43,22 +37,6 @@ def make_page(folder: Path) -> Path:
     (folder / "bundle").mkdir()
     (folder / "bundle" / "README.md").write_text(SECRET)
     return folder
-
-
-@contextlib.contextmanager
-def listening(page: Path, bundle: Path, *, local: bool = True, shown: Certificate | None = None) -> Iterator[int]:
-    """Serves a page and a bundle in a thread; gives the port."""
-    taken = server.listen("127.0.0.1", 0)
-    running = server.make_server(server.make_app(bundle, page, local=local), shown)
-    beside = threading.Thread(target=running.run, args=([taken],))
-    beside.start()
-    try:
-        yield taken.getsockname()[1]
-    finally:
-        running.should_exit = True
-        beside.join(timeout=20)
-        taken.close()
-    assert not beside.is_alive()
 
 
 def copy_bundle(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgediff.bench.in_browser import WEB
 from edgediff.bench.machine import peak_gflops
-from edgediff.bench.turns import Said
+from edgediff.bench.turns import Said, parts_of
 from edgediff.bundle.feed import run_step, undivided_step
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, Reference, load_reference, prompt_request, reference_request
@@ -131,16 +131,9 @@ def _generate(pipe: EdgePipeline, request: dict[str, Any], loop: str) -> Said:
     Where components beside the UNet ran, also of each of them, and of all as the part ``picture``.
     """
     nothing = {graph.name for graph in pipe.session.graphs if graph.file is None}
-    parts: dict[str, list[float]] = {}
     result = pipe(**request)
-    for step in result.ledger:
-        for name, ms in {**step.ms, "full" if step.full else "cached": sum(step.ms.values())}.items():
-            if name not in nothing:
-                parts.setdefault(name, []).append(ms)
-    parts[loop] = [sum(sum(step.ms.values()) for step in result.ledger)]
-    parts |= {name: [ms] for name, ms in result.stages.items()}
-    if result.stages:
-        parts["picture"] = [result.ms]
+    made = parts_of(((step.full, step.ms) for step in result.ledger), result.stages, loop)
+    parts = {name: samples for name, samples in made.items() if name not in nothing}
     rows = len(result.latents) * (2 if result.ledger[-1].guided else 1)
     return Said(parts=parts, mask=result.mask, rows=rows)
 

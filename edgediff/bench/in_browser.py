@@ -1,7 +1,6 @@
 """A bundle in a browser: the worker of the page that `edgediff serve` serves, in Chromium, as one more contender."""
 
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgediff.bench.turns import Said
+from edgediff.bench.turns import Said, parts_of
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, load_reference, prompt_request, reference_request
 from edgediff.errors import UnsupportedError
@@ -77,7 +76,7 @@ def time_in_browser(
             says = f"its latents are {worst:.1f} dB of ONNX Runtime's; expected {floor:g} dB"
             yield Said(says=says, wrong=True, psnr_db=worst)
             return
-        once = {"load": [load["ms"]], "first_call": [_sum(always["ledger"][0]["ms"])]}
+        once = {"load": [load["ms"]], "first_call": [sum(always["ledger"][0]["ms"].values())]}
         yield Said(psnr_db=worst, parts=once)
         whole = given if python.can_decode else given | {"outputType": "latent"}
         while True:
@@ -101,24 +100,17 @@ def _page(bundle: Path) -> Iterator[Any]:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise UnsupportedError(f"the backend onnxruntime-web needs a browser; install one of: {', '.join(BROWSERS)}")
-    with server.listen(server.LOOPBACK, 0) as listening, sync_playwright() as playwright:
-        running = server.make_server(server.make_app(bundle, find_page(), local=True))
-        beside = threading.Thread(target=running.run, args=([listening],))
-        beside.start()
+    with server.serving(find_page(), bundle) as port, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=FLAGS)
         try:
-            chromium = playwright.chromium.launch(executable_path=browser, args=FLAGS)
-            try:
-                page = chromium.new_page()
-                page.set_default_timeout(0)
-                # A page of the same origin that computes nothing itself.
-                page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}/bundle/SHA256SUMS")
-                page.evaluate(ENGINE)
-                yield page
-            finally:
-                chromium.close()
+            page = chromium.new_page()
+            page.set_default_timeout(0)
+            # A page of the same origin that computes nothing itself.
+            page.goto(f"http://127.0.0.1:{port}/bundle/SHA256SUMS")
+            page.evaluate(ENGINE)
+            yield page
         finally:
-            running.should_exit = True
-            beside.join()
+            chromium.close()
 
 
 def _ask(page: Any, message: dict[str, Any]) -> dict[str, Any]:
@@ -139,21 +131,7 @@ def _draw(page: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(result: dict[str, Any], loop: str) -> dict[str, list[float]]:
-    """Samples of each part, as `edgediff.bench.contenders` names them."""
-    parts: dict[str, list[float]] = {}
-    for step in result["ledger"]:
-        for name, ms in {**step["ms"], "full" if step["full"] else "cached": _sum(step["ms"])}.items():
-            parts.setdefault(name, []).append(ms)
-    parts[loop] = [sum(_sum(step["ms"]) for step in result["ledger"])]
-    stages: dict[str, float] = result["stages"]
-    parts |= {name: [ms] for name, ms in stages.items()}
-    if stages:
-        parts["picture"] = [parts[loop][0] + sum(stages.values())]
-    return parts
-
-
-def _sum(ms: dict[str, float]) -> float:
-    return float(sum(ms.values()))
+    return parts_of(((step["full"], step["ms"]) for step in result["ledger"]), result["stages"], loop)
 
 
 def _camel(name: str) -> str:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -48,6 +48,36 @@ class Said(msgspec.Struct, frozen=True):
     mask: tuple[int, ...] = ()
     rows: int = 0
     parts: dict[str, list[float]] = msgspec.field(default_factory=dict)
+
+
+def parts_of(
+    steps: Iterable[tuple[bool, Mapping[str, float]]], stages: Mapping[str, float], loop: str
+) -> dict[str, list[float]]:
+    """Samples of each part of one generation, in milliseconds.
+
+    Args:
+        steps: Whether each is full, and its milliseconds by part.
+        stages: Of each component beside the UNet; where there are any, all of them and the loop are ``picture``.
+        loop: What all steps together are called.
+
+    Returns:
+        ``full`` and ``cached`` are whole steps, also where a graph of that name has a time of its own.
+
+    >>> parts_of([(True, {"full": 3.0, "other": 1.0})], {"vae_decoder": 2.0}, "loop")
+    {'full': [4.0], 'other': [1.0], 'loop': [4.0], 'vae_decoder': [2.0], 'picture': [6.0]}
+    """
+    parts: dict[str, list[float]] = {}
+    whole = 0.0
+    for full, times in steps:
+        step = sum(times.values())
+        whole += step
+        for name, ms in {**times, "full" if full else "cached": step}.items():
+            parts.setdefault(name, []).append(ms)
+    parts[loop] = [whole]
+    parts |= {name: [ms] for name, ms in stages.items()}
+    if stages:
+        parts["picture"] = [whole + sum(stages.values())]
+    return parts
 
 
 class Call(msgspec.Struct, frozen=True):

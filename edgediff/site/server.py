@@ -4,10 +4,13 @@ Only the page's files and those that the bundle's manifest lists are answered wi
 taken from a request but a name that is looked up.
 """
 
+import contextlib
 import logging
 import os
 import re
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -32,6 +35,8 @@ LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?", re.ASCII | re.IGNORECASE)
 # Seconds that a download may go on after the server was stopped.
 GRACE = 1
+# Seconds in which a server that was told to stop has ended.
+STOPS = 20
 # Loggers that have something to say while the server runs.
 LOGGERS = ("uvicorn.error", "edgediff.site")
 
@@ -61,6 +66,26 @@ def make_server(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn
         ssl_context_factory=None if context is None else lambda config, usual: context,
     )  # fmt: skip
     return uvicorn.Server(config)
+
+
+@contextlib.contextmanager
+def serving(page: Path, bundle: Path, *, local: bool = True, shown: Certificate | None = None) -> Iterator[int]:
+    """Serves a page and a bundle on loopback, in a thread, while the block lasts; gives the port.
+
+    Raises:
+        SiteError: It did not stop.
+    """
+    with listen(LOOPBACK, 0) as listening:
+        running = make_server(make_app(bundle, page, local=local), shown)
+        beside = threading.Thread(target=running.run, args=([listening],))
+        beside.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            running.should_exit = True
+            beside.join(timeout=STOPS)
+            if beside.is_alive():
+                raise SiteError(f"the server did not stop in {STOPS} seconds")
 
 
 def make_app(bundle: Path, page: Path, *, local: bool) -> ASGIApp:
