@@ -138,7 +138,6 @@ def loading(browser: Browser, url: str, rounds: int) -> None:
     print(
         f"downloaded before it: {sum(bytes_.values()) / 1e6:.2f} MB (bar 15), of it ONNX Runtime Web {engine / 1e6:.2f}"
     )
-    print({name.removeprefix(url): size for name, size in bytes_.items()})
 
 
 UNDIVIDED = """async ([rows, tokens, width, size, channels]) => {
