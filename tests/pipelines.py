@@ -14,7 +14,7 @@ from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
 from loras import diffusers_lora, fuse, kohya_lora
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import SAVE, save_tiny_vae
+from tiny_pipelines import EDITORS, SAVE, save_tiny_vae
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -46,7 +46,7 @@ def saved(name: str) -> Path:
     """
 
     def save(folder: Path) -> None:
-        SAVE[name](folder)
+        {**SAVE, **EDITORS}[name](folder)
         for file in sorted(folder.glob("text_encoder*/model.safetensors")):
             weights = load_file(file)
             (bias,) = [each for each in weights if each.endswith("final_layer_norm.bias")]

@@ -16,7 +16,7 @@ import pytest
 from edgediff.bundle.feed import undivided_step
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.image import to_uint8
-from edgediff_runtime.loop import Request, denoise
+from edgediff_runtime.loop import Kept, Request, denoise
 from edgediff_runtime.manifest import Encoder, Graph, Tensor
 from edgediff_runtime.manifest_json import parse_manifest
 from edgediff_runtime.prompt import tokenized
@@ -75,6 +75,10 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
     def array(key: str, *inner: int) -> np.ndarray:
         return np.array(case[key], dtype=np.float32).reshape(images, *inner)
 
+    kept = None
+    if "kept" in case:
+        shapes = {"mask": (images, 1, *shape[1:]), "latents": (images, *shape), "noise": (images, *shape)}
+        kept = Kept(**{key: np.array(case["kept"][key], np.float32).reshape(size) for key, size in shapes.items()})
     config = msgspec.convert(case["scheduler"], SchedulerConfig)
     session = FakeSession(case["graphs"], case["batch"])
     scheduler = make_scheduler(config, case["num_inference_steps"])
@@ -89,6 +93,8 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
         seed=int(case["seed"]),
         concat=array("concat", -1, *shape[1:]) if "concat" in case else None,
         start=case["start"],
+        image_guidance=case.get("image_guidance"),
+        kept=kept,
     )
     steps = list(denoise(request, session))
     assert [int(step.full) for step in steps] == case["mask"]
@@ -100,7 +106,12 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
 
 def test_cases_tell_clocks_guidance_and_starts_apart() -> None:
     finals = [json.dumps(read(f"loop/{name}.json")["steps"][-1]) for name in loop_cases.CASES]
-    same = {"one_image", "pair"}, {"guided", "guided_pair"}, {"batch_2_guided", "batch_4_padded"}
+    same = (
+        {"one_image", "pair"},
+        {"guided", "guided_pair"},
+        {"batch_2_guided", "batch_4_padded"},
+        {"guided_by_an_image", "guided_by_an_image_pair"},
+    )
     assert len(set(finals)) == len(finals) - len(same)
 
 

@@ -74,6 +74,14 @@ def hold(scheduler, trace):
         x_prev, state = scheduler.step(i, step["x_t"], step["model_output"], state, step["noise"])
         assert x_prev.dtype == np.float32
         np.testing.assert_allclose(x_prev, step["x_prev"], rtol=0, atol=within, err_msg=f"step {i}")
+    x_0, under = noise(11, trace["shape"]), noise(12, trace["shape"])
+    for i, (signal, level) in enumerate(np.reshape(np.array(trace["levels"], np.float32), (-1, 2))):
+        within = TOLERANCE * max(1, level) * np.abs(under).max()
+        np.testing.assert_allclose(
+            scheduler.add_noise(i, x_0, under), signal * x_0 + level * under, rtol=0, atol=within
+        )
+    assert np.size(trace["levels"]) == 2 * len(steps)
+    np.testing.assert_array_equal(scheduler.add_noise(len(steps), x_0, under), x_0)
     if trace["hold_trajectory"]:
         x, state = steps[0]["x_t"], None
         for i, step in enumerate(steps):
@@ -134,7 +142,7 @@ def assert_close(given, expected, where, size=1.0):
 
 
 def test_the_golden_folder_is_small():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 1_100_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 1_200_000
 
 
 def test_a_golden_trace_repeats_timesteps():

@@ -1,5 +1,6 @@
 """Small Stable Diffusion pipelines of random weights, saved by diffusers itself: 1.x, 2.x, XL and LCM."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -139,4 +143,29 @@ def save_lcm(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def _editor(kind: Any, seed: int, beside: int) -> Callable[[Path], None]:
+    """Saves a Stable Diffusion 1.x whose UNet takes channels beside the latent's."""
+
+    def save(folder: Path) -> None:
+        torch.manual_seed(seed)
+        words = tokenizer()
+        parts = {"vae": vae(), "unet": unet(in_channels=LATENT + beside), "tokenizer": words}
+        encoder = CLIPTextModel(text_config(words))
+        scheduler = PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False)
+        if kind is StableDiffusionDepth2ImgPipeline:
+            # What estimates depth is no component of a bundle; its class has to be there for diffusers.
+            parts |= {"depth_estimator": None, "feature_extractor": None}
+            kind(**parts, text_encoder=encoder, scheduler=scheduler).save_pretrained(folder)
+        else:
+            _without_checker(kind, **parts, text_encoder=encoder, scheduler=scheduler).save_pretrained(folder)
+
+    return save
+
+
 SAVE = {"sd1": save_sd1, "sd2": save_sd2, "xl": save_xl, "lcm": save_lcm}
+# Of UNets that see a picture in every step.
+EDITORS = {
+    "inpaint": _editor(StableDiffusionInpaintPipeline, 5, beside=1 + LATENT),
+    "pix2pix": _editor(StableDiffusionInstructPix2PixPipeline, 6, beside=LATENT),
+    "depth": _editor(StableDiffusionDepth2ImgPipeline, 7, beside=1),
+}

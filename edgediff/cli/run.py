@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog="Examples:  edgediff run bundle -o out.png --label Orange   |   edgediff run bundle -o out.png "
-    "--num-images 9 --steps 20 --clock 4 --seed 7"
+    "--num-images 9 --steps 20 --clock 4 --seed 7   |   edgediff run bundle -o out.png --image photo.jpg "
+    "--mask mask.png --paste --prompt 'a green apple'"
 )
 def run(
     bundle: BundleArgument,
@@ -49,6 +50,30 @@ def run(
     clip_skip: Annotated[int, typer.Option(help="Layers left out at the end of the text encoder.")] = 0,
     conditioning: Annotated[
         Path | None, typer.Option(help="Embeddings instead of a prompt, .safetensors or .npz.")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture to begin with; it is scaled and cut to the size that is drawn, see --strength."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps that change the image, 0 to 1; left out, 0.8, or 1 with --mask."),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture of the image's size, white where it is drawn anew.")
+    ] = None,
+    paste: Annotated[
+        bool, typer.Option("--paste", help="Outside of the mask, the image's own pixels in the finished picture.")
+    ] = False,
+    feather: Annotated[
+        int, typer.Option(help="Pixels inside of the mask's edge over which a pasted picture fades in.")
+    ] = 0,
+    image_guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="How far a model that follows instructions keeps to the image; left out, 1.5."),
+    ] = None,
+    depth: Annotated[
+        Path | None, typer.Option(help="A depth map for a model that takes one, white being near.")
     ] = None,
     num_images: Annotated[
         int | None, typer.Option(help="How many images; left out, one for each prompt, 16 without prompts.")
@@ -84,12 +109,17 @@ def run(
     from edgediff.targets.backends import open_pipeline, usual_backend
     from edgediff_runtime import open_bundle
     from edgediff_runtime.image import check_output, check_previews, read_size, write_output, write_preview
+    from edgediff_runtime.pictures import edit_arguments
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
     request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
     request["width"], request["height"] = read_size(size)
     request["prompt"] = prompt[0] if prompt is not None and len(prompt) == 1 else prompt
-    request["num_images"] = 16 if num_images is None and prompt is None else num_images
+    edit = edit_arguments(
+        image, mask, depth, strength=strength, image_guidance_scale=image_guidance_scale, paste=paste, feather=feather
+    )
+    request |= edit
+    request["num_images"] = 16 if num_images is None and prompt is None and image is None else num_images
     opened = open_bundle(bundle)
     check_output(output, scale, opened.manifest.has_decoder)
     if conditioning is not None:

@@ -124,7 +124,7 @@ def draft_manifest(
         license=model.card.license if config.license is None else config.license,
         cut=m.Cut(level=config.cut.level, point=config.cut.point),
         adaptor=m.Adaptor(kind="identity") if adaptor is None else adaptor,
-        sample=m.Sample(channels, in_channels, height, width, model.space, divided.factor),
+        sample=m.Sample(channels, in_channels, height, width, model.space, divided.factor, model.concat),
         conditioning=m.Conditioning(
             kind=known.kind,
             tensors=conditioning_tensors(model),

@@ -36,7 +36,7 @@ from edgediff.models.spectral import SPECTRAL
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in, no_model
 from edgediff_runtime.errors import one_line
-from edgediff_runtime.manifest import GUIDANCE
+from edgediff_runtime.manifest import GUIDANCE, Concatenated
 
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel, **SPECTRAL}
 # Classes of diffusers' pipelines whose UNet and components are handled; the last is that of models trained here.
@@ -121,6 +121,24 @@ class Model:
     def out_channels(self) -> int:
         """Channels of the UNet's output: fewer than the input's where an image or a mask is concatenated to it."""
         return int(self.unet.config.out_channels)
+
+    @property
+    def concat(self) -> tuple[Concatenated, ...]:
+        """What its UNet takes beside the latent, as a bundle says it; empty where nothing tells.
+
+        diffusers' pipelines say it by their classes; of a single file, or a UNet alone, the number of channels does.
+        """
+        latent = self.out_channels
+        known: dict[int, tuple[tuple[Concatenated, ...], str]] = {
+            1 + latent: (("mask", "masked_image"), "Inpaint"),
+            latent: (("image",), "InstructPix2Pix"),
+            1: (("depth",), "Depth2Img"),
+        }
+        found, kind = known.get(self.sample_shape[0] - latent, ((), ""))
+        index = self.home / "model_index.json"
+        named = str(read_json(index).get("_class_name", "")) if self.single is None and index.exists() else ""
+        is_whole = named.startswith("StableDiffusion")
+        return found if self.conditioning.kind == "text" and (kind in named or not is_whole) else ()
 
     @property
     def is_distilled(self) -> bool:

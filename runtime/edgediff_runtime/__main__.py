@@ -11,6 +11,7 @@ from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, check_previews, read_size, write_output, write_preview
 from edgediff_runtime.loop import Step
+from edgediff_runtime.pictures import edit_arguments
 
 # As a shell reports a program that SIGPIPE ended.
 CLOSED_PIPE = 141
@@ -24,6 +25,17 @@ def main() -> int:
     parser.add_argument("--label", help="class of all images; left out, one class after the other")
     parser.add_argument("--prompt", action="append", help="what to draw; given more than once, an image for each")
     parser.add_argument("--negative-prompt", help="what guidance leads away from")
+    parser.add_argument("--image", type=Path, help="a picture to begin with, scaled and cut to the size that is drawn")
+    parser.add_argument(
+        "--strength", type=float, help="share of the steps that change it (0.8, or 1 with --mask)"
+    )
+    parser.add_argument("--mask", type=Path, help="a picture of the image's size, white where it is drawn anew")
+    parser.add_argument("--paste", action="store_true", help="outside of the mask, the image's own pixels")
+    parser.add_argument("--feather", type=int, default=0, help="pixels over which a pasted picture fades in")
+    parser.add_argument(
+        "--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)"
+    )
+    parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
     parser.add_argument("--num-images", type=int, help="default: one for each prompt, 16 without prompts")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
@@ -43,6 +55,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the ledger as JSON")
     args = parser.parse_args()
     try:
+        edit = edit_arguments(
+            args.image, args.mask, args.depth, strength=args.strength, paste=args.paste, feather=args.feather,
+            image_guidance_scale=args.image_guidance_scale,
+        )  # fmt: skip
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
         pipe = EdgePipeline.from_pretrained(
@@ -57,12 +73,13 @@ def main() -> int:
                 previews.append(write_preview(args.preview, step.index, pipe.preview(step.predicted), scale=1))
 
         width, height = read_size(args.size)
+        usual = 16 if args.prompt is None and args.image is None else None
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
                 label=args.label,
                 prompt=args.prompt[0] if args.prompt is not None and len(args.prompt) == 1 else args.prompt,
                 negative_prompt=args.negative_prompt,
-                num_images=16 if args.num_images is None and args.prompt is None else args.num_images,
+                num_images=usual if args.num_images is None else args.num_images,
                 output_type="image" if output.suffix == ".png" else "latent",
                 num_inference_steps=args.steps,
                 clock=args.clock,
@@ -72,6 +89,7 @@ def main() -> int:
                 height=height,
                 tile=args.tile,
                 callback=show,
+                **edit,
             )
         write_output(result, output, scale=1)
     except EdgeRuntimeError as e:

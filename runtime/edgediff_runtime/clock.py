@@ -15,14 +15,17 @@ PERIOD_OR_MASK = "a period such as 2 or a mask such as 1,0,1,0"
 ClockSpec = int | str | list[int] | tuple[int, ...]
 
 
-def clock_mask(clock: ClockSpec, num_inference_steps: int, scheduler: str | None = None) -> tuple[bool, ...]:
-    """Reads a clock: for each call of the UNet whether it is full; the first always is.
+def clock_mask(
+    clock: ClockSpec, num_inference_steps: int, scheduler: str | None = None, start: int = 0
+) -> tuple[bool, ...]:
+    """Reads a clock: for each call of the UNet that is run whether it is full; the first always is.
 
     Args:
         clock: A period N (every N-th step is full, beginning with the first), as an integer or its digits; or a mask
             with one entry for each call, 1 = full, as text such as ``1,0,1,0`` or as a sequence.
         num_inference_steps: Denoising steps, 1 to 10,000.
         scheduler: A sampler's name, as recipes and manifests have it; None calls the UNet once in each step.
+        start: The first call that is run, for editing; the clock begins there.
 
     Raises:
         RequestError: It is no period above 0, and no mask of that many entries, 0 or 1, that begins with 1; or the
@@ -35,6 +38,7 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int, scheduler: str | None
     """
     _check_steps(num_inference_steps)
     calls = num_inference_steps if scheduler is None else sampler_of(scheduler).calls(num_inference_steps)
+    calls -= start
     if isinstance(clock, str):
         clock = _parse(clock)
     if isinstance(clock, bool) or not isinstance(clock, int | list | tuple):
@@ -48,7 +52,7 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int, scheduler: str | None
         raise RequestError(f"clock mask is {shown}; each entry is 0 (cached) or 1 (full)")
     if len(clock) != calls:
         raise RequestError(
-            f"clock mask {shown} has {len(clock)} entries for {calls_in_words(num_inference_steps, scheduler)}; "
+            f"clock mask {shown} has {len(clock)} entries for {calls_in_words(num_inference_steps, scheduler, start)}; "
             "expected one each"
         )
     if not clock[0]:
@@ -56,16 +60,19 @@ def clock_mask(clock: ClockSpec, num_inference_steps: int, scheduler: str | None
     return tuple(bool(bit) for bit in clock)
 
 
-def calls_in_words(num_inference_steps: int, scheduler: str | None) -> str:
-    """How many entries a mask has, and why, for messages.
+def calls_in_words(num_inference_steps: int, scheduler: str | None, start: int = 0) -> str:
+    """How many entries a mask has, and why, for messages; `start` is the first call that is run.
 
     >>> calls_in_words(4, "ddim"), calls_in_words(4, "heun")
     ('4 steps', '7 model calls (4 steps: heun calls the model twice in each step but the last)')
     """
     sampler = None if scheduler is None else sampler_of(scheduler)
     if sampler is None or not sampler.calls_words:
-        return f"{num_inference_steps} steps"
-    return f"{sampler.calls(num_inference_steps)} model calls ({num_inference_steps} steps: {sampler.calls_words})"
+        whole = f"{num_inference_steps} steps"
+        return f"the last {num_inference_steps - start} of {whole}, which the strength leaves" if start else whole
+    calls = sampler.calls(num_inference_steps)
+    whole = f"{calls} model calls ({num_inference_steps} steps: {sampler.calls_words})"
+    return f"the last {calls - start} of {whole}, which the strength leaves" if start else whole
 
 
 def _check_steps(steps: int) -> None:

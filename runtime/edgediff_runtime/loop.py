@@ -30,7 +30,27 @@ OVERFLOW = 1e18
 # What a step spends outside of its graphs; "other" is hand-off and clock.
 OUTSIDE = ("guidance", "scheduler", "other")
 
-__all__ = ["CACHE", "LOWRES_FEATURE", "OUTSIDE", "Request", "Step", "denoise", "initial_latents"]
+__all__ = ["CACHE", "LOWRES_FEATURE", "OUTSIDE", "Kept", "Request", "Step", "denoise", "initial_latents"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays as it was while the rest is drawn anew: inpainting with a UNet that knows nothing of masks.
+
+    Attributes:
+        mask: float32 [N, 1, H, W], 1 where the picture is drawn anew, 0 where it stays.
+        latents: Finished latents of what stays, [N, C, H, W].
+        noise: What they are under at every step, the same shape, standard normal.
+    """
+
+    mask: Array
+    latents: Array
+    noise: Array
+
+    def joined(self, drawn: Array, kept: Array) -> Array:
+        """Latents of both, each where the mask says."""
+        joined: Array = kept + self.mask * (drawn - kept)
+        return joined
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,9 @@ class Request:
         concat: Channels that the UNet takes after the latent's, [N, C', H, W]; a mask and a masked image in inpainting.
             The scheduler does not scale them.
         start: Index of the first step that is run, for editing: `latents` are at that step's noise level then.
+        image_guidance: How far results go towards the image in `concat`, of a UNet that is guided by it and by the text
+            (Brooks et al. 2023, equation 3): guided steps have three rows for an image. None has two.
+        kept: What does not change.
     """
 
     graphs: tuple[Graph, ...]
@@ -62,6 +85,12 @@ class Request:
     concat: Array | None = None
     start: int = 0
     first_image: int = 0
+    image_guidance: float | None = None
+    kept: Kept | None = None
+
+    def rows_of_image(self, guided: bool) -> int:
+        """How many rows an image has in a step; the last is the conditional one."""
+        return (2 if self.image_guidance is None else 3) if guided else 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +129,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     num_images = len(request.latents)
     graphs = {full: [graph for graph in request.graphs if graph.runs(full)] for full in (True, False)}
     # Rows of one image begin with the same sample: graphs that can repeat it take it once.
-    shared = share_rows(request.graphs)
+    shared = share_rows(request.graphs) and request.image_guidance is None
     x_t = request.latents
     state: Any = None
     chunks: list[_Chunk] = []
@@ -118,30 +147,31 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
             chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
-        if request.concat is not None:
-            x_in = np.concatenate([x_in, request.concat], axis=1)
-        rows = np.concatenate([x_in, x_in]) if guided and not shared else np.ascontiguousarray(x_in)
+        parts = request.rows_of_image(guided)
+        rows = _sample_rows(x_in, request.concat, 1 if shared else parts)
         for chunk in chunks:
             chunk.tensors[SAMPLE] = session.put(rows if chunk.whole else rows[chunk.rows])
             chunk.tensors[TIMESTEP] = timesteps[i]
             if LOWRES_FEATURE in chunk.tensors:
                 chunk.tensors[CACHE] = chunk.tensors[LOWRES_FEATURE]
         ms = _run(session, graphs[full], chunks)
-        out = _gather(session, chunks, "out_sample", 2 * num_images if guided else num_images)
+        out = _gather(session, chunks, "out_sample", parts * num_images)
         model_output = out
         if guided:
             before = perf_counter()
-            u, c = out[:num_images], out[num_images:]
-            with np.errstate(over="ignore", invalid="ignore"):  # not finite: refused below
-                model_output = u + np.float32(request.guidance[i]) * (c - u)
+            model_output = _guided(out, parts, request.guidance[i], request.image_guidance)
             ms["guidance"] = 1e3 * (perf_counter() - before)
         before = perf_counter()
         fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
         x_before = x_t
         with np.errstate(over="ignore", invalid="ignore"):
             x_t, state = scheduler.step(i, x_t, model_output, state, fresh, is_first)
-            ms["scheduler"] = 1e3 * (perf_counter() - before)
             predicted = scheduler.predicted(i, x_before, model_output)
+            if request.kept is not None:
+                kept = request.kept
+                x_t = kept.joined(x_t, scheduler.add_noise(i + 1, kept.latents, kept.noise))
+                predicted = kept.joined(predicted, kept.latents)
+        ms["scheduler"] = 1e3 * (perf_counter() - before)
         if not np.abs(x_t).max() < OVERFLOW:  # so that NaN is refused too
             raise NotFiniteError(
                 f"the model's output is not finite at step {i}: latents hold NaN, infinity or more than {OVERFLOW:g}"
@@ -157,6 +187,28 @@ def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: flo
     """Draws float32 [N, C, H, W] that images `first` to `first` + N - 1 begin with, each the same whatever N is."""
     drawn = [noise(seed, tuple(shape), image=first + i) for i in range(num_images)]
     return np.stack(drawn) * np.float32(sigma)
+
+
+def _sample_rows(x_in: Array, concat: Array | None, parts: int) -> Array:
+    """The sample of every row, `parts` for an image; of three the first sees no image in the concatenated channels."""
+    if concat is None:
+        return np.ascontiguousarray(np.concatenate([x_in] * parts)) if parts > 1 else np.ascontiguousarray(x_in)
+    beside = [concat] * parts
+    if parts == 3:
+        beside[0] = np.zeros_like(concat)
+    return np.concatenate([np.concatenate([x_in, each], axis=1) for each in beside])
+
+
+def _guided(out: Array, parts: int, scale: float, image_scale: float | None) -> Array:
+    """What guidance makes of the rows' outputs."""
+    with np.errstate(over="ignore", invalid="ignore"):  # not finite: refused by the loop
+        if image_scale is None:
+            u, c = np.split(out, 2)
+            guided: Array = u + np.float32(scale) * (c - u)
+            return guided
+        u, image, c = np.split(out, parts)
+        guided = u + np.float32(image_scale) * (image - u) + np.float32(scale) * (c - image)
+        return guided
 
 
 def _as_timestep(t: float, graphs: Iterable[Graph]) -> Array:
@@ -183,14 +235,14 @@ class _Chunk:
 def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool, keep_cache: bool) -> list[_Chunk]:
     """Rearranges the rows: [unconditional x N, conditional x N] if guided, the conditional ones alone if not.
 
-    A graph of a fixed batch gets the rows of an image together, padded with the last row where they do not come out
-    even. Where guidance has just ended, the conditional half of the cache is kept.
+    Where guidance is of an image too, its rows, without text, are between the two. A graph of a fixed batch gets the
+    rows of an image together, padded with the last row where they do not come out even. Where guidance has just ended,
+    the conditional rows of the cache are kept.
     """
     num_images = len(request.latents)
-    total = 2 * num_images if guided else num_images
-    order = np.arange(total)
-    if guided:
-        order = order.reshape(2, num_images).T.reshape(-1)
+    parts = request.rows_of_image(guided)
+    total = parts * num_images
+    order = np.arange(total).reshape(parts, num_images).T.reshape(-1)
     batch = session.batch
     if batch is None:
         groups = [np.arange(total)]
@@ -199,9 +251,11 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
         groups = list(order.reshape(-1, batch))
     named = dict(request.cond)
     if guided:
-        named = {name: np.concatenate([request.uncond[name], rows]) for name, rows in named.items()}
+        named = {name: np.concatenate([*[request.uncond[name]] * (parts - 1), rows]) for name, rows in named.items()}
     # A step without unconditional rows follows one that had them.
-    cache = _gather(session, old, LOWRES_FEATURE, 2 * num_images)[num_images:] if old and keep_cache else None
+    cache = None
+    if old and keep_cache:
+        cache = _gather(session, old, LOWRES_FEATURE, request.rows_of_image(True) * num_images)[-num_images:]
     chunks = []
     for rows in groups:
         tensors = {name: session.put(np.ascontiguousarray(values[rows])) for name, values in named.items()}

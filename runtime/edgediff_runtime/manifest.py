@@ -19,6 +19,7 @@ from edgediff_runtime.schedulers import SchedulerConfig
 # ``paletteN`` a table of 2^N numbers for each weight.
 WeightFormat = Literal["fp16", "int8", "int4", "palette8", "palette6", "palette4", "palette3", "palette2"]
 Stage = Literal["prompt", "image", "step", "decode", "preview"]
+Concatenated = Literal["mask", "masked_image", "image", "depth"]
 Frequency = Literal["step", "full_step", "cached_step"]
 # A size that only a request tells: of rows, of the text, or of the picture: what ``5*height/4`` says, of the latent's.
 SYMBOL = r"^(batch|images|tokens|([1-9][0-9]*\*)?(height|width)(/[1-9][0-9]*)?)$"
@@ -429,6 +430,9 @@ class Sample(Struct, frozen=True):
             a masked image in inpainting).
         height: Of the usual latent, as is `width`.
         multiple: What height and width of any latent are multiples of.
+        concat: What is concatenated to the latent, in this order: the ``mask`` (one channel, 1 where the picture is
+            drawn anew), the latent of the ``masked_image``, that of the ``image`` as the encoder gives it, the
+            ``depth`` (one channel, -1 to 1). Empty where nothing is, and where only the caller knows what.
         space: ``pixel`` where a latent is an image in [-1, 1], ``latent`` where a decoder comes after it.
     """
 
@@ -438,6 +442,11 @@ class Sample(Struct, frozen=True):
     width: int
     space: Literal["pixel", "latent"]
     multiple: int = 1
+    concat: tuple[Concatenated, ...] = ()
+
+    def channels_of(self, name: Concatenated) -> int:
+        """How many channels a part of `concat` has."""
+        return 1 if name in ("mask", "depth") else self.channels
 
 
 class Conditioning(Struct, frozen=True):

@@ -66,6 +66,12 @@ def check_manifest(manifest: Manifest) -> None:
         _must(all(side > 0 and side % sample.multiple == 0 for side in size), "size of a latent", size,
               f"multiples of {sample.multiple}")  # fmt: skip
     _must(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, f"{sample.channels} or more")
+    beside = sum(map(sample.channels_of, sample.concat))
+    _must(not sample.concat or sample.in_channels == sample.channels + beside, "in_channels", sample.in_channels,
+          f"{sample.channels + beside}, with {', '.join(sample.concat)}")  # fmt: skip
+    _must(len(set(sample.concat)) == len(sample.concat), "sample.concat", sample.concat, "each once")
+    _must(("mask" in sample.concat) == ("masked_image" in sample.concat), "sample.concat", sample.concat,
+          "a mask with a masked image")  # fmt: skip
     _must((known.kind == "class") <= bool(known.labels), "labels", known.labels, "the names of the classes")
     _must((known.kind != "none") == bool(known.tensors), "conditioning.tensors", [t.name for t in known.tensors],
           "tensors where there is a condition, none where there is not")  # fmt: skip

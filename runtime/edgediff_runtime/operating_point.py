@@ -17,13 +17,16 @@ def departure(
     mask: tuple[bool, ...],
     guidance: Sequence[float],
     asked: ClockSpec,
+    start: int = 0,
 ) -> str | None:
     """Says in what a generation differs from what the bundle's adaptor was trained for.
 
     Args:
-        mask: The clock, an entry for each call of the UNet.
+        mask: The clock, an entry for each call of the UNet that is run.
         guidance: Guidance scale of each call; 1 or less is off.
         asked: The clock as it was given, for the message.
+        start: First call that is run, in editing: the steps after it are those of a whole generation, and a period
+            begins there.
 
     Returns:
         One line; None where nothing differs, nothing was trained, or no step is cached, so that the adaptor never runs.
@@ -33,12 +36,12 @@ def departure(
         return None
     sampler = manifest.operating_point.scheduler
     differs = []
-    steps = steps_of(sampler, len(mask))
+    steps = steps_of(sampler, start + len(mask))
     if steps != trained.num_inference_steps:
         differs.append(f"{steps} steps")
     if sampler != trained.scheduler:
         differs.append(sampler)
-    if not _same_clock(mask, trained, steps, sampler):
+    if not _same_clock(mask, trained, steps, sampler, start):
         differs.append(f"clock {format_mask(asked) if isinstance(asked, list | tuple) else asked}")
     if any(max(scale, 1.0) != max(trained.guidance_scale, 1.0) for scale in guidance):
         differs.append(f"guidance {', '.join(f'{scale:g}' for scale in dict.fromkeys(guidance))}")
@@ -51,10 +54,10 @@ def departure(
     )
 
 
-def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int, sampler: str) -> bool:
+def _same_clock(mask: tuple[bool, ...], trained: TrainedFor, steps: int, sampler: str, start: int) -> bool:
     if len(mask) == len(trained.mask):
         return mask == trained.mask
     try:
-        return clock_mask(trained.clock, steps, sampler) == mask
+        return clock_mask(trained.clock, steps, sampler, start) == mask
     except RequestError:  # a mask for another number of calls
         return False

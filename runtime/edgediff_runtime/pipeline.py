@@ -32,6 +32,7 @@ from edgediff_runtime.conditioning import (
     time_ids,
 )
 from edgediff_runtime.decoding import OVERLAP, decode
+from edgediff_runtime.editing import Edit, begin, encode, read_edit, steps_left_out
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import NO_PREVIEW, to_uint8
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
@@ -39,13 +40,14 @@ from edgediff_runtime.manifest import GUIDANCE, TEXT, TOKENS, Conditioning, Grap
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
-from edgediff_runtime.schedulers import make_scheduler
+from edgediff_runtime.schedulers import make_scheduler, sampler_of
 from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, check_cache, open_session
 from edgediff_runtime.text_encoding import TextStage, Tokenizer
 
 NO_LATENTS = np.empty((0,), dtype=np.float32)
 TEXT_INPUTS = (TEXT, "text_embeds", "time_ids")
 DECODER = "vae_decoder"
+ENCODER = "vae_encoder"
 PREVIEW = "preview_decoder"
 
 
@@ -67,9 +69,17 @@ class Arguments(TypedDict, total=False):
         num_images: N; 1 if left out, or the number of labels, prompts or prompt embeddings given.
         num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
             is a mask asks for one.
-        clock: Period or mask of the full steps; a mask has an entry for each call of the UNet.
-        guidance_scale: One number from 0, or one for each call of the UNet; 1 or less runs without guidance.
+        clock: Period or mask of the full steps; a mask has an entry for each call of the UNet that is run.
+        guidance_scale: One number from 0, or one for each call of the UNet that is run; 1 or less is without guidance.
         seed: 0 to 2^64 - 1.
+        image: What editing begins with: pictures of Pillow's, scaled and cut to the size that is drawn, or uint8
+            [h, w, 3] or [N, h, w, 3] of that size.
+        mask_image: Where it is drawn anew: of the same sizes, half white and more; uint8 or bool [h, w] or [N, h, w].
+        strength: Share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask.
+        image_guidance_scale: How far a UNet that follows instructions keeps to the image; 1.5 if left out.
+        depth_map: Numbers [h, w] or [N, h, w], or pictures of Pillow's, the nearer the larger, for a UNet of depth.
+        paste: Whether the finished pictures have the image's own pixels outside of the mask.
+        feather: Pixels inside of the mask's edge over which a pasted picture fades in.
         first_image: Number of the first image, 0 if left out. Image i of a seed is the same in any generation, so many
             images can be drawn in parts.
         height: Of the picture in pixels (of the latent, where the bundle has no decoder), as is `width`; left out, the
@@ -88,6 +98,13 @@ class Arguments(TypedDict, total=False):
     added_cond: Mapping[str, Array] | None
     negative_added_cond: Mapping[str, Array] | None
     concat_latents: Array | None
+    image: Any
+    mask_image: Any
+    strength: float | None
+    image_guidance_scale: float | None
+    depth_map: Any
+    paste: bool
+    feather: int
     num_images: int | None
     num_inference_steps: int | None
     clock: ClockSpec | None
@@ -268,13 +285,14 @@ class EdgePipeline:
         if output_type not in ("image", "latent"):
             raise RequestError(f"output_type is {output_type!r}; expected image or latent")
         latent_tile = self._latent_tile(tile)
-        prepared, usage = self._prepare(tile=latent_tile, **request)
+        prepared, edit, usage = self._prepare(tile=latent_tile, **request)
         latents, ledger = self._denoise(prepared, usage, callback)
         pixels = None
         if output_type == "image" and self.manifest.sample.space == "pixel":
             pixels = latents
         elif output_type == "image" and self.can_decode:
             pixels = self._decode(latents, usage, latent_tile)
+        pixels = None if pixels is None else edit.pasted(pixels)
         stages = {name: ms for name, ms in usage.ms.items() if name != UNET}
         return Result(latents, ledger, stages, pixels, usage.peak_bytes or None)
 
@@ -479,7 +497,7 @@ class EdgePipeline:
         Warns:
             OperatingPointWarning: It is not what the bundle's adaptor was trained for; once for each pipeline.
         """
-        prepared, usage = self._prepare(**request)
+        prepared, _, usage = self._prepare(**request)
 
         def steps() -> Iterator[Step]:
             with self._denoising(prepared, usage) as running:
@@ -509,6 +527,13 @@ class EdgePipeline:
         added_cond: Mapping[str, Array] | None = None,
         negative_added_cond: Mapping[str, Array] | None = None,
         concat_latents: Array | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        image_guidance_scale: float | None = None,
+        depth_map: Any = None,
+        paste: bool = False,
+        feather: int = 0,
         num_images: int | None = None,
         num_inference_steps: int | None = None,
         clock: ClockSpec | None = None,
@@ -517,8 +542,8 @@ class EdgePipeline:
         first_image: int = 0,
         height: int | None = None,
         width: int | None = None,
-    ) -> tuple[Request, Usage]:
-        """A checked request, and what its text took."""
+    ) -> tuple[Request, Edit, Usage]:
+        """A checked request, what it says in pictures, and what its text and pictures took."""
         point = self.manifest.operating_point
         label, num_images, seed, first_image = plain(label), plain(num_images), plain(seed), plain(first_image)
         guidance_scale, clip_skip = plain(guidance_scale), plain(clip_skip)
@@ -526,17 +551,27 @@ class EdgePipeline:
             raise RequestError(f"first_image is {first_image!r}; expected a whole number from 0")
         steps = point.num_inference_steps if num_inference_steps is None else plain(num_inference_steps)
         scheduler = make_scheduler(self.manifest.scheduler, steps)
+        size = self._latent_size(plain(height), plain(width))
+        edit = read_edit(
+            self.manifest.sample, size, self.manifest.pixels_of_latent, image=image, mask_image=mask_image,
+            depth_map=depth_map, strength=strength, image_guidance_scale=image_guidance_scale, paste=paste,
+            feather=feather, concatenated=concat_latents is not None,
+        )  # fmt: skip
+        if edit.image is not None:
+            self._check_encoder(size)
         clock = point.clock if clock is None else plain(clock)
         sampler = self.manifest.scheduler.name
-        mask = clock_mask(clock, steps, sampler)
+        start = sampler_of(sampler).call_of(steps_left_out(edit.strength, steps))
+        mask = clock_mask(clock, steps, sampler, start)
         scale = point.guidance_scale if guidance_scale is None else guidance_scale
-        guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler))
-        differs = departure(self.manifest, mask, guidance, clock)
+        guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler, start))
+        differs = departure(self.manifest, mask, guidance, clock, start)
+        if num_images is None and prompt_embeds is None and not isinstance(prompt, list | tuple):
+            num_images = edit.count
         texts = None
         if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
             self._check_text(prompt, prompt_embeds, negative_prompt_embeds)
             texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
-        size = self._latent_size(plain(height), plain(width))
         graphs = self._graphs(UNET, *size)
         if self.manifest.vae is not None and DECODER in self.components:
             self._check_decoder(*size, tile)
@@ -549,26 +584,58 @@ class EdgePipeline:
         usage = self._usage()
         cond, uncond, count = self._conditioning(
             label, texts, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images, tensors,
-            guided=any(g > 1 for g in guidance), usage=usage, size=size,
+            rows=1 if max(guidance) <= 1 else 2 if edit.image_guidance is None else 3, usage=usage, size=size,
         )  # fmt: skip
+        edit.check_count(count)
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         shape = (self.manifest.sample.channels, *size)
+        begun = begin(
+            edit, self.manifest.sample, self.manifest.vae, scheduler, start,
+            initial_latents(seed, count, shape, 1.0, first_image), lambda batches: self._encode(batches, usage),
+        )  # fmt: skip
         request = Request(
             graphs=graphs,
             scheduler=scheduler,
-            clock=mask,
-            guidance=guidance,
-            latents=initial_latents(seed, count, shape, scheduler.init_noise_sigma, first_image),
+            clock=(True,) * start + mask,
+            guidance=guidance[:1] * start + guidance,
+            latents=begun.latents,
             cond=cond,
             uncond=uncond,
             seed=seed,
-            concat=self._concat(concat_latents, count, size),
+            concat=self._concat(concat_latents, count, size) if begun.concat is None else begun.concat,
+            start=start,
             first_image=first_image,
+            image_guidance=edit.image_guidance,
+            kept=begun.kept,
         )
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)
-        return request, usage
+        return request, edit, usage
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether a generation can begin with a picture: latents are pictures, or there is an encoder for them."""
+        return self.manifest.sample.space == "pixel" or (self.manifest.vae is not None and ENCODER in self.components)
+
+    def _check_encoder(self, size: tuple[int, int]) -> None:
+        """Refuses a picture that nothing encodes."""
+        if not self.can_edit:
+            raise RequestError(
+                "image was given, but the bundle has no vae_encoder for this backend; export it with that component"
+            )
+        if self.manifest.vae is not None:
+            self._graphs(ENCODER, *size)
+
+    def _encode(self, batches: list[Array], usage: Usage) -> list[Array]:
+        """What the encoder gives for pictures, float32 [N, 3, h, w] each batch; pictures themselves without one."""
+        vae = self.manifest.vae
+        if vae is None or not batches:
+            return batches
+        height, width = (side // vae.downscale for side in batches[0].shape[2:])
+        (graph,) = self._graphs(ENCODER, height, width)
+        with self.components.measured(usage).use(ENCODER) as session:
+            return [encode(session, graph, batch) for batch in batches]
 
     def _check_text(self, prompt: Text, prompt_embeds: object, negative_prompt_embeds: object) -> None:
         """Refuses texts that nothing can encode."""
@@ -591,12 +658,13 @@ class EdgePipeline:
             self._read_tokenizers = list(self._tokenizers())
         return TextStage(self.manifest.prompt, self._read_tokenizers, self.components.measured(usage))
 
-    def _check_memory(self, count: int, guided: bool, size: tuple[int, int]) -> None:
+    def _check_memory(self, count: int, rows: int, size: tuple[int, int]) -> None:
         """Refuses images that cannot be in memory together: their latents, what crosses between graphs, their pixels.
 
-        This is the least that they take; what a backend needs inside of a graph is not known.
+        This is the least that they take, each image having so many rows; what a backend needs inside of a graph is not
+        known.
         """
-        rows = 2 * count if guided else count
+        rows *= count
         tensors = {t.name: t for graph in self._graphs(UNET, *size) for t in (*graph.inputs, *graph.outputs)}
         needed = rows * sum(_row_bytes(tensor) for tensor in tensors.values())
         if self.manifest.vae is not None and DECODER in self.components:
@@ -630,31 +698,35 @@ class EdgePipeline:
         negative_added_cond: Mapping[str, Array] | None,
         num_images: int | None,
         tensors: Mapping[str, Tensor],
-        guided: bool,
+        rows: int,
         usage: Usage,
         size: tuple[int, int],
     ) -> tuple[dict[str, Array], dict[str, Array], int]:
-        """Rows of every conditioning tensor: conditional, unconditional, and the number of images."""
-        known = self.manifest.conditioning
+        """Rows of every conditioning tensor: conditional, unconditional, and the number of images.
+
+        Args:
+            rows: Of an image in a step; more than one are guided.
+        """
+        known, guided = self.manifest.conditioning, rows > 1
         if num_images is not None:
             check_count(num_images)
         if known.kind != "class" and label is not None:
             raise RequestError(
                 f"label {label!r} was given, but the model is conditioned on {_what(known)}; leave it out"
             )
-        embeds = (prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond)
-        if known.kind != "text" and any(each is not None for each in embeds):
+        told = (prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond)
+        if known.kind != "text" and any(each is not None for each in told):
             raise RequestError(f"a prompt was given, but the model is conditioned on {_what(known)}; leave it out")
         if known.kind == "none":
             if guided:
                 raise RequestError("guidance_scale is above 1, but the model has no condition; give 1")
             count = 1 if num_images is None else num_images
-            self._check_memory(count, guided, size)
+            self._check_memory(count, rows, size)
             return {}, {}, count
         if known.kind == "class":
-            rows = class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
-            self._check_memory(rows[-1], guided, size)
-            return rows
+            found = class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
+            self._check_memory(found[-1], rows, size)
+            return found
         needed = {name: tensors[name] for name in (*TEXT_INPUTS, "class_labels") if name in tensors}
         given = arrays(prompt_embeds, added_cond, "")
         negative = arrays(negative_prompt_embeds, negative_added_cond, "negative ")
@@ -662,10 +734,10 @@ class EdgePipeline:
             if same in given and same not in negative:
                 negative[same] = given[same]
         if num_images is None:
-            found = given.get("encoder_hidden_states")
-            num_images = (1 if found is None else (*found.shape, 1)[0]) if texts is None else texts.count()
+            embeds = given.get("encoder_hidden_states")
+            num_images = (1 if embeds is None else (*embeds.shape, 1)[0]) if texts is None else texts.count()
             check_count(num_images)
-        self._check_memory(num_images, guided, size)
+        self._check_memory(num_images, rows, size)
         if texts is not None:
             made, made_negative = self._embeds(texts, num_images, guided, needed, usage)
             given, negative = made | given, made_negative | negative

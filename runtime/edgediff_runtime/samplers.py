@@ -73,6 +73,7 @@ class Scheduler(ABC):
         init_noise_sigma: Standard deviation of the initial latent.
         needs_noise: Whether ``step`` wants fresh noise.
         _rows: The coefficients of each step, of which the first two are those of x_0: from x_t, from the output.
+        _levels: Of x_t before each step: the share of x_0 in it, and of noise.
     """
 
     name: ClassVar[str]
@@ -87,12 +88,18 @@ class Scheduler(ABC):
     init_noise_sigma: float
     needs_noise: bool
     _rows: tuple[Row, ...]
+    _levels: tuple[Row, ...]
     _clip: np.float32 | None = None
 
     @classmethod
     def calls(cls, num_inference_steps: int) -> int:
         """How often the UNet is called in so many steps."""
         return num_inference_steps
+
+    @classmethod
+    def call_of(cls, step: int) -> int:
+        """Number of the call at which editing begins that leaves out so many of ``num_inference_steps``."""
+        return step
 
     @classmethod
     def draws_noise(cls, config: "SchedulerConfig") -> bool:
@@ -156,6 +163,20 @@ class Scheduler(ABC):
         x0_x, x0_out = self._rows[i][:2]
         return self._clipped(_mix((x0_x, x_t), (x0_out, model_output)))
 
+    def add_noise(self, i: int, x_0: Array, noise: Array) -> Array:
+        """What x_t before step i is for a known x_0, a new array: where editing begins, and what inpainting keeps.
+
+        Args:
+            i: Step, from 0 to the number of steps; after the last one x_t is x_0.
+            x_0: float32 [B, C, H, W], finished latents.
+            noise: The same shape, standard normal.
+        """
+        if i == len(self._levels):
+            return x_0.copy()
+        self._check(i)
+        signal, level = self._levels[i]
+        return _mix((signal, x_0), (level, noise))
+
     def _check(self, i: int) -> None:
         if not 0 <= i < len(self._rows):
             raise RequestError(f"step {i}: expected 0 to {len(self._rows) - 1}")
@@ -213,6 +234,7 @@ class Ddim(Scheduler):
             init_noise_sigma=1.0,
             needs_noise=cls.draws_noise(config),
             _rows=_rows(x0_x, x0_out, of_x0, of_x, of_out, std),
+            _levels=_rows(root, noise_root),
             _clip=_clip_of(config),
         )
 
@@ -243,6 +265,11 @@ class Pndm(Scheduler):
         return num_inference_steps + 1 if num_inference_steps > 1 else 1
 
     @classmethod
+    def call_of(cls, step: int) -> int:
+        """See ``Scheduler.call_of``; the second call belongs to the first step."""
+        return step + 1 if step else 0
+
+    @classmethod
     def make(cls, config: "SchedulerConfig", num_inference_steps: int) -> Self:
         """See ``Scheduler.make``."""
         timesteps = spaced_timesteps(config, num_inference_steps)
@@ -258,11 +285,13 @@ class Pndm(Scheduler):
         )  # equation 11
         eps_x, eps_out = _eps(config, np.sqrt(alpha), np.sqrt(1 - alpha))
         at = _alphas(config, timesteps)  # the second call's is not where the step that it corrects begins
+        root, noise_root = np.sqrt(at), np.sqrt(1 - at)
         return cls(
             timesteps=timesteps.astype(np.float32),
             init_noise_sigma=1.0,
             needs_noise=False,
-            _rows=_rows(*_x0(config, np.sqrt(at), np.sqrt(1 - at)), of_x + of_eps * eps_x, of_eps * eps_out),
+            _rows=_rows(*_x0(config, root, noise_root), of_x + of_eps * eps_x, of_eps * eps_out),
+            _levels=_rows(root, noise_root),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
@@ -336,6 +365,7 @@ class Dpm(Scheduler):
             init_noise_sigma=1.0,
             needs_noise=cls._stochastic,
             _rows=_rows(x0_x, x0_out, kept * alpha_next / alpha, gain + extrapolation, -extrapolation, std),
+            _levels=_rows(alpha, sigma * alpha),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
@@ -405,6 +435,7 @@ class UniPC(Scheduler):
             init_noise_sigma=1.0,
             needs_noise=False,
             _rows=_rows(x0_x, x0_out, *columns.T, second.astype(np.float64)),
+            _levels=_rows(alphas[:-1], (sigmas * alphas)[:-1]),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
@@ -440,6 +471,7 @@ class Euler(Scheduler):
             init_noise_sigma=_euler_noise(config, sigmas),
             needs_noise=cls.draws_noise(config),
             _rows=_rows(x0_x, x0_out, 1 / np.sqrt(sigma**2 + 1), to / sigma + of_x0 * x0_x, of_x0 * x0_out, std),
+            _levels=_rows(np.ones_like(sigma), sigma),
         )
 
     @staticmethod
@@ -494,6 +526,11 @@ class Heun(Euler):
         return 2 * num_inference_steps - 1
 
     @classmethod
+    def call_of(cls, step: int) -> int:
+        """See ``Scheduler.call_of``."""
+        return 2 * step
+
+    @classmethod
     def make(cls, config: "SchedulerConfig", num_inference_steps: int) -> Self:
         """See ``Scheduler.make``."""
         timesteps, sigmas = euler_levels(config, num_inference_steps)
@@ -508,6 +545,7 @@ class Heun(Euler):
             init_noise_sigma=_euler_noise(config, sigmas),
             needs_noise=False,
             _rows=_rows(x0_x, x0_out, 1 / np.sqrt(sigma**2 + 1), 1 + 2 * half, -2 * half, half),
+            _levels=_rows(np.ones_like(sigma), sigma),
             _clip=_clip_of(config),
         )
 
@@ -546,7 +584,8 @@ class Lcm(Scheduler):
         timesteps = distilled_timesteps(config, num_inference_steps)
         alpha = _alphas(config, timesteps)
         alpha_prev = np.append(alpha[1:], 1.0)  # the last step adds no noise
-        x0_x, x0_out = _x0(config, np.sqrt(alpha), np.sqrt(1 - alpha))
+        signal, level = np.sqrt(alpha), np.sqrt(1 - alpha)
+        x0_x, x0_out = _x0(config, signal, level)
         # Boundary condition of consistency models: x itself at timestep 0.
         scaled = timesteps * config.timestep_scaling
         skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
@@ -557,6 +596,7 @@ class Lcm(Scheduler):
             init_noise_sigma=1.0,
             needs_noise=True,
             _rows=_rows(x0_x, x0_out, root * skip, root * gain, np.sqrt(1 - alpha_prev)),
+            _levels=_rows(signal, level),
             _clip=_clip_of(config),
         )
 
@@ -603,6 +643,7 @@ class Tcd(Scheduler):
             _rows=_rows(
                 x0_x, x0_out, of_x0 * x0_x + of_eps * eps_x, of_x0 * x0_out + of_eps * eps_out, np.sqrt(1 - kept)
             ),
+            _levels=_rows(root, noise_root),
         )
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:

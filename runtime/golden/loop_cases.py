@@ -5,7 +5,7 @@ step does. A runtime computes rows together, pads them, keeps its cache in table
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -113,7 +113,8 @@ class LoopCase:
     concat: int = 0
     split: bool = True
     seed: int = 3
-    options: dict[str, Any] = field(default_factory=dict)
+    image_guidance: float | None = None
+    keeps: bool = False
 
 
 CASES = {
@@ -138,6 +139,17 @@ CASES = {
     "starts_at_2": LoopCase(start=2, images=2),
     "starts_on_a_cached_step": LoopCase(start=1, guidance=(2.0,) * 5, scheduler=DPM),
     "concatenated_channels": LoopCase(concat=1, guidance=(2.0,) * 5, images=2),
+    "guided_by_an_image": LoopCase(concat=1, guidance=(2.0,) * 5, image_guidance=1.5, images=2),
+    "guided_by_an_image_pair": LoopCase(concat=1, guidance=(2.0,) * 5, image_guidance=1.5, images=2, split=False),
+    "guided_by_an_image_until_a_cached_step": LoopCase(
+        concat=1, guidance=(2.0, 2.0, 2.0, 1.0, 1.0), image_guidance=1.5, images=2
+    ),
+    "guided_by_an_image_in_batches_of_2": LoopCase(
+        concat=1, guidance=(1.0, 2.0, 2.0, 2.0, 2.0), image_guidance=0.0, images=3, batch=2
+    ),
+    "keeps_what_the_mask_leaves": LoopCase(keeps=True, images=2, guidance=(2.0,) * 5),
+    "keeps_what_the_mask_leaves_from_2": LoopCase(keeps=True, images=2, start=2, scheduler=DPM),
+    "keeps_with_noise_in_sigma": LoopCase(keeps=True, start=2, steps=3, mask=(1, 1, 1, 0, 1), scheduler=HEUN),
 }
 
 
@@ -152,6 +164,13 @@ def inputs_of(case: LoopCase) -> dict[str, Any]:
         "cond": drawn(EMBEDDING, 1001),
         "uncond": drawn(EMBEDDING, 1002),
         "concat": drawn((case.concat, *SHAPE[1:]), 1003) if case.concat else None,
+        "kept": {
+            "mask": (drawn((1, *SHAPE[1:]), 1004) > 0).astype(np.float32),
+            "latents": drawn(SHAPE, 1005),
+            "noise": drawn(SHAPE, 0),
+        }
+        if case.keeps
+        else None,
     }
 
 
@@ -171,22 +190,37 @@ def answer(case: LoopCase) -> dict[str, Any]:
             full = bool(case.mask[i]) or i == case.start or (guided and not was_guided)
             mask.append(int(full))
             scaled = scheduler.scale_model_input(i, x_t)[0]
-            sample = scaled if given["concat"] is None else np.concatenate([scaled, given["concat"][n]])
+            # By what a row is told: neither text nor image, the image alone, both.
+            names = ("uncond", "image", "cond") if case.image_guidance is not None else ("uncond", "cond")
             out = {}
-            for half in ("uncond", "cond") if guided else ("cond",):
+            for half in names if guided else ("cond",):
+                sample = scaled
+                if given["concat"] is not None:
+                    beside = given["concat"][n]
+                    if half == "uncond" and case.image_guidance is not None:
+                        beside = np.zeros_like(beside)
+                    sample = np.concatenate([scaled, beside])
+                told = given["cond" if half == "cond" else "uncond"][n]
                 row = {"sample": sample, "timestep": np.array([scheduler.timesteps[i]]),
-                       "encoder_hidden_states": given[half][n], **caches.get(half, {})}  # fmt: skip
+                       "encoder_hidden_states": told, **caches.get(half, {})}  # fmt: skip
                 for graph in graphs:
                     if graph["frequency"] in ("step", "full_step" if full else "cached_step"):
                         run_graph(graph, row)
                 caches[half] = {"cache": row["lowres_feature"], "lowres_feature": row["lowres_feature"]}
                 out[half] = row["out_sample"].astype(np.float32)
             model_output = out["cond"]
-            if guided:
+            if guided and case.image_guidance is None:
                 model_output = out["uncond"] + np.float32(case.guidance[i]) * (out["cond"] - out["uncond"])
+            elif guided:
+                towards = np.float32(case.image_guidance) * (out["image"] - out["uncond"])
+                model_output = out["uncond"] + towards + np.float32(case.guidance[i]) * (out["cond"] - out["image"])
             was_guided = guided
             fresh = noise(case.seed, SHAPE, image=n, draw=i + 1)[None] if scheduler.needs_noise else None
             x_t, state = scheduler.step(i, x_t, model_output[None], state, fresh, i == case.start)
+            if given["kept"] is not None:
+                mask_n, clean, hidden_by = (given["kept"][name][n] for name in ("mask", "latents", "noise"))
+                stays = scheduler.add_noise(i + 1, clean, hidden_by)
+                x_t = np.where(mask_n > 0, x_t, stays[None])
             steps.append(x_t[0])
         latents.append(np.stack(steps))
     return {"mask": mask, "latents": np.stack(latents, axis=1)}
@@ -207,6 +241,7 @@ def document(case: LoopCase) -> dict[str, Any]:
         "seed": str(case.seed),
         "shape": list(SHAPE),
         **{name: value for name, value in given.items() if value is not None},
+        **({} if case.image_guidance is None else {"image_guidance": case.image_guidance}),
         "graphs": fake_graphs(case.concat, case.split),
         "mask": made["mask"],
         "steps": [{"latents": latents} for latents in made["latents"]],

@@ -220,9 +220,24 @@ def trace(case: Case, seed: int = 0) -> dict[str, Any]:
         "hold_trajectory": _sigma_max(scheduler) <= TRAJECTORY_SIGMA_MAX,
         "timesteps": scheduler.timesteps.numpy().astype(np.float32),
         "init_noise_sigma": np.float32(init_noise_sigma),
+        "levels": levels(case),
         "shape": list(shape),
         "steps": steps,
     }
+
+
+def levels(case: Case) -> np.ndarray:
+    """What diffusers' ``add_noise`` makes of each step: the shares of x_0 and of noise, float32 [steps, 2]."""
+    scheduler = diffusers_scheduler(case.source, case.name)
+    one, none = torch.ones(1, 1), torch.zeros(1, 1)
+    found = []
+    scheduler.set_timesteps(case.steps)
+    for i, t in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(i)
+        noised = [scheduler.add_noise(*pair, t[None]).item() for pair in ((one, none), (none, one))]
+        found.append(noised)
+    return np.array(found, dtype=np.float32)
 
 
 def diffusers_step(
