@@ -17,7 +17,8 @@ from pipelines import SEED, exported_pipeline, open_in_torch, saved
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.models.sampling import diffusers_scheduler, scheduler_config
-from edgediff_runtime import EdgePipeline, noise
+from edgediff_runtime import EdgePipeline, RequestError, noise
+from edgediff_runtime.components import Components
 
 FLOOR_DB = 60.0
 STEPS = 8
@@ -43,6 +44,13 @@ def mask() -> Image.Image:
     made = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(made).rectangle((8, 6, 25, 19), fill=255)
     return made
+
+
+def thin() -> np.ndarray:
+    """A mask of lines between the pixels that the latent's mask takes."""
+    lines = np.zeros((SIDE, SIDE), np.uint8)
+    lines[1::2] = 255
+    return lines
 
 
 def schedule_of(name: str) -> dict[str, Any]:
@@ -182,3 +190,104 @@ def test_depth(backend: str, sampler: str, strength: float) -> None:
     other = theirs("depth", sampler, diffusers.StableDiffusionDepth2ImgPipeline)
     told = {"depth_map": torch.from_numpy(depth)[None]}
     assert against(ours("depth", sampler, backend), other, asked, told) >= FLOOR_DB
+
+
+# --- what a request may say ---
+
+
+def test_a_clock_is_of_the_steps_that_run() -> None:
+    pipe = ours("sd1", "dpmpp_2m", "torch")
+    asked = {"prompt": PROMPT, "image": picture(), "num_inference_steps": 8}
+    edit = pipe(**asked, strength=0.6, clock=2)
+    assert [step.index for step in edit.ledger] == [4, 5, 6, 7]
+    assert edit.mask == (1, 0, 1, 0)
+    assert pipe(**asked, strength=0.4, clock=2).mask == (1, 0, 1)
+    assert pipe(**asked, strength=0.6, clock="1,0,0,0").mask == (1, 0, 0, 0)
+    assert set(edit.stages) == {"text_encoder", "vae_encoder", "vae_decoder"}
+    last = pipe(**asked, strength=0.6, clock=1, guidance_scale=[5.0, 5.0, 1.0, 1.0])
+    assert [step.guided for step in last.ledger] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("sampler", "indices"), [("heun", range(8, 15)), ("pndm", range(5, 9)), ("ddim", range(4, 8))])
+def test_samplers_of_several_calls_begin_where_the_strength_says(sampler: str, indices: range) -> None:
+    edit = ours("sd1", sampler, "torch")(prompt=PROMPT, image=picture(), num_inference_steps=8, strength=0.5, clock=1)
+    assert [step.index for step in edit.ledger] == list(indices)
+
+
+def test_an_edit_of_several_images_is_each_alone() -> None:
+    pipe = ours("sd1", "ddim", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "strength": 0.6, "seed": 5, "clock": 2}
+    images = [picture(0), picture(3)]
+    both = pipe(**asked, image=images, mask_image=mask())
+    for i, image in enumerate(images):
+        alone = pipe(**asked, image=image, mask_image=mask(), first_image=i, num_images=1)
+        assert np.abs(alone.images[0].astype(int) - both.images[i]).max() <= 1
+    one_picture = pipe(**asked, image=images[0], num_images=2)
+    assert len(one_picture.images) == 2
+    assert (one_picture.images[0] != one_picture.images[1]).any()
+
+
+def test_outside_of_a_pasted_mask_every_pixel_is_the_images_own() -> None:
+    pipe = ours("sd1", "ddim", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "image": picture(), "mask_image": mask(), "clock": 1}
+    source, inside = np.asarray(picture()), np.asarray(mask()) > 0
+    pasted = pipe(**asked, paste=True).images[0]
+    drawn = pipe(**asked).images[0]
+    assert (pasted[~inside] == source[~inside]).all()
+    assert (pasted[inside] == drawn[inside]).all()
+    assert (drawn[~inside] != source[~inside]).any()
+    soft = pipe(**asked, paste=True, feather=2).images[0]
+    assert (soft[~inside] == source[~inside]).all()
+    assert (soft[inside] != drawn[inside]).any()
+
+
+def test_a_full_mask_draws_everything_anew() -> None:
+    pipe = ours("sd1", "ddim", "torch")
+    full = Image.new("L", (SIDE, SIDE), 255)
+    asked: dict[str, Any] = {"prompt": PROMPT, "clock": 1, "seed": 2}
+    masked = pipe(**asked, image=picture(), mask_image=full, paste=True).images
+    np.testing.assert_array_equal(masked, pipe(**asked).images)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "message"),
+    [
+        ("sd1", {"strength": 1.1}, r"strength is 1.1; expected 0 \(nothing changes\) to 1"),
+        ("sd1", {"strength": -0.1}, "strength is -0.1"),
+        ("sd1", {"strength": float("nan")}, "strength is nan"),
+        ("sd1", {"strength": "half"}, "strength is 'half'"),
+        ("sd1", {"strength": True}, "strength is True"),
+        ("sd1", {"strength": 0.1}, r"strength is 0.1: of 8 steps it leaves none; expected 0.125 or more"),
+        ("sd1", {"strength": 0}, "strength is 0: of 8 steps it leaves none"),
+        ("sd1", {"strength": 0.6, "clock": "1,0,1,0,1,0,1,0"}, "has 8 entries for the last 4 of 8 steps"),
+        ("sd1", {"image": None, "strength": 0.5}, "strength was given without an image; give image= too"),
+        ("sd1", {"image": None, "mask_image": mask()}, "mask_image was given without an image"),
+        ("sd1", {"paste": True}, "paste was given without a mask"),
+        ("sd1", {"feather": 3, "mask_image": mask()}, "feather was given, but nothing is pasted"),
+        ("sd1", {"feather": -1, "paste": True, "mask_image": mask()}, "feather is -1; expected 0 to 256 pixels"),
+        ("sd1", {"image": [picture()] * 2, "num_images": 3}, "image has 2 pictures for 3 images; expected 1 or 3"),
+        ("sd1", {"image": np.zeros((30, 32, 3), np.uint8)}, r"image has 32 x 30 pixels \(width x height\)"),
+        ("sd1", {"mask_image": Image.fromarray(thin())}, "too thin"),
+        ("sd1", {"depth_map": np.eye(8)}, "depth_map was given, but the bundle's UNet takes no depth"),
+        ("sd1", {"image_guidance_scale": 1.5}, "image_guidance_scale was given, but the bundle's UNet is not guided"),
+        ("inpaint", {}, "takes mask and masked image beside the latent; give mask_image="),
+        ("inpaint", {"image": None}, "takes mask and masked image beside the latent; give image="),
+        ("pix2pix", {"image": None}, "takes image beside the latent; give image="),
+        ("pix2pix", {"strength": 0.5}, "begins from noise; give image_guidance_scale="),
+        ("pix2pix", {"mask_image": mask()}, "follows instructions for the whole picture"),
+        ("pix2pix", {"image_guidance_scale": -1}, "image_guidance_scale is -1; expected a finite number from 0"),
+        ("depth", {}, "takes depth beside the latent; give depth_map="),
+    ],
+)  # fmt: skip
+def test_an_edit_that_cannot_be_is_refused(name: str, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        ours(name, "ddim", "torch")(**{"prompt": PROMPT, "image": picture(), "num_inference_steps": 8, **asked})
+
+
+def test_a_bundle_without_an_encoder_says_so() -> None:
+    whole = ours("sd1", "ddim", "torch")
+    graphs = {name: graphs for name, graphs in whole.components.graphs.items() if name != "vae_encoder"}
+    pipe = EdgePipeline(whole.manifest, Components(graphs, whole.components._open_session), whole._tokenizers)
+    assert not pipe.can_edit
+    with pytest.raises(RequestError, match="the bundle has no vae_encoder for this backend"):
+        pipe(prompt=PROMPT, image=picture())

@@ -26,15 +26,11 @@ def main() -> int:
     parser.add_argument("--prompt", action="append", help="what to draw; given more than once, an image for each")
     parser.add_argument("--negative-prompt", help="what guidance leads away from")
     parser.add_argument("--image", type=Path, help="a picture to begin with, scaled and cut to the size that is drawn")
-    parser.add_argument(
-        "--strength", type=float, help="share of the steps that change it (0.8, or 1 with --mask)"
-    )
+    parser.add_argument("--strength", type=float, help="share of the steps that change it (0.8, or 1 with --mask)")
     parser.add_argument("--mask", type=Path, help="a picture of the image's size, white where it is drawn anew")
     parser.add_argument("--paste", action="store_true", help="outside of the mask, the image's own pixels")
     parser.add_argument("--feather", type=int, default=0, help="pixels over which a pasted picture fades in")
-    parser.add_argument(
-        "--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)"
-    )
+    parser.add_argument("--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)")
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
     parser.add_argument("--num-images", type=int, help="default: one for each prompt, 16 without prompts")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")

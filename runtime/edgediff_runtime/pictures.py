@@ -88,11 +88,12 @@ def images_of(given: object, height: int, width: int) -> NDArray[np.uint8]:
     if _is_pillow(given):
         return np.stack([_rgb(_fitted(each, height, width, "image")) for each in _list(given)])
     array = _array(given, "image")
+    told = _told(array)
     array = array[..., None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
     wanted = f"expected uint8 [N, {height}, {width}, 3], or pictures of Pillow's, which are scaled"
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or array.shape[3] not in (1, 3):
-        raise RequestError(f"image is {array.dtype.name} {list(array.shape)}; {wanted}")
+        raise RequestError(f"image is {told}; {wanted}")
     _check_size("image", array, height, width, wanted)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
 
@@ -120,11 +121,12 @@ def masks_of(given: object, height: int, width: int, image: object) -> NDArray[n
         found = np.stack(masks)
     else:
         found = _array(given, "mask_image")
+        told = _told(found)
         found = found[..., 0] if found.ndim == 4 and found.shape[3] == 1 else found
         found = found[None] if found.ndim == 2 else found
         wanted = f"expected bool or uint8 [N, {height}, {width}], or pictures of Pillow's, which are scaled"
         if found.dtype not in (np.uint8, np.bool_) or found.ndim != 3 or not len(found):
-            raise RequestError(f"mask_image is {found.dtype.name} {list(found.shape)}; {wanted}")
+            raise RequestError(f"mask_image is {told}; {wanted}")
         _check_size("mask_image", found, height, width, wanted)
         found = found >= 128 if found.dtype == np.uint8 else found
     if not found.any(axis=(1, 2)).all():
@@ -145,11 +147,10 @@ def depths_of(given: object, height: int, width: int) -> Array:
         found = np.stack([_grey(_fitted(each, height, width, "depth_map")) for each in _list(given)])
     else:
         found = _array(given, "depth_map")
+        told = _told(found)
         found = found[None] if found.ndim == 2 else found
         if found.dtype.kind not in "iuf" or found.ndim != 3 or not found.size:
-            raise RequestError(
-                f"depth_map is {found.dtype.name} {list(found.shape)}; expected [N, h, w], larger where nearer"
-            )
+            raise RequestError(f"depth_map is {told}; expected numbers [N, h, w], larger where nearer")
         found = found.astype(np.float32)
     if not np.isfinite(found).all():
         raise RequestError("depth_map holds NaN or infinity; expected finite numbers")
@@ -245,6 +246,10 @@ def _array(given: object, name: str) -> NDArray[Any]:
         return np.asarray(tensor)
     except (TypeError, ValueError) as e:
         raise RequestError(f"{name} is not an array ({one_line(e, 200)}); expected pictures of one size") from e
+
+
+def _told(array: NDArray[Any]) -> str:
+    return f"{array.dtype.name} {list(array.shape)}"
 
 
 def _check_size(name: str, array: NDArray[Any], height: int, width: int, wanted: str) -> None:
