@@ -14,13 +14,14 @@ from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
 from loras import diffusers_lora, fuse, kohya_lora
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import EDITORS, SAVE, save_tiny_vae
+from tiny_pipelines import EDITORS, SAVE, save_controlnet, save_tiny_vae
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
 from edgediff.config.floors import VerifyConfig
 from edgediff.export.draft import draft_manifest
 from edgediff.models.components import pipeline_components
+from edgediff.models.graphs import divide, graph_list
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
@@ -60,6 +61,11 @@ def saved_tiny_vae() -> Path:
     return saved_once("tiny-taesd", save_tiny_vae)
 
 
+def saved_controlnet(name: str) -> Path:
+    """The folder of a small ControlNet for a pipeline."""
+    return saved_once(f"tiny-{name}-controlnet", lambda folder: save_controlnet(folder, saved(name)))
+
+
 def lora_file(name: str, kind: str) -> Path:
     """A LoRA for a pipeline, of its UNet and text encoders, by the names of `kind`."""
 
@@ -73,15 +79,18 @@ def lora_file(name: str, kind: str) -> Path:
     return saved_once(f"tiny-{name}-{kind}-lora", save) / "pytorch_lora_weights.safetensors"
 
 
-def config_of(name: str, loras: Loras = ()) -> edgediff.ExportConfig:
-    """The recipe of a small pipeline, with LoRAs of those kinds."""
+def config_of(name: str, loras: Loras = (), control: bool = False) -> edgediff.ExportConfig:
+    """The recipe of a small pipeline, with LoRAs of those kinds, and with its ControlNet."""
     specs = tuple(f"{lora_file(name, kind)}:{SCALES[kind]}" for kind in loras)
-    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs)
+    beside = str(saved_controlnet(name)) if control else None
+    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs, control=beside)
 
 
-def exported_pipeline(name: str, loras: Loras = (), targets: tuple[str, ...] = ("onnx",)) -> Path:
+def exported_pipeline(
+    name: str, loras: Loras = (), targets: tuple[str, ...] = ("onnx",), control: bool = False
+) -> Path:
     """Its bundle; tests leave it as it is."""
-    return exported(saved(name), msgspec.structs.replace(config_of(name, loras), targets=targets), {})
+    return exported(saved(name), msgspec.structs.replace(config_of(name, loras, control), targets=targets), {})
 
 
 def open_in_torch(
@@ -90,14 +99,21 @@ def open_in_torch(
     low_memory: bool = False,
     opened: Callable[[Session], None] | None = None,
     preview: Path | None = None,
+    control: bool = False,
 ) -> EdgePipeline:
-    """Our runtime over the source's own modules; each session that is opened is shown to `opened`."""
-    config = config_of(name, loras)
-    model = edgediff.load_model(saved(name), lora=config.lora, preview=preview)
+    """Our runtime over the source's own modules; each session that is opened is shown to `opened`.
+
+    The UNet is the undivided one; with a ControlNet it is divided, as a bundle has it.
+    """
+    config = config_of(name, loras, control)
+    model = edgediff.load_model(saved(name), lora=config.lora, preview=preview, control=config.control)
     found = pipeline_components(model)
-    draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found)
+    divided = divide(model, config.cut)
+    draft = draft_manifest(model, divided, config, "prompt", found)
 
     def unet() -> Session:
+        if control:
+            return TorchSession(divided.parts, graph_list(divided, model))
         session = undivided_session(model)
         session.graphs = tuple(graph.with_any_text() for graph in session.graphs)
         return session

@@ -213,16 +213,6 @@ def test_a_folder_called_as_a_built_in_adaptor_is_found_again(
     assert again.sha256 == own.sha256
 
 
-def test_controlnet_residuals_are_refused_by_name() -> None:
-    divided = split(unet2d_condition())
-    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 12)
-    for name in ("down_block_additional_residuals", "down_intrablock_additional_residuals"):
-        with pytest.raises(UnsupportedError, match=f"{name} was given: .*ControlNet"):
-            divided.full(sample, 1, encoder_hidden_states=text, **{name: (sample,)})
-    with pytest.raises(UnsupportedError, match="mid_block_additional_residual was given"):
-        divided.cached(sample, 1, sample, encoder_hidden_states=text, mid_block_additional_residual=sample)
-
-
 # Built-in ones
 
 

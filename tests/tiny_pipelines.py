@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
@@ -160,6 +161,17 @@ def _editor(kind: Any, seed: int, beside: int) -> Callable[[Path], None]:
             _without_checker(kind, **parts, text_encoder=encoder, scheduler=scheduler).save_pretrained(folder)
 
     return save
+
+
+def save_controlnet(folder: Path, base: Path) -> None:
+    """A small ControlNet for a pipeline's UNet; trained ones have zero convolutions that are no longer zero."""
+    torch.manual_seed(8)
+    whole = UNet2DConditionModel.from_pretrained(base / "unet")
+    net = ControlNetModel.from_unet(whole, conditioning_embedding_out_channels=(8, 16))
+    for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(convolution.weight, std=0.3)
+    torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    net.save_pretrained(folder)
 
 
 SAVE = {"sd1": save_sd1, "sd2": save_sd2, "xl": save_xl, "lcm": save_lcm}

@@ -77,8 +77,8 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     given = prompt_arguments(conditioning)
     if manifest.conditioning.kind == "text":
         request |= given
-    elif given["concat_latents"] is not None:
-        request["concat_latents"] = given["concat_latents"]
+    else:
+        request |= {name: given[name] for name in ("concat_latents", "control_image") if given[name] is not None}
     return request
 
 

@@ -61,6 +61,9 @@ def export(
         str | None,
         typer.Option(help="A directory or a file with an AutoencoderTiny of the same latents (TAESD), for previews."),
     ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="A directory with a ControlNet of the same base, to draw by a control image.")
+    ] = None,
     prediction_type: Annotated[
         str | None,
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
@@ -136,7 +139,8 @@ def export(
         "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
-        "lora": lora, "vae": vae, "preview": preview, "sizes": size, "prediction_type": prediction_type,
+        "lora": lora, "vae": vae, "preview": preview, "control": control, "sizes": size,
+        "prediction_type": prediction_type,
     }  # fmt: skip
     recipe = recipe_with(config, given)
     for section, key, value in (

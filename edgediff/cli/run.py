@@ -75,6 +75,10 @@ def run(
     depth: Annotated[
         Path | None, typer.Option(help="A depth map for a model that takes one, white being near.")
     ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="A picture that the bundle's ControlNet draws by, such as edges or a pose.")
+    ] = None,
+    control_scale: Annotated[float | None, typer.Option(help="How strongly, from 0; left out, 1.")] = None,
     num_images: Annotated[
         int | None, typer.Option(help="How many images; left out, one for each prompt, 16 without prompts.")
     ] = None,
@@ -116,8 +120,9 @@ def run(
     request["width"], request["height"] = read_size(size)
     request["prompt"] = prompt[0] if prompt is not None and len(prompt) == 1 else prompt
     edit = edit_arguments(
-        image, mask, depth, strength=strength, image_guidance_scale=image_guidance_scale, paste=paste, feather=feather
-    )
+        image, mask, depth, control, strength=strength, image_guidance_scale=image_guidance_scale,
+        control_scale=control_scale, paste=paste, feather=feather,
+    )  # fmt: skip
     request |= edit
     request["num_images"] = 16 if num_images is None and prompt is None and image is None else num_images
     opened = open_bundle(bundle)

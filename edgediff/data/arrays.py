@@ -35,9 +35,9 @@ def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The arguments of `EdgePipeline.stream`, of embeddings whose unconditional ones are named ``negative_...``."""
     negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
     positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}
-    concat = positive.pop("concat_latents", None)
+    pictures = {name: positive.pop(name, None) for name in ("concat_latents", "control_image")}
     return {
-        "concat_latents": concat,
+        **pictures,
         "prompt_embeds": positive.pop("encoder_hidden_states", None),
         "negative_prompt_embeds": negative.pop("encoder_hidden_states", None),
         "added_cond": positive,

@@ -4,6 +4,7 @@ The loop, the encoding of the prompt, the source's settings and the decoder add 
 that of the class which the source names, so that a setting that was misread shows before anything is written.
 """
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -69,8 +70,9 @@ def check_against_diffusers(
         name: TorchSession({name: part}, (components[name].graph,)) for name, part in parts.items()
     }
     tokenizers = source_tokenizers(components, draft.prompt)
+    alone = dataclasses.replace(model, control=None)  # diffusers' pipeline of text has no ControlNet
     ours = EdgePipeline(
-        draft, Components.of({UNET: undivided_session(model), **sessions}), lambda: tokenizers, warn=False
+        draft, Components.of({UNET: undivided_session(alone), **sessions}), lambda: tokenizers, warn=False
     )
     guidance, seed = draft.operating_point.guidance_scale, int(draft.operating_point.seed)
     given = {"num_inference_steps": STEPS, "guidance_scale": guidance, **prompt}

@@ -93,7 +93,7 @@ def draft_manifest(
         UnsupportedError: The UNet's output or its cut is not handled.
         ModelError: Its scheduler cannot be carried over.
     """
-    counts = tally(divided, model.sample_shape, model.conditioning.tensors)
+    counts = tally(divided, model.sample_shape, model.step_tensors)
     known = model.conditioning
     point = operating_point(model, config)
     sizes = Sizes(model.sample_shape[1:]) if sizes is None else sizes
@@ -115,10 +115,11 @@ def draft_manifest(
             path=None if model.is_built_in else str(model.path),
             sha256=model.sha256,
             random_weights=_text(config.random_weights),
-            components=component_hashes(components),
+            components=component_hashes(components) | _control_hash(model),
             lora=tuple(lora.spec for lora in model.lora),
             vae=None if model.vae is None else str(model.vae),
             preview=None if model.preview is None else str(model.preview),
+            control=None if model.control is None else str(model.control.path),
             prediction_type=None if model.single is None else model.single.prediction_type,
         ),
         license=model.card.license if config.license is None else config.license,
@@ -155,13 +156,17 @@ def draft_manifest(
     )
 
 
+def _control_hash(model: Model) -> dict[str, str]:
+    return {} if model.control is None else {m.CONTROLNET: model.control.sha256}
+
+
 def _recipe(config: ExportConfig) -> dict[str, Any]:
     """The recipe as the manifest's JSON gives it back; files that the source or the evidence names are left out.
 
     A plan of weights is named by its content: the same plan elsewhere makes the same bundle, another plan in the same
     file does not.
     """
-    without = msgspec.structs.replace(config, model=None, lora=(), vae=None, preview=None)
+    without = msgspec.structs.replace(config, model=None, lora=(), vae=None, preview=None, control=None)
     for name in config.targets:
         section = getattr(config, name)
         if getattr(section, "weights", None) is not None:
@@ -213,6 +218,6 @@ def essence(manifest: Manifest) -> Manifest:
         The manifest without what writing fills in, and without where the source lies.
     """
     targets = tuple(TARGETS[entry.target].essence(entry) for entry in manifest.targets)
-    source = msgspec.structs.replace(manifest.source, path=None, lora=(), vae=None, preview=None)
+    source = msgspec.structs.replace(manifest.source, path=None, lora=(), vae=None, preview=None, control=None)
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

@@ -32,8 +32,7 @@ from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import essence
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
-from edgediff.export.prepare import Progress, concatenated, prepare
-from edgediff.export.reference_conditioning import concatenated_noise
+from edgediff.export.prepare import Progress, drawn_inputs, prepare
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.components import (
     TEXT_ENCODERS,
@@ -243,7 +242,7 @@ def _first_steps(model: Model, divided: SplitUNet, draft: Manifest, conditioning
     """The first full and the first cached step in torch, for a draft whose usual size is a further one."""
     sized = dataclasses.replace(model, size=(draft.sample.height, draft.sample.width))
     session = TorchSession(divided.parts, graph_list(divided, sized))
-    given = conditioning | concatenated_noise(concatenated(sized), int(draft.operating_point.seed))
+    given = conditioning | drawn_inputs(sized, int(draft.operating_point.seed))
     found = record(EdgePipeline(draft, session, warn=False), given)
     return dataclasses.replace(found, conditioning={})
 
@@ -276,7 +275,9 @@ def _write_pipeline(
 def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = reference.steps[0].tensors
-    (whole,) = Undivided(model.unet, divided.inputs)(*(torch.from_numpy(first[name]) for name in divided.inputs))
+    control = None if model.control is None else model.control.net
+    undivided = Undivided(model.unet, divided.inputs, control)
+    (whole,) = undivided(*(torch.from_numpy(first[name]) for name in divided.inputs))
     if not np.array_equal(whole.numpy(), first["out_sample"]):
         number = psnr_db(whole.numpy(), first["out_sample"])
         raise VerificationError(

@@ -12,7 +12,7 @@ from edgediff.export.draft import draft_manifest, operating_point, with_defaults
 from edgediff.export.export_config import ExportConfig
 from edgediff.export.latent_sizes import latent_sizes, resized
 from edgediff.export.reference_conditioning import reference_conditioning
-from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.clockwork import SplitUNet
 from edgediff.models.components import (
     TEXT_ENCODERS,
     PipelineComponent,
@@ -20,11 +20,14 @@ from edgediff.models.components import (
     prompt_settings,
     vae_settings,
 )
+from edgediff.models.graphs import divide
 from edgediff.models.load import Model, random_weights
 from edgediff.models.lora import read_spec
 from edgediff.models.trained import TrainedAdaptor, choose_adaptor
 from edgediff.targets.base import Sizes
-from edgediff_runtime import Manifest
+from edgediff_runtime import Manifest, noise
+from edgediff_runtime.image import to_uint8
+from edgediff_runtime.manifest import CONTROL_IMAGE
 
 Progress = Callable[[str], None]
 
@@ -70,20 +73,32 @@ def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
         say("encoding the reference's prompt in torch")
         prompt = encode_prompt(components, settings, config.prompt, config.negative_prompt)
     conditioning, source = reference_conditioning(
-        model.conditioning, config.conditioning, config.seed, concatenated(model), prompt, _pixels(model, components)
-    )
+        model.conditioning, config.conditioning, config.seed, drawn_inputs(model, config.seed), prompt,
+        _pixels(model, components),
+    )  # fmt: skip
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
-    divided = split(model.unet, config.cut, adaptor.part)
+    divided = divide(model, config.cut, adaptor.part)
     draft = draft_manifest(model, divided, config, source, components, adaptor.manifest, sizes)
     return Prepared(model, config, components, sizes, conditioning, adaptor, divided, draft)
 
 
-def concatenated(model: Model) -> tuple[int, int, int] | None:
-    """Shape of the channels that the UNet takes after the latent's; None where it takes the latent alone."""
+def drawn_inputs(model: Model, seed: int) -> dict[str, np.ndarray]:
+    """What stands for pictures that a UNet or a ControlNet takes beside the latent; empty where it takes none.
+
+    Returns:
+        ``concat_latents`` [1, C', H, W], seeded normal numbers; ``control_image`` uint8 [1, h, w, 3], coloured squares.
+    """
     channels, height, width = model.sample_shape
     extra = channels - model.out_channels
-    return (extra, height, width) if extra > 0 else None
+    found = {}
+    if extra > 0:
+        found["concat_latents"] = noise(seed, (extra, height, width), image=0, draw=1_000)[None]
+    if model.control is not None:
+        squares = to_uint8(noise(seed, (1, 3, height, width), image=0, draw=1_001))
+        each = model.control.downscale
+        found[CONTROL_IMAGE] = squares.repeat(each, axis=1).repeat(each, axis=2)
+    return found
 
 
 def _check_loaded(model: Model, config: ExportConfig) -> None:
@@ -91,7 +106,9 @@ def _check_loaded(model: Model, config: ExportConfig) -> None:
     if config.lora and [read_spec(spec) for spec in config.lora] != [(lora.path, lora.scale) for lora in model.lora]:
         raise ConfigError(f"'lora' names {', '.join(config.lora)}, which {model.name} was not loaded with; pass "
                           "lora= to load_model")  # fmt: skip
-    for name, asked, given in (("vae", config.vae, model.vae), ("preview", config.preview, model.preview)):
+    control = None if model.control is None else model.control.path
+    paths = {"vae": (config.vae, model.vae), "preview": (config.preview, model.preview)}
+    for name, (asked, given) in (paths | {"control": (config.control, control)}).items():
         if asked is not None and Path(asked) != given:
             raise ConfigError(
                 f"'{name}' is {asked}, which {model.name} was not loaded with; pass {name}= to load_model"

@@ -1,5 +1,6 @@
 """The conditioning of the reference trajectory: labels, a file of embeddings, or seeded normal ones."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -16,16 +17,11 @@ Source = Literal["none", "labels", "prompt", "file", "synthetic"]
 TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
-def concatenated_noise(shape: tuple[int, int, int] | None, seed: int) -> dict[str, np.ndarray]:
-    """What stands for the channels after the latent's, [1, *shape], by its name; nothing where there are none."""
-    return {} if shape is None else {"concat_latents": noise(seed, shape, image=0, draw=1_000)[None]}
-
-
 def reference_conditioning(
     known: Conditioning,
     path: str | None,
     seed: int,
-    concat: tuple[int, int, int] | None = None,
+    drawn: Mapping[str, np.ndarray] | None = None,
     prompt: dict[str, np.ndarray] | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[dict[str, np.ndarray], Source]:
@@ -33,8 +29,7 @@ def reference_conditioning(
 
     Args:
         path: A ``.safetensors`` or ``.npz`` file, or None.
-        concat: Shape of the channels that the UNet takes after the latent's, or None: they are seeded normal ones where
-            no file has them as ``concat_latents``.
+        drawn: What stands for pictures, by its names, where no file has it.
         prompt: The embeddings of a prompt, where there is no file and a text encoder.
         size: Height and width of the picture in pixels, where they are known.
 
@@ -45,7 +40,7 @@ def reference_conditioning(
     Raises:
         ConfigError: The file cannot be read, lacks a tensor, or the model takes no embeddings.
     """
-    extra = concatenated_noise(concat, seed)
+    extra = dict(drawn or {})
     if path is not None:
         if known.kind != "text":
             raise ConfigError(f"conditioning {path} was given, but the model is not conditioned on text")

@@ -22,7 +22,7 @@ def count_parts(model: Model, cut: Cut, adaptor: str | None = None) -> Tally:
     if adaptor is not None:
         with torch.device("meta"):
             divided = split(model.unet, cut, make_adaptor(adaptor, adaptor_shape(divided, model)))
-    return tally(divided, model.sample_shape, model.conditioning.tensors)
+    return tally(divided, model.sample_shape, model.step_tensors)
 
 
 def survey_model(

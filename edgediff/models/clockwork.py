@@ -5,7 +5,7 @@ wire the parts by name in the same order. Weights are shared with the UNet, not 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -15,17 +15,25 @@ from torch import Tensor, nn
 from edgediff.config.choices import POINTS, Cut, block_of
 from edgediff.errors import UnsupportedError
 from edgediff.models.adaptors import IdentityAdaptor
+from edgediff.models.controlnet import MID, control_names
 from edgediff.models.embedding import StepEmbedding
-from edgediff.models.layers import AnyLayer, Layer, flatten
+from edgediff.models.layers import AnyLayer, Layer, Mid, flatten
 from edgediff.models.part import Part
 from edgediff_runtime.loop import CACHE
+from edgediff_runtime.manifest import CONTROLNET
 
 UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 TEXT = "encoder_hidden_states"
 PROJECTED_TEXT = "encoder_hidden_states_projected"
-RESIDUALS = (
-    "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
-)  # fmt: skip
+ADAPTER = "down_intrablock_additional_residuals"
+
+
+def residuals_by_name(given: dict[str, Any]) -> dict[str, Tensor]:
+    """A step's tensors with diffusers' lists of residuals taken apart: ``control_0`` and so on, ``control_mid``."""
+    down = given.pop("down_block_additional_residuals", None) or ()
+    mid = given.pop("mid_block_additional_residual", None)
+    named = dict(zip(control_names(len(down)), down, strict=True))
+    return given | named | ({} if mid is None else {MID: mid})
 
 
 class HighresIn(Part):
@@ -64,30 +72,48 @@ class HighresIn(Part):
 
 
 class Lowres(Part):
-    """``lowres``: everything between the high-resolution ways down and up; not run on cached steps."""
+    """``lowres``: everything between the high-resolution ways down and up; not run on cached steps.
 
-    def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool) -> None:
-        super().__init__(("highres_feature", "emb", *_text_input(layers, text)), ("lowres_feature",))
+    Where it takes the residuals of a ControlNet, they are added to its skip connections and to the middle block's
+    output: `control` has their names, the middle's last.
+    """
+
+    def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool, control: tuple[str, ...] = ()) -> None:
+        super().__init__(("highres_feature", "emb", *_text_input(layers, text), *control), ("lowres_feature",))
         self.layers = nn.ModuleList(layers)
         self.text = text
         self.carries_skip = carries_skip
+        self.control = control
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the low-resolution levels."""
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
-        for layer in self.layers:
+        down = [layer for layer in self.layers if layer.pushes]
+        middle = [layer for layer in self.layers if not layer.pushes and not layer.pops and isinstance(layer, Mid)]
+        for layer in (*down, *middle):
+            x = layer(x, skips, tensors["emb"], tensors.get(self.text))
+        if self.control:
+            *names, mid = self.control
+            skips = [skip + tensors[name] for skip, name in zip(skips, names, strict=True)]
+            x = x + tensors[mid]
+        for layer in self.layers[len(down) + len(middle) :]:
             x = layer(x, skips, tensors["emb"], tensors.get(self.text))
         return {"lowres_feature": x}
 
 
 class HighresOut(Part):
-    """``highres_out``: the high-resolution way up and the output layers."""
+    """``highres_out``: the high-resolution way up and the output layers.
 
-    def __init__(self, unet: UNet, layers: list[AnyLayer], text: str, num_skips: int) -> None:
+    Where it takes the residuals of a ControlNet, they are added to the skip connections that cross the cut.
+    """
+
+    def __init__(
+        self, unet: UNet, layers: list[AnyLayer], text: str, num_skips: int, control: tuple[str, ...] = ()
+    ) -> None:
         # A UNet2DModel with a Fourier time embedding predicts sigma times its output's scale.
         self.divides_by_time = isinstance(unet, UNet2DModel) and unet.config.time_embedding_type == "fourier"
-        inputs = ("lowres_feature", *skip_names(num_skips), "emb", *_text_input(layers, text))
+        inputs = ("lowres_feature", *skip_names(num_skips), "emb", *_text_input(layers, text), *control)
         super().__init__((*inputs, "timestep") if self.divides_by_time else inputs, ("out_sample",))
         self.layers = nn.ModuleList(layers)
         self.conv_norm_out = unet.conv_norm_out
@@ -95,11 +121,14 @@ class HighresOut(Part):
         self.conv_out = unet.conv_out
         self.text = text
         self.num_skips = num_skips
+        self.control = control
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the way up from the cut."""
         x = tensors["lowres_feature"]
         skips = [tensors[name] for name in skip_names(self.num_skips)]
+        if self.control:
+            skips = [skip + tensors[name] for skip, name in zip(skips, self.control, strict=True)]
         for layer in self.layers:
             x = layer(x, skips, tensors["emb"], tensors.get(self.text))
         if self.conv_norm_out is not None:
@@ -117,11 +146,21 @@ class SplitUNet(nn.Module):
 
     Attributes:
         factor: Height and width of a sample must be multiples of it.
+        controlnet: What makes the residuals that the parts take; None where they are given, or none are taken.
         ignored: Required arguments that the UNet does not use: the text of a conditional one without attention.
         tallies: Results of `edgediff.models.macs.tally`, by the shapes of the inputs.
     """
 
-    def __init__(self, cut: Cut, factor: int, highres_in: Part, lowres: Part, adaptor: Part, highres_out: Part) -> None:
+    def __init__(
+        self,
+        cut: Cut,
+        factor: int,
+        highres_in: Part,
+        lowres: Part,
+        adaptor: Part,
+        highres_out: Part,
+        controlnet: Part | None = None,
+    ) -> None:
         super().__init__()
         self.cut = cut
         self.factor = factor
@@ -131,11 +170,13 @@ class SplitUNet(nn.Module):
         self.lowres = lowres
         self.adaptor = adaptor
         self.highres_out = highres_out
+        self.controlnet = controlnet
 
     @property
     def parts(self) -> dict[str, Part]:
-        """The four parts by name, in the order of a step."""
-        return {
+        """The four parts by name, in the order of a step; before them the ControlNet, where there is one."""
+        before = {} if self.controlnet is None else {CONTROLNET: self.controlnet}
+        return before | {
             "highres_in": self.highres_in,
             "lowres": self.lowres,
             "adaptor": self.adaptor,
@@ -169,39 +210,54 @@ class SplitUNet(nn.Module):
         Raises:
             UnsupportedError: The levels do not divide the size, or conditioning is missing or not this UNet's.
         """
-        return self._step(self.lowres, self._tensors(sample, timestep, cond))
+        before = () if self.controlnet is None else (self.controlnet,)
+        parts = (*before, self.highres_in, self.lowres, self.highres_out)
+        return self._step(parts, self._tensors(sample, timestep, cond))
 
     def cached(self, sample: Tensor, timestep: Tensor | float, cache: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
         """Runs a cached step: the adaptor in place of the low-resolution part; its output is the new cache.
 
-        `cache` is what the step before returned; otherwise as `full`.
+        `cache` is what the step before returned; otherwise as `full`, with the residuals of a ControlNet that its
+        part made in a full step.
         """
-        return self._step(self.adaptor, {**self._tensors(sample, timestep, cond), CACHE: cache})
+        residuals = () if self.controlnet is None else self.controlnet.outputs
+        tensors = self._tensors(sample, timestep, cond, residuals)
+        return self._step((self.highres_in, self.adaptor, self.highres_out), {**tensors, CACHE: cache})
 
-    def _step(self, between: Part, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        for part in (self.highres_in, between, self.highres_out):
+    def _step(self, parts: Iterable[Part], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        for part in parts:
             tensors |= part.run(tensors)
         return tensors["out_sample"], tensors["lowres_feature"]
 
-    def _tensors(self, sample: Tensor, timestep: Tensor | float, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _tensors(
+        self, sample: Tensor, timestep: Tensor | float, cond: Mapping[str, Any], more: tuple[str, ...] = ()
+    ) -> dict[str, Tensor]:
         check_size(sample.shape[-2], sample.shape[-1], self.factor)
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor([timestep], dtype=torch.float32, device=sample.device)
         given = {"sample": sample, "timestep": timestep.reshape(-1), **cond}
         given.update(given.pop("added_cond_kwargs", None) or {})
+        if given.get(ADAPTER) is not None:
+            raise UnsupportedError(f"{ADAPTER} was given: residuals of a T2I adapter; supported: those of a ControlNet")
+        given = residuals_by_name(given)
         tensors = {name: value for name, value in given.items() if value is not None and name not in self.ignored}
-        for name in RESIDUALS:
-            if name in tensors:
-                raise UnsupportedError(
-                    f"{name} was given: a divided UNet takes no residuals of a ControlNet or a T2I adapter; "
-                    "supported: the UNet alone"
-                )
-        if set(tensors) != set(self.inputs):
-            raise UnsupportedError(f"the UNet takes {', '.join(self.inputs)}; got {', '.join(sorted(tensors))}")
+        expected = (*self.inputs, *more)
+        if set(tensors) != set(expected):
+            taken = ", ".join(expected)
+            residuals = any(name.startswith("control_") for name in tensors)
+            hint = "; divide it with split(unet, takes_control=True)" if residuals and MID not in expected else ""
+            raise UnsupportedError(f"the UNet takes {taken}; got {', '.join(sorted(tensors))}{hint}")
         return tensors
 
 
-def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> SplitUNet:
+def split(
+    unet: UNet,
+    cut: Cut | None = None,
+    adaptor: Part | None = None,
+    *,
+    controlnet: Part | None = None,
+    takes_control: bool = False,
+) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is not changed.
 
     ``split(unet).full(...)`` equals ``unet(...)`` bit for bit.
@@ -209,6 +265,8 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
     Args:
         cut: Where to divide; the paper's cut (level 1, before the upsampler) if None.
         adaptor: Replaces the low-resolution part on cached steps; the identity if None.
+        controlnet: A part that makes the residuals of skip connections; it runs first in a full step.
+        takes_control: Take such residuals as inputs of a step, by diffusers' names, without what makes them.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -232,13 +290,17 @@ def split(unet: UNet, cut: Cut | None = None, adaptor: Part | None = None) -> Sp
     carries_skip = sum(layer.pops - layer.pushes for layer in lowres) > 0
     highres_in = HighresIn(unet, highres_down, num_skips)
     text = PROJECTED_TEXT if PROJECTED_TEXT in highres_in.outputs else TEXT
+    residuals: tuple[str, ...] = ()
+    if controlnet is not None or takes_control:
+        residuals = tuple(control_names(1 + sum(layer.pushes for layer in way_down)))
     divided = SplitUNet(
         cut=cut,
         factor=level_factor(unet),
         highres_in=highres_in,
-        lowres=Lowres(lowres, text, carries_skip),
+        lowres=Lowres(lowres, text, carries_skip, (*residuals[num_skips:], MID) if residuals else ()),
         adaptor=IdentityAdaptor() if adaptor is None else adaptor,
-        highres_out=HighresOut(unet, highres_up, text, num_skips),
+        highres_out=HighresOut(unet, highres_up, text, num_skips, residuals[:num_skips]),
+        controlnet=controlnet,
     )
     if isinstance(unet, UNet2DConditionModel) and TEXT not in divided.inputs:
         divided.ignored = (TEXT,)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from edgediff.errors import UnsupportedError
@@ -31,15 +31,16 @@ class StepEmbedding(nn.Module):
         UnsupportedError: The UNet embeds something that is not supported, named with the choices.
     """
 
-    def __init__(self, unet: UNet2DModel | UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DModel | UNet2DConditionModel | ControlNetModel) -> None:
         super().__init__()
         config = unet.config
         self.class_kind = _one_of(config, "class_embed_type", CLASS_KINDS)
         self.added_kind = _one_of(config, "addition_embed_type", ADDED_KINDS)
         text_kind = _one_of(config, "encoder_hid_dim_type", TEXT_KINDS)
-        self.center_input = bool(config.center_input_sample)
+        self.center_input = bool(config.get("center_input_sample", False))
         self.concat_class = bool(config.get("class_embeddings_concat", False))
-        _one_of(config, "time_embedding_type", TIME_KINDS)
+        if "time_embedding_type" in config:  # a ControlNet has but one
+            _one_of(config, "time_embedding_type", TIME_KINDS)
         self.time_proj = unet.time_proj
         self.time_embedding = unet.time_embedding
         self.class_embedding: Any = unet.class_embedding

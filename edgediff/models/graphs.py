@@ -1,19 +1,28 @@
 """The four parts as graphs: names, shapes and when each one runs, as the loop and the manifest list them."""
 
+from edgediff.config.choices import Cut
 from edgediff.models.adaptors import TEXT_INPUTS, AdaptorShape, IdentityAdaptor
-from edgediff.models.clockwork import SplitUNet
+from edgediff.models.clockwork import SplitUNet, split
+from edgediff.models.controlnet import ControlNet
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
+from edgediff.models.part import Part
 from edgediff.models.torch_session import graph_tensor
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import Frequency, Graph, Tensor
+from edgediff_runtime.manifest import CONTROLNET, Frequency, Graph, Tensor
 
 FREQUENCY: dict[str, Frequency] = {
+    CONTROLNET: "full_step",
     "highres_in": "step",
     "lowres": "full_step",
     "adaptor": "cached_step",
     "highres_out": "step",
 }
+
+
+def divide(model: Model, cut: Cut, adaptor: Part | None = None) -> SplitUNet:
+    """Divides a model's UNet, its ControlNet before it; arguments and errors are those of `split`."""
+    return split(model.unet, cut, adaptor, controlnet=None if model.control is None else ControlNet(model.control.net))
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
@@ -24,7 +33,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
     Raises:
         UnsupportedError: The levels do not divide the sample's size, or two graphs disagree on a tensor.
     """
-    tensors = tally(split, model.sample_shape, model.conditioning.tensors).tensors
+    tensors = tally(split, model.sample_shape, model.step_tensors).tensors
     return tuple(
         Graph(
             name=name,
@@ -39,7 +48,7 @@ def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:
 
 def adaptor_shape(split: SplitUNet, model: Model) -> AdaptorShape:
     """What an adaptor must fit at a cut; raises as `graph_list`."""
-    tensors = tally(split, model.sample_shape, model.conditioning.tensors).tensors
+    tensors = tally(split, model.sample_shape, model.step_tensors).tensors
     looked_at = {*split.lowres.inputs, *split.highres_out.inputs}
     text = next((name for name in TEXT_INPUTS if name in looked_at), None)
     return AdaptorShape(
@@ -57,4 +66,4 @@ def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def conditioning_tensors(model: Model) -> tuple[Tensor, ...]:
     """The inputs of a step besides the sample and the timestep, as the manifest lists them."""
-    return tuple(graph_tensor(name, spec.empty()) for name, spec in model.conditioning.tensors.items())
+    return tuple(graph_tensor(name, spec.empty()) for name, spec in model.step_tensors.items())

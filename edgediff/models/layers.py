@@ -117,8 +117,8 @@ def flatten(unet: UNet2DModel | UNet2DConditionModel) -> tuple[list[list[AnyLaye
         UnsupportedError: A block is of a kind that cannot be cut, or FreeU is switched on.
     """
     refuse_freeu(unet)
-    down = [list(_layers(block, "down")) for block in unet.down_blocks]
-    up = [list(_layers(block, "up")) for block in unet.up_blocks]
+    down = [list(layers_of(block, "down")) for block in unet.down_blocks]
+    up = [list(layers_of(block, "up")) for block in unet.up_blocks]
     mid = unet.mid_block
     if mid is not None and type(mid).__name__ not in MID_BLOCKS:
         raise UnsupportedError(
@@ -133,7 +133,8 @@ def refuse_freeu(unet: Any) -> None:
         raise UnsupportedError("FreeU is switched on, which cannot be cut; call unet.disable_freeu() first")
 
 
-def _layers(block: Any, way: str) -> Iterator[AnyLayer]:
+def layers_of(block: Any, way: str) -> Iterator[AnyLayer]:
+    """A block's layers in order, the resampler last; an UnsupportedError for a kind that cannot be cut."""
     name = type(block).__name__
     if name not in ATTENTION_OF_BLOCK:
         raise UnsupportedError(f"cannot cut a UNet with a {name}; supported blocks: {', '.join(ATTENTION_OF_BLOCK)}")

@@ -17,7 +17,8 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
 from edgediff.models.component_loading import empty_text_encoder
-from edgediff.models.conditioning import Conditioning, read_conditioning
+from edgediff.models.conditioning import Conditioning, TensorSpec, read_conditioning
+from edgediff.models.controlnet import Control, load_control
 from edgediff.models.embedding import StepEmbedding
 from edgediff.models.lora import TEXT, UNET, Lora, read_spec
 from edgediff.models.model_files import (
@@ -76,6 +77,7 @@ class Model:
         single: The single file that the weights come from, or None.
         vae: What replaces the pipeline's autoencoder: a directory or a file, or None.
         preview: The small autoencoder whose decoder makes previews: a directory or a file, or None.
+        control: The ControlNet that steers the UNet, or None.
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
         size: Height and width of the sample in place of the configuration's.
     """
@@ -92,6 +94,7 @@ class Model:
     single: SingleFile | None = None
     vae: Path | None = None
     preview: Path | None = None
+    control: Control | None = None
     lora: tuple[Lora, ...] = ()
     size: tuple[int, int] | None = None
 
@@ -116,6 +119,12 @@ class Model:
         size = self.unet.config.sample_size if self.size is None else self.size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def step_tensors(self) -> dict[str, TensorSpec]:
+        """What a step is handed besides the sample and the timestep: the conditioning, and what a ControlNet takes."""
+        control = {} if self.control is None else self.control.tensors(*self.sample_shape[1:])
+        return self.conditioning.tensors | control
 
     @property
     def out_channels(self) -> int:
@@ -203,6 +212,7 @@ def load_model(
     lora: Sequence[str] = (),
     vae: str | Path | None = None,
     preview: str | Path | None = None,
+    control: str | Path | None = None,
     configs: str | Path | None = None,
     prediction_type: str | None = None,
     allow_pickle: bool = False,
@@ -215,6 +225,7 @@ def load_model(
         lora: ``FILE[:scale]`` of each LoRA that is fused, in order.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory, or a file with config.json beside it, with an AutoencoderTiny of the same latents (TAESD).
+        control: A directory with a ControlNet of the same base.
         configs: For a single file of another geometry: a pipeline's directory whose configurations fit.
         prediction_type: For a single file: ``epsilon``, ``v_prediction`` or ``sample``; None infers it.
         allow_pickle: Read a ``.ckpt`` too, tensors only.
@@ -245,6 +256,8 @@ def load_model(
     if preview is not None:
         _check_autoencoder(model, Path(preview), "go beside", allow_pickle)
         model = replace(model, preview=Path(preview))
+    if control is not None:
+        model = replace(model, control=load_control(Path(control), model.unet))
     return _with_lora(model, lora) if lora else model
 
 

@@ -17,7 +17,7 @@ from edgediff.models.clockwork import SplitUNet, check_size
 from edgediff.models.conditioning import TensorSpec
 from edgediff.models.part import Part
 from edgediff_runtime.loop import CACHE, LOWRES_FEATURE
-from edgediff_runtime.manifest import Cost
+from edgediff_runtime.manifest import CONTROLNET, Cost
 
 CONVOLUTION_AND_LINEAR = frozenset({"convolution", "_convolution", "addmm", "mm"})
 
@@ -69,6 +69,8 @@ def _tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
             tensors[CACHE] = tensors[LOWRES_FEATURE]
     for step, between in (("full", "lowres"), ("cached", "adaptor")):
         run = [counts["highres_in"], counts[between], counts["highres_out"]]
+        if step == "full" and CONTROLNET in counts:
+            run.append(counts[CONTROLNET])
         counts[step] = Cost(
             sum(c.parameters for c in run), sum(c.macs for c in run), sum(c.macs_attention for c in run)
         )

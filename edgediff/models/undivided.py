@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from edgediff.models.controlnet import MID, control_names
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession, graph_tensor
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, Graph
 
 if TYPE_CHECKING:
     from edgediff.models.load import Model
@@ -18,35 +19,56 @@ ADDED = ("text_embeds", "time_ids")
 
 
 def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Runs one of diffusers' UNets: sample [B, C, H, W], timestep [1] or [B], conditioning by name -> [B, C', H, W]."""
+    """Runs one of diffusers' UNets: sample [B, C, H, W], timestep [1] or [B], conditioning by name -> [B, C', H, W].
+
+    Residuals of a ControlNet are conditioning too, by the names of `edgediff.models.controlnet`.
+    """
     given: dict[str, Any] = {name: value for name, value in cond.items() if name not in ADDED}
     added = {name: cond[name] for name in ADDED if name in cond}
     if added:
         given["added_cond_kwargs"] = added
     if isinstance(unet, UNet2DConditionModel):
         given.setdefault("encoder_hidden_states", None)  # a required argument, also where no layer uses it
+    if MID in given:
+        given["mid_block_additional_residual"] = given.pop(MID)
+        names = control_names(sum(name.startswith("control_") for name in given))
+        given["down_block_additional_residuals"] = tuple(given.pop(name) for name in names)
     out: torch.Tensor = unet(sample, timestep, **given, return_dict=False)[0]
     return out
 
 
 class Undivided(Part):
-    """A diffusers UNet as a part; weights are shared."""
+    """A diffusers UNet as a part, steered by a ControlNet where one is given; weights are shared."""
 
-    def __init__(self, unet: Any, inputs: tuple[str, ...]) -> None:
+    def __init__(self, unet: Any, inputs: tuple[str, ...], control: Any = None) -> None:
         super().__init__(inputs, ("out_sample",))
         self.unet = unet
+        self.control = control
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the UNet."""
         cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep")}
+        if self.control is not None:
+            cond |= self._residuals(tensors, cond.pop(CONTROL_IMAGE), cond.pop(CONTROL_SCALE))
         return {"out_sample": predict(self.unet, tensors["sample"], tensors["timestep"], cond)}
+
+    def _residuals(
+        self, tensors: dict[str, torch.Tensor], image: torch.Tensor, scale: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What diffusers' ControlNet makes of them; its scale is one number."""
+        added = {name: tensors[name] for name in ADDED if name in tensors}
+        down, mid = self.control(
+            tensors["sample"], tensors["timestep"], tensors.get("encoder_hidden_states"), image, scale[0].item(),
+            added_cond_kwargs=added or None, return_dict=False,
+        )  # fmt: skip
+        return dict(zip(control_names(len(down)), down, strict=True)) | {MID: mid}
 
 
 def undivided_graph(model: "Model", file: str = NAME) -> Graph:
     """The undivided UNet as the manifest would list it: a graph that every step runs."""
     channels, height, width = model.sample_shape
     given = {"sample": torch.empty(1, channels, height, width, device="meta"), "timestep": torch.empty(1)}
-    given |= {name: spec.empty() for name, spec in model.conditioning.tensors.items()}
+    given |= {name: spec.empty() for name, spec in model.step_tensors.items()}
     out = torch.empty(1, model.out_channels, height, width, device="meta")
     return Graph(
         name=NAME,
@@ -63,4 +85,5 @@ def undivided_session(model: "Model", batch: int | None = None) -> TorchSession:
     `batch` is the number of rows that go through the UNet together; None for all of them.
     """
     graph = undivided_graph(model)
-    return TorchSession({NAME: Undivided(model.unet, tuple(t.name for t in graph.inputs))}, (graph,), batch)
+    control = None if model.control is None else model.control.net
+    return TorchSession({NAME: Undivided(model.unet, tuple(t.name for t in graph.inputs), control)}, (graph,), batch)

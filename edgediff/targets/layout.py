@@ -11,7 +11,7 @@ from edgediff.models.clockwork import SplitUNet
 from edgediff.models.part import Chain, Part
 from edgediff.targets.base import Layout
 from edgediff_runtime.loop import LOWRES_FEATURE
-from edgediff_runtime.manifest import Frequency, Graph
+from edgediff_runtime.manifest import CONTROLNET, Frequency, Graph
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,15 @@ LAYOUTS: dict[Layout, tuple[Packed, ...]] = {
 }
 
 
+def packings(divided: SplitUNet, layout: Layout) -> tuple[Packed, ...]:
+    """What the graphs of a layout are made of; a ControlNet is one of its own, so that steps can do without it."""
+    before = () if divided.controlnet is None else (Packed(CONTROLNET, "full_step", (CONTROLNET,)),)
+    return (*before, *LAYOUTS[layout])
+
+
 def modules(divided: SplitUNet, layout: Layout) -> dict[str, Part]:
     """The modules of a layout's graphs by the graphs' names, in the order of a step; they share the UNet's weights."""
-    return {packed.name: _join(divided, packed) for packed in LAYOUTS[layout]}
+    return {packed.name: _join(divided, packed) for packed in packings(divided, layout)}
 
 
 def _join(divided: SplitUNet, packed: Packed) -> Part:
@@ -63,5 +69,5 @@ def pack(parts: tuple[Graph, ...], divided: SplitUNet, layout: Layout) -> tuple[
             inputs=tuple(tensors[name] for name in module.inputs),
             outputs=tuple(tensors[name] for name in module.outputs),
         )
-        for packed, module in zip(LAYOUTS[layout], modules(divided, layout).values(), strict=True)
+        for packed, module in zip(packings(divided, layout), modules(divided, layout).values(), strict=True)
     )

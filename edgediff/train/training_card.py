@@ -228,7 +228,7 @@ def _terms(settings: StudentTraining) -> str:
 
 
 def _cost(model: Model) -> Cost:
-    return tally(split(model.unet, Cut()), model.sample_shape, model.conditioning.tensors).parts["full"]
+    return tally(split(model.unet, Cut()), model.sample_shape, model.step_tensors).parts["full"]
 
 
 def draw_losses(

@@ -11,6 +11,7 @@ import numpy as np
 from edgediff.config.choices import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime.manifest import CONTROLNET
 
 if TYPE_CHECKING:
     from edgediff.models.clockwork import SplitUNet
@@ -50,7 +51,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         MissingExtraError: `model` was named and torch is not installed.
     """
     try:
-        from edgediff.models.clockwork import split
+        from edgediff.models.graphs import divide
         from edgediff.models.load import Model, load_built_in, load_model, random_weights
         from edgediff.models.trained import choose_adaptor
     except ImportError as e:
@@ -66,7 +67,9 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
             if named is None:
                 loaded = load_built_in(source.name)
             else:
-                loaded = load_model(named, lora=source.lora, prediction_type=source.prediction_type)
+                loaded = load_model(
+                    named, lora=source.lora, control=source.control, prediction_type=source.prediction_type
+                )
         except (EdgediffError, OSError):
             if model is not None:
                 raise
@@ -77,6 +80,9 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash differs; name the bundle's source")
         return None, "the source has changed"
+    control = None if loaded.control is None else loaded.control.sha256
+    if control != source.components.get(CONTROLNET):
+        return None, "the ControlNet has changed, or was not loaded"
     loaded = replace(loaded, size=(manifest.sample.height, manifest.sample.width))
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
     try:
@@ -86,4 +92,4 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         return None, "the adaptor is not available"
     if adaptor is not None and adaptor.sha256 != said.sha256:
         return None, "the adaptor has changed"
-    return (loaded, split(loaded.unet, cut, None if adaptor is None else adaptor.part)), ""
+    return (loaded, divide(loaded, cut, None if adaptor is None else adaptor.part)), ""

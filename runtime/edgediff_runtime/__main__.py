@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("--feather", type=int, default=0, help="pixels over which a pasted picture fades in")
     parser.add_argument("--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)")
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
+    parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet draws by")
+    parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
     parser.add_argument("--num-images", type=int, help="default: one for each prompt, 16 without prompts")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
@@ -52,8 +54,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         edit = edit_arguments(
-            args.image, args.mask, args.depth, strength=args.strength, paste=args.paste, feather=args.feather,
-            image_guidance_scale=args.image_guidance_scale,
+            args.image, args.mask, args.depth, args.control, strength=args.strength, paste=args.paste,
+            image_guidance_scale=args.image_guidance_scale, control_scale=args.control_scale, feather=args.feather,
         )  # fmt: skip
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)

@@ -39,6 +39,10 @@ TEXT = "encoder_hidden_states"
 GUIDANCE = "timestep_cond"
 # What pools a text, of SDXL.
 POOLED = "text_embeds"
+# What a ControlNet is handed: a picture, and what its residuals are multiplied by. And the name of its graph.
+CONTROL_IMAGE = "control_image"
+CONTROL_SCALE = "control_scale"
+CONTROLNET = "controlnet"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -400,6 +404,7 @@ class Source(Struct, frozen=True):
         lora: What was fused into the weights, each as ``FILE:scale``.
         vae: What replaced the pipeline's autoencoder, as it was given.
         preview: Where the preview decoder came from, as it was given.
+        control: Where the ControlNet came from, as it was given.
         prediction_type: What the UNet of a single file was taken to predict.
     """
 
@@ -411,6 +416,7 @@ class Source(Struct, frozen=True):
     lora: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
+    control: str | None = None
     prediction_type: str | None = None
 
 

@@ -10,6 +10,7 @@ from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import (
     CACHE,
+    CONTROLNET,
     IMAGES,
     LOWRES_FEATURE,
     POOLED,
@@ -330,6 +331,8 @@ def _check_unet(unet: Component, manifest: Manifest) -> None:
 def _check_wiring(graphs: tuple[Graph, ...], given: tuple[str, ...], full: bool) -> None:
     """Follows the tensors through one step: each is there when a graph wants it."""
     there = {SAMPLE, TIMESTEP, *given} | (set() if full else {CACHE, LOWRES_FEATURE})
+    if not full:  # a ControlNet's residuals stay
+        there |= {tensor.name for graph in graphs if graph.name == CONTROLNET for tensor in graph.outputs}
     for graph in graphs:
         names = {tensor.name for tensor in graph.outputs}
         # Where nothing runs, the cache keeps the name that the last step gave it.

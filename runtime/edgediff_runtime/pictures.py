@@ -56,9 +56,11 @@ def edit_arguments(
     image: Path | None,
     mask: Path | None = None,
     depth: Path | None = None,
+    control: Path | None = None,
     *,
     strength: float | None = None,
     image_guidance_scale: float | None = None,
+    control_scale: float | None = None,
     paste: bool = False,
     feather: int = 0,
 ) -> dict[str, Any]:
@@ -67,16 +69,22 @@ def edit_arguments(
     Raises:
         RequestError: A file cannot be opened.
     """
-    files = {"--image": ("image", image), "--mask": ("mask_image", mask), "--depth": ("depth_map", depth)}
+    files = {
+        "--image": ("image", image),
+        "--mask": ("mask_image", mask),
+        "--depth": ("depth_map", depth),
+        "--control": ("control_image", control),
+    }
     found: dict[str, Any] = {
         argument: open_picture(path, option) for option, (argument, path) in files.items() if path is not None
     }
     numbers = {"strength": strength, "image_guidance_scale": image_guidance_scale, "paste": paste, "feather": feather}
+    numbers["controlnet_conditioning_scale"] = control_scale
     return found | {name: value for name, value in numbers.items() if value is not None}
 
 
-def images_of(given: object, height: int, width: int) -> NDArray[np.uint8]:
-    """What ``image=`` holds, uint8 [N, height, width, 3].
+def images_of(given: object, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
+    """What ``image=``, or another argument of that `name`, holds: uint8 [N, height, width, 3].
 
     Args:
         given: A picture of Pillow's or a list of them, of any mode and size (what is transparent is laid on white);
@@ -86,15 +94,15 @@ def images_of(given: object, height: int, width: int) -> NDArray[np.uint8]:
         RequestError: It is something else, or an array of another size.
     """
     if _is_pillow(given):
-        return np.stack([_rgb(_fitted(each, height, width, "image")) for each in _list(given)])
-    array = _array(given, "image")
+        return np.stack([_rgb(_fitted(each, height, width, name)) for each in _list(given)])
+    array = _array(given, name)
     told = _told(array)
     array = array[..., None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
     wanted = f"expected uint8 [N, {height}, {width}, 3], or pictures of Pillow's, which are scaled"
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or array.shape[3] not in (1, 3):
-        raise RequestError(f"image is {told}; {wanted}")
-    _check_size("image", array, height, width, wanted)
+        raise RequestError(f"{name} is {told}; {wanted}")
+    _check_size(name, array, height, width, wanted)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
 
 

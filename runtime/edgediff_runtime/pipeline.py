@@ -42,6 +42,7 @@ from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
 from edgediff_runtime.schedulers import make_scheduler, sampler_of
 from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, check_cache, open_session
+from edgediff_runtime.steering import steer
 from edgediff_runtime.text_encoding import TextStage, Tokenizer
 
 NO_LATENTS = np.empty((0,), dtype=np.float32)
@@ -78,6 +79,8 @@ class Arguments(TypedDict, total=False):
         strength: Share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask.
         image_guidance_scale: How far a UNet that follows instructions keeps to the image; 1.5 if left out.
         depth_map: Numbers [h, w] or [N, h, w], or pictures of Pillow's, the nearer the larger, for a UNet of depth.
+        control_image: What a bundle's ControlNet draws by: as `image`; left out, it does not run.
+        controlnet_conditioning_scale: How strongly, a number from 0; 1 if left out.
         paste: Whether the finished pictures have the image's own pixels outside of the mask.
         feather: Pixels inside of the mask's edge over which a pasted picture fades in.
         first_image: Number of the first image, 0 if left out. Image i of a seed is the same in any generation, so many
@@ -103,6 +106,8 @@ class Arguments(TypedDict, total=False):
     strength: float | None
     image_guidance_scale: float | None
     depth_map: Any
+    control_image: Any
+    controlnet_conditioning_scale: float | None
     paste: bool
     feather: int
     num_images: int | None
@@ -532,6 +537,8 @@ class EdgePipeline:
         strength: float | None = None,
         image_guidance_scale: float | None = None,
         depth_map: Any = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | None = None,
         paste: bool = False,
         feather: int = 0,
         num_images: int | None = None,
@@ -587,6 +594,9 @@ class EdgePipeline:
             rows=1 if max(guidance) <= 1 else 2 if edit.image_guidance is None else 3, usage=usage, size=size,
         )  # fmt: skip
         edit.check_count(count)
+        steering = steer(graphs, control_image, controlnet_conditioning_scale, count)
+        graphs, cond = steering.graphs, cond | steering.tensors
+        uncond = uncond and uncond | steering.tensors
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         shape = (self.manifest.sample.channels, *size)

@@ -34,17 +34,18 @@ from edgediff.targets.onnx.write_onnx import write_component as write_onnx_compo
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
 from edgediff_runtime.errors import one_line
-from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
+from edgediff_runtime.manifest import CONTROLNET, TIMESTEP, Graph, Tensor
 
 # An operation with this note stays fp32 on a device that computes in fp16.
 KEEPS_FP32 = "precise_0"
 
 
-def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
+def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
     """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
 
     Returns:
-        The graphs with what is known now, and the undivided step's entry.
+        The graphs with what is known now, and the undivided step's entry; None with a ControlNet, whose image no other
+        tool hands to a UNet.
 
     Raises:
         UnsupportedError: The exporter, a pass or OpenVINO failed.
@@ -69,18 +70,21 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph]:
             for graph, done in zip(graphs, made, strict=True)
         )
         job.say("writing OpenVINO's models")
-        full = [graph for graph in made if graph.runs(full=True)]
-        whole = join_full_step([onnx.load(scratch / str(g.file), load_external_data=False) for g in full], "int64")
-        (scratch / "undivided.onnx").write_bytes(whole.SerializeToString(deterministic=True))
-        files = {graph.name: str(graph.file) for graph in finished if graph.file is not None} | {"undivided": MODEL}
+        files = {graph.name: str(graph.file) for graph in finished if graph.file is not None}
+        alone = all(graph.name != CONTROLNET for graph in made)
+        if alone:
+            full = [onnx.load(scratch / str(g.file), load_external_data=False) for g in made if g.runs(full=True)]
+            whole = join_full_step(full, "int64")
+            (scratch / "undivided.onnx").write_bytes(whole.SerializeToString(deterministic=True))
+            files["undivided"] = MODEL
         for graph_name, file in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             _write(openvino, scratch / f"{graph_name}.onnx", folder / file, graph_name)
         pool_ir_weights([folder / file for file in files.values()], folder / WEIGHTS)
-    model = undivided_graph(
-        [graph for graph in finished if graph.runs(full=True)], MODEL, Tensor(TIMESTEP, "int64", (1,))
-    )
-    return finished, model
+    if not alone:
+        return finished, None
+    steps = [graph for graph in finished if graph.runs(full=True)]
+    return finished, undivided_graph(steps, MODEL, Tensor(TIMESTEP, "int64", (1,)))
 
 
 def write_component(job: ComponentJob, graph: Graph) -> Graph:

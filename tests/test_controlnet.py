@@ -1,0 +1,204 @@
+"""A ControlNet beside the UNet: diffusers' picture at clock 1, residuals that stay on cached steps, off without one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from edits import BACKENDS, EACH_SAMPLER, EACH_STRENGTH, FLOOR_DB, PROMPT, against, ours, picture, theirs
+from pipelines import exported_pipeline, saved, saved_controlnet
+
+import edgediff
+from edgediff.errors import ModelError, UnsupportedError
+from edgediff.models.controlnet import ControlNet
+from edgediff.models.graphs import divide
+from edgediff_runtime import RequestError
+from edgediff_runtime.manifest_json import parse_manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@EACH_SAMPLER
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("sd1", "torch"),
+        pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
+        pytest.param("xl", "torch", marks=pytest.mark.long),
+        pytest.param("xl", "onnxruntime", marks=pytest.mark.long),
+    ],
+)
+def test_a_controlnet(name: str, backend: str, sampler: str) -> None:
+    kind = (
+        diffusers.StableDiffusionXLControlNetPipeline if name == "xl" else diffusers.StableDiffusionControlNetPipeline
+    )
+    asked = {"prompt": PROMPT, "guidance_scale": 5.0, "controlnet_conditioning_scale": 0.8}
+    pipe, other = ours(name, sampler, backend, control=True), theirs(name, sampler, kind)
+    assert (
+        against(pipe, other, {**asked, "control_image": picture()}, {"image": picture()}, ("control_image",))
+        >= FLOOR_DB
+    )
+
+
+@EACH_STRENGTH
+@BACKENDS
+def test_a_controlnet_in_an_edit(backend: str, strength: float) -> None:
+    asked = {"prompt": PROMPT, "image": picture(), "control_image": picture(3), "strength": strength}
+    pipe = ours("sd1", "dpmpp_2m", backend, control=True)
+    other = theirs("sd1", "dpmpp_2m", diffusers.StableDiffusionControlNetImg2ImgPipeline)
+    asked |= {"guidance_scale": 5.0, "controlnet_conditioning_scale": 1.0}
+    assert against(pipe, other, asked) >= FLOOR_DB
+
+
+@BACKENDS
+def test_without_a_control_image_the_controlnet_does_not_run(backend: str) -> None:
+    pipe = ours("sd1", "dpmpp_2m", backend, control=True)
+    other = theirs("sd1", "dpmpp_2m", diffusers.StableDiffusionPipeline)
+    asked = {"prompt": PROMPT, "guidance_scale": 5.0}
+    assert against(pipe, other, asked) >= FLOOR_DB
+    plain, steered = pipe(**asked, clock=2), pipe(**asked, clock=2, control_image=picture())
+    assert all("controlnet" not in step.ms for step in plain.ledger)
+    assert [("controlnet" in step.ms) for step in steered.ledger] == [step.full for step in steered.ledger]
+    off = pipe(**asked, clock=2, control_image=picture(), controlnet_conditioning_scale=0)
+    np.testing.assert_allclose(off.latents, plain.latents, rtol=0, atol=1e-5)
+
+
+def test_residuals_stay_for_cached_steps() -> None:
+    """By diffusers' parts: what the ControlNet made in a full step is added in the cached one after it."""
+    pipe = ours("sd1", "ddim", "torch", control=True)
+    steps = list(
+        pipe.stream(prompt=PROMPT, control_image=picture(), clock=2, num_inference_steps=2, guidance_scale=1.0)
+    )
+    model = edgediff.load_model(saved("sd1"), control=saved_controlnet("sd1"))
+    divided = divide(model, edgediff.Cut())
+    full, cached = (step.tensors[0] for step in steps)
+    again = divided.controlnet.run({**full, "sample": cached["sample"], "timestep": cached["timestep"]})
+    residuals = {name: full[name] for name in again}
+    assert any((again[name] != residuals[name]).any() for name in again)
+    cond = {name: cached[name] for name in divided.inputs if name not in ("sample", "timestep")}
+    out, _ = divided.cached(cached["sample"], cached["timestep"], cached["cache"], **cond, **residuals)
+    assert torch.equal(out, cached["out_sample"])
+
+
+@pytest.mark.parametrize("cut", [edgediff.Cut(), edgediff.Cut(point="after_upsample"), edgediff.Cut(point="block:1")])
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_a_divided_unet_takes_residuals_as_diffusers_does(name: str, cut: edgediff.Cut) -> None:
+    model = edgediff.load_model(saved(name), control=saved_controlnet(name))
+    assert model.control is not None
+    torch.manual_seed(0)
+    width = model.unet.config.cross_attention_dim
+    x, t, text, image = (
+        torch.randn(2, 4, 16, 16),
+        torch.tensor([501.0]),
+        torch.randn(2, 77, width),
+        torch.rand(2, 3, 32, 32),
+    )
+    added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.randn(2, 6)} if name == "xl" else None
+    down, mid = model.control.net(x, t, text, image, 0.7, added_cond_kwargs=added, return_dict=False)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    want = model.unet(x, t, text, added_cond_kwargs=added, **residuals, return_dict=False)[0]
+
+    part = ControlNet(model.control.net)
+    steered = {"encoder_hidden_states": text, "added_cond_kwargs": added}
+    scale = torch.full((2,), 0.7)
+    made, _ = divide(model, cut).full(x, t, **steered, control_image=image, control_scale=scale)
+    assert torch.equal(made, want)
+    apart = edgediff.split(model.unet, cut, takes_control=True)
+    out, cache = apart.full(x, t, **steered, **residuals)
+    assert torch.equal(out, want)
+    assert torch.equal(apart.cached(x, t, cache, **steered, **residuals)[0], out)  # the identity, of the same step
+    high = [name for name in apart.highres_out.inputs if name.startswith("control_")]
+    low = [name for name in apart.lowres.inputs if name.startswith("control_")]
+    assert [*high, *low] == list(part.outputs)
+    without, hint = edgediff.split(model.unet, cut), r"divide it with split\(unet, takes_control=True\)"
+    with pytest.raises(UnsupportedError, match=hint):
+        without.full(x, t, **steered, **residuals)
+    with pytest.raises(UnsupportedError, match=hint):
+        without.cached(x, t, cache, **steered, mid_block_additional_residual=mid)
+
+
+def test_a_t2i_adapter_is_refused() -> None:
+    divided = edgediff.split(edgediff.load_model(saved("sd1")).unet)
+    given = {"encoder_hidden_states": torch.zeros(1, 77, 32), "down_intrablock_additional_residuals": [torch.zeros(1)]}
+    with pytest.raises(UnsupportedError, match="residuals of a T2I adapter; supported: those of a ControlNet"):
+        divided.full(torch.zeros(1, 4, 16, 16), 1.0, **given)
+
+
+@pytest.mark.long
+def test_the_bundle_counts_the_controlnet_in_full_steps() -> None:
+    bundle = exported_pipeline("sd1", control=True)
+    manifest = parse_manifest((bundle / "manifest.json").read_bytes())
+    cost = manifest.cost
+    parts = ("controlnet", "highres_in", "lowres", "highres_out")
+    assert cost["full"].macs == sum(cost[part].macs for part in parts)
+    assert cost["cached"].macs == sum(cost[part].macs for part in ("highres_in", "adaptor", "highres_out"))
+    unet = manifest.target("onnx").unet
+    assert [graph.name for graph in unet.graphs] == ["controlnet", "full", "cached"]
+    assert unet.model is None
+    taken = [[t.name for t in graph.inputs if t.name.startswith("control_")] for graph in unet.graphs]
+    assert taken == [
+        ["control_image", "control_scale"],
+        ["control_2", "control_3", "control_mid", "control_0", "control_1"],
+        ["control_0", "control_1"],
+    ]
+    assert (
+        manifest.source.components["controlnet"]
+        == edgediff.load_model(saved("sd1"), control=saved_controlnet("sd1")).control.sha256
+    )
+
+
+@pytest.mark.parametrize(
+    ("control", "asked", "message"),
+    [
+        (False, {"control_image": picture()}, "control_image was given, but the bundle has no ControlNet"),
+        (False, {"controlnet_conditioning_scale": 0.5}, "but there is no ControlNet; leave it out"),
+        (True, {"controlnet_conditioning_scale": 0.5}, "without a control_image; give one"),
+        (True, {"control_image": picture(), "controlnet_conditioning_scale": -1}, "expected a finite number from 0"),
+        (True, {"control_image": np.zeros((8, 8, 3), np.uint8)}, r"control_image has 8 x 8 pixels \(width x height\)"),
+        (True, {"control_image": [picture()] * 2, "num_images": 3}, "has 2 pictures for 3 images; expected 1 or 3"),
+    ],
+)
+def test_what_cannot_steer_is_refused(control: bool, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        ours("sd1", "ddim", "torch", control=control)(prompt=PROMPT, **asked)
+
+
+def changed(**settings: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (shutil.rmtree, ModelError, "is no directory; expected a ControlNet that diffusers saved"),
+        (changed(_class_name="UNet2DModel"), UnsupportedError, "is of class 'UNet2DModel'; supported: ControlNetModel"),
+        (changed(cross_attention_dim=64), ModelError, "its cross_attention_dim is 64, the model's 32"),
+        (changed(controlnet_conditioning_channel_order="bgr"), UnsupportedError, "supported: 'rgb'"),
+        (changed(global_pool_conditions=True), UnsupportedError, "has global_pool_conditions True; supported: False"),
+        (changed(norm_num_groups=3), ModelError, "config.json cannot be built"),
+        (changed(conditioning_channels=4), ModelError, "config.json"),
+        (lambda folder: next(folder.glob("*.safetensors")).unlink(), ModelError, "weights"),
+        (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), ModelError, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_no_controlnet_of_this_base_is_refused(
+    tmp_path: Path, change: Callable[[Path], Any], error: type[Exception], message: str
+) -> None:
+    folder = Path(shutil.copytree(saved_controlnet("sd1"), tmp_path / "controlnet"))
+    change(folder)
+    with pytest.raises(error, match=message):
+        edgediff.load_model(saved("sd1"), control=folder)
+
+
+def test_a_controlnet_of_another_family_is_refused() -> None:
+    with pytest.raises(ModelError, match="is for another UNet: its cross_attention_dim is 64, the model's 32"):
+        edgediff.load_model(saved("sd1"), control=saved_controlnet("xl"))
