@@ -14,12 +14,17 @@ export class Engine {
   /** @type {Map<number | string, {resolve: (value: any) => void, reject: (error: Error) => void, told: (event: any) => void}>} */
   #jobs = new Map();
 
-  constructor() {
-    this.#start();
-  }
+  /** What the worker said of the bundle, and the milliseconds until then. @type {any} */
+  opened = null;
+  /** Whether the worker failed: `start` begins another. */
+  isDead = false;
+  /** @type {Worker | null} */
+  worker = null;
 
-  #start() {
-    /** Whether the worker failed: `restart` begins another. */
+  /** Begins with a worker, or anew with another one, whose memory is empty. */
+  start() {
+    this.worker?.terminate();
+    this.#end("the worker was started anew");
     this.isDead = false;
     this.worker = new Worker(new URL("worker.js", location.href), { type: "module" });
     this.worker.addEventListener("message", ({ data }) => this.#hear(data));
@@ -55,8 +60,10 @@ export class Engine {
   }
 
   /** Opens the bundle at an address. @param {object} options @param {(progress: {loaded: number, total: number}) => void} told */
-  open(options, told) {
-    return this.#ask("open", { type: "open", ...options }, told);
+  async open(options, told) {
+    const before = performance.now(),
+      opened = await this.#ask("open", { type: "open", ...options }, told);
+    return (this.opened = { ...opened, ms: performance.now() - before });
   }
 
   /**
@@ -72,12 +79,5 @@ export class Engine {
     signal?.addEventListener("abort", cancel);
     const done = this.#ask(id, { type: "draw", id, request, shows }, told);
     return done.finally(() => signal?.removeEventListener("abort", cancel));
-  }
-
-  /** Begins anew with another worker, whose memory is empty. */
-  restart() {
-    this.worker?.terminate();
-    this.#end("the worker was started anew");
-    this.#start();
   }
 }
