@@ -385,9 +385,7 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         kept = "caches.open('edgediff /bundle/').then((cache) => cache.keys()).then((keys) => keys.length)"
         count = tab.page.evaluate(kept)
         rename(site / "bundle", "renamed")
-        worker = site / "sw.js"
-        worker.write_text(worker.read_text().replace('const BUILD = "', 'const BUILD = "x'))
-        (site / INDEX).write_text((site / INDEX).read_text().replace("<h1>edgediff</h1>", "<h1>another</h1>"))
+        rebuild(site)
         tab.open()
         assert "renamed" in tab.text("about")
         assert tab.page.evaluate(kept) == count
@@ -404,6 +402,55 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         tab.open()
         assert "newest" in tab.text("about")
         assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
+
+
+def test_an_open_page_keeps_its_version(visit: Visiting, tmp_path: Path) -> None:
+    """A page that was built anew under open ones: those go on, offline too, until the last of them makes way."""
+    site = tmp_path / "site"
+    write_site(open_bundle(GOLDEN), PAGE, site)
+    worker = "fetch('worker.js').then((answer) => answer.text())"
+    webgpu = "fetch('ort/ort.webgpu.min.mjs').then((answer) => answer.ok)"
+    with plain_host(site) as port:
+        tab = visit(port).open()
+        tab.page.wait_for_selector("html[data-kept=yes]")
+        assert tab.page.evaluate(webgpu)  # kept because it was used
+        want, before = tab.draw(seed=4), tab.page.evaluate(worker)
+        rebuild(site)
+        tab.page.evaluate(INSTALLED)
+        other = Visit(tab.context, tab.url).open()
+    # The server is gone.
+    for each in (tab, other):
+        assert each.page.evaluate(worker) == before
+        each.open()
+        assert each.page.text_content("h1") == "edgediff"
+        assert np.array_equal(each.draw(seed=4), want)
+    other.page.close()
+    tab.open()
+    assert tab.page.text_content("h1") == "another"
+    assert tab.page.evaluate(worker) == before + ANOTHER
+    assert tab.page.evaluate("crossOriginIsolated")
+    assert tab.page.evaluate(webgpu)
+    assert np.array_equal(tab.draw(seed=4), want)
+    assert len(tab.page.evaluate("caches.keys()")) == 3  # of the page, of the bundle's names and of its files
+    tab.forget("net::ERR_CONNECTION_REFUSED")  # of manifest.json
+
+
+# Until the next version of the service worker is installed.
+INSTALLED = """async () => {
+  const registration = await navigator.serviceWorker.getRegistration();
+  await registration.update();
+  while (registration.installing) await new Promise((done) => setTimeout(done, 50));
+}"""
+ANOTHER = "// another\n"
+
+
+def rebuild(site: Path) -> None:
+    """Makes a site's page another version."""
+    worker = site / "sw.js"
+    worker.write_text(worker.read_text().replace('const BUILD = "', 'const BUILD = "x'))
+    (site / INDEX).write_text((site / INDEX).read_text().replace("<h1>edgediff</h1>", "<h1>another</h1>"))
+    with (site / "worker.js").open("a") as file:
+        file.write(ANOTHER)
 
 
 def rename(bundle: Path, name: str) -> None:
