@@ -26,6 +26,7 @@ from web_pages import GOLDEN, copy_bundle
 import edgediff
 from edgediff.bench.ledger import read_ledger
 from edgediff.site.built_page import INDEX, PAGE
+from edgediff.site.certificate import make_certificate
 from edgediff.site.folder import write_site
 from edgediff.site.server import serving
 from edgediff_runtime import EdgePipeline, open_bundle
@@ -517,6 +518,21 @@ def test_a_site_on_a_host_without_headers_has_threads_all_the_same(visit: Visiti
         assert "1 thread" in alone.text("about")
         assert "one thread" in alone.text("notes")
         assert near(alone.draw(seed=1), python_picture(label="round", seed=1))
+
+
+def test_past_the_warning_of_a_certificate_it_has_threads_and_says_what_it_lacks(visit: Visiting) -> None:
+    with serving(PAGE, GOLDEN, local=False, shown=make_certificate(["127.0.0.1"])) as port:
+        tab = visit(port, ignore_https_errors=True)
+        tab.url = tab.url.replace("http:", "https:")
+        tab.open()
+        assert tab.page.evaluate("isSecureContext && crossOriginIsolated")
+        assert f"{min(4, tab.page.evaluate('navigator.hardwareConcurrency'))} thread" in tab.text("about")
+        assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
+        assert tab.page.evaluate("caches.keys()") == ["edgediff /bundle/"]
+        # Chromium runs no service worker under a certificate that it does not know.
+        assert tab.open().text("notes") == "The browser keeps no page for offline use here."
+        tab.context.close()  # its connections too, before the server stops
+        tab.forget("error occurred when fetching the script.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
