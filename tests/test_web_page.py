@@ -463,11 +463,47 @@ DENIED = "Object.defineProperty(globalThis, 'caches', { get() { throw new DOMExc
 
 
 def test_where_nothing_may_be_kept_it_draws(visit: Visiting, golden: int) -> None:
-    tab = visit(golden, "delete Navigator.prototype.serviceWorker")
-    body = DENIED + (PAGE / "worker.js").read_text("utf-8")
-    headers = {"Content-Type": "text/javascript", "Cross-Origin-Embedder-Policy": "require-corp"}
-    tab.page.route("**/worker.js", lambda route: route.fulfill(body=body, headers=headers))
+    tab = visit(golden, ALONE)
+    altered_worker(tab, DENIED)
     assert near(tab.open().draw(seed=1), python_picture(label="round", seed=1))
+
+
+def altered_worker(tab: Visit, before: str) -> None:
+    """Puts a script before the worker's own, where no service worker answers for it."""
+    headers = {"Content-Type": "text/javascript", "Cross-Origin-Embedder-Policy": "require-corp"}
+    body = before + (PAGE / "worker.js").read_text("utf-8")
+    tab.page.route("**/worker.js", lambda route: route.fulfill(body=body, headers=headers))
+
+
+ALONE = "delete Navigator.prototype.serviceWorker"
+
+
+# A service worker that is refused, as under some certificates, and only after the page's own worker was started.
+REFUSED_LATE = """Object.defineProperty(Navigator.prototype, "serviceWorker", {
+  value: { register: () => new Promise((_, refuse) => setTimeout(refuse, 1000)) },
+})"""
+
+
+@pytest.mark.parametrize("init", [ALONE, REFUSED_LATE])
+def test_a_worker_that_does_not_start_is_said(visit: Visiting, golden: int, init: str) -> None:
+    tab = visit(golden, init)
+    tab.page.route("**/worker.js", lambda route: route.abort())
+    assert tab.fail() == "Something went wrong: The worker cannot be started; load the page again."
+    tab.forget("net::ERR_FAILED")
+
+
+def test_a_worker_that_ends_while_a_drawing_is_cancelled_is_replaced(visit: Visiting, golden: int) -> None:
+    tab = visit(golden, ALONE)
+    altered_worker(tab, "addEventListener('message', ({ data }) => { if (data.type === 'cancel') throw data; });")
+    tab.open()
+    tab.page.fill("#steps", "200")
+    tab.page.dispatch_event("#steps", "change")
+    tab.page.click("#draw")
+    tab.says("Step ", "now")
+    tab.page.click("#cancel")
+    tab.says("Ready")
+    assert tab.page.is_hidden("#error")
+    assert near(tab.draw(steps=4, seed=1), python_picture(label="round", seed=1))
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ export class Engine {
   #last = 0;
   /** @type {Map<number | string, {resolve: (value: any) => void, reject: (error: Error) => void, told: (event: any) => void}>} */
   #jobs = new Map();
-
   /** What the worker said of the bundle, and the milliseconds until then. @type {any} */
   opened = null;
-  /** Whether the worker failed: `start` begins another. */
-  isDead = false;
+  /** Why the worker answers no more, until `start` begins another; null while it does. @type {string | null} */
+  #dead = null;
   /** @type {Worker | null} */
   worker = null;
 
@@ -25,14 +24,18 @@ export class Engine {
   start() {
     this.worker?.terminate();
     this.#end("the worker was started anew");
-    this.isDead = false;
+    this.#dead = null;
     this.worker = new Worker(new URL("worker.js", location.href), { type: "module" });
     this.worker.addEventListener("message", ({ data }) => this.#hear(data));
     this.worker.addEventListener("error", (event) => {
       event.preventDefault();
-      this.isDead = true;
-      this.#end(event.message || "the worker cannot be started; load the page again");
+      this.#dead = event.message || "the worker cannot be started; load the page again";
+      this.#end(this.#dead);
     });
+  }
+
+  get isDead() {
+    return this.#dead !== null;
   }
 
   /** @param {string} why */
@@ -54,6 +57,7 @@ export class Engine {
   /** @param {number | string} key @param {any} message @param {(event: any) => void} told @returns {Promise<any>} */
   #ask(key, message, told) {
     return new Promise((resolve, reject) => {
+      if (this.#dead !== null) throw new Error(this.#dead);
       this.#jobs.set(key, { resolve, reject, told });
       this.worker?.postMessage(message);
     });

@@ -98,12 +98,9 @@ async function run(job) {
     await job(controller.signal);
   } catch (e) {
     drawing.restore();
-    if (controller.signal.aborted) say("Cancelled.");
-    else {
-      say("");
-      fail(e);
-      await recover(e);
-    }
+    say(controller.signal.aborted ? "Cancelled." : "");
+    if (!controller.signal.aborted) fail(e);
+    await recover(e);
   } finally {
     running = null;
     form.boxes.mark(null);
