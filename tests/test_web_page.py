@@ -583,6 +583,8 @@ def test_a_site_on_a_host_without_headers_has_threads_all_the_same(visit: Visiti
         # Where there is no service worker either, one thread computes, and the page says so.
         alone = visit(port, "delete Navigator.prototype.serviceWorker").open()
         assert not alone.page.evaluate("crossOriginIsolated")
+        assert "1 thread," in alone.open("?threads=2").text("about")
+        alone.open()
         assert "1 thread" in alone.text("about")
         assert "one thread" in alone.text("notes")
         assert near(alone.draw(seed=1), python_picture(label="round", seed=1))
