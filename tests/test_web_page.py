@@ -19,7 +19,7 @@ from artefacts import saved_once
 from command_line import Command
 from conftest import Export
 from PIL import Image
-from seals import seal_plain
+from seals import reseal, seal_plain
 from tiny_pipelines import SAVE
 from web_pages import GOLDEN, copy_bundle
 
@@ -422,6 +422,11 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         tab.open()
         assert "renamed" in tab.text("about")
         assert tab.page.evaluate(kept) == count
+        weights = bytearray((site / "bundle/onnx/unet/weights.bin").read_bytes())
+        weights[0] ^= 1
+        (site / "bundle/onnx/unet/weights.bin").write_bytes(weights)
+        reseal(site / "bundle")
+        tab.open()
         for _ in range(20):  # until the new service worker has taken over
             tab.page.wait_for_timeout(500)
             tab.open()
@@ -556,7 +561,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         if self.lasts:
-            self.send_header("Cache-Control", self.lasts if "bundle" not in self.path else "no-cache")
+            self.send_header("Cache-Control", self.lasts)
         super().end_headers()
 
 

@@ -199,7 +199,8 @@ export function address(base, name) {
 async function get(base, name, { fetch = globalThis.fetch, signal }, headers = {}) {
   let response;
   try {
-    response = await fetch(address(base, name), { headers, signal });
+    // A host may let browsers keep files for a while: a bundle that was exported anew has others under the same names.
+    response = await fetch(address(base, name), { headers, signal, cache: "no-cache" });
   } catch (e) {
     if (signal?.aborted) throw e;
     throw new BundleError(
