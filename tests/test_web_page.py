@@ -19,13 +19,14 @@ from artefacts import saved_once
 from command_line import Command
 from conftest import Export
 from PIL import Image
-from seals import seal_plain
+from seals import reseal, seal_plain
 from tiny_pipelines import SAVE
 from web_pages import GOLDEN, copy_bundle
 
 import edgediff
 from edgediff.bench.ledger import read_ledger
 from edgediff.site.built_page import INDEX, PAGE
+from edgediff.site.certificate import make_certificate
 from edgediff.site.folder import write_site
 from edgediff.site.server import serving
 from edgediff_runtime import EdgePipeline, open_bundle
@@ -193,9 +194,12 @@ def test_pictures_are_those_of_the_python_runtime_with_the_clock_as_clicked(visi
     tab.page.select_option("#period", "3")
     assert tab.boxes() == [True, False, False, True]
     assert near(tab.draw(steps=7), python_picture(**request | {"num_inference_steps": 7}, clock=3))
+    assert near(
+        tab.draw(guidance=".5"), python_picture(**request | {"num_inference_steps": 7, "guidance_scale": 0.5}, clock=3)
+    )
     assert "Multiply-adds saved" in tab.text("totals")
     assert tab.page.locator("#chart rect").count() == 7
-    assert tab.page.locator("#gallery li").count() == 3
+    assert tab.page.locator("#gallery li").count() == 4
     tab.page.click("#gallery li:last-child button")
     assert tab.boxes() == [True, False, True, False]
     assert near(tab.pixels("picture"), python_picture(**request, clock=2))
@@ -235,6 +239,33 @@ def test_a_link_draws_the_same_picture_again(visit: Visiting, golden: int) -> No
     tab.draw(steps=3)
     tab.draw(steps=6)
     assert tab.boxes() == [True, False] * 3
+
+
+def test_a_link_that_is_followed_before_the_bundle_is_open_is_followed_once(visit: Visiting, golden: int) -> None:
+    early = "addEventListener('DOMContentLoaded', () => { location.hash = '#seed=5&evil=1'; })"
+    tab = visit(golden, early).open()
+    assert tab.page.input_value("#seed") == "5"
+    assert "evil" in tab.text("notes")
+    assert near(tab.draw(seed=7), python_picture(label="round", seed=7))
+    assert tab.page.input_value("#seed") == "7"
+
+
+def test_a_links_prompt_names_no_picture_of_a_class(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open("#prompt=cat&negative=dog&seed=2")
+    tab.draw()
+    assert tab.page.get_attribute("#picture", "aria-label") == "round"
+    assert "cat" not in tab.page.evaluate("location.hash")
+
+
+def test_a_bundle_of_more_steps_than_the_page_has_boxes_for(visit: Visiting, changing: tuple[int, Path]) -> None:
+    port, bundle = changing
+    mask = [1, 0] * 125
+    seal_plain(bundle, lambda manifest: manifest["operating_point"].update(num_inference_steps=250, mask=mask))
+    tab = visit(port).open()
+    assert tab.page.input_value("#steps") == "200"
+    assert tab.boxes() == [True, False] * 100
+    assert tab.text("notes") == ""
+    assert near(tab.draw(steps=4), python_picture(label="round", seed=0))
 
 
 def test_nonsense_in_a_link_is_said_and_left_out(visit: Visiting, golden: int) -> None:
@@ -367,11 +398,13 @@ def test_without_memory_the_page_says_so_and_lives(driver: Any, golden: int) -> 
     small = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, "--js-flags=--wasm-max-mem-pages=128"])
     tab = Visit(small.new_context(), f"http://127.0.0.1:{golden}/").open()
     assert "one component in memory at a time" in tab.text("status")
+    tab.page.select_option("#label", "square")
     for _ in range(2):
         tab.page.click("#draw")
         assert "no memory left" in tab.error()
         tab.says("Ready")
         assert tab.page.is_enabled("#draw")
+        assert tab.page.input_value("#label") == "square"
     small.close()
 
 
@@ -385,12 +418,15 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         kept = "caches.open('edgediff /bundle/').then((cache) => cache.keys()).then((keys) => keys.length)"
         count = tab.page.evaluate(kept)
         rename(site / "bundle", "renamed")
-        worker = site / "sw.js"
-        worker.write_text(worker.read_text().replace('const BUILD = "', 'const BUILD = "x'))
-        (site / INDEX).write_text((site / INDEX).read_text().replace("<h1>edgediff</h1>", "<h1>another</h1>"))
+        rebuild(site)
         tab.open()
         assert "renamed" in tab.text("about")
         assert tab.page.evaluate(kept) == count
+        weights = bytearray((site / "bundle/onnx/unet/weights.bin").read_bytes())
+        weights[0] ^= 1
+        (site / "bundle/onnx/unet/weights.bin").write_bytes(weights)
+        reseal(site / "bundle")
+        tab.open()
         for _ in range(20):  # until the new service worker has taken over
             tab.page.wait_for_timeout(500)
             tab.open()
@@ -406,6 +442,55 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
 
 
+def test_an_open_page_keeps_its_version(visit: Visiting, tmp_path: Path) -> None:
+    """A page that was built anew under open ones: those go on, offline too, until the last of them makes way."""
+    site = tmp_path / "site"
+    write_site(open_bundle(GOLDEN), PAGE, site)
+    worker = "fetch('worker.js').then((answer) => answer.text())"
+    webgpu = "fetch('ort/ort.webgpu.min.mjs').then((answer) => answer.ok)"
+    with plain_host(site) as port:
+        tab = visit(port).open()
+        tab.page.wait_for_selector("html[data-kept=yes]")
+        assert tab.page.evaluate(webgpu)  # kept because it was used
+        want, before = tab.draw(seed=4), tab.page.evaluate(worker)
+        rebuild(site)
+        tab.page.evaluate(INSTALLED)
+        other = Visit(tab.context, tab.url).open()
+    # The server is gone.
+    for each in (tab, other):
+        assert each.page.evaluate(worker) == before
+        each.open()
+        assert each.page.text_content("h1") == "edgediff"
+        assert np.array_equal(each.draw(seed=4), want)
+    other.page.close()
+    tab.open()
+    assert tab.page.text_content("h1") == "another"
+    assert tab.page.evaluate(worker) == before + ANOTHER
+    assert tab.page.evaluate("crossOriginIsolated")
+    assert tab.page.evaluate(webgpu)
+    assert np.array_equal(tab.draw(seed=4), want)
+    assert len(tab.page.evaluate("caches.keys()")) == 3  # of the page, of the bundle's names and of its files
+    tab.forget("net::ERR_CONNECTION_REFUSED")  # of manifest.json
+
+
+# Until the next version of the service worker is installed.
+INSTALLED = """async () => {
+  const registration = await navigator.serviceWorker.getRegistration();
+  await registration.update();
+  while (registration.installing) await new Promise((done) => setTimeout(done, 50));
+}"""
+ANOTHER = "// another\n"
+
+
+def rebuild(site: Path) -> None:
+    """Makes a site's page another version."""
+    worker = site / "sw.js"
+    worker.write_text(worker.read_text().replace('const BUILD = "', 'const BUILD = "x'))
+    (site / INDEX).write_text((site / INDEX).read_text().replace("<h1>edgediff</h1>", "<h1>another</h1>"))
+    with (site / "worker.js").open("a") as file:
+        file.write(ANOTHER)
+
+
 def rename(bundle: Path, name: str) -> None:
     """Gives a bundle's source another name."""
     seal_plain(bundle, lambda manifest: manifest["source"].update(name=name))
@@ -415,11 +500,47 @@ DENIED = "Object.defineProperty(globalThis, 'caches', { get() { throw new DOMExc
 
 
 def test_where_nothing_may_be_kept_it_draws(visit: Visiting, golden: int) -> None:
-    tab = visit(golden, "delete Navigator.prototype.serviceWorker")
-    body = DENIED + (PAGE / "worker.js").read_text("utf-8")
-    headers = {"Content-Type": "text/javascript", "Cross-Origin-Embedder-Policy": "require-corp"}
-    tab.page.route("**/worker.js", lambda route: route.fulfill(body=body, headers=headers))
+    tab = visit(golden, ALONE)
+    altered_worker(tab, DENIED)
     assert near(tab.open().draw(seed=1), python_picture(label="round", seed=1))
+
+
+def altered_worker(tab: Visit, before: str) -> None:
+    """Puts a script before the worker's own, where no service worker answers for it."""
+    headers = {"Content-Type": "text/javascript", "Cross-Origin-Embedder-Policy": "require-corp"}
+    body = before + (PAGE / "worker.js").read_text("utf-8")
+    tab.page.route("**/worker.js", lambda route: route.fulfill(body=body, headers=headers))
+
+
+ALONE = "delete Navigator.prototype.serviceWorker"
+
+
+# A service worker that is refused, as under some certificates, and only after the page's own worker was started.
+REFUSED_LATE = """Object.defineProperty(Navigator.prototype, "serviceWorker", {
+  value: { register: () => new Promise((_, refuse) => setTimeout(refuse, 1000)) },
+})"""
+
+
+@pytest.mark.parametrize("init", [ALONE, REFUSED_LATE])
+def test_a_worker_that_does_not_start_is_said(visit: Visiting, golden: int, init: str) -> None:
+    tab = visit(golden, init)
+    tab.page.route("**/worker.js", lambda route: route.abort())
+    assert tab.fail() == "Something went wrong: The worker cannot be started; load the page again."
+    tab.forget("net::ERR_FAILED")
+
+
+def test_a_worker_that_ends_while_a_drawing_is_cancelled_is_replaced(visit: Visiting, golden: int) -> None:
+    tab = visit(golden, ALONE)
+    altered_worker(tab, "addEventListener('message', ({ data }) => { if (data.type === 'cancel') throw data; });")
+    tab.open()
+    tab.page.fill("#steps", "200")
+    tab.page.dispatch_event("#steps", "change")
+    tab.page.click("#draw")
+    tab.says("Step ", "now")
+    tab.page.click("#cancel")
+    tab.says("Ready")
+    assert tab.page.is_hidden("#error")
+    assert near(tab.draw(steps=4, seed=1), python_picture(label="round", seed=1))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +561,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         if self.lasts:
-            self.send_header("Cache-Control", self.lasts if "bundle" not in self.path else "no-cache")
+            self.send_header("Cache-Control", self.lasts)
         super().end_headers()
 
 
@@ -467,9 +588,26 @@ def test_a_site_on_a_host_without_headers_has_threads_all_the_same(visit: Visiti
         # Where there is no service worker either, one thread computes, and the page says so.
         alone = visit(port, "delete Navigator.prototype.serviceWorker").open()
         assert not alone.page.evaluate("crossOriginIsolated")
+        assert "1 thread," in alone.open("?threads=2").text("about")
+        alone.open()
         assert "1 thread" in alone.text("about")
         assert "one thread" in alone.text("notes")
         assert near(alone.draw(seed=1), python_picture(label="round", seed=1))
+
+
+def test_past_the_warning_of_a_certificate_it_has_threads_and_says_what_it_lacks(visit: Visiting) -> None:
+    with serving(PAGE, GOLDEN, local=False, shown=make_certificate(["127.0.0.1"])) as port:
+        tab = visit(port, ignore_https_errors=True)
+        tab.url = tab.url.replace("http:", "https:")
+        tab.open()
+        assert tab.page.evaluate("isSecureContext && crossOriginIsolated")
+        assert f"{min(4, tab.page.evaluate('navigator.hardwareConcurrency'))} thread" in tab.text("about")
+        assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
+        assert tab.page.evaluate("caches.keys()") == ["edgediff /bundle/"]
+        # Chromium runs no service worker under a certificate that it does not know.
+        assert tab.open().text("notes") == "The browser keeps no page for offline use here."
+        tab.context.close()  # its connections too, before the server stops
+        tab.forget("error occurred when fetching the script.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -506,9 +644,10 @@ def test_what_it_measures_stands_in_benchs_table(
 ) -> None:
     tab = visit(golden).open()
     tab.page.click("#measure-section summary")
-    tab.page.fill("#rounds", "3")
+    tab.page.fill("#rounds", "2.6")
     with tab.page.expect_download() as given:
         tab.page.click("#measure")
+    assert tab.page.input_value("#rounds") == "3"
     phone = tmp_path / "phone.json"
     given.value.save_as(phone)
     ledger = read_ledger(phone)
