@@ -18,6 +18,7 @@ def departure(
     guidance: Sequence[float],
     asked: ClockSpec,
     start: int = 0,
+    scheduler: str | None = None,
 ) -> str | None:
     """Says in what a generation differs from what the bundle's adaptor was trained for.
 
@@ -27,6 +28,7 @@ def departure(
         asked: The clock as it was given, for the message.
         start: First call that is run, in editing: the steps after it are those of a whole generation, and a period
             begins there.
+        scheduler: The sampler, where it is not the bundle's.
 
     Returns:
         One line; None where nothing differs, nothing was trained, or no step is cached, so that the adaptor never runs.
@@ -34,7 +36,7 @@ def departure(
     trained = manifest.adaptor.trained_for
     if trained is None or all(mask):
         return None
-    sampler = manifest.operating_point.scheduler
+    sampler = manifest.operating_point.scheduler if scheduler is None else scheduler
     differs = []
     steps = steps_of(sampler, start + len(mask))
     if steps != trained.num_inference_steps:

@@ -32,15 +32,17 @@ from edgediff_runtime.conditioning import (
     time_ids,
 )
 from edgediff_runtime.decoding import OVERLAP, decode
-from edgediff_runtime.editing import Edit, begin, encode, read_edit, steps_left_out
+from edgediff_runtime.editing import Edit, as_pixels, begin, encode, from_vae, read_edit, steps_left_out
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import NO_PREVIEW, to_uint8
+from edgediff_runtime.inversion import DDIM, Inverted, inverse_scheduler
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import GUIDANCE, TEXT, TOKENS, Conditioning, Graph, Manifest, Tensor
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
-from edgediff_runtime.schedulers import make_scheduler, sampler_of
+from edgediff_runtime.pictures import images_of
+from edgediff_runtime.schedulers import make_scheduler, sampler_of, with_sampler
 from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, check_cache, open_session
 from edgediff_runtime.steering import steer
 from edgediff_runtime.text_encoding import TextStage, Tokenizer
@@ -52,7 +54,26 @@ ENCODER = "vae_encoder"
 PREVIEW = "preview_decoder"
 
 
-class Arguments(TypedDict, total=False):
+class Condition(TypedDict, total=False):
+    """What of `Arguments` says what a picture shows, and its size."""
+
+    label: Label
+    prompt: Text
+    negative_prompt: Text
+    prompt_2: Text
+    negative_prompt_2: Text
+    clip_skip: int
+    emphasis: bool
+    prompt_embeds: Array | None
+    negative_prompt_embeds: Array | None
+    added_cond: Mapping[str, Array] | None
+    negative_added_cond: Mapping[str, Array] | None
+    concat_latents: Array | None
+    height: int | None
+    width: int | None
+
+
+class Arguments(Condition, total=False):
     """What a generation is asked for; what is left out comes from the bundle's operating point.
 
     Attributes:
@@ -67,9 +88,12 @@ class Arguments(TypedDict, total=False):
         added_cond: ``text_embeds`` [1 or N, P] and ``time_ids`` [1 or N, K] of SDXL.
         negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
         concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
+        latents: [1 or N, C, H, W], what a generation begins with in place of noise of its own; standard normal, as of
+            `invert`.
         num_images: N; 1 if left out, or the number of labels, prompts or prompt embeddings given.
         num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
             is a mask asks for one.
+        scheduler: Another sampler than the bundle's, one of `edgediff_runtime.schedulers.SCHEDULER_NAMES`.
         clock: Period or mask of the full steps; a mask has an entry for each call of the UNet that is run.
         guidance_scale: One number from 0, or one for each call of the UNet that is run; 1 or less is without guidance.
         seed: 0 to 2^64 - 1.
@@ -89,18 +113,7 @@ class Arguments(TypedDict, total=False):
             usual size. What a bundle takes was chosen at its export.
     """
 
-    label: Label
-    prompt: Text
-    negative_prompt: Text
-    prompt_2: Text
-    negative_prompt_2: Text
-    clip_skip: int
-    emphasis: bool
-    prompt_embeds: Array | None
-    negative_prompt_embeds: Array | None
-    added_cond: Mapping[str, Array] | None
-    negative_added_cond: Mapping[str, Array] | None
-    concat_latents: Array | None
+    latents: Array | None
     image: Any
     mask_image: Any
     strength: float | None
@@ -112,12 +125,11 @@ class Arguments(TypedDict, total=False):
     feather: int
     num_images: int | None
     num_inference_steps: int | None
+    scheduler: str | None
     clock: ClockSpec | None
     guidance_scale: float | Sequence[float] | None
     seed: int
     first_image: int
-    height: int | None
-    width: int | None
 
 
 @dataclass(frozen=True)
@@ -532,6 +544,7 @@ class EdgePipeline:
         added_cond: Mapping[str, Array] | None = None,
         negative_added_cond: Mapping[str, Array] | None = None,
         concat_latents: Array | None = None,
+        latents: Array | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -543,6 +556,7 @@ class EdgePipeline:
         feather: int = 0,
         num_images: int | None = None,
         num_inference_steps: int | None = None,
+        scheduler: str | None = None,
         clock: ClockSpec | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         seed: int = 0,
@@ -557,7 +571,8 @@ class EdgePipeline:
         if isinstance(first_image, bool) or not isinstance(first_image, int) or first_image < 0:
             raise RequestError(f"first_image is {first_image!r}; expected a whole number from 0")
         steps = point.num_inference_steps if num_inference_steps is None else plain(num_inference_steps)
-        scheduler = make_scheduler(self.manifest.scheduler, steps)
+        config = self.manifest.scheduler if scheduler is None else with_sampler(self.manifest.scheduler, scheduler)
+        sampling = make_scheduler(config, steps)
         size = self._latent_size(plain(height), plain(width))
         edit = read_edit(
             self.manifest.sample, size, self.manifest.pixels_of_latent, image=image, mask_image=mask_image,
@@ -567,14 +582,17 @@ class EdgePipeline:
         if edit.image is not None:
             self._check_encoder(size)
         clock = point.clock if clock is None else plain(clock)
-        sampler = self.manifest.scheduler.name
+        sampler = config.name
         start = sampler_of(sampler).call_of(steps_left_out(edit.strength, steps))
         mask = clock_mask(clock, steps, sampler, start)
         scale = point.guidance_scale if guidance_scale is None else guidance_scale
         guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler, start))
-        differs = departure(self.manifest, mask, guidance, clock, start)
+        differs = departure(self.manifest, mask, guidance, clock, start, scheduler)
+        begins_with = None if latents is None else self._latents(latents)
+        if begins_with is not None and image is not None:
+            raise RequestError("latents and an image were given, and a generation begins with one of them; give one")
         if num_images is None and prompt_embeds is None and not isinstance(prompt, list | tuple):
-            num_images = edit.count
+            num_images = edit.count if begins_with is None else len(begins_with)
         texts = None
         if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
             self._check_text(prompt, prompt_embeds, negative_prompt_embeds)
@@ -601,12 +619,12 @@ class EdgePipeline:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         shape = (self.manifest.sample.channels, *size)
         begun = begin(
-            edit, self.manifest.sample, self.manifest.vae, scheduler, start,
-            initial_latents(seed, count, shape, 1.0, first_image), lambda batches: self._encode(batches, usage),
+            edit, self.manifest.sample, self.manifest.vae, sampling, start,
+            self._noise(begins_with, seed, count, shape, first_image), lambda batches: self._encode(batches, usage),
         )  # fmt: skip
         request = Request(
             graphs=graphs,
-            scheduler=scheduler,
+            scheduler=sampling,
             clock=(True,) * start + mask,
             guidance=guidance[:1] * start + guidance,
             latents=begun.latents,
@@ -622,6 +640,66 @@ class EdgePipeline:
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)
         return request, edit, usage
+
+    @staticmethod
+    def _noise(given: Array | None, seed: int, count: int, shape: tuple[int, ...], first: int) -> Array:
+        """What images begin with, float32 [N, C, H, W]: drawn by the seed, or as it was given."""
+        if given is None:
+            return initial_latents(seed, count, shape, 1.0, first)
+        if given.shape[1:] != shape or len(given) not in (1, count):
+            raise RequestError(
+                f"latents are {list(given.shape)}; expected {spell_shape(('N', *shape))} with 1 or {count} rows"
+            )
+        return np.ascontiguousarray(np.broadcast_to(given, (count, *shape)))
+
+    def invert(
+        self,
+        image: Any,
+        *,
+        num_inference_steps: int | None = None,
+        refinements: int = 0,
+        clock: ClockSpec = 1,
+        guidance_scale: float = 1.0,
+        callback: Callable[[Step], None] | None = None,
+        **request: Unpack[Condition],
+    ) -> Inverted:
+        """Finds the latents that DDIM draws pictures from (Song et al. 2020, section 4.3).
+
+        ``pipe(latents=inverted.latents, scheduler="ddim", ...)`` with the same prompt and steps, and the guidance that
+        was inverted, draws them again; with another prompt it edits them.
+
+        Args:
+            image: As in `Arguments`.
+            refinements: How often each step is taken again, with the UNet's output for what it led to: closer to
+                the picture for as many more calls of the UNet.
+            clock: Period or mask of the full calls; a mask has (refinements + 1) * num_inference_steps entries.
+            guidance_scale: 1, as here, inverts without guidance, which is more exact.
+            callback: Called after each call of the UNet.
+            request: The prompt or the label, and the size, as `Arguments` says.
+
+        Raises:
+            RequestError: The request does not fit the bundle, or its DDIM cannot be taken backwards.
+        """
+        height, width = self._latent_size(plain(request.get("height")), plain(request.get("width")))
+        each = self.manifest.pixels_of_latent
+        images = images_of(image, each * height, each * width)
+        self._check_encoder((height, width))
+        steps = self.manifest.operating_point.num_inference_steps
+        steps = steps if num_inference_steps is None else plain(num_inference_steps)
+        inverse = inverse_scheduler(self.manifest.scheduler, steps, refinements)
+        calls = len(inverse.timesteps)
+        mask, scale = clock_mask(plain(clock), calls), plain(guidance_scale)
+        prepared, _, usage = self._prepare(
+            num_images=len(images), num_inference_steps=steps, scheduler=DDIM, clock=1, guidance_scale=scale, **request
+        )
+        (encoded,) = self._encode([as_pixels(images)], usage)
+        vae = self.manifest.vae
+        backwards = replace(
+            prepared, scheduler=inverse, clock=mask, guidance=_guidance(scale, calls, f"{calls} calls"),
+            latents=encoded if vae is None else from_vae(vae, encoded),
+        )  # fmt: skip
+        latents, ledger = self._denoise(backwards, usage, callback)
+        return Inverted(latents, ledger, {name: ms for name, ms in usage.ms.items() if name != UNET})
 
     @property
     def can_edit(self) -> bool:

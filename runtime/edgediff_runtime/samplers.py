@@ -161,7 +161,7 @@ class Scheduler(ABC):
         """x_0 as the output of step i predicts it, a new array of x_t's shape; clipped where `step` clips it."""
         self._check(i)
         x0_x, x0_out = self._rows[i][:2]
-        return self._clipped(_mix((x0_x, x_t), (x0_out, model_output)))
+        return self._clipped(mix((x0_x, x_t), (x0_out, model_output)))
 
     def add_noise(self, i: int, x_0: Array, noise: Array) -> Array:
         """What x_t before step i is for a known x_0, a new array: where editing begins, and what inpainting keeps.
@@ -175,7 +175,7 @@ class Scheduler(ABC):
             return x_0.copy()
         self._check(i)
         signal, level = self._levels[i]
-        return _mix((signal, x_0), (level, noise))
+        return mix((signal, x_0), (level, noise))
 
     def _check(self, i: int) -> None:
         if not 0 <= i < len(self._rows):
@@ -241,7 +241,7 @@ class Ddim(Scheduler):
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         of_x0, of_x, of_out, of_noise = self._rows[i][2:]
         x_0 = None if self._clip is None else self.predicted(i, x_t, out)
-        return _mix((of_x, x_t), (of_out, out), (of_x0, x_0), (of_noise, noise)), ()
+        return mix((of_x, x_t), (of_out, out), (of_x0, x_0), (of_noise, noise)), ()
 
 
 class Pndm(Scheduler):
@@ -297,16 +297,16 @@ class Pndm(Scheduler):
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         of_x, of_out = self._rows[i][2:]
         if i == 1 and before:
-            return _mix((1, before[0]), (of_out / 2, out)), before[1:]
+            return mix((1, before[0]), (of_out / 2, out)), before[1:]
         kept = out.copy()
         if i == 1:  # nothing to correct
             return x_t.copy(), (kept,)
         weights = _PLMS[len(before)]
         terms = [(of_out * np.float32(w), eps) for w, eps in zip(weights, (kept, *before), strict=True)]
-        x_prev = _mix((of_x, x_t), *terms)
+        x_prev = mix((of_x, x_t), *terms)
         if i == 0 and len(self._rows) > 1:
             of_x, of_out = self._rows[1][2:]
-            return x_prev, (_mix((of_x, x_t), (of_out / 2, out)), kept)
+            return x_prev, (mix((of_x, x_t), (of_out / 2, out)), kept)
         return x_prev, (kept, *before[:2])
 
 
@@ -372,7 +372,7 @@ class Dpm(Scheduler):
         of_x, of_x0, of_before, of_noise = self._rows[i][2:]
         x_0 = self.predicted(i, x_t, out)
         (x_0_before,) = before or (x_0,)
-        return _mix((of_x, x_t), (of_x0, x_0), (of_before, x_0_before), (of_noise, noise)), (x_0,)
+        return mix((of_x, x_t), (of_x0, x_0), (of_before, x_0_before), (of_noise, noise)), (x_0,)
 
 
 class DpmSde(Dpm):
@@ -442,10 +442,10 @@ class UniPC(Scheduler):
         row, x_0 = self._rows[i][2:], self.predicted(i, x_t, out)
         weights = (1,) if not before else row[:3] if len(before) == 2 else row[3:7]
         terms = (*before, x_0) if before else (x_t,)
-        x = _mix(*zip(weights, terms, strict=True))
+        x = mix(*zip(weights, terms, strict=True))
         if before and row[12]:
-            return _mix((row[9], x), (row[10], x_0), (row[11], before[1])), (x, x_0, before[1])
-        return _mix((row[7], x), (row[8], x_0)), (x, x_0)
+            return mix((row[9], x), (row[10], x_0), (row[11], before[1])), (x, x_0, before[1])
+        return mix((row[7], x), (row[8], x_0)), (x, x_0)
 
 
 class Euler(Scheduler):
@@ -486,7 +486,7 @@ class Euler(Scheduler):
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         of_x, of_out, of_noise = self._rows[i][3:]
-        return _mix((of_x, x_t), (of_out, out), (of_noise, noise)), ()
+        return mix((of_x, x_t), (of_out, out), (of_noise, noise)), ()
 
 
 class EulerAncestral(Euler):
@@ -553,10 +553,10 @@ class Heun(Euler):
         of_x, of_x0, half = self._rows[i][3:]
         x_0 = self.predicted(i, x_t, out)
         if i % 2 == 0:
-            return _mix((of_x, x_t), (of_x0, x_0)), (_mix((1 + half, x_t), (-half, x_0)),)
+            return mix((of_x, x_t), (of_x0, x_0)), (mix((1 + half, x_t), (-half, x_0)),)
         if not before:  # nothing to correct
             return x_t.copy(), ()
-        return _mix((1, before[0]), (half, x_t), (-half, x_0)), ()
+        return mix((1, before[0]), (half, x_t), (-half, x_0)), ()
 
 
 class Lcm(Scheduler):
@@ -602,7 +602,7 @@ class Lcm(Scheduler):
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         of_x, of_x0, of_noise = self._rows[i][2:]
-        return _mix((of_x, x_t), (of_x0, self.predicted(i, x_t, out)), (of_noise, noise)), ()
+        return mix((of_x, x_t), (of_x0, self.predicted(i, x_t, out)), (of_noise, noise)), ()
 
 
 class Tcd(Scheduler):
@@ -648,7 +648,7 @@ class Tcd(Scheduler):
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         of_x, of_out, of_noise = self._rows[i][2:]
-        return _mix((of_x, x_t), (of_out, out), (of_noise, noise)), ()
+        return mix((of_x, x_t), (of_out, out), (of_noise, noise)), ()
 
 
 SAMPLERS: dict[str, type[Scheduler]] = {
@@ -656,7 +656,7 @@ SAMPLERS: dict[str, type[Scheduler]] = {
 }
 
 
-def _mix(*terms: tuple[Any, Array | None]) -> Array:
+def mix(*terms: tuple[Any, Array | None]) -> Array:
     """The sum of coefficients times arrays, a new array; terms with coefficient 0 are left out."""
     total: Array | None = None
     for coefficient, array in terms:

@@ -20,7 +20,15 @@ from msgspec import UNSET, UnsetType
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.samplers import SAMPLERS, Scheduler
 
-__all__ = ["SCHEDULER_NAMES", "Scheduler", "SchedulerConfig", "make_scheduler", "sampler_of", "steps_of"]
+__all__ = [
+    "SCHEDULER_NAMES",
+    "Scheduler",
+    "SchedulerConfig",
+    "make_scheduler",
+    "sampler_of",
+    "steps_of",
+    "with_sampler",
+]
 
 if TYPE_CHECKING:
     SamplerName = str
@@ -60,6 +68,10 @@ _UNREAD: Final[dict[str, Any]] = {
     "set_alpha_to_one": True,
     "eta": 0.0,
 }
+# What says the noise process, which every sampler reads.
+_PROCESS: Final = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+)  # fmt: skip
 _ANY: Final = cast(Any, UNSET)
 
 
@@ -194,6 +206,29 @@ def steps_of(name: str, calls: int) -> int:
         if sampler.calls(steps) == calls:
             return steps
     raise RequestError(f"{calls} model calls: {sampler.calls_words}; expected such a number of calls")
+
+
+def with_sampler(config: SchedulerConfig, name: str) -> SchedulerConfig:
+    """A bundle's settings for another sampler: the same noise process, and of the rest what both read.
+
+    Where the bundle's own does not read them, x_0 is not clipped and the last step ends at the first timestep's alpha,
+    as in Stable Diffusion.
+
+    Args:
+        name: One of `SCHEDULER_NAMES`.
+
+    Raises:
+        RequestError: There is no such sampler, or it does not take the model's prediction.
+    """
+    if name == config.recipe_name:
+        return config
+    sampler, own = sampler_of(name), SAMPLERS[config.name].settings
+    given = {field: getattr(config, field) for field in _PROCESS}
+    given |= {field: False for field in ("clip_sample", "set_alpha_to_one") if field in sampler.settings}
+    shared = [field for field in sampler.settings if field in own and field != "eta" and field not in SPREADS.values()]
+    given |= {field: getattr(config, field) for field in shared}
+    given |= {SPREADS[ending]: True for ending in SPREADS if name == f"{sampler.name}_{ending}"}
+    return SchedulerConfig(name=sampler.name, **given)
 
 
 def make_scheduler(config: SchedulerConfig, num_inference_steps: int) -> Scheduler:

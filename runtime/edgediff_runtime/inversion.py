@@ -1,0 +1,103 @@
+"""DDIM inversion (Song et al. 2020, section 4.3): from a picture to the noise that DDIM draws it from.
+
+DDIM's steps are linear in the latent and the UNet's output, so each can be taken backwards, but for one thing: the
+output belongs to the noisier latent that is looked for. The first guess takes the UNet's output for the cleaner one;
+each refinement takes it again for the last guess (a fixed-point iteration).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+
+from edgediff_runtime.errors import RequestError
+from edgediff_runtime.loop import Step
+from edgediff_runtime.samplers import Array, Scheduler, State, mix
+from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler, with_sampler
+
+DDIM = "ddim"
+MAX_REFINEMENTS = 20
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """What an inversion found.
+
+    Attributes:
+        latents: float32 [N, C, H, W], which ``pipe(latents=..., scheduler="ddim")`` begins with.
+        ledger: Each call of the UNet, without its tensors and latents.
+        stages: Milliseconds of each component outside of the loop, by its name.
+    """
+
+    latents: Array
+    ledger: tuple[Step, ...]
+    stages: dict[str, float]
+
+    @property
+    def mask(self) -> tuple[int, ...]:
+        """The calls as they were run, 1 = full."""
+        return tuple(int(step.full) for step in self.ledger)
+
+
+class InverseDdim(Scheduler):
+    """DDIM's steps backwards, the last first; a row is (x_0 from x, from the output, x from x_prev, from the output).
+
+    The state is the latent that a step began with, which refinements come back to.
+    """
+
+    name = "ddim_inverse"
+    settings: ClassVar = {}
+    diffusers_class = "DDIMInverseScheduler"
+    refinements: int = 0
+
+    @classmethod
+    def make(cls, config: SchedulerConfig, num_inference_steps: int) -> Self:
+        """See ``Scheduler.make``; `config` is DDIM's."""
+        ddim = make_scheduler(config, num_inference_steps)
+        rows = []
+        for row in ddim._rows[::-1]:
+            x0_x, x0_out, _, of_x, of_out, _ = map(float, row)
+            rows.append(tuple(map(np.float32, (x0_x, x0_out, 1 / of_x, -of_out / of_x))))
+        # Before each step the latent is at the level that DDIM's step arrives at.
+        return cls(
+            timesteps=ddim.timesteps[::-1].copy(),
+            init_noise_sigma=1.0,
+            needs_noise=False,
+            _rows=tuple(rows),
+            _levels=ddim._levels[::-1],
+        )
+
+    def refined(self, times: int) -> "InverseDdim":
+        """The same with each step taken so many times more, as calls of their own."""
+        each = times + 1
+        made = InverseDdim(
+            timesteps=np.repeat(self.timesteps, each),
+            init_noise_sigma=1.0,
+            needs_noise=False,
+            _rows=tuple(row for row in self._rows for _ in range(each)),
+            _levels=tuple(level for level in self._levels for _ in range(each)),
+        )
+        object.__setattr__(made, "refinements", times)
+        return made
+
+    def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
+        of_x, of_out = self._rows[i][2:]
+        begun = x_t if i % (self.refinements + 1) == 0 else before[0]
+        return mix((of_x, begun), (of_out, out)), (begun,)
+
+
+def inverse_scheduler(config: SchedulerConfig, num_inference_steps: int, refinements: int = 0) -> InverseDdim:
+    """DDIM's steps of a bundle's noise process backwards.
+
+    Raises:
+        RequestError: The number of refinements or steps is out of range, or DDIM would clip or draw noise.
+    """
+    if isinstance(refinements, bool) or not isinstance(refinements, int) or not 0 <= refinements <= MAX_REFINEMENTS:
+        raise RequestError(f"refinements is {refinements!r}; expected 0 to {MAX_REFINEMENTS}")
+    ddim = with_sampler(config, DDIM)
+    if ddim.clip_sample or ddim.eta:
+        raise RequestError(
+            f"the bundle's ddim has clip_sample {ddim.clip_sample} and eta {ddim.eta:g}: such steps cannot be taken "
+            "backwards; expected False and 0"
+        )
+    return InverseDdim.make(ddim, num_inference_steps).refined(refinements)
