@@ -26,6 +26,7 @@ from web_pages import GOLDEN, copy_bundle
 import edgediff
 from edgediff.bench.ledger import read_ledger
 from edgediff.site.built_page import INDEX, PAGE
+from edgediff.site.certificate import make_certificate
 from edgediff.site.folder import write_site
 from edgediff.site.server import serving
 from edgediff_runtime import EdgePipeline, open_bundle
@@ -385,9 +386,7 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         kept = "caches.open('edgediff /bundle/').then((cache) => cache.keys()).then((keys) => keys.length)"
         count = tab.page.evaluate(kept)
         rename(site / "bundle", "renamed")
-        worker = site / "sw.js"
-        worker.write_text(worker.read_text().replace('const BUILD = "', 'const BUILD = "x'))
-        (site / INDEX).write_text((site / INDEX).read_text().replace("<h1>edgediff</h1>", "<h1>another</h1>"))
+        rebuild(site)
         tab.open()
         assert "renamed" in tab.text("about")
         assert tab.page.evaluate(kept) == count
@@ -406,6 +405,55 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
 
 
+def test_an_open_page_keeps_its_version(visit: Visiting, tmp_path: Path) -> None:
+    """A page that was built anew under open ones: those go on, offline too, until the last of them makes way."""
+    site = tmp_path / "site"
+    write_site(open_bundle(GOLDEN), PAGE, site)
+    worker = "fetch('worker.js').then((answer) => answer.text())"
+    webgpu = "fetch('ort/ort.webgpu.min.mjs').then((answer) => answer.ok)"
+    with plain_host(site) as port:
+        tab = visit(port).open()
+        tab.page.wait_for_selector("html[data-kept=yes]")
+        assert tab.page.evaluate(webgpu)  # kept because it was used
+        want, before = tab.draw(seed=4), tab.page.evaluate(worker)
+        rebuild(site)
+        tab.page.evaluate(INSTALLED)
+        other = Visit(tab.context, tab.url).open()
+    # The server is gone.
+    for each in (tab, other):
+        assert each.page.evaluate(worker) == before
+        each.open()
+        assert each.page.text_content("h1") == "edgediff"
+        assert np.array_equal(each.draw(seed=4), want)
+    other.page.close()
+    tab.open()
+    assert tab.page.text_content("h1") == "another"
+    assert tab.page.evaluate(worker) == before + ANOTHER
+    assert tab.page.evaluate("crossOriginIsolated")
+    assert tab.page.evaluate(webgpu)
+    assert np.array_equal(tab.draw(seed=4), want)
+    assert len(tab.page.evaluate("caches.keys()")) == 3  # of the page, of the bundle's names and of its files
+    tab.forget("net::ERR_CONNECTION_REFUSED")  # of manifest.json
+
+
+# Until the next version of the service worker is installed.
+INSTALLED = """async () => {
+  const registration = await navigator.serviceWorker.getRegistration();
+  await registration.update();
+  while (registration.installing) await new Promise((done) => setTimeout(done, 50));
+}"""
+ANOTHER = "// another\n"
+
+
+def rebuild(site: Path) -> None:
+    """Makes a site's page another version."""
+    worker = site / "sw.js"
+    worker.write_text(worker.read_text().replace('const BUILD = "', 'const BUILD = "x'))
+    (site / INDEX).write_text((site / INDEX).read_text().replace("<h1>edgediff</h1>", "<h1>another</h1>"))
+    with (site / "worker.js").open("a") as file:
+        file.write(ANOTHER)
+
+
 def rename(bundle: Path, name: str) -> None:
     """Gives a bundle's source another name."""
     seal_plain(bundle, lambda manifest: manifest["source"].update(name=name))
@@ -415,11 +463,47 @@ DENIED = "Object.defineProperty(globalThis, 'caches', { get() { throw new DOMExc
 
 
 def test_where_nothing_may_be_kept_it_draws(visit: Visiting, golden: int) -> None:
-    tab = visit(golden, "delete Navigator.prototype.serviceWorker")
-    body = DENIED + (PAGE / "worker.js").read_text("utf-8")
-    headers = {"Content-Type": "text/javascript", "Cross-Origin-Embedder-Policy": "require-corp"}
-    tab.page.route("**/worker.js", lambda route: route.fulfill(body=body, headers=headers))
+    tab = visit(golden, ALONE)
+    altered_worker(tab, DENIED)
     assert near(tab.open().draw(seed=1), python_picture(label="round", seed=1))
+
+
+def altered_worker(tab: Visit, before: str) -> None:
+    """Puts a script before the worker's own, where no service worker answers for it."""
+    headers = {"Content-Type": "text/javascript", "Cross-Origin-Embedder-Policy": "require-corp"}
+    body = before + (PAGE / "worker.js").read_text("utf-8")
+    tab.page.route("**/worker.js", lambda route: route.fulfill(body=body, headers=headers))
+
+
+ALONE = "delete Navigator.prototype.serviceWorker"
+
+
+# A service worker that is refused, as under some certificates, and only after the page's own worker was started.
+REFUSED_LATE = """Object.defineProperty(Navigator.prototype, "serviceWorker", {
+  value: { register: () => new Promise((_, refuse) => setTimeout(refuse, 1000)) },
+})"""
+
+
+@pytest.mark.parametrize("init", [ALONE, REFUSED_LATE])
+def test_a_worker_that_does_not_start_is_said(visit: Visiting, golden: int, init: str) -> None:
+    tab = visit(golden, init)
+    tab.page.route("**/worker.js", lambda route: route.abort())
+    assert tab.fail() == "Something went wrong: The worker cannot be started; load the page again."
+    tab.forget("net::ERR_FAILED")
+
+
+def test_a_worker_that_ends_while_a_drawing_is_cancelled_is_replaced(visit: Visiting, golden: int) -> None:
+    tab = visit(golden, ALONE)
+    altered_worker(tab, "addEventListener('message', ({ data }) => { if (data.type === 'cancel') throw data; });")
+    tab.open()
+    tab.page.fill("#steps", "200")
+    tab.page.dispatch_event("#steps", "change")
+    tab.page.click("#draw")
+    tab.says("Step ", "now")
+    tab.page.click("#cancel")
+    tab.says("Ready")
+    assert tab.page.is_hidden("#error")
+    assert near(tab.draw(steps=4, seed=1), python_picture(label="round", seed=1))
 
 
 @pytest.mark.parametrize(
@@ -470,6 +554,21 @@ def test_a_site_on_a_host_without_headers_has_threads_all_the_same(visit: Visiti
         assert "1 thread" in alone.text("about")
         assert "one thread" in alone.text("notes")
         assert near(alone.draw(seed=1), python_picture(label="round", seed=1))
+
+
+def test_past_the_warning_of_a_certificate_it_has_threads_and_says_what_it_lacks(visit: Visiting) -> None:
+    with serving(PAGE, GOLDEN, local=False, shown=make_certificate(["127.0.0.1"])) as port:
+        tab = visit(port, ignore_https_errors=True)
+        tab.url = tab.url.replace("http:", "https:")
+        tab.open()
+        assert tab.page.evaluate("isSecureContext && crossOriginIsolated")
+        assert f"{min(4, tab.page.evaluate('navigator.hardwareConcurrency'))} thread" in tab.text("about")
+        assert near(tab.draw(seed=1), python_picture(label="round", seed=1))
+        assert tab.page.evaluate("caches.keys()") == ["edgediff /bundle/"]
+        # Chromium runs no service worker under a certificate that it does not know.
+        assert tab.open().text("notes") == "The browser keeps no page for offline use here."
+        tab.context.close()  # its connections too, before the server stops
+        tab.forget("error occurred when fetching the script.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

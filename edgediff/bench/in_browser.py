@@ -24,6 +24,7 @@ WEB = Backend(
     'pip install "edgediff[bench,web]", make web, and Chromium',
     verifies=False,
     by_default=False,
+    in_browser=True,
 )
 # Chromium has no sandbox for root, as whom containers run; the page is our own.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from edgediff.bench.contenders import BACKENDS, named, time_bundle, time_peak
-from edgediff.bench.in_browser import WEB, time_in_browser
+from edgediff.bench.in_browser import time_in_browser
 from edgediff.bench.ledger import Contender, Ledger, Row, Settings, rows_of, spread
 from edgediff.bench.machine import describe_machine
 from edgediff.bench.turns import Call, Runner, Say, take_turns
@@ -103,7 +103,8 @@ def _entries(
     for backend in chosen:
         target = backend.target(manifest)
         given = {"bundle": name, "backend": backend.name, **asked}
-        function = time_in_browser if backend == WEB else time_bundle
+        function = time_in_browser if backend.in_browser else time_bundle
+        has_undivided = target is None or manifest.target(target).unet.model is not None
         runner = Runner(f"{name} in {backend.name}", Call.of(function, **given), needs, asked["threads"])
         entry = _Entry(name, manifest, backend, runner)
         entries.append(entry)
@@ -112,7 +113,7 @@ def _entries(
         elif backend.targets and target is None:
             there = ", ".join(target.target for target in manifest.targets)
             runner.status, runner.says = "absent", f"runs {' or '.join(backend.targets)} graphs, the bundle has {there}"
-        elif undivided and backend != WEB and (target is None or manifest.target(target).unet.model is not None):
+        elif undivided and has_undivided and not backend.in_browser:
             call = Call.of(time_bundle, **given, undivided=True)
             entry.undivided = Runner(f"{runner.name}, undivided", call, needs, asked["threads"])
     return entries
@@ -173,7 +174,7 @@ def _contender(entry: _Entry, peak: float | None) -> Contender:
         known,
         mask=last.mask,
         rows=last.rows,
-        peak_mib=None if entry.backend == WEB else last.peak_mib,  # the browser's is in processes of its own
+        peak_mib=None if entry.backend.in_browser else last.peak_mib,
         undivided="undivided" if whole else "own",
         flops_saved=round(flops_saved, 4),
         time_saved=round(median(saved), 4),

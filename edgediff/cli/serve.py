@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 WHY_HTTPS = (
-    "https, since a phone's browser has no crypto.subtle, Cache API, SharedArrayBuffer or WebGPU on plain http. It "
-    "warns once that it does not know the certificate: compare the fingerprint, then go on."
+    "https, since a phone's browser has no crypto.subtle, Cache API, SharedArrayBuffer or WebGPU on plain http. With "
+    "each run it warns once that it does not know the certificate: compare the fingerprint, then go on."
 )
 
 

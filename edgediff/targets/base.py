@@ -226,6 +226,7 @@ class Backend:
         only_mac: Whether it runs on macOS alone.
         on_cpu: Whether it computes on the CPU, whose peak is measured.
         by_default: Whether it is timed where no backend is named.
+        in_browser: Whether a browser runs it: in processes of its own, and never the undivided UNet.
     """
 
     name: str
@@ -240,6 +241,7 @@ class Backend:
     only_mac: bool = False
     on_cpu: bool = True
     by_default: bool = True
+    in_browser: bool = False
 
     @property
     def is_installed(self) -> bool:

@@ -19,7 +19,7 @@ const ENGINES = {
   ],
 };
 // Loaded where WebGPU is chosen, and kept from then on.
-const LATER = new Set(ENGINES["onnxruntime-web/webgpu"].map((name) => `ort/${name}`));
+const LATER = ENGINES["onnxruntime-web/webgpu"].map((name) => `ort/${name}`);
 
 const made = `${OUT}.new`;
 await rm(made, { recursive: true, force: true });
@@ -52,7 +52,8 @@ const hash = createHash("sha256");
 for (const name of files) hash.update(`${name}\0`).update(await readFile(join(made, name)));
 const worker = (await readFile(join(PAGE, "sw.js"), "utf8"))
   .replace("@BUILD@", hash.digest("hex").slice(0, 16))
-  .replace("/* @FILES@ */ []", JSON.stringify(["./", ...files.filter((name) => !LATER.has(name))]));
+  .replace("/* @FILES@ */ []", JSON.stringify(["./", ...files.filter((name) => !LATER.includes(name))]))
+  .replace("/* @LATER@ */ []", JSON.stringify(LATER));
 await writeFile(join(made, "sw.js"), worker);
 // A server that is asked for them compressed need not compress them each time.
 for (const name of [...files, "sw.js"]) {

@@ -13,21 +13,29 @@ export class Engine {
   #last = 0;
   /** @type {Map<number | string, {resolve: (value: any) => void, reject: (error: Error) => void, told: (event: any) => void}>} */
   #jobs = new Map();
+  /** What the worker said of the bundle, and the milliseconds until then. @type {any} */
+  opened = null;
+  /** Why the worker answers no more, until `start` begins another; null while it does. @type {string | null} */
+  #dead = null;
+  /** @type {Worker | null} */
+  worker = null;
 
-  constructor() {
-    this.#start();
-  }
-
-  #start() {
-    /** Whether the worker failed: `restart` begins another. */
-    this.isDead = false;
+  /** Begins with a worker, or anew with another one, whose memory is empty. */
+  start() {
+    this.worker?.terminate();
+    this.#end("the worker was started anew");
+    this.#dead = null;
     this.worker = new Worker(new URL("worker.js", location.href), { type: "module" });
     this.worker.addEventListener("message", ({ data }) => this.#hear(data));
     this.worker.addEventListener("error", (event) => {
       event.preventDefault();
-      this.isDead = true;
-      this.#end(event.message || "the worker cannot be started; load the page again");
+      this.#dead = event.message || "the worker cannot be started; load the page again";
+      this.#end(this.#dead);
     });
+  }
+
+  get isDead() {
+    return this.#dead !== null;
   }
 
   /** @param {string} why */
@@ -49,14 +57,17 @@ export class Engine {
   /** @param {number | string} key @param {any} message @param {(event: any) => void} told @returns {Promise<any>} */
   #ask(key, message, told) {
     return new Promise((resolve, reject) => {
+      if (this.#dead !== null) throw new Error(this.#dead);
       this.#jobs.set(key, { resolve, reject, told });
       this.worker?.postMessage(message);
     });
   }
 
   /** Opens the bundle at an address. @param {object} options @param {(progress: {loaded: number, total: number}) => void} told */
-  open(options, told) {
-    return this.#ask("open", { type: "open", ...options }, told);
+  async open(options, told) {
+    const before = performance.now(),
+      opened = await this.#ask("open", { type: "open", ...options }, told);
+    return (this.opened = { ...opened, ms: performance.now() - before });
   }
 
   /**
@@ -72,12 +83,5 @@ export class Engine {
     signal?.addEventListener("abort", cancel);
     const done = this.#ask(id, { type: "draw", id, request, shows }, told);
     return done.finally(() => signal?.removeEventListener("abort", cancel));
-  }
-
-  /** Begins anew with another worker, whose memory is empty. */
-  restart() {
-    this.worker?.terminate();
-    this.#end("the worker was started anew");
-    this.#start();
   }
 }

@@ -17,11 +17,29 @@ export async function isolate() {
     // A certificate that the browser does not trust, or private browsing; `limits` says what is missing.
     return { kept: false, again: false };
   }
+  const { active, waiting, installing } = registration;
+  if (waiting && (await takesOver(waiting))) {
+    location.reload();
+    return { kept: true, again: true };
+  }
   if (crossOriginIsolated || sessionStorage.getItem(AGAIN)) return { kept: true, again: false };
-  if (!(await activated(registration))) return { kept: false, again: false };
+  if (!active && !(await activated(waiting ?? installing))) return { kept: false, again: false };
   sessionStorage.setItem(AGAIN, "1");
   location.reload();
   return { kept: true, again: true };
+}
+
+/** Whether a new version of the page takes over from this one, which it does where no other page is open. @param {ServiceWorker} waiting */
+async function takesOver(waiting) {
+  const { port1, port2 } = new MessageChannel();
+  const told = new Promise((resolve) => (port1.onmessage = ({ data }) => resolve(data)));
+  waiting.postMessage("take over", [port2]);
+  return (await within(2000, told)) && activated(waiting);
+}
+
+/** What a promise gives, or false after some milliseconds. @param {number} ms @param {Promise<any>} promise */
+function within(ms, promise) {
+  return Promise.race([promise, new Promise((resolve) => setTimeout(resolve, ms, false))]);
 }
 
 /** Lets the service worker keep files that were loaded before it was there. @param {string[]} files */
@@ -30,16 +48,15 @@ export async function keepFiles(files) {
   if (!serviceWorker) return;
   if (!serviceWorker.controller) {
     const there = new Promise((resolve) => serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
-    await Promise.race([there, new Promise((resolve) => setTimeout(resolve, 10_000))]);
+    await within(10_000, there);
   }
   if (!serviceWorker.controller) throw new Error("the browser runs no service worker here");
   await Promise.all(files.map((file) => fetch(file)));
 }
 
-/** Waits until a service worker is at work; false where it could not be installed. @param {ServiceWorkerRegistration} registration */
-function activated(registration) {
-  const worker = registration?.installing ?? registration?.waiting;
-  if (!worker) return Promise.resolve(Boolean(registration?.active));
+/** Waits until a service worker is at work; false where it could not be installed. @param {ServiceWorker | null} worker */
+function activated(worker) {
+  if (!worker) return Promise.resolve(false);
   return new Promise((resolve) => {
     const look = () => ["activated", "redundant"].includes(worker.state) && resolve(worker.state === "activated");
     worker.addEventListener("statechange", look);

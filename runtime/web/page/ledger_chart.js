@@ -10,6 +10,9 @@ const HEIGHT = 140,
 /** @param {Record<string, number>} ms */
 export const sum = (ms) => Object.values(ms).reduce((a, b) => a + b, 0);
 
+/** Milliseconds of all steps. @param {Pick<ResultMessage, "ledger">} result */
+export const loopMs = ({ ledger }) => ledger.reduce((total, step) => total + sum(step.ms), 0);
+
 /** @type {Record<string, string>} */
 const SHORT = { text_encoder: "text", text_encoder_2: "text 2", vae_decoder: "decoder" };
 
@@ -83,3 +86,6 @@ const short = (ms) => (ms < 9.95 ? ms.toFixed(1) : ms < 9950 ? ms.toFixed(0) : `
 
 /** Milliseconds in words. @param {number} ms */
 export const duration = (ms) => (ms < 995 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(2)} s`);
+
+/** @param {number} share */
+export const percent = (share) => `${(100 * share).toFixed(0)} %`;

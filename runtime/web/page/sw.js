@@ -5,30 +5,41 @@ const BUILD = "@BUILD@"; // put in by the build: the hash of the page's files
 const HOME = new URL("./", self.location.href);
 const PAGES = `edgediff-page ${HOME.pathname} `;
 const CACHE = PAGES + BUILD;
+// Not of one version of the page: the next one needs them too.
+const BUNDLE = `edgediff-bundle ${HOME.pathname}`;
 const FILES = /** @type {string[]} */ (/* @FILES@ */ []);
+// Kept from their first use on.
+const LATER = /** @type {string[]} */ (/* @LATER@ */ []);
 const NAMES = ["bundle/manifest.json", "bundle/SHA256SUMS"];
 
-self.addEventListener("install", (event) => {
-  event.waitUntil(
-    caches
-      .open(CACHE)
-      .then((cache) => cache.addAll(FILES.map((file) => new Request(file, { cache: "reload" }))))
-      .then(() => self.skipWaiting()),
-  );
-});
+self.addEventListener("install", (event) => event.waitUntil(install()));
 
-self.addEventListener("activate", (event) => {
-  event.waitUntil(
-    caches
-      .keys()
-      .then((names) =>
-        Promise.all(
-          names.filter((name) => name.startsWith(PAGES) && name !== CACHE).map((name) => caches.delete(name)),
-        ),
-      )
-      .then(() => self.clients.claim()),
-  );
-});
+async function install() {
+  const files = [...FILES];
+  for (const file of LATER) if (await caches.match(file)) files.push(file); // the version before uses it
+  const cache = await caches.open(CACHE);
+  await cache.addAll(files.map((file) => new Request(file, { cache: "reload" })));
+}
+
+// A new version becomes active when no page of the old one is open: until then, those need the old one's files.
+self.addEventListener("activate", (event) => event.waitUntil(activate()));
+
+async function activate() {
+  const old = (await caches.keys()).filter((name) => name.startsWith(PAGES) && name !== CACHE);
+  await Promise.all(old.map((name) => caches.delete(name)));
+  await self.clients.claim();
+}
+
+// A page of the old version that was just loaded gives way, unless another one is open; it is told whether it may.
+self.addEventListener("message", (event) => event.waitUntil(takeOver(event.ports[0])));
+
+/** @param {MessagePort} asker */
+async function takeOver(asker) {
+  const pages = await self.clients.matchAll({ type: "window", includeUncontrolled: true });
+  const isAlone = pages.filter(({ url }) => url.startsWith(HOME.href)).length < 2;
+  if (isAlone) await self.skipWaiting();
+  asker.postMessage(isAlone);
+}
 
 self.addEventListener("fetch", (event) => {
   const { request } = event;
@@ -36,22 +47,23 @@ self.addEventListener("fetch", (event) => {
   if (request.method !== "GET" || url.origin !== HOME.origin || !url.pathname.startsWith(HOME.pathname)) return;
   const inside = url.pathname.slice(HOME.pathname.length);
   if (NAMES.includes(inside)) event.respondWith(freshOrKept(request));
-  else if (!inside.startsWith("bundle/")) event.respondWith(keptOrFresh(request).then(isolated));
+  else if (!inside.startsWith("bundle/"))
+    event.respondWith(keptOrFresh(request, LATER.includes(inside)).then(isolated));
 });
 
-/** @param {Request} request */
-async function keptOrFresh(request) {
+/** @param {Request} request @param {boolean} keeps whether to keep what is fetched */
+async function keptOrFresh(request, keeps) {
   const cache = await caches.open(CACHE);
   const found = await cache.match(request, { ignoreSearch: true });
   if (found) return found;
   const response = await fetch(request);
-  if (response.ok && /\/ort\/[^/]+$/.test(request.url)) await keep(cache, request, response);
+  if (response.ok && keeps) await keep(cache, request, response);
   return response;
 }
 
 /** @param {Request} request */
 async function freshOrKept(request) {
-  const cache = await caches.open(CACHE);
+  const cache = await caches.open(BUNDLE);
   let response;
   try {
     response = await fetch(request);

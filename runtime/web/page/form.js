@@ -1,0 +1,160 @@
+// The form: what is asked for.
+import { ClockBoxes, maskOf, periodOf } from "./clock_boxes.js";
+import { button, element, input, part, refusal } from "./elements.js";
+import { fromHash, isGuidance, isSeed, MOST_GUIDANCE, MOST_STEPS } from "./link.js";
+
+/** @typedef {import("./link.js").Settings} Settings */
+
+const prompt = part("prompt", HTMLTextAreaElement),
+  label = part("label", HTMLSelectElement),
+  period = part("period", HTMLSelectElement);
+const PERIODS = ["every step full", "each second full", "each third full", "each fourth full", "each fifth full"];
+
+export class Form {
+  /** What the worker said of the bundle. @type {any} */
+  #opened = null;
+  /** The period that was chosen; null where boxes were clicked. @type {number | null} */
+  #chosen = null;
+  /** Whether the form was filled, so that what the user switched off stays off. */
+  #isFilled = false;
+
+  constructor() {
+    this.boxes = new ClockBoxes(element("boxes"), () => {
+      this.#chosen = periodOf(this.boxes.mask);
+      this.#showPeriod();
+    });
+    button("another").addEventListener("click", () => {
+      input("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+    });
+    input("steps").addEventListener("change", () => {
+      const calls = this.#opened?.calls[Number(input("steps").value) - 1];
+      if (calls) this.#showMask(this.boxes.mask, calls);
+    });
+    period.addEventListener("change", () => {
+      if (period.value === "own") return;
+      this.#chosen = Number(period.value);
+      this.#showMask([], this.boxes.mask.length);
+    });
+    prompt.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) part("form", HTMLFormElement).requestSubmit();
+    });
+  }
+
+  /** Shows the fields that a bundle has and, at the first time, what its link asks for. @param {any} opened */
+  fill(opened) {
+    this.#opened = opened;
+    const { conditioning, backend, threads, model, adaptor } = opened;
+    element("prompt-field").hidden = element("negative-field").hidden = !opened.canEncode;
+    element("label-field").hidden = conditioning.kind !== "class";
+    element("guidance-field").hidden = conditioning.kind === "none";
+    label.replaceChildren(...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name)));
+    if (!this.#isFilled) {
+      input("compare").checked = opened.isLight;
+      input("forming").checked = opened.isLight || opened.canPreview;
+      this.set(fromHash(location.hash).settings);
+    }
+    this.#isFilled = true;
+    const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
+    element("about").textContent =
+      `${model} with adaptor ${adaptor}, in ${where}, in this browser. Nothing leaves the device.`;
+  }
+
+  /** What the bundle is drawn with where nothing else is said. @returns {Settings} */
+  #defaults() {
+    const { point, conditioning, prompt } = this.#opened;
+    return {
+      prompt,
+      negative: "",
+      label: conditioning.labels[0] ?? "",
+      seed: "0",
+      steps: point.num_inference_steps,
+      guidance: point.guidance_scale,
+      mask: point.mask,
+    };
+  }
+
+  /** Fills the fields; those that nothing is said of get the bundle's. @param {Partial<Settings>} some */
+  set(some) {
+    const settings = { ...this.#defaults(), ...some };
+    prompt.value = settings.prompt;
+    input("negative").value = settings.negative;
+    if (settings.label && this.#opened.conditioning.kind === "class") {
+      label.value = settings.label;
+      if (label.selectedIndex < 0) {
+        label.selectedIndex = 0;
+        element("notes").append(` The bundle has no class ${JSON.stringify(settings.label)}; the first one is chosen.`);
+      }
+    }
+    input("seed").value = settings.seed;
+    input("steps").value = String(settings.steps);
+    input("guidance").value = String(settings.guidance);
+    this.#chosen = periodOf(settings.mask);
+    const calls = this.#opened.calls[settings.steps - 1];
+    if (settings.mask.length !== calls && this.#chosen === null)
+      element("notes").append(
+        ` The link's clock is for ${settings.mask.length} calls of the model; here there are ${calls}.`,
+      );
+    this.#showMask(settings.mask, calls);
+  }
+
+  /**
+   * Shows a mask, fitted to a number of calls: a period goes on, clicked boxes stay and full ones follow.
+   * @param {number[]} mask
+   * @param {number} calls
+   */
+  #showMask(mask, calls) {
+    const chosen = this.#chosen;
+    this.boxes.show(chosen === null ? Array.from({ length: calls }, (_, at) => mask[at] ?? 1) : maskOf(chosen, calls));
+    this.#showPeriod();
+  }
+
+  #showPeriod() {
+    const chosen = this.#chosen,
+      isListed = chosen !== null && chosen <= PERIODS.length;
+    period.replaceChildren(
+      ...PERIODS.map((text, k) => new Option(`${k + 1}: ${text}`, String(k + 1))),
+      ...(isListed ? [] : [new Option("as clicked", "own")]),
+    );
+    period.value = isListed ? String(chosen) : "own";
+  }
+
+  /** What the fields say, or why that cannot be drawn. @returns {Settings} */
+  settings() {
+    const steps = Number(input("steps").value),
+      seed = input("seed").value.trim(),
+      guidance = input("guidance").value;
+    if (!(Number.isInteger(steps) && steps >= 1 && steps <= MOST_STEPS))
+      throw refusal(`steps is ${JSON.stringify(input("steps").value)}; expected 1 to ${MOST_STEPS}`);
+    if (this.#opened.conditioning.kind !== "none" && !isGuidance(guidance))
+      throw refusal(`guidance is ${JSON.stringify(guidance)}; expected a number from 0 to ${MOST_GUIDANCE}`);
+    if (!isSeed(seed))
+      throw refusal(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
+    return {
+      prompt: prompt.value,
+      negative: input("negative").value,
+      label: label.value,
+      seed,
+      steps,
+      guidance: Number(guidance),
+      mask: [...this.boxes.mask],
+    };
+  }
+
+  /** Settings as the pipeline takes them. @param {Settings} settings @returns {import("../src/pipeline.js").Arguments} */
+  request({ prompt, negative, label, seed, steps, guidance, mask }) {
+    const { kind } = this.#opened.conditioning;
+    return {
+      seed,
+      numInferenceSteps: steps,
+      clock: mask,
+      guidanceScale: kind === "none" ? 1 : guidance,
+      ...(kind === "text" ? { prompt, ...(negative ? { negativePrompt: negative } : {}) } : {}),
+      ...(kind === "class" ? { label } : {}),
+    };
+  }
+
+  /** The same with every step full, to compare with. @param {Settings} settings */
+  requestOfFull(settings) {
+    return this.request({ ...settings, mask: settings.mask.map(() => 1) });
+  }
+}
