@@ -154,6 +154,12 @@ export class EdgePipeline {
     return threadsOf(this.options.threads);
   }
 
+  /** Pixels of a picture where a request says nothing. */
+  get usualSize() {
+    const { width, height } = this.manifest.sample;
+    return { width: this.#pixels * width, height: this.#pixels * height };
+  }
+
   /** Whether latents can be made into pictures. */
   get canDecode() {
     return this.manifest.sample.space === "pixel" || DECODER in this.components;
