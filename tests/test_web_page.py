@@ -279,6 +279,10 @@ def test_an_edit_becomes_the_same_picture(visit: Visiting, export_once: Export) 
         assert not np.array_equal(got, np.array(source))
         tab.page.uncheck("#paste")
         assert near(tab.draw(), pipe(**asked, **same | {"paste": False}).images[0])
+        # What is measured is a whole generation.
+        tab.page.click("#measure-section summary")
+        tab.page.click("#measure")
+        assert "set its strength to 1" in tab.error()
         # A link has all but the picture.
         link = tab.page.evaluate("location.hash")
         tab.page.click("#share")
@@ -342,10 +346,10 @@ def test_a_mask_is_painted_erased_and_read_from_a_file(visit: Visiting, golden: 
     tab.page.set_input_files("#mask-file", upload(Image.fromarray(0 * white)))
     tab.page.wait_for_selector('#error:text-matches("covers nothing")')
     tab.page.fill("#mask-width", "")
-    tab.page.click("#rectangle")
+    tab.page.keyboard.press("Enter")
     tab.page.wait_for_selector('#error:text-matches("^The rectangle.s width")')
     tab.page.fill("#feather", "999")
-    tab.page.evaluate("document.querySelector('#form').noValidate = true")
+    tab.page.click("#mask-section summary")
     tab.page.click("#draw")
     tab.page.wait_for_selector('#error:text-matches("^Feather is")')
 

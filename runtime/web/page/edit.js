@@ -35,6 +35,8 @@ export class Editing {
   /** Whether the strength is what somebody chose. */
   #isChosen = false;
   #steps = 1;
+  /** Number of the file that was chosen last. */
+  #turn = 0;
 
   /** @param {() => void} changed called where the number of steps that run may be another */
   constructor(changed) {
@@ -56,6 +58,11 @@ export class Editing {
       this.mask.clear();
     });
     button("rectangle").addEventListener("click", () => said(async () => this.mask.fillRectangle()));
+    element("rectangle-fields").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.target === button("rectangle")) return;
+      event.preventDefault(); // which would draw
+      button("rectangle").click();
+    });
     document.addEventListener("dragover", (event) => {
       if (!this.canEdit || !event.dataTransfer?.types.includes("Files")) return;
       event.preventDefault();
@@ -74,8 +81,12 @@ export class Editing {
     });
     document.addEventListener("paste", (event) => {
       if (!this.canEdit || !event.clipboardData?.files.length) return;
+      // Words that come with a picture of themselves are meant for a field of text.
+      const { target, clipboardData } = event,
+        isText = target instanceof HTMLTextAreaElement || target instanceof HTMLInputElement;
+      if (isText && clipboardData.types.includes("text/plain")) return;
       event.preventDefault();
-      this.#choose(event.clipboardData.files);
+      this.#choose(clipboardData.files);
     });
   }
 
@@ -147,8 +158,10 @@ export class Editing {
     if (!file || !this.#opened) return;
     return said(async () => {
       if (field.files !== files) field.files = files;
+      const turn = ++this.#turn;
       try {
-        this.#show(await this.#read(file, "picture"));
+        const picture = await this.#read(file, "picture");
+        if (turn === this.#turn) this.#show(picture); // else another was chosen meanwhile
       } catch (e) {
         field.value = ""; // it may be mended and chosen again
         throw e;
@@ -217,6 +230,7 @@ export class Editing {
   }
 
   #takeAway() {
+    this.#turn++;
     this.#picture = null;
     this.#isChosen = false;
     input("image").value = "";

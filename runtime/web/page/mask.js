@@ -43,8 +43,6 @@ export class Mask {
     Object.assign(input("brush"), { min: "1", max: String(most) });
     input("brush").value = String(Math.max(1, Math.round(width / 8)));
     for (const [name, value] of Object.entries({ left: 0, top: 0, width, height })) {
-      const side = name === "left" || name === "width" ? width : height;
-      input(`mask-${name}`).max = String(side);
       input(`mask-${name}`).value = String(value);
     }
     this.#count();
