@@ -20,7 +20,7 @@ from artefacts import saved_once
 from command_line import Command
 from conftest import Export
 from PIL import Image
-from seals import seal_plain
+from seals import reseal, seal_plain
 from tiny_pipelines import EDITORS, SAVE
 from web_pages import GOLDEN, copy_bundle
 
@@ -195,9 +195,12 @@ def test_pictures_are_those_of_the_python_runtime_with_the_clock_as_clicked(visi
     tab.page.select_option("#period", "3")
     assert tab.boxes() == [True, False, False, True]
     assert near(tab.draw(steps=7), python_picture(**request | {"num_inference_steps": 7}, clock=3))
+    assert near(
+        tab.draw(guidance=".5"), python_picture(**request | {"num_inference_steps": 7, "guidance_scale": 0.5}, clock=3)
+    )
     assert "Multiply-adds saved" in tab.text("totals")
     assert tab.page.locator("#chart rect").count() == 7
-    assert tab.page.locator("#gallery li").count() == 3
+    assert tab.page.locator("#gallery li").count() == 4
     tab.page.click("#gallery li:last-child button")
     assert tab.boxes() == [True, False, True, False]
     assert near(tab.pixels("picture"), python_picture(**request, clock=2))
@@ -456,6 +459,33 @@ def test_a_link_draws_the_same_picture_again(visit: Visiting, golden: int) -> No
     assert tab.boxes() == [True, False] * 3
 
 
+def test_a_link_that_is_followed_before_the_bundle_is_open_is_followed_once(visit: Visiting, golden: int) -> None:
+    early = "addEventListener('DOMContentLoaded', () => { location.hash = '#seed=5&evil=1'; })"
+    tab = visit(golden, early).open()
+    assert tab.page.input_value("#seed") == "5"
+    assert "evil" in tab.text("notes")
+    assert near(tab.draw(seed=7), python_picture(label="round", seed=7))
+    assert tab.page.input_value("#seed") == "7"
+
+
+def test_a_links_prompt_names_no_picture_of_a_class(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open("#prompt=cat&negative=dog&seed=2")
+    tab.draw()
+    assert tab.page.get_attribute("#picture", "aria-label") == "round"
+    assert "cat" not in tab.page.evaluate("location.hash")
+
+
+def test_a_bundle_of_more_steps_than_the_page_has_boxes_for(visit: Visiting, changing: tuple[int, Path]) -> None:
+    port, bundle = changing
+    mask = [1, 0] * 125
+    seal_plain(bundle, lambda manifest: manifest["operating_point"].update(num_inference_steps=250, mask=mask))
+    tab = visit(port).open()
+    assert tab.page.input_value("#steps") == "200"
+    assert tab.boxes() == [True, False] * 100
+    assert tab.text("notes") == ""
+    assert near(tab.draw(steps=4), python_picture(label="round", seed=0))
+
+
 def test_nonsense_in_a_link_is_said_and_left_out(visit: Visiting, golden: int) -> None:
     tab = visit(golden).open("#seed=-1&steps=9999&clock=0101&label=hexagon&guidance=lots&evil=<b>1</b>")
     notes = tab.text("notes")
@@ -586,11 +616,13 @@ def test_without_memory_the_page_says_so_and_lives(driver: Any, golden: int) -> 
     small = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, "--js-flags=--wasm-max-mem-pages=128"])
     tab = Visit(small.new_context(), f"http://127.0.0.1:{golden}/").open()
     assert "one component in memory at a time" in tab.text("status")
+    tab.page.select_option("#label", "square")
     for _ in range(2):
         tab.page.click("#draw")
         assert "no memory left" in tab.error()
         tab.says("Ready")
         assert tab.page.is_enabled("#draw")
+        assert tab.page.input_value("#label") == "square"
     small.close()
 
 
@@ -608,6 +640,11 @@ def test_another_bundle_and_another_page_appear_at_once(visit: Visiting, tmp_pat
         tab.open()
         assert "renamed" in tab.text("about")
         assert tab.page.evaluate(kept) == count
+        weights = bytearray((site / "bundle/onnx/unet/weights.bin").read_bytes())
+        weights[0] ^= 1
+        (site / "bundle/onnx/unet/weights.bin").write_bytes(weights)
+        reseal(site / "bundle")
+        tab.open()
         for _ in range(20):  # until the new service worker has taken over
             tab.page.wait_for_timeout(500)
             tab.open()
@@ -742,7 +779,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         if self.lasts:
-            self.send_header("Cache-Control", self.lasts if "bundle" not in self.path else "no-cache")
+            self.send_header("Cache-Control", self.lasts)
         super().end_headers()
 
 
@@ -769,6 +806,8 @@ def test_a_site_on_a_host_without_headers_has_threads_all_the_same(visit: Visiti
         # Where there is no service worker either, one thread computes, and the page says so.
         alone = visit(port, "delete Navigator.prototype.serviceWorker").open()
         assert not alone.page.evaluate("crossOriginIsolated")
+        assert "1 thread," in alone.open("?threads=2").text("about")
+        alone.open()
         assert "1 thread" in alone.text("about")
         assert "one thread" in alone.text("notes")
         assert near(alone.draw(seed=1), python_picture(label="round", seed=1))
@@ -825,9 +864,10 @@ def test_what_it_measures_stands_in_benchs_table(
 ) -> None:
     tab = visit(golden).open()
     tab.page.click("#measure-section summary")
-    tab.page.fill("#rounds", "3")
+    tab.page.fill("#rounds", "2.6")
     with tab.page.expect_download() as given:
         tab.page.click("#measure")
+    assert tab.page.input_value("#rounds") == "3"
     phone = tmp_path / "phone.json"
     given.value.save_as(phone)
     ledger = read_ledger(phone)

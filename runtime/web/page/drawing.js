@@ -7,6 +7,7 @@ import { toHash } from "./link.js";
 /**
  * @typedef {import("./engine.js").Image} Image
  * @typedef {import("./engine.js").ResultMessage} ResultMessage
+ * @typedef {import("./engine.js").StepMessage} StepMessage
  * @typedef {import("./link.js").Settings} Settings
  * @typedef {{settings: Settings, result: ResultMessage, always: ResultMessage | null}} Drawn `always`: every step full
  */
@@ -58,7 +59,7 @@ export class Drawing {
     say(`Drawn in ${duration(result.ms)}.`);
   }
 
-  /** @param {any} event */
+  /** @param {StepMessage | {type: "stage", stage: string} | {type: "progress", loaded: number, total: number}} event */
   #told(event) {
     if (event.type === "step") {
       const { done, count, full, ms, image } = event;

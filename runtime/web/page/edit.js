@@ -3,6 +3,7 @@ import { stepsLeftOut } from "../src/editing.js";
 import { toRgba } from "../src/images.js";
 import { depthsOf, fitted, imagesOf, masksOf } from "../src/pictures.js";
 import { button, element, fail, input, part, refusal } from "./elements.js";
+import { isGuidance, MOST_GUIDANCE } from "./link.js";
 import { Mask } from "./mask.js";
 import { openPicture } from "./picture_file.js";
 
@@ -22,8 +23,7 @@ import { openPicture } from "./picture_file.js";
 const STRENGTH = 0.8,
   STRENGTH_WITH_MASK = 1,
   STEP = 0.05,
-  MOST_FEATHER = 256,
-  MOST_GUIDANCE = 99;
+  MOST_FEATHER = 256;
 
 export class Editing {
   /** What the worker said of the bundle. @type {any} */
@@ -253,7 +253,7 @@ export class Editing {
       guidance = input("image-guidance").value;
     if (mask && !(/^\d+$/.test(feather) && +feather <= MOST_FEATHER))
       throw refusal(`feather is ${JSON.stringify(feather)}; expected 0 to ${MOST_FEATHER} pixels`);
-    if (instructed && !(/^\d+(\.\d+)?$/.test(guidance) && +guidance <= MOST_GUIDANCE))
+    if (instructed && !isGuidance(guidance))
       throw refusal(`image guidance is ${JSON.stringify(guidance)}; expected a number from 0 to ${MOST_GUIDANCE}`);
     return {
       picture,

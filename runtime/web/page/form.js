@@ -51,11 +51,14 @@ export class Form {
     element("label-field").hidden = conditioning.kind !== "class";
     element("guidance-field").hidden = conditioning.kind === "none";
     this.editing.fill(opened);
-    label.replaceChildren(...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name)));
+    const chosen = label.value; // of a bundle that is opened again
+    label.replaceChildren(
+      ...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name, false, name === chosen)),
+    );
     if (!this.#isFilled) {
       input("compare").checked = opened.isLight;
       input("forming").checked = opened.isLight || opened.canPreview;
-      this.set(fromHash(location.hash).settings);
+      this.follow(location.hash);
     }
     this.#isFilled = true;
     const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads > 1 ? "s" : ""}`;
@@ -75,6 +78,13 @@ export class Form {
     if (calls) this.#showMask(this.#later.length === calls ? this.#later : this.boxes.mask, calls);
   }
 
+  /** Fills the fields as a link says; what the link lacks is the bundle's. @param {string} hash */
+  follow(hash) {
+    const { settings, wrong } = fromHash(hash);
+    element("notes").append(...wrong.map((text) => ` ${text}`));
+    this.set({ ...this.#defaults(), ...settings }, false);
+  }
+
   /** What the bundle is drawn with where nothing else is said. @returns {Settings} */
   #defaults() {
     const { point, conditioning, prompt } = this.#opened;
@@ -83,7 +93,7 @@ export class Form {
       negative: "",
       label: conditioning.labels[0] ?? "",
       seed: "0",
-      steps: point.num_inference_steps,
+      steps: Math.min(point.num_inference_steps, MOST_STEPS),
       guidance: point.guidance_scale,
       mask: point.mask,
       strength: null,
@@ -92,9 +102,8 @@ export class Form {
     };
   }
 
-  /** Fills the fields; those that nothing is said of get the bundle's. @param {Partial<Settings>} some */
-  set(some) {
-    const settings = { ...this.#defaults(), ...some };
+  /** @param {Settings} settings @param {boolean} [hasPicture] whether what it begins with is among them, as in no link */
+  set(settings, hasPicture = true) {
     prompt.value = settings.prompt;
     input("negative").value = settings.negative;
     if (settings.label && this.#opened.conditioning.kind === "class") {
@@ -110,19 +119,21 @@ export class Form {
     this.#later = [];
     const { strength, imageGuidance } = settings,
       isOfPicture = strength !== null || imageGuidance !== null;
-    // A link has no picture: if it is of one, what was chosen stays.
-    if (some.edit !== undefined || !isOfPicture) this.editing.set(settings.edit);
+    // If a link is of a picture, the one that was chosen stays.
+    if (hasPicture || !isOfPicture) this.editing.set(settings.edit);
     else this.editing.setNumbers(settings);
     const waits = isOfPicture && !this.editing.hasPicture;
-    if (waits && this.editing.canEdit)
-      element("notes").append(" The link begins with a picture, which no link holds: choose that one, then Draw.");
+    if (waits)
+      element("notes").append(
+        this.editing.canEdit
+          ? " The link begins with a picture, which no link holds: choose that one, then Draw."
+          : " The link begins with a picture, and this bundle begins with none; that was left out.",
+      );
     this.#chosen = periodOf(settings.mask);
     const calls = this.#calls(settings.steps);
     if (waits && settings.mask.length < calls) this.#later = settings.mask;
     else if (settings.mask.length !== calls && this.#chosen === null)
-      element("notes").append(
-        ` The link's clock is for ${settings.mask.length} calls of the model; here there are ${calls}.`,
-      );
+      element("notes").append(` The clock is for ${settings.mask.length} calls of the model; here there are ${calls}.`);
     this.#showMask(settings.mask, calls);
   }
 
@@ -149,19 +160,21 @@ export class Form {
 
   /** What the fields say, or why that cannot be drawn. @returns {Settings} */
   settings() {
-    const steps = Number(input("steps").value),
+    const { kind } = this.#opened.conditioning,
+      steps = Number(input("steps").value),
       seed = input("seed").value.trim(),
       guidance = input("guidance").value;
     if (!(Number.isInteger(steps) && steps >= 1 && steps <= MOST_STEPS))
       throw refusal(`steps is ${JSON.stringify(input("steps").value)}; expected 1 to ${MOST_STEPS}`);
-    if (this.#opened.conditioning.kind !== "none" && !isGuidance(guidance))
+    if (kind !== "none" && !isGuidance(guidance))
       throw refusal(`guidance is ${JSON.stringify(guidance)}; expected a number from 0 to ${MOST_GUIDANCE}`);
     if (!isSeed(seed))
       throw refusal(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
     const edit = this.editing.settings();
     return {
-      prompt: prompt.value,
-      negative: input("negative").value,
+      // A link may have filled what the bundle does not take.
+      prompt: kind === "text" ? prompt.value : "",
+      negative: kind === "text" ? input("negative").value : "",
       label: label.value,
       seed,
       steps,

@@ -88,5 +88,5 @@ export function isSeed(text) {
 
 /** @param {string} text */
 export function isGuidance(text) {
-  return /^\d+(\.\d+)?$/.test(text) && Number(text) <= MOST_GUIDANCE;
+  return /^(\d+(\.\d+)?|\.\d+)$/.test(text) && Number(text) <= MOST_GUIDANCE;
 }

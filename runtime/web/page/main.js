@@ -16,7 +16,6 @@ import { Engine } from "./engine.js";
 import { Form } from "./form.js";
 import { isolate, keepFiles, limits, missing } from "./isolation.js";
 import { duration } from "./ledger_chart.js";
-import { fromHash } from "./link.js";
 import { measure } from "./measure.js";
 
 const MOST_THREADS = 64;
@@ -36,8 +35,7 @@ async function start() {
   engine.start();
   const { kept, again } = await isolate();
   if (again) return;
-  const { wrong } = fromHash(location.hash);
-  element("notes").textContent = [...limits(kept), ...wrong].join(" ");
+  element("notes").textContent = limits(kept).join(" ");
   await open();
 }
 
@@ -52,7 +50,7 @@ async function open(lowMemory = false) {
     say("");
     if (!lowMemory && outOfMemory(e)) {
       engine.start();
-      return open(true);
+      return await open(true);
     }
     return fail(e);
   } finally {
@@ -116,7 +114,7 @@ async function run(job) {
     hideProgress();
     setRunning(false);
     if (before === button("draw")) button("draw").focus();
-    if (wanted !== null) follow();
+    if (wanted !== null) follow(wanted);
   }
 }
 
@@ -129,11 +127,11 @@ function setRunning(isRunning) {
   if (isRunning && hadFocus) button("cancel").focus();
 }
 
-function follow() {
-  const { settings, wrong } = fromHash(wanted ?? "");
+/** @param {string} hash */
+function follow(hash) {
   wanted = null;
-  element("notes").textContent = wrong.join(" ");
-  form.set(settings);
+  element("notes").textContent = "";
+  form.follow(hash);
 }
 
 part("form", HTMLFormElement).addEventListener("submit", (event) => {
@@ -143,8 +141,8 @@ part("form", HTMLFormElement).addEventListener("submit", (event) => {
 button("measure").addEventListener("click", () => run((signal) => measure(engine, form, signal)));
 button("cancel").addEventListener("click", () => running?.abort());
 addEventListener("hashchange", () => {
-  wanted = location.hash;
-  if (engine.opened && !running) follow();
+  if (running) wanted = location.hash;
+  else if (engine.opened) follow(location.hash); // where nothing is open yet, the form is filled from the address then
 });
 
 start().catch(fail);

@@ -11,7 +11,7 @@ const MOST_ROUNDS = 50;
  * @param {AbortSignal} signal
  */
 export async function measure(engine, form, signal) {
-  const rounds = Math.min(Math.max(Number(input("rounds").value) || 8, 2), MOST_ROUNDS);
+  const rounds = Math.min(Math.max(Math.round(Number(input("rounds").value)) || 8, 2), MOST_ROUNDS);
   input("rounds").value = String(rounds);
   element("status").scrollIntoView({ block: "center" });
   const asked = form.settings();

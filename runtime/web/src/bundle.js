@@ -65,15 +65,20 @@ export class Bundle {
       }
       if (kept) await store?.delete(hash);
     } catch (e) {
-      this.warnings.push(`${name} cannot be looked for in what was kept: ${oneLine(e)}`);
+      this.#warn(`${name} cannot be looked for in what was kept: ${oneLine(e)}`);
     }
     const bytes = await this.#download(name, size, hash);
     try {
       await store?.put(hash, bytes);
     } catch (e) {
-      this.warnings.push(`${name} is not kept for the next visit: ${oneLine(e)}`);
+      this.#warn(`${name} is not kept for the next visit: ${oneLine(e)}`);
     }
     return bytes;
+  }
+
+  /** Once, though with little memory a file is loaded in each generation. @param {string} warning */
+  #warn(warning) {
+    if (!this.warnings.includes(warning)) this.warnings.push(warning);
   }
 
   /** @param {string} name @param {number} loaded */
@@ -97,7 +102,7 @@ export class Bundle {
       why = "";
     for (let tries = 0; tries < TRIES && (at < size || !tries); tries++) {
       const response = await get(this.url, name, this.options, at ? { range: `bytes=${at}-` } : {}).catch((e) => {
-        if (!at) throw e; // it never began
+        if (!at || this.options.signal?.aborted) throw e; // it never began, or nobody wants it any more
         why = oneLine(e);
       });
       if (!response) continue;
@@ -194,7 +199,8 @@ export function address(base, name) {
 async function get(base, name, { fetch = globalThis.fetch, signal }, headers = {}) {
   let response;
   try {
-    response = await fetch(address(base, name), { headers, signal });
+    // A host may let browsers keep files for a while: a bundle that was exported anew has others under the same names.
+    response = await fetch(address(base, name), { headers, signal, cache: "no-cache" });
   } catch (e) {
     if (signal?.aborted) throw e;
     throw new BundleError(

@@ -45,12 +45,13 @@ export async function chooseBackend(asked, half) {
 }
 
 /**
- * Threads of WebAssembly: what was asked for; else one for each core, four at most, where the page may have any. Of more
- * a phone's would be its slow cores.
+ * Threads of WebAssembly: what was asked for, else one for each core, four at most; one where the page may have no more.
+ * Of more than four a phone's would be its slow cores.
  * @param {number} [asked]
  */
 export function threadsOf(asked) {
   const { crossOriginIsolated, navigator } = globalThis;
+  if (crossOriginIsolated === false) return 1;
   return asked ?? (crossOriginIsolated ? Math.min(4, navigator?.hardwareConcurrency || 1) : 1);
 }
 
