@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from command_line import Command
 from conftest import Export
 from PIL import Image
 from seals import reseal, seal_plain
-from tiny_pipelines import SAVE
+from tiny_pipelines import EDITORS, SAVE
 from web_pages import GOLDEN, copy_bundle
 
 import edgediff
@@ -217,6 +218,223 @@ def test_a_prompt_becomes_the_same_picture(visit: Visiting, export_once: Export)
         assert "Prompt: 16000 tokens; expected 4800 at most" in tab.error()
         assert near(tab.draw(prompt="a red apple"), want)  # the page lives
         assert tab.page.is_hidden("#error")
+
+
+def photo(side: int) -> Image.Image:
+    """A picture of a bundle's size, no two pixels of it alike."""
+    y, x = np.mgrid[:side, :side]
+    return Image.fromarray(np.stack([x * 255 // side, y * 255 // side, (x + y) % 7 * 30], axis=-1).astype(np.uint8))
+
+
+def upload(picture: Image.Image, name: str = "photo.png") -> dict[str, Any]:
+    """A picture as a field for files takes it."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": data.getvalue()}
+
+
+def choose(tab: Visit, file: dict[str, Any] | Path, name: str = "image") -> None:
+    tab.page.set_input_files(f"#{name}", file)
+    tab.page.wait_for_selector("#chosen:not([hidden])")
+
+
+def rectangle(tab: Visit, left: int, top: int, width: int, height: int) -> np.ndarray:
+    """Fills a rectangle of the mask by its fields; the mask of a picture of 32 x 32."""
+    for name, value in {"left": left, "top": top, "width": width, "height": height}.items():
+        tab.page.fill(f"#mask-{name}", str(value))
+    tab.page.click("#rectangle")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[top : top + height, left : left + width] = 255
+    return mask
+
+
+def test_an_edit_becomes_the_same_picture(visit: Visiting, export_once: Export) -> None:
+    bundle = export_once(saved_once("sd1", SAVE["sd1"]), edgediff.ExportConfig(steps=2))
+    pipe = EdgePipeline.from_pretrained(bundle)
+    source = photo(32)
+    asked: dict[str, Any] = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 8, "clock": 2}
+    with serving(PAGE, bundle) as port:
+        tab = visit(port).open()
+        choose(tab, upload(source))
+        assert "photo.png: 32\u00a0x\u00a032" in tab.text("source-caption")
+        tab.page.fill("#steps", "8")
+        tab.page.dispatch_event("#steps", "change")
+        tab.page.select_option("#period", "2")
+        tab.page.focus("#strength")
+        for _ in range(4):
+            tab.page.keyboard.press("ArrowLeft")
+        assert tab.text("strength-says") == "0.6: 4 of 8 steps run"
+        assert tab.boxes() == [True, False, True, False]
+        want = pipe(**asked, image=source, strength=0.6).images[0]
+        assert near(tab.draw(prompt="a red apple", seed=3), want)
+        assert "from photo.png, strength 0.6, FcFc, seed 3" in tab.text("picture-caption")
+        # A part of it, by the keyboard alone.
+        tab.page.focus("#mask-section summary")
+        tab.page.keyboard.press("Enter")
+        mask = rectangle(tab, 8, 6, 18, 14)
+        assert "25 % of the picture" in tab.text("mask-says")
+        tab.page.fill("#feather", "2")
+        assert tab.text("strength-says") == "0.6: 4 of 8 steps run"  # as it was chosen
+        got = tab.draw()
+        same = {"image": source, "mask_image": Image.fromarray(mask), "strength": 0.6, "paste": True}
+        assert near(got, pipe(**asked, **same, feather=2).images[0])
+        assert np.array_equal(got[mask == 0], np.array(source)[mask == 0])
+        assert not np.array_equal(got, np.array(source))
+        tab.page.uncheck("#paste")
+        assert near(tab.draw(), pipe(**asked, **same | {"paste": False}).images[0])
+        # What is measured is a whole generation.
+        tab.page.click("#measure-section summary")
+        tab.page.click("#measure")
+        assert "set its strength to 1" in tab.error()
+        # A link has all but the picture.
+        link = tab.page.evaluate("location.hash")
+        tab.page.click("#share")
+        tab.says("The (link is copied. It has all but|browser copies nothing)")
+        other = visit(port).open(link)
+        assert "choose that one" in other.text("notes")
+        choose(other, upload(source))
+        assert other.boxes() == [True, False, True, False]
+        assert near(other.draw(), want)
+        # Back to the first of this session, its picture included; then away with it.
+        tab.page.click("#no-image")
+        assert len(tab.boxes()) == 9
+        tab.page.click("#gallery li:last-child button")
+        assert near(tab.draw(), want)
+        tab.page.click("#no-image")
+        assert near(tab.draw(), pipe(**asked).images[0])
+        # A finished picture begins another one.
+        finished = tab.pixels("picture")
+        tab.page.click("#edit-this")
+        assert "a red apple, seed 3: 32" in tab.text("source-caption")
+        tab.page.focus("#strength")
+        tab.page.keyboard.press("Home")
+        assert tab.text("strength-says") == "0.15: 1 of 8 steps run"
+        assert near(tab.draw(), pipe(**asked, image=finished, strength=0.15).images[0])
+
+
+def test_a_mask_is_painted_erased_and_read_from_a_file(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    choose(tab, upload(photo(16)))
+    assert "photo.png: 16\u00a0x\u00a016, cut to 8\u00a0x\u00a08" in tab.text("source-caption")
+    assert tab.text("strength-says") == "0.8: 3 of 4 steps run"
+    tab.page.click("#mask-section summary")
+    tab.page.locator("#mask").scroll_into_view_if_needed()
+    box = tab.page.locator("#mask").bounding_box()
+    assert box is not None
+
+    def stroke(*places: tuple[float, float]) -> None:
+        for k, (x, y) in enumerate(places):
+            tab.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            if not k:
+                tab.page.mouse.down()
+        tab.page.mouse.up()
+
+    tab.page.fill("#brush", "2")
+    stroke((0.1, 0.5), (0.9, 0.5))
+    painted = tab.text("mask-says")
+    assert painted == "25 % of the picture is drawn anew."
+    assert tab.text("strength-says") == "1: 4 of 4 steps run"
+    tab.page.click("#erase")
+    stroke((0.5, 0.5))
+    assert tab.text("mask-says") == "19 % of the picture is drawn anew."
+    tab.page.click("#clear-mask")
+    assert "Nothing is painted" in tab.text("mask-says")
+    assert tab.text("strength-says") == "0.8: 3 of 4 steps run"
+    white = np.zeros((16, 16), np.uint8)
+    white[:8] = 255
+    tab.page.set_input_files("#mask-file", upload(Image.fromarray(white)))
+    tab.page.wait_for_selector('#mask-says:text-matches("^50 %")')
+    tab.page.set_input_files("#mask-file", upload(Image.fromarray(white[:4])))
+    assert tab.error() == "The mask has 16 x 4 pixels, the picture 16 x 16; expected the same."
+    tab.page.set_input_files("#mask-file", upload(Image.fromarray(0 * white)))
+    tab.page.wait_for_selector('#error:text-matches("covers nothing")')
+    tab.page.fill("#mask-width", "")
+    tab.page.keyboard.press("Enter")
+    tab.page.wait_for_selector('#error:text-matches("^The rectangle.s width")')
+    tab.page.fill("#feather", "999")
+    tab.page.click("#mask-section summary")
+    tab.page.click("#draw")
+    tab.page.wait_for_selector('#error:text-matches("^Feather is")')
+
+
+@pytest.mark.parametrize("name", ["inpaint", "pix2pix"])
+def test_a_model_that_needs_a_picture_says_so(visit: Visiting, export_once: Export, name: str) -> None:
+    bundle = export_once(saved_once(name, EDITORS[name]), edgediff.ExportConfig(steps=4))
+    source = photo(32)
+    asked: dict[str, Any] = {"prompt": "make it red", "seed": 1, "num_inference_steps": 4, "clock": 2}
+    with serving(PAGE, bundle) as port:
+        tab = visit(port).open()
+        assert "this model needs" in tab.text("edit-title")
+        tab.page.fill("#prompt", "make it red")
+        tab.page.click("#draw")
+        assert tab.error() == "This model changes a picture; choose one first."
+        choose(tab, upload(source))
+        if name == "inpaint":
+            tab.page.click("#draw")
+            tab.page.wait_for_selector('#error:text-matches("paint over it")')
+            asked |= {"mask_image": Image.fromarray(rectangle(tab, 4, 4, 20, 12)), "paste": True, "feather": 1}
+        else:
+            tab.page.fill("#image-guidance", "1.2")
+            asked |= {"image_guidance_scale": 1.2}
+        tab.page.select_option("#period", "2")
+        got = tab.draw(seed=1)
+        assert near(got, EdgePipeline.from_pretrained(bundle)(**asked, image=source).images[0])
+
+
+def moving(kind: str) -> bytes:
+    """An animated picture."""
+    data = io.BytesIO()
+    frames = [photo(8), photo(8).rotate(90)]
+    frames[0].save(data, kind, save_all=True, append_images=frames[1:], lossless=True)
+    return data.getvalue()
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that says that it has so many pixels, and ends there."""
+    head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + head + zlib.crc32(head).to_bytes(4, "big")
+
+
+def test_a_file_that_cannot_be_a_picture_is_said(visit: Visiting, golden: int, tmp_path: Path) -> None:
+    tab = visit(golden).open()
+    whole = upload(photo(8))["buffer"]
+    huge = tmp_path / "huge.png"
+    with huge.open("wb") as file:
+        file.truncate(70_000_000)
+    for name, content, said in (
+        ("cut.png", whole[: len(whole) // 2], "is damaged, or no picture that this browser reads"),
+        ("empty.png", b"", "is damaged"),
+        ("notes.png", b"shopping", "is damaged"),
+        ("two.gif", moving("GIF"), "is animated"),
+        ("two.png", moving("PNG"), "is animated"),
+        ("two.webp", moving("WEBP"), "is animated"),
+        ("wide.png", png(60000, 60000), "has 3600 million pixels; expected 100 at most"),
+        ("huge.png", None, "has 70 MB; expected 64 MiB at most"),
+    ):
+        file = huge if content is None else {"name": name, "mimeType": "image/png", "buffer": content}
+        tab.page.set_input_files("#image", file)
+        tab.page.wait_for_selector(f'#error:text-matches("^Picture .{name}. {said}")')
+        assert tab.page.is_hidden("#chosen")
+        assert tab.page.input_value("#image") == ""
+    still = io.BytesIO()
+    photo(8).save(still, "GIF")
+    choose(tab, {"name": "one.gif", "mimeType": "image/gif", "buffer": still.getvalue()})
+    assert tab.page.is_hidden("#error")
+    # Dropped, and pasted.
+    for name, event in (("dropped.png", "DragEvent"), ("pasted.png", "ClipboardEvent")):
+        field = "dataTransfer" if event == "DragEvent" else "clipboardData"
+        kind = "drop" if event == "DragEvent" else "paste"
+        code = """([name, bytes, event, kind, field]) => {
+          const given = new DataTransfer();
+          given.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+          document.body.dispatchEvent(new globalThis[event](kind, { [field]: given, bubbles: true, cancelable: true }));
+        }"""
+        tab.page.evaluate(code, [name, list(whole), event, kind, field])
+        tab.page.wait_for_selector(f'#source-caption:text-matches("^{name}")')
+    assert near(
+        tab.draw(seed=2, label="round"),
+        python_picture(label="round", seed=2, image=photo(8)),
+    )
 
 
 def test_a_link_draws_the_same_picture_again(visit: Visiting, golden: int) -> None:
@@ -615,6 +833,8 @@ def test_it_is_accessible_and_fits_a_narrow_screen(visit: Visiting, golden: int,
     tab = visit(golden, viewport={"width": 360, "height": 640}, color_scheme=scheme, bypass_csp=True).open()
     tab.draw(seed=2)
     tab.page.click("#measure-section summary")
+    choose(tab, upload(photo(8), "a_photograph_with_quite_a_long_name_that_has_no_spaces_in_it.png"))
+    tab.page.click("#mask-section summary")
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
     tab.draw(steps=120)
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360

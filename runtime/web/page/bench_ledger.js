@@ -91,7 +91,7 @@ export function benchLedger({ rounds, opened, settings }) {
         says: "",
         psnr_db: null,
         mask,
-        rows: ledger[ledger.length - 1].guided ? 2 : 1,
+        rows: ledger[ledger.length - 1].rows,
         peak_mib: null,
         undivided: "own",
         flops_saved: rounded(flops),

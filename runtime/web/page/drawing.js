@@ -1,6 +1,6 @@
 // Drawing: the picture as it forms, the finished one and what it cost, the pictures before it.
 import { differenceMap, psnr } from "./compare.js";
-import { button, element, input, part, save, saveJson, say, sayProgress } from "./elements.js";
+import { button, element, input, part, save, saveJson, say, sayLoading, sayProgress } from "./elements.js";
 import { duration, ledgerChart, loopMs, percent, sum } from "./ledger_chart.js";
 import { toHash } from "./link.js";
 
@@ -34,6 +34,7 @@ export class Drawing {
     button("download").addEventListener("click", () => this.#download());
     button("share").addEventListener("click", () => this.#share());
     button("export").addEventListener("click", () => this.#export());
+    button("edit-this").addEventListener("click", () => this.#shown && this.#edit(this.#shown));
   }
 
   /** Draws what the form asks for. @param {AbortSignal} signal */
@@ -58,22 +59,20 @@ export class Drawing {
     say(`Drawn in ${duration(result.ms)}.`);
   }
 
-  /** @param {StepMessage | {type: "stage", stage: string}} event */
+  /** @param {StepMessage | {type: "stage", stage: string} | {type: "progress", loaded: number, total: number}} event */
   #told(event) {
     if (event.type === "step") {
-      const { index, count, full, ms, image } = event;
-      this.form.boxes.mark(index + 1 < count ? index + 1 : null);
-      sayProgress(
-        (index + 1) / count,
-        `Step ${index + 1} of ${count}: ${full ? "full" : "cached"}, ${duration(sum(ms))}`,
-      );
+      const { done, count, full, ms, image } = event;
+      this.form.boxes.mark(done < count ? done : null);
+      sayProgress(done / count, `Step ${done} of ${count}: ${full ? "full" : "cached"}, ${duration(sum(ms))}`);
       if (image) {
         element("pictures").hidden = false;
         element("other").hidden = element("map").hidden = true;
         paint(canvas("picture"), image);
-        element("picture-caption").textContent = `after step ${index + 1} of ${count}`;
+        element("picture-caption").textContent = `after step ${done} of ${count}`;
       }
-    } else if (event.type === "stage" && event.stage === "decode") say("Decoding the picture");
+    } else if (event.type === "stage" && event.stage in STAGES) say(STAGES[event.stage]);
+    else if (event.type === "progress") sayLoading(event); // of what is loaded at its first use
   }
 
   /** After one that was not finished: the last picture is on the page again. */
@@ -92,8 +91,15 @@ export class Drawing {
     if (result.image) {
       paint(canvas("picture"), result.image);
       canvas("picture").setAttribute("aria-label", settings.prompt || settings.label || "The picture");
-      element("picture-caption").textContent = `${letters}, seed ${result.seed}, ${duration(result.ms)}`;
+      element("picture-caption").textContent = [
+        ...(settings.edit?.picture ? [`from ${settings.edit.picture.name}`] : []),
+        ...(settings.strength === null ? [] : [`strength ${settings.strength}`]),
+        letters,
+        `seed ${result.seed}`,
+        duration(result.ms),
+      ].join(", ");
     }
+    button("edit-this").hidden = !result.image || !this.form.editing.canEdit;
     const both = result.image && always?.image ? { one: result.image, other: always.image } : null;
     element("other").hidden = element("map").hidden = !both;
     if (both && always) {
@@ -135,15 +141,30 @@ export class Drawing {
       remember(settings);
     });
     item.append(back);
+    if (this.form.editing.canEdit) {
+      const again = document.createElement("button");
+      again.type = "button";
+      again.className = "again";
+      again.textContent = "Edit";
+      again.setAttribute("aria-label", `Edit ${picture.alt}`);
+      again.addEventListener("click", () => !this.isBusy() && this.#edit(drawn));
+      item.append(again);
+    }
     element("gallery").prepend(item);
     // The tab's memory stays flat: the oldest pictures go.
     const kept = this.#kept;
-    kept.unshift(result.image.data.length * (always ? 2 : 1));
+    const begun = (settings.edit?.picture?.pixels.data.length ?? 0) + (settings.edit?.mask?.data.length ?? 0);
+    kept.unshift(result.image.data.length * (always ? 2 : 1) + begun);
     while (kept.length > 1 && (kept.length > MOST_KEPT || kept.reduce((a, b) => a + b) > MOST_KEPT_BYTES)) {
       kept.pop();
       element("gallery").lastElementChild?.remove();
     }
     element("gallery-section").hidden = false;
+  }
+
+  /** Begins the next picture with this one. @param {Drawn} drawn */
+  #edit({ settings, result }) {
+    if (result.image) this.form.editing.begin(result.image, `${titleOf(settings).slice(0, 40)}, seed ${settings.seed}`);
   }
 
   #download() {
@@ -160,7 +181,12 @@ export class Drawing {
     const link = new URL(toHash(this.#shown.settings), location.href).href;
     try {
       await navigator.clipboard.writeText(link);
-      say("The link is copied; with it, Draw makes the same picture again.");
+      const isAll = !this.#shown.settings.edit;
+      say(
+        isAll
+          ? "The link is copied; with it, Draw makes the same picture again."
+          : "The link is copied. It has all but what the picture began with: whoever opens it chooses the same file again.",
+      );
     } catch {
       say(`The browser copies nothing here; the link is ${link}`);
     }
@@ -172,10 +198,13 @@ export class Drawing {
       { bundle, model, backend } = this.engine.opened;
     const strip = (/** @type {ResultMessage | null} */ each) =>
       each && { ...each, image: undefined, latents: undefined, type: undefined, id: undefined };
-    saveJson("ledger.json", { bundle, model, backend, settings, result: strip(result), always: strip(always) });
+    const told = { ...settings, edit: undefined };
+    saveJson("ledger.json", { bundle, model, backend, settings: told, result: strip(result), always: strip(always) });
   }
 }
 
+/** @type {Record<string, string>} */
+const STAGES = { image: "Encoding the picture", step: "Drawing", decode: "Decoding the picture" };
 const canvas = (/** @type {string} */ id) => part(id, HTMLCanvasElement);
 const titleOf = (/** @type {Settings} */ { prompt, label }) => prompt || label || "picture";
 

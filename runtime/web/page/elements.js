@@ -25,6 +25,11 @@ export function sayProgress(share, now) {
   if (now !== undefined) element("now").textContent = now;
 }
 
+/** How much of the files is there. @param {{loaded: number, total: number}} progress */
+export function sayLoading({ loaded, total }) {
+  sayProgress(total ? loaded / total : 0, `${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`);
+}
+
 export function hideProgress() {
   progress.hidden = true;
 }

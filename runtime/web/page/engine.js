@@ -2,9 +2,9 @@
 
 /**
  * @typedef {{width: number, height: number, data: Uint8ClampedArray<ArrayBuffer>}} Image
- * @typedef {{type: "step", index: number, count: number, full: boolean, ms: Record<string, number>,
+ * @typedef {{type: "step", done: number, count: number, full: boolean, ms: Record<string, number>,
  *   image: Image | null}} StepMessage
- * @typedef {{type: "result", image: Image | null, ledger: {index: number, full: boolean, guided: boolean,
+ * @typedef {{type: "result", image: Image | null, ledger: {index: number, full: boolean, guided: boolean, rows: number,
  *   ms: Record<string, number>}[], mask: number[], stages: Record<string, number>, ms: number,
  *   macs: {done: number, uncached: number}, warnings: string[], seed: string}} ResultMessage
  */
@@ -50,6 +50,8 @@ export class Engine {
     const job = this.#jobs.get(key);
     if (data.type === "opened" || data.type === "result") job?.resolve(data);
     else if (data.type === "error") job?.reject(Object.assign(new Error(data.message), { name: data.name }));
+    // What is loaded while a picture is drawn.
+    else if (data.type === "progress" && !job) return this.#jobs.forEach((each) => each.told(data));
     else return job?.told(data);
     this.#jobs.delete(key);
   }

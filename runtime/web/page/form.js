@@ -1,5 +1,6 @@
 // The form: what is asked for.
 import { ClockBoxes, maskOf, periodOf } from "./clock_boxes.js";
+import { editArguments, Editing } from "./edit.js";
 import { button, element, input, part, refusal } from "./elements.js";
 import { fromHash, isGuidance, isSeed, MOST_GUIDANCE, MOST_STEPS } from "./link.js";
 
@@ -17,21 +18,23 @@ export class Form {
   #chosen = null;
   /** Whether the form was filled, so that what the user switched off stays off. */
   #isFilled = false;
+  /** A link's clock, until its picture is chosen, without which more steps run. @type {number[]} */
+  #later = [];
 
   constructor() {
+    this.editing = new Editing(() => this.#refit());
     this.boxes = new ClockBoxes(element("boxes"), () => {
       this.#chosen = periodOf(this.boxes.mask);
+      this.#later = [];
       this.#showPeriod();
     });
     button("another").addEventListener("click", () => {
       input("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
     });
-    input("steps").addEventListener("change", () => {
-      const calls = this.#opened?.calls[Number(input("steps").value) - 1];
-      if (calls) this.#showMask(this.boxes.mask, calls);
-    });
+    input("steps").addEventListener("change", () => this.#refit());
     period.addEventListener("change", () => {
       if (period.value === "own") return;
+      this.#later = [];
       this.#chosen = Number(period.value);
       this.#showMask([], this.boxes.mask.length);
     });
@@ -47,6 +50,7 @@ export class Form {
     element("prompt-field").hidden = element("negative-field").hidden = !opened.canEncode;
     element("label-field").hidden = conditioning.kind !== "class";
     element("guidance-field").hidden = conditioning.kind === "none";
+    this.editing.fill(opened);
     const chosen = label.value; // of a bundle that is opened again
     label.replaceChildren(
       ...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name, false, name === chosen)),
@@ -62,11 +66,23 @@ export class Form {
       `${model} with adaptor ${adaptor}, in ${where}, in this browser. Nothing leaves the device.`;
   }
 
+  /** How many calls of the model run in so many steps, of which an edit leaves some out; undefined where there are none. @param {number} steps */
+  #calls(steps) {
+    const { calls, starts } = this.#opened ?? {};
+    return calls?.[steps - 1] && calls[steps - 1] - starts[this.editing.leftOut(steps)];
+  }
+
+  /** Shows the boxes of the steps that run now. */
+  #refit() {
+    const calls = this.#calls(Number(input("steps").value));
+    if (calls) this.#showMask(this.#later.length === calls ? this.#later : this.boxes.mask, calls);
+  }
+
   /** Fills the fields as a link says; what the link lacks is the bundle's. @param {string} hash */
   follow(hash) {
     const { settings, wrong } = fromHash(hash);
     element("notes").append(...wrong.map((text) => ` ${text}`));
-    this.set({ ...this.#defaults(), ...settings });
+    this.set({ ...this.#defaults(), ...settings }, false);
   }
 
   /** What the bundle is drawn with where nothing else is said. @returns {Settings} */
@@ -80,11 +96,14 @@ export class Form {
       steps: Math.min(point.num_inference_steps, MOST_STEPS),
       guidance: point.guidance_scale,
       mask: point.mask,
+      strength: null,
+      imageGuidance: null,
+      edit: null,
     };
   }
 
-  /** @param {Settings} settings */
-  set(settings) {
+  /** @param {Settings} settings @param {boolean} [hasPicture] whether what it begins with is among them, as in no link */
+  set(settings, hasPicture = true) {
     prompt.value = settings.prompt;
     input("negative").value = settings.negative;
     if (settings.label && this.#opened.conditioning.kind === "class") {
@@ -97,9 +116,23 @@ export class Form {
     input("seed").value = settings.seed;
     input("steps").value = String(settings.steps);
     input("guidance").value = String(settings.guidance);
+    this.#later = [];
+    const { strength, imageGuidance } = settings,
+      isOfPicture = strength !== null || imageGuidance !== null;
+    // If a link is of a picture, the one that was chosen stays.
+    if (hasPicture || !isOfPicture) this.editing.set(settings.edit);
+    else this.editing.setNumbers(settings);
+    const waits = isOfPicture && !this.editing.hasPicture;
+    if (waits)
+      element("notes").append(
+        this.editing.canEdit
+          ? " The link begins with a picture, which no link holds: choose that one, then Draw."
+          : " The link begins with a picture, and this bundle begins with none; that was left out.",
+      );
     this.#chosen = periodOf(settings.mask);
-    const calls = this.#opened.calls[settings.steps - 1];
-    if (settings.mask.length !== calls && this.#chosen === null)
+    const calls = this.#calls(settings.steps);
+    if (waits && settings.mask.length < calls) this.#later = settings.mask;
+    else if (settings.mask.length !== calls && this.#chosen === null)
       element("notes").append(` The clock is for ${settings.mask.length} calls of the model; here there are ${calls}.`);
     this.#showMask(settings.mask, calls);
   }
@@ -137,6 +170,7 @@ export class Form {
       throw refusal(`guidance is ${JSON.stringify(guidance)}; expected a number from 0 to ${MOST_GUIDANCE}`);
     if (!isSeed(seed))
       throw refusal(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
+    const edit = this.editing.settings();
     return {
       // A link may have filled what the bundle does not take.
       prompt: kind === "text" ? prompt.value : "",
@@ -146,11 +180,14 @@ export class Form {
       steps,
       guidance: Number(guidance),
       mask: [...this.boxes.mask],
+      strength: edit?.strength ?? null,
+      imageGuidance: edit?.imageGuidance ?? null,
+      edit,
     };
   }
 
   /** Settings as the pipeline takes them. @param {Settings} settings @returns {import("../src/pipeline.js").Arguments} */
-  request({ prompt, negative, label, seed, steps, guidance, mask }) {
+  request({ prompt, negative, label, seed, steps, guidance, mask, edit }) {
     const { kind } = this.#opened.conditioning;
     return {
       seed,
@@ -159,6 +196,7 @@ export class Form {
       guidanceScale: kind === "none" ? 1 : guidance,
       ...(kind === "text" ? { prompt, ...(negative ? { negativePrompt: negative } : {}) } : {}),
       ...(kind === "class" ? { label } : {}),
+      ...editArguments(edit),
     };
   }
 

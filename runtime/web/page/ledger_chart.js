@@ -14,7 +14,7 @@ export const sum = (ms) => Object.values(ms).reduce((a, b) => a + b, 0);
 export const loopMs = ({ ledger }) => ledger.reduce((total, step) => total + sum(step.ms), 0);
 
 /** @type {Record<string, string>} */
-const SHORT = { text_encoder: "text", text_encoder_2: "text 2", vae_decoder: "decoder" };
+const SHORT = { text_encoder: "text", text_encoder_2: "text 2", vae_encoder: "encoder", vae_decoder: "decoder" };
 
 /** @param {string} name @param {Record<string, string | number>} attributes @param {string} [text] */
 function element(name, attributes, text) {
@@ -26,7 +26,7 @@ function element(name, attributes, text) {
 
 /** @param {Pick<ResultMessage, "ledger" | "stages">} result @param {number} width pixels that it is shown in */
 export function ledgerChart({ ledger, stages }, width) {
-  const before = ["text_encoder", "text_encoder_2"].filter((name) => name in stages);
+  const before = ["text_encoder", "text_encoder_2", "vae_encoder"].filter((name) => name in stages);
   const after = Object.keys(stages).filter((name) => !before.includes(name));
   const component = (/** @type {string} */ name) => ({
     kind: "component",
@@ -35,7 +35,8 @@ export function ledgerChart({ ledger, stages }, width) {
   });
   const bars = [
     ...before.map(component),
-    ...ledger.map((step) => ({ kind: step.full ? "full" : "cached", name: String(step.index + 1), ms: sum(step.ms) })),
+    // Numbered as the boxes are: of the steps that run.
+    ...ledger.map((step, k) => ({ kind: step.full ? "full" : "cached", name: String(k + 1), ms: sum(step.ms) })),
     ...after.map(component),
   ];
   const most = Math.max(...bars.map((bar) => bar.ms), 1e-6);

@@ -9,14 +9,18 @@
  * @property {number} steps
  * @property {number} guidance
  * @property {number[]} mask 1 = full
+ * @property {number | null} strength of what begins with a picture, as is `imageGuidance`: of a model of instructions
+ * @property {number | null} imageGuidance
+ * @property {import("./edit.js").Edit | null} edit the picture itself, which no link holds
  */
 
+const KNOWN = "prompt negative label seed steps guidance clock strength imageguidance".split(" ");
 const LARGEST_SEED = 2n ** 64n - 1n;
 export const MOST_STEPS = 200,
   MOST_GUIDANCE = 99;
 
 /** @param {Settings} settings */
-export function toHash({ prompt, negative, label, seed, steps, guidance, mask }) {
+export function toHash({ prompt, negative, label, seed, steps, guidance, mask, strength, imageGuidance }) {
   const parts = new URLSearchParams();
   parts.set("prompt", prompt);
   parts.set("negative", negative);
@@ -25,6 +29,8 @@ export function toHash({ prompt, negative, label, seed, steps, guidance, mask })
   parts.set("steps", String(steps));
   parts.set("guidance", String(guidance));
   parts.set("clock", mask.join(""));
+  if (strength !== null) parts.set("strength", String(strength));
+  if (imageGuidance !== null) parts.set("imageguidance", String(imageGuidance));
   return `#${parts}`;
 }
 
@@ -63,8 +69,13 @@ export function fromHash(hash) {
   if (guidance !== null) settings.guidance = Number(guidance);
   const clock = read("clock", (text) => /^1[01]{0,399}$/.test(text), "ones and zeros, the first a one");
   if (clock !== null) settings.mask = [...clock].map(Number);
+  // As the slider has them.
+  const strength = read("strength", (text) => /^(0\.05|0\.[1-9]5?|1)$/.test(text), "0.05 to 1 in steps of 0.05");
+  if (strength !== null) settings.strength = Number(strength);
+  const towards = read("imageguidance", isGuidance, `a number from 0 to ${MOST_GUIDANCE}`);
+  if (towards !== null) settings.imageGuidance = Number(towards);
   for (const name of parts.keys()) {
-    if (!["prompt", "negative", "label", "seed", "steps", "guidance", "clock"].includes(name))
+    if (!KNOWN.includes(name))
       wrong.push(`The link has ${JSON.stringify(name.slice(0, 40))}, which the page does not know. It was left out.`);
   }
   return { settings, wrong };

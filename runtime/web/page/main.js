@@ -1,6 +1,17 @@
 // The page: opens the bundle, and runs one thing at a time, a drawing or a measurement.
 import { Drawing } from "./drawing.js";
-import { button, element, fail, hideProgress, outOfMemory, part, refusal, say, sayProgress } from "./elements.js";
+import {
+  button,
+  element,
+  fail,
+  hideProgress,
+  outOfMemory,
+  part,
+  refusal,
+  say,
+  sayLoading,
+  sayProgress,
+} from "./elements.js";
 import { Engine } from "./engine.js";
 import { Form } from "./form.js";
 import { isolate, keepFiles, limits, missing } from "./isolation.js";
@@ -34,9 +45,7 @@ async function open(lowMemory = false) {
   sayProgress(null);
   let opened;
   try {
-    opened = await engine.open({ ...asked(), lowMemory }, ({ loaded, total }) =>
-      sayProgress(total ? loaded / total : 0, `${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`),
-    );
+    opened = await engine.open({ ...asked(), lowMemory }, sayLoading);
   } catch (e) {
     say("");
     if (!lowMemory && outOfMemory(e)) {
@@ -111,7 +120,7 @@ async function run(job) {
 
 /** @param {boolean} isRunning */
 function setRunning(isRunning) {
-  for (const name of ["measure", "download", "share", "export"]) button(name).disabled = isRunning;
+  for (const name of ["measure", "download", "edit-this", "share", "export"]) button(name).disabled = isRunning;
   const hadFocus = document.activeElement === button("draw");
   button("draw").hidden = isRunning;
   button("cancel").hidden = !isRunning;

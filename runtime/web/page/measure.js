@@ -1,6 +1,6 @@
 // The section "Measure this device": rounds with the clock and without, a table, and a file for `edgediff bench --import`.
 import { benchLedger } from "./bench_ledger.js";
-import { element, input, saveJson, say, sayProgress } from "./elements.js";
+import { element, input, refusal, saveJson, say, sayProgress } from "./elements.js";
 import { percent } from "./ledger_chart.js";
 
 const MOST_ROUNDS = 50;
@@ -14,8 +14,10 @@ export async function measure(engine, form, signal) {
   const rounds = Math.min(Math.max(Math.round(Number(input("rounds").value)) || 8, 2), MOST_ROUNDS);
   input("rounds").value = String(rounds);
   element("status").scrollIntoView({ block: "center" });
-  const asked = form.settings(),
-    clocked = form.request(asked),
+  const asked = form.settings();
+  if (asked.mask.length !== engine.opened.calls[asked.steps - 1])
+    throw refusal("what is measured is a whole generation; take the picture away, or set its strength to 1");
+  const clocked = form.request(asked),
     always = form.requestOfFull(asked);
   say("Warming up");
   await engine.draw(always, { signal });

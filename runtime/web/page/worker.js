@@ -1,6 +1,6 @@
 // The pipeline, in a thread of its own: WebAssembly holds its thread while a graph runs.
 import { CacheStore, EdgePipeline, toRgba } from "../src/index.js";
-import { samplerOf } from "../src/schedulers.js";
+import { callOf, samplerOf } from "../src/schedulers.js";
 import { MOST_STEPS } from "./link.js";
 
 /**
@@ -51,8 +51,11 @@ async function open({ url, backend, threads, lowMemory, warms = true }) {
     type: "opened",
     backend: pipe.backend,
     canDecode: pipe.canDecode,
+    canEdit: pipe.canEdit,
     canEncode: pipe.canEncode,
     canPreview: pipe.canPreview,
+    concat: manifest.sample.concat,
+    size: pipe.usualSize,
     conditioning: { kind: conditioning.kind, labels: conditioning.labels },
     model: source.name,
     adaptor: adaptor.kind === "learned" ? adaptor.name : adaptor.kind,
@@ -62,6 +65,8 @@ async function open({ url, backend, threads, lowMemory, warms = true }) {
     source: source.sha256,
     threads: pipe.backend === "wasm" ? pipe.threads : null,
     calls: Array.from({ length: MOST_STEPS }, (_, k) => samplerOf(scheduler.name).calls(k + 1)),
+    // The call at which an edit begins that leaves out so many steps.
+    starts: Array.from({ length: MOST_STEPS }, (_, k) => callOf(scheduler.name, k)),
     versions: { "onnxruntime-web": ORT_VERSION },
     isLight: isLight(pipe),
   });
@@ -76,6 +81,7 @@ const isLight = ({ manifest: { cost } }) => cost.full.macs + cost.full.macs_atte
 /** Runs each graph once, so that the first picture's times are those of any other. @param {EdgePipeline} pipe */
 async function warm(pipe) {
   const { kind, labels } = pipe.manifest.conditioning;
+  if (pipe.manifest.sample.concat.length) return; // it needs a picture
   const point = pipe.manifest.operating_point;
   const asked = kind === "text" ? { prompt: "" } : kind === "class" ? { label: labels[0] ?? 0 } : {};
   await pipe.generate({ ...asked, clock: point.mask, numInferenceSteps: point.num_inference_steps });
@@ -96,13 +102,10 @@ async function draw({ id, request, shows }) {
     await warming;
     for await (const event of pipe.stream({ ...request, signal: controller.signal })) {
       if (event.type === "step") {
-        const { index, count, full, ms } = event;
+        const { done, count, full, ms } = event;
         // What the step predicts, decoded: the picture as it forms. It is not part of the ledger.
         const image = shows ? await formed(pipe, event.predicted) : null;
-        postMessage(
-          { type: "step", id, index, count, full, ms, image },
-          { transfer: image ? [image.data.buffer] : [] },
-        );
+        postMessage({ type: "step", id, done, count, full, ms, image }, { transfer: image ? [image.data.buffer] : [] });
       } else if (event.type === "result") {
         const { images, latents, ledger, mask, stages, ms, macs, warnings, seed } = event.result;
         const image = images && toRgba(images);

@@ -11,13 +11,14 @@ const MAX_STEPS = 10000;
  * @param {Clock} clock
  * @param {number} steps `numInferenceSteps`
  * @param {string} scheduler a sampler's name, or with the layout of its noise levels
+ * @param {number} [start] the first call that is run, for editing; the clock begins there
  */
-export function clockMask(clock, steps, scheduler) {
+export function clockMask(clock, steps, scheduler, start = 0) {
   refuse(
     !Number.isInteger(steps) || steps < 1 || steps > MAX_STEPS,
     `steps is ${shown(steps)}; expected a whole number above 0, ${MAX_STEPS} at most`,
   );
-  const calls = samplerOf(scheduler).calls(steps);
+  const calls = samplerOf(scheduler).calls(steps) - start;
   let read = clock;
   if (typeof clock === "string" && /^\s*\d+\s*(,\s*\d+\s*)*$/.test(clock)) {
     const entries = clock.split(",").map(Number);
@@ -36,14 +37,15 @@ export function clockMask(clock, steps, scheduler) {
   );
   refuse(
     mask.length !== calls,
-    `${told} has ${mask.length} entries for ${callsInWords(steps, scheduler)}; expected one each`,
+    `${told} has ${mask.length} entries for ${callsInWords(steps, scheduler, start)}; expected one each`,
   );
   refuse(!mask[0], `${told} begins with 0; the first step is always full`);
   return mask.map(Boolean);
 }
 
-/** How many entries a mask has, and why. @param {number} steps @param {string} scheduler */
-export function callsInWords(steps, scheduler) {
+/** How many entries a mask has, and why. @param {number} steps @param {string} scheduler @param {number} [start] */
+export function callsInWords(steps, scheduler, start = 0) {
   const calls = samplerOf(scheduler).calls(steps);
-  return calls === steps ? `${steps} steps` : `${calls} model calls (${steps} steps of ${scheduler})`;
+  const whole = calls === steps ? `${steps} steps` : `${calls} model calls (${steps} steps of ${scheduler})`;
+  return start ? `the last ${calls - start} of ${whole}, which the strength leaves` : whole;
 }

@@ -3,5 +3,6 @@ export { openBundle } from "./bundle.js";
 export { clockMask } from "./clock.js";
 export { BundleError, EdgeRuntimeError, RequestError } from "./errors.js";
 export { toRgba, toUint8 } from "./images.js";
+export { coveringBox, fitted } from "./pictures.js";
 export { EdgePipeline } from "./pipeline.js";
 export { CacheStore } from "./store.js";

@@ -26,11 +26,19 @@ import { beside, joined, range, take } from "./rows.js";
  * @property {Rows | null} [concat] channels after the latent's, which the scheduler does not scale
  * @property {number} [start] first step that is run
  * @property {number} [firstImage]
+ * @property {number | null} [imageGuidance] how far results go towards the image in `concat` (Brooks et al. 2023,
+ *   equation 3): guided steps have three rows for an image. null has two
+ * @property {Kept | null} [kept] what does not change
+ * @typedef {object} Kept what stays as it was while the rest is drawn anew
+ * @property {Float32Array} mask [N, 1, H, W], 1 where the picture is drawn anew, 0 where it stays
+ * @property {Float32Array} latents [N, C, H, W], finished, of what stays
+ * @property {Float32Array} noise what they are under at every step, the same shape
  * @typedef {object} Step
  * @property {number} index
  * @property {number} timestep
  * @property {boolean} full
  * @property {boolean} guided
+ * @property {number} rows of an image: 1, 2 where guided, 3 where the image guides too
  * @property {Float32Array} latents after the step; the caller's own
  * @property {Float32Array} predicted finished latents as this step predicts them; the caller's own
  * @property {Record<string, number>} ms of each graph, `guidance`, `scheduler` and `other`
@@ -50,12 +58,13 @@ const OVERFLOW = 1e18;
  * @returns {AsyncGenerator<Step, void, void>}
  */
 export async function* denoise(request, session, signal) {
-  const { scheduler, graphs, clock, guidance, latents, start = 0, firstImage = 0 } = request;
+  const { scheduler, graphs, clock, guidance, latents, concat, kept, start = 0, firstImage = 0 } = request;
+  const { imageGuidance = null } = request;
   const [count, ...shape] = latents.dims,
     size = latents.data.length / count;
   // Rows of one image begin with the same sample: graphs that can repeat it take it once.
   const taking = graphs.filter((g) => g.inputs.some((t) => t.name === "sample")),
-    shared = taking.length > 0 && taking.every(sharesRows);
+    shared = taking.length > 0 && taking.every(sharesRows) && imageGuidance === null;
   let x = /** @type {Float32Array} */ (latents.data),
     state = /** @type {Float32Array[] | null} */ (null),
     guided = false;
@@ -73,9 +82,9 @@ export async function* denoise(request, session, signal) {
       // Full, since there is no cache yet, or none for unconditional rows that join.
       const full = clock[i] || first || (guided && !was);
       if (first || guided !== was) groups = await regrouped(request, session, groups, guided, !full);
-      let input = { data: scheduler.scaleModelInput(i, x), dims: latents.dims };
-      if (request.concat) input = /** @type {any} */ (beside([input, request.concat], 1));
-      const rows = guided && !shared ? joined(input, input) : input;
+      const parts = rowsOfImage(request, guided),
+        input = { data: scheduler.scaleModelInput(i, x), dims: latents.dims },
+        rows = sampleRows(input, concat ?? null, shared ? 1 : parts);
       for (const { rows: numbers, whole, table } of groups) {
         set(session, table, "sample", session.put(whole ? rows : take(rows, numbers)));
         set(session, table, "timestep", session.put({ data: scheduler.timesteps.slice(i, i + 1), dims: [1] }));
@@ -86,36 +95,88 @@ export async function* denoise(request, session, signal) {
         graphs.filter((g) => runsIn(g, full)),
         groups,
       );
-      const out = /** @type {Float32Array} */ (
-        (await gathered(session, groups, "out_sample", guided ? 2 * count : count)).data
-      );
+      const out = /** @type {Float32Array} */ ((await gathered(session, groups, "out_sample", parts * count)).data);
       let output = out;
       if (guided) {
-        const before = performance.now(),
-          scale = Math.fround(guidance[i]),
-          half = out.length / 2;
-        output = out.slice(0, half);
-        for (let k = 0; k < half; k++) output[k] += scale * (out[half + k] - output[k]);
+        const before = performance.now();
+        output = guidedBy(out, parts, guidance[i], imageGuidance ?? 0);
         ms.guidance = performance.now() - before;
       }
       const before = performance.now(),
         fresh = scheduler.needsNoise ? noises(request.seed, count, size, firstImage, i + 1) : null;
-      const [next, kept] = scheduler.step(i, x, output, state, fresh, first);
+      const [next, after] = scheduler.step(i, x, output, state, fresh, first);
+      if (kept) keep(next, scheduler.addNoise(i + 1, kept.latents, kept.noise), kept.mask, count);
       ms.scheduler = performance.now() - before;
       const predicted = scheduler.predicted(i, x, output);
+      if (kept) keep(predicted, kept.latents, kept.mask, count);
       x = next;
-      state = kept;
+      state = after;
       if (!isBounded(x)) {
         throw new BundleError(
           `the model's output is not finite at step ${i}: latents hold NaN, infinity or more than ${OVERFLOW}; export it in fp32`,
         );
       }
       ms.other = performance.now() - begin - Object.values(ms).reduce((a, b) => a + b, 0);
-      yield { index: i, timestep: scheduler.timesteps[i], full, guided, latents: x.slice(), predicted, ms };
+      yield {
+        index: i,
+        timestep: scheduler.timesteps[i],
+        full,
+        guided,
+        rows: parts,
+        latents: x.slice(),
+        predicted,
+        ms,
+      };
     }
   } finally {
     for (const { table } of groups) for (const value of new Set(table.values())) session.drop(value);
   }
+}
+
+/** How many rows an image has in a step; the last is the conditional one. @param {Request} request @param {boolean} guided */
+const rowsOfImage = ({ imageGuidance = null }, guided) => (guided ? (imageGuidance === null ? 2 : 3) : 1);
+
+/**
+ * The sample of every row, `parts` for an image; of three the first sees no image in the concatenated channels.
+ * @param {Rows} input
+ * @param {Rows | null} concat
+ * @param {number} parts
+ */
+function sampleRows(input, concat, parts) {
+  if (!concat) return parts > 1 ? joined(...Array(parts).fill(input)) : input;
+  const told = Array(parts).fill(beside([input, concat], 1));
+  if (parts === 3) told[0] = beside([input, { data: new Float32Array(concat.data.length), dims: concat.dims }], 1);
+  return parts > 1 ? joined(...told) : told[0];
+}
+
+/**
+ * What guidance makes of the rows' outputs, a new array.
+ * @param {Float32Array} out
+ * @param {number} parts
+ * @param {number} scale
+ * @param {number} imageScale
+ */
+function guidedBy(out, parts, scale, imageScale) {
+  const size = out.length / parts,
+    made = out.slice(0, size),
+    [g, h] = [scale, imageScale].map(Math.fround);
+  if (parts === 2) for (let k = 0; k < size; k++) made[k] += g * (out[size + k] - made[k]);
+  else
+    for (let k = 0; k < size; k++) made[k] += h * (out[size + k] - made[k]) + g * (out[2 * size + k] - out[size + k]);
+  return made;
+}
+
+/**
+ * Puts back what stays, where the mask is 0.
+ * @param {Float32Array} drawn [N, C, H, W], changed
+ * @param {Float32Array} stays
+ * @param {Float32Array} mask [N, 1, H, W]
+ * @param {number} count
+ */
+function keep(drawn, stays, mask, count) {
+  const area = mask.length / count,
+    size = drawn.length / count;
+  for (let k = 0; k < drawn.length; k++) if (!mask[Math.floor(k / size) * area + (k % area)]) drawn[k] = stays[k];
 }
 
 /** Lets the page, or the worker's messages, have their turn: graphs in WebAssembly leave none. */
@@ -171,25 +232,29 @@ async function run(session, graphs, groups) {
 }
 
 /**
- * Rearranges the rows: [unconditional x N, conditional x N] if guided, else the conditional ones alone. A graph of a
- * fixed batch gets the rows of an image together, padded with the last one.
+ * Rearranges the rows: [unconditional x N, conditional x N] if guided, else the conditional ones alone. Where an image
+ * guides too, its rows, without text, are between the two. A graph of a fixed batch gets the rows of an image together,
+ * padded with the last one.
  * @param {Request} request
  * @param {Session} session
  * @param {Group[]} old
  * @param {boolean} guided
- * @param {boolean} keepCache keeps the conditional half, where guidance has just ended
+ * @param {boolean} keepCache keeps the conditional rows, where guidance has just ended
  */
-async function regrouped({ latents, cond, uncond }, session, old, guided, keepCache) {
-  const count = latents.dims[0],
-    { batch } = session;
-  let cache = keepCache && old.length ? await gathered(session, old, FEATURE, 2 * count) : null;
+async function regrouped(request, session, old, guided, keepCache) {
+  const { latents, cond, uncond } = request,
+    count = latents.dims[0],
+    { batch } = session,
+    parts = rowsOfImage(request, guided),
+    before = rowsOfImage(request, true) * count;
+  let cache = keepCache && old.length ? await gathered(session, old, FEATURE, before) : null;
   if (cache)
     cache = take(
       cache,
-      range(count).map((n) => count + n),
+      range(count).map((n) => before - count + n),
     );
   for (const { table } of old) for (const value of new Set(table.values())) session.drop(value);
-  const order = range(count).flatMap((n) => (guided ? [n, count + n] : [n]));
+  const order = range(count).flatMap((n) => range(parts).map((part) => part * count + n));
   if (batch) while (order.length % batch) order.push(order[order.length - 1]);
   const groups = batch
     ? range(order.length / batch).map((k) => order.slice(k * batch, (k + 1) * batch))
@@ -197,7 +262,7 @@ async function regrouped({ latents, cond, uncond }, session, old, guided, keepCa
   return groups.map((numbers) => {
     const table = new Map();
     for (const [name, rows] of Object.entries(cond))
-      table.set(name, session.put(take(guided ? joined(uncond[name], rows) : rows, numbers)));
+      table.set(name, session.put(take(joined(...Array(parts - 1).fill(uncond[name]), rows), numbers)));
     if (cache) table.set(FEATURE, session.put(take(cache, numbers)));
     return { rows: numbers, whole: !batch, table };
   });

@@ -13,7 +13,7 @@ import { readScheduler } from "./schedulers.js";
  *   further: {height: number, width: number, graphs: Graph[]}[], [more: string]: any}} Component
  * @typedef {{target: string, components: Record<string, Component>}} Target
  * @typedef {{num_inference_steps: number, scheduler: string, clock: number | string, mask: number[], guidance_scale: number}} TrainedFor
- * @typedef {{channels: number, in_channels: number, height: number, width: number, space: string, multiple: number}} Sample
+ * @typedef {{channels: number, in_channels: number, height: number, width: number, space: string, multiple: number, concat: string[]}} Sample
  * @typedef {{format_version: number, targets: Target[], sample: Sample, files: Record<string, {size: number, sha256: string}>,
  *   conditioning: {kind: string, tensors: Tensor[], labels: string[], null_label: number | null},
  *   scheduler: import("./schedulers.js").SchedulerConfig, operating_point: TrainedFor & {seed: string, num_images: number},
@@ -165,6 +165,7 @@ const manifest = struct({
     width: count,
     space: one("pixel", "latent"),
     multiple: maybe(count, 1),
+    concat: maybe(list(one("mask", "masked_image", "image", "depth")), []),
   }),
   conditioning: struct({
     kind: one("none", "class", "text"),
@@ -253,6 +254,9 @@ const distinct = (values) => new Set(values).size === values.length;
 /** @type {(a: unknown, b: unknown) => boolean} */
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
+/** How many channels a part of `concat` has. @param {Sample} sample @param {string} name */
+const channelsOf = (sample, name) => (["mask", "depth"].includes(name) ? 1 : sample.channels);
+
 /** What fields say of each other. @param {Manifest} m */
 function check(m) {
   const { sample, conditioning: known, adaptor, evidence } = m;
@@ -272,6 +276,21 @@ function check(m) {
     );
   }
   must(sample.in_channels >= sample.channels, "in_channels", sample.in_channels, `${sample.channels} or more`);
+  const { concat } = sample,
+    total = sample.channels + concat.reduce((sum, name) => sum + channelsOf(sample, name), 0);
+  must(
+    !concat.length || sample.in_channels === total,
+    "in_channels",
+    sample.in_channels,
+    `${total}, with ${concat.join(", ")}`,
+  );
+  must(distinct(concat), "sample.concat", concat, "each once");
+  must(
+    concat.includes("mask") === concat.includes("masked_image"),
+    "sample.concat",
+    concat,
+    "a mask with a masked image",
+  );
   must(known.kind !== "class" || known.labels.length > 0, "labels", known.labels, "the names of the classes");
   must(
     (known.kind !== "none") === known.tensors.length > 0,

@@ -3,12 +3,13 @@
 import { openBundle } from "./bundle.js";
 import { callsInWords, clockMask } from "./clock.js";
 import { checkCount, classRows, countOf, encodeTexts, guidanceEmbedding, rowsOf, timeIds } from "./conditioning.js";
+import { begin, checkPictures, encode, pasted, picturesOf, readEdit, stepsLeftOut } from "./editing.js";
 import { BundleError, refuse, RequestError, shown } from "./errors.js";
 import { decode, toUint8 } from "./images.js";
 import { breathe, denoise } from "./loop.js";
 import { all, graphsAt } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
-import { makeScheduler, samplerOf } from "./schedulers.js";
+import { callOf, makeScheduler, samplerOf } from "./schedulers.js";
 import { chooseBackend, OrtSession, threadsOf } from "./sessions.js";
 import { Tokenizer } from "./tokenizer.js";
 
@@ -40,8 +41,16 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {Record<string, Rows>} [negativeAddedCond]
  * @property {string | number | (string | number)[] | null} [label] class by name or index
  * @property {Rows} [concatLatents] [1 or N, C', H, W] of an inpainting or editing UNet
+ * @property {import("./pictures.js").Pictures} [image] what editing begins with, of the size that is drawn: ImageData or
+ *   a list of it, or {data, dims} of bytes [N, h, w, 3]; `fitted` scales and cuts one
+ * @property {import("./pictures.js").Pictures} [maskImage] where it is drawn anew: half white and more
+ * @property {number} [strength] share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask
+ * @property {number} [imageGuidanceScale] how far a UNet that follows instructions keeps to the image; left out, 1.5
+ * @property {import("./pictures.js").Depths} [depthMap] for a UNet of depth, larger where nearer; numbers of any size
+ * @property {boolean} [paste] whether the finished pictures have the image's own pixels outside of the mask
+ * @property {number} [feather] pixels inside of the mask's edge over which a pasted picture fades in
  * @property {number} [numInferenceSteps]
- * @property {number | string | number[]} [clock] a period, or a mask with an entry for each call of the UNet
+ * @property {number | string | number[]} [clock] a period, or a mask with an entry for each call of the UNet that is run
  * @property {number | number[]} [guidanceScale] one, or one for each call; 1 or less is off
  * @property {bigint | string | number} [seed]
  * @property {number} [numImages]
@@ -56,7 +65,8 @@ import { Tokenizer } from "./tokenizer.js";
  * @typedef {object} Result
  * @property {Images | null} images bytes [N, H, W, C]; null where latents were asked for, or nothing decodes them
  * @property {Rows} latents [N, C, H, W]
- * @property {{index: number, timestep: number, full: boolean, guided: boolean, ms: Record<string, number>}[]} ledger
+ * @property {{index: number, timestep: number, full: boolean, guided: boolean, rows: number, ms: Record<string, number>}[]} ledger
+ *   `index` is of the whole schedule, `rows` of an image
  * @property {number[]} mask the steps as they were run, 1 = full
  * @property {Record<string, number>} stages milliseconds of each component outside of the loop
  * @property {number} ms of all steps and stages
@@ -64,17 +74,18 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {string[]} warnings one line each
  * @property {string} seed as decimal text
  *
- * @typedef {{type: "step", count: number} & Step} StepEvent `count` is the number of steps
+ * @typedef {{type: "step", done: number, count: number} & Step} StepEvent `done` of `count` steps that run
  * @typedef {{type: "stage", stage: string}} StageEvent a component that begins
  * @typedef {{type: "warning", warning: string}} WarningEvent comes before the first step
  * @typedef {{type: "result", result: Result}} ResultEvent
  */
 
 const DECODER = "vae_decoder",
+  ENCODER = "vae_encoder",
   PREVIEW = "preview_decoder";
 const ARGUMENTS = (
   "prompt negativePrompt prompt2 negativePrompt2 emphasis clipSkip promptEmbeds negativePromptEmbeds addedCond " +
-  "negativeAddedCond label concatLatents numInferenceSteps clock guidanceScale seed numImages firstImage height width " +
+  "negativeAddedCond label concatLatents image maskImage strength imageGuidanceScale depthMap paste feather numInferenceSteps clock guidanceScale seed numImages firstImage height width " +
   "latents tile outputType signal"
 ).split(" ");
 // WebAssembly addresses no more than 4 GiB.
@@ -120,9 +131,10 @@ export class EdgePipeline {
     const half = Object.values(onnx?.components ?? {}).some((each) => each.dtype === "fp16");
     const pipe = new EdgePipeline(bundle, await chooseBackend(options.backend, half), options);
     if (options.lowMemory) return pipe;
-    const wanted = Object.keys(pipe.components).filter((name) =>
-      ["prompt", "step", "decode"].includes(pipe.components[name].stage),
-    );
+    // What encodes pictures is loaded at the first edit, unless nothing can be drawn without it.
+    const { concat } = bundle.manifest.sample,
+      stages = ["prompt", "step", "decode", ...(concat.some((part) => /image/.test(part)) ? ["image"] : [])];
+    const wanted = Object.keys(pipe.components).filter((name) => stages.includes(pipe.components[name].stage));
     const files = wanted.flatMap((name) =>
       pipe.components[name].graphs.flatMap((g) => (g.file === null ? [] : [g.file, ...g.external_data])),
     );
@@ -142,6 +154,12 @@ export class EdgePipeline {
     return threadsOf(this.options.threads);
   }
 
+  /** Pixels of a picture where a request says nothing. */
+  get usualSize() {
+    const { width, height } = this.manifest.sample;
+    return { width: this.#pixels * width, height: this.#pixels * height };
+  }
+
   /** Whether latents can be made into pictures. */
   get canDecode() {
     return this.manifest.sample.space === "pixel" || DECODER in this.components;
@@ -150,6 +168,12 @@ export class EdgePipeline {
   /** Whether `preview` has something to make pictures with. */
   get canPreview() {
     return this.manifest.sample.space === "pixel" || PREVIEW in this.components;
+  }
+
+  /** Whether a generation can begin with a picture: latents are pictures, or there is an encoder for them. */
+  get canEdit() {
+    const { sample, vae } = this.manifest;
+    return sample.space === "pixel" ? sample.channels === 3 : vae !== null && ENCODER in this.components;
   }
 
   /** Whether prompts can be made into embeddings. */
@@ -240,7 +264,7 @@ export class EdgePipeline {
       `outputType is ${shown(outputType)}; expected image or latent`,
     );
     const plan = this.#plan(request),
-      { count, guided, size, scheduler, clock, seed } = plan,
+      { count, size, scheduler, clock, seed, edit } = plan,
       { manifest } = this,
       [height, width] = size;
     const side = this.#tile(tile),
@@ -263,45 +287,67 @@ export class EdgePipeline {
       warnings = [...this.bundle.warnings, ...(warning ? [warning] : [])];
     const shape = [count, manifest.sample.channels, height, width],
       length = shape.reduce((a, b) => a * b);
-    const data = request.latents ? request.latents.slice() : noises(seed, count, length / count, plan.firstImage, 0);
-    if (!request.latents)
-      for (let k = 0, sigma = Math.fround(scheduler.initNoiseSigma); k < length; k++) data[k] *= sigma;
+    const noise = { data: noises(seed, count, length / count, plan.firstImage, 0), dims: shape };
+    if (edit.image && manifest.vae) yield { type: "stage", stage: "image" };
+    const begun = await begin(edit, manifest.vae, scheduler, plan.start, noise, (batches) =>
+      manifest.vae && batches.length ? timed(ENCODER, () => this.#encoded(batches, signal)) : Promise.resolve(batches),
+    );
     /** @type {Result["ledger"]} */
     const ledger = [];
-    let latents = { data, dims: shape };
+    let latents = request.latents ? { data: request.latents.slice(), dims: shape } : begun.latents;
     for (const text of warnings) yield { type: "warning", warning: text };
     yield { type: "stage", stage: "step" };
     const session = await this.#lent("unet");
     try {
-      const { guidance, concat, firstImage, graphs } = plan;
+      const { guidance, firstImage, graphs, start } = plan,
+        concat = begun.concat ?? plan.concat,
+        imageGuidance = edit.imageGuidance,
+        { kept } = begun;
+      // Of the steps before the first that runs, nothing is asked.
+      const before = { clock: Array(start).fill(true), guidance: Array(start).fill(1) };
       for await (const step of denoise(
-        { graphs, scheduler, clock, guidance, latents, cond, uncond, seed, concat, firstImage },
+        {
+          graphs,
+          scheduler,
+          latents,
+          cond,
+          uncond,
+          seed,
+          concat,
+          firstImage,
+          start,
+          imageGuidance,
+          kept,
+          clock: [...before.clock, ...clock],
+          guidance: [...before.guidance, ...guidance],
+        },
         session,
         signal,
       )) {
-        const { index, timestep, full, guided: both, ms } = step;
-        ledger.push({ index, timestep, full, guided: both, ms });
+        const { index, timestep, full, guided, rows, ms } = step;
+        ledger.push({ index, timestep, full, guided, rows, ms });
         latents = { data: step.latents.slice(), dims: shape };
-        yield { type: "step", count: clock.length, ...step };
+        yield { type: "step", done: ledger.length, count: clock.length, ...step };
       }
     } finally {
       await this.#returned(session);
     }
-    let images = null;
-    if (outputType === "image" && manifest.sample.space === "pixel") images = toUint8(latents);
+    let pixels = null;
+    if (outputType === "image" && manifest.sample.space === "pixel") pixels = latents;
     if (decodes) {
       yield { type: "stage", stage: "decode" };
       const vae = /** @type {Vae} */ (manifest.vae);
       const graphAt = (/** @type {number} */ h, /** @type {number} */ w) =>
         graphsAt(this.components[DECODER], manifest.sample, h, w)?.[0] ?? null;
-      images = toUint8(
-        await timed(DECODER, () => this.#use(DECODER, (opened) => decode(opened, graphAt, vae, latents, side, signal))),
+      pixels = await timed(DECODER, () =>
+        this.#use(DECODER, (opened) => decode(opened, graphAt, vae, latents, side, signal)),
       );
     }
+    const images = pixels && toUint8(pasted(edit, pixels));
     const sum = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0),
       cost = (/** @type {string} */ name) => manifest.cost[name].macs + manifest.cost[name].macs_attention;
     const macs = (/** @type {(full: boolean) => string} */ kind) =>
-      sum(ledger.map((step) => count * (step.guided ? 2 : 1) * cost(kind(step.full))));
+      sum(ledger.map((step) => count * step.rows * cost(kind(step.full))));
     yield {
       type: "result",
       result: {
@@ -374,18 +420,21 @@ export class EdgePipeline {
       !Number.isInteger(firstImage) || firstImage < 0 || firstImage >= 2 ** 32,
       `firstImage is ${shown(firstImage)}; expected a whole number from 0`,
     );
-    const clock = clockMask(asked, steps, sampler);
+    const size = this.#size(request.height, request.width),
+      edit = readEdit(sample, size, this.#pixels, request);
+    if (edit.image) this.#checkEncoder(size);
+    const start = callOf(sampler, stepsLeftOut(edit.strength, steps)),
+      clock = clockMask(asked, steps, sampler, start);
     let guidance = Array.isArray(guidanceScale) ? guidanceScale : clock.map(() => guidanceScale);
     refuse(
       guidance.length !== clock.length,
-      `guidanceScale has ${guidance.length} entries for ${callsInWords(steps, sampler)}; expected one each`,
+      `guidanceScale has ${guidance.length} entries for ${callsInWords(steps, sampler, start)}; expected one each`,
     );
     const wrong = guidance.find(
       (scale) => !Number.isFinite(scale) || scale < 0 || !Number.isFinite(Math.fround(scale)),
     );
     refuse(wrong !== undefined, `guidanceScale is ${shown(wrong)}; expected a finite number from 0; 1 or less is off`);
-    const warning = departure(manifest, clock, guidance, asked);
-    const size = this.#size(request.height, request.width),
+    const warning = departure(manifest, clock, guidance, asked, start),
       graphs = this.#graphs("unet", ...size);
     const tensors = new Map(graphs.flatMap((g) => g.inputs).map((t) => [t.name, t]));
     /** What a latent consistency model is told of the guidance. @type {number | null} */
@@ -420,22 +469,27 @@ export class EdgePipeline {
     }
     const count =
       request.numImages ??
+      (promptEmbeds || Array.isArray(request.prompt) ? null : picturesOf(edit)) ??
       (texts ? countOf(texts) : Array.isArray(label) ? label.length : (promptEmbeds?.dims?.[0] ?? 1));
     checkCount(count);
-    this.#checkMemory(graphs, count, guided, size);
+    this.#checkMemory(graphs, count, guided ? (edit.imageGuidance === null ? 2 : 3) : 1, size);
+    checkPictures(edit, count);
     const length = count * sample.channels * size[0] * size[1],
       { latents } = request;
     refuse(
       latents && !(latents instanceof Float32Array && latents.length === length && latents.every(Number.isFinite)),
       `latents are ${latents?.length} numbers; expected ${length} finite ones in a Float32Array`,
     );
+    refuse(latents && edit.image, "latents and an image were given; give one of them");
     const channels = sample.in_channels - sample.channels,
       { concatLatents } = request;
     refuse(!channels && concatLatents, "concatLatents were given, but the UNet takes the latent alone; leave them out");
     const tensor = { name: "concatLatents", dtype: "float32", shape: ["batch", channels, ...size], stored_as: null };
-    const concat = channels
-      ? rowsOf(new Map([[tensor.name, tensor]]), concatLatents ? { concatLatents } : {}, count).concatLatents
-      : null;
+    // With `takes` they are made of the request's pictures.
+    const concat =
+      channels && !edit.takes.length
+        ? rowsOf(new Map([[tensor.name, tensor]]), concatLatents ? { concatLatents } : {}, count).concatLatents
+        : null;
     return {
       seed,
       scheduler,
@@ -445,6 +499,8 @@ export class EdgePipeline {
       warning,
       size,
       graphs,
+      edit,
+      start,
       tensors,
       told,
       texts,
@@ -515,6 +571,31 @@ export class EdgePipeline {
     return [cond, uncond];
   }
 
+  /** Refuses a picture that nothing encodes. @param {[number, number]} size */
+  #checkEncoder(size) {
+    const { sample, vae } = this.manifest;
+    refuse(
+      !this.canEdit && sample.space === "pixel",
+      `image was given, but the bundle draws pictures of ${sample.channels} channel${sample.channels > 1 ? "s" : ""}, not 3; leave it out`,
+    );
+    refuse(
+      !this.canEdit,
+      "image was given, but the bundle has no vae_encoder for this backend; export it with that component",
+    );
+    if (vae) this.#graphs(ENCODER, ...size);
+  }
+
+  /** What the encoder gives for pictures, float32 [N, 3, h, w] each batch. @param {Rows[]} batches @param {AbortSignal} [signal] */
+  #encoded(batches, signal) {
+    const each = this.#pixels,
+      [graph] = this.#graphs(ENCODER, batches[0].dims[2] / each, batches[0].dims[3] / each);
+    return this.#use(ENCODER, async (session) => {
+      const made = [];
+      for (const batch of batches) made.push(await encode(session, graph, batch, signal));
+      return made;
+    });
+  }
+
   /** Pixels of a side for one of the latent. */
   get #pixels() {
     return this.manifest.vae?.downscale ?? 1;
@@ -580,10 +661,10 @@ export class EdgePipeline {
    * Refuses images whose known tensors alone do not fit.
    * @param {Graph[]} graphs
    * @param {number} count
-   * @param {boolean} guided
+   * @param {number} parts rows of an image
    * @param {[number, number]} size
    */
-  #checkMemory(graphs, count, guided, size) {
+  #checkMemory(graphs, count, parts, size) {
     const bytes = new Map(
       all(graphs).map((t) => [
         t.name,
@@ -595,7 +676,7 @@ export class EdgePipeline {
           ),
       ]),
     );
-    const rows = [...bytes.values()].reduce((a, b) => a + b, 0) * (guided ? 2 : 1),
+    const rows = [...bytes.values()].reduce((a, b) => a + b, 0) * parts,
       picture = this.manifest.vae ? 12 * this.#pixels ** 2 * size[0] * size[1] : 0;
     const needed = count * (rows + picture),
       there = memory();
@@ -612,16 +693,17 @@ export class EdgePipeline {
  * @param {boolean[]} clock
  * @param {number[]} guidance
  * @param {number | string | number[]} asked
+ * @param {number} start first call that is run: the steps after it are those of a whole generation
  */
-function departure({ adaptor, operating_point: { scheduler } }, clock, guidance, asked) {
+function departure({ adaptor, operating_point: { scheduler } }, clock, guidance, asked, start) {
   const trained = adaptor.trained_for;
   if (!trained || clock.every(Boolean)) return null;
   const sampler = samplerOf(scheduler);
   let steps = 1;
-  while (sampler.calls(steps) < clock.length) steps++;
+  while (sampler.calls(steps) < start + clock.length) steps++;
   let mask = trained.mask;
   try {
-    if (mask.length !== clock.length) mask = clockMask(trained.clock, steps, scheduler).map(Number);
+    if (mask.length !== clock.length) mask = clockMask(trained.clock, steps, scheduler, start).map(Number);
   } catch {
     mask = []; // a mask for another number of calls
   }

@@ -11,9 +11,12 @@ import { alphasCumprod, distilledTimesteps, eulerLevels, solverLevels, spacedTim
  * @property {Record<string, unknown>} settings what it reads, with defaults; all read the noise process too
  * @property {string[]} [predictions] what the UNet may return; all three where left out
  * @property {(steps: number) => number} calls how often the UNet is called in so many steps
+ * @property {(step: number) => number} [callOf] the call at which editing begins that leaves out so many steps; the
+ *   same number where left out
  * @property {(config: SchedulerConfig) => boolean} draws whether its steps draw fresh noise
  * @property {boolean} [scales] whether the UNet's input is scaled, by the third of a row
- * @property {(config: SchedulerConfig, steps: number) => {timesteps: ArrayLike<number>, rows: number[][], sigma?: number}} make
+ * @property {(config: SchedulerConfig, steps: number) => {timesteps: ArrayLike<number>, rows: number[][],
+ *   levels: number[][], sigma?: number}} make `levels`: of x_t before each step, the share of x_0 in it, and of noise
  * @property {(s: Scheduler, i: number, x: Float32Array, out: Float32Array, before: State, noise: Float32Array | null) =>
  *   [Float32Array, State]} step `before` is empty at the first step that runs
  */
@@ -83,6 +86,9 @@ function ofSigma(config, sigma) {
   return [fromX * scale, fromOut, scale];
 }
 
+/** The shares of x_0 and of noise in x_t = sqrt(a) x_0 + sqrt(1 - a) eps. @param {number} a */
+const levelOf = (a) => [sqrt(a), sqrt(1 - a)];
+
 /** @param {SchedulerConfig} config @param {number[]} sigmas */
 function firstSigma(config, sigmas) {
   const highest = Math.max(...sigmas);
@@ -112,7 +118,7 @@ const ddim = {
       const [ofX, ofOut] = eps.map((of, k) => direction * of + (config.clip_sample ? 0 : sqrt(b) * x0[k]));
       return [...x0, sqrt(b), ofX, ofOut, std];
     });
-    return { timesteps, rows };
+    return { timesteps, rows, levels: timesteps.map((t) => levelOf(at(t))) };
   },
   step(s, i, x, out, _, noise) {
     const [, , ofX0, ofX, ofOut, std] = s.rows[i];
@@ -129,6 +135,7 @@ const pndm = {
   settings: { ...SPACING, set_alpha_to_one: false },
   predictions: ["epsilon", "v_prediction"],
   calls: (steps) => (steps > 1 ? steps + 1 : 1),
+  callOf: (step) => (step ? step + 1 : 0), // the second call belongs to the first step
   draws: never,
   make(config, steps) {
     const at = alphas(config),
@@ -143,7 +150,7 @@ const pndm = {
       // The second call's timestep is not where the step that it corrects begins.
       return [...ofX0(config, sqrt(at(t)), sqrt(1 - at(t))), sqrt(b / a) + ofEpsilon * epsX, ofEpsilon * epsOut];
     });
-    return { timesteps, rows };
+    return { timesteps, rows, levels: timesteps.map((t) => levelOf(at(t))) };
   },
   step(s, i, x, out, before) {
     const [, , ofX, ofOut] = s.rows[i];
@@ -160,6 +167,13 @@ const pndm = {
     return [next, [mix([s.rows[1][2], x], [s.rows[1][3] / 2, out]), kept]];
   },
 };
+
+/** The shares of x_0 and of noise in x_t of a variance of 1, by its noise levels. @param {ArrayLike<number>} sigmas @param {number} count */
+const solverShares = (sigmas, count) =>
+  Array.from({ length: count }, (_, i) => {
+    const a = 1 / sqrt(sigmas[i] ** 2 + 1);
+    return [a, sigmas[i] * a];
+  });
 
 /**
  * DPM-Solver++, second-order multistep, midpoint (Lu et al. 2022, Algorithm 2). The state is x_0.
@@ -203,7 +217,7 @@ const dpm = (stochastic) => ({
         b * t * sqrt(Math.max(1 - ratio ** 2, 0)),
       ];
     });
-    return { timesteps, rows };
+    return { timesteps, rows, levels: solverShares(sigmas, rows.length) };
   },
   step(s, i, x, out, before, noise) {
     const [, , ofX, ofX0, ofBefore, std] = s.rows[i],
@@ -261,7 +275,7 @@ const unipc = {
       before = h;
       return row;
     });
-    return { timesteps, rows };
+    return { timesteps, rows, levels: solverShares(sigmas, rows.length) };
   },
   step(s, i, x, out, before) {
     const row = s.rows[i].slice(2),
@@ -301,7 +315,7 @@ const euler = (ancestral) => ({
         share = 1 - to / s;
       return [...x0, to / s + share * x0[0], share * x0[1], std];
     });
-    return { timesteps, rows, sigma: firstSigma(config, sigmas) };
+    return { timesteps, rows, levels: rows.map((_, i) => [1, sigmas[i]]), sigma: firstSigma(config, sigmas) };
   },
   step(s, i, x, out, _, noise) {
     const [, , , ofX, ofOut, std] = s.rows[i];
@@ -313,6 +327,7 @@ const euler = (ancestral) => ({
 const heun = {
   settings: { ...SIGMAS, clip_sample: false, clip_sample_range: 1 },
   calls: (steps) => 2 * steps - 1,
+  callOf: (step) => 2 * step,
   draws: never,
   scales: true,
   make(config, steps) {
@@ -324,7 +339,12 @@ const heun = {
       const half = (sigmas[(i >> 1) + 1] - sigmas[i >> 1]) / (2 * sigmas[level]);
       return [...ofSigma(config, sigmas[level]), 1 + 2 * half, -2 * half, half];
     });
-    return { timesteps: at.map((level) => levels.timesteps[level]), rows, sigma: firstSigma(config, sigmas) };
+    return {
+      timesteps: at.map((level) => levels.timesteps[level]),
+      rows,
+      levels: at.map((level) => [1, sigmas[level]]),
+      sigma: firstSigma(config, sigmas),
+    };
   },
   step(s, i, x, out, before) {
     const [, , , ofX, ofX0, half] = s.rows[i],
@@ -364,7 +384,7 @@ const lcm = {
         sqrt(1 - b),
       ];
     });
-    return { timesteps, rows };
+    return { timesteps, rows, levels: timesteps.map((t) => levelOf(at(t))) };
   },
   step(s, i, x, out, _, noise) {
     const [, , ofX, ofX0, std] = s.rows[i];
@@ -393,7 +413,7 @@ const tcd = {
       const [ofX, ofOut] = x0.map((of, k) => sqrt(kept * c) * of + sqrt(kept * (1 - c)) * eps[k]);
       return [...x0, ofX, ofOut, sqrt(1 - kept)];
     });
-    return { timesteps, rows };
+    return { timesteps, rows, levels: timesteps.map((t) => levelOf(at(t))) };
   },
   step(s, i, x, out, _, noise) {
     const [, , ofX, ofOut, std] = s.rows[i];

@@ -121,6 +121,8 @@ export class Scheduler {
     /** As fed to the UNet, one for each call. */
     this.timesteps = Float32Array.from(made.timesteps);
     this.rows = made.rows.map((row) => row.map(Math.fround));
+    /** Of x_t before each step: the share of x_0 in it, and of noise. */
+    this.levels = made.levels.map((row) => row.map(Math.fround));
     /** Standard deviation of the initial latent. */
     this.initNoiseSigma = made.sigma ?? 1;
     this.needsNoise = this.sampler.draws(config);
@@ -167,7 +169,23 @@ export class Scheduler {
     if (clip) for (let k = 0; k < x0.length; k++) x0[k] = Math.min(Math.max(x0[k], -clip), clip);
     return x0;
   }
+
+  /**
+   * What x_t before step i is for a known x_0, a new array: where editing begins, and what inpainting keeps.
+   * @param {number} i from 0 to the number of steps; after the last one x_t is x_0
+   * @param {Float32Array} x0 finished latents
+   * @param {Float32Array} noise standard normal
+   */
+  addNoise(i, x0, noise) {
+    if (i === this.levels.length) return x0.slice();
+    refuse(!this.levels[i], `step ${i}: expected 0 to ${this.levels.length - 1}`);
+    const [signal, level] = this.levels[i];
+    return mix([signal, x0], [level, noise]);
+  }
 }
+
+/** Number of the call at which editing begins that leaves out so many steps. @param {string} name @param {number} step */
+export const callOf = (name, step) => (samplerOf(name).callOf ?? Number)(step);
 
 /** A scheduler with every coefficient computed. @param {SchedulerConfig} config @param {number} steps */
 export function makeScheduler(config, steps) {

@@ -18,6 +18,22 @@ test("periods and masks", () => {
   }
 });
 
+test("where editing begins, the clock begins", () => {
+  for (const [clock, steps, sampler, start, mask] of [
+    [2, 5, "ddim", 2, "101"],
+    ["1,0,0", 5, "ddim", 2, "100"],
+    [2, 3, "heun", 2, "101"],
+    [3, 4, "pndm", 2, "100"],
+  ]) {
+    assert.equal(clockMask(clock, steps, sampler, start).map(Number).join(""), mask);
+  }
+  assert.throws(
+    () => clockMask("1,0,1,0", 4, "ddim", 2),
+    /^RequestError: clock mask "1,0,1,0" has 4 entries for the last 2 of 4 steps, which the strength leaves; expected one each$/,
+  );
+  assert.throws(() => clockMask([1], 3, "heun", 2), /for the last 3 of 5 model calls \(3 steps of heun\), which/);
+});
+
 test("nonsense is refused in one line", () => {
   for (const clock of [
     0,

@@ -97,6 +97,10 @@ function requestOf(golden) {
     uncond: uncond ? { encoder_hidden_states: uncond } : {},
     seed: readSeed(golden.seed),
     start: golden.start,
+    imageGuidance: golden.image_guidance ?? null,
+    kept: golden.kept
+      ? Object.fromEntries(Object.entries(golden.kept).map(([key, values]) => [key, Float32Array.from(values)]))
+      : null,
   };
 }
 
@@ -115,6 +119,7 @@ for (const name of goldenFiles("loop")) {
       assert.equal(step.index, golden.start + k);
       assert.ok(Object.values(step.ms).every(Number.isFinite) && "scheduler" in step.ms && "other" in step.ms);
       assert.equal("guidance" in step.ms, golden.guidance[step.index] > 1);
+      assert.equal(step.rows, step.guided ? ("image_guidance" in golden ? 3 : 2) : 1);
     });
     assert.equal(steps.length, golden.steps.length);
     assert.equal(session.live.size, 0, "tensors outlived the generation");
@@ -137,6 +142,36 @@ test("graphs that can repeat a sample take it once for each image, unless anothe
     const samples = rows.filter((dims) => dims.length === 4 && dims[2] === 2 && dims[1] === 2);
     assert.ok(samples.some(([n]) => n === (shared === 2 ? 2 : 4)));
   }
+});
+
+test("rows that an image guides do not share a sample", async () => {
+  const golden = readGolden("loop/guided_by_an_image_pair.json"),
+    request = requestOf(golden);
+  for (const graph of request.graphs) {
+    const taken = graph.inputs.find(({ name }) => name === "sample");
+    if (taken) taken.shape = ["images"];
+  }
+  for await (const step of denoise(request, new FakeSession(golden)))
+    closeTo(step.latents, golden.steps[step.index].latents, 1e-5 * largest(golden.steps[step.index].latents));
+});
+
+test("what stays under a mask is what was given, to the bit, and so is its preview", async () => {
+  const golden = readGolden("loop/keeps_what_the_mask_leaves.json"),
+    request = requestOf(golden),
+    { mask, latents, noise } = request.kept,
+    area = golden.shape[1] * golden.shape[2],
+    size = area * golden.shape[0];
+  let seen = 0;
+  for await (const step of denoise(request, new FakeSession(golden))) {
+    const now = request.scheduler.addNoise(step.index + 1, latents, noise);
+    for (let k = 0; k < now.length; k++) {
+      if (mask[Math.floor(k / size) * area + (k % area)]) continue;
+      seen++;
+      assert.equal(step.latents[k], now[k]);
+      assert.equal(step.predicted[k], latents[k]);
+    }
+  }
+  assert.ok(seen > 0);
 });
 
 test("a caller may change and transfer what a step gives", async () => {

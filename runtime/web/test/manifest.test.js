@@ -61,6 +61,32 @@ test("every field that has no default is needed, at every depth", () => {
   refused(["targets", 0, "components", "unet", "graphs", 0, "inputs", 0, "dtype"]);
 });
 
+test("what is concatenated to the latent has its channels, each part once, a mask with a masked image", () => {
+  const text = good("text");
+  assert.deepEqual(parseManifest(encode(text)).sample.concat, ["mask", "masked_image"]);
+  for (const [concat, channels, why] of [
+    [["mask"], 9, /in_channels is 9; expected 5, with mask/],
+    [["mask"], 5, /sample.concat is \["mask"\]; expected a mask with a masked image/],
+    [["masked_image"], 8, /a mask with a masked image/],
+    [["mask", "masked_image"], 8, /in_channels is 8; expected 9, with mask, masked_image/],
+    [["image"], 9, /in_channels is 9; expected 8, with image/],
+    [["depth", "depth"], 6, /sample.concat is .*; expected each once/],
+    [["mask", "masked_image", "depth"], 9, /expected 10/],
+    [["light"], 8, /sample.concat\[0\] is "light"; expected mask, masked_image, image, depth/],
+    ["mask", 9, /expected a list/],
+  ]) {
+    const changed = good("text");
+    changed.sample = { ...changed.sample, concat, in_channels: channels };
+    assert.throws(
+      () => parseManifest(encode(changed)),
+      (e) => e instanceof BundleError && why.test(e.message),
+      JSON.stringify([concat, channels]),
+    );
+  }
+  delete text.sample.concat; // only the caller knows what comes beside
+  assert.deepEqual(parseManifest(encode(text)).sample.concat, []);
+});
+
 test("what is no manifest is refused in one sentence", () => {
   for (const bytes of ["", "<!doctype html>", "[]", "null", "{}", '{"format_version": "2"}', "\ufeff{}"].map((text) =>
     new TextEncoder().encode(text),

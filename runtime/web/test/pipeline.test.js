@@ -270,7 +270,16 @@ test("what the adaptor was not trained for is told before the first step", async
   for (const fits of [{}, { clock: "1,0,1,0" }, { clock: 1, numInferenceSteps: 2, guidanceScale: 1 }])
     assert.deepEqual(await warnings(fits), []);
   const point = "adaptor small was trained for 4 steps of dpmpp_2m, clock 2, guidance 2; this is ";
+  const image = { data: new Uint8Array(192), dims: [8, 8, 3] };
+  // In editing the steps are those of the whole schedule, and the period begins where the loop does.
+  for (const fits of [
+    { image, strength: 0.75 },
+    { image, strength: 0.5, clock: "1,0" },
+  ])
+    assert.deepEqual(await warnings(fits), []);
   for (const [asked, differs] of [
+    [{ image, strength: 0.75, clock: "1,0,0" }, "clock 1,0,0"],
+    [{ image, strength: 0.5, numInferenceSteps: 8 }, "8 steps"],
     [{ numInferenceSteps: 6 }, "6 steps"],
     [{ clock: "1,0,0,0" }, "clock 1,0,0,0"],
     [{ clock: 3, guidanceScale: [2, 2, 1, 0.5] }, "clock 3, guidance 2, 1, 0.5"],

@@ -1,8 +1,9 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { RequestError } from "../src/errors.js";
+import { noise } from "../src/noise.js";
 import { betaQuantile } from "../src/schedule_tables.js";
-import { makeScheduler, readScheduler } from "../src/schedulers.js";
+import { callOf, makeScheduler, readScheduler } from "../src/schedulers.js";
 import { closeTo, goldenFiles, largest, readGolden } from "./golden.js";
 
 for (const name of goldenFiles("schedulers")) {
@@ -23,6 +24,18 @@ for (const name of goldenFiles("schedulers")) {
       closeTo(next, step.x_prev, tolerance);
       assert.deepEqual(Array.from(x), Array.from(floats(step.x_t)), "x_t was changed");
     });
+    const x0 = noise(11n, new Float32Array(trace.steps[0].x_t.length), 0, 0),
+      under = noise(12n, x0.slice(), 0, 0),
+      count = trace.steps.length;
+    assert.equal(trace.levels.length, 2 * count);
+    for (let i = 0; i < count; i++) {
+      const [signal, level] = trace.levels.slice(2 * i, 2 * i + 2),
+        want = Array.from(x0, (value, k) => signal * value + level * under[k]);
+      closeTo(scheduler.addNoise(i, x0, under), want, 1e-5 * Math.max(1, level) * largest(under));
+    }
+    assert.deepEqual(scheduler.addNoise(count, x0, under), x0);
+    assert.notEqual(scheduler.addNoise(count, x0, under), x0);
+    assert.throws(() => scheduler.addNoise(count + 1, x0, under), /^RequestError: step \d+: expected 0 to/);
     if (trace.hold_trajectory) {
       let x = floats(trace.steps[0].x_t);
       state = null;
@@ -33,6 +46,20 @@ for (const name of goldenFiles("schedulers")) {
     }
   });
 }
+
+test("editing begins at the call that follows the steps left out", () => {
+  for (const [name, steps, call] of [
+    ["ddim", 0, 0],
+    ["ddim", 3, 3],
+    ["heun", 0, 0],
+    ["heun", 3, 6],
+    ["heun_karras", 1, 2],
+    ["pndm", 0, 0],
+    ["pndm", 3, 4],
+    ["lcm", 2, 2],
+  ])
+    assert.equal(callOf(name, steps), call, name);
+});
 
 test("quantiles of Beta(0.6, 0.6)", () => {
   closeTo(
