@@ -24,12 +24,14 @@ from edits import (
 )
 from PIL import Image
 
-from edgediff_runtime import EdgePipeline, RequestError
+from edgediff_runtime import EdgePipeline, RequestError, noise
 from edgediff_runtime.components import Components
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 FP16_FLOOR_DB = 35.0
+FINE_LINES = np.zeros((128, 128))  # between the places that 16 x 16 points are interpolated from
+FINE_LINES[::8] = 1
 
 
 @EACH_STRENGTH
@@ -149,6 +151,17 @@ def test_outside_of_a_pasted_mask_every_pixel_is_the_images_own() -> None:
     assert (soft[inside] != drawn[inside]).any()
 
 
+def test_channels_of_ones_own_go_before_those_of_pictures() -> None:
+    pipe = ours("inpaint", "ddim", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "clock": 1, "image": picture(), "strength": 0.6}
+    channels = noise(5, (1, 5, SIDE // 2, SIDE // 2))
+    made = [pipe(**asked, concat_latents=factor * channels).latents for factor in (1, 2)]
+    assert (made[0] != made[1]).any()
+    blended = pipe(**asked, concat_latents=channels, mask_image=mask(), paste=True).images[0]
+    outside = np.asarray(mask()) == 0
+    assert (blended[outside] == np.asarray(picture())[outside]).all()
+
+
 def test_a_full_mask_draws_everything_anew() -> None:
     pipe = ours("sd1", "ddim", "torch")
     full = Image.new("L", (SIDE, SIDE), 255)
@@ -185,6 +198,7 @@ def test_a_full_mask_draws_everything_anew() -> None:
         ("pix2pix", {"mask_image": mask()}, "follows instructions for the whole picture"),
         ("pix2pix", {"image_guidance_scale": -1}, "image_guidance_scale is -1; expected a finite number from 0"),
         ("depth", {}, "takes depth beside the latent; give depth_map="),
+        ("depth", {"depth_map": FINE_LINES}, "the same everywhere at the latent's size; expected a coarser"),
     ],
 )  # fmt: skip
 def test_an_edit_that_cannot_be_is_refused(name: str, asked: dict[str, Any], message: str) -> None:

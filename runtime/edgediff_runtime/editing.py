@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgediff_runtime.conditioning import plain
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.loop import Kept
-from edgediff_runtime.manifest import Graph, Sample, Vae
+from edgediff_runtime.manifest import Concatenated, Graph, Sample, Vae
 from edgediff_runtime.pictures import depths_of, images_of, masks_of, resized
 from edgediff_runtime.samplers import Scheduler
 from edgediff_runtime.sessions import Array, Session
@@ -31,6 +31,7 @@ class Edit:
     """What a request says in pictures, checked.
 
     Attributes:
+        takes: What of the UNet's concatenated channels is made of these pictures, in order.
         image: uint8 [1 or N, h, w, 3]; None where the request has no picture to begin with.
         mask: bool [1 or N, h, w], true where the picture is drawn anew; None: everywhere.
         depth: float32 [1 or N, H, W] of the latent's size, -1 (far) to 1 (near); None without one.
@@ -40,6 +41,7 @@ class Edit:
         paste: Whether the finished picture has the image's own pixels outside of the mask.
     """
 
+    takes: tuple[Concatenated, ...] = ()
     image: NDArray[np.uint8] | None = None
     mask: NDArray[np.bool_] | None = None
     depth: Array | None = None
@@ -86,7 +88,6 @@ class Beginning:
 
 def begin(
     edit: Edit,
-    sample: Sample,
     vae: Vae | None,
     scheduler: Scheduler,
     start: int,
@@ -104,19 +105,19 @@ def begin(
     count = len(noise)
     pure = noise * np.float32(scheduler.init_noise_sigma)
     if edit.image is None:
-        return Beginning(pure, _rows([edit.depth[:, None]], count) if edit.depth is not None else None)
+        return Beginning(pure, None if edit.depth is None else _rows([edit.depth[:, None]], count))
     pixels = as_pixels(edit.image)
     downscale = 1 if vae is None else vae.downscale
     masks = None if edit.mask is None else latent_mask(edit.mask, downscale)
-    blends = masks is not None and "mask" not in sample.concat
+    blends = masks is not None and "mask" not in edit.takes
     # As diffusers: under a mask, all of the noise is noise alone; without one, the picture shows through it.
     from_noise = edit.image_guidance is not None or (masks is not None and edit.strength == 1)
     wanted = {}
     if blends or not from_noise:
         wanted["source"] = pixels
-    if "image" in sample.concat:
+    if "image" in edit.takes:
         wanted["image"] = pixels
-    if "masked_image" in sample.concat:
+    if "masked_image" in edit.takes:
         assert edit.mask is not None
         wanted["masked_image"] = pixels * ~edit.mask[:, None]  # grey where it is drawn anew
     encoded = dict(zip(wanted, encode(list(wanted.values())), strict=True))
@@ -131,7 +132,7 @@ def begin(
             kept = Kept(masks, source, noise)
     beside = {"mask": masks, "masked_image": scaled.get("masked_image"), "image": encoded.get("image")}
     beside["depth"] = None if edit.depth is None else edit.depth[:, None]
-    parts = [part for part in map(beside.get, sample.concat) if part is not None]
+    parts = [part for part in map(beside.get, edit.takes) if part is not None]
     return Beginning(latents, _rows(parts, count) if parts else None, kept)
 
 
@@ -184,14 +185,18 @@ def read_edit(
         raise RequestError(f"feather is {feather!r}; expected 0 to {MAX_FEATHER} pixels")
     instructed = "image" in takes
     if instructed and mask_image is not None:
-        raise RequestError("mask_image was given, but the bundle's UNet follows instructions for the whole picture")
+        raise RequestError(
+            "mask_image was given, but the bundle's UNet follows instructions for the whole picture; leave it out"
+        )
     if instructed and strength is not None:
         raise RequestError(
             "strength was given, but the bundle's UNet sees the image in every step and begins from noise; "
             "give image_guidance_scale="
         )
     if image_guidance_scale is not None and not instructed:
-        raise RequestError("image_guidance_scale was given, but the bundle's UNet is not guided by an image")
+        raise RequestError(
+            "image_guidance_scale was given, but the bundle's UNet is not guided by an image; leave it out"
+        )
     chosen = strength
     if chosen is None:
         chosen = 1.0 if image is None or instructed else STRENGTH if mask_image is None else STRENGTH_WITH_MASK
@@ -205,13 +210,15 @@ def read_edit(
     if depth_map is not None:
         depth = resized(depths_of(depth_map, height, width), *size)
         low, high = (each(axis=(1, 2), keepdims=True) for each in (depth.min, depth.max))
+        if (low == high).any():
+            raise RequestError("depth_map is the same everywhere at the latent's size; expected a coarser one")
         depth = 2 * (depth - low) / (high - low) - 1
     guidance = None
     if instructed:
         guidance = IMAGE_GUIDANCE if image_guidance_scale is None else plain(image_guidance_scale)
         if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance < np.inf:
             raise RequestError(f"image_guidance_scale is {image_guidance_scale!r}; expected a finite number from 0")
-    return Edit(images, masks, depth, chosen, guidance, feather, paste)
+    return Edit(takes, images, masks, depth, chosen, guidance, feather, paste)
 
 
 def _must_come(name: str, given: object, needed: bool, takes: tuple[str, ...]) -> None:

@@ -49,8 +49,7 @@ class Kept:
 
     def joined(self, drawn: Array, kept: Array) -> Array:
         """Latents of both, each where the mask says."""
-        joined: Array = kept + self.mask * (drawn - kept)
-        return joined
+        return np.where(self.mask > 0, drawn, kept)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ TEXT_INPUTS = (TEXT, "text_embeds", "time_ids")
 DECODER = "vae_decoder"
 ENCODER = "vae_encoder"
 PREVIEW = "preview_decoder"
+RGB = 3
 
 
 class Condition(TypedDict, total=False):
@@ -619,7 +620,7 @@ class EdgePipeline:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         shape = (self.manifest.sample.channels, *size)
         begun = begin(
-            edit, self.manifest.sample, self.manifest.vae, sampling, start,
+            edit, self.manifest.vae, sampling, start,
             self._noise(begins_with, seed, count, shape, first_image), lambda batches: self._encode(batches, usage),
         )  # fmt: skip
         request = Request(
@@ -703,11 +704,18 @@ class EdgePipeline:
 
     @property
     def can_edit(self) -> bool:
-        """Whether a generation can begin with a picture: latents are pictures, or there is an encoder for them."""
-        return self.manifest.sample.space == "pixel" or (self.manifest.vae is not None and ENCODER in self.components)
+        """Whether a generation can begin with a picture: latents are RGB, or there is an encoder for pictures."""
+        sample = self.manifest.sample
+        if sample.space == "pixel":
+            return sample.channels == RGB
+        return self.manifest.vae is not None and ENCODER in self.components
 
     def _check_encoder(self, size: tuple[int, int]) -> None:
         """Refuses a picture that nothing encodes."""
+        if self.manifest.sample.space == "pixel" and not self.can_edit:
+            raise RequestError(
+                f"image was given, but the model's pictures have {self.manifest.sample.channels} channels; supported: 3"
+            )
         if not self.can_edit:
             raise RequestError(
                 "image was given, but the bundle has no vae_encoder for this backend; export it with that component"
