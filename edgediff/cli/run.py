@@ -17,6 +17,7 @@ from edgediff.cli.app import (
     progress,
 )
 from edgediff.targets.backends import BACKENDS
+from edgediff_runtime.schedulers import SCHEDULER_NAMES
 
 if TYPE_CHECKING:
     from edgediff_runtime import Step
@@ -79,10 +80,16 @@ def run(
         Path | None, typer.Option(help="A picture that the bundle's ControlNet draws by, such as edges or a pose.")
     ] = None,
     control_scale: Annotated[float | None, typer.Option(help="How strongly, from 0; left out, 1.")] = None,
+    latents: Annotated[
+        Path | None, typer.Option(help="A .npy to begin with in place of noise, such as `edgediff invert` writes.")
+    ] = None,
     num_images: Annotated[
         int | None, typer.Option(help="How many images; left out, one for each prompt, 16 without prompts.")
     ] = None,
     steps: StepsOption = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help=f"Another sampler than the bundle's: {', '.join(SCHEDULER_NAMES)}.")
+    ] = None,
     clock: ClockOption = None,
     guidance_scale: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -112,11 +119,18 @@ def run(
     """Generate images with a bundle."""
     from edgediff.targets.backends import open_pipeline, usual_backend
     from edgediff_runtime import open_bundle
-    from edgediff_runtime.image import check_output, check_previews, read_size, write_output, write_preview
+    from edgediff_runtime.image import (
+        check_output,
+        check_previews,
+        read_latents,
+        read_size,
+        write_output,
+        write_preview,
+    )
     from edgediff_runtime.pictures import edit_arguments
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
-    request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale}
+    request |= {"num_inference_steps": steps, "clock": clock, "guidance_scale": guidance_scale, "scheduler": scheduler}
     request["width"], request["height"] = read_size(size)
     request["prompt"] = prompt[0] if prompt is not None and len(prompt) == 1 else prompt
     edit = edit_arguments(
@@ -124,7 +138,10 @@ def run(
         control_scale=control_scale, paste=paste, feather=feather,
     )  # fmt: skip
     request |= edit
-    request["num_images"] = 16 if num_images is None and prompt is None and image is None else num_images
+    if latents is not None:
+        request["latents"] = read_latents(latents)
+    begun = any(each is not None for each in (prompt, image, latents))
+    request["num_images"] = 16 if num_images is None and not begun else num_images
     opened = open_bundle(bundle)
     check_output(output, scale, opened.manifest.has_decoder)
     if conditioning is not None:

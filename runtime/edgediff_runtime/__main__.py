@@ -9,7 +9,7 @@ from pathlib import Path
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
-from edgediff_runtime.image import check_output, check_previews, read_size, write_output, write_preview
+from edgediff_runtime.image import check_output, check_previews, read_latents, read_size, write_output, write_preview
 from edgediff_runtime.loop import Step
 from edgediff_runtime.pictures import edit_arguments
 
@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
     parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet draws by")
     parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
+    parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
+    parser.add_argument("--scheduler", help="another sampler than the bundle's, such as ddim or euler")
     parser.add_argument("--num-images", type=int, help="default: one for each prompt, 16 without prompts")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
@@ -71,7 +73,9 @@ def main() -> int:
                 previews.append(write_preview(args.preview, step.index, pipe.preview(step.predicted), scale=1))
 
         width, height = read_size(args.size)
-        usual = 16 if args.prompt is None and args.image is None else None
+        if args.latents is not None:
+            edit["latents"] = read_latents(args.latents)
+        usual = 16 if all(each is None for each in (args.prompt, args.image, args.latents)) else None
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
                 label=args.label,
@@ -80,6 +84,7 @@ def main() -> int:
                 num_images=usual if args.num_images is None else args.num_images,
                 output_type="image" if output.suffix == ".png" else "latent",
                 num_inference_steps=args.steps,
+                scheduler=args.scheduler,
                 clock=args.clock,
                 guidance_scale=args.guidance_scale,
                 seed=args.seed,

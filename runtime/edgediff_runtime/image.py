@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgediff_runtime.errors import RequestError
+from edgediff_runtime.errors import RequestError, one_line
 from edgediff_runtime.sessions import Array
 
 if TYPE_CHECKING:
@@ -128,11 +128,29 @@ def write_output(result: "Result", path: Path, scale: int) -> None:
     """
     with _replacing(path) as scratch:
         if path.suffix == ".npy":
-            data = io.BytesIO()  # numpy does not report a full disk
-            np.save(data, result.latents)
-            scratch.write_bytes(data.getvalue())
+            _write_npy(scratch, result.latents)
         else:
             write_png(scratch, grid(result.images), scale)
+
+
+def write_latents(latents: Array, path: Path) -> None:
+    """Writes float32 latents [N, C, H, W] as ``.npy``."""
+    with _replacing(path) as scratch:
+        _write_npy(scratch, latents)
+
+
+def read_latents(path: Path) -> Array:
+    """Reads latents from a ``.npy``; a RequestError where it is none."""
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as e:
+        raise RequestError(f"--latents {path} cannot be read as .npy: {one_line(e, 200)}") from e
+
+
+def _write_npy(path: Path, array: Array) -> None:
+    data = io.BytesIO()  # numpy does not report a full disk
+    np.save(data, array)
+    path.write_bytes(data.getvalue())
 
 
 @contextlib.contextmanager

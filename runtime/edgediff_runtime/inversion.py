@@ -54,10 +54,10 @@ class InverseDdim(Scheduler):
     def make(cls, config: SchedulerConfig, num_inference_steps: int) -> Self:
         """See ``Scheduler.make``; `config` is DDIM's."""
         ddim = make_scheduler(config, num_inference_steps)
-        rows = []
-        for row in ddim._rows[::-1]:
-            x0_x, x0_out, _, of_x, of_out, _ = map(float, row)
-            rows.append(tuple(map(np.float32, (x0_x, x0_out, 1 / of_x, -of_out / of_x))))
+        rows = [
+            (x0_x, x0_out, np.float32(1 / float(of_x)), np.float32(-float(of_out) / float(of_x)))
+            for x0_x, x0_out, _, of_x, of_out, _ in ddim._rows[::-1]
+        ]
         # Before each step the latent is at the level that DDIM's step arrives at.
         return cls(
             timesteps=ddim.timesteps[::-1].copy(),
