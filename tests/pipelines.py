@@ -12,6 +12,7 @@ import pytest
 import torch
 from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
+from embeddings import TOKENS, load_in_diffusers, save_embedding
 from loras import diffusers_lora, fuse, kohya_lora
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import EDITORS, SAVE, save_tiny_vae
@@ -37,6 +38,8 @@ SEED = 3
 # How strongly a LoRA is fused, by whose names its file has.
 SCALES = {"diffusers": 0.8, "kohya": -0.5}
 Loras = tuple[str, ...]
+# Textual inversions, by their numbers of vectors.
+Embeddings = tuple[int, ...]
 
 
 def saved(name: str) -> Path:
@@ -73,15 +76,33 @@ def lora_file(name: str, kind: str) -> Path:
     return saved_once(f"tiny-{name}-{kind}-lora", save) / "pytorch_lora_weights.safetensors"
 
 
-def config_of(name: str, loras: Loras = ()) -> edgediff.ExportConfig:
-    """The recipe of a small pipeline, with LoRAs of those kinds."""
+def embedding_file(name: str, count: int) -> Path:
+    """A textual inversion of that many vectors for a pipeline."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        save_embedding(folder / "learned_embeds.safetensors", count, is_xl=name == "xl")
+
+    return saved_once(f"tiny-{name}-embedding-{count}", save) / "learned_embeds.safetensors"
+
+
+def config_of(name: str, loras: Loras = (), embeddings: Embeddings = ()) -> edgediff.ExportConfig:
+    """The recipe of a small pipeline, with LoRAs of those kinds, and textual inversions of so many vectors."""
     specs = tuple(f"{lora_file(name, kind)}:{SCALES[kind]}" for kind in loras)
-    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs)
+    learnt = tuple(f"{embedding_file(name, count)}:{TOKENS[count]}" for count in embeddings)
+    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt)
 
 
-def exported_pipeline(name: str, loras: Loras = (), targets: tuple[str, ...] = ("onnx",)) -> Path:
+def exported_pipeline(
+    name: str,
+    loras: Loras = (),
+    targets: tuple[str, ...] = ("onnx",),
+    embeddings: Embeddings = (),
+    **settings: Any,
+) -> Path:
     """Its bundle; tests leave it as it is."""
-    return exported(saved(name), msgspec.structs.replace(config_of(name, loras), targets=targets), {})
+    config = msgspec.structs.replace(config_of(name, loras, embeddings), targets=targets, **settings)
+    return exported(saved(name), config, {})
 
 
 def open_in_torch(
@@ -90,10 +111,11 @@ def open_in_torch(
     low_memory: bool = False,
     opened: Callable[[Session], None] | None = None,
     preview: Path | None = None,
+    embeddings: Embeddings = (),
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`."""
-    config = config_of(name, loras)
-    model = edgediff.load_model(saved(name), lora=config.lora, preview=preview)
+    config = config_of(name, loras, embeddings)
+    model = edgediff.load_model(saved(name), lora=config.lora, embedding=config.embedding, preview=preview)
     found = pipeline_components(model)
     draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found)
 
@@ -118,11 +140,13 @@ def open_in_torch(
     return EdgePipeline(draft, Components(graphs, open_session, keep=not low_memory), lambda: words)
 
 
-def open_in_diffusers(name: str, loras: Loras = ()) -> Any:
-    """diffusers' pipeline with the sampler of the bundle, and LoRAs as diffusers fuses them."""
+def open_in_diffusers(name: str, loras: Loras = (), embeddings: Embeddings = ()) -> Any:
+    """diffusers' pipeline with the sampler of the bundle; LoRAs and textual inversions as diffusers loads them."""
     theirs = DiffusionPipeline.from_pretrained(saved(name))
     for kind in loras:
         fuse(theirs, lora_file(name, kind), SCALES[kind])
+    for count in embeddings:
+        load_in_diffusers(theirs, embedding_file(name, count), TOKENS[count])
     theirs.scheduler = diffusers_scheduler(edgediff.load_model(saved(name)).scheduler, config_of(name).scheduler)
     theirs.set_progress_bar_config(disable=True)
     return theirs
