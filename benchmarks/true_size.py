@@ -18,7 +18,7 @@ import diffusers
 import torch
 import transformers
 
-from edgediff.models.components import load_tokenizer
+from edgediff.models.clip_tokenizer import load_tokenizer
 from edgediff.models.single_file import FOLDER as CONFIGS
 from edgediff.zoo import FOLDER as GEOMETRIES
 

@@ -125,7 +125,9 @@ def exported(model: Path, config: edgediff.ExportConfig, patches: Mapping[str, o
         with pytest.MonkeyPatch.context() as patch, remembering(traces_folder()):
             for name, value in patches.items():
                 patch.setattr(name, value)
-            loaded = edgediff.load_model(model, lora=config.lora, preview=config.preview, control=config.control)
+            loaded = edgediff.load_model(
+                model, lora=config.lora, embedding=config.embedding, preview=config.preview, control=config.control
+            )
             edgediff.export_bundle(loaded, path, config)
 
     return made_once(store() / hashlib.sha256(said.encode()).hexdigest()[:24], export)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
+from embeddings import TOKENS, load_in_diffusers, save_embedding
 from loras import diffusers_lora, fuse, kohya_lora
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import EDITORS, SAVE, save_controlnet, save_tiny_vae
@@ -38,6 +39,8 @@ SEED = 3
 # How strongly a LoRA is fused, by whose names its file has.
 SCALES = {"diffusers": 0.8, "kohya": -0.5}
 Loras = tuple[str, ...]
+# Textual inversions, by their numbers of vectors.
+Embeddings = tuple[int, ...]
 
 
 def saved(name: str) -> Path:
@@ -79,18 +82,37 @@ def lora_file(name: str, kind: str) -> Path:
     return saved_once(f"tiny-{name}-{kind}-lora", save) / "pytorch_lora_weights.safetensors"
 
 
-def config_of(name: str, loras: Loras = (), control: bool = False) -> edgediff.ExportConfig:
-    """The recipe of a small pipeline, with LoRAs of those kinds, and with its ControlNet."""
+def embedding_file(name: str, count: int) -> Path:
+    """A textual inversion of that many vectors for a pipeline."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        save_embedding(folder / "learned_embeds.safetensors", count, is_xl=name == "xl")
+
+    return saved_once(f"tiny-{name}-embedding-{count}", save) / "learned_embeds.safetensors"
+
+
+def config_of(
+    name: str, loras: Loras = (), embeddings: Embeddings = (), control: bool = False
+) -> edgediff.ExportConfig:
+    """The recipe of a small pipeline, with LoRAs, textual inversions of so many vectors, and a ControlNet."""
     specs = tuple(f"{lora_file(name, kind)}:{SCALES[kind]}" for kind in loras)
+    learnt = tuple(f"{embedding_file(name, count)}:{TOKENS[count]}" for count in embeddings)
     beside = str(saved_controlnet(name)) if control else None
-    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs, control=beside)
+    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt, control=beside)
 
 
 def exported_pipeline(
-    name: str, loras: Loras = (), targets: tuple[str, ...] = ("onnx",), control: bool = False
+    name: str,
+    loras: Loras = (),
+    targets: tuple[str, ...] = ("onnx",),
+    embeddings: Embeddings = (),
+    control: bool = False,
+    **settings: Any,
 ) -> Path:
     """Its bundle; tests leave it as it is."""
-    return exported(saved(name), msgspec.structs.replace(config_of(name, loras, control), targets=targets), {})
+    config = msgspec.structs.replace(config_of(name, loras, embeddings, control), targets=targets, **settings)
+    return exported(saved(name), config, {})
 
 
 def open_in_torch(
@@ -99,14 +121,17 @@ def open_in_torch(
     low_memory: bool = False,
     opened: Callable[[Session], None] | None = None,
     preview: Path | None = None,
+    embeddings: Embeddings = (),
     control: bool = False,
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`.
 
     The UNet is the undivided one; with a ControlNet it is divided, as a bundle has it.
     """
-    config = config_of(name, loras, control)
-    model = edgediff.load_model(saved(name), lora=config.lora, preview=preview, control=config.control)
+    config = config_of(name, loras, embeddings, control)
+    model = edgediff.load_model(
+        saved(name), lora=config.lora, embedding=config.embedding, preview=preview, control=config.control
+    )
     found = pipeline_components(model)
     divided = divide(model, config.cut)
     draft = draft_manifest(model, divided, config, "prompt", found)
@@ -134,11 +159,13 @@ def open_in_torch(
     return EdgePipeline(draft, Components(graphs, open_session, keep=not low_memory), lambda: words)
 
 
-def open_in_diffusers(name: str, loras: Loras = ()) -> Any:
-    """diffusers' pipeline with the sampler of the bundle, and LoRAs as diffusers fuses them."""
+def open_in_diffusers(name: str, loras: Loras = (), embeddings: Embeddings = ()) -> Any:
+    """diffusers' pipeline with the sampler of the bundle; LoRAs and textual inversions as diffusers loads them."""
     theirs = DiffusionPipeline.from_pretrained(saved(name))
     for kind in loras:
         fuse(theirs, lora_file(name, kind), SCALES[kind])
+    for count in embeddings:
+        load_in_diffusers(theirs, embedding_file(name, count), TOKENS[count])
     theirs.scheduler = diffusers_scheduler(edgediff.load_model(saved(name)).scheduler, config_of(name).scheduler)
     theirs.set_progress_bar_config(disable=True)
     return theirs

@@ -16,7 +16,8 @@ from unets import assert_same_unet
 
 from edgediff import ExportConfig, export_bundle, load_model
 from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
-from edgediff.models.components import load_tokenizer, pipeline_components, write_tokenizer
+from edgediff.models.clip_tokenizer import load_tokenizer, write_tokenizer
+from edgediff.models.components import pipeline_components
 from edgediff.models.load import PIPELINES
 from edgediff.models.model_files import WEIGHTS, read_json, read_state
 

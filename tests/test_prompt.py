@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_pipelines import tokenizer
 
-from edgediff.models.components import load_tokenizer, write_tokenizer
+from edgediff.models.clip_tokenizer import load_tokenizer, write_tokenizer
 from edgediff.models.single_file import FOLDER as SINGLE_FILES
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import Encoder

@@ -13,8 +13,9 @@ from unets import assert_same_unet
 
 from edgediff import ExportConfig, export_bundle, load_model
 from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
+from edgediff.models.clip_tokenizer import load_tokenizer, write_tokenizer
 from edgediff.models.component_loading import empty_text_encoder
-from edgediff.models.components import load_tokenizer, pipeline_components, prompt_settings, write_tokenizer
+from edgediff.models.components import pipeline_components, prompt_settings
 from edgediff.models.conditioning import read_conditioning
 from edgediff.models.model_files import read_json
 from edgediff.models.single_file import CONV_IN, FOLDER, _converted, open_single_file

@@ -54,6 +54,12 @@ def export(
         list[str] | None,
         typer.Option(help="FILE[:scale]: a LoRA that is fused into the model; may be given more than once."),
     ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE[:token]: a textual inversion, whose token prompts may then name; may be given more than once."
+        ),
+    ] = None,
     vae: Annotated[
         str | None, typer.Option(help="A directory or a file with the VAE that replaces the pipeline's.")
     ] = None,
@@ -69,7 +75,8 @@ def export(
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a .ckpt too: its tensors, and nothing that runs code.")
+        bool,
+        typer.Option("--allow-pickle", help="Read a .ckpt, or an embedding's .pt, too: tensors, and no code."),
     ] = False,
     target: Annotated[
         list[str] | None,
@@ -139,7 +146,7 @@ def export(
         "targets": target, "adaptor": adaptor, "clock": clock, "steps": steps, "scheduler": scheduler,
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
-        "lora": lora, "vae": vae, "preview": preview, "control": control, "sizes": size,
+        "lora": lora, "embedding": embedding, "vae": vae, "preview": preview, "control": control, "sizes": size,
         "prediction_type": prediction_type,
     }  # fmt: skip
     recipe = recipe_with(config, given)

@@ -45,7 +45,8 @@ def check_recipe(recipe: dict[str, Any]) -> "ExportConfig":
 def load_recipe_model(checked: "ExportConfig", command: str, allow_pickle: bool = False) -> "Model":
     """Loads a checked recipe's model, with all that the recipe names for it."""
     loaded: Model = toolchain("edgediff.models.load", command).load_model(
-        checked.model, lora=checked.lora, vae=checked.vae, preview=checked.preview, control=checked.control,
+        checked.model, lora=checked.lora, embedding=checked.embedding, vae=checked.vae, preview=checked.preview,
+        control=checked.control,
         prediction_type=checked.prediction_type, allow_pickle=allow_pickle,
     )  # fmt: skip
     return loaded

@@ -35,6 +35,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"- **Sample**: {sample.channels} x {sample.height} x {sample.width}, {sample.space} space, "
         f"conditioned on: {manifest.conditioning.kind}.",
         *_components(manifest),
+        *_tokens(model),
         f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.evidence.conditioning}. "
         "The figures stand in evidence/parity.json; `edgediff verify` measures them again.",
@@ -71,6 +72,16 @@ def _components(manifest: Manifest) -> list[str]:
         return []
     named = ", ".join(f"`{name}` (sha256 `{hashes[name][:12]}`...)" for name in hashes)
     return [f"- **Components beside the UNet**: {named}."]
+
+
+def _tokens(model: Model) -> list[str]:
+    """The tokens that were learnt by textual inversion, where there are some."""
+    if not model.embedding:
+        return []
+    named = ", ".join(
+        f"`{each.token}` (of {each.path.name}, sha256 `{each.sha256[:12]}`...)" for each in model.embedding
+    )
+    return [f"- **Textual inversion**: prompts may name {named}."]
 
 
 def _step_macs(manifest: Manifest, step: str) -> int:

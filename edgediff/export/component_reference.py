@@ -41,13 +41,19 @@ def component_inputs(
 ) -> dict[str, np.ndarray]:
     """Real inputs of a component: the reference's prompts, its final latents, the picture that came of them.
 
+    Of a text encoder also all tokens of its embeddings, whatever the reference's prompts say.
+
     Where no whole trajectory was run, the latents are noise.
     """
     if component.stage == "prompt":
         assert draft.prompt is not None
         encoder = next(each for each in draft.prompt.encoders if each.component == component.name)
         prompts = ("", "") if draft.evidence.prompt is None else draft.evidence.prompt
-        chunks = [tokenized(text or "", tokenizers[component.name], encoder)[0].ids for text in prompts]
+        tokenizer = tokenizers[component.name]
+        chunks = [tokenized(text or "", tokenizer, encoder)[0].ids for text in prompts]
+        if component.embedding:
+            learnt = " ".join(each.token for each in component.embedding)
+            chunks += [chunk.ids for chunk in tokenized(learnt, tokenizer, encoder, emphasis=False)]
         return {"input_ids": np.array(chunks, dtype=np.int64)}
     if component.stage in ("decode", "preview"):
         vae, sample = draft.vae if component.stage == "decode" else draft.preview, draft.sample

@@ -82,6 +82,8 @@ def check_against_diffusers(
     theirs = _diffusers_pipeline(model, components, parts, diffusers_scheduler(model.scheduler, scheduler))
     sample = draft.sample
     latents = initial_latents(seed, 1, (sample.channels, sample.height, sample.width), 1.0)
+    if model.embedding:  # it looks for a token of several vectors in the prompt as it is written
+        given |= {name: None if text is None else text.lower() for name, text in prompt.items()}
     with warnings.catch_warnings(action="ignore"):  # diffusers' own deprecations
         size = {"height": pixels.shape[2], "width": pixels.shape[3]}
         drawn = theirs(latents=torch.from_numpy(latents), output_type="np", **size, **given).images

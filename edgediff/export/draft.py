@@ -117,6 +117,7 @@ def draft_manifest(
             random_weights=_text(config.random_weights),
             components=component_hashes(components) | _control_hash(model),
             lora=tuple(lora.spec for lora in model.lora),
+            embedding=tuple(embedding.spec for embedding in model.embedding),
             vae=None if model.vae is None else str(model.vae),
             preview=None if model.preview is None else str(model.preview),
             control=None if model.control is None else str(model.control.path),
@@ -166,7 +167,7 @@ def _recipe(config: ExportConfig) -> dict[str, Any]:
     A plan of weights is named by its content: the same plan elsewhere makes the same bundle, another plan in the same
     file does not.
     """
-    without = msgspec.structs.replace(config, model=None, lora=(), vae=None, preview=None, control=None)
+    without = msgspec.structs.replace(config, model=None, lora=(), embedding=(), vae=None, preview=None, control=None)
     for name in config.targets:
         section = getattr(config, name)
         if getattr(section, "weights", None) is not None:
@@ -218,6 +219,8 @@ def essence(manifest: Manifest) -> Manifest:
         The manifest without what writing fills in, and without where the source lies.
     """
     targets = tuple(TARGETS[entry.target].essence(entry) for entry in manifest.targets)
-    source = msgspec.structs.replace(manifest.source, path=None, lora=(), vae=None, preview=None, control=None)
+    source = msgspec.structs.replace(
+        manifest.source, path=None, lora=(), embedding=(), vae=None, preview=None, control=None
+    )
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

@@ -33,12 +33,11 @@ from edgediff.export.draft import essence
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
 from edgediff.export.prepare import Progress, drawn_inputs, prepare
+from edgediff.models.clip_tokenizer import place_tokenizer, tokenizer_folder
 from edgediff.models.clockwork import SplitUNet
 from edgediff.models.components import (
     TEXT_ENCODERS,
     PipelineComponent,
-    place_tokenizer,
-    tokenizer_folder,
     write_pipeline_files,
 )
 from edgediff.models.graphs import graph_list
@@ -46,6 +45,7 @@ from edgediff.models.load import Model, unet_config
 from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.stored_weights import StoredWeights, taken_weights
+from edgediff.models.textual_inversion import all_tokens
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.models.undivided import Undivided
@@ -265,7 +265,8 @@ def _write_pipeline(
         if name in entry.components:
             source = tokenizer_folder(model.home, name)
             if where is None:
-                place_tokenizer(source, folder / entry.target, target.tokenizer_files(source.name))
+                places = target.tokenizer_files(source.name)
+                place_tokenizer(source, folder / entry.target, places, all_tokens(model.embedding))
             tokenizer = f"{where or entry.target}/{source.name}/tokenizer.json"
             entry = entry.with_component(name, msgspec.structs.replace(entry.components[name], tokenizer=tokenizer))
     return entry

@@ -51,6 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         weights: What weights are stored in by component, for each target: a format by its name, or a plan of
             weights, a file. It goes before the ``weights`` of a target's section.
         lora: What `load_model` fuses into the model, each ``FILE[:scale]``.
+        embedding: Textual inversions that `load_model` adds to tokenizers and text encoders, each ``FILE[:token]``.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
         control: A directory with a ControlNet of the same base, whose residuals become inputs of the graphs.
@@ -83,6 +84,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     dtypes: dict[str, str] = {}
     weights: dict[str, str] = {}
     lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
     control: str | None = None

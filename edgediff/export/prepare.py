@@ -1,6 +1,6 @@
 """What an export begins with: a loaded model and a recipe become a divided UNet and the draft of a manifest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from edgediff.models.components import (
 from edgediff.models.graphs import divide
 from edgediff.models.load import Model, random_weights
 from edgediff.models.lora import read_spec
+from edgediff.models.textual_inversion import Embedding
+from edgediff.models.textual_inversion import read_spec as read_embedding_spec
 from edgediff.models.trained import TrainedAdaptor, choose_adaptor
 from edgediff.targets.base import Sizes
 from edgediff_runtime import Manifest, noise
@@ -106,6 +108,9 @@ def _check_loaded(model: Model, config: ExportConfig) -> None:
     if config.lora and [read_spec(spec) for spec in config.lora] != [(lora.path, lora.scale) for lora in model.lora]:
         raise ConfigError(f"'lora' names {', '.join(config.lora)}, which {model.name} was not loaded with; pass "
                           "lora= to load_model")  # fmt: skip
+    if config.embedding and not _is_loaded(config.embedding, model.embedding):
+        raise ConfigError(f"'embedding' names {', '.join(config.embedding)}, which {model.name} was not loaded with; "
+                          "pass embedding= to load_model")  # fmt: skip
     control = None if model.control is None else model.control.path
     paths = {"vae": (config.vae, model.vae), "preview": (config.preview, model.preview)}
     for name, (asked, given) in (paths | {"control": (config.control, control)}).items():
@@ -117,6 +122,15 @@ def _check_loaded(model: Model, config: ExportConfig) -> None:
     if config.prediction_type not in (None, said):
         raise ConfigError(f"'prediction_type' is {config.prediction_type}, {model.name} was loaded with {said}; pass "
                           "prediction_type= to load_model")  # fmt: skip
+
+
+def _is_loaded(specs: Sequence[str], embeddings: Sequence[Embedding]) -> bool:
+    """Whether those textual inversions were loaded; a spec without a token is of any."""
+    asked = [read_embedding_spec(spec) for spec in specs]
+    pairs = zip(asked, embeddings, strict=False)
+    return len(asked) == len(embeddings) and all(
+        path == each.path and token in (None, each.token) for (path, token), each in pairs
+    )
 
 
 def _with_weights(model: Model, config: ExportConfig, say: Progress) -> Model:
@@ -146,6 +160,8 @@ def _components(model: Model, config: ExportConfig) -> dict[str, PipelineCompone
         there = ", ".join(found) or "none beside the UNet"
         raise ConfigError(f"'components' asks for {missing[0]}, which {model.name} does not have; it has: {there}")
     chosen = {name: component for name, component in found.items() if name in config.components}
+    if model.embedding and not chosen.keys() & {*TEXT_ENCODERS}:
+        raise ConfigError("'components' has no text encoder, which 'embedding' adds tokens to; name text_encoder too")
     if config.preview is not None and "preview_decoder" not in chosen:
         raise ConfigError(f"'preview' is {config.preview}, but 'components' has no preview_decoder; name it there too")
     for name, needed in (("vae_encoder", ["vae_decoder"]), *((each, TEXT_ENCODERS) for each in TEXT_ENCODERS)):

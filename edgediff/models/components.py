@@ -7,7 +7,6 @@ or run, so that a large pipeline is never in memory as a whole.
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,12 +17,11 @@ import torch
 from torch import nn
 
 from edgediff.errors import ModelError, UnsupportedError
-from edgediff.extras import needing
+from edgediff.models.clip_tokenizer import load_tokenizer, tokenizer_folder, write_tokenizer
 from edgediff.models.component_loading import autoencoder, empty_autoencoder, empty_text_encoder, text_encoder
 from edgediff.models.load import Model
 from edgediff.models.lora import Lora
 from edgediff.models.model_files import (
-    BAD_SETTINGS,
     DIFFUSERS,
     TRANSFORMERS,
     check_weights,
@@ -33,10 +31,9 @@ from edgediff.models.model_files import (
     weight_files,
 )
 from edgediff.models.part import Part
-from edgediff.models.single_file import FOLDER as SINGLE_FILES
-from edgediff.models.single_file import CheckpointFile, clip_vocabulary
+from edgediff.models.single_file import CheckpointFile
+from edgediff.models.textual_inversion import Embedding, all_tokens, expansions, with_rows, with_tokens
 from edgediff.outputs import write_json
-from edgediff_runtime.errors import one_line
 from edgediff_runtime.manifest import Encoder, Graph, Prompt, Stage, Symbol, Tensor, Vae
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -45,7 +42,6 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder", "preview_decoder")
 VAE_STAGES: dict[str, Stage] = {"vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview"}
 Shape = tuple[int | Symbol, ...]
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,11 @@ class PipelineComponent:
 
     Attributes:
         folder: Where its configuration lies, and its weights where `file` is None.
-        config: Its configuration, as it lies there.
+        config: Its configuration, as it lies there; of a text encoder with embeddings, with their tokens.
         graph: Its inputs and outputs, with a symbolic batch.
         file: The checkpoint that its weights come from, or None.
         lora: What is fused into it when it is loaded.
+        embedding: What is added to a text encoder, and to its tokenizer, when they are loaded.
     """
 
     name: str
@@ -67,6 +64,7 @@ class PipelineComponent:
     graph: Graph
     file: CheckpointFile | None = None
     lora: tuple[Lora, ...] = ()
+    embedding: tuple[Embedding, ...] = ()
 
     def load(self) -> Part:
         """Its module with weights, float32, in evaluation mode.
@@ -77,7 +75,10 @@ class PipelineComponent:
         where = self.folder if self.file is None else self.file.path
         if self.name not in TEXT_ENCODERS:
             return self._part(autoencoder(self.config, self._state("vae"), where))
-        encoder = text_encoder(self.config, self._state(self.name), where)
+        state = self._state(self.name)
+        if self.embedding:
+            state = with_rows(state, self.embedding, self.name, len(self.tokenizer))
+        encoder = text_encoder(self.config, state, where)
         for lora in self.lora:
             lora.fuse(self.name, encoder)
         return self._part(encoder)
@@ -95,7 +96,7 @@ class PipelineComponent:
         Raises:
             ModelError: It is missing or damaged.
         """
-        return load_tokenizer(tokenizer_folder(self.folder.parent, self.name))
+        return load_tokenizer(tokenizer_folder(self.folder.parent, self.name), all_tokens(self.embedding))
 
     @property
     def kind(self) -> str:
@@ -110,7 +111,7 @@ class PipelineComponent:
 
     @property
     def sha256(self) -> str:
-        """Hash over its configuration, its weights and what is fused into them."""
+        """Hash over its configuration, its weights and what is fused into them or added to them."""
         digest = hashlib.sha256(file_sha256(self.folder / "config.json"))
         if self.file is not None:
             digest.update(self.file.sha256)
@@ -119,6 +120,8 @@ class PipelineComponent:
                 digest.update(file_sha256(file))
         for lora in self.lora:
             digest.update(lora.sha256.encode())
+        for embedding in self.embedding:
+            digest.update(embedding.sha256.encode())
         return digest.hexdigest()
 
     @property
@@ -229,7 +232,13 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
     for name in TEXT_ENCODERS:
         folder = model.home / name
         if _is_listed(listed, name) and model.conditioning.kind == "text":
-            found[name] = replace(_text_component(name, folder, _is_xl(model)), file=model.single, lora=model.lora)
+            component = replace(
+                _text_component(name, folder, _is_xl(model)),
+                file=model.single, lora=model.lora, embedding=model.embedding,
+            )  # fmt: skip
+            if model.embedding:
+                component = replace(component, config=with_tokens(component.config, component.tokenizer))
+            found[name] = component
     if _is_listed(listed, "vae"):
         folder, file = _vae_source(model)
         config = _config(folder, AUTOENCODERS)
@@ -380,68 +389,10 @@ def _encoder_settings(model: Model, component: PipelineComponent) -> Encoder:
             f"{component.folder} has {tokens} positions and its tokenizer pads to {length}; supported: the same number"
         )
     pooled = "text_embeds" if "text_embeds" in names and _is_xl(model) else None
-    return Encoder(component.name, length, *ids, hidden=tuple(hidden), pooled=pooled)
-
-
-def tokenizer_folder(home: Path, encoder: str) -> Path:
-    """Where the tokenizer of a text encoder lies in a pipeline's folder."""
-    return home / encoder.replace("text_encoder", "tokenizer")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Transformers' CLIP tokenizer of a folder, from tokenizer.json or from vocab.json and merges.txt.
-
-    Those for single files have their settings alone: the vocabulary is CLIP's.
-
-    Raises:
-        ModelError: The folder is missing or holds no tokenizer.
-    """
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is missing; expected a tokenizer beside its text encoder")
-    with needing("export", "a tokenizer"):
-        from transformers import CLIPTokenizer
-    if SINGLE_FILES in folder.parents:
-        vocabulary, merges = clip_vocabulary()
-        settings = read_json(folder / "tokenizer_config.json")
-        return CLIPTokenizer(vocab=vocabulary, merges=merges, **settings)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        raise ModelError(f"{folder} holds no vocabulary; expected tokenizer.json, or vocab.json and merges.txt")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, *BAD_SETTINGS) as e:
-        raise ModelError(f"{folder} holds no CLIP tokenizer: {one_line(e)[:300]}") from e
-
-
-def write_tokenizer(source: Path, folder: Path) -> None:
-    """Writes the tokenizer of a folder into another one, as `save_tokenizer` does."""
-    save_tokenizer(load_tokenizer(source), folder)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer in both forms that readers look for: tokenizer.json, and vocab.json with merges.txt."""
-    folder.mkdir(parents=True)
-    tokenizer.save_pretrained(folder)
-    library = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    vocabulary = dict(sorted(library["vocab"].items(), key=lambda entry: int(entry[1])))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in library["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    write_json(folder / "special_tokens_map.json", tokens)
-    for file in folder.iterdir():
-        if file.name not in TOKENIZER_FILES:
-            file.unlink()
-
-
-def place_tokenizer(source: Path, folder: Path, places: Mapping[str, str]) -> None:
-    """Writes some of a tokenizer's files, by their names, to places in a folder; what is there already stays."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as scratch:
-        written = Path(scratch) / "tokenizer"
-        write_tokenizer(source, written)
-        for name, place in places.items():
-            if not (folder / place).exists():
-                (folder / place).parent.mkdir(exist_ok=True)
-                (written / name).rename(folder / place)
+    return Encoder(
+        component.name, length, *ids, hidden=tuple(hidden), pooled=pooled,
+        expansions=expansions(component.embedding, tokenizer),
+    )  # fmt: skip
 
 
 def vae_settings(model: Model, found: Mapping[str, PipelineComponent]) -> Vae | None:
@@ -498,4 +449,4 @@ def write_pipeline_files(model: Model, scheduler: Any, folder: Path) -> None:
     for encoder in TEXT_ENCODERS:
         source = tokenizer_folder(model.home, encoder)
         if _is_listed(listed, encoder):
-            write_tokenizer(source, folder / source.name)
+            write_tokenizer(source, folder / source.name, all_tokens(model.embedding))

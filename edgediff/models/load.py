@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 
 from edgediff.errors import ConfigError, EdgediffError, ModelError, UnsupportedError
 from edgediff.models.card import Card, read_card
+from edgediff.models.clip_tokenizer import load_tokenizer, tokenizer_folder
 from edgediff.models.component_loading import empty_text_encoder
 from edgediff.models.conditioning import Conditioning, TensorSpec, read_conditioning
 from edgediff.models.controlnet import Control, load_control
@@ -34,6 +35,7 @@ from edgediff.models.sampling import USUAL, is_for_few_steps, own_sampler, sched
 from edgediff.models.single_file import SingleFile, check_file, open_single_file
 from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
+from edgediff.models.textual_inversion import Embedding, check_tokens, read_embedding, rows_of
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in, no_model
 from edgediff_runtime.errors import one_line
@@ -79,6 +81,7 @@ class Model:
         preview: The small autoencoder whose decoder makes previews: a directory or a file, or None.
         control: The ControlNet that steers the UNet, or None.
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
+        embedding: What is added to the tokenizers and the text encoders when they are loaded.
         size: Height and width of the sample in place of the configuration's.
     """
 
@@ -96,6 +99,7 @@ class Model:
     preview: Path | None = None
     control: Control | None = None
     lora: tuple[Lora, ...] = ()
+    embedding: tuple[Embedding, ...] = ()
     size: tuple[int, int] | None = None
 
     @property
@@ -210,6 +214,7 @@ def load_model(
     source: str | Path,
     *,
     lora: Sequence[str] = (),
+    embedding: Sequence[str] = (),
     vae: str | Path | None = None,
     preview: str | Path | None = None,
     control: str | Path | None = None,
@@ -223,12 +228,13 @@ def load_model(
 
     Args:
         lora: ``FILE[:scale]`` of each LoRA that is fused, in order.
+        embedding: ``FILE[:token]`` of each textual inversion, whose token prompts may name.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory, or a file with config.json beside it, with an AutoencoderTiny of the same latents (TAESD).
         control: A directory with a ControlNet of the same base.
         configs: For a single file of another geometry: a pipeline's directory whose configurations fit.
         prediction_type: For a single file: ``epsilon``, ``v_prediction`` or ``sample``; None infers it.
-        allow_pickle: Read a ``.ckpt`` too, tensors only.
+        allow_pickle: Read a ``.ckpt``, and an embedding's ``.pt`` or ``.bin``, too: tensors only.
 
     Raises:
         ModelError: The model is missing, empty, or its files cannot be read.
@@ -258,6 +264,8 @@ def load_model(
         model = replace(model, preview=Path(preview))
     if control is not None:
         model = replace(model, control=load_control(Path(control), model.unet))
+    if embedding:
+        model = _with_embedding(model, embedding, allow_pickle)
     return _with_lora(model, lora) if lora else model
 
 
@@ -388,6 +396,23 @@ def _with_lora(model: Model, specs: Sequence[str]) -> Model:
         found.append(lora)
         digest = hashlib.sha256(f"{digest} lora {lora.sha256}".encode()).hexdigest()
     return replace(model, sha256=digest, lora=tuple(found))
+
+
+def _with_embedding(model: Model, specs: Sequence[str], allow_pickle: bool) -> Model:
+    """Reads each textual inversion, and checks it against the model's text encoders and their tokenizers.
+
+    The model's hash stays what it is: the UNet's.
+    """
+    if not model.has_weights:
+        raise ConfigError(f"{model.name} is a geometry without weights; name a model with weights for an embedding")
+    files = {name: model.home / name / "config.json" for name in TEXT if model.conditioning.kind == "text"}
+    encoders = {name: read_json(file) for name, file in files.items() if file.exists()}
+    if not encoders:
+        raise ConfigError(f"embedding {specs[0]!r}: {model.name} has no text encoder; name a whole pipeline with one")
+    found = tuple(read_embedding(spec, model.name, encoders, allow_pickle) for spec in specs)
+    for name, config in encoders.items():
+        check_tokens(found, load_tokenizer(tokenizer_folder(model.home, name)), rows_of(config))
+    return replace(model, embedding=found)
 
 
 def _build(config: dict[str, Any], file: Path) -> Any:

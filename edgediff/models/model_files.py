@@ -101,20 +101,20 @@ def file_sha256(file: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Reads tensors by name; a ModelError where the file is damaged, or contains anything else.
+def read_saved(file: Path) -> Any:
+    """What a file holds: tensors by name, or what a pickle has of tensors and plain data; nothing that runs code.
 
-    A training's checkpoint (``.ckpt``, ``.pt``) has them under ``state_dict``.
+    Raises:
+        ModelError: The file is damaged, or a pickle of anything else.
     """
-    tensors: Any
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ModelError(f"{file} is a Git LFS pointer without weights; run `git lfs pull` in its repository")
         if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file)
+        with torch.serialization.safe_globals([nn.ParameterDict]):  # of the first textual inversions
+            return torch.load(file, map_location="cpu", weights_only=True)
     except ModelError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError) as e:
@@ -122,6 +122,14 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # pickle's own errors share no base class
         # torch's own message goes on to say how to run the file's code.
         raise ModelError(f"{file} is not a plain file of tensors and was not opened; expected safetensors") from e
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Reads tensors by name; a ModelError where the file is damaged, or contains anything else.
+
+    A training's checkpoint (``.ckpt``, ``.pt``) has them under ``state_dict``.
+    """
+    tensors = read_saved(file)
     if file.suffix in (".ckpt", ".pt", ".pth") and isinstance(tensors, dict):
         tensors = tensors.get("state_dict", tensors)
     named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)

@@ -14,8 +14,9 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from edgediff.data.batches import Wordings
 from edgediff.data.image_folder import ImageSet
 from edgediff.errors import ConfigError, ModelError, UnsupportedError
+from edgediff.models.clip_tokenizer import load_tokenizer
 from edgediff.models.component_loading import text_encoder
-from edgediff.models.components import load_tokenizer, pipeline_components
+from edgediff.models.components import pipeline_components
 from edgediff.models.conditioning import Conditioning, TensorSpec
 from edgediff.models.load import Model
 from edgediff.models.model_files import TRANSFORMERS, read_json, read_state

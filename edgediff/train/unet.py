@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from edgediff.config.choices import Cut
 from edgediff.data.batches import TOKENS, Batches, generator, hash_of
 from edgediff.data.image_folder import ImageSet
+from edgediff.models.clip_tokenizer import save_tokenizer
 from edgediff.models.clockwork import split
-from edgediff.models.components import save_tokenizer
 from edgediff.models.load import Model
 from edgediff.outputs import check_drawing
 from edgediff.train.claim import Claim, writing

@@ -400,8 +400,10 @@ class Source(Struct, frozen=True):
         path: The directory or file as it was given; None for built-in models.
         sha256: Hash over configuration, weights and scheduler.
         random_weights: Seed as decimal text, where the weights are random and the model is a geometry only.
-        components: Hash over configuration and weights of each component beside the UNet.
+        components: Hash over configuration and weights of each component beside the UNet; of a text encoder also over
+            the files and tokens of `embedding`.
         lora: What was fused into the weights, each as ``FILE:scale``.
+        embedding: The textual inversions of which prompts may name the tokens, each as ``FILE:token``.
         vae: What replaced the pipeline's autoencoder, as it was given.
         preview: Where the preview decoder came from, as it was given.
         control: Where the ControlNet came from, as it was given.
@@ -414,6 +416,7 @@ class Source(Struct, frozen=True):
     random_weights: str | None = None
     components: dict[str, str] = {}
     lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
     control: str | None = None
@@ -485,6 +488,8 @@ class Encoder(Struct, frozen=True):
         hidden: Names of the outputs that stand for the prompt, by the number of layers that are left out at the end
             (``clip_skip``): the first is the usual one.
         pooled: Name of the output that becomes ``text_embeds``; None where it is not used.
+        expansions: Ids of tokens that stand for several, two or more in each: where a text has the first, all of them
+            take its place.
     """
 
     component: str
@@ -494,6 +499,7 @@ class Encoder(Struct, frozen=True):
     pad: int
     hidden: tuple[str, ...]
     pooled: str | None = None
+    expansions: tuple[tuple[int, ...], ...] = ()
 
 
 class Prompt(Struct, frozen=True):

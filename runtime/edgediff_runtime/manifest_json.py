@@ -108,6 +108,9 @@ def _check_prompt(prompt: Prompt, known: Conditioning) -> None:
             _must(getattr(encoder, name) >= 0, f"{name} of {where}", getattr(encoder, name), "a token id from 0")
         _must(0 < len(set(encoder.hidden)) == len(encoder.hidden), f"hidden of {where}", encoder.hidden,
               "names of outputs, each once")  # fmt: skip
+        starts = {ids[0] for ids in encoder.expansions if len(ids) > 1 and min(ids) >= 0}
+        _must(len(starts) == len(encoder.expansions), f"expansions of {where}", encoder.expansions,
+              "two token ids from 0 or more in each, and no two with the same first")  # fmt: skip
     lengths = {encoder.max_length for encoder in prompt.encoders}
     _must(len(lengths) == 1, "max_length", sorted(lengths), "the same for all text encoders")
     pooled = [encoder.component for encoder in prompt.encoders if encoder.pooled is not None]

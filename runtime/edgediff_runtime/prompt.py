@@ -115,8 +115,9 @@ def tokenized(prompt: str, tokenize: Tokenize, encoder: Encoder, emphasis: bool 
     _check(prompt)
     ids: list[int] = []
     weights: list[float] = []
+    expansions = {run[0]: run for run in encoder.expansions}
     for piece in parse(prompt) if emphasis else [Piece(prompt)]:
-        found = tokenize(piece.text)
+        found = [each for id in tokenize(piece.text) for each in expansions.get(id, (id,))]
         ids += found
         weights += [piece.weight] * len(found)
     size = encoder.max_length - 2

@@ -162,7 +162,10 @@ NOISE = (
 )
 
 # A text encoder that takes few tokens, so that chunks are short, and texts that tokenizers get wrong.
-ENCODER = Encoder("text_encoder", 12, bos=524, eos=525, pad=525, hidden=("last_hidden_state",))
+# Its tokenizer has four tokens more: "style" of three vectors, and "EasyNeg".
+ENCODER = Encoder(
+    "text_encoder", 12, bos=524, eos=525, pad=525, hidden=("last_hidden_state",), expansions=((526, 527, 528),)
+)
 PROMPTS = (
     "",
     "a red apple",
@@ -177,6 +180,9 @@ PROMPTS = (
     "\N{HEBREW LETTER SHIN}\N{HEBREW LETTER LAMED} \N{ARABIC LETTER SEEN} \N{CJK UNIFIED IDEOGRAPH-732B}",
     "a\0b\N{NO-BREAK SPACE}c<|endoftext|>d",
     "red apple dog photo " * 6,
+    "a Style photo, EASYNEG",
+    "(style:1.3) restyled, style_1 style_2 style_3, [easyneg]easyne g",
+    "red apple dog " * 3 + "style",
 )
 
 

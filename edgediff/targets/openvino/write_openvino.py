@@ -24,7 +24,7 @@ import onnx
 
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
-from edgediff.models.components import load_tokenizer
+from edgediff.models.clip_tokenizer import load_tokenizer
 from edgediff.targets.base import ComponentJob, Job, Say, converter_errors
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.pool_weights import WeightFile

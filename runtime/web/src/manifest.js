@@ -7,7 +7,8 @@ import { readScheduler } from "./schedulers.js";
 /**
  * @typedef {{name: string, dtype: string, shape: (number | string)[], stored_as: string | null}} Tensor
  * @typedef {{name: string, file: string | null, frequency: string | null, inputs: Tensor[], outputs: Tensor[], external_data: string[]}} Graph
- * @typedef {{component: string, max_length: number, bos: number, eos: number, pad: number, hidden: string[], pooled: string | null}} Encoder
+ * @typedef {{component: string, max_length: number, bos: number, eos: number, pad: number, hidden: string[], pooled: string | null,
+ *   expansions?: number[][]}} Encoder
  * @typedef {{scaling_factor: number, downscale: number, mean: number[] | null, std: number[] | null}} Vae
  * @typedef {{stage: string, dtype: string, batch: number | null, graphs: Graph[], tokenizer: string | null,
  *   further: {height: number, width: number, graphs: Graph[]}[], [more: string]: any}} Component
@@ -191,6 +192,13 @@ const manifest = struct({
           pad: whole,
           hidden: unique(text),
           pooled: maybe(text),
+          expansions: maybe(
+            unique(
+              (v, at) => (must(Array.isArray(v) && v.length > 1, at, v, "two token ids or more"), list(whole)(v, at)),
+              (ids) => ids[0],
+            ),
+            [],
+          ),
         }),
         (each) => each.component,
       ),

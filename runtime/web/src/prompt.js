@@ -82,12 +82,14 @@ export function tokenized(prompt, tokenize, encoder, emphasis = true) {
   /** @type {number[]} */
   const ids = [],
     weights = /** @type {number[]} */ ([]),
-    size = encoder.max_length - 2;
+    size = encoder.max_length - 2,
+    expansions = new Map(encoder.expansions?.map((run) => [run[0], run]));
   for (const [text, weight] of emphasis ? parsePrompt(prompt) : [/** @type {[string, number]} */ ([prompt, 1])]) {
-    for (const id of tokenize(text)) {
-      ids.push(id);
-      weights.push(weight);
-    }
+    for (const token of tokenize(text))
+      for (const id of expansions.get(token) ?? [token]) {
+        ids.push(id);
+        weights.push(weight);
+      }
   }
   refuse(
     ids.length > MAX_CHUNKS * size,

@@ -17,15 +17,43 @@ const BYTES = (() => {
   return Array.from({ length: 256 }, (_, b) => String.fromCharCode(printable(b) ? b : next++));
 })();
 
+/** As words are looked up; a character at a time, since a whole text would give a word's last sigma another form. */
+const normalized = (/** @type {string} */ text) =>
+  Array.from(text.normalize("NFC").replace(SPACES, " "), (char) => char.toLowerCase()).join("");
+
+/** Tokens that were added to a vocabulary: each is found wherever it stands, also within a word. */
+class Added {
+  /** @type {Map<string, number>} */
+  #ids;
+  /** @type {RegExp} */
+  #pattern;
+
+  /** @param {{content: string, id: number}[]} tokens */
+  constructor(tokens) {
+    this.#ids = new Map(tokens.map(({ content, id }) => [content, id]));
+    // Of those that begin at the same place the longest.
+    const contents = [...this.#ids.keys()].filter(Boolean).sort((a, b) => b.length - a.length);
+    const escaped = contents.map((content) => content.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
+    this.#pattern = new RegExp(`(${escaped.join("|") || "$.^"})`);
+  }
+
+  /** The tokens' ids, and the texts between them. @param {string} text @returns {(string | number)[]} */
+  divide(text) {
+    return text
+      .split(this.#pattern)
+      .map((part, i) => (i % 2 ? /** @type {number} */ (this.#ids.get(part)) : part));
+  }
+}
+
 export class Tokenizer {
   /** @type {Map<string, number>} */
   #vocabulary;
   /** By both parts' ids: the merge's rank, and the id of what it makes. @type {Map<number, [number, number]>} */
   #merges = new Map();
-  /** Marks such as <|endoftext|>, taken as they are written. @type {Map<string, number>} */
-  #added;
-  /** @type {RegExp} */
+  /** Marks such as <|endoftext|>, taken as they are written. @type {Added} */
   #marks;
+  /** Tokens that textual inversion learnt, for one, which may be written in any case. @type {Added} */
+  #learnt;
 
   /** @param {Uint8Array} bytes of a `tokenizer.json` @param {string} [name] for messages */
   constructor(bytes, name = "tokenizer.json") {
@@ -37,9 +65,12 @@ export class Tokenizer {
         const [a, b] = typeof merge === "string" ? merge.split(" ") : merge;
         this.#merges.set(this.#key(this.#id(a), this.#id(b)), [rank, this.#id(a + b)]);
       });
-      this.#added = new Map(added.map((/** @type {any} */ each) => [each.content, each.id]));
-      const escaped = [...this.#added.keys()].map((mark) => mark.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
-      this.#marks = new RegExp(`(${escaped.join("|") || "$.^"})`);
+      this.#marks = new Added(added.filter((/** @type {any} */ each) => !each.normalized));
+      this.#learnt = new Added(
+        added
+          .filter((/** @type {any} */ each) => each.normalized)
+          .map((/** @type {any} */ each) => ({ ...each, content: normalized(each.content) })),
+      );
     } catch (e) {
       throw new BundleError(`${name}: it cannot be read as a tokenizer (${oneLine(e)}); export again`);
     }
@@ -61,14 +92,14 @@ export class Tokenizer {
   encode(text) {
     /** @type {number[]} */
     const ids = [];
-    text.split(this.#marks).forEach((part, i) => {
-      if (i % 2) ids.push(/** @type {number} */ (this.#added.get(part)));
-      // A character at a time, since a whole text would give a word's last sigma another form.
-      const plain = Array.from(part.normalize("NFC").replace(SPACES, " "), (char) => char.toLowerCase()).join("");
-      if (i % 2) return;
-      for (const [words] of plain.matchAll(WORDS))
-        for (const [word] of words.matchAll(PARTS)) ids.push(...this.#word(word));
-    });
+    for (const part of this.#marks.divide(text))
+      if (typeof part === "number") ids.push(part);
+      else
+        for (const plain of this.#learnt.divide(normalized(part)))
+          if (typeof plain === "number") ids.push(plain);
+          else
+            for (const [words] of plain.matchAll(WORDS))
+              for (const [word] of words.matchAll(PARTS)) ids.push(...this.#word(word));
     return ids;
   }
 
