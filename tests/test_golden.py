@@ -16,6 +16,7 @@ import pytest
 from edgediff.bundle.feed import undivided_step
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.image import to_uint8
+from edgediff_runtime.inversion import inverse_scheduler
 from edgediff_runtime.loop import Kept, Request, denoise
 from edgediff_runtime.manifest import Encoder, Graph, Tensor
 from edgediff_runtime.manifest_json import parse_manifest
@@ -75,6 +76,7 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
     def array(key: str, *inner: int) -> np.ndarray:
         return np.array(case[key], dtype=np.float32).reshape(images, *inner)
 
+    steering = {"control_image": array("control_image", *shape)} if "control_image" in case else {}
     kept = None
     if "kept" in case:
         shapes = {"mask": (images, 1, *shape[1:]), "latents": (images, *shape), "noise": (images, *shape)}
@@ -88,8 +90,8 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
         clock=tuple(map(bool, case["clock"])),
         guidance=tuple(case["guidance"]),
         latents=array("latents", *shape),
-        cond={"encoder_hidden_states": array("cond", *loop_cases.EMBEDDING)},
-        uncond={"encoder_hidden_states": array("uncond", *loop_cases.EMBEDDING)},
+        cond={"encoder_hidden_states": array("cond", *loop_cases.EMBEDDING), **steering},
+        uncond={"encoder_hidden_states": array("uncond", *loop_cases.EMBEDDING), **steering},
         seed=int(case["seed"]),
         concat=array("concat", -1, *shape[1:]) if "concat" in case else None,
         start=case["start"],
@@ -189,6 +191,20 @@ def test_pixels_become_bytes() -> None:
     case = read("uint8.json")
     values = np.array(case["values"], dtype=np.float32).reshape(1, 1, 1, -1)
     assert to_uint8(values).reshape(-1).tolist() == case["bytes"]
+
+
+@pytest.mark.parametrize("case", read("inversion.json")["cases"], ids=lambda case: case["name"])
+def test_ddim_is_taken_backwards(case: Mapping[str, Any]) -> None:
+    config = msgspec.convert(case["config"], SchedulerConfig)
+    inverse = inverse_scheduler(config, case["num_inference_steps"], case["refinements"])
+    assert inverse.timesteps.tolist() == [call["timestep"] for call in case["calls"]]
+    state: Any = None
+    for i, call in enumerate(case["calls"]):
+        x, output, want = (
+            np.array(call[key], np.float32).reshape(case["shape"]) for key in ("x", "model_output", "next")
+        )
+        made, state = inverse.step(i, x, output, state, first=i == 0)
+        np.testing.assert_allclose(made, want, rtol=0, atol=CLOSE * np.abs(x).max())
 
 
 def test_the_whole_bundle_makes_its_pictures() -> None:

@@ -34,12 +34,13 @@ def _matrix(rows: int, columns: int, image: int) -> np.ndarray:
     return made
 
 
-def fake_graphs(concat: int = 0, split: bool = True) -> list[dict[str, Any]]:
+def fake_graphs(concat: int = 0, split: bool = True, steered: bool = False) -> list[dict[str, Any]]:
     """The four parts, or a full and a cached step: each output is a sum of matrices times flattened inputs.
 
     Args:
         concat: Channels that are concatenated to the sample.
         split: Whether the parts are apart.
+        steered: Whether a ControlNet is before them.
     """
     taken = SIZE + 4 * concat
     parts = {
@@ -59,9 +60,15 @@ def fake_graphs(concat: int = 0, split: bool = True) -> list[dict[str, Any]]:
             "out_sample": (SHAPE, {"skip_0": _matrix(SIZE, SIZE, 7), "lowres_feature": _matrix(SIZE, 3, 8)})
         },
     }  # fmt: skip
+    before = []
+    if steered:
+        given = {"sample": _matrix(SIZE, taken, 9), "control_image": _matrix(SIZE, SIZE, 10)}
+        before = [_graph("controlnet", "full_step", [{"control_0": (SHAPE, given)}])]
+        shape, terms = parts["highres_out"]["out_sample"]
+        parts["highres_out"]["out_sample"] = (shape, {**terms, "control_0": _matrix(SIZE, SIZE, 11)})
     if split:
         frequency = {"highres_in": "step", "lowres": "full_step", "adaptor": "cached_step", "highres_out": "step"}
-        return [_graph(name, frequency[name], [outputs]) for name, outputs in parts.items()]
+        return before + [_graph(name, frequency[name], [outputs]) for name, outputs in parts.items()]
     steps = {"full": ("full_step", "lowres"), "cached": ("cached_step", "adaptor")}
     return [
         _graph(name, when, [parts["highres_in"], parts[inside], parts["highres_out"]])
@@ -115,6 +122,7 @@ class LoopCase:
     seed: int = 3
     image_guidance: float | None = None
     keeps: bool = False
+    steered: bool = False
 
 
 CASES = {
@@ -149,6 +157,7 @@ CASES = {
     ),
     "keeps_what_the_mask_leaves": LoopCase(keeps=True, images=2, guidance=(2.0,) * 5),
     "keeps_what_the_mask_leaves_from_2": LoopCase(keeps=True, images=2, start=2, scheduler=DPM),
+    "steered": LoopCase(steered=True, images=2, guidance=(2.0,) * 5, mask=(1, 0, 0, 1, 0)),
     "keeps_with_noise_in_sigma": LoopCase(keeps=True, start=2, steps=3, mask=(1, 1, 1, 0, 1), scheduler=HEUN),
 }
 
@@ -164,6 +173,7 @@ def inputs_of(case: LoopCase) -> dict[str, Any]:
         "cond": drawn(EMBEDDING, 1001),
         "uncond": drawn(EMBEDDING, 1002),
         "concat": drawn((case.concat, *SHAPE[1:]), 1003) if case.concat else None,
+        "control_image": drawn(SHAPE, 1006) if case.steered else None,
         "kept": {
             "mask": (drawn((1, *SHAPE[1:]), 1004) > 0).astype(np.float32),
             "latents": drawn(SHAPE, 1005),
@@ -176,7 +186,7 @@ def inputs_of(case: LoopCase) -> dict[str, Any]:
 
 def answer(case: LoopCase) -> dict[str, Any]:
     """Computes a case row by row."""
-    graphs = fake_graphs(case.concat, case.split)
+    graphs = fake_graphs(case.concat, case.split, case.steered)
     given = inputs_of(case)
     scheduler = make_scheduler(case.scheduler, case.steps)
     mask: list[int] = []
@@ -203,10 +213,13 @@ def answer(case: LoopCase) -> dict[str, Any]:
                 told = given["cond" if half == "cond" else "uncond"][n]
                 row = {"sample": sample, "timestep": np.array([scheduler.timesteps[i]]),
                        "encoder_hidden_states": told, **caches.get(half, {})}  # fmt: skip
+                if given["control_image"] is not None:
+                    row["control_image"] = given["control_image"][n]
                 for graph in graphs:
                     if graph["frequency"] in ("step", "full_step" if full else "cached_step"):
                         run_graph(graph, row)
                 caches[half] = {"cache": row["lowres_feature"], "lowres_feature": row["lowres_feature"]}
+                caches[half] |= {name: row[name] for name in ("control_0",) if name in row}
                 out[half] = row["out_sample"].astype(np.float32)
             model_output = out["cond"]
             if guided and case.image_guidance is None:
@@ -242,7 +255,7 @@ def document(case: LoopCase) -> dict[str, Any]:
         "shape": list(SHAPE),
         **{name: value for name, value in given.items() if value is not None},
         **({} if case.image_guidance is None else {"image_guidance": case.image_guidance}),
-        "graphs": fake_graphs(case.concat, case.split),
+        "graphs": fake_graphs(case.concat, case.split, case.steered),
         "mask": made["mask"],
         "steps": [{"latents": latents} for latents in made["latents"]],
     }

@@ -36,6 +36,7 @@ from edgediff.models.sampling import diffusers_scheduler, scheduler_config
 from edgediff.targets.base import Sizes
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.image import to_uint8
+from edgediff_runtime.inversion import inverse_scheduler
 from edgediff_runtime.manifest import Encoder, File
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.noise import noise, philox
@@ -285,6 +286,25 @@ def noise_vectors() -> dict[str, Any]:
     }
 
 
+def inversions() -> dict[str, Any]:
+    """DDIM backwards, call by call, for outputs that follow their input."""
+    cases = []
+    for name, source, steps, refinements in (
+        ("first_guess", SD15, 4, 0), ("refined", SD15, 3, 2), ("v_prediction", {**SD15, **V}, 3, 1),
+    ):  # fmt: skip
+        config = scheduler_config(source, "ddim")
+        inverse = inverse_scheduler(config, steps, refinements)
+        x, state, calls = noise(9, (1, 1, 2, 2)), None, []
+        for i, timestep in enumerate(inverse.timesteps):
+            output = np.float32(0.6) * x + np.float32(0.8) * noise(9, x.shape, image=1, draw=i + 1)
+            made, state = inverse.step(i, x, output, state, first=i == 0)
+            calls.append({"timestep": timestep, "x": x, "model_output": output, "next": made})
+            x = made
+        said = {"config": msgspec.to_builtins(config), "num_inference_steps": steps, "refinements": refinements}
+        cases.append({"name": name, **said, "shape": list(x.shape), "calls": calls})
+    return {"cases": cases}
+
+
 def pixels() -> dict[str, Any]:
     """Pixels in -1..1 and the bytes that they become: clipped, and rounded half to even in float32."""
     ends = [-2.0, -1.0, 1.0, 1.5]
@@ -316,6 +336,7 @@ def write(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "noise.json").write_text(_dump(noise_vectors()))
     (folder / "uint8.json").write_text(_dump(pixels()))
+    (folder / "inversion.json").write_text(_dump(inversions()))
     if folder != FOLDER:
         shutil.copyfile(FOLDER / "tokens" / "tokenizer.json", folder / "tokens" / "tokenizer.json")
     (folder / "tokens" / "prompts.json").write_text(_dump(tokens()))
