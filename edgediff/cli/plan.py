@@ -29,6 +29,13 @@ def plan(
             help="For a model of text: prompts, one a line (.txt), or embeddings (.safetensors, .npz); taken in turn."
         ),
     ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Plan for edits of pictures at this strength, as of `edgediff run --strength`.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture that is edited, may be given more than once; left out, the bundle draws them."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture, the plan and the recipe.")] = (
         Path("out/plan")
     ),
@@ -39,6 +46,7 @@ def plan(
     from edgediff.data.arrays import PROMPTS, load_arrays, prompt_arguments, read_prompts
     from edgediff.plan.plan_files import write_plan
     from edgediff.plan.planner import make_plan
+    from edgediff_runtime.pictures import open_picture
 
     given: Any = None
     if conditioning is not None:
@@ -55,6 +63,8 @@ def plan(
             seed=seed,
             backend=backend,
             conditioning=given,
+            strength=strength,
+            pictures=None if image is None else [open_picture(path, "--image") for path in image],
             output=output,
             force=force,
             progress=say,

@@ -23,6 +23,7 @@ from edgediff_runtime.schedulers import steps_of
 
 if TYPE_CHECKING:
     from edgediff.plan.planner import Plan, Point
+    from edgediff.plan.trajectory import Trajectories
 
 FIGURE, PLAN, RECIPE = "frontier.png", "plan.json", "recipe.yaml"
 INK, SOFT, BEST, UNIFORM, CHOSEN = "#222222", "#8a8a8a", "#1f5fa8", "#c2571a", "#1a7f37"
@@ -66,10 +67,12 @@ def write_plan(plan: "Plan", folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     chosen, images = plan.chosen, plan.images
     own = plan.manifest.operating_point.guidance_scale
-    config = plan_recipe(plan.manifest, chosen.mask, None if images.guidance_scale == own else images.guidance_scale)
+    whole = (True,) * images.start + chosen.mask
+    config = plan_recipe(plan.manifest, whole, None if images.guidance_scale == own else images.guidance_scale)
     comment = (
         f"{plan.manifest.source.name}, planned for a budget of {plan.budget:g} of clock 1's {plan.cost.unit}: "
         f"{chosen.cost:.1%}, error {chosen.error:.3g} ({images.num_images} images, seed {images.seed})."
+        + ("" if images.edits is None else f" For edits at strength {images.edits.strength:g}: its last steps run.")
     )
     recipe = render_recipe(config, comment)
     data = json.dumps(plan.to_dict(), indent=1) + "\n"
@@ -153,12 +156,17 @@ def draw_frontier(plan: "Plan", path: Path) -> None:
     images, manifest = plan.images, plan.manifest
     figure.suptitle(
         f"{manifest.source.name}: {images.steps} steps of {manifest.scheduler.name}, guidance "
-        f"{images.guidance_scale:g}, {images.num_images} images\n"
+        f"{images.guidance_scale:g}, {edited(images)}{images.num_images} images\n"
         f"plan: {letters(plan.chosen.mask)} (F full, c cached), {plan.chosen.cost:.1%} of clock 1's cost",
         color=INK,
         fontsize=10.5,
     )
     save_figure(figure, path)
+
+
+def edited(images: "Trajectories") -> str:
+    """What a title says of edits; nothing where images are drawn from noise."""
+    return "" if images.edits is None else f"edits at strength {images.edits.strength:g}, "
 
 
 def _draw_points(axes: Any, plan: "Plan", points: "list[Point]") -> None:
@@ -177,7 +185,7 @@ def _draw_points(axes: Any, plan: "Plan", points: "list[Point]") -> None:
         axes.plot(*_at([plan.chosen]), "o", **ring, linestyle="none", label="the plan")
     if plan.cost.cached != plan.cost.full:
         saved = 1 - plan.cost.cached / plan.cost.full
-        steps = plan.images.steps
+        steps = plan.images.calls
         top = axes.secondary_xaxis(
             "top", functions=(lambda cost: (1 - cost / 100) * steps / saved, lambda n: 100 * (1 - n * saved / steps))
         )

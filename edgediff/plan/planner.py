@@ -26,11 +26,14 @@ from edgediff.errors import ConfigError
 from edgediff.plan.budget import StepCost, cached_steps, check_budget, count_cost, time_cost
 from edgediff.plan.estimate import ROWS, Estimate, masks_of, probes
 from edgediff.plan.plan_files import check_place, check_replaced, plan_recipe
-from edgediff.plan.trajectory import Errors, Mask, Trajectories, psnr_db
+from edgediff.plan.trajectory import Edits, Errors, Mask, Trajectories, psnr_db
 from edgediff.targets.backends import open_pipeline, usual_backend
-from edgediff_runtime import Manifest, clock_mask, open_bundle
+from edgediff_runtime import EdgePipeline, Manifest, clock_mask, open_bundle
 from edgediff_runtime.clock import format_mask
+from edgediff_runtime.editing import steps_left_out
 from edgediff_runtime.operating_point import departure
+from edgediff_runtime.pictures import images_of
+from edgediff_runtime.pipeline import ENCODER
 from edgediff_runtime.schedulers import sampler_of
 
 log = logging.getLogger(__name__)
@@ -140,6 +143,8 @@ def search_of(images: Trajectories, backend: str, budget: float, unit: str) -> d
     """What a plan depends on, as plain data: the same bundle, embeddings and settings give the same."""
     manifest = images.manifest
     inputs = [manifest, images.conditioning]
+    if images.edits is not None:
+        inputs.append(images.edits.pictures)
     encoded = msgspec.json.encode(inputs, enc_hook=lambda array: np.asarray(array).tobytes(), order="sorted")
     return {
         "model": manifest.source.name,
@@ -148,6 +153,7 @@ def search_of(images: Trajectories, backend: str, budget: float, unit: str) -> d
         "guidance_scale": images.guidance_scale,
         "seed": images.seed,
         "num_images": images.num_images,
+        **({} if images.edits is None else {"strength": images.edits.strength}),
         "backend": backend,
         "space": manifest.sample.space,
         "budget": budget,
@@ -167,6 +173,8 @@ def make_plan(
     seed: int = 0,
     backend: str | None = None,
     conditioning: dict[str, Any] | Sequence[str] | None = None,
+    strength: float | None = None,
+    pictures: Sequence[Any] | None = None,
     output: Path | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -182,6 +190,10 @@ def make_plan(
         conditioning: For a model of text, prompts that the images take one after the other; or embeddings as
             `prompt_arguments` gives them, with a row for each or one for all; None takes those of the bundle's
             evidence.
+        strength: Plans for edits at this strength: a clock of the steps that it leaves. None plans for pictures that
+            are drawn from noise.
+        pictures: What is edited, pictures of Pillow's that the images take one after the other; None has the bundle
+            draw them, each of the next image's prompt or class.
         output: The folder for `write_plan`, checked before anything is measured; None checks nothing.
         force: Whether a plan of other settings in that folder may be replaced.
 
@@ -205,10 +217,14 @@ def make_plan(
         raise ConfigError(f"conditioning is {conditioning!r}; expected a list of prompts, or embeddings")
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"steps is {steps}; a plan is made for 1 to {MAX_STEPS}")
-    calls = sampler_of(manifest.scheduler.name).calls(steps)
+    if pictures is not None and strength is None:
+        raise ConfigError("pictures were given without a strength; give one, such as 0.6")
+    sampler = sampler_of(manifest.scheduler.name)
+    calls = sampler.calls(steps)
+    start = 0 if strength is None else sampler.call_of(steps_left_out(strength, steps))
     cost = count_cost(opened.path)
     if unit == "flops":
-        cost.fewest_cached(budget, calls)
+        cost.fewest_cached(budget, calls - start)
     plan_recipe(manifest, (True,) * calls, guidance_scale)
     backend = usual_backend(opened) if backend is None else backend
     guidance_scale = point.guidance_scale if guidance_scale is None else guidance_scale
@@ -220,12 +236,31 @@ def make_plan(
     if not isinstance(conditioning, dict):
         conditioning = pipe.encode_prompt([*conditioning[: max(num_images, 1)]])
     images = Trajectories(manifest, pipe.session, steps, guidance_scale, seed, num_images, conditioning, say)
+    if strength is not None:
+        images = replace(images, edits=_edits(pipe, images, strength, pictures))
     if output is not None and not force:
         check_replaced(output, search_of(images, backend, budget, unit))
     if unit == "latency":
         cost = time_cost(images)
     plan = choose(opened.path, images, backend, budget, cost)
-    return replace(plan, warnings=caveats(manifest, plan.chosen.mask, images.guidance_scale, own_conditioning=own))
+    warnings = caveats(manifest, plan.chosen.mask, images.guidance_scale, own_conditioning=own, start=images.start)
+    return replace(plan, warnings=warnings)
+
+
+def _edits(pipe: EdgePipeline, images: Trajectories, strength: float, pictures: Sequence[Any] | None) -> Edits:
+    """What the images are edits of: pictures that are given, or what clock 1 draws of the next image's condition."""
+    sample, each = pipe.manifest.sample, pipe.manifest.pixels_of_latent
+    if pictures is not None:
+        found = images_of(pictures, each * sample.height, each * sample.width)
+    else:
+        drawn = []
+        for i in range(images.num_images):
+            images.say(f"planning: drawing the picture to edit, {i + 1} of {images.num_images}")
+            request = images.request(i + 1) | {"seed": images.seed + images.num_images + i}
+            drawn.append(pipe(**request, clock=1).images[0])
+        found = np.stack(drawn)
+    encoder = None if sample.space == "pixel" else pipe.components.session(ENCODER)
+    return Edits(strength, found, encoder)
 
 
 def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost: StepCost) -> Plan:
@@ -259,11 +294,13 @@ def choose(bundle: Path, images: Trajectories, backend: str, budget: float, cost
     return Plan(bundle, manifest, images, backend, budget, cost, chosen, tied, frontier, clocks, estimate, len(points))
 
 
-def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_conditioning: bool = False) -> tuple[str, ...]:
+def caveats(
+    manifest: Manifest, mask: Mask, guidance_scale: float, own_conditioning: bool = False, start: int = 0
+) -> tuple[str, ...]:
     """What speaks against a plan by the paper or the adaptor's training, a line each.
 
     Distances in pixels to clock 1 are not quality: the paper's two failures were seen in FID. `own_conditioning`: it
-    was planned with the bundle's embeddings.
+    was planned with the bundle's embeddings. `start` is the first step that is run.
     """
     steps, found = len(mask), []
     if manifest.source.random_weights is not None:
@@ -272,7 +309,7 @@ def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_condition
         found.append("planned with random embeddings: the bundle has no others; give real ones (--conditioning)")
     if all(mask):
         return tuple(found)
-    if manifest.scheduler.name == "ddim" and steps <= DDIM_STEPS:
+    if manifest.scheduler.name == "ddim" and not start and steps <= DDIM_STEPS:
         found.append(
             f"DDIM at {steps} steps: the one sampler that the paper saw get worse with a clock (FID 34.72 to 38.38 at "
             "few steps); dpmpp_2m did not"
@@ -282,7 +319,7 @@ def caveats(manifest: Manifest, mask: Mask, guidance_scale: float, own_condition
             "cached steps in a row: of 8 steps with 4 cached, the paper saw FID 28.07 (cached 5 to 8) and 33.10 (3 to "
             "6) against 23.21 where they take turns with full ones"
         )
-    other = departure(manifest, mask, (guidance_scale,) * steps, mask)
+    other = departure(manifest, mask, (guidance_scale,) * steps, mask, start)
     if other is not None:
         found.append(f"{other}; train one for this plan")
     return tuple(found)

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from edgediff.errors import ConfigError
 from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime.components import UNET, Components
+from edgediff_runtime.editing import steps_left_out
 from edgediff_runtime.manifest import Graph
+from edgediff_runtime.pipeline import ENCODER
 from edgediff_runtime.schedulers import sampler_of
 from edgediff_runtime.sessions import Array, Session
 
@@ -71,15 +74,36 @@ class ReplaySession:
         self._at += 1
 
 
+@dataclass(frozen=True)
+class Edits:
+    """What planning images are edits of.
+
+    Attributes:
+        strength: Share of the steps that run.
+        pictures: uint8 [N, h, w, 3], which the images take one after the other.
+        encoder: The session of the bundle's ``vae_encoder``; None for a model of pixels.
+    """
+
+    strength: float
+    pictures: Array
+    encoder: Session | None
+
+    def request(self, image: int) -> dict[str, Any]:
+        """Arguments of `EdgePipeline.stream` for a planning image."""
+        return {"image": self.pictures[image % len(self.pictures)], "strength": self.strength}
+
+
 @dataclass
 class Trajectories:
     """The planning images: each is made by clock 1 and by as many other clocks as are asked for.
 
     Attributes:
-        calls: Calls of the UNet in so many steps: entries of a mask.
+        calls: Calls of the UNet that are run of so many steps: entries of a mask.
+        start: The first of them; above 0 in edits.
         seed: Of the first image; image i has seed + i.
         conditioning: Arguments of `EdgePipeline.stream` for a model of text: embeddings with one row for all images, or
             rows that the images take one after the other.
+        edits: What the images are edits of; None draws them from noise.
     """
 
     manifest: Manifest
@@ -90,14 +114,20 @@ class Trajectories:
     num_images: int
     conditioning: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda what: None
+    edits: Edits | None = None
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ConfigError(f"num_images is {self.num_images}; expected a whole number above 0")
-        self.calls = sampler_of(self.manifest.scheduler.name).calls(self.steps)
+        sampler = sampler_of(self.manifest.scheduler.name)
+        self.start = 0 if self.edits is None else sampler.call_of(steps_left_out(self.edits.strength, self.steps))
+        self.calls = sampler.calls(self.steps) - self.start
         self._replay = ReplaySession(self.session)
         # An adaptor was trained for one clock, and the others are what is measured here.
-        self._pipe = EdgePipeline(self.manifest, self._replay, warn=False)
+        sessions: dict[str, Session] = {UNET: self._replay}
+        if self.edits is not None and self.edits.encoder is not None:
+            sessions[ENCODER] = self.edits.encoder
+        self._pipe = EdgePipeline(self.manifest, Components.of(sessions), warn=False)
         self._references: dict[int, Array] = {}
         self._errors: dict[Mask, Errors] = {}
         for image in (0, self.num_images - 1):
@@ -113,6 +143,8 @@ class Trajectories:
         }
         if self.manifest.conditioning.kind == "class":
             request["label"] = image % len(self.manifest.conditioning.labels)
+        if self.edits is not None:
+            request |= self.edits.request(image)
         return request | {name: _row(value, image) for name, value in self.conditioning.items()}
 
     def errors(self, masks: Iterable[Mask]) -> dict[Mask, Errors]:
@@ -126,7 +158,7 @@ class Trajectories:
         new = sorted((mask for mask in masks if mask not in self._errors), reverse=True)
         found = np.zeros((len(new), self.num_images))
         for image in range(self.num_images if new else 0):
-            self.say(f"planning: image {image + 1} of {self.num_images}, {len(new)} masks of {self.steps} steps")
+            self.say(f"planning: image {image + 1} of {self.num_images}, {len(new)} masks of {self.calls} steps")
             if image not in self._references:
                 self._references[image] = self._run(image, (True,) * self.calls)
             reference = self._references[image]

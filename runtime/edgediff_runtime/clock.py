@@ -60,6 +60,16 @@ def clock_mask(
     return tuple(bool(bit) for bit in clock)
 
 
+def remaining_clock(clock: ClockSpec, start: int) -> ClockSpec:
+    """A clock of a whole generation for one that begins at a later call: of a mask the rest, its first entry full.
+
+    >>> remaining_clock("1,0,1,0,0", 3), remaining_clock(2, 3)
+    ([1, 0], 2)
+    """
+    spec = _parse(clock) if isinstance(clock, str) else clock
+    return [1, *list(spec)[start + 1 :]] if start and isinstance(spec, list | tuple) else spec
+
+
 def calls_in_words(num_inference_steps: int, scheduler: str | None, start: int = 0) -> str:
     """How many entries a mask has, and why, for messages; `start` is the first call that is run.
 

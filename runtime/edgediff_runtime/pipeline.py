@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from edgediff_runtime.bundle import Bundle, open_bundle
-from edgediff_runtime.clock import ClockSpec, calls_in_words, clock_mask
+from edgediff_runtime.clock import ClockSpec, calls_in_words, clock_mask, remaining_clock
 from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.conditioning import (
     Label,
@@ -582,9 +582,9 @@ class EdgePipeline:
         )  # fmt: skip
         if edit.image is not None:
             self._check_encoder(size)
-        clock = point.clock if clock is None else plain(clock)
         sampler = config.name
         start = sampler_of(sampler).call_of(steps_left_out(edit.strength, steps))
+        clock = remaining_clock(point.clock, start) if clock is None else plain(clock)
         mask = clock_mask(clock, steps, sampler, start)
         scale = point.guidance_scale if guidance_scale is None else guidance_scale
         guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler, start))

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgediff.plan.budget import cached_steps
+from edgediff.plan.plan_files import edited
 from edgediff.plan.trajectory import psnr_db
 from edgediff_runtime.clock import format_mask, letters
 
@@ -24,7 +25,7 @@ def plan_tables(plan: "Plan") -> list[Table]:
     frontier = Table(
         box=box.SIMPLE_HEAD,
         title=f"{plan.manifest.source.name}, {images.steps} steps of {plan.manifest.scheduler.name}, guidance "
-        f"{images.guidance_scale:g}: the best clock for each cost",
+        f"{images.guidance_scale:g}: {edited(images)}the best clock for each cost",
         caption=f"cost: of clock 1's, {what}; a full step {cost.format(cost.full)}, a cached one "
         f"{cost.format(cost.cached)}\nerror: 1000 x mean squared difference to clock 1, {space}; {images.num_images} "
         f"images, {plan.measured} clocks measured",
