@@ -23,6 +23,8 @@ from edits import (
     thin,
 )
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from edgediff_runtime import EdgePipeline, RequestError, noise
 from edgediff_runtime.components import Components
@@ -122,6 +124,26 @@ def test_a_clock_is_of_the_steps_that_run() -> None:
 def test_samplers_of_several_calls_begin_where_the_strength_says(sampler: str, indices: range) -> None:
     edit = ours("sd1", sampler, "torch")(prompt=PROMPT, image=picture(), num_inference_steps=8, strength=0.5, clock=1)
     assert [step.index for step in edit.ledger] == list(indices)
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_the_ledger_says_what_the_clock_saved(steered: bool) -> None:
+    """Counted by torch while an edit runs, at clock 1 and under a mask."""
+    pipe = ours("sd1", "ddim", "torch", control=True)
+    asked: dict[str, Any] = {"prompt": PROMPT, "image": picture(), "strength": 0.6, "guidance_scale": 5.0}
+    asked |= {"control_image": picture()} if steered else {}
+    operations = []
+    for clock in (1, "1,0,0,1"):
+        counter = FlopCounterMode(display=False)
+        prepared, _, usage = pipe._prepare(**asked, clock=clock)
+        with counter, sdpa_kernel(SDPBackend.MATH):  # of the CPU's own attention the counter knows nothing
+            _, ledger = pipe._denoise(prepared, usage, None)
+        operations.append(counter.get_total_flops())
+    assert [step.full for step in ledger] == [True, False, False, True]
+    saved = pipe(**asked, clock="1,0,0,1").flops_saved
+    assert saved == pytest.approx(1 - operations[1] / operations[0], abs=1e-12)
+    assert 0.1 < saved < 0.5
+    assert pipe(**asked, clock=1).flops_saved == 0
 
 
 def test_an_edit_of_several_images_is_each_alone() -> None:

@@ -61,6 +61,7 @@ class Synthetic:
         self.moves, self.measure = moves, measure
         self.steps = self.calls = len(moves)
         self.num_images, self.seed, self.guidance_scale = 2, 0, 2.0
+        self.start, self.edits = 0, None
         self.manifest = manifest
 
     def errors(self, asked: Iterable[Mask]) -> dict[Mask, Errors]:

@@ -325,3 +325,70 @@ def test_a_plan_needs_no_torch(class_bundle: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, class_bundle], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "(True, False)\n"), done.stderr
+
+
+# Edits
+
+
+def test_a_plan_for_edits_is_of_the_steps_that_run(class_bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
+    found = make_plan(class_bundle, 0.85, steps=6, strength=0.7, num_images=2, seed=3)
+    assert found.images.start == 2
+    assert {len(point.mask) for point in found.frontier} == {4}
+    assert found.to_dict()["strength"] == 0.7
+    recipe = plan_files.write_plan(found, tmp_path)["recipe"].read_text()
+    clock = format_mask((True, True, *found.chosen.mask))
+    assert f'clock: "{clock}"' in recipe
+    assert "For edits at strength 0.7" in recipe
+    # What is edited was drawn with the next image's class; its error is of the picture, as anywhere.
+    edits = found.images.edits
+    assert edits is not None
+    pipe = EdgePipeline(manifest, open_session(open_bundle(class_bundle), "onnxruntime"), warn=False)
+    asked = {"num_images": 1, "num_inference_steps": 6, "clock": 1, "guidance_scale": found.images.guidance_scale}
+    labels = len(manifest.conditioning.labels)
+    for i in range(2):
+        drawn = pipe(**asked, label=(i + 1) % labels, seed=3 + 2 + i)
+        np.testing.assert_array_equal(drawn.images[0], edits.pictures[i])
+    full = pipe(**asked, label=0, seed=3, image=edits.pictures[0], strength=0.7)
+    mask = found.chosen.mask
+    cached = pipe(**{**asked, "clock": mask}, label=0, seed=3, image=edits.pictures[0], strength=0.7)
+    error = np.mean((full.images.astype(float) - cached.images) ** 2) / 255**2
+    assert found.chosen.errors[0] == pytest.approx(error)
+
+
+def test_given_pictures_are_edited_in_turn(class_bundle: Path) -> None:
+    pictures = [np.full((16, 16, 3), level, np.uint8) for level in (0, 200)]
+    found = make_plan(class_bundle, 1.0, strength=0.5, pictures=np.stack(pictures), num_images=3)
+    assert found.images.edits is not None
+    request = found.images.request(2)
+    np.testing.assert_array_equal(request["image"], pictures[0])
+    assert request["strength"] == 0.5
+    other = make_plan(class_bundle, 1.0, strength=0.5, num_images=3)
+    assert search_of(found.images, "onnxruntime", 1.0, "flops") != search_of(other.images, "onnxruntime", 1.0, "flops")
+
+
+def test_a_bundles_mask_goes_on_where_an_edit_begins(class_bundle: Path, manifest: Manifest) -> None:
+    point = msgspec.structs.replace(manifest.operating_point, clock="1,0,0,1", mask=(1, 0, 0, 1))
+    masked = msgspec.structs.replace(manifest, operating_point=point)
+    pipe = EdgePipeline(masked, open_session(open_bundle(class_bundle), "onnxruntime"), warn=False)
+    picture = np.zeros((16, 16, 3), np.uint8)
+    assert pipe(label=0, image=picture, strength=0.75).mask == (1, 0, 1)
+    assert pipe(label=0, image=picture, strength=1.0).mask == (1, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--strength", "0"), "strength is 0: of 4 steps it leaves none"),
+        (("--strength", "2"), "strength is 2.0; expected 0"),
+        (("--image", "none.png", "--strength", "0.5"), "--image none.png: there is no such file"),
+    ],
+)
+def test_edits_that_cannot_be_planned_are_refused(
+    class_bundle: Path, command: Command, asked: tuple[str, ...], message: str
+) -> None:
+    assert_error(command("plan", str(class_bundle), *asked), message)
+
+
+def test_pictures_without_a_strength_are_refused(class_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="pictures were given without a strength; give one"):
+        make_plan(class_bundle, 1.0, pictures=np.zeros((1, 16, 16, 3), np.uint8))

@@ -63,6 +63,7 @@ def invert(
     write_latents(found.latents, output)
     if as_json:
         told: dict[str, Any] = {"latents": str(output), "mask": found.mask, "stages": found.stages}
+        told["flops_saved"] = found.flops_saved
         print_json({**told, "ledger": [step.to_dict() for step in found.ledger]})
     else:
         out.print(f"latents in {sum(sum(step.ms.values()) for step in found.ledger):.0f} ms: {output}")

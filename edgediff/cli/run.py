@@ -168,6 +168,7 @@ def run(
     if as_json:
         ledger = [step.to_dict() for step in result.ledger]
         told: dict[str, Any] = {"ledger": ledger, "stages": result.stages, "peak_bytes": result.peak_bytes}
+        told["flops_saved"] = result.flops_saved
         told["previews"] = [str(file) for file in previews]
         print_json({"images": [str(output)], "mask": result.mask, **told})
     else:

@@ -14,7 +14,7 @@ from edgediff_runtime.manifest import GUIDANCE, Adaptor, Cost, Manifest, Target
 
 # Papers whose tables of operations are counted anew; here, since the counting imports torch.
 COMPARISONS = ("clockwork", "spectral")
-PARTS = ("highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
+PARTS = ("controlnet", "highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Survey:
             "cut": self.cut,
             "facts": self.facts,
             "components": list(self.components),
-            "parameters": {part: self.cost[part].parameters for part in PARTS},
-            "gflops": {part: 2e-9 * self.cost[part].macs for part in PARTS},
-            "gflops_attention": {part: 2e-9 * self.cost[part].macs_attention for part in PARTS},
-            "macs_without_attention": {part: self.cost[part].macs for part in PARTS},
+            "parameters": {part: self.cost[part].parameters for part in PARTS if part in self.cost},
+            "gflops": {part: 2e-9 * self.cost[part].macs for part in PARTS if part in self.cost},
+            "gflops_attention": {part: 2e-9 * self.cost[part].macs_attention for part in PARTS if part in self.cost},
+            "macs_without_attention": {part: self.cost[part].macs for part in PARTS if part in self.cost},
             "cache_bytes": self.cache_bytes,
             "schedule": {
                 "clock": self.clock,

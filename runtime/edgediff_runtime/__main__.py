@@ -107,7 +107,8 @@ def main() -> int:
     if args.json:
         ledger = [step.to_dict() for step in result.ledger]
         whole = {"images": [args.output], "mask": result.mask, "ledger": ledger, "stages": result.stages}
-        told = {**whole, "peak_bytes": result.peak_bytes, "previews": list(map(str, previews))}
+        more = {"flops_saved": result.flops_saved, "peak_bytes": result.peak_bytes}
+        told = {**whole, **more, "previews": list(map(str, previews))}
         said = json.dumps(told, indent=1)
     else:
         mask = letters(result.mask)

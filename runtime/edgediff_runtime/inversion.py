@@ -27,11 +27,13 @@ class Inverted:
         latents: float32 [N, C, H, W], which ``pipe(latents=..., scheduler="ddim")`` begins with.
         ledger: Each call of the UNet, without its tensors and latents.
         stages: Milliseconds of each component outside of the loop, by its name.
+        flops_saved: Share of the UNet's operations that cached calls saved.
     """
 
     latents: Array
     ledger: tuple[Step, ...]
     stages: dict[str, float]
+    flops_saved: float = 0.0
 
     @property
     def mask(self) -> tuple[int, ...]:

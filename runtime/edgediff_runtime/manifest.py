@@ -606,6 +606,22 @@ class Cost(Struct, frozen=True):
     macs_attention: int
 
 
+def operations_saved(cost: dict[str, Cost], mask: Iterable[bool], steered: bool) -> float:
+    """Share of a generation's operations that its cached steps save, attention matmuls included; of clock 1's.
+
+    Args:
+        mask: The steps as they were run; True = full.
+        steered: Whether a ControlNet ran, where the bundle has one: ``full`` counts it.
+    """
+
+    def of(name: str) -> int:
+        return cost[name].macs + cost[name].macs_attention if name in cost else 0
+
+    full = of("full") - (0 if steered else of(CONTROLNET))
+    steps = list(mask)
+    return 1 - sum(full if each else of("cached") for each in steps) / (full * len(steps)) if full and steps else 0.0
+
+
 class File(Struct, frozen=True):
     """Size in bytes and hash of a file in the bundle."""
 

@@ -37,7 +37,17 @@ from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestE
 from edgediff_runtime.image import NO_PREVIEW, to_uint8
 from edgediff_runtime.inversion import DDIM, Inverted, inverse_scheduler
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
-from edgediff_runtime.manifest import GUIDANCE, TEXT, TOKENS, Conditioning, Graph, Manifest, Tensor
+from edgediff_runtime.manifest import (
+    CONTROLNET,
+    GUIDANCE,
+    TEXT,
+    TOKENS,
+    Conditioning,
+    Graph,
+    Manifest,
+    Tensor,
+    operations_saved,
+)
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.memory import Usage, available_bytes
 from edgediff_runtime.operating_point import departure
@@ -142,6 +152,7 @@ class Result:
         ledger: Each step without its tensors and latents, which would stay in memory.
         stages: Milliseconds of each component outside of the loop, by its name.
         pixels: float32 [N, C, H, W], about -1 to 1; None where latents were asked for, or nothing decodes them.
+        flops_saved: Share of the UNet's operations that cached steps saved, attention matmuls included; 0 at clock 1.
         peak_bytes: With `low_memory`, peak resident memory of the process while each component ran, by its name; None
             otherwise, and where the system does not tell it.
     """
@@ -151,6 +162,7 @@ class Result:
     stages: dict[str, float] = field(default_factory=dict)
     pixels: Array | None = None
     peak_bytes: dict[str, int] | None = None
+    flops_saved: float = 0.0
 
     @property
     def images(self) -> Array:
@@ -312,7 +324,11 @@ class EdgePipeline:
             pixels = self._decode(latents, usage, latent_tile)
         pixels = None if pixels is None else edit.pasted(pixels)
         stages = {name: ms for name, ms in usage.ms.items() if name != UNET}
-        return Result(latents, ledger, stages, pixels, usage.peak_bytes or None)
+        return Result(latents, ledger, stages, pixels, usage.peak_bytes or None, self._saved(ledger))
+
+    def _saved(self, ledger: Sequence[Step]) -> float:
+        steered = any(CONTROLNET in step.ms for step in ledger)
+        return operations_saved(self.manifest.cost, [step.full for step in ledger], steered)
 
     def _denoise(
         self, prepared: Request, usage: Usage, callback: Callable[[Step], None] | None
@@ -700,7 +716,8 @@ class EdgePipeline:
             latents=encoded if vae is None else from_vae(vae, encoded),
         )  # fmt: skip
         latents, ledger = self._denoise(backwards, usage, callback)
-        return Inverted(latents, ledger, {name: ms for name, ms in usage.ms.items() if name != UNET})
+        stages = {name: ms for name, ms in usage.ms.items() if name != UNET}
+        return Inverted(latents, ledger, stages, self._saved(ledger))
 
     @property
     def can_edit(self) -> bool:

@@ -87,7 +87,8 @@ def ledger_table(result: Result) -> Table:
     """One line for each step of a generation, and for each component outside of the loop, in milliseconds."""
     spent = {name for step in result.ledger for name, ms in step.ms.items() if ms > 0}
     names = [name for name in (*PARTS, *OUTSIDE) if name in spent]
-    table = Table(title="ledger, ms", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    saved = f"the clock saved {result.flops_saved:.1%} of the UNet's FLOPs" if result.flops_saved else None
+    table = Table(title="ledger, ms", caption=saved, show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("step", "sum")
     table.add_column("t", justify="right")
     table.add_column("runs")
@@ -116,7 +117,7 @@ def survey_tables(found: Survey) -> list[Table]:
     parts.add_column("part")
     for name in ("parameters", "GFLOPs", "attention", "together"):
         parts.add_column(name, justify="right")
-    for part in PARTS:
+    for part in (part for part in PARTS if part in found.cost):
         cost = found.cost[part]
         if part == "full":
             parts.add_section()
