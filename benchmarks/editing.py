@@ -1,0 +1,163 @@
+"""What is the clock worth in editing, on a small Stable Diffusion that draws?
+
+Pictures that the model drew itself, of things in a style, are edited into other things in the same style, at several
+strengths, at clock 1 and 2 with the learned adaptor and with the identity: how near are the pictures of clock 2 to
+those of clock 1, are they what was asked for (a classifier of drawings says), and what was saved, counted. For each
+strength also the cheapest clock that is as near to clock 1 as clock 2 is in pictures from noise. Then drawings are
+inverted with DDIM and drawn again. Without options in some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real
+drawings are inverted too.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import exported, machine, verdict
+from PIL import Image
+
+from edgediff.bundle.psnr import psnr_db
+from edgediff.models.classifier import as_input, load_classifier, ranks_of
+from edgediff.plan.planner import make_plan
+from edgediff.zoo import FOLDER, built_in
+from edgediff_runtime import EdgePipeline
+from edgediff_runtime.clock import letters
+from edgediff_runtime.editing import as_pixels, from_vae
+from edgediff_runtime.sessions import Array
+
+MODEL = "drawings-64"
+STYLES = ("fluent 3d", "fluent flat", "noto", "twemoji")
+STRENGTHS = (0.3, 0.6, 0.9)
+COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
+INVERSION_STEPS = 20
+WANTED, INVERTED = 30.0, 25.0  # dB
+WHAT = ("edits", "plans", "inversion")
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
+    parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
+    parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
+    given = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory() as scratch:
+        bundles = {
+            kind: exported(MODEL, Path(scratch) / kind, adaptor=adaptor)
+            for kind, adaptor in (("learned", None), ("identity", "identity"))
+        }
+        pipes = {kind: EdgePipeline.from_pretrained(path) for kind, path in bundles.items()}
+        if "edits" in given.what:
+            show_edits(pipes, given.sheet)
+        if "plans" in given.what:
+            show_plans(bundles["learned"])
+        if "inversion" in given.what:
+            show_inversion(pipes["learned"], given.images)
+
+
+def things(count: int) -> list[str]:
+    """Things that the model has drawn in training, in a seeded order."""
+    known = (FOLDER / MODEL / "things.txt").read_text(encoding="utf-8").split("\n")
+    chosen = np.random.default_rng(SEED).permutation([name for name in known if name.strip()])
+    return [str(name) for name in chosen[:count]]
+
+
+def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
+    """Clock 2 against clock 1 at each strength: dB of pixels, what a classifier sees, operations saved."""
+    named = things(2 * COUNT)
+    styles = [STYLES[i % len(STYLES)] for i in range(COUNT)]
+    before = [f"{name}, {style}" for name, style in zip(named[:COUNT], styles, strict=True)]
+    after = [f"{name}, {style}" for name, style in zip(named[COUNT:], styles, strict=True)]
+    sources = pipes["learned"](prompt=before, clock=1, seed=SEED).images
+    print(f"{COUNT} edits of pictures that the model drew, 8 steps, guidance {guidance(pipes):g}")
+    rows = [sources[:8]]
+    for strength in STRENGTHS:
+        asked: dict[str, Any] = {"prompt": after, "image": sources, "strength": strength, "seed": SEED + 1}
+        always = pipes["learned"](**asked, clock=1)
+        rows.append(always.images[:8])
+        print(f" strength {strength:g}, clock 1 ({letters(always.mask)}): {seen(always.images, named[COUNT:])}")
+        for kind, pipe in pipes.items():
+            clocked = pipe(**asked, clock=2)
+            assert always.pixels is not None
+            assert clocked.pixels is not None
+            near = [psnr_db(a, b) for a, b in zip(always.pixels, clocked.pixels, strict=True)]
+            found = f"{np.mean(near):.1f} dB (10 %: {np.percentile(near, 10):.1f})"
+            if kind == "learned":
+                rows.append(clocked.images[:8])
+            bar = f"; {WANTED:g} wanted: {verdict(np.mean(near) >= WANTED)}" if strength == 0.6 else ""
+            told = f"{seen(clocked.images, named[COUNT:])}, {clocked.flops_saved:.1%} of the FLOPs saved{bar}"
+            print(f"  clock 2 ({letters(clocked.mask)}), {kind}: {found} of clock 1, {told}")
+    if sheet is not None:
+        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+        Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(sheet)
+
+
+def guidance(pipes: dict[str, EdgePipeline]) -> float:
+    """That of the bundles."""
+    return pipes["learned"].manifest.operating_point.guidance_scale
+
+
+def seen(images: Array, wanted: Sequence[str]) -> str:
+    """How many of the pictures the classifier takes for what they should show."""
+    folder = built_in(MODEL)
+    assert folder is not None
+    classifier = load_classifier(folder / "classifier")
+    known = classifier.shape.labels
+    with torch.no_grad():
+        scores = classifier(as_input(images))[0].numpy()
+    ranks = ranks_of(scores, np.array([known.index(name) for name in wanted]))
+    return f"{np.mean(ranks <= TOP):.0%} in the top {TOP}"
+
+
+def show_plans(bundle: str) -> None:
+    """How near each number of full steps comes to clock 1 at each strength, in 20 steps."""
+    prompts = [f"{name}, {STYLES[i % len(STYLES)]}" for i, name in enumerate(things(PLANNED))]
+    print(f"the cheapest clocks of 20 steps, {PLANNED} images: dB of latents to clock 1 (signal to noise)")
+    for strength in (None, *reversed(STRENGTHS)):
+        plan = make_plan(bundle, 0.7, steps=20, num_images=PLANNED, conditioning=prompts, strength=strength, seed=SEED)
+        points = [point for point in plan.frontier if point.error > 0]
+        told = ", ".join(f"{point.cost:.0%} {letters(point.mask)} {point.to_dict()['psnr_db']:.1f}" for point in points)
+        print(f" {'from noise' if strength is None else f'strength {strength:g}'}: {told}")
+
+
+def show_inversion(pipe: EdgePipeline, images: Path | None) -> None:
+    """DDIM backwards and forwards again: dB of the latents, and of the pixels against the decoded latents."""
+    names = things(COUNT)
+    prompts = [f"{name}, {STYLES[i % len(STYLES)]}" for i, name in enumerate(names)]
+    sets = {"drawn by the model": (pipe(prompt=prompts, clock=1, seed=SEED).images, prompts)}
+    if images is not None:
+        listed = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+        held = [each for each in listed if each["split"] == "test"]
+        chosen = [held[i] for i in np.random.default_rng(0).choice(len(held), COUNT, replace=False)]
+        opened = [np.asarray(Image.open(images / each["file_name"]).convert("RGB")) for each in chosen]
+        sets["real, held out"] = (np.stack(opened), [each["text"] for each in chosen])
+    for title, (pictures, texts) in sets.items():
+        (encoded,) = pipe._encode([as_pixels(pictures)], pipe._usage())
+        assert pipe.manifest.vae is not None
+        latents = from_vae(pipe.manifest.vae, encoded)
+        decoded = pipe.decode(latents)
+        best = np.mean([psnr_db(a, b) for a, b in zip(as_pixels(pictures), decoded, strict=True)])
+        print(f"{COUNT} drawings {title}, {INVERSION_STEPS} steps; the autoencoder alone {best:.1f} dB")
+        for refinements in (0, 1, 2):
+            for clocks in ((1, 1), (1, 2), (2, 2)):
+                asked: dict[str, Any] = {"prompt": texts, "num_inference_steps": INVERSION_STEPS, "guidance_scale": 1.0}
+                found = pipe.invert(pictures, refinements=refinements, clock=clocks[0], **asked)
+                again = pipe(latents=found.latents, scheduler="ddim", clock=clocks[1], **asked)
+                assert again.pixels is not None
+                near = np.mean([psnr_db(a, b) for a, b in zip(latents, again.latents, strict=True)])
+                seen_again = np.mean([psnr_db(a, b) for a, b in zip(decoded, again.pixels, strict=True)])
+                bar = f" ({INVERTED:g} wanted: {verdict(near >= INVERTED)})" if clocks == (1, 1) and refinements else ""
+                print(
+                    f"  {refinements} refinements, inverted at clock {clocks[0]}, drawn at clock {clocks[1]}: latents "
+                    f"{near:.1f} dB, pixels {seen_again:.1f} dB of the decoded ones; saved {found.flops_saved:.0%} "
+                    f"and {again.flops_saved:.0%}{bar}"
+                )
+
+
+if __name__ == "__main__":
+    main()
