@@ -207,6 +207,11 @@ export class EdgePipeline {
     return sample.space === "pixel" ? sample.channels === 3 : vae !== null && ENCODER in this.components;
   }
 
+  /** Whether a generation can be drawn by a control picture: there is a ControlNet. */
+  get canControl() {
+    return this.components.unet.graphs.some(({ name }) => name === CONTROLNET);
+  }
+
   /** Whether prompts can be made into embeddings. */
   get canEncode() {
     const { prompt } = this.manifest;

@@ -340,6 +340,50 @@ test("with little memory what encodes a picture is opened before the loop, and d
   });
 });
 
+test("an inversion encodes its pictures, then runs the loop; a model that is told its guidance has one row", async () => {
+  const inverted = async (pipe, events, more) => {
+    events.length = 0;
+    const { latents, stages, mask } = await pipe.invert(picture(2), { ...told, numInferenceSteps: 2, ...more });
+    assert.deepEqual([latents.dims, Object.keys(stages), mask], [[2, 4, 4, 4], ["vae_encoder"], [1, 0]]);
+    return events.filter((event) => !event.startsWith("vae_encoder"));
+  };
+  const ran = (rows) => [
+    "open vae_encoder",
+    "release vae_encoder",
+    "open unet",
+    `full ${rows},4,4,4`,
+    `cached ${rows},4,4,4`,
+    "release unet",
+  ];
+  await fake(async (pipe, events) => {
+    assert.deepEqual(await inverted(pipe, events, { clock: 2 }), ran(2));
+    assert.deepEqual(await inverted(pipe, events, { clock: 2, guidanceScale: 3 }), ran(4));
+  });
+  const isTold = ({ conditioning, targets: [{ components }] }) => {
+    const tensor = { name: "timestep_cond", dtype: "float32", shape: ["batch", 8] };
+    conditioning.tensors.push(tensor);
+    for (const { inputs } of components.unet.graphs) inputs.push(tensor);
+  };
+  await fake(
+    async (pipe, events) => {
+      assert.deepEqual(await inverted(pipe, events, { clock: 2, guidanceScale: 3 }), ran(2));
+      await assert.rejects(
+        pipe.invert(picture(), { ...told, numInferenceSteps: 2, guidanceScale: [3, 2] }),
+        refused(/^guidanceScale differs between steps, but the model is told one; give one number$/),
+      );
+    },
+    { change: isTold },
+  );
+  await fake(
+    async (pipe) =>
+      assert.rejects(
+        pipe.invert(picture(), told),
+        refused(/^image was given, but the bundle has no vae_encoder for this backend; export it with that component$/),
+      ),
+    { change: (document) => delete document.targets[0].components.vae_encoder },
+  );
+});
+
 test("with guidance by an image there are three rows, and their cost is counted", async () => {
   await fake(
     async (pipe, events) => {

@@ -111,6 +111,7 @@ for (const [bad, why] of [
 
 test("without a ControlNet its arguments are refused", async () => {
   const golden = await changed(() => {});
+  assert.deepEqual([pipe.canControl, golden.canControl], [true, false]);
   await assert.rejects(
     golden.generate({ ...asked, controlImage: PICTURES.control_image }),
     refused(/^controlImage was given, but the bundle has no ControlNet; leave it out, or export with --control DIR$/),
