@@ -5,12 +5,15 @@
 
 import base64
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from PIL import Image
-from web_pages import GOLDEN
+from seals import reseal, seal_plain
+from web_pages import GOLDEN, copy_bundle
 
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.editing import feathered, from_vae, read_edit
@@ -63,6 +66,7 @@ def answers() -> dict[str, Any]:
             ],
         },
         "bundle": _edits(rng),
+        "steered": _steered(rng),
     }
 
 
@@ -104,6 +108,106 @@ def _edits(rng: np.random.Generator) -> dict[str, Any]:
             }
         )
     return {"images": _bytes(images), "mask": _bytes(mask), "cases": made}
+
+
+# A model of the golden bundle's pictures and classes that is small enough to be written down, with a ControlNet.
+HEAD = '<ir_version: 8, opset_import: ["" : 17]> step '
+CLASS = "l = Cast<to = 1>(class_labels) m = Unsqueeze(l, axes) n = Mul(small, m)"
+GRAPHS = {
+    "controlnet": """(float[batch,3,8,8] sample, float[batch,3,8,8] control_image, float[batch] control_scale)
+      => (float[batch,3,8,8] control_0)
+      <int64[3] axes = {1, 2, 3}, float small = {0.1},
+       float[3,3,1,1] w = {0.9, -0.4, 0.2, 0.1, 0.7, -0.5, -0.3, 0.6, 0.8}>
+      { a = Conv(control_image, w) b = Mul(small, sample) c = Add(a, b) d = Unsqueeze(control_scale, axes)
+        control_0 = Mul(c, d) }""",
+    "full": f"""(float[batch,3,8,8] sample, float[1] timestep, int64[batch] class_labels, float[batch,3,8,8] control_0)
+      => (float[batch,3,8,8] out_sample, float[batch,3,8,8] lowres_feature)
+      <int64[3] axes = {{1, 2, 3}}, float small = {{0.1}}>
+      {{ {CLASS} a = Add(sample, control_0) b = Add(a, n) lowres_feature = Tanh(b)
+        c = Mul(small, a) out_sample = Add(c, lowres_feature) }}""",
+    "cached": """(float[batch,3,8,8] sample, float[batch,3,8,8] control_0, float[batch,3,8,8] cache)
+      => (float[batch,3,8,8] out_sample) <float small = {0.1}>
+      { a = Add(sample, control_0) c = Mul(small, a) out_sample = Add(c, cache) }""",
+}
+
+
+def _steered(rng: np.random.Generator) -> dict[str, Any]:
+    """Pictures by a control image, by other samplers, and inversions: the bundle's graphs, requests and answers."""
+    models = {name: onnx.parser.parse_model(HEAD + text) for name, text in GRAPHS.items()}
+    files = {f"onnx/unet/{name}.onnx": model.SerializeToString() for name, model in models.items()}
+    graphs = [_entry(name, model) for name, model in models.items()]
+    cost = {"macs": 576, "macs_attention": 0, "parameters": 9}
+    controls = rng.integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["targets"][0]["components"]["unet"]["graphs"] = graphs
+        manifest["cost"]["controlnet"] = cost
+        manifest["conditioning"]["tensors"] += graphs[0]["inputs"][1:]
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = copy_bundle(Path(folder) / "bundle")
+        for name, data in files.items():
+            (bundle / name).write_bytes(data)
+        seal_plain(bundle, change)
+        reseal(bundle)
+        pipe = EdgePipeline.from_pretrained(bundle)
+    asked: dict[str, Any] = {"label": "square", "num_inference_steps": 4, "guidance_scale": 2.0, "clock": 2}
+    cases = []
+    for pictures, more in (
+        ([], {}),
+        (["control_image"], {"controlnet_conditioning_scale": 0.8}),
+        (["control_image", "image"], {"strength": 0.75, "guidance_scale": [2.0, 2.0, 1.0]}),
+        (["control_images"], {"num_images": 2, "guidance_scale": 1.0}),
+        (["control_image"], {"scheduler": "heun", "clock": 3}),
+        ([], {"scheduler": "euler_ancestral"}),
+        ([], {"scheduler": "unipc_karras", "num_inference_steps": 6}),
+    ):
+        given = {"control_image": controls[0], "control_images": controls, "image": image}
+        beside = {name.removesuffix("s"): given[name] for name in pictures}
+        result = pipe(**{**asked, **more, **beside}, seed=7)
+        cases.append({"asked": more, "pictures": pictures, "mask": result.mask, "images": _bytes(result.images)})
+    inversions = []
+    for more in ({"refinements": 1, "clock": "1,0,1,1,1,0,1,1"}, {"guidance_scale": 2.0, "clock": 1}):
+        told = {"label": "square", "num_inference_steps": 4, **more}
+        found = pipe.invert(image, **told)
+        drawing = {**asked, "guidance_scale": more.get("guidance_scale", 1.0), "clock": 1}
+        again = pipe(**drawing, latents=found.latents, scheduler="ddim")
+        inversions.append(
+            {"asked": more, "mask": found.mask, "latents": _numbers(found.latents), "again": _bytes(again.images)}
+        )
+    return {
+        "graphs": graphs,
+        "cost": cost,
+        "files": {name: _bytes(np.frombuffer(data, np.uint8)) for name, data in files.items()},
+        "controls": _bytes(controls),
+        "image": _bytes(image),
+        "cases": cases,
+        "inversions": inversions,
+    }
+
+
+def _entry(name: str, model: onnx.ModelProto) -> dict[str, Any]:
+    """A graph as the manifest has it."""
+
+    def tensors(values: Any) -> list[dict[str, Any]]:
+        types = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
+        return [
+            {
+                "name": value.name,
+                "dtype": types[value.type.tensor_type.elem_type],
+                "shape": [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        ]
+
+    return {
+        "name": name,
+        "file": f"onnx/unet/{name}.onnx",
+        "frequency": "cached_step" if name == "cached" else "full_step",
+        "inputs": tensors(model.graph.input),
+        "outputs": tensors(model.graph.output),
+    }
 
 
 def _numbers(values: Any) -> list[float]:

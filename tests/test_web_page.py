@@ -20,6 +20,7 @@ from artefacts import saved_once
 from command_line import Command
 from conftest import Export
 from PIL import Image
+from pipelines import exported_pipeline
 from seals import reseal, seal_plain
 from tiny_pipelines import EDITORS, SAVE
 from web_pages import GOLDEN, copy_bundle
@@ -381,6 +382,127 @@ def test_a_model_that_needs_a_picture_says_so(visit: Visiting, export_once: Expo
         assert near(got, EdgePipeline.from_pretrained(bundle)(**asked, image=source).images[0])
 
 
+def edges(picture: Image.Image) -> np.ndarray:
+    """What the page's button takes: Sobel's filter, white on black, uint8 [H, W, 3]."""
+    grey = np.pad(np.array(picture) @ np.array([0.299, 0.587, 0.114]), 1, mode="edge")
+    smooth_down, smooth_across = (a[:-2] + 2 * a[1:-1] + a[2:] for a in (grey, grey.T))
+    slopes = np.hypot(smooth_down[:, 2:] - smooth_down[:, :-2], (smooth_across[:, 2:] - smooth_across[:, :-2]).T)
+    return np.repeat(np.rint(255 * slopes / slopes.max()).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def choose_control(tab: Visit, file: dict[str, Any]) -> None:
+    tab.page.set_input_files("#control-file", file)
+    tab.page.wait_for_selector(f'#control-caption:text-matches("^{file["name"]}")')
+
+
+def test_a_control_picture_steers(visit: Visiting) -> None:
+    bundle = exported_pipeline("sd1", control=True)
+    pipe = EdgePipeline.from_pretrained(bundle)
+    source, other = photo(32), photo(32).rotate(90)
+    asked: dict[str, Any] = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 8, "clock": 2}
+    plain = pipe(**asked).images[0]
+    with serving(PAGE, bundle) as port:
+        tab = visit(port).open()
+        assert near(tab.draw(prompt="a red apple", seed=3), plain)
+        choose_control(tab, upload(source, "lines.png"))
+        steered = pipe(**asked, control_image=source).images[0]
+        assert not near(steered, plain)
+        assert near(tab.draw(), steered)
+        assert "by lines.png, FcFcFcFc, seed 3" in tab.text("picture-caption")
+        tab.page.fill("#control-scale", "-1")
+        tab.page.click("#draw")
+        assert tab.error() == 'Control scale is "-1"; expected a number from 0 to 99.'
+        tab.page.fill("#control-scale", "0.5")
+        half = pipe(**asked, control_image=source, controlnet_conditioning_scale=0.5).images[0]
+        assert near(tab.draw(), half)
+        # What is measured has none.
+        tab.page.click("#measure-section summary")
+        tab.page.click("#measure")
+        assert "without a control picture" in tab.error()
+        # A link has all but the picture.
+        link = tab.page.evaluate("location.hash")
+        assert "control=0.5" in link
+        again = visit(port).open(link)
+        assert "draws by a control picture, which no link holds" in again.text("notes")
+        choose_control(again, upload(source, "lines.png"))
+        assert near(again.draw(), half)
+        # One that is dropped on its field is not what the picture begins with.
+        tab.page.evaluate(DROP, ["control", "dropped.png", list(upload(other)["buffer"])])
+        tab.page.wait_for_selector('#control-caption:text-matches("^dropped.png")')
+        assert tab.page.is_hidden("#chosen")
+        assert tab.page.is_hidden("#edges-of-start")
+        tab.page.click("#edges")
+        assert tab.text("control-caption").startswith("edges of dropped.png")
+        assert near(tab.pixels("control-picture"), edges(other))
+        # Edges of what it begins with, beside that.
+        choose(tab, upload(source))
+        tab.page.click("#edges-of-start")
+        assert near(tab.pixels("control-picture"), edges(source))
+        drawn = Image.fromarray(tab.pixels("control-picture"))
+        tab.page.fill("#control-scale", "1")
+        got = tab.draw()
+        assert near(got, pipe(**asked, image=source, strength=0.8, control_image=drawn).images[0])
+        # Back to another one of this session, with its picture, and away with it.
+        tab.page.click("#gallery li:nth-child(2) button")
+        assert tab.page.input_value("#control-scale") == "0.5"
+        assert tab.text("control-caption").startswith("lines.png")
+        assert near(tab.draw(), half)
+        tab.page.click("#no-control")
+        assert tab.page.evaluate("document.activeElement.id") == "control-file"
+        assert near(tab.draw(), plain)
+        choose(tab, upload(Image.new("RGB", (32, 32), "red")))
+        tab.page.click("#edges-of-start")
+        assert tab.error() == "The picture is the same everywhere, so it has no edges; choose another."
+        tab.page.set_input_files("#control-file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no"})
+        tab.page.wait_for_selector('#error:text-matches("^Control picture .a.png. is damaged")')
+        assert tab.page.is_hidden("#control-chosen")
+
+
+def test_a_link_by_a_control_picture_for_a_bundle_without_a_controlnet(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open("#seed=2&control=1")
+    assert "this bundle has no ControlNet; that was left out" in tab.text("notes")
+    assert tab.page.is_hidden("#control")
+    assert near(tab.draw(label="round"), python_picture(label="round", seed=2))
+    assert "control" not in tab.page.evaluate("location.hash")
+
+
+def test_another_sampler(visit: Visiting, golden: int) -> None:
+    tab = visit(golden).open()
+    assert not tab.page.is_visible("#sampler")
+    tab.page.click("#more summary")
+    assert tab.page.input_value("#sampler") == "dpmpp_2m"
+    assert tab.page.text_content("#sampler option") == "dpmpp_2m, the bundle's"
+    asked = {"label": "square", "seed": 5}
+    for name, boxes in (("heun", 7), ("euler_ancestral", 4), ("unipc_karras", 4)):
+        tab.page.select_option("#sampler", name)
+        assert tab.boxes() == [k % 2 == 0 for k in range(boxes)]
+        got = tab.draw(label="square", seed=5)
+        assert near(got, python_picture(**asked, scheduler=name, clock=2))
+        assert f"{name}, " in tab.text("picture-caption")
+    tab.page.click("#measure-section summary")
+    tab.page.click("#measure")
+    assert "what is measured is the bundle's own sampler" in tab.error().lower()
+    link = tab.page.evaluate("location.hash")
+    other = visit(golden).open(link)
+    assert other.page.is_visible("#sampler")
+    assert np.array_equal(other.draw(), got)
+    # Half of the steps of heun, which calls the model twice in each.
+    choose(other, upload(photo(8)))
+    other.page.select_option("#sampler", "heun")
+    other.page.focus("#strength")
+    for _ in range(6):
+        other.page.keyboard.press("ArrowLeft")
+    assert other.text("strength-says") == "0.5: 2 of 4 steps run"
+    assert len(other.boxes()) == 3
+    want = python_picture(**asked, scheduler="heun", clock=2, image=photo(8), strength=0.5)
+    assert near(other.draw(), want)
+    other.page.select_option("#sampler", "dpmpp_2m")
+    other.page.click("#no-image")
+    assert near(other.draw(), python_picture(**asked, clock=2))
+    assert "sampler" not in other.page.evaluate("location.hash")
+    assert 'The link\'s sampler is "ddpm"; expected one of ddim, ' in visit(golden).open("#sampler=ddpm").text("notes")
+
+
 def moving(kind: str) -> bytes:
     """An animated picture."""
     data = io.BytesIO()
@@ -393,6 +515,16 @@ def png(width: int, height: int) -> bytes:
     """A PNG that says that it has so many pixels, and ends there."""
     head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + head + zlib.crc32(head).to_bytes(4, "big")
+
+
+# Drops a file on an element.
+DROP = """([on, name, bytes]) => {
+  const given = new DataTransfer();
+  given.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+  for (const kind of ["dragover", "drop"])
+    document.getElementById(on).dispatchEvent(
+      new DragEvent(kind, { dataTransfer: given, bubbles: true, cancelable: true }));
+}"""
 
 
 def test_a_file_that_cannot_be_a_picture_is_said(visit: Visiting, golden: int, tmp_path: Path) -> None:
@@ -838,6 +970,23 @@ def test_it_is_accessible_and_fits_a_narrow_screen(visit: Visiting, golden: int,
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
     tab.draw(steps=120)
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
+    assert_accessible(tab)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_control_picture_and_further_settings_are_accessible_too(visit: Visiting, scheme: str) -> None:
+    narrow: dict[str, Any] = {"viewport": {"width": 360, "height": 640}, "color_scheme": scheme, "bypass_csp": True}
+    with serving(PAGE, exported_pipeline("sd1", control=True)) as port:
+        tab = visit(port, **narrow).open()
+        tab.page.click("#more summary")
+        choose(tab, upload(photo(32)))
+        tab.page.click("#edges-of-start")
+        choose_control(tab, upload(photo(8), "a_photograph_with_quite_a_long_name_that_has_no_spaces_in_it.png"))
+        assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
+        assert_accessible(tab)
+
+
+def assert_accessible(tab: Visit) -> None:
     tab.page.add_script_tag(content=AXE.read_text("utf-8"))
     found = tab.page.evaluate("axe.run()")["violations"]
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []

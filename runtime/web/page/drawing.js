@@ -94,6 +94,8 @@ export class Drawing {
       element("picture-caption").textContent = [
         ...(settings.edit?.picture ? [`from ${settings.edit.picture.name}`] : []),
         ...(settings.strength === null ? [] : [`strength ${settings.strength}`]),
+        ...(settings.control ? [`by ${settings.control.picture.name}`] : []),
+        ...(settings.sampler ? [settings.sampler] : []),
         letters,
         `seed ${result.seed}`,
         duration(result.ms),
@@ -153,8 +155,14 @@ export class Drawing {
     element("gallery").prepend(item);
     // The tab's memory stays flat: the oldest pictures go.
     const kept = this.#kept;
-    const begun = (settings.edit?.picture?.pixels.data.length ?? 0) + (settings.edit?.mask?.data.length ?? 0);
-    kept.unshift(result.image.data.length * (always ? 2 : 1) + begun);
+    const begun = [
+      settings.edit?.picture?.pixels.data,
+      settings.edit?.mask?.data,
+      settings.control?.picture.pixels.data,
+    ];
+    kept.unshift(
+      result.image.data.length * (always ? 2 : 1) + begun.reduce((total, data) => total + (data?.length ?? 0), 0),
+    );
     while (kept.length > 1 && (kept.length > MOST_KEPT || kept.reduce((a, b) => a + b) > MOST_KEPT_BYTES)) {
       kept.pop();
       element("gallery").lastElementChild?.remove();
@@ -181,11 +189,11 @@ export class Drawing {
     const link = new URL(toHash(this.#shown.settings), location.href).href;
     try {
       await navigator.clipboard.writeText(link);
-      const isAll = !this.#shown.settings.edit;
+      const isAll = !this.#shown.settings.edit && !this.#shown.settings.control;
       say(
         isAll
           ? "The link is copied; with it, Draw makes the same picture again."
-          : "The link is copied. It has all but what the picture began with: whoever opens it chooses the same file again.",
+          : "The link is copied. It has all but the pictures that this one was made of: whoever opens it chooses the same files again.",
       );
     } catch {
       say(`The browser copies nothing here; the link is ${link}`);
@@ -198,7 +206,7 @@ export class Drawing {
       { bundle, model, backend } = this.engine.opened;
     const strip = (/** @type {ResultMessage | null} */ each) =>
       each && { ...each, image: undefined, latents: undefined, type: undefined, id: undefined };
-    const told = { ...settings, edit: undefined };
+    const told = { ...settings, edit: undefined, control: undefined };
     saveJson("ledger.json", { bundle, model, backend, settings: told, result: strip(result), always: strip(always) });
   }
 }

@@ -1,15 +1,15 @@
 // Starting from a picture: which, how much of it changes, and where.
 import { stepsLeftOut } from "../src/editing.js";
-import { toRgba } from "../src/images.js";
-import { depthsOf, fitted, imagesOf, masksOf } from "../src/pictures.js";
-import { button, element, fail, input, part, refusal } from "./elements.js";
+import { depthsOf, fitted, masksOf } from "../src/pictures.js";
+import { readPicture, showPicture } from "./chosen_picture.js";
+import { button, element, input, part, refusal, said } from "./elements.js";
 import { isGuidance, MOST_GUIDANCE } from "./link.js";
 import { Mask } from "./mask.js";
 import { openPicture } from "./picture_file.js";
 
 /**
  * @typedef {import("./engine.js").Image} Image
- * @typedef {{name: string, width: number, height: number, pixels: Image}} Picture its name and size before, and what is left of it
+ * @typedef {import("./chosen_picture.js").Picture} Picture
  * @typedef {object} Edit what a generation begins with
  * @property {Picture | null} picture
  * @property {{data: Uint8Array, dims: number[]} | null} mask 1 or 0, [1, h, w]
@@ -94,6 +94,10 @@ export class Editing {
     return Boolean(this.#opened?.canEdit);
   }
 
+  get picture() {
+    return this.#picture;
+  }
+
   get hasPicture() {
     return this.#picture !== null;
   }
@@ -160,7 +164,7 @@ export class Editing {
       if (field.files !== files) field.files = files;
       const turn = ++this.#turn;
       try {
-        const picture = await this.#read(file, "picture");
+        const picture = await readPicture(file, "picture", this.#opened.size);
         if (turn === this.#turn) this.#show(picture); // else another was chosen meanwhile
       } catch (e) {
         field.value = ""; // it may be mended and chosen again
@@ -169,25 +173,12 @@ export class Editing {
     });
   }
 
-  /** A file as a picture of the size that is drawn. @param {File} file @param {string} what @returns {Promise<Picture>} */
-  async #read(file, what) {
-    const bitmap = await openPicture(file, what),
-      { width, height } = this.#opened.size;
-    try {
-      // What is transparent is laid on white.
-      const pixels = toRgba(imagesOf(fitted(bitmap, width, height), height, width));
-      return { name: file.name, width: bitmap.width, height: bitmap.height, pixels };
-    } finally {
-      bitmap.close();
-    }
-  }
-
   #readDepth() {
     const file = input("depth").files?.[0];
     return said(async () => {
       this.#depth = null;
       if (!file) return;
-      const depth = await this.#read(file, "depth map");
+      const depth = await readPicture(file, "depth map", this.#opened.size);
       depthsOf(depth.pixels, depth.pixels.height, depth.pixels.width);
       this.#depth = depth;
     });
@@ -215,14 +206,8 @@ export class Editing {
   /** @param {Picture} picture */
   #show(picture) {
     this.#picture = picture;
-    const { name, pixels } = picture,
-      canvas = part("source", HTMLCanvasElement);
-    Object.assign(canvas, { width: pixels.width, height: pixels.height });
-    canvas.classList.toggle("small", pixels.width < 200);
-    canvas.getContext("2d")?.putImageData(new ImageData(pixels.data, pixels.width, pixels.height), 0, 0);
-    const size = (/** @type {{width: number, height: number}} */ each) => `${each.width}\u00a0x\u00a0${each.height}`,
-      cut = size(picture) === size(pixels) ? "" : `, cut to ${size(pixels)}`;
-    element("source-caption").textContent = `${name}: ${size(picture)}${cut}`;
+    const { pixels } = picture;
+    showPicture(picture, "source", "source-caption");
     element("chosen").hidden = false;
     input("feather").value = String(Math.round(pixels.width / 64));
     input("mask-file").value = "";
@@ -302,14 +287,4 @@ export function editArguments(edit) {
     ...(strength === null ? {} : { strength }),
     ...(imageGuidance === null ? {} : { imageGuidanceScale: imageGuidance }),
   };
-}
-
-/** Does what may fail for a reason that the user can correct, and says that. @param {() => Promise<void>} job */
-async function said(job) {
-  element("error").hidden = true;
-  try {
-    await job();
-  } catch (e) {
-    fail(e);
-  }
 }

@@ -40,6 +40,16 @@ export function fail(error) {
   element("error").hidden = false;
 }
 
+/** Does what may fail for a reason that the user can correct, and says that. @param {() => Promise<void>} job */
+export async function said(job) {
+  element("error").hidden = true;
+  try {
+    await job();
+  } catch (e) {
+    fail(e);
+  }
+}
+
 /** @param {unknown} error */
 function sentence(error) {
   const { name = "", message = String(error) } = /** @type {Error} */ (error),

@@ -1,5 +1,7 @@
 // The form: what is asked for.
+import { callOf, samplerOf } from "../src/schedulers.js";
 import { ClockBoxes, maskOf, periodOf } from "./clock_boxes.js";
+import { Control, controlArguments } from "./control.js";
 import { editArguments, Editing } from "./edit.js";
 import { button, element, input, part, refusal } from "./elements.js";
 import { fromHash, isGuidance, isSeed, MOST_GUIDANCE, MOST_STEPS } from "./link.js";
@@ -8,8 +10,12 @@ import { fromHash, isGuidance, isSeed, MOST_GUIDANCE, MOST_STEPS } from "./link.
 
 const prompt = part("prompt", HTMLTextAreaElement),
   label = part("label", HTMLSelectElement),
-  period = part("period", HTMLSelectElement);
+  period = part("period", HTMLSelectElement),
+  sampler = part("sampler", HTMLSelectElement);
 const PERIODS = ["every step full", "each second full", "each third full", "each fourth full", "each fifth full"];
+
+/** @param {number} steps */
+const isSteps = (steps) => Number.isInteger(steps) && steps >= 1 && steps <= MOST_STEPS;
 
 export class Form {
   /** What the worker said of the bundle. @type {any} */
@@ -22,6 +28,7 @@ export class Form {
   #later = [];
 
   constructor() {
+    this.control = new Control();
     this.editing = new Editing(() => this.#refit());
     this.boxes = new ClockBoxes(element("boxes"), () => {
       this.#chosen = periodOf(this.boxes.mask);
@@ -32,6 +39,7 @@ export class Form {
       input("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
     });
     input("steps").addEventListener("change", () => this.#refit());
+    sampler.addEventListener("change", () => this.#refit());
     period.addEventListener("change", () => {
       if (period.value === "own") return;
       this.#later = [];
@@ -50,8 +58,16 @@ export class Form {
     element("prompt-field").hidden = element("negative-field").hidden = !opened.canEncode;
     element("label-field").hidden = conditioning.kind !== "class";
     element("guidance-field").hidden = conditioning.kind === "none";
+    const before = sampler.value; // of a bundle that is opened again
+    sampler.replaceChildren(
+      new Option(`${opened.sampler}, the bundle's`, opened.sampler),
+      ...opened.samplers
+        .filter((/** @type {string} */ name) => name !== opened.sampler)
+        .map((/** @type {string} */ name) => new Option(name, name, false, name === before)),
+    );
+    this.control.fill(opened);
     this.editing.fill(opened);
-    const chosen = label.value; // of a bundle that is opened again
+    const chosen = label.value;
     label.replaceChildren(
       ...conditioning.labels.map((/** @type {string} */ name) => new Option(name, name, false, name === chosen)),
     );
@@ -68,13 +84,14 @@ export class Form {
 
   /** How many calls of the model run in so many steps, of which an edit leaves some out; undefined where there are none. @param {number} steps */
   #calls(steps) {
-    const { calls, starts } = this.#opened ?? {};
-    return calls?.[steps - 1] && calls[steps - 1] - starts[this.editing.leftOut(steps)];
+    if (!this.#opened || !isSteps(steps)) return undefined;
+    return samplerOf(sampler.value).calls(steps) - callOf(sampler.value, this.editing.leftOut(steps));
   }
 
   /** Shows the boxes of the steps that run now. */
   #refit() {
     const calls = this.#calls(Number(input("steps").value));
+    this.control.offer(this.editing.picture);
     if (calls) this.#showMask(this.#later.length === calls ? this.#later : this.boxes.mask, calls);
   }
 
@@ -99,6 +116,9 @@ export class Form {
       strength: null,
       imageGuidance: null,
       edit: null,
+      sampler: null,
+      controlScale: null,
+      control: null,
     };
   }
 
@@ -116,6 +136,8 @@ export class Form {
     input("seed").value = settings.seed;
     input("steps").value = String(settings.steps);
     input("guidance").value = String(settings.guidance);
+    this.#setSampler(settings.sampler);
+    this.#setControl(settings, hasPicture);
     this.#later = [];
     const { strength, imageGuidance } = settings,
       isOfPicture = strength !== null || imageGuidance !== null;
@@ -130,11 +152,37 @@ export class Form {
           : " The link begins with a picture, and this bundle begins with none; that was left out.",
       );
     this.#chosen = periodOf(settings.mask);
-    const calls = this.#calls(settings.steps);
+    this.control.offer(this.editing.picture);
+    const calls = this.#calls(settings.steps) ?? settings.mask.length;
     if (waits && settings.mask.length < calls) this.#later = settings.mask;
     else if (settings.mask.length !== calls && this.#chosen === null)
       element("notes").append(` The clock is for ${settings.mask.length} calls of the model; here there are ${calls}.`);
     this.#showMask(settings.mask, calls);
+  }
+
+  /** @param {string | null} name */
+  #setSampler(name) {
+    const { sampler: own, samplers } = this.#opened,
+      isThere = name === null || samplers.includes(name);
+    if (!isThere)
+      element("notes").append(
+        ` The link's sampler is ${name}, which does not take what this model predicts; that was left out.`,
+      );
+    sampler.value = isThere ? (name ?? own) : own;
+    if (sampler.value !== own) part("more", HTMLDetailsElement).open = true;
+  }
+
+  /** @param {Settings} settings @param {boolean} hasPicture */
+  #setControl({ control, controlScale }, hasPicture) {
+    // If a link is drawn by one, the one that was chosen stays.
+    if (hasPicture || controlScale === null) this.control.set(control);
+    else this.control.setScale(controlScale);
+    if (controlScale !== null && !(this.control.hasPicture && this.control.canControl))
+      element("notes").append(
+        this.control.canControl
+          ? " The link draws by a control picture, which no link holds: choose that one, then Draw."
+          : " The link draws by a control picture, and this bundle has no ControlNet; that was left out.",
+      );
   }
 
   /**
@@ -164,13 +212,13 @@ export class Form {
       steps = Number(input("steps").value),
       seed = input("seed").value.trim(),
       guidance = input("guidance").value;
-    if (!(Number.isInteger(steps) && steps >= 1 && steps <= MOST_STEPS))
-      throw refusal(`steps is ${JSON.stringify(input("steps").value)}; expected 1 to ${MOST_STEPS}`);
+    if (!isSteps(steps)) throw refusal(`steps is ${JSON.stringify(input("steps").value)}; expected 1 to ${MOST_STEPS}`);
     if (kind !== "none" && !isGuidance(guidance))
       throw refusal(`guidance is ${JSON.stringify(guidance)}; expected a number from 0 to ${MOST_GUIDANCE}`);
     if (!isSeed(seed))
       throw refusal(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
-    const edit = this.editing.settings();
+    const edit = this.editing.settings(),
+      control = this.control.settings();
     return {
       // A link may have filled what the bundle does not take.
       prompt: kind === "text" ? prompt.value : "",
@@ -183,11 +231,14 @@ export class Form {
       strength: edit?.strength ?? null,
       imageGuidance: edit?.imageGuidance ?? null,
       edit,
+      sampler: sampler.value === this.#opened.sampler ? null : sampler.value,
+      controlScale: control?.scale ?? null,
+      control,
     };
   }
 
   /** Settings as the pipeline takes them. @param {Settings} settings @returns {import("../src/pipeline.js").Arguments} */
-  request({ prompt, negative, label, seed, steps, guidance, mask, edit }) {
+  request({ prompt, negative, label, seed, steps, guidance, mask, edit, sampler, control }) {
     const { kind } = this.#opened.conditioning;
     return {
       seed,
@@ -196,7 +247,9 @@ export class Form {
       guidanceScale: kind === "none" ? 1 : guidance,
       ...(kind === "text" ? { prompt, ...(negative ? { negativePrompt: negative } : {}) } : {}),
       ...(kind === "class" ? { label } : {}),
+      ...(sampler === null ? {} : { scheduler: sampler }),
       ...editArguments(edit),
+      ...controlArguments(control),
     };
   }
 

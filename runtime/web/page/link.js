@@ -1,4 +1,5 @@
 // Settings in the address: a link draws the same picture again.
+import { SCHEDULER_NAMES } from "../src/schedulers.js";
 
 /**
  * @typedef {object} Settings
@@ -12,16 +13,21 @@
  * @property {number | null} strength of what begins with a picture, as is `imageGuidance`: of a model of instructions
  * @property {number | null} imageGuidance
  * @property {import("./edit.js").Edit | null} edit the picture itself, which no link holds
+ * @property {string | null} sampler null for the bundle's own
+ * @property {number | null} controlScale of what is drawn by a control picture
+ * @property {import("./control.js").Steered | null} control that picture, which no link holds either
  */
 
-const KNOWN = "prompt negative label seed steps guidance clock strength imageguidance".split(" ");
+const KNOWN = "prompt negative label seed steps guidance clock strength imageguidance sampler control".split(" ");
 const LARGEST_SEED = 2n ** 64n - 1n;
 export const MOST_STEPS = 200,
   MOST_GUIDANCE = 99;
 
 /** @param {Settings} settings */
-export function toHash({ prompt, negative, label, seed, steps, guidance, mask, strength, imageGuidance }) {
-  const parts = new URLSearchParams();
+export function toHash(settings) {
+  const { prompt, negative, label, seed, steps, guidance, mask, strength, imageGuidance, sampler, controlScale } =
+      settings,
+    parts = new URLSearchParams();
   parts.set("prompt", prompt);
   parts.set("negative", negative);
   if (label) parts.set("label", label);
@@ -31,6 +37,8 @@ export function toHash({ prompt, negative, label, seed, steps, guidance, mask, s
   parts.set("clock", mask.join(""));
   if (strength !== null) parts.set("strength", String(strength));
   if (imageGuidance !== null) parts.set("imageguidance", String(imageGuidance));
+  if (sampler !== null) parts.set("sampler", sampler);
+  if (controlScale !== null) parts.set("control", String(controlScale));
   return `#${parts}`;
 }
 
@@ -74,6 +82,9 @@ export function fromHash(hash) {
   if (strength !== null) settings.strength = Number(strength);
   const towards = read("imageguidance", isGuidance, `a number from 0 to ${MOST_GUIDANCE}`);
   if (towards !== null) settings.imageGuidance = Number(towards);
+  settings.sampler = read("sampler", (text) => SCHEDULER_NAMES.includes(text), `one of ${SCHEDULER_NAMES.join(", ")}`);
+  const control = read("control", isGuidance, `a number from 0 to ${MOST_GUIDANCE}`);
+  if (control !== null) settings.controlScale = Number(control);
   for (const name of parts.keys()) {
     if (!KNOWN.includes(name))
       wrong.push(`The link has ${JSON.stringify(name.slice(0, 40))}, which the page does not know. It was left out.`);

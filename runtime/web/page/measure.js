@@ -1,4 +1,5 @@
 // The section "Measure this device": rounds with the clock and without, a table, and a file for `edgediff bench --import`.
+import { samplerOf } from "../src/schedulers.js";
 import { benchLedger } from "./bench_ledger.js";
 import { element, input, refusal, saveJson, say, sayProgress } from "./elements.js";
 import { percent } from "./ledger_chart.js";
@@ -15,7 +16,11 @@ export async function measure(engine, form, signal) {
   input("rounds").value = String(rounds);
   element("status").scrollIntoView({ block: "center" });
   const asked = form.settings();
-  if (asked.mask.length !== engine.opened.calls[asked.steps - 1])
+  if (asked.sampler !== null || asked.control)
+    throw refusal(
+      "what is measured is the bundle's own sampler, without a control picture; choose that, and take the picture away",
+    );
+  if (asked.mask.length !== samplerOf(engine.opened.sampler).calls(asked.steps))
     throw refusal("what is measured is a whole generation; take the picture away, or set its strength to 1");
   const clocked = form.request(asked),
     always = form.requestOfFull(asked);

@@ -1,7 +1,6 @@
 // The pipeline, in a thread of its own: WebAssembly holds its thread while a graph runs.
-import { CacheStore, EdgePipeline, toRgba } from "../src/index.js";
-import { callOf, samplerOf } from "../src/schedulers.js";
-import { MOST_STEPS } from "./link.js";
+import { CacheStore, EdgePipeline, SCHEDULER_NAMES, toRgba } from "../src/index.js";
+import { nameOf, withSampler } from "../src/schedulers.js";
 
 /**
  * @typedef {{type: "open", url: string, backend?: "wasm" | "webgpu", threads?: number, lowMemory?: boolean,
@@ -50,6 +49,7 @@ async function open({ url, backend, threads, lowMemory, warms = true }) {
   postMessage({
     type: "opened",
     backend: pipe.backend,
+    canControl: pipe.canControl,
     canDecode: pipe.canDecode,
     canEdit: pipe.canEdit,
     canEncode: pipe.canEncode,
@@ -64,15 +64,23 @@ async function open({ url, backend, threads, lowMemory, warms = true }) {
     prompt: evidence.prompt?.[0] ?? "",
     source: source.sha256,
     threads: pipe.backend === "wasm" ? pipe.threads : null,
-    calls: Array.from({ length: MOST_STEPS }, (_, k) => samplerOf(scheduler.name).calls(k + 1)),
-    // The call at which an edit begins that leaves out so many steps.
-    starts: Array.from({ length: MOST_STEPS }, (_, k) => callOf(scheduler.name, k)),
+    sampler: nameOf(scheduler),
+    samplers: SCHEDULER_NAMES.filter((name) => takes(scheduler, name)),
     versions: { "onnxruntime-web": ORT_VERSION },
     isLight: isLight(pipe),
   });
   const draws = manifest.conditioning.kind !== "text" || pipe.canEncode;
   if (warms && draws && isLight(pipe)) warming = warm(pipe).catch(() => {}); // what is wrong there is said at a drawing
   await store?.prune(new Set(Object.values(manifest.files).map((file) => file.sha256))).catch(() => {}); // no matter here
+}
+
+/** Whether a sampler takes what the model predicts. @param {import("../src/schedulers.js").SchedulerConfig} config @param {string} name */
+function takes(config, name) {
+  try {
+    return Boolean(withSampler(config, name));
+  } catch {
+    return false;
+  }
 }
 
 /** Whether a step takes milliseconds: then the page may run some more. @param {EdgePipeline} pipe */

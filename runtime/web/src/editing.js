@@ -136,7 +136,7 @@ function scaledDepth(maps, height, width) {
     const map = data.subarray(n, n + area),
       low = map.reduce((a, b) => Math.min(a, b)),
       high = map.reduce((a, b) => Math.max(a, b));
-    refuse(!(high > low), "depthMap is the same everywhere; expected larger numbers where something is nearer");
+    refuse(low === high, "depthMap is the same everywhere at the latent's size; expected a coarser one");
     for (let k = 0; k < area; k++) made[n + k] = 2 * Math.fround((map[k] - low) / (high - low)) - 1;
   }
   return { data: made, dims: [maps.dims[0], 1, height, width] };

@@ -5,4 +5,5 @@ export { BundleError, EdgeRuntimeError, RequestError } from "./errors.js";
 export { toRgba, toUint8 } from "./images.js";
 export { coveringBox, fitted } from "./pictures.js";
 export { EdgePipeline } from "./pipeline.js";
+export { SCHEDULER_NAMES } from "./schedulers.js";
 export { CacheStore } from "./store.js";

@@ -1,7 +1,7 @@
 // The denoising loop. Each step runs the graphs of a full or of a cached step on a table of tensors that lives from
 // step to step; what the last one left under `lowres_feature` is this one's `cache`. All state belongs to the generator.
 import { BundleError } from "./errors.js";
-import { runsIn, sharesRows } from "./manifest.js";
+import { CONTROLNET, runsIn, sharesRows } from "./manifest.js";
 import { noises } from "./noise.js";
 import { beside, joined, range, take } from "./rows.js";
 
@@ -239,20 +239,27 @@ async function run(session, graphs, groups) {
  * @param {Session} session
  * @param {Group[]} old
  * @param {boolean} guided
- * @param {boolean} keepCache keeps the conditional rows, where guidance has just ended
+ * @param {boolean} keepCache keeps the conditional rows of what cached steps take, where guidance has just ended
  */
 async function regrouped(request, session, old, guided, keepCache) {
-  const { latents, cond, uncond } = request,
+  const { latents, cond, uncond, graphs } = request,
     count = latents.dims[0],
     { batch } = session,
     parts = rowsOfImage(request, guided),
     before = rowsOfImage(request, true) * count;
-  let cache = keepCache && old.length ? await gathered(session, old, FEATURE, before) : null;
-  if (cache)
-    cache = take(
-      cache,
-      range(count).map((n) => before - count + n),
-    );
+  // What cached steps take from the last full one: the cache, and a ControlNet's residuals.
+  /** @type {Record<string, Rows>} */
+  const kept = {},
+    residuals = graphs
+      .filter(({ name }) => name === CONTROLNET)
+      .flatMap(({ outputs }) => outputs.map(({ name }) => name));
+  if (keepCache && old.length) {
+    for (const name of [FEATURE, ...residuals])
+      kept[name] = take(
+        await gathered(session, old, name, before),
+        range(count).map((n) => before - count + n),
+      );
+  }
   for (const { table } of old) for (const value of new Set(table.values())) session.drop(value);
   const order = range(count).flatMap((n) => range(parts).map((part) => part * count + n));
   if (batch) while (order.length % batch) order.push(order[order.length - 1]);
@@ -263,7 +270,7 @@ async function regrouped(request, session, old, guided, keepCache) {
     const table = new Map();
     for (const [name, rows] of Object.entries(cond))
       table.set(name, session.put(take(joined(...Array(parts - 1).fill(uncond[name]), rows), numbers)));
-    if (cache) table.set(FEATURE, session.put(take(cache, numbers)));
+    for (const [name, rows] of Object.entries(kept)) table.set(name, session.put(take(rows, numbers)));
     return { rows: numbers, whole: !batch, table };
   });
 }

@@ -22,6 +22,8 @@ import { readScheduler } from "./schedulers.js";
  *   vae: Vae | null, preview: Vae | null, cost: Record<string, {macs: number, macs_attention: number}>, [more: string]: any}} Manifest
  */
 
+/** The graph of a ControlNet, whose residuals the UNet's graphs take. */
+export const CONTROLNET = "controlnet";
 const FORMAT = 2;
 /** @type {Record<string, string>} */
 const STAGE_OF = {
@@ -633,6 +635,8 @@ function checkWiring(graphs, m, full) {
     "timestep",
     ...m.conditioning.tensors.map((t) => t.name),
     ...(full ? [] : ["cache", "lowres_feature"]),
+    // A ControlNet's residuals stay.
+    ...(full ? [] : graphs.filter((g) => g.name === CONTROLNET).flatMap((g) => g.outputs.map((t) => t.name))),
   ]);
   for (const g of graphs) {
     // Where nothing runs, the cache keeps the name that the last step gave it.

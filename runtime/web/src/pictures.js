@@ -16,21 +16,22 @@ const WHITE = 255,
   BLACK = 0;
 
 /**
- * What `image` holds, bytes [N, height, width, 3].
+ * What `image` holds, or another argument of pictures, bytes [N, height, width, 3].
  * @param {unknown} given ImageData or a list of it (what is transparent is laid on white), or bytes [h, w], [h, w, C] or
  *   [N, h, w, C], C being 1 or 3
  * @param {number} height
  * @param {number} width
+ * @param {string} [name] of the argument
  * @returns {Images}
  */
-export function imagesOf(given, height, width) {
+export function imagesOf(given, height, width, name = "image") {
   const expected = `expected ImageData of ${width} x ${height}, or {data, dims} of uint8 [N, ${height}, ${width}, 3]`,
     canvases = canvasesOf(given);
   if (canvases) {
     const area = height * width,
       made = new Uint8Array(3 * area * canvases.length);
     canvases.forEach((each, n) => {
-      checkSize("image", each.width, each.height, width, height, expected);
+      checkSize(name, each.width, each.height, width, height, expected);
       for (let k = 0; k < area; k++)
         for (let c = 0; c < 3; c++) made[3 * (n * area + k) + c] = laidOn(WHITE, each.data, k, c);
     });
@@ -43,9 +44,9 @@ export function imagesOf(given, height, width) {
   const [count, high, wide, channels] = dims;
   refuse(
     !array || !(array.data instanceof Uint8Array) || dims.length !== 4 || !(channels === 1 || channels === 3),
-    `image is ${spelt(given)}; ${expected}`,
+    `${name} is ${spelt(given)}; ${expected}`,
   );
-  checkSize("image", wide, high, width, height, expected);
+  checkSize(name, wide, high, width, height, expected);
   const bytes = /** @type {{data: Uint8Array}} */ (array).data;
   const data =
     channels === 3 ? bytes : Uint8Array.from({ length: 3 * bytes.length }, (_, k) => bytes[Math.floor(k / 3)]);
@@ -121,6 +122,11 @@ export function depthsOf(given, height, width) {
     made = Float32Array.from(/** @type {any} */ (array).data);
   }
   refuse(!made.every(Number.isFinite), "depthMap holds NaN or infinity; expected finite numbers");
+  for (let n = 0, size = dims[1] * dims[2]; n < made.length; n += size)
+    refuse(
+      made.subarray(n, n + size).every((value) => value === made[n]),
+      "depthMap is the same everywhere; expected larger numbers where something is nearer",
+    );
   return { data: made, dims };
 }
 
@@ -222,7 +228,7 @@ function arrayOf(given) {
 function spelt(given) {
   const data = given?.data;
   if (ArrayBuffer.isView(data)) return `${data.constructor.name} ${shown(given.dims ?? [given.width, given.height])}`;
-  return typeof given === "object" ? Object.prototype.toString.call(given).slice(8, -1) : shown(given);
+  return given && typeof given === "object" ? Object.prototype.toString.call(given).slice(8, -1) : shown(given);
 }
 
 /** @param {string} name @param {number} w @param {number} h @param {number} width @param {number} height @param {string} expected */

@@ -3,14 +3,28 @@
 import { openBundle } from "./bundle.js";
 import { callsInWords, clockMask } from "./clock.js";
 import { checkCount, classRows, countOf, encodeTexts, guidanceEmbedding, rowsOf, timeIds } from "./conditioning.js";
-import { begin, checkPictures, encode, pasted, picturesOf, readEdit, stepsLeftOut } from "./editing.js";
+import {
+  asPixels,
+  begin,
+  checkPictures,
+  encode,
+  fromVae,
+  pasted,
+  picturesOf,
+  readEdit,
+  stepsLeftOut,
+} from "./editing.js";
 import { BundleError, refuse, RequestError, shown } from "./errors.js";
 import { decode, toUint8 } from "./images.js";
+import { DDIM, inverseScheduler } from "./inversion.js";
 import { breathe, denoise } from "./loop.js";
-import { all, graphsAt } from "./manifest.js";
+import { all, CONTROLNET, graphsAt } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
-import { callOf, makeScheduler, samplerOf } from "./schedulers.js";
+import { imagesOf } from "./pictures.js";
+import { callOf, makeScheduler, samplerOf, withSampler } from "./schedulers.js";
 import { chooseBackend, OrtSession, threadsOf } from "./sessions.js";
+import { steer } from "./steering.js";
+import { take } from "./rows.js";
 import { Tokenizer } from "./tokenizer.js";
 
 /**
@@ -47,9 +61,13 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {number} [strength] share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask
  * @property {number} [imageGuidanceScale] how far a UNet that follows instructions keeps to the image; left out, 1.5
  * @property {import("./pictures.js").Depths} [depthMap] for a UNet of depth, larger where nearer; numbers of any size
+ * @property {import("./pictures.js").Pictures} [controlImage] what a bundle's ControlNet draws by: as `image`; left out, it
+ *   does not run
+ * @property {number} [controlnetConditioningScale] how strongly, from 0; left out, 1
  * @property {boolean} [paste] whether the finished pictures have the image's own pixels outside of the mask
  * @property {number} [feather] pixels inside of the mask's edge over which a pasted picture fades in
  * @property {number} [numInferenceSteps]
+ * @property {string} [scheduler] another sampler than the bundle's, one of `SCHEDULER_NAMES`
  * @property {number | string | number[]} [clock] a period, or a mask with an entry for each call of the UNet that is run
  * @property {number | number[]} [guidanceScale] one, or one for each call; 1 or less is off
  * @property {bigint | string | number} [seed]
@@ -57,7 +75,8 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {number} [firstImage] number of the first image
  * @property {number} [height] of the picture in pixels
  * @property {number} [width]
- * @property {Float32Array} [latents] N * C * H * W initial latents, in place of the seed's
+ * @property {Rows} [latents] [1 or N, C, H, W], what a generation begins with in place of the seed's noise; standard normal,
+ *   as of `invert`
  * @property {number} [tile] side in pixels of the tiles that a larger picture is decoded in
  * @property {"image" | "latent"} [outputType] `latent` leaves the decoder out
  * @property {AbortSignal} [signal]
@@ -74,6 +93,12 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {string[]} warnings one line each
  * @property {string} seed as decimal text
  *
+ * @typedef {object} Inverted
+ * @property {Rows} latents [N, C, H, W], which `generate({ latents, scheduler: "ddim" })` begins with
+ * @property {Result["ledger"]} ledger each call of the UNet
+ * @property {number[]} mask the calls as they were run, 1 = full
+ * @property {Record<string, number>} stages milliseconds of each component outside of the loop
+ *
  * @typedef {{type: "step", done: number, count: number} & Step} StepEvent `done` of `count` steps that run
  * @typedef {{type: "stage", stage: string}} StageEvent a component that begins
  * @typedef {{type: "warning", warning: string}} WarningEvent comes before the first step
@@ -83,11 +108,17 @@ import { Tokenizer } from "./tokenizer.js";
 const DECODER = "vae_decoder",
   ENCODER = "vae_encoder",
   PREVIEW = "preview_decoder";
-const ARGUMENTS = (
+// What says what a picture shows, and its size.
+const CONDITION = (
   "prompt negativePrompt prompt2 negativePrompt2 emphasis clipSkip promptEmbeds negativePromptEmbeds addedCond " +
-  "negativeAddedCond label concatLatents image maskImage strength imageGuidanceScale depthMap paste feather numInferenceSteps clock guidanceScale seed numImages firstImage height width " +
-  "latents tile outputType signal"
+  "negativeAddedCond label concatLatents height width"
 ).split(" ");
+const ARGUMENTS = (
+  `${CONDITION.join(" ")} latents image maskImage strength imageGuidanceScale depthMap controlImage ` +
+  "controlnetConditioningScale paste feather numInferenceSteps scheduler clock guidanceScale seed numImages firstImage " +
+  "tile outputType signal"
+).split(" ");
+const INVERSION = [...CONDITION, ..."numInferenceSteps refinements clock guidanceScale onStep signal".split(" ")];
 // WebAssembly addresses no more than 4 GiB.
 const memory = () => 2 ** 30 * Math.min(4, /** @type {any} */ (globalThis.navigator)?.deviceMemory ?? 4);
 
@@ -176,6 +207,11 @@ export class EdgePipeline {
     return sample.space === "pixel" ? sample.channels === 3 : vae !== null && ENCODER in this.components;
   }
 
+  /** Whether a generation can be drawn by a control picture: there is a ControlNet. */
+  get canControl() {
+    return this.components.unet.graphs.some(({ name }) => name === CONTROLNET);
+  }
+
   /** Whether prompts can be made into embeddings. */
   get canEncode() {
     const { prompt } = this.manifest;
@@ -250,21 +286,15 @@ export class EdgePipeline {
    * @returns {AsyncGenerator<StageEvent | WarningEvent | StepEvent | ResultEvent, void, void>}
    */
   async *stream(given = {}) {
-    for (const name of Object.keys(given)) {
-      refuse(
-        !ARGUMENTS.includes(name),
-        `there is no argument ${shown(name)}; expected some of ${ARGUMENTS.join(", ")}`,
-      );
-    }
     /** @type {Arguments} */
-    const request = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== null));
+    const request = named(given, ARGUMENTS);
     const { signal, tile, outputType = "image" } = request;
     refuse(
       outputType !== "image" && outputType !== "latent",
       `outputType is ${shown(outputType)}; expected image or latent`,
     );
     const plan = this.#plan(request),
-      { count, size, scheduler, clock, seed, edit } = plan,
+      { size, scheduler, clock, seed, edit } = plan,
       { manifest } = this,
       [height, width] = size;
     const side = this.#tile(tile),
@@ -272,65 +302,24 @@ export class EdgePipeline {
     if (decodes) this.#checkDecoder(height, width, side);
     /** @type {Record<string, number>} */
     const stages = {};
-    const timed = async (/** @type {string} */ name, /** @type {() => Promise<any>} */ job) => {
-      const before = performance.now();
-      signal?.throwIfAborted();
-      const made = await job();
-      stages[name] = performance.now() - before;
-      await breathe();
-      signal?.throwIfAborted();
-      return made;
-    };
+    const timed = timer(stages, signal);
     if (plan.texts) yield { type: "stage", stage: "prompt" };
     const [cond, uncond] = await this.#conditioning(request, plan, timed);
     const { warning } = plan,
       warnings = [...this.bundle.warnings, ...(warning ? [warning] : [])];
-    const shape = [count, manifest.sample.channels, height, width],
-      length = shape.reduce((a, b) => a * b);
-    const noise = { data: noises(seed, count, length / count, plan.firstImage, 0), dims: shape };
     if (edit.image && manifest.vae) yield { type: "stage", stage: "image" };
-    const begun = await begin(edit, manifest.vae, scheduler, plan.start, noise, (batches) =>
+    const begun = await begin(edit, manifest.vae, scheduler, plan.start, this.#noise(plan), (batches) =>
       manifest.vae && batches.length ? timed(ENCODER, () => this.#encoded(batches, signal)) : Promise.resolve(batches),
     );
     /** @type {Result["ledger"]} */
     const ledger = [];
-    let latents = request.latents ? { data: request.latents.slice(), dims: shape } : begun.latents;
+    let { latents } = begun;
     for (const text of warnings) yield { type: "warning", warning: text };
     yield { type: "stage", stage: "step" };
-    const session = await this.#lent("unet");
-    try {
-      const { guidance, firstImage, graphs, start } = plan,
-        concat = begun.concat ?? plan.concat,
-        imageGuidance = edit.imageGuidance,
-        { kept } = begun;
-      // Of the steps before the first that runs, nothing is asked.
-      const before = { clock: Array(start).fill(true), guidance: Array(start).fill(1) };
-      for await (const step of denoise(
-        {
-          graphs,
-          scheduler,
-          latents,
-          cond,
-          uncond,
-          seed,
-          concat,
-          firstImage,
-          start,
-          imageGuidance,
-          kept,
-          clock: [...before.clock, ...clock],
-          guidance: [...before.guidance, ...guidance],
-        },
-        session,
-        signal,
-      )) {
-        const { index, timestep, full, guided, rows, ms } = step;
-        ledger.push({ index, timestep, full, guided, rows, ms });
-        latents = { data: step.latents.slice(), dims: shape };
-        yield { type: "step", done: ledger.length, count: clock.length, ...step };
-      }
-    } finally {
-      await this.#returned(session);
+    for await (const step of this.#steps(plan, begun, cond, uncond, signal)) {
+      ledger.push(lineOf(step));
+      latents = { data: step.latents.slice(), dims: latents.dims };
+      yield { type: "step", done: ledger.length, count: clock.length, ...step };
     }
     let pixels = null;
     if (outputType === "image" && manifest.sample.space === "pixel") pixels = latents;
@@ -345,9 +334,13 @@ export class EdgePipeline {
     }
     const images = pixels && toUint8(pasted(edit, pixels));
     const sum = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0),
-      cost = (/** @type {string} */ name) => manifest.cost[name].macs + manifest.cost[name].macs_attention;
+      each = (/** @type {string} */ name) =>
+        (manifest.cost[name]?.macs ?? 0) + (manifest.cost[name]?.macs_attention ?? 0),
+      // A full step's has the ControlNet's, which may not have run.
+      left = plan.graphs.some(({ name }) => name === CONTROLNET) ? 0 : each(CONTROLNET),
+      cost = (/** @type {string} */ name) => each(name) - (name === "full" ? left : 0);
     const macs = (/** @type {(full: boolean) => string} */ kind) =>
-      sum(ledger.map((step) => count * step.rows * cost(kind(step.full))));
+      sum(ledger.map((step) => plan.count * step.rows * cost(kind(step.full))));
     yield {
       type: "result",
       result: {
@@ -362,6 +355,47 @@ export class EdgePipeline {
         macs: { done: macs((full) => (full ? "full" : "cached")), uncached: macs(() => "full") },
       },
     };
+  }
+
+  /**
+   * Finds the latents that DDIM draws pictures from (Song et al. 2020, section 4.3): `generate({ latents, scheduler: "ddim" })`
+   * with the same prompt and steps, and the guidance that was inverted, draws them again; with another prompt it edits them.
+   * Everything is checked before anything runs.
+   * @param {import("./pictures.js").Pictures} image as of a generation
+   * @param {Pick<Arguments, "prompt" | "negativePrompt" | "prompt2" | "negativePrompt2" | "emphasis" | "clipSkip" | "promptEmbeds"
+   *   | "negativePromptEmbeds" | "addedCond" | "negativeAddedCond" | "label" | "concatLatents" | "height" | "width"
+   *   | "numInferenceSteps" | "clock" | "guidanceScale" | "signal"> & {refinements?: number,
+   *   onStep?: (step: StepEvent) => void}} [given] `refinements`: how often each step is taken again, closer to the picture for
+   *   as many more calls of the UNet; `clock`, 1 if left out, and `guidanceScale`, 1 if left out, which is more exact, are of
+   *   all calls; `onStep` is called after each
+   * @returns {Promise<Inverted>}
+   */
+  async invert(image, given = {}) {
+    const { manifest } = this,
+      { refinements = 0, onStep, signal, clock = 1, guidanceScale = 1, ...request } = named(given, INVERSION);
+    const size = this.#size(request.height, request.width),
+      [height, width] = size.map((side) => this.#pixels * side),
+      images = imagesOf(image, height, width);
+    this.#checkEncoder(size);
+    const { numInferenceSteps = manifest.operating_point.num_inference_steps } = request,
+      inverse = inverseScheduler(manifest.scheduler, numInferenceSteps, refinements);
+    const plan = this.#plan({ ...request, clock, guidanceScale, numImages: images.dims[0] }, inverse);
+    /** @type {Record<string, number>} */
+    const stages = {};
+    const timed = timer(stages, signal);
+    const [cond, uncond] = await this.#conditioning(request, plan, timed);
+    const { vae } = manifest,
+      pixels = asPixels(images);
+    /** @type {Rows} */
+    let latents = vae ? fromVae(vae, (await timed(ENCODER, () => this.#encoded([pixels], signal)))[0]) : pixels;
+    /** @type {Result["ledger"]} */
+    const ledger = [];
+    for await (const step of this.#steps(plan, { latents }, cond, uncond, signal)) {
+      ledger.push(lineOf(step));
+      latents = { data: step.latents.slice(), dims: latents.dims };
+      onStep?.({ type: "step", done: ledger.length, count: plan.clock.length, ...step });
+    }
+    return { latents, ledger, stages, mask: ledger.map((step) => Number(step.full)) };
   }
 
   /**
@@ -403,18 +437,69 @@ export class EdgePipeline {
     return toUint8(await this.#use(name, (session) => decode(session, () => graph, /** @type {Vae} */ (vae), rows)));
   }
 
-  /** Everything of a request that needs no graph, checked. @param {Arguments} request */
-  #plan(request) {
+  /** Noise that images begin with, or what was given in its place, [N, C, H, W]. @param {any} plan @returns {Rows} */
+  #noise({ count, size, seed, firstImage, latents }) {
+    const dims = [count, this.manifest.sample.channels, ...size],
+      each = dims.slice(1).reduce((a, b) => a * b);
+    if (!latents) return { data: noises(seed, count, each, firstImage, 0), dims };
+    return latents.dims[0] === count ? latents : take(latents, Array(count).fill(0));
+  }
+
+  /**
+   * The loop, with the UNet open while it lasts.
+   * @param {any} plan
+   * @param {{latents: Rows, concat?: Rows | null, kept?: import("./loop.js").Kept | null}} begun
+   * @param {Record<string, Rows>} cond
+   * @param {Record<string, Rows>} uncond
+   * @param {AbortSignal} [signal]
+   */
+  async *#steps(plan, { latents, concat, kept }, cond, uncond, signal) {
+    const { graphs, scheduler, seed, firstImage, start, clock, guidance, edit } = plan,
+      session = await this.#lent("unet");
+    try {
+      yield* denoise(
+        {
+          graphs,
+          scheduler,
+          latents,
+          cond,
+          uncond,
+          seed,
+          concat: concat ?? plan.concat,
+          firstImage,
+          start,
+          imageGuidance: edit.imageGuidance,
+          kept,
+          // Of the steps before the first that runs, nothing is asked.
+          clock: [...Array(start).fill(true), ...clock],
+          guidance: [...Array(start).fill(1), ...guidance],
+        },
+        session,
+        signal,
+      );
+    } finally {
+      await this.#returned(session);
+    }
+  }
+
+  /**
+   * Everything of a request that needs no graph, checked.
+   * @param {Arguments} request
+   * @param {import("./schedulers.js").Scheduler | null} [inverse] the steps of an inversion, in place of the sampler's
+   */
+  #plan(request, inverse = null) {
     const { manifest } = this,
       { operating_point: point, conditioning: known, sample } = manifest,
-      sampler = manifest.scheduler.name;
+      config =
+        request.scheduler === undefined ? manifest.scheduler : withSampler(manifest.scheduler, request.scheduler),
+      sampler = config.name;
     const {
       numInferenceSteps: steps = point.num_inference_steps,
       firstImage = 0,
       guidanceScale = point.guidance_scale,
     } = request;
     const seed = readSeed(request.seed ?? 0),
-      scheduler = makeScheduler(manifest.scheduler, steps),
+      scheduler = inverse ?? makeScheduler(config, steps),
       asked = request.clock ?? point.clock;
     refuse(
       !Number.isInteger(firstImage) || firstImage < 0 || firstImage >= 2 ** 32,
@@ -423,19 +508,25 @@ export class EdgePipeline {
     const size = this.#size(request.height, request.width),
       edit = readEdit(sample, size, this.#pixels, request);
     if (edit.image) this.#checkEncoder(size);
-    const start = callOf(sampler, stepsLeftOut(edit.strength, steps)),
-      clock = clockMask(asked, steps, sampler, start);
+    const start = inverse ? 0 : callOf(sampler, stepsLeftOut(edit.strength, steps)),
+      calls = inverse?.timesteps.length,
+      clock = calls ? clockMask(asked, calls, DDIM) : clockMask(asked, steps, sampler, start);
     let guidance = Array.isArray(guidanceScale) ? guidanceScale : clock.map(() => guidanceScale);
     refuse(
       guidance.length !== clock.length,
-      `guidanceScale has ${guidance.length} entries for ${callsInWords(steps, sampler, start)}; expected one each`,
+      `guidanceScale has ${guidance.length} entries for ${calls ? `${calls} calls` : callsInWords(steps, sampler, start)}; expected one each`,
     );
     const wrong = guidance.find(
       (scale) => !Number.isFinite(scale) || scale < 0 || !Number.isFinite(Math.fround(scale)),
     );
     refuse(wrong !== undefined, `guidanceScale is ${shown(wrong)}; expected a finite number from 0; 1 or less is off`);
-    const warning = departure(manifest, clock, guidance, asked, start),
-      graphs = this.#graphs("unet", ...size);
+    const warning = inverse ? null : departure(manifest, clock, guidance, asked, start, request.scheduler),
+      graphs = this.#graphs("unet", ...size),
+      latents = request.latents == null ? null : this.#latents(request.latents);
+    refuse(
+      latents && edit.image,
+      "latents and an image were given, and a generation begins with one of them; give one",
+    );
     const tensors = new Map(graphs.flatMap((g) => g.inputs).map((t) => [t.name, t]));
     /** What a latent consistency model is told of the guidance. @type {number | null} */
     let told = null;
@@ -469,18 +560,17 @@ export class EdgePipeline {
     }
     const count =
       request.numImages ??
-      (promptEmbeds || Array.isArray(request.prompt) ? null : picturesOf(edit)) ??
+      (promptEmbeds || Array.isArray(request.prompt) ? null : (latents?.dims[0] ?? picturesOf(edit))) ??
       (texts ? countOf(texts) : Array.isArray(label) ? label.length : (promptEmbeds?.dims?.[0] ?? 1));
     checkCount(count);
     this.#checkMemory(graphs, count, guided ? (edit.imageGuidance === null ? 2 : 3) : 1, size);
     checkPictures(edit, count);
-    const length = count * sample.channels * size[0] * size[1],
-      { latents } = request;
+    const shape = [sample.channels, ...size];
     refuse(
-      latents && !(latents instanceof Float32Array && latents.length === length && latents.every(Number.isFinite)),
-      `latents are ${latents?.length} numbers; expected ${length} finite ones in a Float32Array`,
+      latents && (String(latents.dims.slice(1)) !== String(shape) || ![1, count].includes(latents.dims[0])),
+      `latents are ${spelled(latents?.dims ?? [])}; expected ${spelled(["N", ...shape])} with 1 or ${count} rows`,
     );
-    refuse(latents && edit.image, "latents and an image were given; give one of them");
+    const steering = steer(graphs, request.controlImage, request.controlnetConditioningScale, count);
     const channels = sample.in_channels - sample.channels,
       { concatLatents } = request;
     refuse(!channels && concatLatents, "concatLatents were given, but the UNet takes the latent alone; leave them out");
@@ -498,7 +588,9 @@ export class EdgePipeline {
       guided,
       warning,
       size,
-      graphs,
+      graphs: steering.graphs,
+      steering: steering.tensors,
+      latents,
       edit,
       start,
       tensors,
@@ -511,13 +603,26 @@ export class EdgePipeline {
   }
 
   /**
-   * Rows of every conditioning tensor, conditional and unconditional.
+   * Rows of every tensor that the graphs are handed beside the sample, conditional and unconditional.
    * @param {Arguments} request
    * @param {any} plan
    * @param {(name: string, job: () => Promise<any>) => Promise<any>} timed
    * @returns {Promise<[Record<string, Rows>, Record<string, Rows>]>}
    */
-  async #conditioning(request, { tensors, count, guided, texts, told, size }, timed) {
+  async #conditioning(request, plan, timed) {
+    const [cond, uncond] = await this.#condition(request, plan, timed),
+      { guided, steering } = plan;
+    return [{ ...cond, ...steering }, guided ? { ...uncond, ...steering } : {}];
+  }
+
+  /**
+   * What says what a picture shows, the same way.
+   * @param {Arguments} request
+   * @param {any} plan
+   * @param {(name: string, job: () => Promise<any>) => Promise<any>} timed
+   * @returns {Promise<[Record<string, Rows>, Record<string, Rows>]>}
+   */
+  async #condition(request, { tensors, count, guided, texts, told, size }, timed) {
     const { manifest } = this,
       { conditioning: known, prompt } = manifest;
     if (known.kind === "none") return [{}, {}];
@@ -576,7 +681,7 @@ export class EdgePipeline {
     const { sample, vae } = this.manifest;
     refuse(
       !this.canEdit && sample.space === "pixel",
-      `image was given, but the bundle draws pictures of ${sample.channels} channel${sample.channels > 1 ? "s" : ""}, not 3; leave it out`,
+      `image was given, but the model's pictures have ${sample.channels} channels; supported: 3`,
     );
     refuse(
       !this.canEdit,
@@ -594,6 +699,23 @@ export class EdgePipeline {
       for (const batch of batches) made.push(await encode(session, graph, batch, signal));
       return made;
     });
+  }
+
+  /** Latents of the model's channels. @param {any} given @returns {Rows} */
+  #latents(given) {
+    const { channels, height, width } = this.manifest.sample,
+      { data, dims } = given ?? {};
+    const fits =
+      data instanceof Float32Array &&
+      Array.isArray(dims) &&
+      dims.length === 4 &&
+      dims[1] === channels &&
+      data.length > 0 &&
+      data.length === dims.reduce((a, b) => a * b);
+    const found = ArrayBuffer.isView(data) ? `${data.constructor.name} ${spelled([dims].flat())}` : shown(given);
+    refuse(!fits, `latents are ${found}; expected {data, dims} of float32 ${spelled(["N", channels, height, width])}`);
+    refuse(!data.every(Number.isFinite), "latents hold NaN or infinity; expected finite numbers");
+    return given;
   }
 
   /** Pixels of a side for one of the latent. */
@@ -688,14 +810,48 @@ export class EdgePipeline {
 }
 
 /**
+ * What a request names, without nulls, which mean the same as what is left out.
+ * @param {Record<string, any>} given
+ * @param {string[]} known
+ */
+function named(given, known) {
+  const unknown = Object.keys(given).find((name) => !known.includes(name));
+  refuse(unknown !== undefined, `there is no argument ${shown(unknown)}; expected some of ${known.join(", ")}`);
+  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== null));
+}
+
+/**
+ * Times components outside of the loop, between which the signal may end it all.
+ * @param {Record<string, number>} stages
+ * @param {AbortSignal} [signal]
+ */
+function timer(stages, signal) {
+  return async (/** @type {string} */ name, /** @type {() => Promise<any>} */ job) => {
+    const before = performance.now();
+    signal?.throwIfAborted();
+    const made = await job();
+    stages[name] = performance.now() - before;
+    await breathe();
+    signal?.throwIfAborted();
+    return made;
+  };
+}
+
+/** A step's line of the ledger. @param {Step} step */
+const lineOf = ({ index, timestep, full, guided, rows, ms }) => ({ index, timestep, full, guided, rows, ms });
+/** @param {(number | string)[]} shape */
+const spelled = (shape) => `[${shape.join(", ")}]`;
+
+/**
  * In what a generation differs from what the adaptor was trained for: one line, or null.
  * @param {Manifest} manifest
  * @param {boolean[]} clock
  * @param {number[]} guidance
  * @param {number | string | number[]} asked
  * @param {number} start first call that is run: the steps after it are those of a whole generation
+ * @param {string} [scheduler] the sampler, where it is not the bundle's
  */
-function departure({ adaptor, operating_point: { scheduler } }, clock, guidance, asked, start) {
+function departure({ adaptor, operating_point: point }, clock, guidance, asked, start, scheduler = point.scheduler) {
   const trained = adaptor.trained_for;
   if (!trained || clock.every(Boolean)) return null;
   const sampler = samplerOf(scheduler);
@@ -715,6 +871,6 @@ function departure({ adaptor, operating_point: { scheduler } }, clock, guidance,
       `guidance ${[...new Set(guidance)].join(", ")}`,
   ].filter(Boolean);
   if (!differs.length) return null;
-  const point = `${trained.num_inference_steps} steps of ${trained.scheduler}, clock ${trained.clock}, guidance ${trained.guidance_scale}`;
-  return `adaptor ${adaptor.name} was trained for ${point}; this is ${differs.join(", ")}: images may be worse`;
+  const told = `${trained.num_inference_steps} steps of ${trained.scheduler}, clock ${trained.clock}, guidance ${trained.guidance_scale}`;
+  return `adaptor ${adaptor.name} was trained for ${told}; this is ${differs.join(", ")}: images may be worse`;
 }

@@ -58,6 +58,13 @@ const SETTINGS = {
 };
 const PROCESS = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"];
 const SPREADS = ["karras", "exponential", "beta"];
+/** @param {string} spread */
+const settingOf = (spread) => `use_${spread}_sigmas`;
+/** What a request may name: a sampler, or a sampler with one of these layouts of its noise levels. */
+export const SCHEDULER_NAMES = Object.entries(SAMPLERS).flatMap(([name, { settings }]) => [
+  name,
+  ...SPREADS.filter((spread) => settingOf(spread) in settings).map((spread) => `${name}_${spread}`),
+]);
 
 /**
  * Checks a manifest's settings and fills in the sampler's defaults.
@@ -88,25 +95,50 @@ export function readScheduler(given) {
   const { predictions } = sampler;
   refuse(
     predictions && !predictions.includes(String(config.prediction_type)),
-    `scheduler prediction_type ${shown(config.prediction_type)}: expected ${predictions} for ${name}`,
+    `scheduler prediction_type ${shown(config.prediction_type)}: expected one of ${predictions?.join(", ")} for ${name}`,
   );
-  const spreads = SPREADS.filter((spread) => config[`use_${spread}_sigmas`]);
+  const spreads = SPREADS.filter((spread) => config[settingOf(spread)]);
   refuse(spreads.length > 1, `scheduler: ${spreads.join(" and ")} sigmas are both true; expected one of them`);
   return /** @type {any} */ (config);
 }
 
-/**
- * The sampler of a name such as `euler` or, with the layout of its noise levels, `euler_karras`.
- * @param {string} name
- */
+/** The sampler of one of `SCHEDULER_NAMES`. @param {string} name */
 export function samplerOf(name) {
-  const base = name.replace(/_(karras|exponential|beta)$/, "");
-  const sampler = SAMPLERS[base];
-  refuse(
-    !sampler || (base !== name && !(`use_${name.slice(base.length + 1)}_sigmas` in sampler.settings)),
-    `scheduler ${shown(name)}: expected a sampler, one of ${Object.keys(SAMPLERS).join(", ")}`,
-  );
-  return sampler;
+  refuse(!SCHEDULER_NAMES.includes(name), `scheduler ${shown(name)}: expected one of ${SCHEDULER_NAMES.join(", ")}`);
+  return SAMPLERS[baseOf(name)];
+}
+
+/** Without the layout of the noise levels. @param {string} name */
+const baseOf = (name) => (name in SAMPLERS ? name : name.slice(0, name.lastIndexOf("_")));
+
+/** One of `SCHEDULER_NAMES`: the sampler and the layout of its noise levels. @param {SchedulerConfig} config */
+export function nameOf(config) {
+  const spread = SPREADS.find((each) => /** @type {any} */ (config)[settingOf(each)]);
+  return spread ? `${config.name}_${spread}` : config.name;
+}
+
+/**
+ * A bundle's settings for another sampler: the same noise process, and of the rest what both read. Where the bundle's own
+ * does not read them, x_0 is not clipped and the last step ends at the first timestep's alpha, as in Stable Diffusion.
+ * @param {SchedulerConfig} config
+ * @param {string} name one of `SCHEDULER_NAMES`
+ * @returns {SchedulerConfig}
+ */
+export function withSampler(config, name) {
+  if (name === nameOf(config)) return config;
+  const { settings } = samplerOf(name),
+    own = SAMPLERS[config.name].settings,
+    told = /** @type {Record<string, any>} */ (config),
+    base = baseOf(name);
+  const layouts = SPREADS.map(settingOf);
+  const shared = Object.keys(settings).filter((key) => key in own && key !== "eta" && !layouts.includes(key));
+  const off = ["clip_sample", "set_alpha_to_one"].filter((key) => key in settings);
+  return readScheduler({
+    name: base,
+    ...Object.fromEntries(off.map((key) => [key, false])),
+    ...Object.fromEntries([...PROCESS, ...shared].map((key) => [key, told[key]])),
+    ...(name === base ? {} : { [settingOf(name.slice(base.length + 1))]: true }),
+  });
 }
 
 /** The steps of one schedule, ready to take. It keeps nothing between steps: the caller has the state. */
@@ -114,9 +146,10 @@ export class Scheduler {
   /**
    * @param {SchedulerConfig} config
    * @param {number} steps
+   * @param {import("./samplers.js").Sampler} [sampler] how its steps are taken, where that is not the sampler's own way
    */
-  constructor(config, steps) {
-    this.sampler = SAMPLERS[config.name];
+  constructor(config, steps, sampler = SAMPLERS[config.name]) {
+    this.sampler = sampler;
     const made = this.sampler.make(config, steps);
     /** As fed to the UNet, one for each call. */
     this.timesteps = Float32Array.from(made.timesteps);

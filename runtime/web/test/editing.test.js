@@ -253,11 +253,12 @@ test("of what the encoder gives the mean is taken, a picture at a time", async (
 // --- A pipeline of latents, whose graphs give zeros
 
 /** Opens the golden pipeline's manifest with a UNet that takes something beside the latent; `events` has what was opened, run and released. */
-async function fake(job, { concat = [], inChannels = 4, lowMemory = true, change = () => {} } = {}) {
-  const document = readGolden("manifests/pipeline.json"),
+async function fake(job, { concat = [], inChannels = 4, lowMemory = true, change = () => {}, of = "pipeline" } = {}) {
+  const document = readGolden(`manifests/${of}.json`),
     { components } = document.targets[0];
-  Object.assign(document.sample, { concat, in_channels: inChannels });
-  for (const graph of components.unet.graphs) graph.inputs.find(({ name }) => name === "sample").shape[1] = inChannels;
+  if (of === "pipeline") Object.assign(document.sample, { concat, in_channels: inChannels });
+  for (const graph of components.unet.graphs)
+    if (of === "pipeline") graph.inputs.find(({ name }) => name === "sample").shape[1] = inChannels;
   change(document);
   const manifest = parseManifest(new TextEncoder().encode(JSON.stringify(document)));
   const { open } = OrtSession,
@@ -289,6 +290,13 @@ async function fake(job, { concat = [], inChannels = 4, lowMemory = true, change
   } finally {
     OrtSession.open = open;
   }
+}
+
+/** Makes a model of pixels one of grey pictures. */
+function grey({ sample, targets: [{ components }] }) {
+  Object.assign(sample, { channels: 1, in_channels: 1 });
+  for (const { inputs, outputs } of components.unet.graphs)
+    for (const { name, shape } of [...inputs, ...outputs]) if (/sample/.test(name)) shape[1] = 1;
 }
 
 const rows = (...dims) => ({ data: new Float32Array(dims.reduce((a, b) => a * b)), dims });
@@ -332,6 +340,50 @@ test("with little memory what encodes a picture is opened before the loop, and d
   });
 });
 
+test("an inversion encodes its pictures, then runs the loop; a model that is told its guidance has one row", async () => {
+  const inverted = async (pipe, events, more) => {
+    events.length = 0;
+    const { latents, stages, mask } = await pipe.invert(picture(2), { ...told, numInferenceSteps: 2, ...more });
+    assert.deepEqual([latents.dims, Object.keys(stages), mask], [[2, 4, 4, 4], ["vae_encoder"], [1, 0]]);
+    return events.filter((event) => !event.startsWith("vae_encoder"));
+  };
+  const ran = (rows) => [
+    "open vae_encoder",
+    "release vae_encoder",
+    "open unet",
+    `full ${rows},4,4,4`,
+    `cached ${rows},4,4,4`,
+    "release unet",
+  ];
+  await fake(async (pipe, events) => {
+    assert.deepEqual(await inverted(pipe, events, { clock: 2 }), ran(2));
+    assert.deepEqual(await inverted(pipe, events, { clock: 2, guidanceScale: 3 }), ran(4));
+  });
+  const isTold = ({ conditioning, targets: [{ components }] }) => {
+    const tensor = { name: "timestep_cond", dtype: "float32", shape: ["batch", 8] };
+    conditioning.tensors.push(tensor);
+    for (const { inputs } of components.unet.graphs) inputs.push(tensor);
+  };
+  await fake(
+    async (pipe, events) => {
+      assert.deepEqual(await inverted(pipe, events, { clock: 2, guidanceScale: 3 }), ran(2));
+      await assert.rejects(
+        pipe.invert(picture(), { ...told, numInferenceSteps: 2, guidanceScale: [3, 2] }),
+        refused(/^guidanceScale differs between steps, but the model is told one; give one number$/),
+      );
+    },
+    { change: isTold },
+  );
+  await fake(
+    async (pipe) =>
+      assert.rejects(
+        pipe.invert(picture(), told),
+        refused(/^image was given, but the bundle has no vae_encoder for this backend; export it with that component$/),
+      ),
+    { change: (document) => delete document.targets[0].components.vae_encoder },
+  );
+});
+
 test("with guidance by an image there are three rows, and their cost is counted", async () => {
   await fake(
     async (pipe, events) => {
@@ -366,6 +418,16 @@ test("a picture that nothing encodes is refused", async () => {
       );
     },
     { change: without },
+  );
+  await fake(
+    async (pipe) => {
+      assert.equal(pipe.canEdit, false);
+      await assert.rejects(
+        pipe.generate({ image: { data: new Uint8Array(192), dims: [8, 8, 3] } }),
+        refused(/^image was given, but the model's pictures have 1 channels; supported: 3$/),
+      );
+    },
+    { of: "class", change: grey },
   );
   await fake(async (pipe) => assert.equal(pipe.canEdit, true));
   assert.equal(pipe.canEdit, true);
@@ -434,7 +496,10 @@ for (const [bad, why] of [
     { image: picture(), imageGuidanceScale: 1.5 },
     /^imageGuidanceScale was given, but the bundle's UNet is not guided by an image; leave it out$/,
   ],
-  [{ image: picture(), latents: new Float32Array(192) }, /^latents and an image were given; give one of them$/],
+  [
+    { image: picture(), latents: rows(1, 3, 8, 8) },
+    /^latents and an image were given, and a generation begins with one of them; give one$/,
+  ],
 ]) {
   const told = Object.entries(bad).map(([name, value]) => `${name} ${String(value?.dims ?? value).slice(0, 20)}`);
   test(`refused: ${told.join(", ")}`, async () => {
@@ -473,6 +538,16 @@ for (const [concat, request, why] of [
     ["depth"],
     { depthMap: { data: new Float32Array(4).fill(3), dims: [2, 2] } },
     /^depthMap is the same everywhere; expected larger numbers where something is nearer$/,
+  ],
+  [
+    ["depth"],
+    { depthMap: { data: Float32Array.of(0, 1, 2, 5, 5, 5), dims: [2, 1, 3] } },
+    /^depthMap is the same everywhere; expected larger numbers where something is nearer$/,
+  ],
+  [
+    ["depth"],
+    { depthMap: { data: Float32Array.from({ length: 64 }, (_, k) => k % 4), dims: [8, 8] } },
+    /^depthMap is the same everywhere at the latent's size; expected a coarser one$/,
   ],
   [["depth"], { depthMap: { data: new Float32Array(4), dims: [4] } }, /^depthMap is Float32Array \[4\]; expected/],
   [["depth"], { depthMap: 5 }, /^depthMap is 5; expected/],

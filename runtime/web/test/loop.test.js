@@ -86,6 +86,7 @@ function requestOf(golden) {
   const concat = golden.concat?.length
     ? rows(golden.concat, [golden.concat.length / golden.num_images / height / width, height, width])
     : null;
+  const steering = golden.control_image ? { control_image: rows(golden.control_image, golden.shape) } : {};
   return {
     graphs,
     concat,
@@ -93,8 +94,8 @@ function requestOf(golden) {
     clock: golden.clock.map(Boolean),
     guidance: golden.guidance,
     latents: rows(golden.latents, golden.shape),
-    cond: { encoder_hidden_states: rows(golden.cond, [1, 2]) },
-    uncond: uncond ? { encoder_hidden_states: uncond } : {},
+    cond: { encoder_hidden_states: rows(golden.cond, [1, 2]), ...steering },
+    uncond: uncond ? { encoder_hidden_states: uncond, ...steering } : {},
     seed: readSeed(golden.seed),
     start: golden.start,
     imageGuidance: golden.image_guidance ?? null,
@@ -172,6 +173,35 @@ test("what stays under a mask is what was given, to the bit, and so is its previ
     }
   }
   assert.ok(seen > 0);
+});
+
+test("of a ControlNet's residuals the conditional rows are kept where guidance ends on a cached step", async () => {
+  const golden = readGolden("loop/steered.json"),
+    session = new FakeSession(golden),
+    request = { ...requestOf(golden), guidance: [2, 1, 1, 1, 1] },
+    { run } = session;
+  const made = [],
+    taken = [];
+  session.run = async (graph, table) => {
+    if (table.has("control_0") && graph.inputs.some(({ name }) => name === "control_0"))
+      taken.push([...table.get("control_0").data]);
+    const outputs = await run.call(session, graph, table);
+    if (outputs.control_0) made.push([...outputs.control_0.data]);
+    return outputs;
+  };
+  const mask = [];
+  for await (const { full } of denoise(request, session)) mask.push(Number(full));
+  assert.deepEqual(mask, golden.mask);
+  assert.equal(made.length, 2);
+  assert.equal(made[0].length, 2 * made[1].length);
+  const conditional = made[0].slice(made[1].length);
+  assert.notDeepEqual(conditional, made[1]);
+  for (const rows of taken) {
+    const known = [made[0], conditional, made[1]].map(String);
+    assert.ok(known.includes(String(rows)));
+  }
+  assert.ok(taken.some((rows) => String(rows) === String(conditional)));
+  assert.equal(session.live.size, 0);
 });
 
 test("a caller may change and transfer what a step gives", async () => {

@@ -87,6 +87,28 @@ test("what is concatenated to the latent has its channels, each part once, a mas
   assert.deepEqual(parseManifest(encode(text)).sample.concat, []);
 });
 
+test("a cached graph takes the residuals of a full step's ControlNet, and of no other graph", () => {
+  for (const [name, why] of [
+    ["controlnet", null],
+    ["light", /inputs of cached is "control_0"; expected tensors that a step has by then/],
+  ]) {
+    const changed = good("class"),
+      { graphs } = changed.targets[0].components.unet,
+      residual = { name: "control_0", dtype: "float32", shape: ["batch", 3, 8, 8] };
+    graphs.forEach(({ inputs }) => inputs.push(residual));
+    const [{ inputs }] = graphs;
+    graphs.unshift({ ...graphs[0], name, inputs: inputs.filter((t) => t !== residual), outputs: [residual] });
+    changed.cost[name] = changed.cost.full;
+    changed.source.control = "folder";
+    if (why)
+      assert.throws(
+        () => parseManifest(encode(changed)),
+        (e) => e instanceof BundleError && why.test(e.message),
+      );
+    else assert.equal(parseManifest(encode(changed)).targets[0].components.unet.graphs.length, 3);
+  }
+});
+
 test("what is no manifest is refused in one sentence", () => {
   for (const bytes of ["", "<!doctype html>", "[]", "null", "{}", '{"format_version": "2"}', "\ufeff{}"].map((text) =>
     new TextEncoder().encode(text),

@@ -1,11 +1,12 @@
 import assert from "node:assert/strict";
-import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
 import { BundleError, RequestError } from "../src/errors.js";
 import { toRgba, toUint8 } from "../src/images.js";
+import { noises } from "../src/noise.js";
 import { EdgePipeline } from "../src/pipeline.js";
 import { OrtSession } from "../src/sessions.js";
+import { changed } from "./changed_bundle.js";
 import { closeTo, GOLDEN, readGolden } from "./golden.js";
 import { serve } from "./server.js";
 
@@ -28,6 +29,8 @@ const request = {
   seed: golden.request.seed,
   guidanceScale: golden.request.guidance_scale,
 };
+
+const rows = (...dims) => ({ data: new Float32Array(dims.reduce((a, b) => a * b)), dims });
 
 const refused = (pattern) => (e) => {
   assert.ok(e instanceof RequestError, e.stack);
@@ -116,8 +119,8 @@ test("a stream tells its steps, then its result", async () => {
 
 test("latents that are given take the place of the seed's", async () => {
   const { latents } = await pipe.generate({ ...request, numInferenceSteps: 1 });
-  const given = Float32Array.from({ length: 384 }, (_, k) => Math.sin(k)),
-    copy = given.slice();
+  const given = { data: Float32Array.from({ length: 384 }, (_, k) => Math.sin(k)), dims: [2, 3, 8, 8] },
+    copy = structuredClone(given);
   const made = await pipe.generate({ ...request, numInferenceSteps: 1, latents: given });
   assert.deepEqual(given, copy);
   assert.notDeepEqual(made.latents.data, latents.data);
@@ -125,6 +128,30 @@ test("latents that are given take the place of the seed's", async () => {
     (await pipe.generate({ ...request, numInferenceSteps: 1, latents: given, seed: 6 })).latents.data,
     made.latents.data,
   );
+});
+
+test("latents of one's own are what a seed would draw, for any sampler, and one may be for all images", async () => {
+  for (const scheduler of [undefined, "euler_karras"]) {
+    const asked = { ...request, scheduler, label: null },
+      own = { data: noises(5n, 2, 192, 0, 0), dims: [2, 3, 8, 8] };
+    const { latents } = await pipe.generate({ ...asked, numImages: null, latents: own });
+    assert.deepEqual(latents, (await pipe.generate({ ...asked, numImages: 2, seed: 5n })).latents);
+    const one = { data: own.data.slice(192), dims: [1, 3, 8, 8] };
+    const both = await pipe.generate({ ...asked, label: "square", numImages: 2, latents: one });
+    closeTo(both.latents.data.slice(192), both.latents.data.slice(0, 192), 1e-5);
+  }
+});
+
+test("another sampler draws fresh noise, calls the model more often, and has its own clock", async () => {
+  const heun = await pipe.generate({ ...request, scheduler: "heun" });
+  assert.deepEqual(heun.mask, [1, 0, 1, 0, 1, 0, 1]);
+  const { latents } = await pipe.generate({ ...request, scheduler: "dpmpp_2m" });
+  assert.deepEqual(latents, (await pipe.generate(request)).latents);
+  const ancestral = (seed) =>
+    pipe.generate({ ...request, scheduler: "euler_ancestral", latents: rows(1, 3, 8, 8), seed });
+  assert.notDeepEqual((await ancestral(1)).latents, (await ancestral(2)).latents);
+  const image = { data: new Uint8Array(192), dims: [8, 8, 3] };
+  assert.deepEqual((await pipe.generate({ ...request, scheduler: "heun", image, strength: 0.5 })).mask, [1, 0, 1]);
 });
 
 test("aborting ends a generation between steps, and the pipeline goes on", async () => {
@@ -174,8 +201,19 @@ for (const [bad, why] of [
   [{ width: 0 }, /^width is 0/],
   [{ height: "8" }, /^height/],
   [{ firstImage: -1 }, /^firstImage/],
-  [{ latents: new Float32Array(3) }, /^latents are 3/],
-  [{ latents: new Float32Array(384).fill(NaN) }, /^latents/],
+  [{ latents: new Float32Array(3) }, /^latents are .*; expected \{data, dims\} of float32 \[N, 3, 8, 8\]$/],
+  [
+    { latents: rows(2, 4, 8, 8) },
+    /^latents are Float32Array \[2, 4, 8, 8\]; expected \{data, dims\} of float32 \[N, 3, 8, 8\]$/,
+  ],
+  [{ latents: { data: new Float32Array(5), dims: [2, 3, 8, 8] } }, /^latents are Float32Array \[2, 3, 8, 8\]/],
+  [{ latents: { data: new Float64Array(384), dims: [2, 3, 8, 8] } }, /^latents are Float64Array/],
+  [{ latents: rows(2, 3, 4, 4) }, /^latents are \[2, 3, 4, 4\]; expected \[N, 3, 8, 8\] with 1 or 2 rows$/],
+  [{ latents: rows(3, 3, 8, 8) }, /^latents are \[3, 3, 8, 8\]; expected \[N, 3, 8, 8\] with 1 or 2 rows$/],
+  [
+    { latents: { data: new Float32Array(384).fill(NaN), dims: [2, 3, 8, 8] } },
+    /^latents hold NaN or infinity; expected finite numbers$/,
+  ],
   [{ concatLatents: {} }, /^concatLatents/],
   [{ tile: 64 }, /^tile/],
   [{ outputType: "png" }, /^outputType/],
@@ -217,31 +255,6 @@ test("options that do not fit are refused", async () => {
   await assert.rejects(pipe.preview(new Float32Array(5)), refused(/^latents are 5 numbers/));
 });
 
-/** Opens the golden bundle with some files changed, and everything that follows from them. */
-async function changed(change, files = {}) {
-  const hash = (bytes) => createHash("sha256").update(bytes).digest("hex"),
-    manifest = readGolden("bundle/manifest.json");
-  for (const [name, bytes] of Object.entries(files)) manifest.files[name] = { size: bytes.length, sha256: hash(bytes) };
-  change(manifest);
-  const text = JSON.stringify(manifest),
-    hashes = { "manifest.json": hash(text) };
-  for (const [name, { sha256 }] of Object.entries(manifest.files)) hashes[name] = sha256;
-  const sums = Object.keys(hashes)
-    .sort()
-    .map((name) => `${hashes[name]}  ${name}\n`)
-    .join("");
-  const all = { "manifest.json": text, SHA256SUMS: sums, ...files };
-  const other = await serve(
-    new URL("bundle/", GOLDEN),
-    (path, _, response) => path in all && !!response.end(all[path]),
-  );
-  try {
-    return await EdgePipeline.fromUrl(other.url, options);
-  } finally {
-    await other.close();
-  }
-}
-
 test("a bundle without ONNX graphs, and graphs that are none, are refused", async () => {
   const bundleError = (pattern) => (e) => e instanceof BundleError && pattern.test(e.message);
   const text = readGolden("manifests/text.json");
@@ -281,6 +294,8 @@ test("what the adaptor was not trained for is told before the first step", async
     [{ image, strength: 0.75, clock: "1,0,0" }, "clock 1,0,0"],
     [{ image, strength: 0.5, numInferenceSteps: 8 }, "8 steps"],
     [{ numInferenceSteps: 6 }, "6 steps"],
+    [{ scheduler: "ddim" }, "ddim"],
+    [{ scheduler: "heun", clock: 3 }, "heun, clock 3"],
     [{ clock: "1,0,0,0" }, "clock 1,0,0,0"],
     [{ clock: 3, guidanceScale: [2, 2, 1, 0.5] }, "clock 3, guidance 2, 1, 0.5"],
   ]) {

@@ -3,7 +3,7 @@ import { test } from "node:test";
 import { RequestError } from "../src/errors.js";
 import { noise } from "../src/noise.js";
 import { betaQuantile } from "../src/schedule_tables.js";
-import { callOf, makeScheduler, readScheduler } from "../src/schedulers.js";
+import { callOf, makeScheduler, nameOf, readScheduler, SCHEDULER_NAMES, withSampler } from "../src/schedulers.js";
 import { closeTo, goldenFiles, largest, readGolden } from "./golden.js";
 
 for (const name of goldenFiles("schedulers")) {
@@ -76,7 +76,10 @@ test("settings that do not fit are refused", () => {
     [{ name: "ddim", colour: 1 }, /no such setting/],
     [{ name: "ddim", use_karras_sigmas: true }, /does not read/],
     [{ name: "euler", use_karras_sigmas: true, use_beta_sigmas: true }, /one of them/],
-    [{ name: "pndm", prediction_type: "sample" }, /epsilon/],
+    [
+      { name: "pndm", prediction_type: "sample" },
+      /^scheduler prediction_type "sample": expected one of epsilon, v_prediction for pndm$/,
+    ],
     [{ name: "ddim", eta: 2 }, /0 to 1/],
     [{ name: "ddim", num_train_timesteps: true }, /integer/],
     [{ name: "ddim", trained_betas: [0.1] }, /each training timestep/],
@@ -88,6 +91,54 @@ test("settings that do not fit are refused", () => {
       JSON.stringify(bad),
     );
   }
+});
+
+test("another sampler has the same noise process, and of the rest what both read", () => {
+  const own = readScheduler({
+    name: "dpmpp_2m",
+    beta_schedule: "scaled_linear",
+    prediction_type: "v_prediction",
+    rescale_betas_zero_snr: true,
+    timestep_spacing: "trailing",
+    use_karras_sigmas: true,
+    final_sigmas_type: "sigma_min",
+  });
+  assert.equal(nameOf(own), "dpmpp_2m_karras");
+  assert.equal(withSampler(own, "dpmpp_2m_karras"), own);
+  assert.equal(withSampler(own, "dpmpp_2m").use_karras_sigmas, false);
+  const ddim = withSampler(own, "ddim");
+  assert.deepEqual(
+    ddim,
+    readScheduler({
+      name: "ddim",
+      beta_schedule: "scaled_linear",
+      prediction_type: "v_prediction",
+      rescale_betas_zero_snr: true,
+      timestep_spacing: "trailing",
+      clip_sample: false,
+      set_alpha_to_one: false,
+    }),
+  );
+  const clipping = readScheduler({ name: "ddim", eta: 0.5 });
+  assert.deepEqual(
+    [withSampler(clipping, "lcm").clip_sample, withSampler(clipping, "pndm").set_alpha_to_one],
+    [true, true],
+  );
+  assert.equal(withSampler(clipping, "tcd").eta, 0.3); // another thing by the same name
+  for (const name of SCHEDULER_NAMES) assert.equal(nameOf(withSampler(own, name)), name);
+});
+
+test("a sampler that there is not, and one that does not take the model's prediction, are refused", () => {
+  const own = readScheduler({ name: "ddim", prediction_type: "sample" });
+  for (const name of ["dpm", "ddim_karras", "toString", "", 5, ["ddim"]])
+    assert.throws(
+      () => withSampler(own, name),
+      /^RequestError: scheduler .*: expected one of ddim, pndm, dpmpp_2m, .*, lcm, tcd$/,
+    );
+  assert.throws(
+    () => withSampler(own, "pndm"),
+    /^RequestError: scheduler prediction_type "sample": expected one of epsilon, v_prediction for pndm$/,
+  );
 });
 
 test("numbers of steps that do not fit are refused", () => {
