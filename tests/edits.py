@@ -28,7 +28,10 @@ SIDE = 32  # of the small pipelines' pictures
 SIZE = {"height": SIDE, "width": SIDE}
 DEPTH = np.add.outer(np.arange(SIDE) ** 2, np.arange(SIDE)).astype(np.float32)
 SAMPLERS = ("ddim", "pndm", "dpmpp_2m", "euler_ancestral")
-EACH_STRENGTH = pytest.mark.parametrize("strength", [0.3, 0.6, 0.9, 1.0])
+# Of each kind one is quick, the others belong to the long half.
+EACH_STRENGTH = pytest.mark.parametrize(
+    "strength", [pytest.param(each, marks=[pytest.mark.long] * (each != 0.6)) for each in (0.3, 0.6, 0.9, 1.0)]
+)
 ANCESTRAL = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
 
 
@@ -156,4 +159,6 @@ def against(
 
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=pytest.mark.long)])
-EACH_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
+EACH_SAMPLER = pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=[pytest.mark.long] * (name in ("ddim", "dpmpp_2m"))) for name in SAMPLERS]
+)

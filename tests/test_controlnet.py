@@ -68,6 +68,20 @@ def test_without_a_control_image_the_controlnet_does_not_run(backend: str) -> No
     np.testing.assert_allclose(off.latents, plain.latents, rtol=0, atol=1e-5)
 
 
+def test_guidance_may_end_on_a_cached_step() -> None:
+    """The conditional rows of the residuals stay, of each image its own."""
+    pipe = ours("sd1", "ddim", "torch", control=True)
+    asked: dict[str, Any] = {"prompt": [PROMPT, "a dog"], "control_image": [picture(), picture(3)], "clock": 2}
+    asked |= {"num_inference_steps": 4}
+    ends = pipe(**asked, guidance_scale=[2.0, 1.0, 1.0, 1.0])
+    assert [step.guided for step in ends.ledger] == [True, False, False, False]
+    assert ends.mask == (1, 0, 1, 0)
+    for i in range(2):
+        alone = {"prompt": asked["prompt"][i], "control_image": asked["control_image"][i], "first_image": i}
+        single = pipe(**{**asked, **alone}, guidance_scale=[2.0, 1.0, 1.0, 1.0])
+        np.testing.assert_allclose(single.latents[0], ends.latents[i], rtol=0, atol=1e-4)
+
+
 def test_residuals_stay_for_cached_steps() -> None:
     """By diffusers' parts: what the ControlNet made in a full step is added in the cached one after it."""
     pipe = ours("sd1", "ddim", "torch", control=True)

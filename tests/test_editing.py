@@ -70,7 +70,7 @@ def test_instructions(backend: str, sampler: str) -> None:
     assert against(ours("pix2pix", sampler, backend), other, asked) >= FLOOR_DB
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("strength", [0.6, pytest.param(1.0, marks=pytest.mark.long)])
 @EACH_SAMPLER
 @BACKENDS
 def test_depth(backend: str, sampler: str, strength: float) -> None:

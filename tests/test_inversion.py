@@ -90,6 +90,23 @@ def test_inversion_under_the_clock() -> None:
     np.testing.assert_allclose(both.latents[1:], alone.latents, rtol=0, atol=1e-4)
 
 
+def test_a_model_that_is_told_the_guidance_is_inverted_with_it() -> None:
+    pipe = ours("lcm", "lcm", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4}
+    made = [pipe.invert(picture(), guidance_scale=scale, **asked).latents for scale in (1.0, 8.0)]
+    assert np.isfinite(made[0]).all()
+    assert (made[0] != made[1]).any()
+
+
+def test_guidance_of_an_inversion_has_an_entry_for_each_call() -> None:
+    pipe = ours("sd1", "ddim", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "refinements": 1}
+    found = pipe.invert(picture(), guidance_scale=[2.0, 2.0, 1.0, 1.0], **asked)
+    assert [step.guided for step in found.ledger] == [True, True, False, False]
+    with pytest.raises(RequestError, match="guidance_scale has 2 entries for 4 calls"):
+        pipe.invert(picture(), guidance_scale=[2.0, 1.0], **asked)
+
+
 def test_latents_of_ones_own_are_what_a_seed_would_draw() -> None:
     pipe = ours("sd1", "euler", "torch")
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "clock": 2}
@@ -117,6 +134,7 @@ def test_another_sampler_is_what_the_export_would_have_written(name: str, wanted
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"latents are \[1, 4, 8, 8\]; expected \[N, 4, 16, 16\]"),
         ({"latents": np.zeros((1, 3, 16, 16), np.float32)}, r"latents are float32 \[1, 3, 16, 16\]"),
         ({"latents": np.zeros((2, 4, 16, 16), np.float32), "num_images": 3}, "with 1 or 3 rows"),
+        ({"latents": np.full((1, 4, 16, 16), np.nan, np.float32)}, "latents hold NaN or infinity"),
         ({"latents": np.zeros((1, 4, 16, 16), np.float32), "image": picture()}, "begins with one of them; give one"),
         ({"scheduler": "dpm"}, "scheduler 'dpm': expected one of ddim, "),
         ({"image": picture(), "mask_image": mask(), "strength": 2}, "strength is 2; expected 0"),

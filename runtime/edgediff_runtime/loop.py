@@ -15,6 +15,7 @@ import numpy as np
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.manifest import (
     CACHE,
+    CONTROLNET,
     LOWRES_FEATURE,
     SAMPLE,
     TIMESTEP,
@@ -236,7 +237,7 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
 
     Where guidance is of an image too, its rows, without text, are between the two. A graph of a fixed batch gets the
     rows of an image together, padded with the last row where they do not come out even. Where guidance has just ended,
-    the conditional rows of the cache are kept.
+    the conditional rows of the cache are kept, and those of a ControlNet's residuals.
     """
     num_images = len(request.latents)
     parts = request.rows_of_image(guided)
@@ -252,16 +253,22 @@ def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool
     if guided:
         named = {name: np.concatenate([*[request.uncond[name]] * (parts - 1), rows]) for name, rows in named.items()}
     # A step without unconditional rows follows one that had them.
-    cache = None
+    kept: dict[str, Array] = {}
     if old and keep_cache:
-        cache = _gather(session, old, LOWRES_FEATURE, request.rows_of_image(True) * num_images)[-num_images:]
+        rows_before = request.rows_of_image(True) * num_images
+        for name in (LOWRES_FEATURE, *_residuals(request.graphs)):
+            kept[name] = _gather(session, old, name, rows_before)[-num_images:]
     chunks = []
     for rows in groups:
         tensors = {name: session.put(np.ascontiguousarray(values[rows])) for name, values in named.items()}
-        if cache is not None:
-            tensors[LOWRES_FEATURE] = session.put(np.ascontiguousarray(cache[rows]))
+        tensors |= {name: session.put(np.ascontiguousarray(values[rows])) for name, values in kept.items()}
         chunks.append(_Chunk(rows, whole=batch is None, tensors=tensors))
     return chunks
+
+
+def _residuals(graphs: Iterable[Graph]) -> list[str]:
+    """What a ControlNet makes in full steps for the cached ones after them; nothing where none runs."""
+    return [tensor.name for graph in graphs if graph.name == CONTROLNET for tensor in graph.outputs]
 
 
 def _run(session: Session, graphs: Sequence[Graph], chunks: Sequence[_Chunk]) -> dict[str, float]:

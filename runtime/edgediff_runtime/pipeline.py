@@ -606,6 +606,8 @@ class EdgePipeline:
         guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler, start))
         differs = departure(self.manifest, mask, guidance, clock, start, scheduler)
         begins_with = None if latents is None else self._latents(latents)
+        if begins_with is not None and not np.isfinite(begins_with).all():
+            raise RequestError("latents hold NaN or infinity; expected finite numbers")
         if begins_with is not None and image is not None:
             raise RequestError("latents and an image were given, and a generation begins with one of them; give one")
         if num_images is None and prompt_embeds is None and not isinstance(prompt, list | tuple):
@@ -676,7 +678,7 @@ class EdgePipeline:
         num_inference_steps: int | None = None,
         refinements: int = 0,
         clock: ClockSpec = 1,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         callback: Callable[[Step], None] | None = None,
         **request: Unpack[Condition],
     ) -> Inverted:
@@ -690,7 +692,7 @@ class EdgePipeline:
             refinements: How often each step is taken again, with the UNet's output for what it led to: closer to
                 the picture for as many more calls of the UNet.
             clock: Period or mask of the full calls; a mask has (refinements + 1) * num_inference_steps entries.
-            guidance_scale: 1, as here, inverts without guidance, which is more exact.
+            guidance_scale: One number, or one for each call; 1, as here, inverts without guidance, which is more exact.
             callback: Called after each call of the UNet.
             request: The prompt or the label, and the size, as `Arguments` says.
 
@@ -705,14 +707,22 @@ class EdgePipeline:
         steps = steps if num_inference_steps is None else plain(num_inference_steps)
         inverse = inverse_scheduler(self.manifest.scheduler, steps, refinements)
         calls = len(inverse.timesteps)
-        mask, scale = clock_mask(plain(clock), calls), plain(guidance_scale)
+        mask = clock_mask(plain(clock), calls)
+        guidance = _guidance(plain(guidance_scale), calls, f"{calls} calls")
         prepared, _, usage = self._prepare(
-            num_images=len(images), num_inference_steps=steps, scheduler=DDIM, clock=1, guidance_scale=scale, **request
+            num_images=len(images),
+            num_inference_steps=steps,
+            scheduler=DDIM,
+            clock=1,
+            guidance_scale=max(guidance),
+            **request,
         )
+        if GUIDANCE in prepared.cond:  # the model is told, and there are no unconditional rows
+            guidance = (1.0,) * calls
         (encoded,) = self._encode([as_pixels(images)], usage)
         vae = self.manifest.vae
         backwards = replace(
-            prepared, scheduler=inverse, clock=mask, guidance=_guidance(scale, calls, f"{calls} calls"),
+            prepared, scheduler=inverse, clock=mask, guidance=guidance,
             latents=encoded if vae is None else from_vae(vae, encoded),
         )  # fmt: skip
         latents, ledger = self._denoise(backwards, usage, callback)
