@@ -173,6 +173,7 @@ def test_the_bundle_counts_the_controlnet_in_full_steps() -> None:
         (False, {"controlnet_conditioning_scale": 0.5}, "but there is no ControlNet; leave it out"),
         (True, {"controlnet_conditioning_scale": 0.5}, "without a control_image; give one"),
         (True, {"control_image": picture(), "controlnet_conditioning_scale": -1}, "expected a finite number from 0"),
+        (True, {"control_image": picture(), "controlnet_conditioning_scale": 1e300}, "expected a finite number from 0"),
         (True, {"control_image": np.zeros((8, 8, 3), np.uint8)}, r"control_image has 8 x 8 pixels \(width x height\)"),
         (True, {"control_image": [picture()] * 2, "num_images": 3}, "has 2 pictures for 3 images; expected 1 or 3"),
     ],
@@ -180,6 +181,14 @@ def test_the_bundle_counts_the_controlnet_in_full_steps() -> None:
 def test_what_cannot_steer_is_refused(control: bool, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         ours("sd1", "ddim", "torch", control=control)(prompt=PROMPT, **asked)
+
+
+def test_as_many_images_as_control_images_are_given() -> None:
+    pipe = ours("sd1", "ddim", "torch", control=True)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2}
+    several = pipe(**asked, control_image=[picture(), picture(3)]).latents
+    alone = pipe(**asked, control_image=picture(3), first_image=1).latents
+    np.testing.assert_allclose(several[1:], alone, rtol=0, atol=1e-4)
 
 
 def changed(**settings: Any) -> Callable[[Path], None]:

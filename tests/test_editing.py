@@ -159,6 +159,50 @@ def test_an_edit_of_several_images_is_each_alone() -> None:
     assert (one_picture.images[0] != one_picture.images[1]).any()
 
 
+EMPTY = np.zeros((1, 4, SIDE // 2, SIDE // 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "count"),
+    [
+        ("sd1", {"image": [picture(), picture(3)]}, 2),
+        ("sd1", {"image": picture(), "mask_image": [mask()] * 3}, 3),
+        ("sd1", {"image": [picture()] * 2, "prompt": ["a", "b"]}, 2),
+        ("sd1", {"image": picture(), "prompt": ["a", "b"]}, 2),
+        ("sd1", {"image": [picture(), picture(3)], "prompt": None, "prompt_embeds": np.ones((1, 77, 32))}, 2),
+        ("sd1", {"latents": EMPTY, "prompt": ["a", "b"]}, 2),
+        ("sd1", {"latents": np.repeat(EMPTY, 3, axis=0)}, 3),
+        ("depth", {"depth_map": [DEPTH, DEPTH]}, 2),
+    ],
+)
+def test_as_many_images_as_pictures_or_latents_are_given(name: str, asked: dict[str, Any], count: int) -> None:
+    pipe = ours(name, "ddim", "torch")
+    steps: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1, "clock": 1}
+    assert len(pipe(**{"prompt": PROMPT, **steps, **asked}).latents) == count
+
+
+@pytest.mark.parametrize(("name", "asked"), [("pix2pix", {}), ("inpaint", {"mask_image": mask()})])
+def test_where_an_edit_begins_with_noise_it_may_be_given(name: str, asked: dict[str, Any]) -> None:
+    pipe = ours(name, "euler_ancestral", "torch")
+    told: dict[str, Any] = {"prompt": PROMPT, "image": picture(), "num_inference_steps": 3, "seed": 5, **asked}
+    own = noise(5, (4, SIDE // 2, SIDE // 2))[None]
+    np.testing.assert_array_equal(pipe(**told, latents=own).latents, pipe(**told).latents)
+    assert (pipe(**told, latents=2 * own).latents != pipe(**told).latents).any()
+
+
+def test_a_stream_has_no_picture_to_paste_into() -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT, "image": picture(), "mask_image": mask(), "paste": True}
+    with pytest.raises(RequestError, match="paste was given, but steps have latents and no picture"):
+        ours("sd1", "ddim", "torch").stream(**asked)
+
+
+def test_numbers_of_an_edit_may_be_numpys() -> None:
+    pipe = ours("sd1", "ddim", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "image": picture(), "mask_image": mask(), "clock": 1}
+    numpys = pipe(**asked, strength=np.float64(0.5), paste=np.bool_(True), feather=np.int64(2)).images
+    np.testing.assert_array_equal(numpys, pipe(**asked, strength=0.5, paste=True, feather=2).images)
+
+
 def test_outside_of_a_pasted_mask_every_pixel_is_the_images_own() -> None:
     pipe = ours("sd1", "ddim", "torch")
     asked: dict[str, Any] = {"prompt": PROMPT, "image": picture(), "mask_image": mask(), "clock": 1}
@@ -203,11 +247,15 @@ def test_a_full_mask_draws_everything_anew() -> None:
         ("sd1", {"strength": 0.1}, r"strength is 0.1: of 8 steps it leaves none; expected 0.125 or more"),
         ("sd1", {"strength": 0}, "strength is 0: of 8 steps it leaves none"),
         ("sd1", {"strength": 0.6, "clock": "1,0,1,0,1,0,1,0"}, "has 8 entries for the last 4 of 8 steps"),
-        ("sd1", {"image": None, "strength": 0.5}, "strength was given without an image; give image= too"),
+        ("sd1", {"image": None, "strength": 0.5}, r"strength was given without an image; give image= \(--image\) too"),
         ("sd1", {"image": None, "mask_image": mask()}, "mask_image was given without an image"),
         ("sd1", {"paste": True}, "paste was given without a mask"),
         ("sd1", {"feather": 3, "mask_image": mask()}, "feather was given, but nothing is pasted"),
-        ("sd1", {"feather": -1, "paste": True, "mask_image": mask()}, "feather is -1; expected 0 to 256 pixels"),
+        ("sd1", {"feather": -1, "paste": True, "mask_image": mask()}, "feather is -1; expected a whole number"),
+        ("sd1", {"feather": [2, 3], "paste": True, "mask_image": mask()}, r"feather is \[2, 3\]; expected a whole"),
+        ("sd1", {"paste": "no", "mask_image": mask()}, "paste is 'no'; expected True or False"),
+        ("sd1", {"paste": True, "mask_image": mask(), "output_type": "latent"}, "there will be latents and no picture"),
+        ("sd1", {"mask_image": [mask(), np.asarray(mask())]}, "mask_image has pictures of Pillow's and others in one"),
         ("sd1", {"image": [picture()] * 2, "num_images": 3}, "image has 2 pictures for 3 images; expected 1 or 3"),
         ("sd1", {"image": np.zeros((30, 32, 3), np.uint8)}, r"image has 32 x 30 pixels \(width x height\)"),
         ("sd1", {"mask_image": Image.fromarray(thin())}, "too thin"),
@@ -218,6 +266,7 @@ def test_a_full_mask_draws_everything_anew() -> None:
         ("pix2pix", {"image": None}, "takes image beside the latent; give image="),
         ("pix2pix", {"strength": 0.5}, "begins from noise; give image_guidance_scale="),
         ("pix2pix", {"mask_image": mask()}, "follows instructions for the whole picture"),
+        ("pix2pix", {"image_guidance_scale": 1e300}, r"image_guidance_scale is 1e\+300; expected a"),
         ("pix2pix", {"image_guidance_scale": -1}, "image_guidance_scale is -1; expected a finite number from 0"),
         ("depth", {}, "takes depth beside the latent; give depth_map="),
         ("depth", {"depth_map": FINE_LINES}, "the same everywhere at the latent's size; expected a coarser"),

@@ -20,6 +20,7 @@ from edgediff.models.sampling import scheduler_config
 from edgediff.models.undivided import undivided_session
 from edgediff_runtime import EdgePipeline, RequestError, noise
 from edgediff_runtime.editing import as_pixels
+from edgediff_runtime.image import read_latents
 from edgediff_runtime.inversion import inverse_scheduler
 from edgediff_runtime.schedulers import SCHEDULER_NAMES, SchedulerConfig, make_scheduler, with_sampler
 
@@ -134,8 +135,10 @@ def test_another_sampler_is_what_the_export_would_have_written(name: str, wanted
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"latents are \[1, 4, 8, 8\]; expected \[N, 4, 16, 16\]"),
         ({"latents": np.zeros((1, 3, 16, 16), np.float32)}, r"latents are float32 \[1, 3, 16, 16\]"),
         ({"latents": np.zeros((2, 4, 16, 16), np.float32), "num_images": 3}, "with 1 or 3 rows"),
-        ({"latents": np.full((1, 4, 16, 16), np.nan, np.float32)}, "latents hold NaN or infinity"),
         ({"latents": np.zeros((1, 4, 16, 16), np.float32), "image": picture()}, "begins with one of them; give one"),
+        ({"latents": np.full((1, 4, 16, 16), np.nan, np.float32)}, "latents hold NaN or infinity"),
+        ({"latents": np.full((1, 4, 16, 16), 1e300)}, "latents hold NaN or infinity"),
+        ({"latents": [[1.0], [1.0, 2.0]]}, "latents is not an array"),
         ({"scheduler": "dpm"}, "scheduler 'dpm': expected one of ddim, "),
         ({"image": picture(), "mask_image": mask(), "strength": 2}, "strength is 2; expected 0"),
     ],
@@ -150,6 +153,7 @@ def test_what_a_generation_cannot_begin_with_is_refused(asked: dict[str, Any], m
     [
         ({"refinements": -1}, "refinements is -1; expected 0 to 20"),
         ({"refinements": 1.5}, "refinements is 1.5"),
+        ({"guidance_scale": [1.0] * 8}, "guidance_scale is .*; expected a finite number from 0"),
         ({"clock": "1,0"}, "clock mask 1,0 has 2 entries for 8 steps"),
         ({"image": np.zeros((8, 8, 3), np.uint8)}, "image has 8 x 8 pixels"),
         ({"num_inference_steps": 0}, "num_inference_steps 0: expected"),
@@ -165,6 +169,56 @@ def test_steps_that_clip_cannot_be_taken_backwards() -> None:
     clipping = msgspec.structs.replace(pipe.manifest, scheduler=SchedulerConfig(name="ddim"))
     with pytest.raises(RequestError, match="clip_sample True and eta 0: such steps cannot be taken backwards"):
         EdgePipeline(clipping, pipe.components, pipe._tokenizers).invert(picture(), prompt=PROMPT)
+
+
+def test_a_model_that_is_told_the_guidance_inverts_without_rows_of_it() -> None:
+    pipe = ours("lcm", "lcm", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2}
+    told, other = (pipe.invert(picture(), guidance_scale=scale, **asked) for scale in (7.5, 1.0))
+    assert [step.guided for step in told.ledger] == [False, False]
+    assert (told.latents != other.latents).any()
+
+
+@pytest.mark.parametrize(("name", "beside"), [("inpaint", "mask and masked image"), ("pix2pix", "image")])
+def test_what_stands_beside_the_latent_is_given_to_an_inversion(name: str, beside: str) -> None:
+    pipe = ours(name, "ddim", "torch")
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2}
+    with pytest.raises(RequestError, match=f"takes {beside} beside the latent.* give concat_latents="):
+        pipe.invert(picture(), **asked)
+    channels = pipe.manifest.sample.in_channels - pipe.manifest.sample.channels
+    own = noise(1, (1, channels, SIDE // 2, SIDE // 2))
+    assert len(pipe.invert(picture(), concat_latents=own, refinements=np.int64(1), **asked).ledger) == 4
+
+
+@pytest.mark.parametrize("wanted", SCHEDULER_NAMES)
+def test_another_sampler_has_the_bundles_zero_terminal_snr_or_is_refused(wanted: str) -> None:
+    source = {**make.SD15, "clip_sample": False, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    config = scheduler_config(source, "ddim")
+    if wanted == "pndm" or wanted.startswith("heun"):
+        with pytest.raises(RequestError, match="does not read it; expected False"):
+            with_sampler(config, wanted)
+    else:
+        assert with_sampler(config, wanted).rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cannot be read as .npy"),
+        (b"PK\x03\x04 no archive", "cannot be read as .npy"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((\n\n", "cannot be read as .npy"),
+        (None, "is an archive of arrays"),
+    ],
+)
+def test_a_file_without_latents_is_refused(tmp_path: Path, data: bytes | None, message: str) -> None:
+    file = tmp_path / "latents.npy"
+    if data is None:
+        with file.open("wb") as stream:
+            np.savez(stream, latents=np.zeros((1, 4, 16, 16), np.float32))
+    else:
+        file.write_bytes(data)
+    with pytest.raises(RequestError, match=message):
+        read_latents(file)
 
 
 @pytest.mark.long

@@ -84,7 +84,8 @@ def run(
         Path | None, typer.Option(help="A .npy to begin with in place of noise, such as `edgediff invert` writes.")
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(help="How many images; left out, one for each prompt, 16 without prompts.")
+        int | None,
+        typer.Option(help="How many images; left out, one for each prompt, 1 with --image or --latents, else 16."),
     ] = None,
     steps: StepsOption = None,
     scheduler: Annotated[

@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
     parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
     parser.add_argument("--scheduler", help="another sampler than the bundle's, such as ddim or euler")
-    parser.add_argument("--num-images", type=int, help="default: one for each prompt, 16 without prompts")
+    parser.add_argument(
+        "--num-images", type=int, help="default: one for each prompt, 1 with --image or --latents, else 16"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
     parser.add_argument("--guidance-scale", type=float)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgediff_runtime.errors import RequestError
+from edgediff_runtime.errors import RequestError, one_line
 from edgediff_runtime.manifest import TOKENS, Conditioning, Tensor
+from edgediff_runtime.manifest_json import MAX_GUIDANCE
 from edgediff_runtime.sessions import Array
 from edgediff_runtime.text_encoding import TextStage
 
@@ -156,6 +158,14 @@ def plain(value: Any) -> Any:
     return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+def factor(name: str, given: Any) -> float:
+    """A finite number from 0, as float32 holds it; a RequestError for anything else."""
+    value = plain(given)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_GUIDANCE:
+        raise RequestError(f"{name} is {given!r}; expected a finite number from 0")
+    return float(value)
+
+
 def arrays(embeds: object, added: object, which: str) -> dict[str, Array]:
     """Conditioning tensors by name, as numpy arrays; torch's may have gradients or be bfloat16."""
     if not isinstance(added, Mapping | None):
@@ -164,15 +174,19 @@ def arrays(embeds: object, added: object, which: str) -> dict[str, Array]:
     for name, value in {"encoder_hidden_states": embeds, **(added or {})}.items():
         if value is None:
             continue
-        tensor: Any = value
-        if hasattr(tensor, "detach"):
-            tensor = tensor.detach().cpu()
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-        try:
-            found[name] = np.asarray(tensor)
-        except (TypeError, ValueError) as e:  # rows of different lengths
-            raise RequestError(f"{which}{name} is not an array ({e}); expected numbers in rows of one length") from e
+        found[name] = as_array(value, f"{which}{name}")
     return found
+
+
+def as_array(value: Any, name: str, wanted: str = "numbers in rows of one length") -> NDArray[Any]:
+    """An array of numpy's or torch's, or nested lists, as numpy's; a RequestError for what is none."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as e:  # rows of different lengths; torch's with gradients in a list
+        raise RequestError(f"{name} is not an array ({one_line(e, 200)}); expected {wanted}") from e
 
 
 def rows_of(needed: Mapping[str, Tensor], given: Mapping[str, Array], count: int, which: str) -> dict[str, Array]:

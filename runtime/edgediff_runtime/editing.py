@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff_runtime.conditioning import plain
+from edgediff_runtime.conditioning import factor, plain
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.loop import Kept
 from edgediff_runtime.manifest import Concatenated, Graph, Sample, Vae
@@ -51,10 +51,17 @@ class Edit:
     paste: bool = False
 
     @property
-    def count(self) -> int | None:
-        """How many pictures the request has; None where one is for all images, or there are none."""
-        counts = {len(each) for each in (self.image, self.mask, self.depth) if each is not None} - {1}
-        return max(counts) if counts else None
+    def count(self) -> int:
+        """How many pictures the request has; 1 where one is for all images, or there are none."""
+        return max(1 if each is None else len(each) for each in (self.image, self.mask, self.depth))
+
+    @property
+    def begins_with_noise(self) -> bool:
+        """Whether nothing of the picture is in the latents that the loop begins with.
+
+        As in diffusers: under a mask all of the noise is noise alone; without one, the picture shows through it.
+        """
+        return self.image is None or self.image_guidance is not None or (self.mask is not None and self.strength == 1)
 
     def check_count(self, count: int) -> None:
         """Refuses more than one picture, mask or depth map, and not one for each of so many images."""
@@ -110,10 +117,8 @@ def begin(
     downscale = 1 if vae is None else vae.downscale
     masks = None if edit.mask is None else latent_mask(edit.mask, downscale)
     blends = masks is not None and "mask" not in edit.takes
-    # As diffusers: under a mask, all of the noise is noise alone; without one, the picture shows through it.
-    from_noise = edit.image_guidance is not None or (masks is not None and edit.strength == 1)
     wanted = {}
-    if blends or not from_noise:
+    if blends or not edit.begins_with_noise:
         wanted["source"] = pixels
     if "image" in edit.takes:
         wanted["image"] = pixels
@@ -125,7 +130,7 @@ def begin(
     latents, kept = pure, None
     if "source" in scaled:
         source = _rows([scaled["source"]], count)
-        if not from_noise:
+        if not edit.begins_with_noise:
             latents = scheduler.add_noise(start, source, noise)
         if blends:
             assert masks is not None
@@ -167,6 +172,11 @@ def read_edit(
         RequestError: A picture is missing, not needed, or does not fit.
     """
     height, width = (downscale * side for side in size)
+    paste, feather = plain(paste), plain(feather)
+    if not isinstance(paste, bool):
+        raise RequestError(f"paste is {paste!r}; expected True or False")
+    if isinstance(feather, bool) or not isinstance(feather, int) or not 0 <= feather <= MAX_FEATHER:
+        raise RequestError(f"feather is {feather!r}; expected a whole number from 0 to {MAX_FEATHER}, in pixels")
     takes = () if concatenated else sample.concat
     _must_come("image", image, "image" in takes or "masked_image" in takes, takes)
     _must_come("mask_image", mask_image, "mask" in takes, takes)
@@ -176,13 +186,11 @@ def read_edit(
     if image is None:
         for name, given in (("mask_image", mask_image), ("strength", strength)):
             if given is not None:
-                raise RequestError(f"{name} was given without an image; give image= too")
+                raise RequestError(f"{name} was given without an image; give image= (--image) too")
     if mask_image is None and (paste or feather):
-        raise RequestError(f"{'paste' if paste else 'feather'} was given without a mask; give mask_image= too")
+        raise RequestError(f"{'paste' if paste else 'feather'} was given without a mask; give mask_image= (--mask) too")
     if feather and not paste:
-        raise RequestError("feather was given, but nothing is pasted; give paste=True too")
-    if isinstance(feather, bool) or not isinstance(feather, int) or not 0 <= feather <= MAX_FEATHER:
-        raise RequestError(f"feather is {feather!r}; expected 0 to {MAX_FEATHER} pixels")
+        raise RequestError("feather was given, but nothing is pasted; give paste=True (--paste) too")
     instructed = "image" in takes
     if instructed and mask_image is not None:
         raise RequestError(
@@ -191,7 +199,7 @@ def read_edit(
     if instructed and strength is not None:
         raise RequestError(
             "strength was given, but the bundle's UNet sees the image in every step and begins from noise; "
-            "give image_guidance_scale="
+            "give image_guidance_scale= (--image-guidance-scale)"
         )
     if image_guidance_scale is not None and not instructed:
         raise RequestError(
@@ -215,16 +223,21 @@ def read_edit(
         depth = 2 * (depth - low) / (high - low) - 1
     guidance = None
     if instructed:
-        guidance = IMAGE_GUIDANCE if image_guidance_scale is None else plain(image_guidance_scale)
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance < np.inf:
-            raise RequestError(f"image_guidance_scale is {image_guidance_scale!r}; expected a finite number from 0")
+        guidance = (
+            IMAGE_GUIDANCE if image_guidance_scale is None else factor("image_guidance_scale", image_guidance_scale)
+        )
     return Edit(takes, images, masks, depth, chosen, guidance, feather, paste)
 
 
-def _must_come(name: str, given: object, needed: bool, takes: tuple[str, ...]) -> None:
+def _must_come(name: str, given: object, needed: bool, takes: tuple[Concatenated, ...]) -> None:
     if needed and given is None:
-        beside = " and ".join(takes).replace("_", " ")
-        raise RequestError(f"the bundle's UNet takes {beside} beside the latent; give {name}=")
+        option = {"image": "--image", "mask_image": "--mask", "depth_map": "--depth"}[name]
+        raise RequestError(f"the bundle's UNet takes {in_words(takes)} beside the latent; give {name}= ({option})")
+
+
+def in_words(takes: tuple[Concatenated, ...]) -> str:
+    """What is concatenated to the latent, for messages."""
+    return " and ".join(takes).replace("_", " ")
 
 
 def steps_left_out(strength: float, num_inference_steps: int) -> int:
@@ -242,7 +255,7 @@ def steps_left_out(strength: float, num_inference_steps: int) -> int:
     run = min(int(num_inference_steps * value), num_inference_steps)
     if run < 1:
         raise RequestError(
-            f"strength is {value:g}: of {num_inference_steps} steps it leaves none; "
+            f"strength is {value:g}: of {num_inference_steps} step{'s' * (num_inference_steps != 1)} it leaves none; "
             f"expected {1 / num_inference_steps:g} or more, or more steps"
         )
     return num_inference_steps - run

@@ -142,9 +142,13 @@ def write_latents(latents: Array, path: Path) -> None:
 def read_latents(path: Path) -> Array:
     """Reads latents from a ``.npy``; a RequestError where it is none."""
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as e:
+        with path.open("rb") as stream:
+            found = np.load(stream, allow_pickle=False)
+    except Exception as e:  # a damaged file may end in errors of zip archives or of Python's tokenizer
         raise RequestError(f"--latents {path} cannot be read as .npy: {one_line(e, 200)}") from e
+    if not isinstance(found, np.ndarray):
+        raise RequestError(f"--latents {path} is an archive of arrays (.npz); expected one array (.npy)")
+    return found
 
 
 def _write_npy(path: Path, array: Array) -> None:

@@ -5,7 +5,7 @@ output belongs to the noisier latent that is looked for. The first guess takes t
 each refinement takes it again for the last guess (a fixed-point iteration).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -41,10 +41,12 @@ class Inverted:
         return tuple(int(step.full) for step in self.ledger)
 
 
+@dataclass(frozen=True, eq=False)
 class InverseDdim(Scheduler):
     """DDIM's steps backwards, the last first; a row is (x_0 from x, from the output, x from x_prev, from the output).
 
-    The state is the latent that a step began with, which refinements come back to.
+    The state is the latent that a step began with, which refinements come back to. Nothing begins at a noise level
+    on the way, so that no levels are kept.
     """
 
     name = "ddim_inverse"
@@ -60,27 +62,19 @@ class InverseDdim(Scheduler):
             (x0_x, x0_out, np.float32(1 / float(of_x)), np.float32(-float(of_out) / float(of_x)))
             for x0_x, x0_out, _, of_x, of_out, _ in ddim._rows[::-1]
         ]
-        # Before each step the latent is at the level that DDIM's step arrives at.
         return cls(
             timesteps=ddim.timesteps[::-1].copy(),
             init_noise_sigma=1.0,
             needs_noise=False,
             _rows=tuple(rows),
-            _levels=ddim._levels[::-1],
+            _levels=(),
         )
 
     def refined(self, times: int) -> "InverseDdim":
         """The same with each step taken so many times more, as calls of their own."""
-        each = times + 1
-        made = InverseDdim(
-            timesteps=np.repeat(self.timesteps, each),
-            init_noise_sigma=1.0,
-            needs_noise=False,
-            _rows=tuple(row for row in self._rows for _ in range(each)),
-            _levels=tuple(level for level in self._levels for _ in range(each)),
-        )
-        object.__setattr__(made, "refinements", times)
-        return made
+        calls = times + 1
+        rows = tuple(row for row in self._rows for _ in range(calls))
+        return replace(self, timesteps=np.repeat(self.timesteps, calls), _rows=rows, refinements=times)
 
     def _step(self, i: int, x_t: Array, out: Array, before: State, noise: Array | None) -> tuple[Array, State]:
         of_x, of_out = self._rows[i][2:]

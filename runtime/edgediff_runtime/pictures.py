@@ -4,6 +4,7 @@ A picture of another size is scaled until it covers the size that is drawn, and 
 mask or a depth map that comes with it, in the same way.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgediff_runtime.conditioning import as_array
 from edgediff_runtime.errors import RequestError, one_line
 from edgediff_runtime.sessions import Array
 
-# A photograph of 200 million pixels takes 600 MB; what claims more is refused before it is read.
-MAX_PIXELS = 200_000_000
+# Pillow's name for a JPEG that further pictures follow, as many telephones write it: a thumbnail, a depth map.
+BESIDE_A_PHOTOGRAPH = "MPO"
 # How far Pillow's modes of more than 8 bits reach.
 _DEEP = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}
 # Of the cubic that torch and OpenCV interpolate with.
 _CUBIC = -0.75
 _TAPS = 4
+ONE_SIZE = "pictures of one size"
 
 
 def open_picture(path: Path, name: str) -> Any:
@@ -30,7 +33,8 @@ def open_picture(path: Path, name: str) -> Any:
         name: What it is for, for messages.
 
     Raises:
-        RequestError: It is missing, damaged, animated, too large, or of a format that Pillow does not read.
+        RequestError: It is missing, damaged, animated, of more pixels than Pillow reads (179 million), or of a format
+            that it does not read.
     """
     from PIL import Image, ImageOps
 
@@ -39,16 +43,17 @@ def open_picture(path: Path, name: str) -> Any:
     if not path.exists():
         raise RequestError(f"{name} {path}: there is no such file; check the path")
     try:
-        with Image.open(path) as opened:
+        # Pillow warns of what it reads nevertheless: large pictures, damaged metadata.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             frames = getattr(opened, "n_frames", 1)
-            if frames > 1:
-                raise RequestError(f"{name} {path}: it is animated, {frames} pictures; save one of them")
-            if opened.width * opened.height > MAX_PIXELS:
-                raise RequestError(
-                    f"{name} {path}: it has {opened.width} x {opened.height} pixels; expected {MAX_PIXELS} at most"
-                )
+            if frames > 1 and opened.format != BESIDE_A_PHOTOGRAPH:
+                raise RequestError(f"{name} {path}: it holds {frames} pictures, as animations do; save one of them")
             return ImageOps.exif_transpose(opened.copy())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except RequestError:
+        raise
+    except Image.DecompressionBombError as e:
+        raise RequestError(f"{name} {path}: it has more pixels than Pillow reads ({one_line(e, 200)})") from e
+    except Exception as e:  # what Pillow's readers raise for damaged files shares no base class
         raise RequestError(f"{name} {path}: it is damaged, or no picture that Pillow reads ({one_line(e, 200)})") from e
 
 
@@ -93,9 +98,10 @@ def images_of(given: object, height: int, width: int, name: str = "image") -> ND
     Raises:
         RequestError: It is something else, or an array of another size.
     """
-    if _is_pillow(given):
-        return np.stack([_rgb(_fitted(each, height, width, name)) for each in _list(given)])
-    array = _array(given, name)
+    pictures = _pillows(given, name)
+    if pictures:
+        return np.stack([_rgb(_fitted(each, height, width, name)) for each in pictures])
+    array = as_array(given, name, ONE_SIZE)
     told = _told(array)
     array = array[..., None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
@@ -116,11 +122,12 @@ def masks_of(given: object, height: int, width: int, image: object) -> NDArray[n
     Raises:
         RequestError: It is something else, of another size, or covers nothing.
     """
-    if _is_pillow(given):
+    pictures, images = _pillows(given, "mask_image"), _pillows(image, "image")
+    if pictures:
         masks = []
-        for i, each in enumerate(_list(given)):
-            beside = _list(image)[min(i, len(_list(image)) - 1)] if _is_pillow(image) else None
-            if beside is not None and beside.size != each.size:
+        for i, each in enumerate(pictures):
+            beside = images[min(i, len(images) - 1)] if images else each
+            if beside.size != each.size:
                 raise RequestError(
                     f"mask_image has {each.width} x {each.height} pixels, the image {beside.width} x {beside.height} "
                     "(width x height); expected the same"
@@ -128,7 +135,7 @@ def masks_of(given: object, height: int, width: int, image: object) -> NDArray[n
             masks.append(_grey(_fitted(each, height, width, "mask_image", nearest=True)) >= 0.5)
         found = np.stack(masks)
     else:
-        found = _array(given, "mask_image")
+        found = as_array(given, "mask_image", ONE_SIZE)
         told = _told(found)
         found = found[..., 0] if found.ndim == 4 and found.shape[3] == 1 else found
         found = found[None] if found.ndim == 2 else found
@@ -151,10 +158,11 @@ def depths_of(given: object, height: int, width: int) -> Array:
     Raises:
         RequestError: It is something else, not finite, or the same everywhere.
     """
-    if _is_pillow(given):
-        found = np.stack([_grey(_fitted(each, height, width, "depth_map")) for each in _list(given)])
+    pictures = _pillows(given, "depth_map")
+    if pictures:
+        found = np.stack([_grey(_fitted(each, height, width, "depth_map")) for each in pictures])
     else:
-        found = _array(given, "depth_map")
+        found = as_array(given, "depth_map", ONE_SIZE)
         told = _told(found)
         found = found[None] if found.ndim == 2 else found
         if found.dtype.kind not in "iuf" or found.ndim != 3 or not found.size:
@@ -192,6 +200,8 @@ def _fitted(picture: Any, height: int, width: int, name: str, nearest: bool = Fa
     """A picture of this size: scaled until it covers it, what is over cut off at both ends."""
     from PIL import Image
 
+    if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+        raise RequestError(f"{name} holds NaN or infinity; expected finite numbers")
     if picture.size == (width, height):
         return picture
     if min(picture.size) < 1:
@@ -237,23 +247,13 @@ def _is_transparent(picture: Any) -> bool:
     return picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
 
 
-def _is_pillow(given: object) -> bool:
-    first = given[0] if isinstance(given, list | tuple) and given else given
-    return hasattr(first, "convert") and hasattr(first, "mode")
-
-
-def _list(given: Any) -> Sequence[Any]:
-    return given if isinstance(given, list | tuple) else [given]
-
-
-def _array(given: object, name: str) -> NDArray[Any]:
-    tensor: Any = given
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
-    try:
-        return np.asarray(tensor)
-    except (TypeError, ValueError) as e:
-        raise RequestError(f"{name} is not an array ({one_line(e, 200)}); expected pictures of one size") from e
+def _pillows(given: Any, name: str) -> Sequence[Any]:
+    """Pillow's pictures, one or a list of them; none where arrays were given, a RequestError for both in one list."""
+    listed = given if isinstance(given, list | tuple) else [given]
+    found = [each for each in listed if hasattr(each, "convert") and hasattr(each, "mode")]
+    if found and len(found) < len(listed):
+        raise RequestError(f"{name} has pictures of Pillow's and others in one list; expected one kind")
+    return found
 
 
 def _told(array: NDArray[Any]) -> str:

@@ -23,6 +23,7 @@ from edgediff_runtime.conditioning import (
     Text,
     Texts,
     arrays,
+    as_array,
     check_count,
     class_rows,
     guidance_embedding,
@@ -32,7 +33,7 @@ from edgediff_runtime.conditioning import (
     time_ids,
 )
 from edgediff_runtime.decoding import OVERLAP, decode
-from edgediff_runtime.editing import Edit, as_pixels, begin, encode, from_vae, read_edit, steps_left_out
+from edgediff_runtime.editing import Edit, as_pixels, begin, encode, from_vae, in_words, read_edit, steps_left_out
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import NO_PREVIEW, to_uint8
 from edgediff_runtime.inversion import DDIM, Inverted, inverse_scheduler
@@ -101,7 +102,7 @@ class Arguments(Condition, total=False):
         concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
         latents: [1 or N, C, H, W], what a generation begins with in place of noise of its own; standard normal, as of
             `invert`.
-        num_images: N; 1 if left out, or the number of labels, prompts or prompt embeddings given.
+        num_images: N; if left out, the number of labels, prompts, embeddings, pictures or latents given, or 1.
         num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
             is a mask asks for one.
         scheduler: Another sampler than the bundle's, one of `edgediff_runtime.schedulers.SCHEDULER_NAMES`.
@@ -315,6 +316,8 @@ class EdgePipeline:
         if output_type not in ("image", "latent"):
             raise RequestError(f"output_type is {output_type!r}; expected image or latent")
         latent_tile = self._latent_tile(tile)
+        if plain(request.get("paste")) is True and (output_type == "latent" or not self.can_decode):
+            raise RequestError("paste was given, but there will be latents and no picture; leave it out")
         prepared, edit, usage = self._prepare(tile=latent_tile, **request)
         latents, ledger = self._denoise(prepared, usage, callback)
         pixels = None
@@ -434,13 +437,17 @@ class EdgePipeline:
 
     def _latents(self, latents: Array) -> Array:
         """Latents of the model's channels, as float32."""
-        sample, given = self.manifest.sample, np.asarray(latents)
+        sample, given = self.manifest.sample, as_array(latents, "latents")
         if given.dtype.kind != "f" or given.ndim != 4 or given.shape[1] != sample.channels or not given.size:
             shape = ("N", sample.channels, sample.height, sample.width)
             raise RequestError(
                 f"latents are {given.dtype.name} {list(given.shape)}; expected float32 {spell_shape(shape)}"
             )
-        return given.astype(np.float32)
+        with np.errstate(over="ignore"):
+            found: Array = given.astype(np.float32)
+        if not np.isfinite(found).all():
+            raise RequestError("latents hold NaN or infinity; expected finite numbers")
+        return found
 
     def _decode(self, latents: Array, usage: Usage, tile: int | None) -> Array:
         if self.manifest.vae is None:
@@ -531,6 +538,8 @@ class EdgePipeline:
         Warns:
             OperatingPointWarning: It is not what the bundle's adaptor was trained for; once for each pipeline.
         """
+        if plain(request.get("paste")) is True:
+            raise RequestError("paste was given, but steps have latents and no picture; leave it out")
         prepared, _, usage = self._prepare(**request)
 
         def steps() -> Iterator[Step]:
@@ -606,17 +615,17 @@ class EdgePipeline:
         guidance = _guidance(scale, len(mask), calls_in_words(steps, sampler, start))
         differs = departure(self.manifest, mask, guidance, clock, start, scheduler)
         begins_with = None if latents is None else self._latents(latents)
-        if begins_with is not None and not np.isfinite(begins_with).all():
-            raise RequestError("latents hold NaN or infinity; expected finite numbers")
-        if begins_with is not None and image is not None:
+        if begins_with is not None and not edit.begins_with_noise:
             raise RequestError("latents and an image were given, and a generation begins with one of them; give one")
-        if num_images is None and prompt_embeds is None and not isinstance(prompt, list | tuple):
-            num_images = edit.count if begins_with is None else len(begins_with)
         texts = None
         if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
             self._check_text(prompt, prompt_embeds, negative_prompt_embeds)
             texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
-        graphs = self._graphs(UNET, *size)
+        steering = steer(self._graphs(UNET, *size), control_image, controlnet_conditioning_scale)
+        graphs = steering.graphs
+        several = max(edit.count, steering.count, 1 if begins_with is None else len(begins_with))
+        if num_images is None and several > 1:
+            num_images = several
         if self.manifest.vae is not None and DECODER in self.components:
             self._check_decoder(*size, tile)
         tensors = {t.name: t for graph in graphs for t in graph.inputs}
@@ -631,9 +640,8 @@ class EdgePipeline:
             rows=1 if max(guidance) <= 1 else 2 if edit.image_guidance is None else 3, usage=usage, size=size,
         )  # fmt: skip
         edit.check_count(count)
-        steering = steer(graphs, control_image, controlnet_conditioning_scale, count)
-        graphs, cond = steering.graphs, cond | steering.tensors
-        uncond = uncond and uncond | steering.tensors
+        beside = steering.tensors(count)
+        cond, uncond = cond | beside, uncond and uncond | beside
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         shape = (self.manifest.sample.channels, *size)
@@ -705,10 +713,16 @@ class EdgePipeline:
         self._check_encoder((height, width))
         steps = self.manifest.operating_point.num_inference_steps
         steps = steps if num_inference_steps is None else plain(num_inference_steps)
-        inverse = inverse_scheduler(self.manifest.scheduler, steps, refinements)
+        inverse = inverse_scheduler(self.manifest.scheduler, steps, plain(refinements))
         calls = len(inverse.timesteps)
         mask = clock_mask(plain(clock), calls)
         guidance = _guidance(plain(guidance_scale), calls, f"{calls} calls")
+        if self.manifest.sample.concat and request.get("concat_latents") is None:
+            beside = in_words(self.manifest.sample.concat)
+            raise RequestError(
+                f"the bundle's UNet takes {beside} beside the latent, which an inversion does not make; "
+                "give concat_latents="
+            )
         prepared, _, usage = self._prepare(
             num_images=len(images),
             num_inference_steps=steps,

@@ -218,12 +218,14 @@ def with_sampler(config: SchedulerConfig, name: str) -> SchedulerConfig:
         name: One of `SCHEDULER_NAMES`.
 
     Raises:
-        RequestError: There is no such sampler, or it does not take the model's prediction.
+        RequestError: There is no such sampler, or it does not take the model's prediction or its zero terminal SNR.
     """
     if name == config.recipe_name:
         return config
     sampler, own = sampler_of(name), SAMPLERS[config.name].settings
     given = {field: getattr(config, field) for field in _PROCESS}
+    if config.rescale_betas_zero_snr:  # of the noise process too: refused by a sampler that does not read it
+        given["rescale_betas_zero_snr"] = True
     given |= {field: False for field in ("clip_sample", "set_alpha_to_one") if field in sampler.settings}
     shared = [field for field in sampler.settings if field in own and field != "eta" and field not in SPREADS.values()]
     given |= {field: getattr(config, field) for field in shared}

@@ -3,24 +3,55 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgediff_runtime.conditioning import plain
+from edgediff_runtime.conditioning import factor
 from edgediff_runtime.errors import RequestError
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, CONTROLNET, Graph
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, CONTROLNET, Graph, Tensor
 from edgediff_runtime.pictures import images_of
 from edgediff_runtime.sessions import Array
 
 
 @dataclass(frozen=True)
 class Steering:
-    """The graphs that a generation runs, and what they are handed for its control image, [N, ...] by name."""
+    """What a request says of control, checked.
+
+    Attributes:
+        graphs: Those that run: the ControlNet only where there is a control image.
+        images: uint8 [1 or N, h, w, 3]; None where nothing steers.
+        scale: What residuals are multiplied by.
+        residuals: Those that the UNet takes and nothing makes.
+    """
 
     graphs: tuple[Graph, ...]
-    tensors: dict[str, Array]
+    images: NDArray[np.uint8] | None = None
+    scale: float = 1.0
+    residuals: tuple[Tensor, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many control images there are; 1 where one is for all images, or there are none."""
+        return 1 if self.images is None else len(self.images)
+
+    def tensors(self, count: int) -> dict[str, Array]:
+        """What the graphs are handed for so many images, [count, ...] by name.
+
+        Raises:
+            RequestError: There is more than one control image, and not one for each.
+        """
+        if self.images is None:
+            return {t.name: np.zeros((count, *map(int, t.shape[1:])), dtype=t.dtype) for t in self.residuals}
+        if len(self.images) not in (1, count):
+            raise RequestError(
+                f"control_image has {len(self.images)} pictures for {count} images; expected 1 or {count}"
+            )
+        rows = np.broadcast_to(self.images, (count, *self.images.shape[1:])).transpose(0, 3, 1, 2)
+        pixels = np.ascontiguousarray(rows).astype(np.float32) / np.float32(255)
+        return {CONTROL_IMAGE: pixels, CONTROL_SCALE: np.full(count, self.scale, dtype=np.float32)}
 
 
-def steer(graphs: tuple[Graph, ...], image: object, scale: float | None, count: int) -> Steering:
-    """Reads a control image for a number of images.
+def steer(graphs: tuple[Graph, ...], image: object, scale: float | None) -> Steering:
+    """Reads a control image.
 
     Args:
         graphs: The UNet's, for the size that is drawn.
@@ -38,20 +69,12 @@ def steer(graphs: tuple[Graph, ...], image: object, scale: float | None, count: 
             )
         if scale is not None:
             raise RequestError("controlnet_conditioning_scale was given, but there is no ControlNet; leave it out")
-        return Steering(graphs, {})
+        return Steering(graphs)
     if image is None:
         if scale is not None:
             raise RequestError("controlnet_conditioning_scale was given without a control_image; give one")
-        residuals = {t.name: np.zeros((count, *map(int, t.shape[1:])), dtype=t.dtype) for t in net.outputs}
-        return Steering(tuple(graph for graph in graphs if graph is not net), residuals)
-    factor = 1.0 if scale is None else plain(scale)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < np.inf:
-        raise RequestError(f"controlnet_conditioning_scale is {scale!r}; expected a finite number from 0")
-    taken = {tensor.name: tensor for tensor in net.inputs}
-    height, width = map(int, taken[CONTROL_IMAGE].shape[2:])
-    images = images_of(image, height, width, "control_image")
-    if len(images) not in (1, count):
-        raise RequestError(f"control_image has {len(images)} pictures for {count} images; expected 1 or {count}")
-    rows = np.broadcast_to(images, (count, *images.shape[1:])).transpose(0, 3, 1, 2)
-    pixels = np.ascontiguousarray(rows).astype(np.float32) / np.float32(255)
-    return Steering(graphs, {CONTROL_IMAGE: pixels, CONTROL_SCALE: np.full(count, factor, dtype=np.float32)})
+        return Steering(tuple(graph for graph in graphs if graph is not net), residuals=net.outputs)
+    multiplied = 1.0 if scale is None else factor("controlnet_conditioning_scale", scale)
+    (shape,) = (tensor.shape for tensor in net.inputs if tensor.name == CONTROL_IMAGE)
+    height, width = map(int, shape[2:])
+    return Steering(graphs, images_of(image, height, width, "control_image"), multiplied)
