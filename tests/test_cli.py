@@ -348,6 +348,15 @@ def test_the_light_install_runs_verifies_and_inspects(class_bundle: Path, tmp_pa
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "args", [(), ("b", "--strength", "half"), ("b", "--nope"), ("b", "-o"), ("none", "--seed", "1")]
+)
+def test_the_modules_usage_errors_are_one_line(args: tuple[str, ...], tmp_path: Path) -> None:
+    module = [sys.executable, "-m", "edgediff_runtime"]
+    done = subprocess.run([*module, *args], capture_output=True, text=True, cwd=tmp_path)
+    assert_error(Said.of(done.returncode, done.stdout, done.stderr))
+
+
 @pytest.mark.parametrize("args", [("export", "grocery-32", "-o", "x"), ("demo",), ("inspect", "sd15")])
 def test_the_light_install_names_the_extra_that_a_command_needs(args: tuple[str, ...], tmp_path: Path) -> None:
     done = _light(f"import os; os.chdir({str(tmp_path)!r}); from edgediff.cli import main; main()", *args)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 )
 def invert(
     bundle: BundleArgument,
-    image: Annotated[Path, typer.Argument(help="The picture; it is scaled and cut to the size that is drawn.")],
+    image: Annotated[
+        Path, typer.Argument(help="The picture; it is scaled and cut to the size that is drawn.", metavar="IMAGE")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .npy for the latents.")] = Path("latents.npy"),
     prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
     label: Annotated[str | None, typer.Option(help="Its class, for a model of classes.")] = None,

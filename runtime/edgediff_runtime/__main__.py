@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
@@ -17,9 +18,17 @@ from edgediff_runtime.pictures import edit_arguments
 CLOSED_PIPE = 141
 
 
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all errors here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        self.exit(2, f"error: {message}\n")
+
+
 def main() -> int:
     """Generates a grid of images from a bundle; 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(prog="edgediff_runtime", description="Generate images from an edgediff bundle.")
+    parser = OneLine(prog="edgediff_runtime", description="Generate images from an edgediff bundle.")
     parser.add_argument("bundle", help="the bundle's directory")
     parser.add_argument("-o", "--output", default="out.png", help="a .png, or .npy for the latents (default: out.png)")
     parser.add_argument("--label", help="class of all images; left out, one class after the other")
@@ -29,7 +38,9 @@ def main() -> int:
     parser.add_argument("--strength", type=float, help="share of the steps that change it (0.8, or 1 with --mask)")
     parser.add_argument("--mask", type=Path, help="a picture of the image's size, white where it is drawn anew")
     parser.add_argument("--paste", action="store_true", help="outside of the mask, the image's own pixels")
-    parser.add_argument("--feather", type=int, default=0, help="pixels over which a pasted picture fades in")
+    parser.add_argument(
+        "--feather", type=int, default=0, help="pixels inside of the mask's edge over which a pasted picture fades in"
+    )
     parser.add_argument("--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)")
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
     parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet draws by")
@@ -41,8 +52,8 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
-    parser.add_argument("--guidance-scale", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is off")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels, such as 512x768 (default: the bundle's)")
     parser.add_argument("--tile", type=int, help="decode larger pictures in tiles of this side in pixels")
     parser.add_argument("--preview", type=Path, metavar="FOLDER", help="write a PNG of each step's prediction there")

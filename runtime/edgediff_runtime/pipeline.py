@@ -101,7 +101,7 @@ class Arguments(Condition, total=False):
         negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
         concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
         latents: [1 or N, C, H, W], what a generation begins with in place of noise of its own; standard normal, as of
-            `invert`.
+            `invert`. Not with an image, unless the loop begins with noise alone.
         num_images: N; if left out, the number of labels, prompts, embeddings, pictures or latents given, or 1.
         num_inference_steps: Denoising steps. A clock left out is then the bundle's period; a bundle whose clock
             is a mask asks for one.
