@@ -153,7 +153,7 @@ def test_what_a_generation_cannot_begin_with_is_refused(asked: dict[str, Any], m
     [
         ({"refinements": -1}, "refinements is -1; expected 0 to 20"),
         ({"refinements": 1.5}, "refinements is 1.5"),
-        ({"guidance_scale": [1.0] * 8}, "guidance_scale is .*; expected a finite number from 0"),
+        ({"guidance_scale": [1.0] * 7}, "guidance_scale has 7 entries for 8 calls; expected one each"),
         ({"clock": "1,0"}, "clock mask 1,0 has 2 entries for 8 steps"),
         ({"image": np.zeros((8, 8, 3), np.uint8)}, "image has 8 x 8 pixels"),
         ({"num_inference_steps": 0}, "num_inference_steps 0: expected"),
