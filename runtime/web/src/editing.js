@@ -54,16 +54,18 @@ export function readEdit(sample, [height, width], downscale, request) {
   // A request that has the concatenated channels itself needs no pictures for them.
   const takes = concatLatents ? [] : sample.concat,
     [high, wide] = [downscale * height, downscale * width];
+  refuse(typeof paste !== "boolean", `paste is ${shown(paste)}; expected true or false`);
+  refuse(
+    !Number.isInteger(feather) || feather < 0 || feather > MAX_FEATHER,
+    `feather is ${shown(feather)}; expected a whole number from 0 to ${MAX_FEATHER}, in pixels`,
+  );
   for (const [name, given, part] of /** @type {const} */ ([
     ["image", image, ["image", "masked_image"]],
     ["maskImage", maskImage, ["mask"]],
     ["depthMap", depthMap, ["depth"]],
   ])) {
     const needed = part.some((each) => takes.includes(each));
-    refuse(
-      needed && given == null,
-      `the bundle's UNet takes ${takes.join(" and ").replaceAll("_", " ")} beside the latent; give ${name}`,
-    );
+    refuse(needed && given == null, `the bundle's UNet takes ${inWords(takes)} beside the latent; give ${name}`);
   }
   refuse(
     depthMap != null && !takes.includes("depth"),
@@ -74,11 +76,6 @@ export function readEdit(sample, [height, width], downscale, request) {
   const pasting = paste ? "paste" : "feather";
   refuse(maskImage == null && (paste || feather), `${pasting} was given without a mask; give maskImage too`);
   refuse(feather && !paste, "feather was given, but nothing is pasted; give paste: true too");
-  refuse(typeof paste !== "boolean", `paste is ${shown(paste)}; expected true or false`);
-  refuse(
-    !Number.isInteger(feather) || feather < 0 || feather > MAX_FEATHER,
-    `feather is ${shown(feather)}; expected 0 to ${MAX_FEATHER} pixels`,
-  );
   const instructed = takes.includes("image");
   refuse(
     instructed && maskImage != null,
@@ -106,7 +103,7 @@ export function readEdit(sample, [height, width], downscale, request) {
   }
   const guidance = instructed ? (imageGuidanceScale ?? IMAGE_GUIDANCE) : null;
   refuse(
-    guidance !== null && !(Number.isFinite(guidance) && guidance >= 0),
+    guidance !== null && !isFactor(guidance),
     `imageGuidanceScale is ${shown(guidance)}; expected a finite number from 0`,
   );
   return {
@@ -119,6 +116,16 @@ export function readEdit(sample, [height, width], downscale, request) {
     paste,
     feather,
   };
+}
+
+/** What is concatenated to the latent, for messages. @param {string[]} takes */
+export function inWords(takes) {
+  return takes.join(" and ").replaceAll("_", " ");
+}
+
+/** Whether a number is finite as float32 holds it, and from 0. @param {unknown} given */
+export function isFactor(given) {
+  return typeof given === "number" && given >= 0 && Number.isFinite(Math.fround(given));
 }
 
 /**
@@ -142,10 +149,18 @@ function scaledDepth(maps, height, width) {
   return { data: made, dims: [maps.dims[0], 1, height, width] };
 }
 
-/** How many pictures the request has; null where one is for all images, or there are none. @param {Edit} edit */
+/** How many pictures the request has; 1 where one is for all images, or there are none. @param {Edit} edit */
 export function picturesOf({ image, mask, depth }) {
-  const counts = [image, mask, depth].map((each) => each?.dims[0] ?? 1);
-  return Math.max(...counts) > 1 ? Math.max(...counts) : null;
+  return Math.max(...[image, mask, depth].map((each) => each?.dims[0] ?? 1));
+}
+
+/**
+ * Whether nothing of the picture is in the latents that the loop begins with. As in diffusers: under a mask all of the noise
+ * is noise alone; without one, the picture shows through it.
+ * @param {Edit} edit
+ */
+export function beginsWithNoise({ image, mask, strength, imageGuidance }) {
+  return !image || imageGuidance !== null || (mask !== null && strength === 1);
 }
 
 /** Refuses pictures that are neither one nor one for each image. @param {Edit} edit @param {number} count */
@@ -170,7 +185,7 @@ export function stepsLeftOut(strength, steps) {
   const run = Math.min(Math.trunc(steps * strength), steps);
   refuse(
     run < 1,
-    `strength is ${strength}: of ${steps} steps it leaves none; expected ${Number((1 / steps).toPrecision(6))} or more, or more steps`,
+    `strength is ${strength}: of ${steps} step${steps === 1 ? "" : "s"} it leaves none; expected ${Number((1 / steps).toPrecision(6))} or more, or more steps`,
   );
   return steps - run;
 }
@@ -197,9 +212,8 @@ export async function begin(edit, vae, scheduler, start, noise, encode) {
   if (!image) return { latents: pure, concat: depth && takes.includes("depth") ? each(depth) : null, kept: null };
   const pixels = asPixels(image),
     masks = mask && latentMask(mask, vae?.downscale ?? 1),
-    blends = masks !== null && !takes.includes("mask");
-  // As diffusers: under a mask, all of the noise is noise alone; without one, the picture shows through it.
-  const fromNoise = edit.imageGuidance !== null || (masks !== null && edit.strength === 1);
+    blends = masks !== null && !takes.includes("mask"),
+    fromNoise = beginsWithNoise(edit);
   /** @type {Record<string, Rows>} */
   const wanted = {};
   if (blends || !fromNoise) wanted.source = pixels;

@@ -6,9 +6,11 @@ import { checkCount, classRows, countOf, encodeTexts, guidanceEmbedding, rowsOf,
 import {
   asPixels,
   begin,
+  beginsWithNoise,
   checkPictures,
   encode,
   fromVae,
+  inWords,
   pasted,
   picturesOf,
   readEdit,
@@ -71,7 +73,7 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {number | string | number[]} [clock] a period, or a mask with an entry for each call of the UNet that is run
  * @property {number | number[]} [guidanceScale] one, or one for each call; 1 or less is off
  * @property {bigint | string | number} [seed]
- * @property {number} [numImages]
+ * @property {number} [numImages] left out, the number of labels, prompts, embeddings, pictures or latents given, or 1
  * @property {number} [firstImage] number of the first image
  * @property {number} [height] of the picture in pixels
  * @property {number} [width]
@@ -293,6 +295,10 @@ export class EdgePipeline {
       outputType !== "image" && outputType !== "latent",
       `outputType is ${shown(outputType)}; expected image or latent`,
     );
+    refuse(
+      request.paste === true && (outputType === "latent" || !this.canDecode),
+      "paste was given, but there will be latents and no picture; leave it out",
+    );
     const plan = this.#plan(request),
       { size, scheduler, clock, seed, edit } = plan,
       { manifest } = this,
@@ -378,7 +384,12 @@ export class EdgePipeline {
       images = imagesOf(image, height, width);
     this.#checkEncoder(size);
     const { numInferenceSteps = manifest.operating_point.num_inference_steps } = request,
-      inverse = inverseScheduler(manifest.scheduler, numInferenceSteps, refinements);
+      inverse = inverseScheduler(manifest.scheduler, numInferenceSteps, refinements),
+      { concat } = manifest.sample;
+    refuse(
+      concat.length && !request.concatLatents,
+      `the bundle's UNet takes ${inWords(concat)} beside the latent, which an inversion does not make; give concatLatents`,
+    );
     const plan = this.#plan({ ...request, clock, guidanceScale, numImages: images.dims[0] }, inverse);
     /** @type {Record<string, number>} */
     const stages = {};
@@ -524,7 +535,7 @@ export class EdgePipeline {
       graphs = this.#graphs("unet", ...size),
       latents = request.latents == null ? null : this.#latents(request.latents);
     refuse(
-      latents && edit.image,
+      latents && !beginsWithNoise(edit),
       "latents and an image were given, and a generation begins with one of them; give one",
     );
     const tensors = new Map(graphs.flatMap((g) => g.inputs).map((t) => [t.name, t]));
@@ -558,19 +569,21 @@ export class EdgePipeline {
       refuse(embeds, "a prompt and its embeddings were given; give one of them");
       refuse(texts.prompt == null, "a negative prompt or a second one was given without a prompt; give one");
     }
+    const steering = steer(graphs, request.controlImage, request.controlnetConditioningScale),
+      several = Math.max(picturesOf(edit), steering.count, latents?.dims[0] ?? 1);
     const count =
       request.numImages ??
-      (promptEmbeds || Array.isArray(request.prompt) ? null : (latents?.dims[0] ?? picturesOf(edit))) ??
+      (several > 1 ? several : null) ??
       (texts ? countOf(texts) : Array.isArray(label) ? label.length : (promptEmbeds?.dims?.[0] ?? 1));
     checkCount(count);
     this.#checkMemory(graphs, count, guided ? (edit.imageGuidance === null ? 2 : 3) : 1, size);
     checkPictures(edit, count);
+    const beside = steering.tensors(count);
     const shape = [sample.channels, ...size];
     refuse(
       latents && (String(latents.dims.slice(1)) !== String(shape) || ![1, count].includes(latents.dims[0])),
       `latents are ${spelled(latents?.dims ?? [])}; expected ${spelled(["N", ...shape])} with 1 or ${count} rows`,
     );
-    const steering = steer(graphs, request.controlImage, request.controlnetConditioningScale, count);
     const channels = sample.in_channels - sample.channels,
       { concatLatents } = request;
     refuse(!channels && concatLatents, "concatLatents were given, but the UNet takes the latent alone; leave them out");
@@ -589,7 +602,7 @@ export class EdgePipeline {
       warning,
       size,
       graphs: steering.graphs,
-      steering: steering.tensors,
+      steering: beside,
       latents,
       edit,
       start,

@@ -89,7 +89,14 @@ export function readScheduler(given) {
     const value = given[key] === undefined || (key === "timestep_spacing" && given[key] === null) ? usual : given[key];
     const told = `scheduler ${key} ${shown(value)}: expected`;
     if (reads || PROCESS.includes(key)) refuse(!holds(value, { ...config, ...given }), `${told} ${expected}`);
-    else refuse(value !== unread, `${told} ${shown(unread)}, since ${name} does not read it`);
+    else {
+      const readers = Object.keys(SAMPLERS).filter((each) => key in SAMPLERS[each].settings),
+        expects = unread === undefined ? "none" : shown(unread);
+      refuse(
+        value !== unread,
+        `scheduler ${key} ${shown(value)}: ${name} does not read it; expected ${expects}; it is a setting of ${readers.join(", ")}`,
+      );
+    }
     config[key] = value;
   }
   const { predictions } = sampler;
@@ -135,6 +142,8 @@ export function withSampler(config, name) {
   const off = ["clip_sample", "set_alpha_to_one"].filter((key) => key in settings);
   return readScheduler({
     name: base,
+    // Of the noise process too: refused by a sampler that does not read it.
+    ...(config.rescale_betas_zero_snr ? { rescale_betas_zero_snr: true } : {}),
     ...Object.fromEntries(off.map((key) => [key, false])),
     ...Object.fromEntries([...PROCESS, ...shared].map((key) => [key, told[key]])),
     ...(name === base ? {} : { [settingOf(name.slice(base.length + 1))]: true }),

@@ -5,6 +5,7 @@ import { begin, encode, feathered, fromVae, latentMask, pasted, readEdit, stepsL
 import { BundleError, RequestError } from "../src/errors.js";
 import { toUint8 } from "../src/images.js";
 import { parseManifest } from "../src/manifest.js";
+import { noises } from "../src/noise.js";
 import { coveringBox, imagesOf, masksOf } from "../src/pictures.js";
 import { EdgePipeline } from "../src/pipeline.js";
 import { makeScheduler, readScheduler } from "../src/schedulers.js";
@@ -407,6 +408,68 @@ test("with guidance by an image there are three rows, and their cost is counted"
   );
 });
 
+test("as many images as pictures or latents are given, also beside embeddings and lists", async () => {
+  await fake(async (pipe) => {
+    for (const [more, count] of [
+      [{ image: picture(2) }, 2],
+      [{ latents: rows(3, 4, 4, 4) }, 3],
+      [{ latents: rows(1, 4, 4, 4), promptEmbeds: rows(2, 77, 64) }, 2],
+      [{ image: picture(2), numImages: 2, guidanceScale: 1 }, 2],
+    ])
+      assert.equal((await pipe.generate({ ...told, numInferenceSteps: 2, ...more })).latents.dims[0], count);
+    await assert.rejects(
+      pipe.generate({ ...told, image: picture(2), promptEmbeds: rows(3, 77, 64) }),
+      refused(/^encoder_hidden_states has shape \[3,77,64\]; expected .* with 1 or 2 rows$/),
+    );
+  });
+  const labels = ["square", "round"];
+  assert.equal((await pipe.generate({ latents: rows(1, 3, 8, 8), label: labels })).images.dims[0], 2);
+  assert.equal((await pipe.generate({ image: picture(2), label: labels })).images.dims[0], 2);
+});
+
+test("where an edit begins with noise it may be given", async () => {
+  const asked = { label: "square", numInferenceSteps: 4, seed: 5, image: picture(), maskImage: mask() },
+    own = { data: noises(5n, 1, 192, 0, 0), dims: [1, 3, 8, 8] },
+    twice = { ...own, data: own.data.map((value) => 2 * value) };
+  const want = (await pipe.generate(asked)).latents;
+  assert.deepEqual((await pipe.generate({ ...asked, latents: own })).latents, want);
+  assert.notDeepEqual((await pipe.generate({ ...asked, latents: twice })).latents, want);
+  await fake(
+    async (instructed) => {
+      const { latents } = await instructed.generate({ ...told, image: picture(), latents: rows(2, 4, 4, 4) });
+      assert.deepEqual(latents.dims, [2, 4, 4, 4]);
+    },
+    { concat: ["image"], inChannels: 8 },
+  );
+});
+
+test("a paste is refused where nothing decodes the latents", async () => {
+  await fake(
+    async (pipe) =>
+      assert.rejects(
+        pipe.generate({ ...told, image: picture(), maskImage: mask(), paste: true }),
+        refused(/^paste was given, but there will be latents and no picture; leave it out$/),
+      ),
+    { change: (document) => delete document.targets[0].components.vae_decoder },
+  );
+});
+
+test("what stands beside the latent is given to an inversion", async () => {
+  await fake(
+    async (pipe) => {
+      const asked = { ...told, numInferenceSteps: 2 };
+      await assert.rejects(
+        pipe.invert(picture(), asked),
+        refused(
+          /^the bundle's UNet takes image beside the latent, which an inversion does not make; give concatLatents$/,
+        ),
+      );
+      assert.equal((await pipe.invert(picture(), { ...asked, concatLatents: rows(1, 4, 4, 4) })).mask.length, 2);
+    },
+    { concat: ["image"], inChannels: 8 },
+  );
+});
+
 test("a picture that nothing encodes is refused", async () => {
   const without = (document) => delete document.targets[0].components.vae_encoder;
   await fake(
@@ -444,10 +507,22 @@ for (const [bad, why] of [
     { image: picture(), maskImage: mask(), feather: 2 },
     /^feather was given, but nothing is pasted; give paste: true too$/,
   ],
-  [{ image: picture(), maskImage: mask(), paste: true, feather: 257 }, /^feather is 257; expected 0 to 256 pixels$/],
+  [
+    { image: picture(), maskImage: mask(), paste: true, feather: 257 },
+    /^feather is 257; expected a whole number from 0 to 256, in pixels$/,
+  ],
   [{ image: picture(), maskImage: mask(), paste: true, feather: 1.5 }, /^feather is 1.5/],
   [{ image: picture(), maskImage: mask(), paste: true, feather: "2" }, /^feather is "2"/],
   [{ image: picture(), maskImage: mask(), paste: "yes" }, /^paste is "yes"; expected true or false$/],
+  [{ paste: "yes" }, /^paste is "yes"; expected true or false$/], // what it is comes before what it needs
+  [
+    { image: picture(), maskImage: mask(), paste: true, outputType: "latent" },
+    /^paste was given, but there will be latents and no picture; leave it out$/,
+  ],
+  [
+    { image: picture(), strength: 0.5, numInferenceSteps: 1 },
+    /^strength is 0.5: of 1 step it leaves none; expected 1 or more, or more steps$/,
+  ],
   [{ image: picture(), strength: 1.1 }, /^strength is 1.1; expected 0 \(nothing changes\) to 1$/],
   [{ image: picture(), strength: NaN }, /^strength is/],
   [{ image: picture(), strength: "0.5" }, /^strength is "0.5"/],
@@ -500,6 +575,18 @@ for (const [bad, why] of [
     { image: picture(), latents: rows(1, 3, 8, 8) },
     /^latents and an image were given, and a generation begins with one of them; give one$/,
   ],
+  [
+    { image: picture(), maskImage: mask(), strength: 0.9, latents: rows(1, 3, 8, 8) },
+    /^latents and an image were given, and a generation begins with one of them; give one$/,
+  ],
+  [
+    { image: picture(2), label: ["square", "round", "square"] },
+    /^label has 3 entries for 2 images; expected one each$/,
+  ],
+  [
+    { latents: rows(3, 3, 8, 8), image: picture(2), maskImage: mask() },
+    /^image has 2 pictures for 3 images; expected 1 or 3$/,
+  ],
 ]) {
   const told = Object.entries(bad).map(([name, value]) => `${name} ${String(value?.dims ?? value).slice(0, 20)}`);
   test(`refused: ${told.join(", ")}`, async () => {
@@ -528,6 +615,7 @@ for (const [concat, request, why] of [
   ],
   [["image"], { image: small, imageGuidanceScale: -1 }, /^imageGuidanceScale is -1; expected a finite number from 0$/],
   [["image"], { image: small, imageGuidanceScale: Infinity }, /^imageGuidanceScale is/],
+  [["image"], { image: small, imageGuidanceScale: 1e300 }, /^imageGuidanceScale is 1e\+300; expected a finite/],
   [["image"], { image: small, imageGuidanceScale: "2" }, /^imageGuidanceScale is "2"/],
   [
     ["depth"],

@@ -125,7 +125,19 @@ test("another sampler has the same noise process, and of the rest what both read
     [true, true],
   );
   assert.equal(withSampler(clipping, "tcd").eta, 0.3); // another thing by the same name
-  for (const name of SCHEDULER_NAMES) assert.equal(nameOf(withSampler(own, name)), name);
+  for (const name of SCHEDULER_NAMES) assert.equal(nameOf(withSampler(clipping, name)), name);
+});
+
+test("another sampler has the bundle's zero terminal SNR or is refused", () => {
+  const own = readScheduler({ name: "ddim", prediction_type: "v_prediction", rescale_betas_zero_snr: true });
+  for (const name of SCHEDULER_NAMES) {
+    if (name === "pndm" || name.startsWith("heun"))
+      assert.throws(
+        () => withSampler(own, name),
+        /^RequestError: scheduler rescale_betas_zero_snr true: (pndm|heun) does not read it; expected false; it is a setting of ddim, .*, tcd$/,
+      );
+    else assert.equal(withSampler(own, name).rescale_betas_zero_snr, true);
+  }
 });
 
 test("a sampler that there is not, and one that does not take the model's prediction, are refused", () => {

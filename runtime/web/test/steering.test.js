@@ -69,6 +69,18 @@ test("a ControlNet's picture and its scale matter, and a scale of 0 leaves it ou
   closeTo(none.latents.data, (await pipe.generate(asked)).latents.data, 1e-5);
 });
 
+test("as many images as control images are given", async () => {
+  const { label, ...each } = asked;
+  for (const more of [{ label }, {}]) {
+    const several = await pipe.generate({ ...each, ...more, controlImage: PICTURES.control_images });
+    assert.equal(several.latents.dims[0], 2);
+  }
+  await assert.rejects(
+    pipe.generate({ ...asked, label: ["square", "round", "square"], controlImage: PICTURES.control_images }),
+    refused(/^label has 3 entries for 2 images; expected one each$/),
+  );
+});
+
 test("guidance may end on a cached step", async () => {
   const controlImage = PICTURES.control_image;
   const { mask, ledger } = await pipe.generate({ ...asked, controlImage, guidanceScale: [2, 1, 1, 1] });
@@ -83,16 +95,16 @@ test("residuals of a graph in fp16 are zeros of that dtype", () => {
   const tensor = (name, dtype, ...shape) => ({ name, dtype, shape: ["batch", ...shape], stored_as: null });
   const net = { name: "controlnet", inputs: [], outputs: [tensor("control_0", "float16", 4, 2, 2)] },
     full = { name: "full", inputs: [], outputs: [] };
-  const { graphs, tensors } = steer([net, full], undefined, undefined, 3);
-  assert.deepEqual(graphs, [full]);
-  assert.deepEqual(tensors, { control_0: { data: new Uint16Array(48), dims: [3, 4, 2, 2] } });
+  const { graphs, count, tensors } = steer([net, full], undefined, undefined);
+  assert.deepEqual([graphs, count], [[full], 1]);
+  assert.deepEqual(tensors(3), { control_0: { data: new Uint16Array(48), dims: [3, 4, 2, 2] } });
 });
 
 for (const [bad, why] of [
   [{ controlnetConditioningScale: 0.5 }, /^controlnetConditioningScale was given without a controlImage; give one$/],
-  ...[-1, NaN, Infinity, "1"].map((scale) => [
+  ...[-1, NaN, Infinity, 1e300, "1"].map((scale) => [
     { controlImage: PICTURES.control_image, controlnetConditioningScale: scale },
-    /^controlnetConditioningScale is (-1|null|"1"); expected a finite number from 0$/,
+    /^controlnetConditioningScale is (-1|null|1e\+300|"1"); expected a finite number from 0$/,
   ]),
   [
     { controlImage: { data: new Uint8Array(48), dims: [4, 4, 3] } },
