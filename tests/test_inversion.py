@@ -67,6 +67,7 @@ def trained() -> EdgePipeline:
     return EdgePipeline(draft, undivided_session(model), warn=False)
 
 
+@pytest.mark.long
 def test_more_refinements_come_closer_to_the_picture(trained: EdgePipeline) -> None:
     asked: dict[str, Any] = {"label": "Orange", "num_inference_steps": STEPS, "guidance_scale": 1.0, "clock": 1}
     drawn = trained(**asked, scheduler="ddim", seed=4).images
