@@ -280,7 +280,7 @@ def test_channels_that_are_concatenated_go_all_the_way(tmp_path: Path) -> None:
     made = [pipe(**embeds, concat_latents=value, num_images=2).latents for value in (masked, -masked)]
     assert made[0].shape == (2, 4, 16, 16)
     assert np.abs(made[0] - made[1]).max() > 0.01
-    with pytest.raises(RequestError, match=r"the model needs concat_latents of shape \[batch, 5, 16, 16\]"):
+    with pytest.raises(RequestError, match="takes mask and masked image beside the latent; give image="):
         pipe(**embeds)
     with pytest.raises(RequestError, match=r"concat_latents has shape \[1, 4, 16, 16\]"):
         pipe(**embeds, concat_latents=masked[:, :4])
