@@ -10,7 +10,7 @@ import msgspec
 from edgediff.errors import ConfigError
 from edgediff.targets import TARGETS
 from edgediff_runtime import RequestError, clock_mask, open_bundle
-from edgediff_runtime.manifest import GUIDANCE, Adaptor, Cost, Manifest, Target
+from edgediff_runtime.manifest import GUIDANCE, Adaptor, Cost, Manifest, Target, operations_saved
 
 # Papers whose tables of operations are counted anew; here, since the counting imports torch.
 COMPARISONS = ("clockwork", "spectral")
@@ -45,8 +45,7 @@ class Survey:
 
     def saved(self, attention: bool) -> float:
         """Share of operations that the clock saves against clock 1."""
-        always = (True,) * len(self.mask)
-        return 1 - self.tflops(self.mask, attention) / self.tflops(always, attention)
+        return operations_saved(self.cost, self.mask, steered=True, attention=attention)
 
     def to_dict(self) -> dict[str, Any]:
         """The survey as plain data; FLOPs for one sample, ``gflops`` without attention matmuls as in both papers."""

@@ -84,20 +84,20 @@ class Lowres(Part):
         self.text = text
         self.carries_skip = carries_skip
         self.control = control
+        # Where the way up begins, and skip connections are taken.
+        self.turn = sum(bool(layer.pushes) or isinstance(layer, Mid) for layer in layers)
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs the low-resolution levels."""
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
-        down = [layer for layer in self.layers if layer.pushes]
-        middle = [layer for layer in self.layers if not layer.pushes and not layer.pops and isinstance(layer, Mid)]
-        for layer in (*down, *middle):
+        for layer in self.layers[: self.turn]:
             x = layer(x, skips, tensors["emb"], tensors.get(self.text))
         if self.control:
             *names, mid = self.control
             skips = [skip + tensors[name] for skip, name in zip(skips, names, strict=True)]
             x = x + tensors[mid]
-        for layer in self.layers[len(down) + len(middle) :]:
+        for layer in self.layers[self.turn :]:
             x = layer(x, skips, tensors["emb"], tensors.get(self.text))
         return {"lowres_feature": x}
 

@@ -73,8 +73,8 @@ class Edit:
         """A finished picture, float32 [N, 3, h, w], with the image's own pixels outside of the mask, if so asked."""
         if not self.paste or self.image is None or self.mask is None:
             return pixels
-        alpha = feathered(self.mask, self.feather)[:, None]
-        joined: Array = np.where(alpha > 0, alpha * pixels + (1 - alpha) * as_pixels(self.image), as_pixels(self.image))
+        alpha, own = feathered(self.mask, self.feather)[:, None], as_pixels(self.image)
+        joined: Array = np.where(alpha > 0, alpha * pixels + (1 - alpha) * own, own)
         return joined
 
 

@@ -606,16 +606,17 @@ class Cost(Struct, frozen=True):
     macs_attention: int
 
 
-def operations_saved(cost: dict[str, Cost], mask: Iterable[bool], steered: bool) -> float:
-    """Share of a generation's operations that its cached steps save, attention matmuls included; of clock 1's.
+def operations_saved(cost: dict[str, Cost], mask: Iterable[bool], steered: bool, attention: bool = True) -> float:
+    """Share of a generation's operations that its cached steps save, of clock 1's; 0 where none is counted.
 
     Args:
         mask: The steps as they were run; True = full.
         steered: Whether a ControlNet ran, where the bundle has one: ``full`` counts it.
+        attention: Whether attention matmuls count, which both papers leave out.
     """
 
     def of(name: str) -> int:
-        return cost[name].macs + cost[name].macs_attention if name in cost else 0
+        return cost[name].macs + cost[name].macs_attention * attention if name in cost else 0
 
     full = of("full") - (0 if steered else of(CONTROLNET))
     steps = list(mask)
