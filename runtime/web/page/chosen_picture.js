@@ -1,7 +1,7 @@
 // A picture that was chosen: read from a file at the size that is drawn, and shown with its name and size.
 import { toRgba } from "../src/images.js";
 import { fitted, imagesOf } from "../src/pictures.js";
-import { element, part } from "./elements.js";
+import { element, input, part, said } from "./elements.js";
 import { openPicture } from "./picture_file.js";
 
 /**
@@ -23,6 +23,44 @@ export async function readPicture(file, what, { width, height }) {
     return { name: file.name, width: bitmap.width, height: bitmap.height, pixels };
   } finally {
     bitmap.close();
+  }
+}
+
+/** Pictures that are chosen in a field, one after the other: the last one counts, however long each takes to read. */
+export class Choice {
+  #turn = 0;
+  #field;
+  #what;
+
+  /** @param {string} field @param {string} what a picture of it is, for messages */
+  constructor(field, what) {
+    this.#field = field;
+    this.#what = what;
+  }
+
+  /** Forgets what is still being read. */
+  drop() {
+    this.#turn++;
+  }
+
+  /**
+   * @param {FileList} files of the field, or of what was dropped or pasted
+   * @param {{width: number, height: number}} size that is drawn
+   * @param {(picture: Picture) => void} show
+   */
+  read(files, size, show) {
+    const field = input(this.#field);
+    return said(async () => {
+      if (field.files !== files) field.files = files;
+      const turn = ++this.#turn;
+      try {
+        const picture = await readPicture(files[0], this.#what, size);
+        if (turn === this.#turn) show(picture); // else another was chosen meanwhile
+      } catch (e) {
+        field.value = ""; // it may be mended and chosen again
+        throw e;
+      }
+    });
   }
 }
 

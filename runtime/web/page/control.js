@@ -1,5 +1,5 @@
 // A control picture, which a bundle's ControlNet draws by.
-import { readPicture, showPicture } from "./chosen_picture.js";
+import { Choice, showPicture } from "./chosen_picture.js";
 import { edgesOf } from "./edges.js";
 import { button, element, input, refusal, said } from "./elements.js";
 import { isGuidance, MOST_GUIDANCE } from "./link.js";
@@ -17,7 +17,7 @@ export class Control {
   /** What the next picture begins with. @type {Picture | null} */
   #start = null;
   /** Number of the file that was chosen last. */
-  #turn = 0;
+  #choice = new Choice("control-file", "control picture");
 
   constructor() {
     const place = element("control"),
@@ -81,20 +81,8 @@ export class Control {
 
   /** @param {FileList | null} files */
   #choose(files) {
-    const file = files?.[0],
-      field = input("control-file");
-    if (!file || !this.canControl) return;
-    return said(async () => {
-      if (field.files !== files) field.files = files;
-      const turn = ++this.#turn;
-      try {
-        const picture = await readPicture(file, "control picture", this.#opened.size);
-        if (turn === this.#turn) this.#show(picture); // else another was chosen meanwhile
-      } catch (e) {
-        field.value = ""; // it may be mended and chosen again
-        throw e;
-      }
-    });
+    if (!files?.length || !this.canControl) return;
+    return this.#choice.read(files, this.#opened.size, (picture) => this.#show(picture));
   }
 
   /** @param {Picture | null} of */
@@ -102,7 +90,7 @@ export class Control {
     return said(async () => {
       if (!of) return;
       const pixels = edgesOf(of.pixels);
-      this.#turn++;
+      this.#choice.drop();
       input("control-file").value = "";
       this.#show({ name: `edges of ${of.name}`, width: pixels.width, height: pixels.height, pixels });
     });
@@ -127,7 +115,7 @@ export class Control {
 
   /** Shows what a generation was drawn by. @param {Steered | null} steered */
   set(steered) {
-    this.#turn++;
+    this.#choice.drop();
     this.#picture = null;
     input("control-file").value = "";
     element("control-chosen").hidden = true;

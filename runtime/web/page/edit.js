@@ -1,7 +1,7 @@
 // Starting from a picture: which, how much of it changes, and where.
 import { stepsLeftOut } from "../src/editing.js";
 import { depthsOf, fitted, masksOf } from "../src/pictures.js";
-import { readPicture, showPicture } from "./chosen_picture.js";
+import { Choice, readPicture, showPicture } from "./chosen_picture.js";
 import { button, element, input, part, refusal, said } from "./elements.js";
 import { isGuidance, MOST_GUIDANCE } from "./link.js";
 import { Mask } from "./mask.js";
@@ -36,7 +36,7 @@ export class Editing {
   #isChosen = false;
   #steps = 1;
   /** Number of the file that was chosen last. */
-  #turn = 0;
+  #choice = new Choice("image", "picture");
 
   /** @param {() => void} changed called where the number of steps that run may be another */
   constructor(changed) {
@@ -157,20 +157,8 @@ export class Editing {
 
   /** @param {FileList | null} files of a field, of what was dropped or pasted */
   #choose(files) {
-    const file = files?.[0],
-      field = input("image");
-    if (!file || !this.#opened) return;
-    return said(async () => {
-      if (field.files !== files) field.files = files;
-      const turn = ++this.#turn;
-      try {
-        const picture = await readPicture(file, "picture", this.#opened.size);
-        if (turn === this.#turn) this.#show(picture); // else another was chosen meanwhile
-      } catch (e) {
-        field.value = ""; // it may be mended and chosen again
-        throw e;
-      }
-    });
+    if (!files?.length || !this.#opened) return;
+    return this.#choice.read(files, this.#opened.size, (picture) => this.#show(picture));
   }
 
   #readDepth() {
@@ -215,7 +203,7 @@ export class Editing {
   }
 
   #takeAway() {
-    this.#turn++;
+    this.#choice.drop();
     this.#picture = null;
     this.#isChosen = false;
     input("image").value = "";
