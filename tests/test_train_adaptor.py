@@ -22,8 +22,9 @@ from edgediff.models.load import Model, load_model
 from edgediff.models.trained import WEIGHTS, load_adaptor
 from edgediff.train.adaptor import AdaptorTrained, train_adaptor
 from edgediff.train.claim import CHECKPOINTS
-from edgediff.train.rollout import TARGET, Rollouts
+from edgediff.train.rollout import EDITS_APART, FIRST_SEED, TARGET, Rollouts, final_latents
 from edgediff.train.settings import AdaptorTraining, load_training, training_from
+from edgediff_runtime.loop import initial_latents
 
 TINY = AdaptorTraining(steps=4, rounds=3, images=2, batch=4, learning_rate=1e-3, ema=0.5)
 
@@ -104,6 +105,44 @@ def test_rollouts_depend_on_seed_and_round_alone(class_model: Path) -> None:
     assert not torch.equal(first[TARGET], other.draw(3)[TARGET])
 
 
+def test_rounds_of_edits_begin_with_pictures_of_other_prompts(class_model: Path) -> None:
+    model = load_model(class_model)
+    # 4 steps: all of them, two and three; half of each, rounded down, are cached.
+    rollouts = rollouts_of(model, tiny(strengths=(0.5, 0.75), guidance_scale=1.0))
+    drawn = [rollouts.draw(index) for index in range(6)]
+    assert [len(samples[TARGET]) for samples in drawn] == [4, 2, 2, 4, 2, 2]
+    plain = rollouts_of(model, tiny(guidance_scale=1.0))
+    for index, same_as_plain in ((0, True), (3, True), (1, False), (5, False)):
+        assert torch.equal(drawn[index][TARGET][:2], plain.draw(index)[TARGET][:2]) == same_as_plain
+
+
+def test_rounds_of_edits_are_the_edits_that_a_pipeline_makes(class_model: Path) -> None:
+    model = load_model(class_model)
+    rollouts = rollouts_of(model, tiny(strengths=(0.5,), guidance_scale=1.0, scheduler="ddim"))
+    (start,) = rollouts.starts[1:]
+    assert start == 2
+    begun = rollouts._latents(FIRST_SEED + 1, start, np.random.default_rng(3))
+    fresh = initial_latents(FIRST_SEED + 1 + EDITS_APART, 2, rollouts.shape, 1.0)
+    kept = rollouts.scheduler.add_noise(start, np.zeros_like(fresh), fresh)
+    # Without its noise it is a picture, scaled as the sampler scales it at that step.
+    scale = rollouts.scheduler.add_noise(start, np.ones_like(fresh), np.zeros_like(fresh))
+    picture = (begun - kept) / scale
+    cond, uncond = rollouts.prompts.draw(np.random.default_rng(3), 2)
+    pure = initial_latents(FIRST_SEED + 1, 2, rollouts.shape, rollouts.scheduler.init_noise_sigma)
+    asked = rollouts.request(
+        rollouts.session, clock=(True,) * 4, latents=pure, cond=cond, uncond=uncond, seed=FIRST_SEED + 1
+    )
+    assert np.allclose(picture, final_latents(asked, rollouts.session), atol=1e-4)
+
+
+def test_strengths_that_leave_nothing_to_learn(class_model: Path) -> None:
+    model = load_model(class_model)
+    with pytest.raises(ConfigError, match=r"'strengths' has 0\.25: of 4 steps it leaves no cached one; expected more"):
+        rollouts_of(model, tiny(strengths=(0.25,)))
+    with pytest.raises(ConfigError, match=r"'strengths': strength is 0\.1: of 4 steps it leaves none"):
+        rollouts_of(model, tiny(strengths=(0.1,)))
+
+
 def test_a_text_models_prompts_come_from_a_file(text_model: Path, tmp_path: Path) -> None:
     model = load_model(text_model)
     with pytest.raises(ConfigError, match="pass prompts, one a line, or their embeddings"):
@@ -161,7 +200,7 @@ def test_training_lowers_the_loss_and_touches_nothing_but_the_adaptor(class_mode
 @pytest.mark.parametrize(
     "settings",
     [
-        tiny(adaptor="unet-light", schedule="cosine", output_weight=0.5),
+        tiny(adaptor="unet-light", schedule="cosine", output_weight=0.5, strengths=(0.5,)),
         tiny(rollout="student", clock=4),
         tiny(cut=msgspec.convert({"point": "block:1"}, type(TINY.cut))),
     ],
@@ -303,6 +342,8 @@ def test_models_that_cannot_teach(tmp_path: Path) -> None:
         ("images: 5000", "'images' is 5000; expected at most 4096"),
         ("seed: 2024-13-45", "not YAML"),
         ("x: " + 3000 * "[", "not YAML"),
+        ("strengths: [0.5, 1.5]", "'strengths' has 1.5; expected numbers above 0, 1 at most"),
+        ("strengths: [0]", "'strengths' has 0; expected numbers above 0"),
         ("store_gb: 0", "'store_gb' is 0"),
         ("store_gb: 1.0\nrollout: student", "cannot be stored"),
         ("- 3", "expected a mapping of settings, got list"),

@@ -1,7 +1,7 @@
-"""Rollouts: trajectories from pure noise with the target's sampler, steps, clock and guidance.
+"""Rollouts: trajectories with the target's sampler, steps, clock and guidance, from pure noise or of edits.
 
-No images are needed: labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3). All random draws
-follow from the seed, the round and the process.
+No images are needed: labels or prompts are all there is to draw (Clockwork Diffusion, section 3.3), and what edits
+begin with the model draws itself. All random draws follow from the seed, the round and the process.
 """
 
 from collections import deque
@@ -23,13 +23,18 @@ from edgediff.models.torch_session import TorchSession
 from edgediff.train.settings import AdaptorTraining, check_clock
 from edgediff.train.text import STATES, Text, encode, text_of
 from edgediff_runtime.bundle import sha256_of
+from edgediff_runtime.clock import clock_mask, remaining_clock
+from edgediff_runtime.editing import steps_left_out
+from edgediff_runtime.errors import RequestError
 from edgediff_runtime.loop import Request, denoise, initial_latents
 from edgediff_runtime.manifest import TrainedFor
-from edgediff_runtime.schedulers import make_scheduler
+from edgediff_runtime.schedulers import make_scheduler, sampler_of
 
 TARGET = "target"
 # Far from the small seeds that users take, so that nobody looks at what was trained on.
 FIRST_SEED = 2**52
+# Between the seed of a picture and that of the noise that an edit of it adds.
+EDITS_APART = 2**51
 _ENCODED_AT_ONCE = 256
 
 Samples = dict[str, torch.Tensor]
@@ -156,6 +161,7 @@ class Rollouts:
         self.sampler = model.usual_sampler if settings.scheduler is None else settings.scheduler
         self.mask = check_clock(settings.clock, self.steps, self.sampler)
         self.scheduler = make_scheduler(scheduler_config(model.scheduler, self.sampler), self.steps)
+        self.starts = [0, *(self._start(strength) for strength in settings.strengths)]
         self.prompts = Prompts.of(model, self.guidance > 1, settings.conditioning)
         self.session = TorchSession(split.parts, graph_list(split, model))
         self._graphs = {graph.name: graph for graph in self.session.graphs}
@@ -174,6 +180,35 @@ class Rollouts:
             guidance_scale=self.guidance,
         )
 
+    def _start(self, strength: float) -> int:
+        """The first call of edits at a strength; a ConfigError where no cached step comes after it."""
+        try:
+            start = sampler_of(self.sampler).call_of(steps_left_out(strength, self.steps))
+        except RequestError as e:
+            raise ConfigError(f"'strengths': {e}") from e
+        if all(self._mask(start)):
+            raise ConfigError(
+                f"'strengths' has {strength:g}: of {self.steps} steps it leaves no cached one; expected more"
+            )
+        return start
+
+    def _mask(self, start: int) -> tuple[bool, ...]:
+        """Which calls are full, an entry for each of the sampler's, in a generation that begins at one of them."""
+        clock = clock_mask(remaining_clock(self.settings.clock, start), self.steps, self.sampler, start)
+        return (True,) * start + clock
+
+    def _latents(self, seed: int, start: int, rng: np.random.Generator) -> np.ndarray:
+        """What trajectories begin with: noise; for a later step pictures of other prompts with that step's noise."""
+        pure = initial_latents(seed, self.settings.images, self.shape, self.scheduler.init_noise_sigma)
+        if not start:
+            return pure
+        cond, uncond = self.prompts.draw(rng, self.settings.images)
+        clock = (True,) * len(self.mask)
+        drawn = self.request(self.session, clock=clock, latents=pure, cond=cond, uncond=uncond, seed=seed)
+        fresh = initial_latents(seed + EDITS_APART, self.settings.images, self.shape, 1.0)
+        begun: np.ndarray = self.scheduler.add_noise(start, final_latents(drawn, self.session), fresh)
+        return begun
+
     def request(self, session: TorchSession, **rest: Any) -> Request:
         """A generation at the operating point; `rest` is clock, latents, prompts and seed of a `Request`."""
         guidance = (self.guidance,) * len(self.mask)
@@ -191,17 +226,20 @@ class Rollouts:
         cond, uncond = self.prompts.draw(rng, settings.images)
         seed = FIRST_SEED + (settings.seed << 20) + index
         teacher = settings.rollout == "teacher"
+        start = self.starts[index % len(self.starts)]
+        mask = self._mask(start)
         request = self.request(
             self.session,
-            clock=tuple(full or teacher for full in self.mask),
-            latents=initial_latents(seed, settings.images, self.shape, self.scheduler.init_noise_sigma),
+            clock=tuple(full or teacher for full in mask),
+            latents=self._latents(seed, start, rng),
             cond=cond,
             uncond=uncond,
             seed=seed,
+            start=start,
         )
         found: dict[str, list[torch.Tensor]] = {name: [] for name in (*self.names, TARGET)}
         for step in denoise(request, self.session):
-            if self.mask[step.index]:
+            if mask[step.index]:
                 continue
             tensors = dict(step.tensors[0])
             if not teacher:  # what a full step would have made of the student's own sample

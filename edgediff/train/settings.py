@@ -63,6 +63,9 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
         images: Trajectories of a round, in each process.
         batch: Rows of a cached step in an update.
         output_weight: Weight of a second loss on ``out_sample``, relative to the identity's; 0 leaves it out.
+        strengths: Of edits that are learnt from too, 0 to 1: with two of them, every third round has pictures as usual,
+            the next edits at the first strength, and so on. An edit's picture is one that the model drew of another
+            prompt. Empty has no edits, and 1 is from noise.
         store_gb: Most GB (1e9 bytes) of trajectories to store and to learn from in every pass; None draws new ones.
     """
 
@@ -82,13 +85,17 @@ class AdaptorTraining(Training, frozen=True, forbid_unknown_fields=True, kw_only
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     output_weight: float = 0.0
+    strengths: tuple[float, ...] = ()
     store_gb: float | None = None
     conditioning: str | None = None
 
     free: ClassVar[tuple[str, ...]] = (*Training.free, "store_gb")
 
     def check(self) -> None:
-        """Checks the store, and the clock where the steps are known."""
+        """Checks the store, the strengths, and the clock where the steps are known."""
+        for strength in self.strengths:
+            if not 0 < strength <= 1:
+                raise ConfigError(f"'strengths' has {strength:g}; expected numbers above 0, 1 at most")
         if self.store_gb is not None and self.rollout == "student":
             raise ConfigError(
                 "'store_gb' with rollout student: its trajectories change with the adaptor and cannot be stored; "

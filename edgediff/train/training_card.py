@@ -50,6 +50,8 @@ def adaptor_card(
         "none": "noise alone; no images",
     }[known.kind]
     what = "8-bit images" if gain.space == "pixel" else "latents"
+    strengths = ", ".join(f"{strength:g}" for strength in settings.strengths)
+    edits = f", by turns from noise and of edits at strength {strengths}" if strengths else ""
     return f"""# {record.kind} adaptor for {model.name}
 
 Stands in for the low-resolution part on cached steps (Clockwork Diffusion, arXiv 2312.08128).
@@ -60,7 +62,7 @@ Stands in for the low-resolution part on cached steps (Clockwork Diffusion, arXi
 {point.guidance_scale:g}. Elsewhere it works less well than it could.
 - **Data**: {data}.
 - **Training**: {settings.rollout} rollout; {settings.rounds} rounds of {settings.images} trajectories for each \
-process, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.learning_rate:g} \
+process{edits}, {settings.passes} pass(es), batch {settings.batch}, Adam at {settings.learning_rate:g} \
 ({settings.schedule}), weight {settings.output_weight:g} on the output's loss, averaged weights \
 ({settings.ema:g}), seed {settings.seed}: {state.updates} updates in {_where(state, accelerator)}.
 - **Loss** over the last tenth: {recent(state.losses):.4f} of the identity's ([curve]({LOSSES})).
