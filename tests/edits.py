@@ -65,12 +65,12 @@ def schedule_of(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def ours(name: str, sampler: str, backend: str, control: bool = False) -> EdgePipeline:
+def ours(name: str, sampler: str, backend: str, control: bool = False, injection: bool = False) -> EdgePipeline:
     if backend == "torch":
-        pipe = open_in_torch(name, control=control)
+        pipe = open_in_torch(name, control=control, injection=injection)
     else:
         target = {"onnxruntime": "onnx", "mil-reference": "coreml"}[backend]
-        bundle = exported_pipeline(name, targets=(target,), control=control)
+        bundle = exported_pipeline(name, targets=(target,), control=control, injection=injection)
         pipe = open_pipeline(open_bundle(bundle), backend, threads=None if backend == "mil-reference" else 1)
     settings = scheduler_config(schedule_of(name), sampler)
     manifest = msgspec.structs.replace(pipe.manifest, scheduler=settings)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,21 +123,23 @@ def open_in_torch(
     preview: Path | None = None,
     embeddings: Embeddings = (),
     control: bool = False,
+    injection: bool = False,
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`.
 
-    The UNet is the undivided one; with a ControlNet it is divided, as a bundle has it.
+    The UNet is the undivided one; with a ControlNet, or where it injects, it is divided, as a bundle has it.
     """
     config = config_of(name, loras, embeddings, control)
-    model = edgediff.load_model(
+    loaded = edgediff.load_model(
         saved(name), lora=config.lora, embedding=config.embedding, preview=preview, control=config.control
     )
+    model = replace(loaded, injects=injection)
     found = pipeline_components(model)
     divided = divide(model, config.cut)
     draft = draft_manifest(model, divided, config, "prompt", found)
 
     def unet() -> Session:
-        if control:
+        if control or injection:
             return TorchSession(divided.parts, graph_list(divided, model))
         session = undivided_session(model)
         session.graphs = tuple(graph.with_any_text() for graph in session.graphs)

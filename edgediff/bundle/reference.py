@@ -16,12 +16,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from edgediff.data.arrays import prompt_arguments
-from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime import EdgePipeline, Manifest, noise
 from edgediff_runtime.errors import BundleError
+from edgediff_runtime.injection import injects
+from edgediff_runtime.inversion import Inverted
 from edgediff_runtime.loop import CACHE
 from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph, Sample
+from edgediff_runtime.schedulers import make_scheduler
 
 REFERENCE = "evidence/reference.safetensors"
+# The draw of the reference's noise that stands for a picture in each step.
+DRAWN_ALONG = 2_000
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,25 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     return request
 
 
+def recorded_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The same for the recorded trajectory itself: a UNet that injects draws a picture along throughout.
+
+    That picture is seeded noise, as if it had been inverted over the timesteps of the operating point.
+    """
+    request = reference_request(manifest, conditioning)
+    if not injects(manifest.targets[0].unet.graphs):
+        return request
+    point, sample = manifest.operating_point, manifest.sample
+    timesteps = make_scheduler(manifest.scheduler, point.num_inference_steps).timesteps
+    shape = (sample.channels, sample.height, sample.width)
+    levels = [noise(int(point.seed), shape, image=0, draw=DRAWN_ALONG + i)[None] for i in range(len(timesteps))]
+    inverted = Inverted(levels[0], (), {}, np.stack(levels), timesteps, {})
+    return request | {
+        "inverted": inverted, "inject_attention": 1.0, "inject_features": 1.0, "scheduler": manifest.scheduler.name,
+        "num_inference_steps": point.num_inference_steps,
+    }  # fmt: skip
+
+
 def prompt_request(pipe: EdgePipeline) -> dict[str, Any]:
     """The reference's prompts in place of its embeddings; nothing where it was not made of prompts, or none is encoded.
 
@@ -109,7 +133,7 @@ def record(
     last = max(wanted)
     steps: list[Recorded] = []
     latents = None
-    request = reference_request(pipe.manifest, conditioning)
+    request = recorded_request(pipe.manifest, conditioning)
     if not whole:
         request["guidance_scale"] = 1.0
     for step in pipe.stream(**request):

@@ -70,6 +70,10 @@ def export(
     control: Annotated[
         str | None, typer.Option(help="A directory with a ControlNet of the same base, to draw by a control image.")
     ] = None,
+    injection: Annotated[
+        bool,
+        typer.Option("--injection", help="Graphs for plug-and-play editing: see `edgediff run --inverted`."),
+    ] = False,
     prediction_type: Annotated[
         str | None,
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
@@ -147,7 +151,7 @@ def export(
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
         "lora": lora, "embedding": embedding, "vae": vae, "preview": preview, "control": control, "sizes": size,
-        "prediction_type": prediction_type,
+        "injection": injection or None, "prediction_type": prediction_type,
     }  # fmt: skip
     recipe = recipe_with(config, given)
     for section, key, value in (

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog="Then:  edgediff run bundle -o out.png --latents latents.npy --scheduler ddim --steps 20 --guidance-scale 1 "
-    "--prompt 'the same, or another'"
+    "--prompt 'the same, or another'   |   With a bundle exported with --injection:  edgediff invert bundle in.png -o "
+    "in.npz   |   edgediff run bundle -o out.png --inverted in.npz --prompt 'another'"
 )
 def invert(
     bundle: BundleArgument,
     image: Annotated[
         Path, typer.Argument(help="The picture; it is scaled and cut to the size that is drawn.", metavar="IMAGE")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .npy for the latents.")] = Path("latents.npy"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .npy for the latents, or .npz for all that --inverted takes.")
+    ] = Path("latents.npy"),
     prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
     label: Annotated[str | None, typer.Option(help="Its class, for a model of classes.")] = None,
     steps: StepsOption = None,
@@ -43,13 +46,14 @@ def invert(
     from edgediff_runtime import open_bundle
     from edgediff_runtime.errors import RequestError
     from edgediff_runtime.image import check_output, read_size, write_latents
+    from edgediff_runtime.inversion import write_inverted
     from edgediff_runtime.pictures import open_picture
 
     width, height = read_size(size)
     picture = open_picture(image, "IMAGE")
-    check_output(output, scale=1, has_decoder=True)
-    if output.suffix != ".npy":
-        raise RequestError(f"cannot write {output}: an inversion gives latents; expected a name that ends in .npy")
+    check_output(output.with_suffix(".npy"), scale=1, has_decoder=True)
+    if output.suffix not in (".npy", ".npz"):
+        raise RequestError(f"cannot write {output}: expected a name that ends in .npy, for latents alone, or in .npz")
     opened = open_bundle(bundle)
     with progress() as say:
         say(f"opening {bundle}")
@@ -62,7 +66,10 @@ def invert(
             picture, num_inference_steps=steps, refinements=refinements, clock=1 if clock is None else clock,
             prompt=prompt, label=label, width=width, height=height, callback=show,
         )  # fmt: skip
-    write_latents(found.latents, output)
+    if output.suffix == ".npz":
+        write_inverted(found, output)
+    else:
+        write_latents(found.latents, output)
     if as_json:
         told: dict[str, Any] = {"latents": str(output), "mask": found.mask, "stages": found.stages}
         told["flops_saved"] = found.flops_saved

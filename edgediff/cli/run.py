@@ -83,9 +83,23 @@ def run(
     latents: Annotated[
         Path | None, typer.Option(help="A .npy to begin with in place of noise, such as `edgediff invert` writes.")
     ] = None,
+    inverted: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .npz of `edgediff invert`: the picture keeps its layout. For a bundle exported with --injection."
+        ),
+    ] = None,
+    inject_attention: Annotated[
+        float | None, typer.Option(help="Share of the steps that take its self-attention; left out, 0.5.")
+    ] = None,
+    inject_features: Annotated[
+        float | None, typer.Option(help="Share of the steps that take its features; left out, 0.8.")
+    ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(help="How many images; left out, one for each prompt, 1 with --image or --latents, else 16."),
+        typer.Option(
+            help="How many images; left out, one for each prompt, 1 with --image, --latents or --inverted, else 16."
+        ),
     ] = None,
     steps: StepsOption = None,
     scheduler: Annotated[
@@ -128,6 +142,7 @@ def run(
         write_output,
         write_preview,
     )
+    from edgediff_runtime.inversion import read_inverted
     from edgediff_runtime.pictures import edit_arguments
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
@@ -138,10 +153,12 @@ def run(
         image, mask, depth, control, strength=strength, image_guidance_scale=image_guidance_scale,
         control_scale=control_scale, paste=paste, feather=feather,
     )  # fmt: skip
-    request |= edit
+    request |= edit | {"inject_attention": inject_attention, "inject_features": inject_features}
     if latents is not None:
         request["latents"] = read_latents(latents)
-    begun = any(each is not None for each in (prompt, image, latents))
+    if inverted is not None:
+        request["inverted"] = read_inverted(inverted)
+    begun = any(each is not None for each in (prompt, image, latents, inverted))
     request["num_images"] = 16 if num_images is None and not begun else num_images
     opened = open_bundle(bundle)
     check_output(output, scale, opened.manifest.has_decoder)

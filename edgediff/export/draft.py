@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from edgediff.config.weight_plan import coarsest, named_by_content
-from edgediff.errors import UnsupportedError
+from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.reference_conditioning import Source
 from edgediff.models.clockwork import SplitUNet
@@ -187,12 +187,17 @@ def _targets(
     guided: bool,
 ) -> tuple[m.Target, ...]:
     parts = graph_list(divided, model)
-    rows = 2 if guided else 1
+    rows = (2 if guided else 1) + model.injects
     entries = []
     for name in config.targets:
         target, section = TARGETS[name], config.section(name)
         outline = Outline(parts, divided, layout_of(config, name), rows, config.verify, sizes)
         entry = target.describe(outline, section)
+        if model.injects and entry.unet.batch is not None and entry.unet.batch % rows:
+            raise ConfigError(
+                f"'{name}.batch' is {entry.unet.batch}; with 'injection' an image has {rows} rows, one of them the "
+                "inverted picture's: leave the batch out"
+            )
         entry = entry.with_unet(floors=_floors(config, name, "unet", entry.unet))
         for component in components.values():
             own = config.section(name, component.name)

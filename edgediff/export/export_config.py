@@ -55,6 +55,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
         control: A directory with a ControlNet of the same base, whose residuals become inputs of the graphs.
+        injection: Let rows of a step take the self-attention and features of an inverted picture (plug-and-play).
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder``, ``vae_encoder`` and ``preview_decoder``; None takes all that there are.
@@ -88,6 +89,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vae: str | None = None
     preview: str | None = None
     control: str | None = None
+    injection: bool = False
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
     sizes: tuple[str, ...] = ()

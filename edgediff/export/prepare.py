@@ -1,7 +1,7 @@
 """What an export begins with: a loaded model and a recipe become a divided UNet and the draft of a manifest."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
         UnsupportedError: The model cannot be cut or exported so.
     """
     _check_loaded(model, config)
-    model = _with_weights(model, config, say)
+    model = replace(_with_weights(model, config, say), injects=config.injection)
     config = with_defaults(config, model)
     components = _components(model, config)
     sizes = latent_sizes(model, components, config)

@@ -45,7 +45,7 @@ class Survey:
 
     def saved(self, attention: bool) -> float:
         """Share of operations that the clock saves against clock 1."""
-        return operations_saved(self.cost, self.mask, steered=True, attention=attention)
+        return operations_saved(self.cost, [(full, 1) for full in self.mask], steered=True, attention=attention)
 
     def to_dict(self) -> dict[str, Any]:
         """The survey as plain data; FLOPs for one sample, ``gflops`` without attention matmuls as in both papers."""

@@ -17,6 +17,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.controlnet import MID, control_names
 from edgediff.models.embedding import StepEmbedding
+from edgediff.models.injection import Rows, injected, rows_taken
 from edgediff.models.layers import AnyLayer, Layer, Mid, flatten
 from edgediff.models.part import Part
 from edgediff_runtime.loop import CACHE
@@ -79,7 +80,8 @@ class Lowres(Part):
     """
 
     def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool, control: tuple[str, ...] = ()) -> None:
-        super().__init__(("highres_feature", "emb", *_text_input(layers, text), *control), ("lowres_feature",))
+        inputs = ("highres_feature", "emb", *_text_input(layers, text), *control, *rows_taken(layers))
+        super().__init__(inputs, ("lowres_feature",))
         self.layers = nn.ModuleList(layers)
         self.text = text
         self.carries_skip = carries_skip
@@ -98,7 +100,7 @@ class Lowres(Part):
             skips = [skip + tensors[name] for skip, name in zip(skips, names, strict=True)]
             x = x + tensors[mid]
         for layer in self.layers[self.turn :]:
-            x = layer(x, skips, tensors["emb"], tensors.get(self.text))
+            x = layer(x, skips, tensors["emb"], tensors.get(self.text), Rows.of(tensors))
         return {"lowres_feature": x}
 
 
@@ -113,7 +115,8 @@ class HighresOut(Part):
     ) -> None:
         # A UNet2DModel with a Fourier time embedding predicts sigma times its output's scale.
         self.divides_by_time = isinstance(unet, UNet2DModel) and unet.config.time_embedding_type == "fourier"
-        inputs = ("lowres_feature", *skip_names(num_skips), "emb", *_text_input(layers, text), *control)
+        given = (*_text_input(layers, text), *control, *rows_taken(layers))
+        inputs = ("lowres_feature", *skip_names(num_skips), "emb", *given)
         super().__init__((*inputs, "timestep") if self.divides_by_time else inputs, ("out_sample",))
         self.layers = nn.ModuleList(layers)
         self.conv_norm_out = unet.conv_norm_out
@@ -130,7 +133,7 @@ class HighresOut(Part):
         if self.control:
             skips = [skip + tensors[name] for skip, name in zip(skips, self.control, strict=True)]
         for layer in self.layers:
-            x = layer(x, skips, tensors["emb"], tensors.get(self.text))
+            x = layer(x, skips, tensors["emb"], tensors.get(self.text), Rows.of(tensors))
         if self.conv_norm_out is not None:
             x = self.conv_act(self.conv_norm_out(x))
         x = self.conv_out(x)
@@ -257,6 +260,7 @@ def split(
     *,
     controlnet: Part | None = None,
     takes_control: bool = False,
+    injects: bool = False,
 ) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is not changed.
 
@@ -267,6 +271,8 @@ def split(
         adaptor: Replaces the low-resolution part on cached steps; the identity if None.
         controlnet: A part that makes the residuals of skip connections; it runs first in a full step.
         takes_control: Take such residuals as inputs of a step, by diffusers' names, without what makes them.
+        injects: Take ``attention_rows`` and ``feature_rows``, int64 [B], for plug-and-play injection: the row whose
+            queries and keys, and whose features, each row takes.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -277,6 +283,7 @@ def split(
     if unet.config.get("attention_type", "default") != "default":
         raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
     down, mid, up = flatten(unet)
+    up = injected(up) if injects else up
     if not 1 <= cut.level < len(down):
         count = "1 level" if len(down) == 1 else f"{len(down)} levels"
         choices = ", ".join(str(level) for level in range(1, len(down))) or "none; expected two levels or more"

@@ -22,7 +22,8 @@ FREQUENCY: dict[str, Frequency] = {
 
 def divide(model: Model, cut: Cut, adaptor: Part | None = None) -> SplitUNet:
     """Divides a model's UNet, its ControlNet before it; arguments and errors are those of `split`."""
-    return split(model.unet, cut, adaptor, controlnet=None if model.control is None else ControlNet(model.control.net))
+    controlnet = None if model.control is None else ControlNet(model.control.net)
+    return split(model.unet, cut, adaptor, controlnet=controlnet, injects=model.injects)
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:

@@ -50,8 +50,11 @@ class Layer(nn.Module):
         self.pops = int(way == "up")
         self.needs_text = self.kind in ("transformer", "added_kv")
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
-        """Runs the layer on x [B, C, H, W], emb [B, E], text [B, S, D]; `skips` is the stack, changed in place."""
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None, rows: Any = None) -> Tensor:
+        """Runs the layer on x [B, C, H, W], emb [B, E], text [B, S, D]; `skips` is the stack, changed in place.
+
+        `rows` are for layers that take other rows' (`edgediff.models.injection`); this one takes none.
+        """
         if self.pops:
             x = torch.cat([x, skips.pop()], dim=1)
         x = self.resnet(x, emb)
@@ -78,7 +81,7 @@ class Resample(nn.Module):
         self.takes_emb = isinstance(module, ResnetBlock2D) or getattr(module, "takes_emb", False)
         self.pushes = int(way == "down")
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None, rows: Any = None) -> Tensor:
         """Halves or doubles height and width; arguments as in `Layer.forward`."""
         x = self.module(x, temb=emb) if self.takes_emb else self.module(x)
         if self.pushes:
@@ -97,7 +100,7 @@ class Mid(nn.Module):
         self.module = module
         self.needs_text = bool(getattr(module, "has_cross_attention", False))
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None, rows: Any = None) -> Tensor:
         """Runs the block; arguments as in `Layer.forward`, the stack is not changed."""
         out: Tensor = self.module(x, emb, encoder_hidden_states=text) if self.needs_text else self.module(x, emb)
         return out

@@ -21,6 +21,7 @@ from edgediff.models.component_loading import empty_text_encoder
 from edgediff.models.conditioning import Conditioning, TensorSpec, read_conditioning
 from edgediff.models.controlnet import Control, load_control
 from edgediff.models.embedding import StepEmbedding
+from edgediff.models.injection import ROW_TENSORS
 from edgediff.models.lora import TEXT, UNET, Lora, read_spec
 from edgediff.models.model_files import (
     BAD_SETTINGS,
@@ -83,6 +84,7 @@ class Model:
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
         embedding: What is added to the tokenizers and the text encoders when they are loaded.
         size: Height and width of the sample in place of the configuration's.
+        injects: Whether it is divided for plug-and-play injection.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Model:
     lora: tuple[Lora, ...] = ()
     embedding: tuple[Embedding, ...] = ()
     size: tuple[int, int] | None = None
+    injects: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -126,9 +129,9 @@ class Model:
 
     @property
     def step_tensors(self) -> dict[str, TensorSpec]:
-        """What a step is handed besides the sample and the timestep: the conditioning, and what a ControlNet takes."""
+        """What a step is handed besides the sample and the timestep: the conditioning, control, rows."""
         control = {} if self.control is None else self.control.tensors(*self.sample_shape[1:])
-        return self.conditioning.tensors | control
+        return self.conditioning.tensors | control | (ROW_TENSORS if self.injects else {})
 
     @property
     def out_channels(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from edgediff.models.controlnet import MID, control_names
+from edgediff.models.injection import ROW_TENSORS
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession, graph_tensor
 from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, Graph
@@ -38,7 +39,10 @@ def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mappi
 
 
 class Undivided(Part):
-    """A diffusers UNet as a part, steered by a ControlNet where one is given; weights are shared."""
+    """A diffusers UNet as a part, steered by a ControlNet where one is given; weights are shared.
+
+    Nothing is injected: every row is what it is where each takes its own.
+    """
 
     def __init__(self, unet: Any, inputs: tuple[str, ...], control: Any = None) -> None:
         super().__init__(inputs, ("out_sample",))
@@ -47,7 +51,7 @@ class Undivided(Part):
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the UNet."""
-        cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep")}
+        cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep", *ROW_TENSORS)}
         if self.control is not None:
             cond |= self._residuals(tensors, cond.pop(CONTROL_IMAGE), cond.pop(CONTROL_SCALE))
         return {"out_sample": predict(self.unet, tensors["sample"], tensors["timestep"], cond)}

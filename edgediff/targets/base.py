@@ -455,6 +455,17 @@ def int8_check(target: Target, config: CalibratedConfig) -> None:
         raise ConfigError(f"'{target.name}.calibration_images' is {config.calibration_images}; expected 1 or more")
 
 
+# What diffusers' pipelines hand to a UNet by themselves.
+HANDED_BY_OTHERS = {m.SAMPLE, m.TIMESTEP, m.TEXT, m.GUIDANCE, m.POOLED, "time_ids", "class_labels"}
+
+
+def others_can_call(graphs: Iterable[m.Graph]) -> bool:
+    """Whether a full step takes nothing but what other tools hand to a UNet: no control image, no rows."""
+    full = [graph for graph in graphs if graph.runs(full=True)]
+    made = {tensor.name for graph in full for tensor in graph.outputs}
+    return made | HANDED_BY_OTHERS >= {tensor.name for graph in full for tensor in graph.inputs}
+
+
 def batch_check(target: Target, batch: int | None) -> None:
     """Checks the fixed batch of a section."""
     if batch is not None and not 1 <= batch <= 2:

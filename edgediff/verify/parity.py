@@ -31,7 +31,7 @@ from edgediff.bundle.reference import (
     check_reference,
     load_reference,
     prompt_request,
-    reference_request,
+    recorded_request,
     step_inputs,
 )
 from edgediff.bundle.rows import Check, Finding, ParityReport, Row, judged, not_run
@@ -113,7 +113,7 @@ class _Source:
     def latents(self) -> tuple[list[np.ndarray], str]:
         """Final latents to compare with, and where they came from."""
         self.say("trajectory of the source")
-        request = reference_request(self.manifest, self.reference.conditioning)
+        request = recorded_request(self.manifest, self.reference.conditioning)
         anew, note = torch_latents(self.manifest, request, self.model)
         found = [latents for latents in (anew, self.reference.latents) if latents is not None]
         return found, note if anew is not None or not found else f"against the evidence's latents: {note}"
@@ -308,7 +308,7 @@ def _picture_rows(
         return session if name == "unet" else open_session(bundle, backend, component=name)
 
     pipe = EdgePipeline.of_bundle(bundle, (target.target,), open_component, warn=False)
-    request = reference_request(manifest, reference.conditioning) | prompt_request(pipe)
+    request = recorded_request(manifest, reference.conditioning) | prompt_request(pipe)
     try:
         pixels = pipe(**request).pixels
     except NotFiniteError as e:
@@ -416,7 +416,7 @@ def _trajectory_rows(target: Target, source: _Source, session: Session, backend:
         return [not_run(check, "latents", backend, floor, note) for check, floor in checks]
     source.say(f"{backend}: trajectories")
     point = manifest.operating_point
-    request = reference_request(manifest, source.reference.conditioning)
+    request = recorded_request(manifest, source.reference.conditioning)
     # A comparison may differ from what the adaptor was trained for.
     pipe = EdgePipeline(manifest, session, warn=False)
     try:

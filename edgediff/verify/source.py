@@ -11,6 +11,7 @@ import numpy as np
 from edgediff.config.choices import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
+from edgediff_runtime.injection import injects
 from edgediff_runtime.manifest import CONTROLNET
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
     control = None if loaded.control is None else loaded.control.sha256
     if control != source.components.get(CONTROLNET):
         return None, "the ControlNet has changed, or was not loaded"
-    loaded = replace(loaded, size=(manifest.sample.height, manifest.sample.width))
+    size = (manifest.sample.height, manifest.sample.width)
+    loaded = replace(loaded, size=size, injects=injects(manifest.targets[0].unet.graphs))
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
     try:
         point = said.trained_for

@@ -11,6 +11,7 @@ from edgediff_runtime import EdgePipeline, EdgeRuntimeError, open_bundle
 from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, check_previews, read_latents, read_size, write_output, write_preview
+from edgediff_runtime.inversion import read_inverted
 from edgediff_runtime.loop import Step
 from edgediff_runtime.pictures import edit_arguments
 
@@ -46,9 +47,12 @@ def main() -> int:
     parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet draws by")
     parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
     parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
+    parser.add_argument("--inverted", type=Path, help="a .npz of `edgediff invert`, whose layout the picture keeps")
+    parser.add_argument("--inject-attention", type=float, help="share of the steps that take its self-attention (0.5)")
+    parser.add_argument("--inject-features", type=float, help="share of the steps that take its features (0.8)")
     parser.add_argument("--scheduler", help="another sampler than the bundle's, such as ddim or euler")
     parser.add_argument(
-        "--num-images", type=int, help="default: one for each prompt, 1 with --image or --latents, else 16"
+        "--num-images", type=int, help="default: one for each prompt, 1 with --image, --latents or --inverted, else 16"
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the bundle's)")
     parser.add_argument("--clock", help="period (2) or mask (1,0,1,0; 1 = full) of the full steps")
@@ -88,7 +92,11 @@ def main() -> int:
         width, height = read_size(args.size)
         if args.latents is not None:
             edit["latents"] = read_latents(args.latents)
-        usual = 16 if all(each is None for each in (args.prompt, args.image, args.latents)) else None
+        if args.inverted is not None:
+            edit["inverted"] = read_inverted(args.inverted)
+        edit |= {"inject_attention": args.inject_attention, "inject_features": args.inject_features}
+        begun = (args.prompt, args.image, args.latents, args.inverted)
+        usual = 16 if all(each is None for each in begun) else None
         with warnings_told(lambda line: print(f"warning: {line}", file=sys.stderr)):
             result = pipe(
                 label=args.label,

@@ -115,7 +115,7 @@ def write_preview(folder: Path, index: int, images: Array, scale: int) -> Path:
     """Writes the pictures of a step, counted from 0, as a grid: ``step-001.png`` and so on in a folder, made if new."""
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{index + 1:03}.png"
-    with _replacing(path) as scratch:
+    with replacing(path) as scratch:
         write_png(scratch, grid(images), scale)
     return path
 
@@ -126,7 +126,7 @@ def write_output(result: "Result", path: Path, scale: int) -> None:
     Raises:
         RequestError: The bundle's model works on latents, which are no picture.
     """
-    with _replacing(path) as scratch:
+    with replacing(path) as scratch:
         if path.suffix == ".npy":
             _write_npy(scratch, result.latents)
         else:
@@ -135,7 +135,7 @@ def write_output(result: "Result", path: Path, scale: int) -> None:
 
 def write_latents(latents: Array, path: Path) -> None:
     """Writes float32 latents [N, C, H, W] as ``.npy``."""
-    with _replacing(path) as scratch:
+    with replacing(path) as scratch:
         _write_npy(scratch, latents)
 
 
@@ -158,7 +158,7 @@ def _write_npy(path: Path, array: Array) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place at the end: a full disk or an interrupt keeps the old one."""
     scratch = path.with_name(f".{path.stem[:200]}.{os.getpid()}{path.suffix}")
     try:

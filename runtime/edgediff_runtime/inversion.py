@@ -5,21 +5,26 @@ output belongs to the noisier latent that is looked for. The first guess takes t
 each refinement takes it again for the last guess (a fixed-point iteration).
 """
 
+import io
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from edgediff_runtime.errors import RequestError
+from edgediff_runtime.errors import RequestError, one_line
+from edgediff_runtime.image import replacing
 from edgediff_runtime.loop import Step
 from edgediff_runtime.samplers import Array, Scheduler, State, mix
 from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler, with_sampler
 
 DDIM = "ddim"
 MAX_REFINEMENTS = 20
+# Before the names of conditioning tensors in a file.
+COND = "cond."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inverted:
     """What an inversion found.
 
@@ -27,18 +32,55 @@ class Inverted:
         latents: float32 [N, C, H, W], which ``pipe(latents=..., scheduler="ddim")`` begins with.
         ledger: Each call of the UNet, without its tensors and latents.
         stages: Milliseconds of each component outside of the loop, by its name.
+        trajectory: What the UNet sees of the pictures in each step of drawing them, float32 [steps, N, C, H, W], the
+            noisiest first; what plug-and-play injection draws along.
+        timesteps: DDIM's, [steps], in the same order.
+        cond: What the pictures were inverted with, rows [N, ...] of each conditioning tensor.
         flops_saved: Share of the UNet's operations that cached calls saved.
     """
 
     latents: Array
     ledger: tuple[Step, ...]
     stages: dict[str, float]
+    trajectory: Array
+    timesteps: Array
+    cond: dict[str, Array]
     flops_saved: float = 0.0
 
     @property
     def mask(self) -> tuple[int, ...]:
         """The calls as they were run, 1 = full."""
         return tuple(int(step.full) for step in self.ledger)
+
+
+def write_inverted(inverted: Inverted, path: Path) -> None:
+    """Writes what an inversion found as ``.npz``: ``trajectory``, ``timesteps`` and the condition, as ``cond.NAME``."""
+    arrays: dict[str, Any] = {"trajectory": inverted.trajectory, "timesteps": inverted.timesteps}
+    arrays |= {f"{COND}{name}": rows for name, rows in inverted.cond.items()}
+    data = io.BytesIO()  # numpy does not report a full disk
+    np.savez(data, **arrays)
+    with replacing(path) as scratch:
+        scratch.write_bytes(data.getvalue())
+
+
+def read_inverted(path: Path) -> Inverted:
+    """Reads what `write_inverted` wrote, without its ledger; a RequestError where it is no such file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as e:  # a damaged file may end in errors of zip archives or of Python's tokenizer
+        raise RequestError(f"--inverted {path} cannot be read as .npz: {one_line(e, 200)}") from e
+    trajectory, timesteps = (arrays.pop(name, np.empty(0)) for name in ("trajectory", "timesteps"))
+    fits = trajectory.ndim == 5 and timesteps.shape == trajectory.shape[:1]
+    for name, rows in arrays.items():
+        fits = fits and name.startswith(COND) and rows.shape[:1] == trajectory.shape[1:2]
+    for each in (trajectory, timesteps, *arrays.values()):
+        fits = fits and each.dtype.kind in "iuf" and each.size > 0 and bool(np.isfinite(each).all())
+    if not fits:
+        raise RequestError(f"--inverted {path} holds no inverted picture; give what edgediff invert -o FILE.npz writes")
+    trajectory = trajectory.astype(np.float32)
+    cond = {name.removeprefix(COND): rows for name, rows in arrays.items()}
+    return Inverted(trajectory[0], (), {}, trajectory, timesteps, cond)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,16 @@ are independent, and leaving the generator cancels.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from edgediff_runtime.errors import NotFiniteError
 from edgediff_runtime.manifest import (
+    ATTENTION_ROWS,
     CACHE,
     CONTROLNET,
+    FEATURE_ROWS,
     LOWRES_FEATURE,
     SAMPLE,
     TIMESTEP,
@@ -31,7 +33,29 @@ OVERFLOW = 1e18
 # What a step spends outside of its graphs; "other" is hand-off and clock.
 OUTSIDE = ("guidance", "scheduler", "other")
 
-__all__ = ["CACHE", "LOWRES_FEATURE", "OUTSIDE", "Kept", "Request", "Step", "denoise", "initial_latents"]
+# What a row of an image is: the inverted picture that is drawn along; without text; so beside an image; with text.
+Part = Literal["source", "uncond", "image", "cond"]
+
+__all__ = ["CACHE", "LOWRES_FEATURE", "OUTSIDE", "Kept", "Request", "Source", "Step", "denoise", "initial_latents"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An inverted picture that is drawn along, so that others take of it (Tumanyan et al. 2022, section 4).
+
+    Attributes:
+        latents: What the UNet sees of it at each call, [calls, N, C, H, W].
+        cond: Its rows of each conditioning tensor, [N, ...].
+        calls: For how many calls, from the first, others take its ``attention_rows`` and its ``feature_rows``.
+    """
+
+    latents: Array
+    cond: Mapping[str, Array]
+    calls: Mapping[str, int]
+
+    def is_drawn(self, i: int) -> bool:
+        """Whether it has rows in a call: some row takes of it."""
+        return i < max(self.calls.values())
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,7 @@ class Request:
         image_guidance: How far results go towards the image in `concat`, of a UNet that is guided by it and by the text
             (Brooks et al. 2023, equation 3): guided steps have three rows for an image. None has two.
         kept: What does not change.
+        source: An inverted picture that is drawn along, in rows before the others', for graphs that inject.
     """
 
     graphs: tuple[Graph, ...]
@@ -87,10 +112,20 @@ class Request:
     first_image: int = 0
     image_guidance: float | None = None
     kept: Kept | None = None
+    source: Source | None = None
 
-    def rows_of_image(self, guided: bool) -> int:
-        """How many rows an image has in a step; the last is the conditional one."""
-        return (2 if self.image_guidance is None else 3) if guided else 1
+    def parts(self, i: int) -> tuple[Part, ...]:
+        """What the rows of an image are in a step, in their order; the last is the conditional one."""
+        guided: tuple[Part, ...] = ("uncond",) if self.image_guidance is None else ("uncond", "image")
+        drawn: tuple[Part, ...] = ("source",) if self.source is not None and self.source.is_drawn(i) else ()
+        return (*drawn, *(guided if self.guidance[i] > 1 else ()), "cond")
+
+    def rows_of(self, part: Part) -> Mapping[str, Array]:
+        """The conditioning of one of them, [N, ...] by name."""
+        if part == "source":
+            assert self.source is not None
+            return self.source.cond
+        return self.cond if part == "cond" else self.uncond
 
 
 @dataclass(frozen=True)
@@ -101,6 +136,7 @@ class Step:
         index: Number of the step, from 0.
         timestep: The time that the UNet was told.
         guided: Whether unconditional rows ran too.
+        rows: How many rows an image had.
         latents: Latents after the step, [N, C, H, W], read-only; a new array for each step.
         predicted: Finished latents as this step predicts them (x_0), the same way: what a preview shows without noise.
         ms: Milliseconds in each graph, in ``guidance`` where there is any, in the ``scheduler`` and in everything
@@ -113,6 +149,7 @@ class Step:
     timestep: float
     full: bool
     guided: bool
+    rows: int
     latents: Array
     predicted: Array
     ms: dict[str, float]
@@ -133,33 +170,34 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     x_t = request.latents
     state: Any = None
     chunks: list[_Chunk] = []
-    was_guided = False
+    parts_before: tuple[Part, ...] = ()
     start = perf_counter()
     timesteps = [session.put(_as_timestep(t, request.graphs)) for t in scheduler.timesteps]
     for i in range(request.start, len(scheduler.timesteps)):
         is_first = i == request.start
         if not is_first:  # work before the first step counts as that step's
             start = perf_counter()
-        guided = request.guidance[i] > 1
-        # Full, since there is no cache yet, or none for unconditional rows that join.
-        full = request.clock[i] or is_first or (guided and not was_guided)
-        if is_first or guided != was_guided:
-            chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
-        was_guided = guided
+        parts = request.parts(i)
+        # Full, since there is no cache yet, or none for rows that join.
+        full = request.clock[i] or is_first or not set(parts) <= set(parts_before)
+        if parts != parts_before:
+            chunks = _regroup(request, session, chunks, parts, parts_before, keep_cache=not full)
+        parts_before = parts
         x_in = scheduler.scale_model_input(i, x_t)
-        parts = request.rows_of_image(guided)
-        rows = _sample_rows(x_in, request.concat, 1 if shared else parts)
+        rows = _sample_rows(request, i, x_in, parts[-1:] if shared and "source" not in parts else parts)
         for chunk in chunks:
             chunk.tensors[SAMPLE] = session.put(rows if chunk.whole else rows[chunk.rows])
             chunk.tensors[TIMESTEP] = timesteps[i]
+            chunk.take_rows(request.source, i)
             if LOWRES_FEATURE in chunk.tensors:
                 chunk.tensors[CACHE] = chunk.tensors[LOWRES_FEATURE]
         ms = _run(session, graphs[full], chunks)
-        out = _gather(session, chunks, "out_sample", parts * num_images)
-        model_output = out
+        out = _gather(session, chunks, "out_sample", len(parts) * num_images)
+        model_output = out[num_images:] if "source" in parts else out
+        guided = "uncond" in parts
         if guided:
             before = perf_counter()
-            model_output = _guided(out, parts, request.guidance[i], request.image_guidance)
+            model_output = _guided(model_output, request.guidance[i], request.image_guidance)
             ms["guidance"] = 1e3 * (perf_counter() - before)
         before = perf_counter()
         fresh = _fresh_noise(request, i) if scheduler.needs_noise else None
@@ -180,7 +218,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         shown = x_t.view()
         shown.flags.writeable = predicted.flags.writeable = False
         tensors = tuple(chunk.tensors for chunk in chunks)
-        yield Step(i, float(scheduler.timesteps[i]), full, guided, shown, predicted, ms, tensors)
+        yield Step(i, float(scheduler.timesteps[i]), full, guided, len(parts), shown, predicted, ms, tensors)
 
 
 def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: float, first: int = 0) -> Array:
@@ -189,24 +227,27 @@ def initial_latents(seed: int, num_images: int, shape: Sequence[int], sigma: flo
     return np.stack(drawn) * np.float32(sigma)
 
 
-def _sample_rows(x_in: Array, concat: Array | None, parts: int) -> Array:
-    """The sample of every row, `parts` for an image; of three the first sees no image in the concatenated channels."""
-    if concat is None:
-        return np.ascontiguousarray(np.concatenate([x_in] * parts)) if parts > 1 else np.ascontiguousarray(x_in)
-    beside = [concat] * parts
-    if parts == 3:
-        beside[0] = np.zeros_like(concat)
-    return np.concatenate([np.concatenate([x_in, each], axis=1) for each in beside])
+def _sample_rows(request: Request, i: int, x_in: Array, parts: Sequence[Part]) -> Array:
+    """The sample of every row; without an image for a row that sees none in the concatenated channels."""
+    rows = dict.fromkeys(parts, x_in)
+    if request.source is not None and "source" in rows:
+        rows["source"] = request.source.latents[i]
+    if request.concat is not None:
+        beside = dict.fromkeys(parts, request.concat)
+        if "image" in parts:
+            beside["uncond"] = np.zeros_like(request.concat)
+        rows = {part: np.concatenate([x, beside[part]], axis=1) for part, x in rows.items()}
+    return np.ascontiguousarray(np.concatenate(list(rows.values())) if len(rows) > 1 else rows[parts[-1]])
 
 
-def _guided(out: Array, parts: int, scale: float, image_scale: float | None) -> Array:
+def _guided(out: Array, scale: float, image_scale: float | None) -> Array:
     """What guidance makes of the rows' outputs."""
     with np.errstate(over="ignore", invalid="ignore"):  # not finite: refused by the loop
         if image_scale is None:
             u, c = np.split(out, 2)
             guided: Array = u + np.float32(scale) * (c - u)
             return guided
-        u, image, c = np.split(out, parts)
+        u, image, c = np.split(out, 3)
         guided = u + np.float32(image_scale) * (image - u) + np.float32(scale) * (c - image)
         return guided
 
@@ -225,44 +266,69 @@ def _fresh_noise(request: Request, i: int) -> Array:
 
 @dataclass
 class _Chunk:
-    """Rows that go through the graphs together, and their table of tensors."""
+    """Rows that go through the graphs together, and their table of tensors.
+
+    Attributes:
+        own, taken: Which of them each takes of itself, and of the source, as the graphs take it; None where they take
+            none.
+    """
 
     rows: Array
     whole: bool
     tensors: dict[str, Any]
+    own: Any = None
+    taken: Any = None
+
+    def take_rows(self, source: Source | None, i: int) -> None:
+        """Says of which rows the step takes queries, keys and features."""
+        if self.own is not None:
+            for name in (ATTENTION_ROWS, FEATURE_ROWS):
+                takes = source is not None and i < source.calls[name]
+                self.tensors[name] = self.taken if takes else self.own
 
 
-def _regroup(request: Request, session: Session, old: list[_Chunk], guided: bool, keep_cache: bool) -> list[_Chunk]:
-    """Rearranges the rows: [unconditional x N, conditional x N] if guided, the conditional ones alone if not.
+def _regroup(
+    request: Request,
+    session: Session,
+    old: list[_Chunk],
+    parts: tuple[Part, ...],
+    parts_before: tuple[Part, ...],
+    keep_cache: bool,
+) -> list[_Chunk]:
+    """Rearranges the rows: those of all images for the first part, then those for the next, the conditional ones last.
 
-    Where guidance is of an image too, its rows, without text, are between the two. A graph of a fixed batch gets the
-    rows of an image together, padded with the last row where they do not come out even. Where guidance has just ended,
-    the conditional rows of the cache are kept, and those of a ControlNet's residuals.
+    A graph of a fixed batch gets the rows of an image together, padded with the last row where they do not come out
+    even. Where rows are left out, the others' cache is kept, and their residuals of a ControlNet.
     """
     num_images = len(request.latents)
-    parts = request.rows_of_image(guided)
-    total = parts * num_images
-    order = np.arange(total).reshape(parts, num_images).T.reshape(-1)
+    total = len(parts) * num_images
+    order = np.arange(total).reshape(len(parts), num_images).T.reshape(-1)
     batch = session.batch
     if batch is None:
         groups = [np.arange(total)]
     else:
         order = np.concatenate([order, np.repeat(order[-1:], -total % batch)])
         groups = list(order.reshape(-1, batch))
-    named = dict(request.cond)
-    if guided:
-        named = {name: np.concatenate([*[request.uncond[name]] * (parts - 1), rows]) for name, rows in named.items()}
-    # A step without unconditional rows follows one that had them.
+    by_part = [request.rows_of(part) for part in parts]
+    named = {name: np.concatenate([rows[name] for rows in by_part]) for name in request.cond}
     kept: dict[str, Array] = {}
     if old and keep_cache:
-        rows_before = request.rows_of_image(True) * num_images
         for name in (LOWRES_FEATURE, *_residuals(request.graphs)):
-            kept[name] = _gather(session, old, name, rows_before)[-num_images:]
+            values = np.split(_gather(session, old, name, len(parts_before) * num_images), len(parts_before))
+            kept[name] = np.concatenate([values[parts_before.index(part)] for part in parts])
+    dtype = next((t.dtype for graph in request.graphs for t in graph.inputs if t.name == ATTENTION_ROWS), None)
     chunks = []
     for rows in groups:
         tensors = {name: session.put(np.ascontiguousarray(values[rows])) for name, values in named.items()}
         tensors |= {name: session.put(np.ascontiguousarray(values[rows])) for name, values in kept.items()}
-        chunks.append(_Chunk(rows, whole=batch is None, tensors=tensors))
+        chunk = _Chunk(rows, whole=batch is None, tensors=tensors)
+        if dtype is not None:
+            own = np.arange(len(rows), dtype=dtype)
+            chunk.own = session.put(own)
+            if "source" in parts:
+                places = {int(row): place for place, row in enumerate(rows)}
+                chunk.taken = session.put(np.array([places[int(row) % num_images] for row in rows], dtype=dtype))
+        chunks.append(chunk)
     return chunks
 
 

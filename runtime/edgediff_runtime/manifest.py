@@ -43,6 +43,8 @@ POOLED = "text_embeds"
 CONTROL_IMAGE = "control_image"
 CONTROL_SCALE = "control_scale"
 CONTROLNET = "controlnet"
+# The row whose queries and keys, and whose features, each row of a step takes: plug-and-play injection.
+ATTENTION_ROWS, FEATURE_ROWS = "attention_rows", "feature_rows"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -606,11 +608,13 @@ class Cost(Struct, frozen=True):
     macs_attention: int
 
 
-def operations_saved(cost: dict[str, Cost], mask: Iterable[bool], steered: bool, attention: bool = True) -> float:
+def operations_saved(
+    cost: dict[str, Cost], steps: Iterable[tuple[bool, int]], steered: bool, attention: bool = True
+) -> float:
     """Share of a generation's operations that its cached steps save, of clock 1's; 0 where none is counted.
 
     Args:
-        mask: The steps as they were run; True = full.
+        steps: Of each step that was run, whether it was full, and its rows for an image.
         steered: Whether a ControlNet ran, where the bundle has one: ``full`` counts it.
         attention: Whether attention matmuls count, which both papers leave out.
     """
@@ -619,8 +623,9 @@ def operations_saved(cost: dict[str, Cost], mask: Iterable[bool], steered: bool,
         return cost[name].macs + cost[name].macs_attention * attention if name in cost else 0
 
     full = of("full") - (0 if steered else of(CONTROLNET))
-    steps = list(mask)
-    return 1 - sum(full if each else of("cached") for each in steps) / (full * len(steps)) if full and steps else 0.0
+    ran = list(steps)
+    always = full * sum(rows for _, rows in ran)
+    return 1 - sum(rows * (full if each else of("cached")) for each, rows in ran) / always if always else 0.0
 
 
 class File(Struct, frozen=True):

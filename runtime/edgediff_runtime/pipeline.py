@@ -36,6 +36,7 @@ from edgediff_runtime.decoding import OVERLAP, decode
 from edgediff_runtime.editing import Edit, as_pixels, begin, encode, from_vae, in_words, read_edit, steps_left_out
 from edgediff_runtime.errors import BundleError, OperatingPointWarning, RequestError
 from edgediff_runtime.image import NO_PREVIEW, to_uint8
+from edgediff_runtime.injection import check_injection, source_of
 from edgediff_runtime.inversion import DDIM, Inverted, inverse_scheduler
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import (
@@ -119,6 +120,10 @@ class Arguments(Condition, total=False):
         controlnet_conditioning_scale: How strongly, a number from 0; 1 if left out.
         paste: Whether the finished pictures have the image's own pixels outside of the mask.
         feather: Pixels inside of the mask's edge over which a pasted picture fades in.
+        inverted: A picture that `invert` found, which the images are drawn beside, with DDIM from its latents: they
+            take its layout (plug-and-play, Tumanyan et al. 2022), from bundles exported with ``injection``.
+        inject_attention: Share of the steps, 0 to 1, in which they take its self-attention; 0.5 if left out.
+        inject_features: The same of its features; 0.8 if left out.
         first_image: Number of the first image, 0 if left out. Image i of a seed is the same in any generation, so many
             images can be drawn in parts.
         height: Of the picture in pixels (of the latent, where the bundle has no decoder), as is `width`; left out, the
@@ -133,6 +138,9 @@ class Arguments(Condition, total=False):
     depth_map: Any
     control_image: Any
     controlnet_conditioning_scale: float | None
+    inverted: Inverted | None
+    inject_attention: float | None
+    inject_features: float | None
     paste: bool
     feather: int
     num_images: int | None
@@ -331,7 +339,7 @@ class EdgePipeline:
 
     def _saved(self, ledger: Sequence[Step]) -> float:
         steered = any(CONTROLNET in step.ms for step in ledger)
-        return operations_saved(self.manifest.cost, [step.full for step in ledger], steered)
+        return operations_saved(self.manifest.cost, [(step.full, step.rows) for step in ledger], steered)
 
     def _denoise(
         self, prepared: Request, usage: Usage, callback: Callable[[Step], None] | None
@@ -578,6 +586,9 @@ class EdgePipeline:
         depth_map: Any = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | None = None,
+        inverted: Inverted | None = None,
+        inject_attention: float | None = None,
+        inject_features: float | None = None,
         paste: bool = False,
         feather: int = 0,
         num_images: int | None = None,
@@ -596,6 +607,11 @@ class EdgePipeline:
         guidance_scale, clip_skip = plain(guidance_scale), plain(clip_skip)
         if isinstance(first_image, bool) or not isinstance(first_image, int) or first_image < 0:
             raise RequestError(f"first_image is {first_image!r}; expected a whole number from 0")
+        check_injection(inverted, inject_attention, inject_features, latents, image)
+        if inverted is not None:
+            latents = inverted.latents
+            num_inference_steps = len(inverted.timesteps) if num_inference_steps is None else num_inference_steps
+            scheduler = DDIM if scheduler is None else scheduler
         steps = point.num_inference_steps if num_inference_steps is None else plain(num_inference_steps)
         config = self.manifest.scheduler if scheduler is None else with_sampler(self.manifest.scheduler, scheduler)
         sampling = make_scheduler(config, steps)
@@ -638,6 +654,7 @@ class EdgePipeline:
         cond, uncond, count = self._conditioning(
             label, texts, prompt_embeds, negative_prompt_embeds, added_cond, negative_added_cond, num_images, tensors,
             rows=1 if max(guidance) <= 1 else 2 if edit.image_guidance is None else 3, usage=usage, size=size,
+            beside=0 if inverted is None else 1,
         )  # fmt: skip
         edit.check_count(count)
         beside = steering.tensors(count)
@@ -645,9 +662,12 @@ class EdgePipeline:
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
         shape = (self.manifest.sample.channels, *size)
+        noise = self._noise(begins_with, seed, count, shape, first_image)
+        source = None
+        if inverted is not None:
+            source = source_of(inverted, graphs, sampling, cond, max(guidance) > 1, inject_attention, inject_features)
         begun = begin(
-            edit, self.manifest.vae, sampling, start,
-            self._noise(begins_with, seed, count, shape, first_image), lambda batches: self._encode(batches, usage),
+            edit, self.manifest.vae, sampling, start, noise, lambda batches: self._encode(batches, usage)
         )  # fmt: skip
         request = Request(
             graphs=graphs,
@@ -663,6 +683,7 @@ class EdgePipeline:
             first_image=first_image,
             image_guidance=edit.image_guidance,
             kept=begun.kept,
+            source=source,
         )
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)
@@ -739,9 +760,20 @@ class EdgePipeline:
             prepared, scheduler=inverse, clock=mask, guidance=guidance,
             latents=encoded if vae is None else from_vae(vae, encoded),
         )  # fmt: skip
-        latents, ledger = self._denoise(backwards, usage, callback)
+        calls_of_step = calls // steps
+        found: list[Array] = []
+
+        def keep(step: Step) -> None:
+            if (step.index + 1) % calls_of_step == 0:
+                found.append(step.latents)
+            if callback is not None:
+                callback(step)
+
+        latents, ledger = self._denoise(backwards, usage, keep)
         stages = {name: ms for name, ms in usage.ms.items() if name != UNET}
-        return Inverted(latents, ledger, stages, self._saved(ledger))
+        timesteps = inverse.timesteps[::-calls_of_step].copy()
+        cond = dict(prepared.cond)
+        return Inverted(latents, ledger, stages, np.stack(found[::-1]), timesteps, cond, self._saved(ledger))
 
     @property
     def can_edit(self) -> bool:
@@ -838,11 +870,13 @@ class EdgePipeline:
         rows: int,
         usage: Usage,
         size: tuple[int, int],
+        beside: int,
     ) -> tuple[dict[str, Array], dict[str, Array], int]:
         """Rows of every conditioning tensor: conditional, unconditional, and the number of images.
 
         Args:
             rows: Of an image in a step; more than one are guided.
+            beside: Rows more, of what is drawn along.
         """
         known, guided = self.manifest.conditioning, rows > 1
         if num_images is not None:
@@ -858,11 +892,11 @@ class EdgePipeline:
             if guided:
                 raise RequestError("guidance_scale is above 1, but the model has no condition; give 1")
             count = 1 if num_images is None else num_images
-            self._check_memory(count, rows, size)
+            self._check_memory(count, rows + beside, size)
             return {}, {}, count
         if known.kind == "class":
             found = class_rows(known, label, num_images, guided, tensors["class_labels"].dtype)
-            self._check_memory(found[-1], rows, size)
+            self._check_memory(found[-1], rows + beside, size)
             return found
         needed = {name: tensors[name] for name in (*TEXT_INPUTS, "class_labels") if name in tensors}
         given = arrays(prompt_embeds, added_cond, "")
@@ -874,7 +908,7 @@ class EdgePipeline:
             embeds = given.get("encoder_hidden_states")
             num_images = (1 if embeds is None else (*embeds.shape, 1)[0]) if texts is None else texts.count()
             check_count(num_images)
-        self._check_memory(num_images, rows, size)
+        self._check_memory(num_images, rows + beside, size)
         if texts is not None:
             made, made_negative = self._embeds(texts, num_images, guided, needed, usage)
             given, negative = made | given, made_negative | negative

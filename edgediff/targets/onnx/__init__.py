@@ -25,6 +25,7 @@ from edgediff.targets.base import (
     Sizes,
     Target,
     int8_check,
+    others_can_call,
 )
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -184,9 +185,8 @@ class OnnxTarget(Target):
         from edgediff.targets.onnx.write_onnx import write_onnx, write_undivided
 
         graphs, versions = write_onnx(job, job.folder, job.target.unet.graphs, job.config)
-        # No other tool hands a UNet a control image.
-        alone = job.config.portable or any(graph.name == m.CONTROLNET for graph in graphs)
-        model = None if alone else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx")
+        shared = others_can_call(graphs) and not job.config.portable
+        model = write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx") if shared else None
         write_json(job.folder / FOLDER / "config.json", job.unet_config)
         return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)
 

@@ -25,7 +25,7 @@ import onnx
 from edgediff.errors import UnsupportedError
 from edgediff.extras import import_extra
 from edgediff.models.clip_tokenizer import load_tokenizer
-from edgediff.targets.base import ComponentJob, Job, Say, converter_errors
+from edgediff.targets.base import ComponentJob, Job, Say, converter_errors, others_can_call
 from edgediff.targets.onnx import OnnxConfig
 from edgediff.targets.onnx.pool_weights import WeightFile
 from edgediff.targets.onnx.quantize import HALVED_WEIGHT_LEVELS
@@ -34,7 +34,7 @@ from edgediff.targets.onnx.write_onnx import write_component as write_onnx_compo
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
 from edgediff_runtime.errors import one_line
-from edgediff_runtime.manifest import CONTROLNET, TIMESTEP, Graph, Tensor
+from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
 
 # An operation with this note stays fp32 on a device that computes in fp16.
 KEEPS_FP32 = "precise_0"
@@ -71,8 +71,8 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
         )
         job.say("writing OpenVINO's models")
         files = {graph.name: str(graph.file) for graph in finished if graph.file is not None}
-        alone = all(graph.name != CONTROLNET for graph in made)
-        if alone:
+        shared = others_can_call(made)
+        if shared:
             full = [onnx.load(scratch / str(g.file), load_external_data=False) for g in made if g.runs(full=True)]
             whole = join_full_step(full, "int64")
             (scratch / "undivided.onnx").write_bytes(whole.SerializeToString(deterministic=True))
@@ -81,7 +81,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             _write(openvino, scratch / f"{graph_name}.onnx", folder / file, graph_name)
         pool_ir_weights([folder / file for file in files.values()], folder / WEIGHTS)
-    if not alone:
+    if not shared:
         return finished, None
     steps = [graph for graph in finished if graph.runs(full=True)]
     return finished, undivided_graph(steps, MODEL, Tensor(TIMESTEP, "int64", (1,)))
