@@ -17,7 +17,7 @@ from edgediff.bundle.feed import undivided_step
 from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, open_bundle
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.inversion import inverse_scheduler
-from edgediff_runtime.loop import Kept, Request, denoise
+from edgediff_runtime.loop import Kept, Request, Source, denoise
 from edgediff_runtime.manifest import Encoder, Graph, Tensor
 from edgediff_runtime.manifest_json import parse_manifest
 from edgediff_runtime.prompt import tokenized
@@ -44,7 +44,10 @@ class FakeSession:
                 graph["name"],
                 file=graph["name"],
                 frequency=graph["frequency"],
-                inputs=tuple(Tensor(name, "float32", ("batch",)) for name in graph["inputs"]),
+                inputs=tuple(
+                    Tensor(name, "int64" if name in loop_cases.ROWS else "float32", ("batch",))
+                    for name in graph["inputs"]
+                ),
                 outputs=tuple(Tensor(name, "float32", ("batch",)) for name in graph["outputs"]),
             )
             for graph in graphs
@@ -60,11 +63,11 @@ class FakeSession:
     def run(self, graph: Graph, tensors: dict[str, Any]) -> None:
         rows = len(tensors["sample"])
         assert self.batch in (None, rows)
-        made: list[dict[str, np.ndarray]] = []
-        for i in range(rows):
-            row = {t.name: tensors[t.name] if t.name == "timestep" else tensors[t.name][i] for t in graph.inputs}
-            loop_cases.run_graph(self._bodies[graph.name], row)
-            made.append(row)
+        made = [
+            {t.name: tensors[t.name] if t.name == "timestep" else tensors[t.name][i] for t in graph.inputs}
+            for i in range(rows)
+        ]
+        loop_cases.run_graph(self._bodies[graph.name], made)
         tensors.update((t.name, np.stack([row[t.name] for row in made]).astype("float32")) for t in graph.outputs)
 
 
@@ -81,6 +84,12 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
     if "kept" in case:
         shapes = {"mask": (images, 1, *shape[1:]), "latents": (images, *shape), "noise": (images, *shape)}
         kept = Kept(**{key: np.array(case["kept"][key], np.float32).reshape(size) for key, size in shapes.items()})
+    source = None
+    if "source" in case:
+        given = case["source"]
+        cond = np.array(given["cond"], np.float32).reshape(images, *loop_cases.EMBEDDING)
+        levels = np.array(given["latents"], np.float32).reshape(-1, images, *shape)
+        source = Source(levels, {"encoder_hidden_states": cond}, given["calls"])
     config = msgspec.convert(case["scheduler"], SchedulerConfig)
     session = FakeSession(case["graphs"], case["batch"])
     scheduler = make_scheduler(config, case["num_inference_steps"])
@@ -97,6 +106,7 @@ def test_the_loop_comes_to_what_each_row_alone_comes_to(name: str) -> None:
         start=case["start"],
         image_guidance=case.get("image_guidance"),
         kept=kept,
+        source=source,
     )
     steps = list(denoise(request, session))
     assert [int(step.full) for step in steps] == case["mask"]

@@ -4,7 +4,7 @@ Every image, and every row of it, is computed alone, in the order in which the c
 step does. A runtime computes rows together, pads them, keeps its cache in tables of its own: it must come to the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ SHAPE = (2, 2, 2)
 SIZE = 8
 FEATURE = (3, 1, 1)
 EMBEDDING = (1, 2)
+ROWS = ("attention_rows", "feature_rows")
 DDIM = SchedulerConfig(name="ddim")
 DPM = SchedulerConfig(name="dpmpp_2m")
 STOCHASTIC = SchedulerConfig(name="ddim", eta=1.0)
@@ -34,13 +35,16 @@ def _matrix(rows: int, columns: int, image: int) -> np.ndarray:
     return made
 
 
-def fake_graphs(concat: int = 0, split: bool = True, steered: bool = False) -> list[dict[str, Any]]:
+def fake_graphs(
+    concat: int = 0, split: bool = True, steered: bool = False, injects: bool = False
+) -> list[dict[str, Any]]:
     """The four parts, or a full and a cached step: each output is a sum of matrices times flattened inputs.
 
     Args:
         concat: Channels that are concatenated to the sample.
         split: Whether the parts are apart.
         steered: Whether a ControlNet is before them.
+        injects: Whether rows take other rows' inputs.
     """
     taken = SIZE + 4 * concat
     parts = {
@@ -66,6 +70,9 @@ def fake_graphs(concat: int = 0, split: bool = True, steered: bool = False) -> l
         before = [_graph("controlnet", "full_step", [{"control_0": (SHAPE, given)}])]
         shape, terms = parts["highres_out"]["out_sample"]
         parts["highres_out"]["out_sample"] = (shape, {**terms, "control_0": _matrix(SIZE, SIZE, 11)})
+    if injects:
+        parts["lowres"]["lowres_feature"][1]["highres_feature@attention_rows"] = _matrix(3, 3, 12)
+        parts["highres_out"]["out_sample"][1]["skip_0@feature_rows"] = _matrix(SIZE, SIZE, 13)
     if split:
         frequency = {"highres_in": "step", "lowres": "full_step", "adaptor": "cached_step", "highres_out": "step"}
         return before + [_graph(name, frequency[name], [outputs]) for name, outputs in parts.items()]
@@ -77,14 +84,18 @@ def fake_graphs(concat: int = 0, split: bool = True, steered: bool = False) -> l
 
 
 def _graph(name: str, frequency: str, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """A graph as JSON has it: what it takes, and its tensors in the order in which they are computed."""
+    """A graph as JSON has it: what it takes, and its tensors in the order in which they are computed.
+
+    A term ``tensor@rows`` is of the row that ``rows`` names, for each row.
+    """
     made = [tensor for stage in stages for tensor in stage]
-    taken = [source for stage in stages for _, terms in stage.values() for source in terms if source not in made]
+    named = [source for stage in stages for _, terms in stage.values() for source in terms]
+    taken = [part for source in named for part in source.split("@") if part not in made]
     compute = [
         {
             "tensor": tensor,
             "shape": list(shape),
-            "terms": [{"of": source, "matrix": matrix.tolist()} for source, matrix in terms.items()],
+            "terms": [_term(source, matrix) for source, matrix in terms.items()],
         }
         for stage in stages
         for tensor, (shape, terms) in stage.items()
@@ -94,16 +105,26 @@ def _graph(name: str, frequency: str, stages: list[dict[str, Any]]) -> dict[str,
             "compute": compute}  # fmt: skip
 
 
-def run_graph(graph: Mapping[str, Any], row: dict[str, np.ndarray]) -> None:
-    """Computes a fake graph on one row of tensors by name, and adds its outputs."""
-    table = dict(row)
+def _term(source: str, matrix: np.ndarray) -> dict[str, Any]:
+    tensor, _, rows = source.partition("@")
+    return {"of": tensor, **({"rows": rows} if rows else {}), "matrix": matrix.tolist()}
+
+
+def run_graph(graph: Mapping[str, Any], rows: Sequence[dict[str, np.ndarray]]) -> None:
+    """Computes a fake graph on rows, each a table of tensors by name, and adds its outputs to them."""
+    tables = [dict(row) for row in rows]
     for each in graph["compute"]:
-        total = sum(
-            np.array(term["matrix"]) @ np.asarray(table[term["of"]], dtype=np.float64).reshape(-1)
-            for term in each["terms"]
-        )
-        table[each["tensor"]] = np.reshape(total, each["shape"])
-    row.update({name: table[name] for name in graph["outputs"]})
+        made = []
+        for table in tables:
+            total = 0
+            for term in each["terms"]:
+                other = tables[int(table[term["rows"]])] if "rows" in term else table
+                total = total + np.array(term["matrix"]) @ np.asarray(other[term["of"]], dtype=np.float64).reshape(-1)
+            made.append(np.reshape(total, each["shape"]))
+        for table, value in zip(tables, made, strict=True):
+            table[each["tensor"]] = value
+    for row, table in zip(rows, tables, strict=True):
+        row.update({name: table[name] for name in graph["outputs"]})
 
 
 @dataclass(frozen=True)
@@ -123,6 +144,8 @@ class LoopCase:
     image_guidance: float | None = None
     keeps: bool = False
     steered: bool = False
+    injects: bool = False
+    source_calls: tuple[int, int] | None = None
 
 
 CASES = {
@@ -158,6 +181,12 @@ CASES = {
     "keeps_what_the_mask_leaves": LoopCase(keeps=True, images=2, guidance=(2.0,) * 5),
     "keeps_what_the_mask_leaves_from_2": LoopCase(keeps=True, images=2, start=2, scheduler=DPM),
     "steered": LoopCase(steered=True, images=2, guidance=(2.0,) * 5, mask=(1, 0, 0, 1, 0)),
+    "injects_nothing": LoopCase(injects=True, images=2, guidance=(2.0,) * 5),
+    "injected": LoopCase(injects=True, images=2, guidance=(2.0,) * 5, source_calls=(2, 3)),
+    "injected_without_guidance": LoopCase(injects=True, source_calls=(4, 1), mask=(1, 1, 0, 1, 0)),
+    "injected_in_batches_of_3": LoopCase(
+        injects=True, images=2, guidance=(2.0, 2.0, 2.0, 1.0, 1.0), source_calls=(3, 0), batch=3
+    ),
     "keeps_with_noise_in_sigma": LoopCase(keeps=True, start=2, steps=3, mask=(1, 1, 1, 0, 1), scheduler=HEUN),
 }
 
@@ -181,53 +210,67 @@ def inputs_of(case: LoopCase) -> dict[str, Any]:
         }
         if case.keeps
         else None,
+        "source": {
+            "latents": np.stack([drawn(SHAPE, 1007 + i) for i in range(case.steps)]),
+            "cond": drawn(EMBEDDING, 1100),
+            "calls": dict(zip(ROWS, case.source_calls, strict=True)),
+        }
+        if case.source_calls is not None
+        else None,
     }
 
 
 def answer(case: LoopCase) -> dict[str, Any]:
-    """Computes a case row by row."""
-    graphs = fake_graphs(case.concat, case.split, case.steered)
+    """Computes a case image by image."""
+    graphs = fake_graphs(case.concat, case.split, case.steered, case.injects)
     given = inputs_of(case)
     scheduler = make_scheduler(case.scheduler, case.steps)
     mask: list[int] = []
     latents = []
     for n in range(case.images):
-        x_t, state, caches, was_guided = given["latents"][n][None], None, {}, False
+        x_t, state, caches, names_before = given["latents"][n][None], None, {}, set()
         mask = []
         steps = []
         for i in range(case.start, len(scheduler.timesteps)):
             guided = case.guidance[i] > 1
-            full = bool(case.mask[i]) or i == case.start or (guided and not was_guided)
+            # By what a row is told: neither text nor image, the image alone, both; before them the source.
+            halves = ("uncond", "image", "cond") if case.image_guidance is not None else ("uncond", "cond")
+            source = given["source"]
+            is_drawn = source is not None and i < max(source["calls"].values())
+            names = (*(("source",) if is_drawn else ()), *(halves if guided else ("cond",)))
+            full = bool(case.mask[i]) or i == case.start or not set(names) <= names_before
+            names_before = set(names)
             mask.append(int(full))
             scaled = scheduler.scale_model_input(i, x_t)[0]
-            # By what a row is told: neither text nor image, the image alone, both.
-            names = ("uncond", "image", "cond") if case.image_guidance is not None else ("uncond", "cond")
-            out = {}
-            for half in names if guided else ("cond",):
-                sample = scaled
+            rows = {}
+            for place, half in enumerate(names):
+                sample = source["latents"][i, n] if half == "source" else scaled
                 if given["concat"] is not None:
                     beside = given["concat"][n]
                     if half == "uncond" and case.image_guidance is not None:
                         beside = np.zeros_like(beside)
-                    sample = np.concatenate([scaled, beside])
-                told = given["cond" if half == "cond" else "uncond"][n]
+                    sample = np.concatenate([sample, beside])
+                told = source["cond"][n] if half == "source" else given["cond" if half == "cond" else "uncond"][n]
                 row = {"sample": sample, "timestep": np.array([scheduler.timesteps[i]]),
                        "encoder_hidden_states": told, **caches.get(half, {})}  # fmt: skip
                 if given["control_image"] is not None:
                     row["control_image"] = given["control_image"][n]
-                for graph in graphs:
-                    if graph["frequency"] in ("step", "full_step" if full else "cached_step"):
-                        run_graph(graph, row)
+                for name in ROWS if case.injects else ():
+                    row[name] = np.array(0 if is_drawn and i < source["calls"][name] else place)
+                rows[half] = row
+            for graph in graphs:
+                if graph["frequency"] in ("step", "full_step" if full else "cached_step"):
+                    run_graph(graph, list(rows.values()))
+            for half, row in rows.items():
                 caches[half] = {"cache": row["lowres_feature"], "lowres_feature": row["lowres_feature"]}
                 caches[half] |= {name: row[name] for name in ("control_0",) if name in row}
-                out[half] = row["out_sample"].astype(np.float32)
+            out = {half: row["out_sample"].astype(np.float32) for half, row in rows.items()}
             model_output = out["cond"]
             if guided and case.image_guidance is None:
                 model_output = out["uncond"] + np.float32(case.guidance[i]) * (out["cond"] - out["uncond"])
             elif guided:
                 towards = np.float32(case.image_guidance) * (out["image"] - out["uncond"])
                 model_output = out["uncond"] + towards + np.float32(case.guidance[i]) * (out["cond"] - out["image"])
-            was_guided = guided
             fresh = noise(case.seed, SHAPE, image=n, draw=i + 1)[None] if scheduler.needs_noise else None
             x_t, state = scheduler.step(i, x_t, model_output[None], state, fresh, i == case.start)
             if given["kept"] is not None:
@@ -255,7 +298,7 @@ def document(case: LoopCase) -> dict[str, Any]:
         "shape": list(SHAPE),
         **{name: value for name, value in given.items() if value is not None},
         **({} if case.image_guidance is None else {"image_guidance": case.image_guidance}),
-        "graphs": fake_graphs(case.concat, case.split, case.steered),
+        "graphs": fake_graphs(case.concat, case.split, case.steered, case.injects),
         "mask": made["mask"],
         "steps": [{"latents": latents} for latents in made["latents"]],
     }
