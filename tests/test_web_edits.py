@@ -6,6 +6,7 @@
 import base64
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def answers() -> dict[str, Any]:
         },
         "bundle": _edits(rng),
         "steered": _steered(rng),
+        "injected": _injected(rng),
     }
 
 
@@ -131,11 +133,81 @@ GRAPHS = {
 }
 
 
+# The same without one, whose rows take features of other rows.
+INJECTED = {
+    "full": f"""(float[batch,3,8,8] sample, float[1] timestep, int64[batch] class_labels, int64[batch] attention_rows,
+       int64[batch] feature_rows) => (float[batch,3,8,8] out_sample, float[batch,3,8,8] lowres_feature)
+      <int64[3] axes = {{1, 2, 3}}, float small = {{0.1}}, float half = {{0.5}}>
+      {{ {CLASS} a = Gather(sample, attention_rows) b = Mul(half, a) c = Add(b, n) d = Mul(half, sample) e = Add(c, d)
+        lowres_feature = Tanh(e) f = Gather(lowres_feature, feature_rows) g = Mul(small, sample)
+        out_sample = Add(f, g) }}""",
+    "cached": """(float[batch,3,8,8] sample, int64[batch] feature_rows, float[batch,3,8,8] cache)
+      => (float[batch,3,8,8] out_sample) <float small = {0.1}>
+      { f = Gather(cache, feature_rows) g = Mul(small, sample) out_sample = Add(f, g) }""",
+}
+
+
+def _graphs(texts: dict[str, str]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """A UNet's files by their paths, and its graphs as the manifest has them."""
+    models = {name: onnx.parser.parse_model(HEAD + text) for name, text in texts.items()}
+    files = {f"onnx/unet/{name}.onnx": model.SerializeToString() for name, model in models.items()}
+    return files, [_entry(name, model) for name, model in models.items()]
+
+
+def _opened(files: dict[str, bytes], change: Callable[[dict[str, Any]], None]) -> EdgePipeline:
+    """The golden bundle with other files, and another manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = copy_bundle(Path(folder) / "bundle")
+        for name, data in files.items():
+            (bundle / name).write_bytes(data)
+        seal_plain(bundle, change)
+        reseal(bundle)
+        return EdgePipeline.from_pretrained(bundle)
+
+
+def _injected(rng: np.random.Generator) -> dict[str, Any]:
+    """Pictures that are drawn beside inverted ones, whose layout they take."""
+    files, graphs = _graphs(INJECTED)
+    rows = graphs[0]["inputs"][3:]
+    images = rng.integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["targets"][0]["components"]["unet"]["graphs"] = graphs
+        manifest["conditioning"]["tensors"] += rows
+
+    pipe = _opened(files, change)
+    cases: list[dict[str, Any]] = []
+    for count, inversion, asked in (
+        (1, {"refinements": 1}, {"clock": 2}),
+        (1, {"num_inference_steps": 5}, {"clock": 1, "num_images": 2, "inject_features": 0.2}),  # half of five is two
+        (1, {}, {"clock": 2, "inject_attention": 0.25, "inject_features": 0}),
+        (2, {}, {"clock": 3, "inject_attention": 1, "guidance_scale": [2.0, 1.0, 2.0, 1.0]}),
+        (2, {}, {"clock": 2, "guidance_scale": 1.0, "label": ["square", "round"]}),
+        (0, {}, {"clock": 2}),
+    ):
+        told: dict[str, Any] = {"label": "round", "num_inference_steps": 4, **inversion}
+        found = pipe.invert(images[:count], **told) if count else None
+        drawn: dict[str, Any] = {"label": "square", "guidance_scale": 2.0, "seed": 7, **asked}
+        result = pipe(inverted=found, **drawn)
+        case = {
+            "pictures": count,
+            "inversion": told,
+            "asked": drawn,
+            "rows": [step.rows for step in result.ledger],
+            "mask": result.mask,
+            "saved": result.flops_saved,
+            "images": _bytes(result.images),
+        }
+        if found is not None:
+            case["timesteps"] = _numbers(found.timesteps)
+            case["means"] = _numbers(found.trajectory.mean(axis=(2, 3, 4)))
+        cases.append(case)
+    return {"graphs": graphs, "rows": rows, "files": _encoded(files), "images": _bytes(images), "cases": cases}
+
+
 def _steered(rng: np.random.Generator) -> dict[str, Any]:
     """Pictures by a control image, by other samplers, and inversions: the bundle's graphs, requests and answers."""
-    models = {name: onnx.parser.parse_model(HEAD + text) for name, text in GRAPHS.items()}
-    files = {f"onnx/unet/{name}.onnx": model.SerializeToString() for name, model in models.items()}
-    graphs = [_entry(name, model) for name, model in models.items()]
+    files, graphs = _graphs(GRAPHS)
     cost = {"macs": 576, "macs_attention": 0, "parameters": 9}
     controls = rng.integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
     image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -145,13 +217,7 @@ def _steered(rng: np.random.Generator) -> dict[str, Any]:
         manifest["cost"]["controlnet"] = cost
         manifest["conditioning"]["tensors"] += graphs[0]["inputs"][1:]
 
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = copy_bundle(Path(folder) / "bundle")
-        for name, data in files.items():
-            (bundle / name).write_bytes(data)
-        seal_plain(bundle, change)
-        reseal(bundle)
-        pipe = EdgePipeline.from_pretrained(bundle)
+    pipe = _opened(files, change)
     asked: dict[str, Any] = {"label": "square", "num_inference_steps": 4, "guidance_scale": 2.0, "clock": 2}
     cases = []
     for pictures, more in (
@@ -179,7 +245,7 @@ def _steered(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "graphs": graphs,
         "cost": cost,
-        "files": {name: _bytes(np.frombuffer(data, np.uint8)) for name, data in files.items()},
+        "files": _encoded(files),
         "controls": _bytes(controls),
         "image": _bytes(image),
         "cases": cases,
@@ -208,6 +274,10 @@ def _entry(name: str, model: onnx.ModelProto) -> dict[str, Any]:
         "inputs": tensors(model.graph.input),
         "outputs": tensors(model.graph.output),
     }
+
+
+def _encoded(files: dict[str, bytes]) -> dict[str, dict[str, str]]:
+    return {name: _bytes(np.frombuffer(data, np.uint8)) for name, data in files.items()}
 
 
 def _numbers(values: Any) -> list[float]:

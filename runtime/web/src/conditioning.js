@@ -1,7 +1,7 @@
 // What a request says of the condition, checked and made into rows: labels, texts, embeddings.
 import { refuse, shown } from "./errors.js";
 import { emphasize, makeChunk, tokenized } from "./prompt.js";
-import { beside, joined, range, take } from "./rows.js";
+import { beside, joined, range, repeated, take, wholeNumbers } from "./rows.js";
 import { runOne } from "./sessions.js";
 
 /**
@@ -35,12 +35,7 @@ export function checkCount(count) {
 export function classRows({ labels, null_label: none }, label, count, guided, dtype) {
   const given = Array.isArray(label) ? label : Array(count).fill(label);
   refuse(given.length !== count, `label has ${given.length} entries for ${count} images; expected one each`);
-  const rows = (/** @type {number[]} */ values) => ({
-    class_labels: {
-      data: dtype === "int64" ? BigInt64Array.from(values, BigInt) : Int32Array.from(values),
-      dims: [count],
-    },
-  });
+  const rows = (/** @type {number[]} */ values) => ({ class_labels: wholeNumbers(dtype, values) });
   const cond = rows(
     given.map((each, i) => {
       const index =
@@ -134,7 +129,7 @@ export async function encodeTexts(
         for (const { ids, weights } of [...list, ...Array(length - list.length).fill(makeChunk(encoder))]) {
           const key = ids.join(),
             { dtype, shape } = graph.inputs[0],
-            data = dtype === "int64" ? BigInt64Array.from(ids, BigInt) : Int32Array.from(ids);
+            { data } = wholeNumbers(dtype, ids);
           const run = made.get(key) ?? (await runOne(session, graph, { data, dims: [1, Number(shape[1])] }));
           made.set(key, run);
           const { data: values, dims } = run[encoder.hidden[clipSkip]];
@@ -237,7 +232,7 @@ export function rowsOf(needed, given, count, which = "") {
       `${which}${name} has shape ${shown(dims)}; expected {data, dims} of ${dtype} ${spelt} with 1 or ${count} rows`,
     );
     refuse(data instanceof Float32Array && !data.every(Number.isFinite), `${which}${name} holds NaN or infinity`);
-    rows[name] = dims[0] === count ? array : take(array, Array(count).fill(0));
+    rows[name] = repeated(array, count);
   }
   return rows;
 }

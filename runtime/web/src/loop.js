@@ -1,9 +1,9 @@
 // The denoising loop. Each step runs the graphs of a full or of a cached step on a table of tensors that lives from
 // step to step; what the last one left under `lowres_feature` is this one's `cache`. All state belongs to the generator.
 import { BundleError } from "./errors.js";
-import { CONTROLNET, runsIn, sharesRows } from "./manifest.js";
+import { ATTENTION_ROWS, CONTROLNET, FEATURE_ROWS, runsIn, sharesRows } from "./manifest.js";
 import { noises } from "./noise.js";
-import { beside, joined, range, take } from "./rows.js";
+import { beside, joined, range, take, wholeNumbers } from "./rows.js";
 
 /**
  * @typedef {import("./rows.js").Rows} Rows
@@ -29,6 +29,14 @@ import { beside, joined, range, take } from "./rows.js";
  * @property {number | null} [imageGuidance] how far results go towards the image in `concat` (Brooks et al. 2023,
  *   equation 3): guided steps have three rows for an image. null has two
  * @property {Kept | null} [kept] what does not change
+ * @property {Source | null} [source] an inverted picture that is drawn along, for graphs that take other rows' features
+ * @typedef {object} Source an inverted picture, of which others take (Tumanyan et al. 2022, section 4)
+ * @property {Rows[]} latents what the UNet sees of it at each call, [N, C, H, W]
+ * @property {Record<string, Rows>} cond its rows of each conditioning tensor
+ * @property {Record<string, number>} calls for how many calls, from the first, others take its `attention_rows` and its
+ *   `feature_rows`
+ * @typedef {"source" | "uncond" | "image" | "cond"} Part what a row of an image is: the inverted picture; without text; so
+ *   beside an image; with text
  * @typedef {object} Kept what stays as it was while the rest is drawn anew
  * @property {Float32Array} mask [N, 1, H, W], 1 where the picture is drawn anew, 0 where it stays
  * @property {Float32Array} latents [N, C, H, W], finished, of what stays
@@ -38,11 +46,12 @@ import { beside, joined, range, take } from "./rows.js";
  * @property {number} timestep
  * @property {boolean} full
  * @property {boolean} guided
- * @property {number} rows of an image: 1, 2 where guided, 3 where the image guides too
+ * @property {number} rows of an image: 1, 2 where guided, 3 where the image guides too; with an inverted picture one more
  * @property {Float32Array} latents after the step; the caller's own
  * @property {Float32Array} predicted finished latents as this step predicts them; the caller's own
  * @property {Record<string, number>} ms of each graph, `guidance`, `scheduler` and `other`
- * @typedef {{rows: number[], whole: boolean, table: Map<string, any>}} Group rows that go through the graphs together
+ * @typedef {{rows: number[], whole: boolean, table: Map<string, any>}} Group rows that go through the graphs together: their
+ *   numbers, and whether they are all there are
  */
 
 const CACHE = "cache",
@@ -59,7 +68,7 @@ const OVERFLOW = 1e18;
  */
 export async function* denoise(request, session, signal) {
   const { scheduler, graphs, clock, guidance, latents, concat, kept, start = 0, firstImage = 0 } = request;
-  const { imageGuidance = null } = request;
+  const { imageGuidance = null, source = null } = request;
   const [count, ...shape] = latents.dims,
     size = latents.data.length / count;
   // Rows of one image begin with the same sample: graphs that can repeat it take it once.
@@ -67,46 +76,53 @@ export async function* denoise(request, session, signal) {
     shared = taking.length > 0 && taking.every(sharesRows) && imageGuidance === null;
   let x = /** @type {Float32Array} */ (latents.data),
     state = /** @type {Float32Array[] | null} */ (null),
-    guided = false;
-  /** @type {Group[]} */
-  let groups = [];
+    parts = /** @type {Part[]} */ ([]),
+    groups = /** @type {Group[]} */ ([]);
+  const takesRows = graphs.flatMap((g) => g.inputs).find((t) => t.name === ATTENTION_ROWS);
   try {
     for (let i = start; i < scheduler.timesteps.length; i++) {
       await breathe();
       signal?.throwIfAborted();
       const begin = performance.now(),
         first = i === start;
-      /** @type {boolean} */
-      const was = guided;
-      guided = guidance[i] > 1;
-      // Full, since there is no cache yet, or none for unconditional rows that join.
-      const full = clock[i] || first || (guided && !was);
-      if (first || guided !== was) groups = await regrouped(request, session, groups, guided, !full);
-      const parts = rowsOfImage(request, guided),
-        input = { data: scheduler.scaleModelInput(i, x), dims: latents.dims },
-        rows = sampleRows(input, concat ?? null, shared ? 1 : parts);
+      const before = parts;
+      parts = partsOf(request, i);
+      const guided = guidance[i] > 1;
+      // Full, since there is no cache yet, or none for rows that join.
+      const full = clock[i] || first || !parts.every((part) => before.includes(part));
+      if (String(parts) !== String(before)) groups = await regrouped(request, session, groups, parts, before, !full);
+      const input = { data: scheduler.scaleModelInput(i, x), dims: latents.dims },
+        sampled = shared && parts[0] !== "source" ? parts.slice(-1) : parts,
+        rows = sampleRows(input, concat ?? null, source && source.latents[i], sampled);
       for (const { rows: numbers, whole, table } of groups) {
         set(session, table, "sample", session.put(whole ? rows : take(rows, numbers)));
         set(session, table, "timestep", session.put({ data: scheduler.timesteps.slice(i, i + 1), dims: [1] }));
         if (table.has(FEATURE)) set(session, table, CACHE, table.get(FEATURE));
+        for (const name of takesRows ? [ATTENTION_ROWS, FEATURE_ROWS] : []) {
+          const taken = numbers.map((number, k) =>
+            source && i < source.calls[name] ? numbers.indexOf(number % count) : k,
+          );
+          set(session, table, name, session.put(wholeNumbers(takesRows?.dtype, taken)));
+        }
       }
       const ms = await run(
         session,
         graphs.filter((g) => runsIn(g, full)),
         groups,
       );
-      const out = /** @type {Float32Array} */ ((await gathered(session, groups, "out_sample", parts * count)).data);
-      let output = out;
+      const made = await gathered(session, groups, "out_sample", parts.length * count),
+        out = /** @type {Float32Array} */ (made.data);
+      let output = parts[0] === "source" ? out.subarray(out.length / parts.length) : out;
       if (guided) {
-        const before = performance.now();
-        output = guidedBy(out, parts, guidance[i], imageGuidance ?? 0);
-        ms.guidance = performance.now() - before;
+        const began = performance.now();
+        output = guidedBy(output, imageGuidance === null ? 2 : 3, guidance[i], imageGuidance ?? 0);
+        ms.guidance = performance.now() - began;
       }
-      const before = performance.now(),
+      const began = performance.now(),
         fresh = scheduler.needsNoise ? noises(request.seed, count, size, firstImage, i + 1) : null;
       const [next, after] = scheduler.step(i, x, output, state, fresh, first);
       if (kept) keep(next, scheduler.addNoise(i + 1, kept.latents, kept.noise), kept.mask, count);
-      ms.scheduler = performance.now() - before;
+      ms.scheduler = performance.now() - began;
       const predicted = scheduler.predicted(i, x, output);
       if (kept) keep(predicted, kept.latents, kept.mask, count);
       x = next;
@@ -122,7 +138,7 @@ export async function* denoise(request, session, signal) {
         timestep: scheduler.timesteps[i],
         full,
         guided,
-        rows: parts,
+        rows: parts.length,
         latents: x.slice(),
         predicted,
         ms,
@@ -133,20 +149,29 @@ export async function* denoise(request, session, signal) {
   }
 }
 
-/** How many rows an image has in a step; the last is the conditional one. @param {Request} request @param {boolean} guided */
-const rowsOfImage = ({ imageGuidance = null }, guided) => (guided ? (imageGuidance === null ? 2 : 3) : 1);
+/** What an image's rows are in a step, in their order. @param {Request} request @param {number} i @returns {Part[]} */
+function partsOf({ guidance, imageGuidance = null, source }, i) {
+  /** @type {Part[]} */
+  const guided = imageGuidance === null ? ["uncond"] : ["uncond", "image"],
+    isDrawn = source && Object.values(source.calls).some((calls) => i < calls);
+  return [...(isDrawn ? /** @type {Part[]} */ (["source"]) : []), ...(guidance[i] > 1 ? guided : []), "cond"];
+}
 
 /**
- * The sample of every row, `parts` for an image; of three the first sees no image in the concatenated channels.
+ * The sample of every row; without an image for a row that sees none in the concatenated channels.
  * @param {Rows} input
  * @param {Rows | null} concat
- * @param {number} parts
+ * @param {Rows | null} source
+ * @param {Part[]} parts
  */
-function sampleRows(input, concat, parts) {
-  if (!concat) return parts > 1 ? joined(...Array(parts).fill(input)) : input;
-  const told = Array(parts).fill(beside([input, concat], 1));
-  if (parts === 3) told[0] = beside([input, { data: new Float32Array(concat.data.length), dims: concat.dims }], 1);
-  return parts > 1 ? joined(...told) : told[0];
+function sampleRows(input, concat, source, parts) {
+  const rows = parts.map((part) => {
+    const x = part === "source" && source ? source : input;
+    if (!concat) return x;
+    const isBlank = part === "uncond" && parts.includes("image");
+    return beside([x, isBlank ? { data: new Float32Array(concat.data.length), dims: concat.dims } : concat], 1);
+  });
+  return rows.length > 1 ? joined(...rows) : rows[0];
 }
 
 /**
@@ -232,21 +257,19 @@ async function run(session, graphs, groups) {
 }
 
 /**
- * Rearranges the rows: [unconditional x N, conditional x N] if guided, else the conditional ones alone. Where an image
- * guides too, its rows, without text, are between the two. A graph of a fixed batch gets the rows of an image together,
- * padded with the last one.
+ * Rearranges the rows: those of all images for the first part, then those for the next, the conditional ones last. A graph
+ * of a fixed batch gets the rows of an image together, padded with the last one.
  * @param {Request} request
  * @param {Session} session
  * @param {Group[]} old
- * @param {boolean} guided
- * @param {boolean} keepCache keeps the conditional rows of what cached steps take, where guidance has just ended
+ * @param {Part[]} parts
+ * @param {Part[]} before those of the old groups
+ * @param {boolean} keepCache keeps what cached steps take, of the rows that go on
  */
-async function regrouped(request, session, old, guided, keepCache) {
-  const { latents, cond, uncond, graphs } = request,
+async function regrouped(request, session, old, parts, before, keepCache) {
+  const { latents, cond, uncond, source, graphs } = request,
     count = latents.dims[0],
-    { batch } = session,
-    parts = rowsOfImage(request, guided),
-    before = rowsOfImage(request, true) * count;
+    { batch } = session;
   // What cached steps take from the last full one: the cache, and a ControlNet's residuals.
   /** @type {Record<string, Rows>} */
   const kept = {},
@@ -254,22 +277,24 @@ async function regrouped(request, session, old, guided, keepCache) {
       .filter(({ name }) => name === CONTROLNET)
       .flatMap(({ outputs }) => outputs.map(({ name }) => name));
   if (keepCache && old.length) {
+    const going = parts.flatMap((part) => range(count).map((n) => before.indexOf(part) * count + n));
     for (const name of [FEATURE, ...residuals])
-      kept[name] = take(
-        await gathered(session, old, name, before),
-        range(count).map((n) => before - count + n),
-      );
+      kept[name] = take(await gathered(session, old, name, before.length * count), going);
   }
   for (const { table } of old) for (const value of new Set(table.values())) session.drop(value);
-  const order = range(count).flatMap((n) => range(parts).map((part) => part * count + n));
+  const order = range(count).flatMap((n) => parts.map((_, part) => part * count + n));
   if (batch) while (order.length % batch) order.push(order[order.length - 1]);
   const groups = batch
     ? range(order.length / batch).map((k) => order.slice(k * batch, (k + 1) * batch))
     : [range(order.length)];
   return groups.map((numbers) => {
     const table = new Map();
-    for (const [name, rows] of Object.entries(cond))
-      table.set(name, session.put(take(joined(...Array(parts - 1).fill(uncond[name]), rows), numbers)));
+    for (const name of Object.keys(cond)) {
+      const rows = parts.map(
+        (part) => (part === "cond" ? cond : part === "source" && source ? source.cond : uncond)[name],
+      );
+      table.set(name, session.put(take(joined(...rows), numbers)));
+    }
     for (const [name, rows] of Object.entries(kept)) table.set(name, session.put(take(rows, numbers)));
     return { rows: numbers, whole: !batch, table };
   });

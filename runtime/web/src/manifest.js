@@ -24,6 +24,9 @@ import { readScheduler } from "./schedulers.js";
 
 /** The graph of a ControlNet, whose residuals the UNet's graphs take. */
 export const CONTROLNET = "controlnet";
+/** Of which row each row takes queries and keys, and of which features. */
+export const ATTENTION_ROWS = "attention_rows",
+  FEATURE_ROWS = "feature_rows";
 const FORMAT = 2;
 /** @type {Record<string, string>} */
 const STAGE_OF = {

@@ -18,15 +18,16 @@ import {
 } from "./editing.js";
 import { BundleError, refuse, RequestError, shown } from "./errors.js";
 import { decode, toUint8 } from "./images.js";
+import { injectionOf, readInverted, sourceOf } from "./injection.js";
 import { DDIM, inverseScheduler } from "./inversion.js";
 import { breathe, denoise } from "./loop.js";
-import { all, CONTROLNET, graphsAt } from "./manifest.js";
+import { all, ATTENTION_ROWS, CONTROLNET, graphsAt } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
 import { imagesOf } from "./pictures.js";
 import { callOf, makeScheduler, samplerOf, withSampler } from "./schedulers.js";
 import { chooseBackend, OrtSession, threadsOf } from "./sessions.js";
 import { steer } from "./steering.js";
-import { take } from "./rows.js";
+import { joined, repeated } from "./rows.js";
 import { Tokenizer } from "./tokenizer.js";
 
 /**
@@ -66,6 +67,10 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {import("./pictures.js").Pictures} [controlImage] what a bundle's ControlNet draws by: as `image`; left out, it
  *   does not run
  * @property {number} [controlnetConditioningScale] how strongly, from 0; left out, 1
+ * @property {Inverted} [inverted] a picture that `invert` found, which the images are drawn beside, with DDIM from its latents:
+ *   they take its layout (plug-and-play, Tumanyan et al. 2022), from bundles exported with `--injection`
+ * @property {number} [injectAttention] share of the steps, 0 to 1, in which they take its self-attention; left out, 0.5
+ * @property {number} [injectFeatures] the same of its features; left out, 0.8
  * @property {boolean} [paste] whether the finished pictures have the image's own pixels outside of the mask
  * @property {number} [feather] pixels inside of the mask's edge over which a pasted picture fades in
  * @property {number} [numInferenceSteps]
@@ -97,9 +102,14 @@ import { Tokenizer } from "./tokenizer.js";
  *
  * @typedef {object} Inverted
  * @property {Rows} latents [N, C, H, W], which `generate({ latents, scheduler: "ddim" })` begins with
+ * @property {Rows} trajectory what the UNet sees of the pictures in each step of drawing them, [steps, N, C, H, W], the
+ *   noisiest first; what `generate({ inverted })` draws along
+ * @property {Rows} timesteps DDIM's, [steps], in the same order
+ * @property {Record<string, Rows>} cond what the pictures were inverted with, [N, ...] of each conditioning tensor
  * @property {Result["ledger"]} ledger each call of the UNet
  * @property {number[]} mask the calls as they were run, 1 = full
  * @property {Record<string, number>} stages milliseconds of each component outside of the loop
+ * @property {Result["macs"]} macs
  *
  * @typedef {{type: "step", done: number, count: number} & Step} StepEvent `done` of `count` steps that run
  * @typedef {{type: "stage", stage: string}} StageEvent a component that begins
@@ -117,8 +127,8 @@ const CONDITION = (
 ).split(" ");
 const ARGUMENTS = (
   `${CONDITION.join(" ")} latents image maskImage strength imageGuidanceScale depthMap controlImage ` +
-  "controlnetConditioningScale paste feather numInferenceSteps scheduler clock guidanceScale seed numImages firstImage " +
-  "tile outputType signal"
+  "controlnetConditioningScale inverted injectAttention injectFeatures paste feather numInferenceSteps scheduler clock " +
+  "guidanceScale seed numImages firstImage tile outputType signal"
 ).split(" ");
 const INVERSION = [...CONDITION, ..."numInferenceSteps refinements clock guidanceScale onStep signal".split(" ")];
 // WebAssembly addresses no more than 4 GiB.
@@ -212,6 +222,11 @@ export class EdgePipeline {
   /** Whether a generation can be drawn by a control picture: there is a ControlNet. */
   get canControl() {
     return this.components.unet.graphs.some(({ name }) => name === CONTROLNET);
+  }
+
+  /** Whether a generation can take of an inverted picture that is drawn along: `inverted`. */
+  get canInject() {
+    return this.components.unet.graphs.some(({ inputs }) => inputs.some((t) => t.name === ATTENTION_ROWS));
   }
 
   /** Whether prompts can be made into embeddings. */
@@ -310,7 +325,8 @@ export class EdgePipeline {
     const stages = {};
     const timed = timer(stages, signal);
     if (plan.texts) yield { type: "stage", stage: "prompt" };
-    const [cond, uncond] = await this.#conditioning(request, plan, timed);
+    const [cond, uncond] = await this.#conditioning(request, plan, timed),
+      source = plan.injection && sourceOf(plan.injection, cond, plan.count);
     const { warning } = plan,
       warnings = [...this.bundle.warnings, ...(warning ? [warning] : [])];
     if (edit.image && manifest.vae) yield { type: "stage", stage: "image" };
@@ -322,7 +338,7 @@ export class EdgePipeline {
     let { latents } = begun;
     for (const text of warnings) yield { type: "warning", warning: text };
     yield { type: "stage", stage: "step" };
-    for await (const step of this.#steps(plan, begun, cond, uncond, signal)) {
+    for await (const step of this.#steps(plan, { ...begun, source }, cond, uncond, signal)) {
       ledger.push(lineOf(step));
       latents = { data: step.latents.slice(), dims: latents.dims };
       yield { type: "step", done: ledger.length, count: clock.length, ...step };
@@ -339,14 +355,6 @@ export class EdgePipeline {
       );
     }
     const images = pixels && toUint8(pasted(edit, pixels));
-    const sum = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0),
-      each = (/** @type {string} */ name) =>
-        (manifest.cost[name]?.macs ?? 0) + (manifest.cost[name]?.macs_attention ?? 0),
-      // A full step's has the ControlNet's, which may not have run.
-      left = plan.graphs.some(({ name }) => name === CONTROLNET) ? 0 : each(CONTROLNET),
-      cost = (/** @type {string} */ name) => each(name) - (name === "full" ? left : 0);
-    const macs = (/** @type {(full: boolean) => string} */ kind) =>
-      sum(ledger.map((step) => plan.count * step.rows * cost(kind(step.full))));
     yield {
       type: "result",
       result: {
@@ -358,15 +366,28 @@ export class EdgePipeline {
         seed: String(seed),
         mask: ledger.map((step) => Number(step.full)),
         ms: sum([...ledger.flatMap((step) => Object.values(step.ms)), ...Object.values(stages)]),
-        macs: { done: macs((full) => (full ? "full" : "cached")), uncached: macs(() => "full") },
+        macs: this.#macs(ledger, plan),
       },
+    };
+  }
+
+  /** Multiply-adds of a loop, and of one whose steps are all full. @param {Result["ledger"]} ledger @param {any} plan */
+  #macs(ledger, { graphs, count }) {
+    const { cost } = this.manifest,
+      each = (/** @type {string} */ name) => (cost[name]?.macs ?? 0) + (cost[name]?.macs_attention ?? 0),
+      // A full step's has the ControlNet's, which may not have run.
+      left = graphs.some((/** @type {Graph} */ g) => g.name === CONTROLNET) ? 0 : each(CONTROLNET),
+      [whole, part] = [each("full") - left, each("cached")];
+    return {
+      done: sum(ledger.map(({ full, rows }) => count * rows * (full ? whole : part))),
+      uncached: sum(ledger.map(({ rows }) => count * rows * whole)),
     };
   }
 
   /**
    * Finds the latents that DDIM draws pictures from (Song et al. 2020, section 4.3): `generate({ latents, scheduler: "ddim" })`
-   * with the same prompt and steps, and the guidance that was inverted, draws them again; with another prompt it edits them.
-   * Everything is checked before anything runs.
+   * with the same prompt and steps, and the guidance that was inverted, draws them again; with another prompt it edits them,
+   * and `generate({ inverted })` keeps their layout. Everything is checked before anything runs.
    * @param {import("./pictures.js").Pictures} image as of a generation
    * @param {Pick<Arguments, "prompt" | "negativePrompt" | "prompt2" | "negativePrompt2" | "emphasis" | "clipSkip" | "promptEmbeds"
    *   | "negativePromptEmbeds" | "addedCond" | "negativeAddedCond" | "label" | "concatLatents" | "height" | "width"
@@ -400,13 +421,25 @@ export class EdgePipeline {
     /** @type {Rows} */
     let latents = vae ? fromVae(vae, (await timed(ENCODER, () => this.#encoded([pixels], signal)))[0]) : pixels;
     /** @type {Result["ledger"]} */
-    const ledger = [];
+    const ledger = [],
+      found = /** @type {Rows[]} */ ([]),
+      calls = refinements + 1;
     for await (const step of this.#steps(plan, { latents }, cond, uncond, signal)) {
       ledger.push(lineOf(step));
       latents = { data: step.latents.slice(), dims: latents.dims };
+      if (ledger.length % calls === 0) found.unshift(latents);
       onStep?.({ type: "step", done: ledger.length, count: plan.clock.length, ...step });
     }
-    return { latents, ledger, stages, mask: ledger.map((step) => Number(step.full)) };
+    return {
+      latents,
+      trajectory: { data: joined(...found).data, dims: [found.length, ...latents.dims] },
+      timesteps: { data: inverse.timesteps.filter((_, i) => i % calls === 0).reverse(), dims: [found.length] },
+      cond,
+      ledger,
+      stages,
+      mask: ledger.map((step) => Number(step.full)),
+      macs: this.#macs(ledger, plan),
+    };
   }
 
   /**
@@ -452,19 +485,19 @@ export class EdgePipeline {
   #noise({ count, size, seed, firstImage, latents }) {
     const dims = [count, this.manifest.sample.channels, ...size],
       each = dims.slice(1).reduce((a, b) => a * b);
-    if (!latents) return { data: noises(seed, count, each, firstImage, 0), dims };
-    return latents.dims[0] === count ? latents : take(latents, Array(count).fill(0));
+    return latents ? repeated(latents, count) : { data: noises(seed, count, each, firstImage, 0), dims };
   }
 
   /**
    * The loop, with the UNet open while it lasts.
    * @param {any} plan
-   * @param {{latents: Rows, concat?: Rows | null, kept?: import("./loop.js").Kept | null}} begun
+   * @param {{latents: Rows, concat?: Rows | null, kept?: import("./loop.js").Kept | null,
+   *   source?: import("./loop.js").Source | null}} begun
    * @param {Record<string, Rows>} cond
    * @param {Record<string, Rows>} uncond
    * @param {AbortSignal} [signal]
    */
-  async *#steps(plan, { latents, concat, kept }, cond, uncond, signal) {
+  async *#steps(plan, { latents, concat, kept, source }, cond, uncond, signal) {
     const { graphs, scheduler, seed, firstImage, start, clock, guidance, edit } = plan,
       session = await this.#lent("unet");
     try {
@@ -481,6 +514,7 @@ export class EdgePipeline {
           start,
           imageGuidance: edit.imageGuidance,
           kept,
+          source,
           // Of the steps before the first that runs, nothing is asked.
           clock: [...Array(start).fill(true), ...clock],
           guidance: [...Array(start).fill(1), ...guidance],
@@ -500,12 +534,13 @@ export class EdgePipeline {
    */
   #plan(request, inverse = null) {
     const { manifest } = this,
+      inverted = readInverted(request),
       { operating_point: point, conditioning: known, sample } = manifest,
-      config =
-        request.scheduler === undefined ? manifest.scheduler : withSampler(manifest.scheduler, request.scheduler),
+      chosen = request.scheduler ?? (inverted ? DDIM : undefined),
+      config = chosen === undefined ? manifest.scheduler : withSampler(manifest.scheduler, chosen),
       sampler = config.name;
     const {
-      numInferenceSteps: steps = point.num_inference_steps,
+      numInferenceSteps: steps = inverted?.timesteps.dims[0] ?? point.num_inference_steps,
       firstImage = 0,
       guidanceScale = point.guidance_scale,
     } = request;
@@ -531,9 +566,10 @@ export class EdgePipeline {
       (scale) => !Number.isFinite(scale) || scale < 0 || !Number.isFinite(Math.fround(scale)),
     );
     refuse(wrong !== undefined, `guidanceScale is ${shown(wrong)}; expected a finite number from 0; 1 or less is off`);
-    const warning = inverse ? null : departure(manifest, clock, guidance, asked, start, request.scheduler),
+    const warning = inverse ? null : departure(manifest, clock, guidance, asked, start, chosen),
       graphs = this.#graphs("unet", ...size),
-      latents = request.latents == null ? null : this.#latents(request.latents);
+      given = inverted?.latents ?? request.latents,
+      latents = given == null ? null : this.#latents(given);
     refuse(
       latents && !beginsWithNoise(edit),
       "latents and an image were given, and a generation begins with one of them; give one",
@@ -549,7 +585,8 @@ export class EdgePipeline {
       told = guidance[0];
       guidance = clock.map(() => 1);
     }
-    const guided = guidance.some((scale) => scale > 1);
+    const guided = guidance.some((scale) => scale > 1),
+      injection = inverted && injectionOf(inverted, graphs, scheduler, sampler, guided, request);
     const texts = [request.prompt, request.negativePrompt, request.prompt2, request.negativePrompt2].some(
       (text) => text != null,
     )
@@ -576,7 +613,8 @@ export class EdgePipeline {
       (several > 1 ? several : null) ??
       (texts ? countOf(texts) : Array.isArray(label) ? label.length : (promptEmbeds?.dims?.[0] ?? 1));
     checkCount(count);
-    this.#checkMemory(graphs, count, guided ? (edit.imageGuidance === null ? 2 : 3) : 1, size);
+    const guiding = guided ? (edit.imageGuidance === null ? 2 : 3) : 1;
+    this.#checkMemory(graphs, count, guiding + Number(inverted !== null), size);
     checkPictures(edit, count);
     const beside = steering.tensors(count);
     const shape = [sample.channels, ...size];
@@ -603,6 +641,7 @@ export class EdgePipeline {
       size,
       graphs: steering.graphs,
       steering: beside,
+      injection,
       latents,
       edit,
       start,
@@ -852,6 +891,8 @@ function timer(stages, signal) {
 
 /** A step's line of the ledger. @param {Step} step */
 const lineOf = ({ index, timestep, full, guided, rows, ms }) => ({ index, timestep, full, guided, rows, ms });
+/** @param {number[]} values */
+const sum = (values) => values.reduce((a, b) => a + b, 0);
 /** @param {(number | string)[]} shape */
 const spelled = (shape) => `[${shape.join(", ")}]`;
 

@@ -53,3 +53,12 @@ export function beside(parts, axis) {
 
 /** @param {number} count */
 export const range = (count) => Array.from({ length: count }, (_, i) => i);
+
+/** Whole numbers as a graph takes them, [count]. @param {string | undefined} dtype @param {number[]} values @returns {Rows} */
+export const wholeNumbers = (dtype, values) => ({
+  data: dtype === "int64" ? BigInt64Array.from(values, BigInt) : Int32Array.from(values),
+  dims: [values.length],
+});
+
+/** A row for each of so many images, of one or as many. @param {Rows} rows @param {number} count */
+export const repeated = (rows, count) => (rows.dims[0] === count ? rows : take(rows, Array(count).fill(0)));

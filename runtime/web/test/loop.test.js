@@ -39,9 +39,8 @@ class FakeSession {
     this.ran.push(name);
     const graph = this.golden.graphs.find((each) => each.name === name);
     const others = graph.inputs.filter((each) => each !== "timestep").map((each) => table.get(each)),
-      rows = [];
-    const count = Math.max(...others.map(({ dims }) => dims[0]));
-    for (let i = 0; i < count; i++) {
+      count = Math.max(...others.map(({ dims }) => dims[0]));
+    const rows = Array.from({ length: count }, (_, i) => {
       const row = {};
       for (const each of graph.inputs) {
         const value = table.get(each);
@@ -52,15 +51,17 @@ class FakeSession {
             ? [...value.data]
             : Array.from(value.data.subarray((i % value.dims[0]) * size).subarray(0, size));
       }
-      for (const { tensor, terms } of graph.compute) {
+      return row;
+    });
+    for (const { tensor, terms } of graph.compute) {
+      for (const row of rows) {
         row[tensor] = terms[0].matrix.map((_, k) =>
-          terms.reduce(
-            (sum, { of, matrix }) => sum + matrix[k].reduce((total, weight, j) => total + weight * row[of][j], 0),
-            0,
-          ),
+          terms.reduce((sum, { of, matrix, rows: taken }) => {
+            const from = taken ? rows[Number(row[taken][0])] : row;
+            return sum + matrix[k].reduce((total, weight, j) => total + weight * from[of][j], 0);
+          }, 0),
         );
       }
-      rows.push(row);
     }
     const made = {};
     for (const each of graph.outputs) {
@@ -74,14 +75,16 @@ class FakeSession {
 function requestOf(golden) {
   const rows = (values, dims) =>
     values?.length ? { data: Float32Array.from(values), dims: [golden.num_images, ...dims] } : null;
-  const tensors = (names) => names.map((name) => ({ name, dtype: "float32", shape: ["batch"] }));
+  const tensors = (names) =>
+    names.map((name) => ({ name, dtype: name.endsWith("_rows") ? "int64" : "float32", shape: ["batch"] }));
   const graphs = golden.graphs.map((each) => ({
     ...each,
     file: "x",
     inputs: tensors(each.inputs),
     outputs: tensors(each.outputs),
   }));
-  const uncond = rows(golden.uncond, [1, 2]),
+  const { source } = golden,
+    uncond = rows(golden.uncond, [1, 2]),
     [, height, width] = golden.shape;
   const concat = golden.concat?.length
     ? rows(golden.concat, [golden.concat.length / golden.num_images / height / width, height, width])
@@ -102,6 +105,16 @@ function requestOf(golden) {
     kept: golden.kept
       ? Object.fromEntries(Object.entries(golden.kept).map(([key, values]) => [key, Float32Array.from(values)]))
       : null,
+    source: source
+      ? {
+          latents: golden.clock.map((_, i) => {
+            const size = source.latents.length / golden.clock.length;
+            return rows(source.latents.slice(i * size, (i + 1) * size), golden.shape);
+          }),
+          cond: { encoder_hidden_states: rows(source.cond, [1, 2]) },
+          calls: source.calls,
+        }
+      : null,
   };
 }
 
@@ -120,7 +133,8 @@ for (const name of goldenFiles("loop")) {
       assert.equal(step.index, golden.start + k);
       assert.ok(Object.values(step.ms).every(Number.isFinite) && "scheduler" in step.ms && "other" in step.ms);
       assert.equal("guidance" in step.ms, golden.guidance[step.index] > 1);
-      assert.equal(step.rows, step.guided ? ("image_guidance" in golden ? 3 : 2) : 1);
+      const drawn = Object.values(golden.source?.calls ?? {}).some((calls) => step.index < calls);
+      assert.equal(step.rows, Number(drawn) + (step.guided ? ("image_guidance" in golden ? 3 : 2) : 1));
     });
     assert.equal(steps.length, golden.steps.length);
     assert.equal(session.live.size, 0, "tensors outlived the generation");
@@ -154,6 +168,31 @@ test("rows that an image guides do not share a sample", async () => {
   }
   for await (const step of denoise(request, new FakeSession(golden)))
     closeTo(step.latents, golden.steps[step.index].latents, 1e-5 * largest(golden.steps[step.index].latents));
+});
+
+test("a sample is shared again where an inverted picture is no longer drawn along", async () => {
+  const golden = readGolden("loop/injected.json"),
+    request = requestOf(golden),
+    session = new FakeSession(golden),
+    { run } = session,
+    seen = [];
+  request.graphs[0].inputs.find(({ name }) => name === "sample").shape = ["images"];
+  session.run = (graph, table) => {
+    const [attention, features] = ["attention_rows", "feature_rows"].map((name) => table.get(name).data);
+    assert.ok(attention instanceof BigInt64Array);
+    if (graph.name === "highres_in") seen.push([table.get("sample").dims[0], attention.join(""), features.join("")]);
+    return run.call(session, graph, table);
+  };
+  for await (const step of denoise(request, session))
+    closeTo(step.latents, golden.steps[step.index].latents, 1e-5 * largest(golden.steps[step.index].latents));
+  const [other, own, less] = ["010101", "012345", "0123"];
+  assert.deepEqual(seen, [
+    [6, other, other],
+    [6, other, other],
+    [6, own, other],
+    [2, less, less],
+    [2, less, less],
+  ]);
 });
 
 test("what stays under a mask is what was given, to the bit, and so is its preview", async () => {
