@@ -1,5 +1,6 @@
 """Plug-and-play: an inverted picture is drawn along, and others take its self-attention and features."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def test_a_file_that_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
 def test_what_is_no_injection() -> None:
     pipe, plain = ours("sd1", "ddim", "torch", injection=True), ours("sd1", "ddim", "torch")
     found = inverted(pipe)
+    longer = {name: np.repeat(rows, 2, axis=1) for name, rows in found.cond.items()}
     refused: list[tuple[EdgePipeline, dict[str, Any], str]] = [
         (plain, {"inverted": found}, r"takes nothing of other rows; export it with --injection"),
         (pipe, {"inject_attention": 0.5}, r"inject_attention was given without an inverted picture"),
@@ -207,6 +209,7 @@ def test_what_is_no_injection() -> None:
         (pipe, {"inverted": found, "image": picture()}, r"image and an inverted picture were given"),
         (pipe, {"inverted": found.latents}, r"inverted is a ndarray; expected what invert\(\) gives"),
         (pipe, {"inverted": found, "num_inference_steps": 5}, r"was inverted in 4 steps of DDIM"),
+        (pipe, {"inverted": replace(found, cond=longer)}, r"\[1, 77, \d+\] and the inversion's \[1, 154, \d+\]; exp"),
         (pipe, {"inverted": found, "num_images": 3, "prompt": [OTHER] * 2}, r"prompt has 2 entries for 3 images"),
     ]
     for each, asked, words in refused:

@@ -65,7 +65,8 @@ def source_of(
         features: The same of features; None is `FEATURE_SHARE`.
 
     Raises:
-        RequestError: The graphs cannot take other rows, it was inverted over other timesteps, or a share is none.
+        RequestError: The graphs cannot take other rows, it was inverted over other timesteps or with a prompt of
+            another length, or a share is none.
     """
     rows = 3 if guided else 2
     taken = next((t for graph in graphs for t in graph.inputs if t.name == ATTENTION_ROWS), None)
@@ -93,6 +94,12 @@ def source_of(
         FEATURE_ROWS: round(_share("inject_features", features, FEATURE_SHARE) * steps),
     }
     own = {name: _repeated(inverted.cond.get(name, given), count) for name, given in cond.items()}
+    for name, rows_of_it in own.items():
+        if rows_of_it.shape != cond[name].shape:
+            raise RequestError(
+                f"{name} has shape {list(cond[name].shape)} and the inversion's {list(rows_of_it.shape)}; "
+                "expected the same"
+            )
     return Source(latents, own, calls)
 
 
