@@ -306,7 +306,7 @@ def test_an_edit_becomes_the_same_picture(visit: Visiting, export_once: Export) 
         # A finished picture begins another one.
         finished = tab.pixels("picture")
         tab.page.click("#edit-this")
-        assert "a red apple, seed 3: 32" in tab.text("source-caption")
+        tab.says("a red apple, seed 3: 32", "source-caption")
         tab.page.focus("#strength")
         tab.page.keyboard.press("Home")
         assert tab.text("strength-says") == "0.15: 1 of 8 steps run"
@@ -432,11 +432,12 @@ def test_a_control_picture_steers(visit: Visiting) -> None:
         assert tab.page.is_hidden("#chosen")
         assert tab.page.is_hidden("#edges-of-start")
         tab.page.click("#edges")
-        assert tab.text("control-caption").startswith("edges of dropped.png")
+        tab.says("edges of dropped.png", "control-caption")
         assert near(tab.pixels("control-picture"), edges(other))
         # Edges of what it begins with, beside that.
         choose(tab, upload(source))
         tab.page.click("#edges-of-start")
+        tab.says("edges of photo.png", "control-caption")
         assert near(tab.pixels("control-picture"), edges(source))
         drawn = Image.fromarray(tab.pixels("control-picture"))
         tab.page.fill("#control-scale", "1")
@@ -691,7 +692,34 @@ def test_it_works_offline_after_a_visit(visit: Visiting, tmp_path: Path) -> None
     tab.open()
     assert tab.page.evaluate("crossOriginIsolated")
     assert np.array_equal(tab.draw(seed=4), want)
+    # What no visit has used is there too.
+    choose(tab, upload(photo(8)))
+    tab.page.click("#no-image")
+    tab.page.click("#measure-section summary")
+    tab.page.fill("#rounds", "2")
+    tab.page.click("#measure")
+    tab.says("Measured")
     tab.forget("net::ERR_CONNECTION_REFUSED")  # of manifest.json
+
+
+def test_what_is_not_used_is_not_loaded(visit: Visiting, golden: int) -> None:
+    tab = visit(golden, ALONE).open()
+
+    def used() -> set[str]:
+        return {url.rpartition("/")[2] for url in tab.asked} & {"pictures.js", "measure.js", "control.js"}
+
+    tab.draw()
+    assert used() == set()
+    tab.page.click("#measure-section summary")
+    tab.page.fill("#rounds", "2")
+    tab.page.click("#measure")
+    tab.says("Measured")
+    assert used() == {"measure.js"}
+    tab.page.route("**/pictures.js", lambda route: route.abort())
+    tab.page.click("#edit-this")
+    assert tab.error().startswith("This part of the page cannot be loaded; connect to the network")
+    tab.forget("net::ERR_FAILED")
+    assert tab.page.is_hidden("#chosen")
 
 
 def test_two_tabs_draw_at_once(visit: Visiting, golden: int) -> None:

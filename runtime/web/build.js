@@ -1,7 +1,7 @@
 // Builds the page into edgediff/site/page: two bundles, the service worker, ONNX Runtime Web's own files.
 import { createHash } from "node:crypto";
-import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
-import { join, relative } from "node:path";
+import { copyFile, mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { basename, join, relative, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
@@ -18,34 +18,54 @@ const ENGINES = {
     "ort-wasm-simd-threaded.asyncify.wasm",
   ],
 };
-// Loaded where WebGPU is chosen, and kept from then on.
-const LATER = ENGINES["onnxruntime-web/webgpu"].map((name) => `ort/${name}`);
+// What the page loads at its first use, and keeps from then on.
+const PARTS = ["pictures.js", "control.js", "measure.js"],
+  LATER = [...PARTS, ...ENGINES["onnxruntime-web/webgpu"].map((name) => `ort/${name}`)];
 
 const made = `${OUT}.new`;
 await rm(made, { recursive: true, force: true });
 await mkdir(join(made, "ort"), { recursive: true });
-await build({
-  entryPoints: [join(PAGE, "main.js"), join(PAGE, "worker.js")],
-  bundle: true,
-  format: "esm",
-  target: "es2022",
-  outdir: made,
-  charset: "utf8",
-  define: { ORT_VERSION: JSON.stringify(await version("onnxruntime-web")) },
-  plugins: [
-    {
-      name: "engines",
-      setup(steps) {
-        steps.onResolve({ filter: /^onnxruntime-web\// }, ({ path }) => ({
-          path: `./ort/${ENGINES[path][0]}`,
-          external: true,
-        }));
-      },
-    },
-  ],
-});
+// The worker is built apart, into one file: of several, Chromium often let no new version of the page take over.
+/** @param {string[]} names */
+const bundled = async (...names) =>
+  (
+    await build({
+      entryPoints: names.map((name) => join(PAGE, name)),
+      bundle: true,
+      splitting: true,
+      metafile: true,
+      format: "esm",
+      target: "es2022",
+      outdir: made,
+      charset: "utf8",
+      define: { ORT_VERSION: JSON.stringify(await version("onnxruntime-web")) },
+      plugins: [
+        {
+          name: "engines",
+          setup(steps) {
+            steps.onResolve({ filter: /^onnxruntime-web\// }, ({ path }) => ({
+              path: `./ort/${ENGINES[path][0]}`,
+              external: true,
+            }));
+          },
+        },
+      ],
+    })
+  ).metafile.outputs;
+const outputs = new Map(
+  Object.entries({ ...(await bundled("main.js", ...PARTS)), ...(await bundled("worker.js")) }).map(([path, made]) => [
+    basename(path),
+    made,
+  ]),
+);
 for (const name of Object.values(ENGINES).flat()) await copyFile(join(ORT, name), join(made, "ort", name));
-for (const name of ["index.html", "style.css", "icon.svg"]) await copyFile(join(PAGE, name), join(made, name));
+for (const name of ["style.css", "icon.svg"]) await copyFile(join(PAGE, name), join(made, name));
+// What main.js imports is asked for together with it.
+const early = withImports("main.js")
+  .slice(1)
+  .map((name) => `<link rel="modulepreload" href="${name}" />\n    `);
+const html = await readFile(join(PAGE, "index.html"), "utf8");
+await writeFile(join(made, "index.html"), html.replace("<script", `${early.join("")}<script`));
 
 const files = (await list(made)).sort();
 const hash = createHash("sha256");
@@ -62,7 +82,33 @@ for (const name of [...files, "sw.js"]) {
 }
 await rm(OUT, { recursive: true, force: true });
 await rename(made, OUT);
-console.log(`page: ${relative(process.cwd(), OUT) || OUT}`);
+console.log(`page: ${relative(process.cwd(), OUT) || OUT}; ${await sizes()}`);
+
+/** Scripts that some scripts import, and these. @param {string[]} names */
+function withImports(...names) {
+  const found = new Set(names);
+  for (const name of found)
+    for (const { path, kind } of outputs.get(name)?.imports ?? [])
+      if (kind === "import-statement" && outputs.has(basename(path))) found.add(basename(path));
+  return [...found];
+}
+
+/** What the page's own code weighs as it is, without the library and ONNX Runtime Web. */
+async function sizes() {
+  const kB = (/** @type {number[]} */ bytes) => `${(bytes.reduce((a, b) => a + b, 0) / 1e3).toFixed(1)} kB`,
+    own = (/** @type {string[]} */ names) =>
+      names.flatMap((name) =>
+        Object.entries(outputs.get(name)?.inputs ?? {}).flatMap(([file, { bytesInOutput }]) =>
+          resolve(file).startsWith(PAGE) ? [bytesInOutput] : [],
+        ),
+      ),
+    bytesOf = async (/** @type {string} */ name) => (await stat(join(OUT, name))).size;
+  const first = withImports("main.js", "worker.js"),
+    later = withImports(...PARTS).filter((name) => !first.includes(name)),
+    scripts = [...own(first), await bytesOf("sw.js")],
+    rest = [await bytesOf("index.html"), await bytesOf("style.css")];
+  return `its own code at first ${kB([...scripts, ...rest])} (scripts ${kB(scripts)}, HTML and CSS ${kB(rest)}), ${kB(own(later))} later`;
+}
 
 /** @param {string} folder @param {string} [inside] @returns {Promise<string[]>} */
 async function list(folder, inside = "") {

@@ -1,30 +1,14 @@
 // A picture that was chosen: read from a file at the size that is drawn, and shown with its name and size.
-import { toRgba } from "../src/images.js";
-import { fitted, imagesOf } from "../src/pictures.js";
-import { element, input, part, said } from "./elements.js";
-import { openPicture } from "./picture_file.js";
+import { element, input, loaded, part, said } from "./elements.js";
 
 /**
  * @typedef {import("./engine.js").Image} Image
  * @typedef {{name: string, width: number, height: number, pixels: Image}} Picture its name and size before, and what is left of it
+ * @typedef {typeof import("./pictures.js")} Tools
  */
 
-/**
- * @param {File} file
- * @param {string} what it is, for messages
- * @param {{width: number, height: number}} size that is drawn
- * @returns {Promise<Picture>}
- */
-export async function readPicture(file, what, { width, height }) {
-  const bitmap = await openPicture(file, what);
-  try {
-    // What is transparent is laid on white.
-    const pixels = toRgba(imagesOf(fitted(bitmap, width, height), height, width));
-    return { name: file.name, width: bitmap.width, height: bitmap.height, pixels };
-  } finally {
-    bitmap.close();
-  }
-}
+/** What reads and changes pictures. */
+export const tools = () => loaded(import("./pictures.js"));
 
 /** Pictures that are chosen in a field, one after the other: the last one counts, however long each takes to read. */
 export class Choice {
@@ -44,18 +28,28 @@ export class Choice {
   }
 
   /**
+   * Shows a picture once it is made, unless another was chosen meanwhile.
+   * @param {(tools: Tools) => Picture | Promise<Picture>} make
+   * @param {(picture: Picture, tools: Tools) => void} show
+   */
+  async latest(make, show) {
+    const turn = ++this.#turn,
+      made = await tools(),
+      picture = await make(made);
+    if (turn === this.#turn) show(picture, made);
+  }
+
+  /**
    * @param {FileList} files of the field, or of what was dropped or pasted
    * @param {{width: number, height: number}} size that is drawn
-   * @param {(picture: Picture) => void} show
+   * @param {(picture: Picture, tools: Tools) => void} show
    */
   read(files, size, show) {
     const field = input(this.#field);
     return said(async () => {
       if (field.files !== files) field.files = files;
-      const turn = ++this.#turn;
       try {
-        const picture = await readPicture(files[0], this.#what, size);
-        if (turn === this.#turn) show(picture); // else another was chosen meanwhile
+        await this.latest(({ readPicture }) => readPicture(files[0], this.#what, size), show);
       } catch (e) {
         field.value = ""; // it may be mended and chosen again
         throw e;

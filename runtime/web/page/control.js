@@ -1,6 +1,5 @@
-// A control picture, which a bundle's ControlNet draws by.
+// A control picture, which a bundle's ControlNet draws by; loaded where a bundle has one.
 import { Choice, showPicture } from "./chosen_picture.js";
-import { edgesOf } from "./edges.js";
 import { button, element, input, refusal, said } from "./elements.js";
 import { isGuidance, MOST_GUIDANCE } from "./link.js";
 
@@ -19,58 +18,32 @@ export class Control {
   /** Number of the file that was chosen last. */
   #choice = new Choice("control-file", "control picture");
 
+  place = element("control");
+
   constructor() {
-    const place = element("control"),
-      field = input("control-file");
-    field.addEventListener("change", () => this.#choose(field.files));
+    const field = input("control-file");
+    field.addEventListener("change", () => this.choose(field.files));
     button("edges-of-start").addEventListener("click", () => this.#takeEdges(this.#start));
     button("edges").addEventListener("click", () => this.#takeEdges(this.#picture));
     button("no-control").addEventListener("click", () => {
       this.set(null);
       field.focus();
     });
-    // Dropped anywhere else, a picture is what the next one begins with, where the bundle has that.
-    const isHere = (/** @type {DragEvent} */ { target }) =>
-      this.canControl && (!this.#opened.canEdit || (target instanceof Node && place.contains(target)));
-    document.addEventListener(
-      "dragover",
-      (event) => {
-        place.classList.toggle("over", isHere(event) && Boolean(event.dataTransfer?.types.includes("Files")));
-        if (!isHere(event) || !event.dataTransfer?.types.includes("Files")) return;
-        event.preventDefault();
-        event.stopPropagation();
-        element("edit").classList.remove("over");
-      },
-      { capture: true },
-    );
-    document.addEventListener("dragleave", (event) => !event.relatedTarget && place.classList.remove("over"));
-    document.addEventListener(
-      "drop",
-      (event) => {
-        place.classList.remove("over");
-        if (!isHere(event) || !event.dataTransfer?.files.length) return;
-        event.stopPropagation();
-        // On a field for files the browser itself puts it there.
-        if (event.target instanceof HTMLInputElement && event.target.type === "file") return;
-        event.preventDefault();
-        this.#choose(event.dataTransfer.files);
-      },
-      { capture: true },
-    );
   }
 
-  get canControl() {
-    return Boolean(this.#opened?.canControl);
+  /** Dropped anywhere else, a picture is what the next one begins with, where the bundle has that. @param {EventTarget | null} target */
+  takesDrop(target) {
+    return !this.#opened.canEdit || (target instanceof Node && this.place.contains(target));
   }
 
   get hasPicture() {
     return this.#picture !== null;
   }
 
-  /** Shows what a bundle can do. @param {any} opened */
+  /** @param {any} opened a bundle with a ControlNet */
   fill(opened) {
     this.#opened = opened;
-    element("control").hidden = !opened.canControl;
+    this.place.hidden = false;
   }
 
   /** Offers the edges of what the next picture begins with. @param {Picture | null} start */
@@ -80,8 +53,8 @@ export class Control {
   }
 
   /** @param {FileList | null} files */
-  #choose(files) {
-    if (!files?.length || !this.canControl) return;
+  choose(files) {
+    if (!files?.length) return;
     return this.#choice.read(files, this.#opened.size, (picture) => this.#show(picture));
   }
 
@@ -89,10 +62,17 @@ export class Control {
   #takeEdges(of) {
     return said(async () => {
       if (!of) return;
-      const pixels = edgesOf(of.pixels);
-      this.#choice.drop();
-      input("control-file").value = "";
-      this.#show({ name: `edges of ${of.name}`, width: pixels.width, height: pixels.height, pixels });
+      await this.#choice.latest(
+        ({ edgesOf }) => {
+          const pixels = edgesOf(of.pixels),
+            { width, height } = pixels;
+          return { name: `edges of ${of.name}`, width, height, pixels };
+        },
+        (picture) => {
+          input("control-file").value = "";
+          this.#show(picture);
+        },
+      );
     });
   }
 
@@ -107,7 +87,7 @@ export class Control {
   settings() {
     const picture = this.#picture,
       scale = input("control-scale").value;
-    if (!picture || !this.canControl) return null;
+    if (!picture) return null;
     if (!isGuidance(scale))
       throw refusal(`control scale is ${JSON.stringify(scale)}; expected a number from 0 to ${MOST_GUIDANCE}`);
     return { picture, scale: Number(scale) };
@@ -127,9 +107,4 @@ export class Control {
   setScale(scale) {
     input("control-scale").value = String(scale);
   }
-}
-
-/** A control picture as the pipeline takes it. @param {Steered | null} steered @returns {import("../src/pipeline.js").Arguments} */
-export function controlArguments(steered) {
-  return steered ? { controlImage: steered.picture.pixels, controlnetConditioningScale: steered.scale } : {};
 }

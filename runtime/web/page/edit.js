@@ -1,11 +1,8 @@
 // Starting from a picture: which, how much of it changes, and where.
-import { stepsLeftOut } from "../src/editing.js";
-import { depthsOf, fitted, masksOf } from "../src/pictures.js";
-import { Choice, readPicture, showPicture } from "./chosen_picture.js";
+import { stepsLeftOut } from "../src/schedulers.js";
+import { Choice, showPicture, tools } from "./chosen_picture.js";
 import { button, element, input, part, refusal, said } from "./elements.js";
 import { isGuidance, MOST_GUIDANCE } from "./link.js";
-import { Mask } from "./mask.js";
-import { openPicture } from "./picture_file.js";
 
 /**
  * @typedef {import("./engine.js").Image} Image
@@ -35,14 +32,17 @@ export class Editing {
   /** Whether the strength is what somebody chose. */
   #isChosen = false;
   #steps = 1;
+  /** Of the picture; null until the first one. @type {import("./mask.js").Mask | null} */
+  #mask = null;
   /** Number of the file that was chosen last. */
   #choice = new Choice("image", "picture");
+
+  place = element("edit");
 
   /** @param {() => void} changed called where the number of steps that run may be another */
   constructor(changed) {
     this.changed = changed;
-    this.mask = new Mask(() => this.#showStrength());
-    input("image").addEventListener("change", () => this.#choose(input("image").files));
+    input("image").addEventListener("change", () => this.choose(input("image").files));
     input("depth").addEventListener("change", () => this.#readDepth());
     input("mask-file").addEventListener("change", () => this.#readMask());
     input("strength").addEventListener("input", () => {
@@ -53,32 +53,6 @@ export class Editing {
       this.#takeAway();
       input("image").focus();
     });
-    button("clear-mask").addEventListener("click", () => {
-      input("mask-file").value = "";
-      this.mask.clear();
-    });
-    button("rectangle").addEventListener("click", () => said(async () => this.mask.fillRectangle()));
-    element("rectangle-fields").addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.target === button("rectangle")) return;
-      event.preventDefault(); // which would draw
-      button("rectangle").click();
-    });
-    document.addEventListener("dragover", (event) => {
-      if (!this.canEdit || !event.dataTransfer?.types.includes("Files")) return;
-      event.preventDefault();
-      element("edit").classList.add("over");
-    });
-    document.addEventListener("dragleave", (event) => {
-      if (!event.relatedTarget) element("edit").classList.remove("over");
-    });
-    document.addEventListener("drop", (event) => {
-      element("edit").classList.remove("over");
-      if (!this.canEdit || !event.dataTransfer?.files.length) return;
-      // On a field for files the browser itself puts it there.
-      if (event.target instanceof HTMLInputElement && event.target.type === "file") return;
-      event.preventDefault();
-      this.#choose(event.dataTransfer.files);
-    });
     document.addEventListener("paste", (event) => {
       if (!this.canEdit || !event.clipboardData?.files.length) return;
       // Words that come with a picture of themselves are meant for a field of text.
@@ -86,12 +60,17 @@ export class Editing {
         isText = target instanceof HTMLTextAreaElement || target instanceof HTMLInputElement;
       if (isText && clipboardData.types.includes("text/plain")) return;
       event.preventDefault();
-      this.#choose(clipboardData.files);
+      this.choose(clipboardData.files);
     });
   }
 
   get canEdit() {
     return Boolean(this.#opened?.canEdit);
+  }
+
+  /** A picture that is dropped anywhere is what the next one begins with. */
+  takesDrop() {
+    return this.canEdit;
   }
 
   get picture() {
@@ -135,7 +114,7 @@ export class Editing {
   }
 
   #showStrength() {
-    if (!this.#isChosen) input("strength").value = String(this.mask.share ? STRENGTH_WITH_MASK : STRENGTH);
+    if (!this.#isChosen) input("strength").value = String(this.#mask?.share ? STRENGTH_WITH_MASK : STRENGTH);
     this.changed();
   }
 
@@ -149,16 +128,24 @@ export class Editing {
 
   /** Begins with a finished picture of the page. @param {Image} image @param {string} name */
   begin({ data, width, height }, name) {
-    input("image").value = "";
-    this.#show({ name, width, height, pixels: { data: data.slice(), width, height } });
-    element("edit").scrollIntoView({ block: "nearest" });
-    input(this.#takes("image") ? "image-guidance" : "strength").focus();
+    const picture = { name, width, height, pixels: { data: data.slice(), width, height } };
+    return said(() =>
+      this.#choice.latest(
+        () => picture,
+        (_, made) => {
+          input("image").value = "";
+          this.#show(picture, made);
+          element("edit").scrollIntoView({ block: "nearest" });
+          input(this.#takes("image") ? "image-guidance" : "strength").focus();
+        },
+      ),
+    );
   }
 
   /** @param {FileList | null} files of a field, of what was dropped or pasted */
-  #choose(files) {
+  choose(files) {
     if (!files?.length || !this.#opened) return;
-    return this.#choice.read(files, this.#opened.size, (picture) => this.#show(picture));
+    return this.#choice.read(files, this.#opened.size, (picture, made) => this.#show(picture, made));
   }
 
   #readDepth() {
@@ -166,9 +153,8 @@ export class Editing {
     return said(async () => {
       this.#depth = null;
       if (!file) return;
-      const depth = await readPicture(file, "depth map", this.#opened.size);
-      depthsOf(depth.pixels, depth.pixels.height, depth.pixels.width);
-      this.#depth = depth;
+      const { readDepth } = await tools();
+      this.#depth = await readDepth(file, this.#opened.size);
     });
   }
 
@@ -177,29 +163,21 @@ export class Editing {
       picture = this.#picture;
     if (!file || !picture) return;
     return said(async () => {
-      const bitmap = await openPicture(file, "mask"),
-        { width, height } = this.#opened.size;
-      try {
-        if (bitmap.width !== picture.width || bitmap.height !== picture.height)
-          throw refusal(
-            `the mask has ${bitmap.width} x ${bitmap.height} pixels, the picture ${picture.width} x ${picture.height}; expected the same`,
-          );
-        this.mask.set(masksOf(fitted(bitmap, width, height, { nearest: true }), height, width));
-      } finally {
-        bitmap.close();
-      }
+      const { readMask } = await tools();
+      this.#mask?.set(await readMask(file, picture, this.#opened.size));
     });
   }
 
-  /** @param {Picture} picture */
-  #show(picture) {
+  /** @param {Picture} picture @param {import("./chosen_picture.js").Tools} [made] for the first one */
+  #show(picture, made) {
+    if (made) this.#mask ??= new made.Mask(() => this.#showStrength());
     this.#picture = picture;
     const { pixels } = picture;
     showPicture(picture, "source", "source-caption");
     element("chosen").hidden = false;
     input("feather").value = String(Math.round(pixels.width / 64));
     input("mask-file").value = "";
-    this.mask.resize(pixels.width, pixels.height);
+    this.#mask?.resize(pixels.width, pixels.height);
   }
 
   #takeAway() {
@@ -219,7 +197,7 @@ export class Editing {
       throw refusal("this model changes a picture; choose one first");
     if (this.#takes("depth") && !this.#depth) throw refusal("this model follows a depth map; choose one first");
     if (!picture && !this.#depth) return null;
-    const mask = picture && !instructed ? this.mask.get() : null;
+    const mask = (picture && !instructed && this.#mask?.get()) || null;
     if (this.#takes("mask") && !mask)
       throw refusal("this model draws a part of the picture anew; paint over it where that is to be");
     const feather = input("feather").value,
@@ -248,7 +226,7 @@ export class Editing {
       this.#show(edit.picture);
       input("paste").checked = edit.paste || !edit.mask;
       if (edit.paste) input("feather").value = String(edit.feather);
-      if (edit.mask) this.mask.set(edit.mask);
+      if (edit.mask) this.#mask?.set(edit.mask);
     }
     this.#depth = edit?.depth ?? this.#depth;
   }

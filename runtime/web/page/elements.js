@@ -62,6 +62,12 @@ function sentence(error) {
 /** What the user can correct. @param {string} message */
 export const refusal = (message) => Object.assign(new Error(message), { name: "RequestError" });
 
+/** A part of the page that is loaded when it is first used. @template T @param {Promise<T>} part */
+export const loaded = (part) =>
+  part.catch(() => {
+    throw refusal("this part of the page cannot be loaded; connect to the network, and load the page again");
+  });
+
 /** @param {unknown} error */
 export const outOfMemory = (error) =>
   error instanceof RangeError ||

@@ -1,9 +1,9 @@
 // The form: what is asked for.
 import { callOf, samplerOf } from "../src/schedulers.js";
 import { ClockBoxes, maskOf, periodOf } from "./clock_boxes.js";
-import { Control, controlArguments } from "./control.js";
+import { takeDrops } from "./drops.js";
 import { editArguments, Editing } from "./edit.js";
-import { button, element, input, part, refusal } from "./elements.js";
+import { button, element, input, loaded, part, refusal } from "./elements.js";
 import { fromHash, isGuidance, isSeed, MOST_GUIDANCE, MOST_STEPS } from "./link.js";
 
 /** @typedef {import("./link.js").Settings} Settings */
@@ -27,9 +27,12 @@ export class Form {
   /** A link's clock, until its picture is chosen, without which more steps run. @type {number[]} */
   #later = [];
 
+  /** Of a bundle with a ControlNet. @type {import("./control.js").Control | null} */
+  control = null;
+
   constructor() {
-    this.control = new Control();
     this.editing = new Editing(() => this.#refit());
+    takeDrops(() => (this.control ? [this.control, this.editing] : [this.editing]));
     this.boxes = new ClockBoxes(element("boxes"), () => {
       this.#chosen = periodOf(this.boxes.mask);
       this.#later = [];
@@ -52,7 +55,8 @@ export class Form {
   }
 
   /** Shows the fields that a bundle has and, at the first time, what its link asks for. @param {any} opened */
-  fill(opened) {
+  async fill(opened) {
+    if (opened.canControl) this.control ??= new (await loaded(import("./control.js"))).Control();
     this.#opened = opened;
     const { conditioning, backend, threads, model, adaptor } = opened;
     element("prompt-field").hidden = element("negative-field").hidden = !opened.canEncode;
@@ -65,7 +69,7 @@ export class Form {
         .filter((/** @type {string} */ name) => name !== opened.sampler)
         .map((/** @type {string} */ name) => new Option(name, name, false, name === before)),
     );
-    this.control.fill(opened);
+    this.control?.fill(opened);
     this.editing.fill(opened);
     const chosen = label.value;
     label.replaceChildren(
@@ -82,6 +86,15 @@ export class Form {
       `${model} with adaptor ${adaptor}, in ${where}, in this browser. Nothing leaves the device.`;
   }
 
+  /** Whether the bundle begins with pictures, or draws by some. */
+  get takesPictures() {
+    return this.control !== null || !element("edit").hidden;
+  }
+
+  get isFilled() {
+    return this.#isFilled;
+  }
+
   /** How many calls of the model run in so many steps, of which an edit leaves some out; undefined where there are none. @param {number} steps */
   #calls(steps) {
     if (!this.#opened || !isSteps(steps)) return undefined;
@@ -91,7 +104,7 @@ export class Form {
   /** Shows the boxes of the steps that run now. */
   #refit() {
     const calls = this.#calls(Number(input("steps").value));
-    this.control.offer(this.editing.picture);
+    this.control?.offer(this.editing.picture);
     if (calls) this.#showMask(this.#later.length === calls ? this.#later : this.boxes.mask, calls);
   }
 
@@ -152,7 +165,7 @@ export class Form {
           : " The link begins with a picture, and this bundle begins with none; that was left out.",
       );
     this.#chosen = periodOf(settings.mask);
-    this.control.offer(this.editing.picture);
+    this.control?.offer(this.editing.picture);
     const calls = this.#calls(settings.steps) ?? settings.mask.length;
     if (waits && settings.mask.length < calls) this.#later = settings.mask;
     else if (settings.mask.length !== calls && this.#chosen === null)
@@ -175,11 +188,11 @@ export class Form {
   /** @param {Settings} settings @param {boolean} hasPicture */
   #setControl({ control, controlScale }, hasPicture) {
     // If a link is drawn by one, the one that was chosen stays.
-    if (hasPicture || controlScale === null) this.control.set(control);
-    else this.control.setScale(controlScale);
-    if (controlScale !== null && !(this.control.hasPicture && this.control.canControl))
+    if (hasPicture || controlScale === null) this.control?.set(control);
+    else this.control?.setScale(controlScale);
+    if (controlScale !== null && !this.control?.hasPicture)
       element("notes").append(
-        this.control.canControl
+        this.control
           ? " The link draws by a control picture, which no link holds: choose that one, then Draw."
           : " The link draws by a control picture, and this bundle has no ControlNet; that was left out.",
       );
@@ -218,7 +231,7 @@ export class Form {
     if (!isSeed(seed))
       throw refusal(`seed is ${JSON.stringify(seed.slice(0, 40))}; expected a whole number below 2^64`);
     const edit = this.editing.settings(),
-      control = this.control.settings();
+      control = this.control?.settings() ?? null;
     return {
       // A link may have filled what the bundle does not take.
       prompt: kind === "text" ? prompt.value : "",
@@ -249,7 +262,7 @@ export class Form {
       ...(kind === "class" ? { label } : {}),
       ...(sampler === null ? {} : { scheduler: sampler }),
       ...editArguments(edit),
-      ...controlArguments(control),
+      ...(control ? { controlImage: control.picture.pixels, controlnetConditioningScale: control.scale } : {}),
     };
   }
 

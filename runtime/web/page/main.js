@@ -5,6 +5,7 @@ import {
   element,
   fail,
   hideProgress,
+  loaded,
   outOfMemory,
   part,
   refusal,
@@ -16,7 +17,6 @@ import { Engine } from "./engine.js";
 import { Form } from "./form.js";
 import { isolate, keepFiles, limits, missing } from "./isolation.js";
 import { duration } from "./ledger_chart.js";
-import { measure } from "./measure.js";
 
 const MOST_THREADS = 64;
 const engine = new Engine(),
@@ -56,7 +56,7 @@ async function open(lowMemory = false) {
   } finally {
     hideProgress();
   }
-  form.fill(opened);
+  await form.fill(opened);
   const draws = opened.conditioning.kind !== "text" || opened.canEncode;
   button("draw").disabled = button("measure").disabled = !draws;
   if (!draws)
@@ -66,7 +66,8 @@ async function open(lowMemory = false) {
   say(`Ready: opened in ${duration(opened.ms)}${lowMemory ? ", with one component in memory at a time" : ""}.`);
   document.documentElement.dataset.ready = "yes";
   // For the next visit without a network; where the browser keeps nothing, nothing is lost now.
-  keepFiles(["bundle/manifest.json", "bundle/SHA256SUMS"]).then(
+  const parts = ["measure.js", ...(form.takesPictures ? ["pictures.js"] : []), ...(form.control ? ["control.js"] : [])];
+  keepFiles(["bundle/manifest.json", "bundle/SHA256SUMS", ...parts]).then(
     () => (document.documentElement.dataset.kept = "yes"),
     () => {},
   );
@@ -127,6 +128,12 @@ function setRunning(isRunning) {
   if (isRunning && hadFocus) button("cancel").focus();
 }
 
+/** @param {AbortSignal} signal */
+async function measured(signal) {
+  const { measure } = await loaded(import("./measure.js"));
+  await measure(engine, form, signal);
+}
+
 /** @param {string} hash */
 function follow(hash) {
   wanted = null;
@@ -138,11 +145,11 @@ part("form", HTMLFormElement).addEventListener("submit", (event) => {
   event.preventDefault();
   run((signal) => drawing.draw(signal));
 });
-button("measure").addEventListener("click", () => run((signal) => measure(engine, form, signal)));
+button("measure").addEventListener("click", () => run(measured));
 button("cancel").addEventListener("click", () => running?.abort());
 addEventListener("hashchange", () => {
   if (running) wanted = location.hash;
-  else if (engine.opened) follow(location.hash); // where nothing is open yet, the form is filled from the address then
+  else if (form.isFilled) follow(location.hash); // where nothing is open yet, the form is filled from the address then
 });
 
 start().catch(fail);

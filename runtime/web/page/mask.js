@@ -1,5 +1,5 @@
 // The mask: painted over the picture, filled with rectangles, or read from a file. It has the size that is drawn.
-import { button, element, input, part, refusal } from "./elements.js";
+import { button, element, input, part, refusal, said } from "./elements.js";
 
 export class Mask {
   #canvas = part("mask", HTMLCanvasElement);
@@ -30,9 +30,21 @@ export class Mask {
     button("erase").addEventListener("click", () => {
       button("erase").setAttribute("aria-pressed", String(!this.#erases()));
     });
+    button("clear-mask").addEventListener("click", () => {
+      input("mask-file").value = "";
+      this.#clear();
+    });
+    button("rectangle").addEventListener("click", () => said(async () => this.#fillRectangle()));
+    element("rectangle-fields").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.target === button("rectangle")) return;
+      event.preventDefault(); // which would draw
+      button("rectangle").click();
+    });
     // The picture takes strokes only while the mask's tools are open: else a finger scrolls there.
     const tools = part("mask-section", HTMLDetailsElement);
-    tools.addEventListener("toggle", () => canvas.classList.toggle("paints", tools.open));
+    const show = () => canvas.classList.toggle("paints", tools.open);
+    tools.addEventListener("toggle", show);
+    show();
   }
 
   /** Begins with an empty mask of another size. @param {number} width @param {number} height */
@@ -48,13 +60,13 @@ export class Mask {
     this.#count();
   }
 
-  clear() {
+  #clear() {
     this.#context.clearRect(0, 0, this.#canvas.width, this.#canvas.height);
     this.#count();
   }
 
   /** Adds the rectangle of the four fields, or takes it away while Erase is pressed. */
-  fillRectangle() {
+  #fillRectangle() {
     const { width, height } = this.#canvas;
     const [left, top, wide, high] = ["left", "top", "width", "height"].map((name) => {
       const { value } = input(`mask-${name}`);

@@ -173,24 +173,6 @@ export function checkPictures({ image, mask, depth }, count) {
 }
 
 /**
- * How many steps an edit leaves out at the beginning, as diffusers counts them.
- * @param {number} strength
- * @param {number} steps `numInferenceSteps`
- */
-export function stepsLeftOut(strength, steps) {
-  refuse(
-    typeof strength !== "number" || !(strength >= 0 && strength <= 1),
-    `strength is ${shown(strength)}; expected 0 (nothing changes) to 1`,
-  );
-  const run = Math.min(Math.trunc(steps * strength), steps);
-  refuse(
-    run < 1,
-    `strength is ${strength}: of ${steps} step${steps === 1 ? "" : "s"} it leaves none; expected ${Number((1 / steps).toPrecision(6))} or more, or more steps`,
-  );
-  return steps - run;
-}
-
-/**
  * Where the loop begins, what the UNet sees beside the latent, and what stays.
  * @param {Edit} edit
  * @param {Vae | null} vae null where latents are pictures

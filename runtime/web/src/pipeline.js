@@ -14,7 +14,6 @@ import {
   pasted,
   picturesOf,
   readEdit,
-  stepsLeftOut,
 } from "./editing.js";
 import { BundleError, refuse, RequestError, shown } from "./errors.js";
 import { decode, toUint8 } from "./images.js";
@@ -24,7 +23,7 @@ import { breathe, denoise } from "./loop.js";
 import { all, ATTENTION_ROWS, CONTROLNET, graphsAt } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
 import { imagesOf } from "./pictures.js";
-import { callOf, makeScheduler, samplerOf, withSampler } from "./schedulers.js";
+import { callOf, makeScheduler, samplerOf, stepsLeftOut, withSampler } from "./schedulers.js";
 import { chooseBackend, OrtSession, threadsOf } from "./sessions.js";
 import { steer } from "./steering.js";
 import { joined, repeated } from "./rows.js";

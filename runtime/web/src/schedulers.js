@@ -226,6 +226,24 @@ export class Scheduler {
   }
 }
 
+/**
+ * How many steps an edit leaves out at the beginning, as diffusers counts them.
+ * @param {number} strength
+ * @param {number} steps `numInferenceSteps`
+ */
+export function stepsLeftOut(strength, steps) {
+  refuse(
+    typeof strength !== "number" || !(strength >= 0 && strength <= 1),
+    `strength is ${shown(strength)}; expected 0 (nothing changes) to 1`,
+  );
+  const run = Math.min(Math.trunc(steps * strength), steps);
+  refuse(
+    run < 1,
+    `strength is ${strength}: of ${steps} step${steps === 1 ? "" : "s"} it leaves none; expected ${Number((1 / steps).toPrecision(6))} or more, or more steps`,
+  );
+  return steps - run;
+}
+
 /** Number of the call at which editing begins that leaves out so many steps. @param {string} name @param {number} step */
 export const callOf = (name, step) => (samplerOf(name).callOf ?? Number)(step);
 

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
-import { begin, encode, feathered, fromVae, latentMask, pasted, readEdit, stepsLeftOut } from "../src/editing.js";
+import { begin, encode, feathered, fromVae, latentMask, pasted, readEdit } from "../src/editing.js";
+import { stepsLeftOut } from "../src/schedulers.js";
 import { BundleError, RequestError } from "../src/errors.js";
 import { toUint8 } from "../src/images.js";
 import { parseManifest } from "../src/manifest.js";
