@@ -4,8 +4,8 @@ Pictures that the model drew itself, of things in a style, are edited into other
 strengths, at clock 1 and 2 with the learned adaptor and with the identity: how near are the pictures of clock 2 to
 those of clock 1, are they what was asked for (a classifier of drawings says), and what was saved, counted. For each
 strength also the cheapest clock that is as near to clock 1 as clock 2 is in pictures from noise. Then drawings are
-inverted with DDIM and drawn again. Without options in some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real
-drawings are inverted too.
+inverted with DDIM and drawn again, as they are and, with plug-and-play injection, as something else. Without options in
+some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real drawings are inverted too.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from edgediff.bundle.psnr import psnr_db
 from edgediff.models.classifier import as_input, load_classifier, ranks_of
 from edgediff.plan.planner import make_plan
 from edgediff.zoo import FOLDER, built_in
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, Result
 from edgediff_runtime.clock import letters
 from edgediff_runtime.editing import as_pixels, from_vae
+from edgediff_runtime.inversion import Inverted
+from edgediff_runtime.loop import Step
 from edgediff_runtime.sessions import Array
 
 MODEL = "drawings-64"
@@ -35,7 +38,8 @@ STRENGTHS = (0.3, 0.6, 0.9)
 COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
 INVERSION_STEPS = 20
 WANTED, INVERTED = 30.0, 25.0  # dB
-WHAT = ("edits", "plans", "inversion")
+WHAT = ("edits", "plans", "inversion", "injection")
+ROUNDS = 7
 
 
 def main() -> None:
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
     parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
+    parser.add_argument("--injected", type=Path, help="a PNG of the first injections: source, plain, clock 1, clock 2")
     given = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,6 +63,10 @@ def main() -> None:
             show_plans(bundles["learned"])
         if "inversion" in given.what:
             show_inversion(pipes["learned"], given.images)
+        if "injection" in given.what:
+            for kind, adaptor in (("learned", None), ("identity", "identity")):
+                bundle = exported(MODEL, Path(scratch) / f"injection-{kind}", adaptor=adaptor, injection=True)
+                show_injection(kind, EdgePipeline.from_pretrained(bundle), given.injected if adaptor is None else None)
 
 
 def things(count: int) -> list[str]:
@@ -93,8 +102,7 @@ def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
             told = f"{seen(clocked.images, named[COUNT:])}, {clocked.flops_saved:.1%} of the FLOPs saved{bar}"
             print(f"  clock 2 ({letters(clocked.mask)}), {kind}: {found} of clock 1, {told}")
     if sheet is not None:
-        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-        Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(sheet)
+        save_sheet(rows, sheet)
 
 
 def guidance(pipes: dict[str, EdgePipeline]) -> float:
@@ -157,6 +165,81 @@ def show_inversion(pipe: EdgePipeline, images: Path | None) -> None:
                     f"{near:.1f} dB, pixels {seen_again:.1f} dB of the decoded ones; saved {found.flops_saved:.0%} "
                     f"and {again.flops_saved:.0%}{bar}"
                 )
+
+
+def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
+    """Plug-and-play at clock 1 and 2: how near pictures are, what they show, what is left of the source, the cost."""
+    named = things(2 * COUNT)
+    styles = [STYLES[i % len(STYLES)] for i in range(COUNT)]
+    before = [f"{name}, {style}" for name, style in zip(named[:COUNT], styles, strict=True)]
+    after = [f"{name}, {style}" for name, style in zip(named[COUNT:], styles, strict=True)]
+    sources = pipe(prompt=before, clock=1, seed=SEED).images
+    told = f"{INVERSION_STEPS} steps (1 refinement), drawn as something else, guidance 5"
+    print(f"{kind} adaptor: {COUNT} drawings inverted in {told}")
+
+    def invert(clock: int, count: int = COUNT) -> Inverted:
+        return pipe.invert(
+            sources[:count], prompt=before[:count], clock=clock, num_inference_steps=INVERSION_STEPS, refinements=1
+        )
+
+    def draw(found: Inverted, clock: int, count: int = COUNT) -> Result:
+        return pipe(prompt=after[:count], inverted=found, clock=clock, guidance_scale=5.0)
+
+    plain = pipe(
+        prompt=after, latents=invert(1).latents, scheduler="ddim", clock=1, guidance_scale=5.0,
+        num_inference_steps=INVERSION_STEPS,
+    )  # fmt: skip
+    rows = [sources[:8], plain.images[:8]]
+    own = as_pixels(sources)
+    print(f"  without injection, clock 1: {seen(plain.images, named[COUNT:])}, {near(own, plain):.1f} dB of the source")
+    first: Result | None = None
+    always = 0
+    for clocks in ((1, 1), (1, 2), (2, 2)):
+        found = invert(clocks[0])
+        made = draw(found, clocks[1])
+        first = made if first is None else first
+        assert first.pixels is not None
+        spent = operations(pipe, found.ledger) + operations(pipe, made.ledger)
+        always = spent if clocks == (1, 1) else always
+        rows.append(made.images[:8])
+        print(
+            f"  inverted at clock {clocks[0]}, drawn at {clocks[1]}: {near(first.pixels, made):.1f} dB of clock 1, "
+            f"{seen(made.images, named[COUNT:])}, {near(own, made):.1f} dB of the source; "
+            f"{1 - spent / always:.1%} of the FLOPs saved ({found.flops_saved:.1%} and {made.flops_saved:.1%})"
+        )
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(ROUNDS + 1):
+        for clock, taken in times.items():
+            begin = perf_counter()
+            draw(invert(clock, 1), clock, 1)
+            taken.append(perf_counter() - begin)
+    ratios = np.array(times[2][1:]) / np.array(times[1][1:])
+    low, middle, high = np.percentile(ratios, [10, 50, 90])
+    one = np.median(times[1][1:])
+    print(
+        f"  one picture, both ways, {ROUNDS} rounds in turns: clock 1 {one:.2f} s; clock 2 {middle:.2f} [{low:.2f}, "
+        f"{high:.2f}] times as long"
+    )
+    if sheet is not None:
+        save_sheet(rows, sheet)
+
+
+def near(wanted: Array, made: Result) -> float:
+    """Mean dB of pictures."""
+    assert made.pixels is not None
+    return float(np.mean([psnr_db(a, b) for a, b in zip(wanted, made.pixels, strict=True)]))
+
+
+def operations(pipe: EdgePipeline, ledger: Sequence[Step]) -> int:
+    """Multiply-adds of an image in the UNet, attention matmuls included."""
+    cost = {name: each.macs + each.macs_attention for name, each in pipe.manifest.cost.items()}
+    return sum(step.rows * cost["full" if step.full else "cached"] for step in ledger)
+
+
+def save_sheet(rows: Sequence[Array], path: Path) -> None:
+    """Rows of pictures as one, twice as large."""
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(path)
 
 
 if __name__ == "__main__":
