@@ -18,10 +18,9 @@ from safetensors.numpy import load_file, save
 from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest, noise
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.injection import injects
 from edgediff_runtime.inversion import Inverted
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph, Sample
+from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph, Sample, injects
 from edgediff_runtime.schedulers import make_scheduler
 
 REFERENCE = "evidence/reference.safetensors"

@@ -11,8 +11,7 @@ import numpy as np
 from edgediff.config.choices import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
-from edgediff_runtime.injection import injects
-from edgediff_runtime.manifest import CONTROLNET
+from edgediff_runtime.manifest import CONTROLNET, injects
 
 if TYPE_CHECKING:
     from edgediff.models.clockwork import SplitUNet

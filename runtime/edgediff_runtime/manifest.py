@@ -658,6 +658,12 @@ def share_rows(graphs: Iterable[Graph]) -> bool:
     return bool(taking) and all(taking)
 
 
+def injects(graphs: Iterable[Graph]) -> bool:
+    """Whether rows can take other rows' queries, keys and features: rows depend on each other then."""
+    rows = {ATTENTION_ROWS, FEATURE_ROWS}
+    return any(tensor.name in rows for graph in graphs for tensor in graph.inputs)
+
+
 class Manifest(Struct, frozen=True):
     """Everything that a runtime needs to know about a bundle.
 
