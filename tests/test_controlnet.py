@@ -136,13 +136,6 @@ def test_a_divided_unet_takes_residuals_as_diffusers_does(name: str, cut: edgedi
         without.cached(x, t, cache, **steered, mid_block_additional_residual=mid)
 
 
-def test_a_t2i_adapter_is_refused() -> None:
-    divided = edgediff.split(edgediff.load_model(saved("sd1")).unet)
-    given = {"encoder_hidden_states": torch.zeros(1, 77, 32), "down_intrablock_additional_residuals": [torch.zeros(1)]}
-    with pytest.raises(UnsupportedError, match="residuals of a T2I adapter; supported: those of a ControlNet"):
-        divided.full(torch.zeros(1, 4, 16, 16), 1.0, **given)
-
-
 @pytest.mark.long
 def test_the_bundle_counts_the_controlnet_in_full_steps() -> None:
     bundle = exported_pipeline("sd1", control=True)
@@ -169,8 +162,12 @@ def test_the_bundle_counts_the_controlnet_in_full_steps() -> None:
 @pytest.mark.parametrize(
     ("control", "asked", "message"),
     [
-        (False, {"control_image": picture()}, "control_image was given, but the bundle has no ControlNet"),
-        (False, {"controlnet_conditioning_scale": 0.5}, "but there is no ControlNet; leave it out"),
+        (
+            False,
+            {"control_image": picture()},
+            "control_image was given, but the bundle has neither a ControlNet nor a T2I-Adapter",
+        ),
+        (False, {"controlnet_conditioning_scale": 0.5}, "but there is no ControlNet and no T2I-Adapter; leave it out"),
         (True, {"controlnet_conditioning_scale": 0.5}, "without a control_image; give one"),
         (True, {"control_image": picture(), "controlnet_conditioning_scale": -1}, "expected a finite number from 0"),
         (True, {"control_image": picture(), "controlnet_conditioning_scale": 1e300}, "expected a finite number from 0"),

@@ -57,7 +57,7 @@ def time_in_browser(
     python = EdgePipeline.from_pretrained(bundle, backend="onnxruntime")
     reference = load_reference(opened.file(REFERENCE))
     asked = reference_request(manifest, reference.conditioning) | {"num_images": num_images, "seed": 0}
-    asked |= prompt_request(python)
+    asked |= prompt_request(python, reference.conditioning)
     del asked["clock"]
     asked |= {name: value for name, value in request.items() if value is not None}
     asked = {name: value for name, value in asked.items() if value is not None}

@@ -70,6 +70,12 @@ def export(
     control: Annotated[
         str | None, typer.Option(help="A directory with a ControlNet of the same base, to draw by a control image.")
     ] = None,
+    t2i_adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--t2i-adapter", help="A directory with a T2I-Adapter of the same base, to draw by a control image."
+        ),
+    ] = None,
     prediction_type: Annotated[
         str | None,
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
@@ -147,7 +153,7 @@ def export(
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
         "lora": lora, "embedding": embedding, "vae": vae, "preview": preview, "control": control, "sizes": size,
-        "prediction_type": prediction_type,
+        "t2i_adapter": t2i_adapter, "prediction_type": prediction_type,
     }  # fmt: skip
     recipe = recipe_with(config, given)
     for section, key, value in (

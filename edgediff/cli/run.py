@@ -77,7 +77,7 @@ def run(
         Path | None, typer.Option(help="A depth map for a model that takes one, white being near.")
     ] = None,
     control: Annotated[
-        Path | None, typer.Option(help="A picture that the bundle's ControlNet draws by, such as edges or a pose.")
+        Path | None, typer.Option(help="A picture that the bundle's ControlNet or T2I-Adapter draws by, such as edges.")
     ] = None,
     control_scale: Annotated[float | None, typer.Option(help="How strongly, from 0; left out, 1.")] = None,
     latents: Annotated[

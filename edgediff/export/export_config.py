@@ -22,7 +22,9 @@ from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
 # What a precision is asked for by name.
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "preview_decoder")
+COMPONENTS = (
+    "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "preview_decoder", "t2i_adapter",
+)  # fmt: skip
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,9 +57,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
         control: A directory with a ControlNet of the same base, whose residuals become inputs of the graphs.
+        t2i_adapter: A directory with a T2I-Adapter of the same base, whose features become inputs of the graphs.
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
-            ``vae_decoder``, ``vae_encoder`` and ``preview_decoder``; None takes all that there are.
+            ``vae_decoder``, ``vae_encoder``, ``preview_decoder`` and ``t2i_adapter``; None takes all that there are.
         sizes: Pictures that the graphs take, each ``WIDTHxHEIGHT`` in pixels (of the sample, where there is no
             autoencoder), or ``any``; the first is the usual one, left out that of the model. With one size graphs are
             fixed, and the passes that want that are applied. With several, or ``any``, graphs of formats that can take
@@ -88,6 +91,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vae: str | None = None
     preview: str | None = None
     control: str | None = None
+    t2i_adapter: str | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
     sizes: tuple[str, ...] = ()
@@ -174,6 +178,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
+    if config.control is not None and config.t2i_adapter is not None:
+        raise ConfigError("'control' and 't2i_adapter' are both named; a bundle is steered by one of them")
     for key in ("dtypes", "weights"):
         for name in getattr(config, key):
             if name not in COMPONENTS:

@@ -21,8 +21,10 @@ FREQUENCY: dict[str, Frequency] = {
 
 
 def divide(model: Model, cut: Cut, adaptor: Part | None = None) -> SplitUNet:
-    """Divides a model's UNet, its ControlNet before it; arguments and errors are those of `split`."""
-    return split(model.unet, cut, adaptor, controlnet=None if model.control is None else ControlNet(model.control.net))
+    """Divides a model's UNet as what steers it asks for; arguments and errors are those of `split`."""
+    control = None if model.control is None else ControlNet(model.control.net)
+    features = 0 if model.t2i_adapter is None else len(model.t2i_adapter.places)
+    return split(model.unet, cut, adaptor, controlnet=control, features=features)
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:

@@ -8,8 +8,9 @@ from diffusers import UNet2DConditionModel
 
 from edgediff.models.controlnet import MID, control_names
 from edgediff.models.part import Part
+from edgediff.models.t2i_adapter import feature_names
 from edgediff.models.torch_session import TorchSession, graph_tensor
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, Graph
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, T2I_ADAPTER, Graph
 
 if TYPE_CHECKING:
     from edgediff.models.load import Model
@@ -21,7 +22,7 @@ ADDED = ("text_embeds", "time_ids")
 def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Runs one of diffusers' UNets: sample [B, C, H, W], timestep [1] or [B], conditioning by name -> [B, C', H, W].
 
-    Residuals of a ControlNet are conditioning too, by the names of `edgediff.models.controlnet`.
+    Residuals of a ControlNet and features of a T2I-Adapter are conditioning too, by the names of their modules.
     """
     given: dict[str, Any] = {name: value for name, value in cond.items() if name not in ADDED}
     added = {name: cond[name] for name in ADDED if name in cond}
@@ -33,6 +34,9 @@ def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mappi
         given["mid_block_additional_residual"] = given.pop(MID)
         names = control_names(sum(name.startswith("control_") for name in given))
         given["down_block_additional_residuals"] = tuple(given.pop(name) for name in names)
+    features = feature_names(sum(name.startswith(T2I_ADAPTER) for name in given))
+    if features:
+        given["down_intrablock_additional_residuals"] = [given.pop(name) for name in features]
     out: torch.Tensor = unet(sample, timestep, **given, return_dict=False)[0]
     return out
 

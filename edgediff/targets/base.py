@@ -43,7 +43,7 @@ LARGEST_HALF = 65504.0
 # thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
 OUTSIDE = (
     "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
-    "timestep_cond", "latent_sample", "latent_parameters",
+    "timestep_cond", "latent_sample", "latent_parameters", "control_image", "control_scale",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from edgediff.config.choices import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
-from edgediff_runtime.manifest import CONTROLNET
+from edgediff_runtime.manifest import CONTROLNET, T2I_ADAPTER
 
 if TYPE_CHECKING:
     from edgediff.models.clockwork import SplitUNet
@@ -68,8 +68,9 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
                 loaded = load_built_in(source.name)
             else:
                 loaded = load_model(
-                    named, lora=source.lora, control=source.control, prediction_type=source.prediction_type
-                )
+                    named, lora=source.lora, control=source.control, t2i_adapter=source.t2i_adapter,
+                    prediction_type=source.prediction_type,
+                )  # fmt: skip
         except (EdgediffError, OSError):
             if model is not None:
                 raise
@@ -83,6 +84,9 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
     control = None if loaded.control is None else loaded.control.sha256
     if control != source.components.get(CONTROLNET):
         return None, "the ControlNet has changed, or was not loaded"
+    adapter = None if loaded.t2i_adapter is None else loaded.t2i_adapter.sha256
+    if adapter != source.components.get(T2I_ADAPTER):
+        return None, "the T2I-Adapter has changed, or was not loaded"
     loaded = replace(loaded, size=(manifest.sample.height, manifest.sample.width))
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor
     try:

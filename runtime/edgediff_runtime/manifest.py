@@ -43,6 +43,8 @@ POOLED = "text_embeds"
 CONTROL_IMAGE = "control_image"
 CONTROL_SCALE = "control_scale"
 CONTROLNET = "controlnet"
+# The component that makes features of a picture, which steps are then handed as ``t2i_adapter_0`` and so on.
+T2I_ADAPTER = "t2i_adapter"
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -407,6 +409,7 @@ class Source(Struct, frozen=True):
         vae: What replaced the pipeline's autoencoder, as it was given.
         preview: Where the preview decoder came from, as it was given.
         control: Where the ControlNet came from, as it was given.
+        t2i_adapter: Where the T2I-Adapter came from, as it was given.
         prediction_type: What the UNet of a single file was taken to predict.
     """
 
@@ -420,6 +423,7 @@ class Source(Struct, frozen=True):
     vae: str | None = None
     preview: str | None = None
     control: str | None = None
+    t2i_adapter: str | None = None
     prediction_type: str | None = None
 
 
@@ -647,6 +651,17 @@ def graphs_at(
     return next((sized.graphs for sized in further if (sized.height, sized.width) == (height, width)), None)
 
 
+def feature_tensors(graphs: Iterable[Graph]) -> tuple[Tensor, ...]:
+    """The features of a T2I-Adapter that graphs take, each once."""
+    taken = (tensor for graph in graphs for tensor in graph.inputs)
+    return tuple({tensor.name: tensor for tensor in taken if tensor.name.startswith(T2I_ADAPTER)}.values())
+
+
+def are_steered(graphs: tuple[Graph, ...]) -> bool:
+    """Whether a control image steers graphs: there is a ControlNet, or they take a T2I-Adapter's features."""
+    return any(graph.name == CONTROLNET for graph in graphs) or bool(feature_tensors(graphs))
+
+
 def share_rows(graphs: Iterable[Graph]) -> bool:
     """Whether graphs are handed a sample once for each image: some take one, and all that do can repeat it."""
     taking = [graph.shares_rows for graph in graphs if graph.takes_sample]
@@ -662,7 +677,7 @@ class Manifest(Struct, frozen=True):
         prompt: How prompts become embeddings; None where the bundle has no text encoder.
         vae: How latents become pictures; None where the bundle has no decoder.
         preview: How latents become previews; None where the bundle has no preview decoder.
-        cost: Cost of each part, of a ``full`` and of a ``cached`` step.
+        cost: Cost of each part, of a ``full`` and of a ``cached`` step; of a ``t2i_adapter``, for a picture.
         targets: The graphs by file format; what a runtime does not know is left out.
         config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
         versions: Version of every tool that had a part in it.

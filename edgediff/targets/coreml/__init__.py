@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 UNET = "coreml/Unet.mlpackage"
-# Apple's names of the components' packages.
+# Apple's names of the components' packages, and such of those that its pipeline does not have.
 PACKAGES = {
     "text_encoder": "TextEncoder",
     "text_encoder_2": "TextEncoder2",
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
     "preview_decoder": "PreviewDecoder",
+    "t2i_adapter": "T2IAdapter",
 }
 IDS = "input_ids"
 DEVICE, EVALUATOR = "coreml", "mil-reference"

@@ -34,7 +34,7 @@ from edgediff.targets.onnx.write_onnx import write_component as write_onnx_compo
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
 from edgediff_runtime.errors import one_line
-from edgediff_runtime.manifest import CONTROLNET, TIMESTEP, Graph, Tensor
+from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor, are_steered
 
 # An operation with this note stays fp32 on a device that computes in fp16.
 KEEPS_FP32 = "precise_0"
@@ -71,7 +71,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
         )
         job.say("writing OpenVINO's models")
         files = {graph.name: str(graph.file) for graph in finished if graph.file is not None}
-        alone = all(graph.name != CONTROLNET for graph in made)
+        alone = not are_steered(made)
         if alone:
             full = [onnx.load(scratch / str(g.file), load_external_data=False) for g in made if g.runs(full=True)]
             whole = join_full_step(full, "int64")
