@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from pipelines import SEED, exported_pipeline, open_in_torch, saved, saved_controlnet, saved_t2i_adapter
+from pipelines import SEED, exported_pipeline, open_in_torch, saved, saved_controlnets, saved_t2i_adapter
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -65,7 +65,7 @@ def schedule_of(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def ours(name: str, sampler: str, backend: str, control: bool = False, adapter: str | None = None) -> EdgePipeline:
+def ours(name: str, sampler: str, backend: str, control: int = 0, adapter: str | None = None) -> EdgePipeline:
     if backend == "torch":
         pipe = open_in_torch(name, control=control, adapter=adapter)
     else:
@@ -98,7 +98,7 @@ def load_parts(name: str) -> dict[str, Any]:
     return dict(kind.from_pretrained(saved(name), **none).components)
 
 
-def theirs(name: str, sampler: str, kind: Any, adapter: str | None = None) -> Any:
+def theirs(name: str, sampler: str, kind: Any, adapter: str | None = None, control: int = 1) -> Any:
     scheduler = diffusers_scheduler(schedule_of(name), sampler)
     if sampler == "pndm":
         scheduler = MendedPndm.from_config(scheduler.config)
@@ -107,7 +107,8 @@ def theirs(name: str, sampler: str, kind: Any, adapter: str | None = None) -> An
     taken = inspect.signature(kind.__init__).parameters
     parts |= {"depth_estimator": None, "scheduler": scheduler}
     if "controlnet" in taken:
-        parts["controlnet"] = diffusers.ControlNetModel.from_pretrained(saved_controlnet(name))
+        nets = [diffusers.ControlNetModel.from_pretrained(path) for path in saved_controlnets(name, control)]
+        parts["controlnet"] = nets if control > 1 else nets[0]
     if "adapter" in taken:
         parts["adapter"] = diffusers.T2IAdapter.from_pretrained(saved_t2i_adapter(name, adapter))
     pipe = kind(**{part: value for part, value in parts.items() if part in taken})

@@ -64,9 +64,14 @@ def saved_tiny_vae() -> Path:
     return saved_once("tiny-taesd", save_tiny_vae)
 
 
-def saved_controlnet(name: str) -> Path:
+def saved_controlnet(name: str, seed: int = 8) -> Path:
     """The folder of a small ControlNet for a pipeline."""
-    return saved_once(f"tiny-{name}-controlnet", lambda folder: save_controlnet(folder, saved(name)))
+    return saved_once(f"tiny-{name}-controlnet-{seed}", lambda folder: save_controlnet(folder, saved(name), seed))
+
+
+def saved_controlnets(name: str, count: int) -> tuple[str, ...]:
+    """The folders of several."""
+    return tuple(str(saved_controlnet(name, 8 + 100 * i)) for i in range(count))
 
 
 def saved_t2i_adapter(name: str, kind: str = "full_adapter", in_channels: int = 3) -> Path:
@@ -100,13 +105,13 @@ def embedding_file(name: str, count: int) -> Path:
 
 
 def config_of(
-    name: str, loras: Loras = (), embeddings: Embeddings = (), control: bool = False, adapter: str | None = None
+    name: str, loras: Loras = (), embeddings: Embeddings = (), control: int = 0, adapter: str | None = None
 ) -> edgediff.ExportConfig:
-    """The recipe of a small pipeline, with LoRAs, textual inversions of so many vectors, and what steers it."""
+    """The recipe of a small pipeline, with LoRAs, textual inversions of so many vectors, and so many ControlNets."""
     specs = tuple(f"{lora_file(name, kind)}:{SCALES[kind]}" for kind in loras)
     learnt = tuple(f"{embedding_file(name, count)}:{TOKENS[count]}" for count in embeddings)
-    beside = str(saved_controlnet(name)) if control else None
-    config = replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt, control=beside)
+    nets = saved_controlnets(name, control)
+    config = replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt, control=nets)
     return config if adapter is None else replace(config, t2i_adapter=str(saved_t2i_adapter(name, adapter)))
 
 
@@ -115,7 +120,7 @@ def exported_pipeline(
     loras: Loras = (),
     targets: tuple[str, ...] = ("onnx",),
     embeddings: Embeddings = (),
-    control: bool = False,
+    control: int = 0,
     adapter: str | None = None,
     **settings: Any,
 ) -> Path:
@@ -131,7 +136,7 @@ def open_in_torch(
     opened: Callable[[Session], None] | None = None,
     preview: Path | None = None,
     embeddings: Embeddings = (),
-    control: bool = False,
+    control: int = 0,
     adapter: str | None = None,
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`.

@@ -237,7 +237,7 @@ def test_an_adapter_beside_a_controlnet_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a ControlNet, .* and a T2I-Adapter, .* were given; give one of them"):
         edgediff.load_model(saved("sd1"), **both)
     with pytest.raises(ConfigError, match="'control' and 't2i_adapter' are both named"):
-        check_config(edgediff.ExportConfig(**{name: str(path) for name, path in both.items()}))
+        check_config(edgediff.ExportConfig(control=(str(both["control"]),), t2i_adapter=str(both["t2i_adapter"])))
 
 
 def test_a_recipe_whose_adapter_was_not_loaded_is_refused(tmp_path: Path) -> None:

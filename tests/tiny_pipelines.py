@@ -186,9 +186,9 @@ def _editor(kind: Any, seed: int, beside: int) -> Callable[[Path], None]:
     return save
 
 
-def save_controlnet(folder: Path, base: Path) -> None:
+def save_controlnet(folder: Path, base: Path, seed: int = 8) -> None:
     """A small ControlNet for a pipeline's UNet; trained ones have zero convolutions that are no longer zero."""
-    torch.manual_seed(8)
+    torch.manual_seed(seed)
     whole = UNet2DConditionModel.from_pretrained(base / "unet")
     net = ControlNetModel.from_unet(whole, conditioning_embedding_out_channels=(8, 16))
     for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):

@@ -68,7 +68,11 @@ def export(
         typer.Option(help="A directory or a file with an AutoencoderTiny of the same latents (TAESD), for previews."),
     ] = None,
     control: Annotated[
-        str | None, typer.Option(help="A directory with a ControlNet of the same base, to draw by a control image.")
+        list[str] | None,
+        typer.Option(
+            help="A directory with a ControlNet of the same base, to draw by a control image; may be given more than "
+            "once: their residuals are added up."
+        ),
     ] = None,
     t2i_adapter: Annotated[
         str | None,

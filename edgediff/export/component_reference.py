@@ -31,9 +31,9 @@ def encode_prompt(
     return given | {f"negative_{name}": value for name, value in negative.items()}
 
 
-def control_squares(seed: int, height: int, width: int, each: int) -> np.ndarray:
+def control_squares(seed: int, height: int, width: int, each: int, number: int = 0) -> np.ndarray:
     """A control picture of coloured squares, uint8 [1, h, w, 3]: one of `each` pixels a side for one of the latent."""
-    squares = to_uint8(noise(seed, (1, 3, height, width), image=0, draw=1_001))
+    squares = to_uint8(noise(seed, (1, 3, height, width), image=0, draw=1_001 + number))
     return squares.repeat(each, axis=1).repeat(each, axis=2)
 
 

@@ -287,8 +287,7 @@ def _write_pipeline(
 def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = reference.steps[0].tensors
-    control = None if model.control is None else model.control.net
-    undivided = Undivided(model.unet, divided.inputs, control)
+    undivided = Undivided(model.unet, divided.inputs, model.control)
     (whole,) = undivided(*(torch.from_numpy(first[name]) for name in divided.inputs))
     if not np.array_equal(whole.numpy(), first["out_sample"]):
         number = psnr_db(whole.numpy(), first["out_sample"])

@@ -56,7 +56,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         embedding: Textual inversions that `load_model` adds to tokenizers and text encoders, each ``FILE[:token]``.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
-        control: A directory with a ControlNet of the same base, whose residuals become inputs of the graphs.
+        control: Directories with ControlNets of the same base, whose residuals, added up, become inputs of the graphs.
         t2i_adapter: A directory with a T2I-Adapter of the same base, whose features become inputs of the graphs.
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
@@ -90,7 +90,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     embedding: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
-    control: str | None = None
+    control: tuple[str, ...] = ()
     t2i_adapter: str | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
@@ -178,7 +178,7 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
-    if config.control is not None and config.t2i_adapter is not None:
+    if config.control and config.t2i_adapter is not None:
         raise ConfigError("'control' and 't2i_adapter' are both named; a bundle is steered by one of them")
     for key in ("dtypes", "weights"):
         for name in getattr(config, key):

@@ -28,7 +28,7 @@ from edgediff.models.textual_inversion import read_spec as read_embedding_spec
 from edgediff.models.trained import TrainedAdaptor, choose_adaptor
 from edgediff.targets.base import Sizes
 from edgediff_runtime import Manifest, noise
-from edgediff_runtime.manifest import CONTROL_IMAGE, T2I_ADAPTER
+from edgediff_runtime.manifest import CONTROL_IMAGE, T2I_ADAPTER, numbered
 
 Progress = Callable[[str], None]
 
@@ -90,17 +90,17 @@ def drawn_inputs(model: Model, seed: int) -> dict[str, np.ndarray]:
     """What stands for pictures that a UNet, or what steers it, takes beside the latent; empty where none is taken.
 
     Returns:
-        ``concat_latents`` [1, C', H, W], seeded normal numbers; ``control_image`` uint8 [1, h, w, 3], coloured squares.
+        ``concat_latents`` [1, C', H, W], seeded normal numbers; ``control_image``, and ``control_image_2`` and
+        so on, uint8 [1, h, w, 3], coloured squares.
     """
     channels, height, width = model.sample_shape
     extra = channels - model.out_channels
     found = {}
     if extra > 0:
         found["concat_latents"] = noise(seed, (extra, height, width), image=0, draw=1_000)[None]
-    if model.control is not None:
-        found[CONTROL_IMAGE] = control_squares(seed, height, width, model.control.downscale)
-    elif model.t2i_adapter is not None:
-        found[CONTROL_IMAGE] = control_squares(seed, height, width, model.t2i_adapter.downscale)
+    adapter = () if model.t2i_adapter is None else (model.t2i_adapter.downscale,)
+    for i, each in enumerate((*(control.downscale for control in model.control), *adapter)):
+        found[numbered(CONTROL_IMAGE, i)] = control_squares(seed, height, width, each, i)
     return found
 
 
@@ -112,11 +112,12 @@ def _check_loaded(model: Model, config: ExportConfig) -> None:
     if config.embedding and not _is_loaded(config.embedding, model.embedding):
         raise ConfigError(f"'embedding' names {', '.join(config.embedding)}, which {model.name} was not loaded with; "
                           "pass embedding= to load_model")  # fmt: skip
-    control = None if model.control is None else model.control.path
+    if [Path(path) for path in config.control] != [each.path for each in model.control] and config.control:
+        raise ConfigError(f"'control' names {', '.join(config.control)}, which {model.name} was not loaded with; pass "
+                          "control= to load_model")  # fmt: skip
     adapter = None if model.t2i_adapter is None else model.t2i_adapter.path
     paths = {"vae": (config.vae, model.vae), "preview": (config.preview, model.preview)}
-    paths |= {"control": (config.control, control), "t2i_adapter": (config.t2i_adapter, adapter)}
-    for name, (asked, given) in paths.items():
+    for name, (asked, given) in (paths | {"t2i_adapter": (config.t2i_adapter, adapter)}).items():
         if asked is not None and Path(asked) != given:
             raise ConfigError(
                 f"'{name}' is {asked}, which {model.name} was not loaded with; pass {name}= to load_model"

@@ -80,7 +80,7 @@ class Model:
         single: The single file that the weights come from, or None.
         vae: What replaces the pipeline's autoencoder: a directory or a file, or None.
         preview: The small autoencoder whose decoder makes previews: a directory or a file, or None.
-        control: The ControlNet that steers the UNet, or None.
+        control: The ControlNets that steer the UNet.
         t2i_adapter: The T2I-Adapter whose features the UNet takes, or None.
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
         embedding: What is added to the tokenizers and the text encoders when they are loaded.
@@ -99,7 +99,7 @@ class Model:
     single: SingleFile | None = None
     vae: Path | None = None
     preview: Path | None = None
-    control: Control | None = None
+    control: tuple[Control, ...] = ()
     t2i_adapter: Adapter | None = None
     lora: tuple[Lora, ...] = ()
     embedding: tuple[Embedding, ...] = ()
@@ -130,11 +130,11 @@ class Model:
     @property
     def step_tensors(self) -> dict[str, TensorSpec]:
         """What a step is handed besides the sample and the timestep: the conditioning, and what steers the UNet."""
-        steering = (each for each in (self.control, self.t2i_adapter) if each is not None)
-        found = dict(self.conditioning.tensors)
-        for each in steering:
-            found |= each.tensors(*self.sample_shape[1:])
-        return found
+        size = self.sample_shape[1:]
+        found = {} if self.t2i_adapter is None else self.t2i_adapter.tensors(*size)
+        for i, control in enumerate(self.control):
+            found |= control.tensors(*size, i)
+        return self.conditioning.tensors | found
 
     @property
     def out_channels(self) -> int:
@@ -223,7 +223,7 @@ def load_model(
     embedding: Sequence[str] = (),
     vae: str | Path | None = None,
     preview: str | Path | None = None,
-    control: str | Path | None = None,
+    control: str | Path | Sequence[str | Path] = (),
     t2i_adapter: str | Path | None = None,
     configs: str | Path | None = None,
     prediction_type: str | None = None,
@@ -238,7 +238,7 @@ def load_model(
         embedding: ``FILE[:token]`` of each textual inversion, whose token prompts may name.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory, or a file with config.json beside it, with an AutoencoderTiny of the same latents (TAESD).
-        control: A directory with a ControlNet of the same base.
+        control: A directory with a ControlNet of the same base, or several, whose residuals are added up.
         t2i_adapter: A directory with a T2I-Adapter of the same base; not beside a ControlNet.
         configs: For a single file of another geometry: a pipeline's directory whose configurations fit.
         prediction_type: For a single file: ``epsilon``, ``v_prediction`` or ``sample``; None infers it.
@@ -270,12 +270,12 @@ def load_model(
     if preview is not None:
         _check_autoencoder(model, Path(preview), "go beside", allow_pickle)
         model = replace(model, preview=Path(preview))
-    if control is not None:
-        model = replace(model, control=load_control(Path(control), model.unet))
+    nets = [control] if isinstance(control, str | Path) else control
+    model = replace(model, control=tuple(load_control(Path(net), model.unet) for net in nets))
     if t2i_adapter is not None:
-        if control is not None:
+        if nets:
             raise ConfigError(
-                f"a ControlNet, {control}, and a T2I-Adapter, {t2i_adapter}, were given; give one of them"
+                f"a ControlNet, {nets[0]}, and a T2I-Adapter, {t2i_adapter}, were given; give one of them"
             )
         model = replace(model, t2i_adapter=find_t2i_adapter(Path(t2i_adapter), model.unet))
     if embedding:

@@ -43,8 +43,13 @@ LARGEST_HALF = 65504.0
 # thousands lose their fractions in fp16, and a cast in the graph costs less than one by every caller.
 OUTSIDE = (
     "sample", "out_sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "class_labels",
-    "timestep_cond", "latent_sample", "latent_parameters", "control_image", "control_scale",
+    "timestep_cond", "latent_sample", "latent_parameters",
 )  # fmt: skip
+
+
+def is_outside(tensor: m.Tensor) -> bool:
+    """Whether a tensor stays fp32 in fp16 graphs."""
+    return tensor.name in OUTSIDE or tensor.name.startswith((m.CONTROL_IMAGE, m.CONTROL_SCALE, m.T2I_ADAPTER))
 
 
 @dataclass(frozen=True)

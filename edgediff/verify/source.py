@@ -51,6 +51,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         MissingExtraError: `model` was named and torch is not installed.
     """
     try:
+        from edgediff.models.controlnet import control_hashes
         from edgediff.models.graphs import divide
         from edgediff.models.load import Model, load_built_in, load_model, random_weights
         from edgediff.models.trained import choose_adaptor
@@ -81,8 +82,8 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash differs; name the bundle's source")
         return None, "the source has changed"
-    control = None if loaded.control is None else loaded.control.sha256
-    if control != source.components.get(CONTROLNET):
+    known = {name: sha256 for name, sha256 in source.components.items() if name.startswith(CONTROLNET)}
+    if control_hashes(loaded.control) != known:
         return None, "the ControlNet has changed, or was not loaded"
     adapter = None if loaded.t2i_adapter is None else loaded.t2i_adapter.sha256
     if adapter != source.components.get(T2I_ADAPTER):

@@ -43,8 +43,11 @@ def main() -> int:
     )
     parser.add_argument("--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)")
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
-    parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet or T2I-Adapter draws by")
-    parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
+    parser.add_argument(
+        "--control", type=Path, action="append", default=[],
+        help="a picture that the bundle's ControlNet or T2I-Adapter draws by; one for each of several ControlNets",
+    )  # fmt: skip
+    parser.add_argument("--control-scale", type=float, action="append", default=[], help="how strongly, from 0 (1)")
     parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
     parser.add_argument("--scheduler", help="another sampler than the bundle's, such as ddim or euler")
     parser.add_argument(

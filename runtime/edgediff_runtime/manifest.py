@@ -39,7 +39,8 @@ TEXT = "encoder_hidden_states"
 GUIDANCE = "timestep_cond"
 # What pools a text, of SDXL.
 POOLED = "text_embeds"
-# What a ControlNet is handed: a picture, and what its residuals are multiplied by. And the name of its graph.
+# What a ControlNet is handed: a picture, and what its residuals are multiplied by; a second one ``control_image_2`` and
+# so on. And the name of its graph.
 CONTROL_IMAGE = "control_image"
 CONTROL_SCALE = "control_scale"
 CONTROLNET = "controlnet"
@@ -408,7 +409,7 @@ class Source(Struct, frozen=True):
         embedding: The textual inversions of which prompts may name the tokens, each as ``FILE:token``.
         vae: What replaced the pipeline's autoencoder, as it was given.
         preview: Where the preview decoder came from, as it was given.
-        control: Where the ControlNet came from, as it was given.
+        control: Where each ControlNet came from, as it was given.
         t2i_adapter: Where the T2I-Adapter came from, as it was given.
         prediction_type: What the UNet of a single file was taken to predict.
     """
@@ -422,7 +423,7 @@ class Source(Struct, frozen=True):
     embedding: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
-    control: str | None = None
+    control: tuple[str, ...] = ()
     t2i_adapter: str | None = None
     prediction_type: str | None = None
 
@@ -649,6 +650,15 @@ def graphs_at(
         fits = height % sample.multiple == width % sample.multiple == 0
         return tuple(graph.at(height, width) for graph in graphs) if fits else None
     return next((sized.graphs for sized in further if (sized.height, sized.width) == (height, width)), None)
+
+
+def numbered(name: str, i: int) -> str:
+    """The name of what the i-th ControlNet of a bundle is handed, from 0.
+
+    >>> numbered("control_image", 0), numbered("control_image", 1)
+    ('control_image', 'control_image_2')
+    """
+    return f"{name}_{i + 1}" if i else name
 
 
 def feature_tensors(graphs: Iterable[Graph]) -> tuple[Tensor, ...]:

@@ -63,11 +63,11 @@ def edit_arguments(
     image: Path | None,
     mask: Path | None = None,
     depth: Path | None = None,
-    control: Path | None = None,
+    control: Sequence[Path] = (),
     *,
     strength: float | None = None,
     image_guidance_scale: float | None = None,
-    control_scale: float | None = None,
+    control_scale: Sequence[float] = (),
     paste: bool = False,
     feather: int = 0,
 ) -> dict[str, Any]:
@@ -80,13 +80,15 @@ def edit_arguments(
         "--image": ("image", image),
         "--mask": ("mask_image", mask),
         "--depth": ("depth_map", depth),
-        "--control": ("control_image", control),
     }
     found: dict[str, Any] = {
         argument: open_picture(path, option) for option, (argument, path) in files.items() if path is not None
     }
     numbers = {"strength": strength, "image_guidance_scale": image_guidance_scale, "paste": paste, "feather": feather}
-    numbers["controlnet_conditioning_scale"] = control_scale
+    opened = [open_picture(path, "--control") for path in control]
+    for name, given in (("control_image", opened), ("controlnet_conditioning_scale", list(control_scale))):
+        if given:
+            found[name] = given[0] if len(given) == 1 else given
     return found | {name: value for name, value in numbers.items() if value is not None}
 
 

@@ -117,9 +117,10 @@ class Arguments(Condition, total=False):
         strength: Share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask.
         image_guidance_scale: How far a UNet that follows instructions keeps to the image; 1.5 if left out.
         depth_map: Numbers [h, w] or [N, h, w], or pictures of Pillow's, the nearer the larger, for a UNet of depth.
-        control_image: What a bundle's ControlNet or T2I-Adapter draws by: as `image`; left out, it does not run.
-        controlnet_conditioning_scale: How strongly, a number from 0; 1 if left out. For a T2I-Adapter too, where
-            diffusers has adapter_conditioning_scale.
+        control_image: What a bundle's ControlNet or T2I-Adapter draws by: as `image`; left out, it does not run. Of a
+            bundle with several ControlNets a list with one for each, where None leaves one out.
+        controlnet_conditioning_scale: How strongly, a number from 0, or one for each ControlNet; 1 if left out. For a
+            T2I-Adapter too, where diffusers has adapter_conditioning_scale.
         control_features: What the T2I-Adapter made of a control image before, by the names of its outputs, each
             [1 or N, C, H, W], instead of the image.
         paste: Whether the finished pictures have the image's own pixels outside of the mask.
@@ -137,7 +138,7 @@ class Arguments(Condition, total=False):
     image_guidance_scale: float | None
     depth_map: Any
     control_image: Any
-    controlnet_conditioning_scale: float | None
+    controlnet_conditioning_scale: float | Sequence[float] | None
     control_features: Mapping[str, Array] | None
     paste: bool
     feather: int
@@ -583,7 +584,7 @@ class EdgePipeline:
         image_guidance_scale: float | None = None,
         depth_map: Any = None,
         control_image: Any = None,
-        controlnet_conditioning_scale: float | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_features: Mapping[str, Array] | None = None,
         paste: bool = False,
         feather: int = 0,

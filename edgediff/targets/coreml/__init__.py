@@ -13,7 +13,6 @@ from edgediff.config.sizes import PictureSizes
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.targets.base import (
-    OUTSIDE,
     PRECISIONS,
     Backend,
     ComponentJob,
@@ -26,6 +25,7 @@ from edgediff.targets.base import (
     Target,
     batch_check,
     fixed,
+    is_outside,
 )
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -288,7 +288,7 @@ def _typed(tensors: tuple[m.Tensor, ...], dtype: str) -> tuple[m.Tensor, ...]:
     def element(tensor: m.Tensor) -> Any:
         if tensor.dtype == "int64":
             return "int32"
-        return "float16" if dtype == "fp16" and tensor.name not in OUTSIDE else tensor.dtype
+        return "float16" if dtype == "fp16" and not is_outside(tensor) else tensor.dtype
 
     return tuple(msgspec.structs.replace(tensor, dtype=element(tensor)) for tensor in tensors)
 
