@@ -5,16 +5,19 @@ strengths, at clock 1 and 2 with the learned adaptor and with the identity: how 
 those of clock 1, are they what was asked for (a classifier of drawings says), and what was saved, counted. For each
 strength also the cheapest clock that is as near to clock 1 as clock 2 is in pictures from noise. Then drawings are
 inverted with DDIM and drawn again. Without options in some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real
-drawings are inverted too.
+drawings are inverted too. `--what control`: how near are pictures by ControlNets and T2I-Adapters to diffusers' own, on
+the small pipelines of the tests?
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from measure import exported, machine, verdict
@@ -35,7 +38,8 @@ STRENGTHS = (0.3, 0.6, 0.9)
 COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
 INVERSION_STEPS = 20
 WANTED, INVERTED = 30.0, 25.0  # dB
-WHAT = ("edits", "plans", "inversion")
+EXACT, HALF = 60.0, 35.0  # dB
+WHAT = ("edits", "plans", "inversion", "control")
 
 
 def main() -> None:
@@ -46,6 +50,10 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
     given = parser.parse_args()
     print(machine())
+    if "control" in given.what:
+        show_control()
+    if set(given.what) <= {"control"}:
+        return
     with tempfile.TemporaryDirectory() as scratch:
         bundles = {
             kind: exported(MODEL, Path(scratch) / kind, adaptor=adaptor)
@@ -95,6 +103,42 @@ def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
     if sheet is not None:
         grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
         Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(sheet)
+
+
+def show_control() -> None:
+    """Pictures by control images against diffusers' own, guidance 5, 8 steps at clock 1: dB of pixels."""
+    # First, since a module of theirs has the name of a benchmark.
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from edits import PROMPT, SAMPLERS, SIZE, against, ours, picture, theirs
+
+    one, two = picture(), [picture(), picture(3)]
+    image, scale = "control_image", "controlnet_conditioning_scale"
+    # For each kind our words, what diffusers is told besides, and which of ours it is not told.
+    single = ({image: one, scale: 0.8}, {"image": one}, (image,))
+    pair = ({image: two, scale: [1.0, 0.5]}, {"image": two}, (image,))
+    adapted = ({image: one, scale: 0.8}, {"image": one, "adapter_conditioning_scale": 0.8, **SIZE}, (image, scale))
+    cases: tuple[tuple[str, str, dict[str, Any], str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]], ...] = (
+        ("a ControlNet", "sd1", {"control": 1}, "ControlNet", single),
+        ("a ControlNet", "xl", {"control": 1}, "ControlNet", single),
+        ("two ControlNets", "sd1", {"control": 2}, "ControlNet", pair),
+        ("two ControlNets", "xl", {"control": 2}, "ControlNet", pair),
+        ("a T2I-Adapter", "sd1", {"adapter": "full_adapter"}, "Adapter", adapted),
+        ("a T2I-Adapter", "sd1-levels", {"adapter": "light_adapter"}, "Adapter", adapted),
+        ("a T2I-Adapter", "xl-levels", {"adapter": "full_adapter_xl"}, "Adapter", adapted),
+    )
+    backends = (("torch", SAMPLERS, EXACT), ("onnxruntime", SAMPLERS, EXACT), ("mil-reference", ("dpmpp_2m",), HALF))
+    for title, name, steering, pipeline, (said, told, without) in cases:
+        xl = "XL" * name.startswith("xl")
+        kind = getattr(diffusers, f"StableDiffusion{xl}{pipeline}Pipeline")
+        for backend, samplers, bar in backends:
+            found = {}
+            for sampler in samplers:
+                other = theirs(name, sampler, kind, **steering)
+                asked = {"prompt": PROMPT, "guidance_scale": 5.0, **said}
+                found[sampler] = against(ours(name, sampler, backend, **steering), other, asked, told, without)
+            spelt = ", ".join(f"{sampler} {number:.1f}" for sampler, number in found.items())
+            print(f"{title}, {name}, {steering}, {backend}: {spelt} dB; {bar:g} wanted: "
+                  f"{verdict(min(found.values()) >= bar)}", flush=True)  # fmt: skip
 
 
 def guidance(pipes: dict[str, EdgePipeline]) -> float:

@@ -14,10 +14,12 @@ from edits import BACKENDS, EACH_SAMPLER, EACH_STRENGTH, FLOOR_DB, PROMPT, again
 from pipelines import exported_pipeline, saved, saved_controlnet, saved_controlnets
 
 import edgediff
+from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import ModelError, UnsupportedError
 from edgediff.models.controlnet import ControlNet, ControlNets
 from edgediff.models.graphs import divide
-from edgediff_runtime import RequestError
+from edgediff.targets.onnx import OnnxConfig
+from edgediff_runtime import EdgePipeline, RequestError
 from edgediff_runtime.manifest_json import parse_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -174,6 +176,18 @@ def test_residuals_stay_for_cached_steps() -> None:
     cond = {name: cached[name] for name in divided.inputs if name not in ("sample", "timestep")}
     out, _ = divided.cached(cached["sample"], cached["timestep"], cached["cache"], **cond, **residuals)
     assert torch.equal(out, cached["out_sample"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("steering", [{"control": 1}, {"control": 2}, {"adapter": "full_adapter"}])
+def test_graphs_in_fp16_are_steered(steering: dict[str, Any]) -> None:
+    """Pictures, scales and features are handed over in float32, as the sample is."""
+    bundle = exported_pipeline("sd1", onnx=OnnxConfig(dtype="fp16"), **steering)
+    half, exact = EdgePipeline.from_pretrained(bundle, threads=1), ours("sd1", "dpmpp_2m", "torch", **steering)
+    pictures = [picture(), picture(3)] if steering.get("control") == 2 else picture()
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "clock": 2, "guidance_scale": 5.0}
+    for more in ({"control_image": pictures}, {}):
+        assert psnr_db(exact(**asked, **more).latents, half(**asked, **more).latents) >= 35
 
 
 @pytest.mark.parametrize("cut", [edgediff.Cut(), edgediff.Cut(point="after_upsample"), edgediff.Cut(point="block:1")])

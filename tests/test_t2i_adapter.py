@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from command_line import Command, assert_error, exit_code
 from edits import BACKENDS, EACH_SAMPLER, FLOOR_DB, PROMPT, SIZE, against, ours, picture, theirs
+from msgspec.structs import replace
 from pipelines import config_of, exported_pipeline, saved, saved_controlnet, saved_t2i_adapter
 
 import edgediff
+from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import ConfigError, ModelError, UnsupportedError
 from edgediff.export.export_config import check_config
 from edgediff.models.graphs import divide
 from edgediff.models.t2i_adapter import T2IAdapter, adapter_with_weights
-from edgediff_runtime import RequestError
-from edgediff_runtime.manifest_json import parse_manifest
+from edgediff.targets.backends import open_pipeline
+from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundle
+from edgediff_runtime.manifest_json import check_manifest, parse_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -167,6 +173,47 @@ def test_the_bundle_has_the_adapter_as_a_component() -> None:
     assert manifest.source.t2i_adapter == str(saved_t2i_adapter("sd1"))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("targets", [("onnx",), ("coreml",)])
+def test_pictures_of_several_sizes_are_adapted(targets: tuple[str, ...]) -> None:
+    """Graphs of any size, or a function for each; an export verifies both sizes."""
+    bundle = exported_pipeline("sd1", targets=targets, adapter="full_adapter", sizes=("32x32", "32x48"))
+    backend = {"onnx": "onnxruntime", "coreml": "mil-reference"}[targets[0]]
+    pipe = open_pipeline(open_bundle(bundle), backend, low_memory=True)
+    model = ours("sd1", "dpmpp_2m", "torch", adapter="full_adapter")
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "control_image": picture()}
+    tall = pipe(**asked, height=48)
+    assert tall.images.shape == (1, 48, 32, 3)
+    assert tall.stages["t2i_adapter"] > 0
+    assert psnr_db(model(**asked).latents, pipe(**asked).latents) >= 35
+
+
+@pytest.mark.long
+def test_the_command_lines_draw_by_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    edges, bundle = tmp_path / "edges.png", tmp_path / "bundle"
+    picture().save(edges)
+    settings = ("--steps", 2, "--clock", 2, "--scheduler", "ddim", "--verify", "graphs")
+    adapter = ("--t2i-adapter", saved_t2i_adapter("sd1"))
+    assert exit_code(monkeypatch, "export", saved("sd1"), "-o", bundle, *adapter, *settings) == 0
+    by_picture = ("--control", edges, "--control-scale", 0.7, "--prompt", PROMPT)
+    assert exit_code(monkeypatch, "run", bundle, *by_picture, "-o", tmp_path / "drawn.npy") == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "edgediff_runtime", *map(str, (bundle, *by_picture, "-o", tmp_path / "again.npy"))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    drawn, again = np.load(tmp_path / "drawn.npy"), np.load(tmp_path / "again.npy")
+    np.testing.assert_allclose(drawn, again, rtol=0, atol=1e-4)
+    expected = EdgePipeline.from_pretrained(bundle)(
+        prompt=PROMPT, control_image=picture(), controlnet_conditioning_scale=0.7
+    )
+    np.testing.assert_allclose(drawn, expected.latents, rtol=0, atol=1e-4)
+    shown = command("inspect", str(bundle), "--json")
+    assert json.loads(shown.out)["gflops"]["t2i_adapter"] > 0
+    both = ("--control", saved_controlnet("sd1"), *adapter)
+    assert_error(command("export", *map(str, (saved("sd1"), "-o", tmp_path / "two", *both))), "steered by one of them")
+
+
 @pytest.mark.parametrize(
     ("adapter", "asked", "message"),
     [
@@ -185,6 +232,25 @@ def test_the_bundle_has_the_adapter_as_a_component() -> None:
 def test_what_cannot_steer_is_refused(adapter: str | None, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         ours("sd1", "ddim", "torch", adapter=adapter)(prompt=PROMPT, **asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda graph: {"outputs": graph.outputs[:1]}, r"outputs of t2i_adapter is \[\('t2i_adapter_0', 16\)\]"),
+        (lambda graph: {"inputs": (replace(graph.inputs[0], name="sample"),)}, "inputs of t2i_adapter is .*'sample'"),
+        (lambda graph: {"inputs": graph.inputs * 2}, "inputs of t2i_adapter is .*; expected one"),
+    ],
+)
+def test_a_manifest_with_another_adapter_is_refused(change: Callable[[Any], dict[str, Any]], message: str) -> None:
+    manifest = ours("sd1", "ddim", "torch", adapter="full_adapter").manifest
+    (target,) = manifest.targets
+    component = target.components["t2i_adapter"]
+    check_manifest(manifest)
+    graph = replace(component.graphs[0], **change(component.graphs[0]))
+    other = target.with_component("t2i_adapter", replace(component, graphs=(graph,)))
+    with pytest.raises(BundleError, match=message):
+        check_manifest(replace(manifest, targets=(other,)))
 
 
 def changed(**settings: Any) -> Callable[[Path], None]:
@@ -220,6 +286,16 @@ def test_what_is_no_adapter_of_this_base_is_refused(
     change(folder)
     with pytest.raises(error, match=message):
         edgediff.load_model(saved("sd1"), t2i_adapter=folder)
+
+
+def test_a_unet_without_text_takes_no_adapter() -> None:
+    with pytest.raises(UnsupportedError, match="a UNet2DModel takes no T2I-Adapter; supported: UNet2DConditionModel"):
+        edgediff.load_model("grocery-32", t2i_adapter=saved_t2i_adapter("sd1"))
+
+
+def test_an_adapter_of_another_family_is_refused() -> None:
+    with pytest.raises(ModelError, match="is for another UNet"):
+        edgediff.load_model(saved("sd1-levels"), t2i_adapter=saved_t2i_adapter("xl-levels", "full_adapter_xl"))
 
 
 def test_damaged_weights_are_found_when_they_are_read(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def run(
     if conditioning is not None:
         from edgediff.data.arrays import load_arrays, prompt_arguments
 
-        request |= prompt_arguments(load_arrays(conditioning))
+        given = prompt_arguments(load_arrays(conditioning))
+        request |= {name: value for name, value in given.items() if value is not None}
     with progress() as say:
         say(f"opening {bundle}")
         chosen = usual_backend(opened) if backend is None else backend
