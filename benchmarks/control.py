@@ -161,7 +161,7 @@ class HighresControl(Part):
 def measure(folder: Path, scratch: Path) -> None:
     """Draws unseen drawings by their edges, in torch."""
     model = edgediff.load_model(MODEL, control=str(folder))
-    config = edgediff.ExportConfig(control=str(folder), verify=VerifyConfig(mode="graphs"))
+    config = edgediff.ExportConfig(control=(str(folder),), verify=VerifyConfig(mode="graphs"))
     edgediff.export_bundle(model, scratch / "steered", config)
     bundle = EdgePipeline.from_pretrained(scratch / "steered")
     said = captions()

@@ -1,4 +1,4 @@
-// A control picture, which a bundle's ControlNet draws by.
+// A control picture, which a bundle's ControlNet or T2I-Adapter draws by.
 import { Choice, showPicture } from "./chosen_picture.js";
 import { edgesOf } from "./edges.js";
 import { button, element, input, refusal, said } from "./elements.js";
