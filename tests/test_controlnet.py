@@ -20,6 +20,7 @@ from edgediff.models.controlnet import ControlNet, ControlNets
 from edgediff.models.graphs import divide
 from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, RequestError
+from edgediff_runtime.manifest import Graph, Sample, Tensor, graphs_at
 from edgediff_runtime.manifest_json import parse_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -313,3 +314,14 @@ def test_what_is_no_controlnet_of_this_base_is_refused(
 def test_a_controlnet_of_another_family_is_refused() -> None:
     with pytest.raises(ModelError, match="is for another UNet: its cross_attention_dim is 64, the model's 32"):
         edgediff.load_model(saved("sd1"), control=saved_controlnet("xl"))
+
+
+def test_a_graph_of_any_size_tells_the_usual_one_in_numbers() -> None:
+    """A control image is read at that size, and zeros are made of it."""
+    any_size = Tensor("control_image", "float32", ("batch", 3, "2*height", "2*width"))
+    graph = Graph("controlnet", "controlnet.onnx", "full_step", (any_size,), ())
+    sample = Sample(channels=4, in_channels=4, height=16, width=24, space="latent", multiple=2)
+    for height, width in ((16, 24), (18, 24)):
+        (found,) = graphs_at((graph,), (), sample, height, width) or ()
+        assert found.inputs[0].shape == ("batch", 3, 2 * height, 2 * width)
+    assert graphs_at((graph,), (), sample, 17, 24) is None

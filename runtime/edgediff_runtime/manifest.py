@@ -649,11 +649,11 @@ def graphs_at(
         graphs: Those of the usual size, which `sample` names.
         further: Those of further sizes.
     """
-    if (height, width) == (sample.height, sample.width) or not any(graph.maps for graph in graphs):
-        return graphs
     if any(graph.takes_any_size for graph in graphs):
         fits = height % sample.multiple == width % sample.multiple == 0
         return tuple(graph.at(height, width) for graph in graphs) if fits else None
+    if (height, width) == (sample.height, sample.width) or not any(graph.maps for graph in graphs):
+        return graphs
     return next((sized.graphs for sized in further if (sized.height, sized.width) == (height, width)), None)
 
 
