@@ -4,29 +4,44 @@ Pictures that the model drew itself, of things in a style, are edited into other
 strengths, at clock 1 and 2 with the learned adaptor and with the identity: how near are the pictures of clock 2 to
 those of clock 1, are they what was asked for (a classifier of drawings says), and what was saved, counted. For each
 strength also the cheapest clock that is as near to clock 1 as clock 2 is in pictures from noise. Then drawings are
-inverted with DDIM and drawn again. Without options in some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real
-drawings are inverted too.
+inverted with DDIM and drawn again, as they are and, with plug-and-play injection, as something else. Without options in
+some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real drawings are inverted too. `--what control`: how near are
+pictures by ControlNets and T2I-Adapters to diffusers' own, on the small pipelines of the tests?
+`--what residuals`: what would a ControlNet that runs on cached steps too be worth?
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import diffusers
+import msgspec
 import numpy as np
 import torch
 from measure import exported, machine, verdict
 from PIL import Image
 
+import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.export.prepare import Prepared, prepare
 from edgediff.models.classifier import as_input, load_classifier, ranks_of
+from edgediff.models.graphs import graph_list
+from edgediff.models.torch_pipeline import source_tokenizers
+from edgediff.models.torch_session import TorchSession
 from edgediff.plan.planner import make_plan
 from edgediff.zoo import FOLDER, built_in
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, Result
 from edgediff_runtime.clock import letters
+from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.editing import as_pixels, from_vae
+from edgediff_runtime.inversion import Inverted
+from edgediff_runtime.loop import Step
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROLNET
 from edgediff_runtime.sessions import Array
 
 MODEL = "drawings-64"
@@ -35,7 +50,11 @@ STRENGTHS = (0.3, 0.6, 0.9)
 COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
 INVERSION_STEPS = 20
 WANTED, INVERTED = 30.0, 25.0  # dB
-WHAT = ("edits", "plans", "inversion")
+EXACT, HALF = 60.0, 35.0  # dB
+WHAT = ("edits", "plans", "inversion", "injection", "control", "residuals")
+ROUNDS = 7
+# Of a skip connection's size, that of the residuals of a ControlNet that nobody trained.
+STRENGTH_OF_RESIDUALS = 0.3
 
 
 def main() -> None:
@@ -44,8 +63,15 @@ def main() -> None:
     parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
     parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
+    parser.add_argument("--injected", type=Path, help="a PNG of the first injections: source, plain, clock 1, clock 2")
     given = parser.parse_args()
     print(machine())
+    if "control" in given.what:
+        show_control()
+    if "residuals" in given.what:
+        show_residuals()
+    if set(given.what) <= {"control", "residuals"}:
+        return
     with tempfile.TemporaryDirectory() as scratch:
         bundles = {
             kind: exported(MODEL, Path(scratch) / kind, adaptor=adaptor)
@@ -58,6 +84,10 @@ def main() -> None:
             show_plans(bundles["learned"])
         if "inversion" in given.what:
             show_inversion(pipes["learned"], given.images)
+        if "injection" in given.what:
+            for kind, adaptor in (("learned", None), ("identity", "identity")):
+                bundle = exported(MODEL, Path(scratch) / f"injection-{kind}", adaptor=adaptor, injection=True)
+                show_injection(kind, EdgePipeline.from_pretrained(bundle), given.injected if adaptor is None else None)
 
 
 def things(count: int) -> list[str]:
@@ -93,8 +123,97 @@ def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
             told = f"{seen(clocked.images, named[COUNT:])}, {clocked.flops_saved:.1%} of the FLOPs saved{bar}"
             print(f"  clock 2 ({letters(clocked.mask)}), {kind}: {found} of clock 1, {told}")
     if sheet is not None:
-        grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-        Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(sheet)
+        save_sheet(rows, sheet)
+
+
+def show_control() -> None:
+    """Pictures by control images against diffusers' own, guidance 5, 8 steps at clock 1: dB of pixels."""
+    # First, since a module of theirs has the name of a benchmark.
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from edits import PROMPT, SAMPLERS, SIZE, against, ours, picture, theirs
+
+    one, two = picture(), [picture(), picture(3)]
+    image, scale = "control_image", "controlnet_conditioning_scale"
+    # For each kind our words, what diffusers is told besides, and which of ours it is not told.
+    single = ({image: one, scale: 0.8}, {"image": one}, (image,))
+    pair = ({image: two, scale: [1.0, 0.5]}, {"image": two}, (image,))
+    adapted = ({image: one, scale: 0.8}, {"image": one, "adapter_conditioning_scale": 0.8, **SIZE}, (image, scale))
+    # diffusers' XL pipeline counts steps, and would leave the features out of PNDM's last call.
+    every = (adapted[0], adapted[1] | {"adapter_conditioning_factor": 2.0}, adapted[2])
+    cases: tuple[tuple[str, str, dict[str, Any], str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]], ...] = (
+        ("a ControlNet", "sd1", {"control": 1}, "ControlNet", single),
+        ("a ControlNet", "xl", {"control": 1}, "ControlNet", single),
+        ("two ControlNets", "sd1", {"control": 2}, "ControlNet", pair),
+        ("two ControlNets", "xl", {"control": 2}, "ControlNet", pair),
+        ("a T2I-Adapter", "sd1", {"adapter": "full_adapter"}, "Adapter", adapted),
+        ("a T2I-Adapter", "sd1-levels", {"adapter": "light_adapter"}, "Adapter", adapted),
+        ("a T2I-Adapter", "xl-levels", {"adapter": "full_adapter_xl"}, "Adapter", every),
+    )
+    backends = (("torch", SAMPLERS, EXACT), ("onnxruntime", SAMPLERS, EXACT), ("mil-reference", ("dpmpp_2m",), HALF))
+    for title, name, steering, pipeline, (said, told, without) in cases:
+        xl = "XL" * name.startswith("xl")
+        kind = getattr(diffusers, f"StableDiffusion{xl}{pipeline}Pipeline")
+        for backend, samplers, bar in backends:
+            found = {}
+            for sampler in samplers:
+                other = theirs(name, sampler, kind, **steering)
+                asked = {"prompt": PROMPT, "guidance_scale": 5.0, **said}
+                found[sampler] = against(ours(name, sampler, backend, **steering), other, asked, told, without)
+            spelt = ", ".join(f"{sampler} {number:.1f}" for sampler, number in found.items())
+            print(f"{title}, {name}, {steering}, {backend}: {spelt} dB; {bar:g} wanted: "
+                  f"{verdict(min(found.values()) >= bar)}", flush=True)  # fmt: skip
+
+
+def show_residuals() -> None:
+    """Clock 2 against clock 1 with a ControlNet on full steps alone, and on every step.
+
+    There is no trained ControlNet of this model: it is the UNet's own way down, trained, whose features come through
+    random projections. They change from step to step as a ControlNet's do; what they say of a picture is nothing.
+    """
+    prompts = [f"{name}, {STYLES[i % len(STYLES)]}" for i, name in enumerate(things(PLANNED))]
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.manual_seed(SEED)
+        net = diffusers.ControlNetModel.from_unet(
+            edgediff.load_model(MODEL).unet, conditioning_embedding_out_channels=(16, 32, 64)
+        )
+        for projection in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            std = STRENGTH_OF_RESIDUALS / projection.in_channels**0.5
+            torch.nn.init.normal_(projection.weight, std=std)
+        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.1)
+        net.save_pretrained(scratch)
+        model = edgediff.load_model(MODEL, control=scratch)
+        print(f"{PLANNED} drawings of {MODEL}, residuals of {STRENGTH_OF_RESIDUALS:g}: clock 2 against clock 1, pixels")
+        for adaptor in (None, "identity"):
+            found = prepare(model, edgediff.ExportConfig(adaptor=adaptor, control=(scratch,)), lambda _: None)
+            kind = "identity" if adaptor else "learned"
+            print(f" {kind}: {_of_residuals(found, prompts)}", flush=True)
+
+
+@torch.no_grad()
+def _of_residuals(found: Prepared, prompts: Sequence[str]) -> str:
+    """PSNR of pictures at clock 2 to clock 1, without control, with residuals that stay, and with new ones."""
+    graphs = graph_list(found.divided, found.model)
+    # The same graphs with a ControlNet in every step: cached ones take the high-resolution levels' residuals of it.
+    always = tuple(msgspec.structs.replace(g, frequency="step") if g.name == CONTROLNET else g for g in graphs)
+    others = {n: TorchSession({n: each.load()}, (each.graph,)) for n, each in found.components.items()}
+    assert found.draft.prompt is not None
+    words = source_tokenizers(found.components, found.draft.prompt)
+    told = []
+    squares = found.conditioning[CONTROL_IMAGE]
+    for title, there, control in (
+        ("no control", graphs, None),
+        ("they stay", graphs, squares),
+        ("new", always, squares),
+    ):
+        sessions = Components.of({UNET: TorchSession(found.divided.parts, there), **others})
+        pipe = EdgePipeline(found.draft, sessions, lambda: words, warn=False)
+        asked: dict[str, Any] = {"prompt": list(prompts), "seed": SEED, "control_image": control}
+        full, clocked = pipe(**asked, clock=1).pixels, pipe(**asked, clock=2).pixels
+        assert full is not None
+        assert clocked is not None
+        near = [psnr_db(a, b) for a, b in zip(full, clocked, strict=True)]
+        told.append(f"{title} {np.mean(near):.2f} dB (10 %: {np.percentile(near, 10):.1f})")
+    return ", ".join(told)
 
 
 def guidance(pipes: dict[str, EdgePipeline]) -> float:
@@ -157,6 +276,81 @@ def show_inversion(pipe: EdgePipeline, images: Path | None) -> None:
                     f"{near:.1f} dB, pixels {seen_again:.1f} dB of the decoded ones; saved {found.flops_saved:.0%} "
                     f"and {again.flops_saved:.0%}{bar}"
                 )
+
+
+def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
+    """Plug-and-play at clock 1 and 2: how near pictures are, what they show, what is left of the source, the cost."""
+    named = things(2 * COUNT)
+    styles = [STYLES[i % len(STYLES)] for i in range(COUNT)]
+    before = [f"{name}, {style}" for name, style in zip(named[:COUNT], styles, strict=True)]
+    after = [f"{name}, {style}" for name, style in zip(named[COUNT:], styles, strict=True)]
+    sources = pipe(prompt=before, clock=1, seed=SEED).images
+    told = f"{INVERSION_STEPS} steps (1 refinement), drawn as something else, guidance 5"
+    print(f"{kind} adaptor: {COUNT} drawings inverted in {told}")
+
+    def invert(clock: int, count: int = COUNT) -> Inverted:
+        return pipe.invert(
+            sources[:count], prompt=before[:count], clock=clock, num_inference_steps=INVERSION_STEPS, refinements=1
+        )
+
+    def draw(found: Inverted, clock: int, count: int = COUNT) -> Result:
+        return pipe(prompt=after[:count], inverted=found, clock=clock, guidance_scale=5.0)
+
+    plain = pipe(
+        prompt=after, latents=invert(1).latents, scheduler="ddim", clock=1, guidance_scale=5.0,
+        num_inference_steps=INVERSION_STEPS,
+    )  # fmt: skip
+    rows = [sources[:8], plain.images[:8]]
+    own = as_pixels(sources)
+    print(f"  without injection, clock 1: {seen(plain.images, named[COUNT:])}, {near(own, plain):.1f} dB of the source")
+    first: Result | None = None
+    always = 0
+    for clocks in ((1, 1), (1, 2), (2, 2)):
+        found = invert(clocks[0])
+        made = draw(found, clocks[1])
+        first = made if first is None else first
+        assert first.pixels is not None
+        spent = operations(pipe, found.ledger) + operations(pipe, made.ledger)
+        always = spent if clocks == (1, 1) else always
+        rows.append(made.images[:8])
+        print(
+            f"  inverted at clock {clocks[0]}, drawn at {clocks[1]}: {near(first.pixels, made):.1f} dB of clock 1, "
+            f"{seen(made.images, named[COUNT:])}, {near(own, made):.1f} dB of the source; "
+            f"{1 - spent / always:.1%} of the FLOPs saved ({found.flops_saved:.1%} and {made.flops_saved:.1%})"
+        )
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(ROUNDS + 1):
+        for clock, taken in times.items():
+            begin = perf_counter()
+            draw(invert(clock, 1), clock, 1)
+            taken.append(perf_counter() - begin)
+    ratios = np.array(times[2][1:]) / np.array(times[1][1:])
+    low, middle, high = np.percentile(ratios, [10, 50, 90])
+    one = np.median(times[1][1:])
+    print(
+        f"  one picture, both ways, {ROUNDS} rounds in turns: clock 1 {one:.2f} s; clock 2 {middle:.2f} [{low:.2f}, "
+        f"{high:.2f}] times as long"
+    )
+    if sheet is not None:
+        save_sheet(rows, sheet)
+
+
+def near(wanted: Array, made: Result) -> float:
+    """Mean dB of pictures."""
+    assert made.pixels is not None
+    return float(np.mean([psnr_db(a, b) for a, b in zip(wanted, made.pixels, strict=True)]))
+
+
+def operations(pipe: EdgePipeline, ledger: Sequence[Step]) -> int:
+    """Multiply-adds of an image in the UNet, attention matmuls included."""
+    cost = {name: each.macs + each.macs_attention for name, each in pipe.manifest.cost.items()}
+    return sum(step.rows * cost["full" if step.full else "cached"] for step in ledger)
+
+
+def save_sheet(rows: Sequence[Array], path: Path) -> None:
+    """Rows of pictures as one, twice as large."""
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(path)
 
 
 if __name__ == "__main__":

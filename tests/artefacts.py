@@ -126,8 +126,9 @@ def exported(model: Path, config: edgediff.ExportConfig, patches: Mapping[str, o
             for name, value in patches.items():
                 patch.setattr(name, value)
             loaded = edgediff.load_model(
-                model, lora=config.lora, embedding=config.embedding, preview=config.preview, control=config.control
-            )
+                model, lora=config.lora, embedding=config.embedding, preview=config.preview, control=config.control,
+                t2i_adapter=config.t2i_adapter,
+            )  # fmt: skip
             edgediff.export_bundle(loaded, path, config)
 
     return made_once(store() / hashlib.sha256(said.encode()).hexdigest()[:24], export)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from pipelines import SEED, exported_pipeline, open_in_torch, saved, saved_controlnet
+from pipelines import SEED, exported_pipeline, open_in_torch, saved, saved_controlnets, saved_t2i_adapter
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -65,12 +65,14 @@ def schedule_of(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def ours(name: str, sampler: str, backend: str, control: bool = False, injection: bool = False) -> EdgePipeline:
+def ours(
+    name: str, sampler: str, backend: str, control: int = 0, adapter: str | None = None, injection: bool = False
+) -> EdgePipeline:
     if backend == "torch":
-        pipe = open_in_torch(name, control=control, injection=injection)
+        pipe = open_in_torch(name, control=control, adapter=adapter, injection=injection)
     else:
         target = {"onnxruntime": "onnx", "mil-reference": "coreml"}[backend]
-        bundle = exported_pipeline(name, targets=(target,), control=control, injection=injection)
+        bundle = exported_pipeline(name, targets=(target,), control=control, adapter=adapter, injection=injection)
         pipe = open_pipeline(open_bundle(bundle), backend, threads=None if backend == "mil-reference" else 1)
     settings = scheduler_config(schedule_of(name), sampler)
     manifest = msgspec.structs.replace(pipe.manifest, scheduler=settings)
@@ -92,12 +94,13 @@ class MendedPndm(diffusers.PNDMScheduler):
 @functools.cache
 def load_parts(name: str) -> dict[str, Any]:
     """The components of a small pipeline, as diffusers' classes take them."""
-    kind = diffusers.StableDiffusionXLPipeline if name == "xl" else diffusers.StableDiffusionPipeline
-    none = {} if name == "xl" else {"safety_checker": None, "feature_extractor": None}
+    is_xl = name.startswith("xl")
+    kind = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
+    none = {} if is_xl else {"safety_checker": None, "feature_extractor": None}
     return dict(kind.from_pretrained(saved(name), **none).components)
 
 
-def theirs(name: str, sampler: str, kind: Any) -> Any:
+def theirs(name: str, sampler: str, kind: Any, adapter: str | None = None, control: int = 1) -> Any:
     scheduler = diffusers_scheduler(schedule_of(name), sampler)
     if sampler == "pndm":
         scheduler = MendedPndm.from_config(scheduler.config)
@@ -106,7 +109,10 @@ def theirs(name: str, sampler: str, kind: Any) -> Any:
     taken = inspect.signature(kind.__init__).parameters
     parts |= {"depth_estimator": None, "scheduler": scheduler}
     if "controlnet" in taken:
-        parts["controlnet"] = diffusers.ControlNetModel.from_pretrained(saved_controlnet(name))
+        nets = [diffusers.ControlNetModel.from_pretrained(path) for path in saved_controlnets(name, control)]
+        parts["controlnet"] = nets if control > 1 else nets[0]
+    if "adapter" in taken:
+        parts["adapter"] = diffusers.T2IAdapter.from_pretrained(saved_t2i_adapter(name, adapter))
     pipe = kind(**{part: value for part, value in parts.items() if part in taken})
     pipe.set_progress_bar_config(disable=True)
     if sampler == "pndm" and hasattr(pipe, "get_timesteps"):

@@ -1,12 +1,12 @@
 """Small pipelines in our runtime, over torch or over exported graphs, beside diffusers' own."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,8 +14,9 @@ from artefacts import exported, saved_once
 from diffusers import DiffusionPipeline
 from embeddings import TOKENS, load_in_diffusers, save_embedding
 from loras import diffusers_lora, fuse, kohya_lora
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import EDITORS, SAVE, save_controlnet, save_tiny_vae
+from tiny_pipelines import EDITORS, SAVE, save_controlnet, save_t2i_adapter, save_tiny_vae
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -34,7 +35,7 @@ from edgediff_runtime.sessions import Session
 
 CONFIG = edgediff.ExportConfig(steps=8, scheduler="dpmpp_2m", verify=VerifyConfig(mode="graphs"))
 # A latent consistency model is of no use with another sampler than its own.
-CONFIGS = {"lcm": msgspec.structs.replace(CONFIG, scheduler="lcm")}
+CONFIGS = {"lcm": replace(CONFIG, scheduler="lcm")}
 SEED = 3
 # How strongly a LoRA is fused, by whose names its file has.
 SCALES = {"diffusers": 0.8, "kohya": -0.5}
@@ -64,9 +65,21 @@ def saved_tiny_vae() -> Path:
     return saved_once("tiny-taesd", save_tiny_vae)
 
 
-def saved_controlnet(name: str) -> Path:
+def saved_controlnet(name: str, seed: int = 8) -> Path:
     """The folder of a small ControlNet for a pipeline."""
-    return saved_once(f"tiny-{name}-controlnet", lambda folder: save_controlnet(folder, saved(name)))
+    return saved_once(f"tiny-{name}-controlnet-{seed}", lambda folder: save_controlnet(folder, saved(name), seed))
+
+
+def saved_controlnets(name: str, count: int) -> tuple[str, ...]:
+    """The folders of several."""
+    return tuple(str(saved_controlnet(name, 8 + 100 * i)) for i in range(count))
+
+
+def saved_t2i_adapter(name: str, kind: str = "full_adapter", in_channels: int = 3) -> Path:
+    """The folder of a small T2I-Adapter for a pipeline."""
+    return saved_once(
+        f"tiny-{name}-{kind}-{in_channels}", lambda folder: save_t2i_adapter(folder, kind, saved(name), in_channels)
+    )
 
 
 def lora_file(name: str, kind: str) -> Path:
@@ -93,13 +106,14 @@ def embedding_file(name: str, count: int) -> Path:
 
 
 def config_of(
-    name: str, loras: Loras = (), embeddings: Embeddings = (), control: bool = False
+    name: str, loras: Loras = (), embeddings: Embeddings = (), control: int = 0, adapter: str | None = None
 ) -> edgediff.ExportConfig:
-    """The recipe of a small pipeline, with LoRAs, textual inversions of so many vectors, and a ControlNet."""
+    """The recipe of a small pipeline, with LoRAs, textual inversions of so many vectors, and so many ControlNets."""
     specs = tuple(f"{lora_file(name, kind)}:{SCALES[kind]}" for kind in loras)
     learnt = tuple(f"{embedding_file(name, count)}:{TOKENS[count]}" for count in embeddings)
-    beside = str(saved_controlnet(name)) if control else None
-    return msgspec.structs.replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt, control=beside)
+    nets = saved_controlnets(name, control)
+    config = replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt, control=nets)
+    return config if adapter is None else replace(config, t2i_adapter=str(saved_t2i_adapter(name, adapter)))
 
 
 def exported_pipeline(
@@ -107,11 +121,12 @@ def exported_pipeline(
     loras: Loras = (),
     targets: tuple[str, ...] = ("onnx",),
     embeddings: Embeddings = (),
-    control: bool = False,
+    control: int = 0,
+    adapter: str | None = None,
     **settings: Any,
 ) -> Path:
     """Its bundle; tests leave it as it is."""
-    config = msgspec.structs.replace(config_of(name, loras, embeddings, control), targets=targets, **settings)
+    config = replace(config_of(name, loras, embeddings, control, adapter), targets=targets, **settings)
     return exported(saved(name), config, {})
 
 
@@ -122,24 +137,26 @@ def open_in_torch(
     opened: Callable[[Session], None] | None = None,
     preview: Path | None = None,
     embeddings: Embeddings = (),
-    control: bool = False,
+    control: int = 0,
+    adapter: str | None = None,
     injection: bool = False,
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`.
 
-    The UNet is the undivided one; with a ControlNet, or where it injects, it is divided, as a bundle has it.
+    The UNet is the undivided one; with what steers it, or where it injects, it is divided, as a bundle has it.
     """
-    config = config_of(name, loras, embeddings, control)
+    config = config_of(name, loras, embeddings, control, adapter)
     loaded = edgediff.load_model(
-        saved(name), lora=config.lora, embedding=config.embedding, preview=preview, control=config.control
-    )
-    model = replace(loaded, injects=injection)
+        saved(name), lora=config.lora, embedding=config.embedding, preview=preview, control=config.control,
+        t2i_adapter=config.t2i_adapter,
+    )  # fmt: skip
+    model = dataclasses.replace(loaded, injects=injection)
     found = pipeline_components(model)
     divided = divide(model, config.cut)
     draft = draft_manifest(model, divided, config, "prompt", found)
 
     def unet() -> Session:
-        if control or injection:
+        if control or adapter or injection:
             return TorchSession(divided.parts, graph_list(divided, model))
         session = undivided_session(model)
         session.graphs = tuple(graph.with_any_text() for graph in session.graphs)

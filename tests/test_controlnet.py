@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from edits import BACKENDS, EACH_SAMPLER, EACH_STRENGTH, FLOOR_DB, PROMPT, against, ours, picture, theirs
-from pipelines import exported_pipeline, saved, saved_controlnet
+from pipelines import exported_pipeline, saved, saved_controlnet, saved_controlnets
 
 import edgediff
+from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import ModelError, UnsupportedError
-from edgediff.models.controlnet import ControlNet
+from edgediff.models.controlnet import ControlNet, ControlNets
 from edgediff.models.graphs import divide
-from edgediff_runtime import RequestError
+from edgediff.targets.onnx import OnnxConfig
+from edgediff_runtime import EdgePipeline, RequestError
+from edgediff_runtime.manifest import Graph, Sample, Tensor, graphs_at
 from edgediff_runtime.manifest_json import parse_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -43,6 +46,83 @@ def test_a_controlnet(name: str, backend: str, sampler: str) -> None:
         against(pipe, other, {**asked, "control_image": picture()}, {"image": picture()}, ("control_image",))
         >= FLOOR_DB
     )
+
+
+@EACH_SAMPLER
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("sd1", "torch"),
+        pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
+        pytest.param("xl", "torch", marks=pytest.mark.long),
+    ],
+)
+def test_several_controlnets(name: str, backend: str, sampler: str) -> None:
+    kind = diffusers.StableDiffusionControlNetPipeline
+    if name == "xl":
+        kind = diffusers.StableDiffusionXLControlNetPipeline
+    images, asked = [picture(), picture(3)], {"prompt": PROMPT, "guidance_scale": 5.0}
+    asked["controlnet_conditioning_scale"] = [1.0, 0.5]
+    pipe, other = ours(name, sampler, backend, control=2), theirs(name, sampler, kind, control=2)
+    assert against(pipe, other, {**asked, "control_image": images}, {"image": images}, ("control_image",)) >= FLOOR_DB
+
+
+def test_some_of_several_controlnets_may_be_left_out() -> None:
+    pipe, first = ours("sd1", "ddim", "torch", control=2), ours("sd1", "ddim", "torch", control=1)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "clock": 2}
+    alone = first(**asked, control_image=picture(), controlnet_conditioning_scale=0.5).latents
+    left = pipe(**asked, control_image=[picture(), None], controlnet_conditioning_scale=0.5)
+    np.testing.assert_allclose(left.latents, alone, rtol=0, atol=1e-5)
+    off = pipe(**asked, control_image=[picture(), picture(3)], controlnet_conditioning_scale=[0.5, 0]).latents
+    np.testing.assert_allclose(off, alone, rtol=0, atol=1e-5)
+    none = pipe(**asked, control_image=[None, None])
+    assert all("controlnet" not in step.ms for step in none.ledger)
+    np.testing.assert_allclose(none.latents, pipe(**asked).latents, rtol=0, atol=0)
+    both = pipe(**asked, control_image=[[picture(), picture(3)], picture(3)]).latents
+    second = pipe(**asked, control_image=[picture(3), picture(3)], first_image=1).latents
+    np.testing.assert_allclose(both[1:], second, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_residuals_of_several_are_added_up_as_diffusers_does(name: str) -> None:
+    model = edgediff.load_model(saved(name), control=saved_controlnets(name, 2))
+    nets = diffusers.MultiControlNetModel([each.net for each in model.control])
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([501.0])
+    text = torch.randn(2, 77, model.unet.config.cross_attention_dim)
+    images = [torch.rand(2, 3, 32, 32) for _ in range(2)]
+    added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.randn(2, 6)} if name == "xl" else {}
+    down, mid = nets(x, t, text, images, [0.7, 0.3], added_cond_kwargs=added or None, return_dict=False)
+    given = {"sample": x, "timestep": t, "encoder_hidden_states": text, **added}
+    given |= {"control_image": images[0], "control_scale": torch.full((2,), 0.7)}
+    given |= {"control_image_2": images[1], "control_scale_2": torch.full((2,), 0.3)}
+    part = ControlNets([each.net for each in model.control])
+    made = part.run(given)
+    assert all(torch.equal(a, b) for a, b in zip(made.values(), [*down, mid], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"control_image": picture()},
+            "control_image is for one ControlNet, and the bundle has 2; expected a list of 2",
+        ),
+        ({"control_image": [picture()] * 3}, "control_image has 3 entries, and the bundle has 2; expected a list of 2"),
+        (
+            {"control_image": [picture()] * 2, "controlnet_conditioning_scale": [1.0]},
+            "controlnet_conditioning_scale has 1 entries, and the bundle has 2; expected a list of 2",
+        ),
+        ({"control_image": [picture(), 3]}, r"control_image\[1\] is int64 \[\]; expected uint8"),
+        (
+            {"control_image": [[picture()] * 2, [picture()] * 3]},
+            r"control_image\[0\] has 2 pictures for 3 images; expected 1 or 3",
+        ),
+    ],
+)
+def test_a_wrong_number_for_several_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        ours("sd1", "ddim", "torch", control=2)(prompt=PROMPT, **asked)
 
 
 @EACH_STRENGTH
@@ -99,11 +179,22 @@ def test_residuals_stay_for_cached_steps() -> None:
     assert torch.equal(out, cached["out_sample"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("steering", [{"control": 1}, {"control": 2}, {"adapter": "full_adapter"}])
+def test_graphs_in_fp16_are_steered(steering: dict[str, Any]) -> None:
+    """Pictures, scales and features are handed over in float32, as the sample is."""
+    bundle = exported_pipeline("sd1", onnx=OnnxConfig(dtype="fp16"), **steering)
+    half, exact = EdgePipeline.from_pretrained(bundle, threads=1), ours("sd1", "dpmpp_2m", "torch", **steering)
+    pictures = [picture(), picture(3)] if steering.get("control") == 2 else picture()
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "clock": 2, "guidance_scale": 5.0}
+    for more in ({"control_image": pictures}, {}):
+        assert psnr_db(exact(**asked, **more).latents, half(**asked, **more).latents) >= 35
+
+
 @pytest.mark.parametrize("cut", [edgediff.Cut(), edgediff.Cut(point="after_upsample"), edgediff.Cut(point="block:1")])
 @pytest.mark.parametrize("name", ["sd1", "xl"])
 def test_a_divided_unet_takes_residuals_as_diffusers_does(name: str, cut: edgediff.Cut) -> None:
     model = edgediff.load_model(saved(name), control=saved_controlnet(name))
-    assert model.control is not None
     torch.manual_seed(0)
     width = model.unet.config.cross_attention_dim
     x, t, text, image = (
@@ -113,11 +204,11 @@ def test_a_divided_unet_takes_residuals_as_diffusers_does(name: str, cut: edgedi
         torch.rand(2, 3, 32, 32),
     )
     added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.randn(2, 6)} if name == "xl" else None
-    down, mid = model.control.net(x, t, text, image, 0.7, added_cond_kwargs=added, return_dict=False)
+    down, mid = model.control[0].net(x, t, text, image, 0.7, added_cond_kwargs=added, return_dict=False)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     want = model.unet(x, t, text, added_cond_kwargs=added, **residuals, return_dict=False)[0]
 
-    part = ControlNet(model.control.net)
+    part = ControlNet(model.control[0].net)
     steered = {"encoder_hidden_states": text, "added_cond_kwargs": added}
     scale = torch.full((2,), 0.7)
     made, _ = divide(model, cut).full(x, t, **steered, control_image=image, control_scale=scale)
@@ -134,13 +225,6 @@ def test_a_divided_unet_takes_residuals_as_diffusers_does(name: str, cut: edgedi
         without.full(x, t, **steered, **residuals)
     with pytest.raises(UnsupportedError, match=hint):
         without.cached(x, t, cache, **steered, mid_block_additional_residual=mid)
-
-
-def test_a_t2i_adapter_is_refused() -> None:
-    divided = edgediff.split(edgediff.load_model(saved("sd1")).unet)
-    given = {"encoder_hidden_states": torch.zeros(1, 77, 32), "down_intrablock_additional_residuals": [torch.zeros(1)]}
-    with pytest.raises(UnsupportedError, match="residuals of a T2I adapter; supported: those of a ControlNet"):
-        divided.full(torch.zeros(1, 4, 16, 16), 1.0, **given)
 
 
 @pytest.mark.long
@@ -162,15 +246,20 @@ def test_the_bundle_counts_the_controlnet_in_full_steps() -> None:
     ]
     assert (
         manifest.source.components["controlnet"]
-        == edgediff.load_model(saved("sd1"), control=saved_controlnet("sd1")).control.sha256
+        == edgediff.load_model(saved("sd1"), control=saved_controlnet("sd1")).control[0].sha256
     )
 
 
 @pytest.mark.parametrize(
     ("control", "asked", "message"),
     [
-        (False, {"control_image": picture()}, "control_image was given, but the bundle has no ControlNet"),
-        (False, {"controlnet_conditioning_scale": 0.5}, "but there is no ControlNet; leave it out"),
+        (
+            False,
+            {"control_image": picture()},
+            "control_image was given, but the bundle has neither a ControlNet nor a T2I-Adapter",
+        ),
+        (False, {"controlnet_conditioning_scale": 0.5}, "but there is no ControlNet and no T2I-Adapter; leave it out"),
+        (True, {"control_image": picture(), "controlnet_conditioning_scale": [0.5]}, "expected a finite number from 0"),
         (True, {"controlnet_conditioning_scale": 0.5}, "without a control_image; give one"),
         (True, {"control_image": picture(), "controlnet_conditioning_scale": -1}, "expected a finite number from 0"),
         (True, {"control_image": picture(), "controlnet_conditioning_scale": 1e300}, "expected a finite number from 0"),
@@ -225,3 +314,14 @@ def test_what_is_no_controlnet_of_this_base_is_refused(
 def test_a_controlnet_of_another_family_is_refused() -> None:
     with pytest.raises(ModelError, match="is for another UNet: its cross_attention_dim is 64, the model's 32"):
         edgediff.load_model(saved("sd1"), control=saved_controlnet("xl"))
+
+
+def test_a_graph_of_any_size_tells_the_usual_one_in_numbers() -> None:
+    """A control image is read at that size, and zeros are made of it."""
+    any_size = Tensor("control_image", "float32", ("batch", 3, "2*height", "2*width"))
+    graph = Graph("controlnet", "controlnet.onnx", "full_step", (any_size,), ())
+    sample = Sample(channels=4, in_channels=4, height=16, width=24, space="latent", multiple=2)
+    for height, width in ((16, 24), (18, 24)):
+        (found,) = graphs_at((graph,), (), sample, height, width) or ()
+        assert found.inputs[0].shape == ("batch", 3, 2 * height, 2 * width)
+    assert graphs_at((graph,), (), sample, 17, 24) is None

@@ -248,6 +248,9 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, command: Command) -
         (("run", bundle, "--latents", tmp_path / "z.npy"), "cannot be read as .npy"),
         (("run", bundle, "--image", tmp_path), "it is a folder"),
         (("run", bundle, "--image", photo, "--prompt", "a dog", "--strength", "0"), "of 8 steps it leaves none"),
-        (("run", bundle, "--control", photo, "--prompt", "a dog"), "the bundle has no ControlNet"),
+        (
+            ("run", bundle, "--control", photo, "--prompt", "a dog"),
+            "the bundle has neither a ControlNet nor a T2I-Adapter",
+        ),
     ):
         assert_error(command(*map(str, args)), message)

@@ -104,7 +104,7 @@ def test_a_full_step_counts_what_the_undivided_unet_does(name: str) -> None:
 def test_parts_add_up(point: str) -> None:
     unet = unet2d(num_class_embeds=5)
     parts = tally(split(unet, Cut(1, point)), (3, 16, 16), {"class_labels": TensorSpec((), torch.int64)}).parts
-    assert ("controlnet", *parts) == PARTS
+    assert ("t2i_adapter", "controlnet", *parts) == PARTS
     for field in ("parameters", "macs", "macs_attention"):
         of = {name: getattr(count, field) for name, count in parts.items()}
         assert of["full"] == of["highres_in"] + of["lowres"] + of["highres_out"]
@@ -211,7 +211,7 @@ def test_inspect_prints_the_survey_as_json(sd15: Survey) -> None:
     printed = json.loads(result.stdout)
     assert printed == sd15.to_dict()
     for key in ("parameters", "gflops", "gflops_attention", "macs_without_attention"):
-        assert {"controlnet", *printed[key]} == set(PARTS)
+        assert {"t2i_adapter", "controlnet", *printed[key]} == set(PARTS)
     assert printed["schedule"]["mask"] == [1, 0] * 4
 
 

@@ -69,6 +69,8 @@ def answers() -> dict[str, Any]:
         "bundle": _edits(rng),
         "steered": _steered(rng),
         "injected": _injected(rng),
+        "adapted": _adapted(np.random.default_rng(6)),
+        "paired": _paired(np.random.default_rng(7)),
     }
 
 
@@ -154,17 +156,6 @@ def _graphs(texts: dict[str, str]) -> tuple[dict[str, bytes], list[dict[str, Any
     return files, [_entry(name, model) for name, model in models.items()]
 
 
-def _opened(files: dict[str, bytes], change: Callable[[dict[str, Any]], None]) -> EdgePipeline:
-    """The golden bundle with other files, and another manifest."""
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = copy_bundle(Path(folder) / "bundle")
-        for name, data in files.items():
-            (bundle / name).write_bytes(data)
-        seal_plain(bundle, change)
-        reseal(bundle)
-        return EdgePipeline.from_pretrained(bundle)
-
-
 def _injected(rng: np.random.Generator) -> dict[str, Any]:
     """Pictures that are drawn beside inverted ones, whose layout they take."""
     files, graphs = _graphs(INJECTED)
@@ -202,7 +193,7 @@ def _injected(rng: np.random.Generator) -> dict[str, Any]:
             case["timesteps"] = _numbers(found.timesteps)
             case["means"] = _numbers(found.trajectory.mean(axis=(2, 3, 4)))
         cases.append(case)
-    return {"graphs": graphs, "rows": rows, "files": _encoded(files), "images": _bytes(images), "cases": cases}
+    return {"graphs": graphs, "rows": rows, "files": _files(files), "images": _bytes(images), "cases": cases}
 
 
 def _steered(rng: np.random.Generator) -> dict[str, Any]:
@@ -245,12 +236,121 @@ def _steered(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "graphs": graphs,
         "cost": cost,
-        "files": _encoded(files),
+        "files": _files(files),
         "controls": _bytes(controls),
         "image": _bytes(image),
         "cases": cases,
         "inversions": inversions,
     }
+
+
+def _opened(files: dict[str, bytes], change: Callable[[dict[str, Any]], None]) -> EdgePipeline:
+    """The golden bundle with further files, and a changed manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = copy_bundle(Path(folder) / "bundle")
+        for name, data in files.items():
+            (bundle / name).parent.mkdir(exist_ok=True)
+            (bundle / name).write_bytes(data)
+        seal_plain(bundle, change)
+        reseal(bundle)
+        pipe = EdgePipeline.from_pretrained(bundle)
+        for name in pipe.components.graphs:
+            pipe.components.session(name)  # while its files are there
+        return pipe
+
+
+# With a T2I-Adapter of grey pictures, whose features both graphs take.
+FEATURE = "float[batch,3,8,8] t2i_adapter_0"
+ADAPTED = {
+    "t2i_adapter": f"""(float[batch,1,8,8] control_image) => ({FEATURE})
+      <float[3,1,1,1] w = {{0.9, -0.4, 0.2}}> {{ t2i_adapter_0 = Conv(control_image, w) }}""",
+    "full": GRAPHS["full"].replace("float[batch,3,8,8] control_0", FEATURE).replace("control_0", "t2i_adapter_0"),
+    "cached": GRAPHS["cached"].replace("control_0", "t2i_adapter_0"),
+}
+# With two ControlNets in one graph.
+PAIR = GRAPHS | {
+    "controlnet": """(float[batch,3,8,8] sample, float[batch,3,8,8] control_image, float[batch] control_scale,
+       float[batch,3,8,8] control_image_2, float[batch] control_scale_2) => (float[batch,3,8,8] control_0)
+      <int64[3] axes = {1, 2, 3}, float small = {0.1},
+       float[3,3,1,1] w = {0.9, -0.4, 0.2, 0.1, 0.7, -0.5, -0.3, 0.6, 0.8}>
+      { a = Conv(control_image, w) d = Unsqueeze(control_scale, axes) e = Mul(a, d)
+        b = Mul(small, control_image_2) f = Unsqueeze(control_scale_2, axes) g = Mul(b, f) control_0 = Add(e, g) }""",
+}
+
+
+def _adapted(rng: np.random.Generator) -> dict[str, Any]:
+    """Pictures by a T2I-Adapter's control image."""
+    models = {name: onnx.parser.parse_model(HEAD + text) for name, text in ADAPTED.items()}
+    graphs = [_entry(name, model) for name, model in models.items() if name != "t2i_adapter"]
+    entry = _entry("t2i_adapter", models["t2i_adapter"]) | {"file": "onnx/t2i_adapter/model.onnx", "frequency": None}
+    component = {
+        "stage": "image", "dtype": "fp32", "batch": None, "graphs": [entry],
+        "floors": {"graph": 80.0, "composed": 80.0, "trajectory": 60.0, "caching": None},
+    }  # fmt: skip
+    places = {"t2i_adapter": entry["file"]} | {graph["name"]: graph["file"] for graph in graphs}
+    files = {places[name]: model.SerializeToString() for name, model in models.items()}
+    features = entry["outputs"]
+
+    def change(manifest: dict[str, Any]) -> None:
+        components = manifest["targets"][0]["components"]
+        components["unet"]["graphs"] = graphs
+        components["t2i_adapter"] = component
+        manifest["conditioning"]["tensors"] += features
+
+    controls = rng.integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    cases = (
+        {}, {"count": 1, "controlnet_conditioning_scale": 0.8}, {"count": 2, "guidance_scale": 1.0},
+        {"count": 1, "num_images": 2, "guidance_scale": [2.0, 1.0, 1.0, 1.0]},
+    )  # fmt: skip
+    return {
+        "graphs": graphs,
+        "component": component,
+        "files": _files(files),
+        "controls": _bytes(controls),
+        "cases": [_drawn(_opened(files, change), each, controls) for each in cases],
+    }
+
+
+def _paired(rng: np.random.Generator) -> dict[str, Any]:
+    """Pictures by two ControlNets."""
+    files, graphs = _graphs(PAIR)
+    cost = {"macs": 576, "macs_attention": 0, "parameters": 9}
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["targets"][0]["components"]["unet"]["graphs"] = graphs
+        manifest["cost"]["controlnet"] = cost
+        manifest["conditioning"]["tensors"] += graphs[0]["inputs"][1:]
+
+    controls = rng.integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    cases: tuple[dict[str, Any], ...] = (
+        {}, {"list": [0, 1], "controlnet_conditioning_scale": [1.0, 0.5]}, {"list": [None, 1]},
+        {"list": [0, 0], "controlnet_conditioning_scale": 0.5, "num_images": 2},
+    )  # fmt: skip
+    return {
+        "graphs": graphs,
+        "cost": cost,
+        "files": _files(files),
+        "controls": _bytes(controls),
+        "cases": [_drawn(_opened(files, change), each, controls) for each in cases],
+    }
+
+
+def _drawn(pipe: EdgePipeline, more: dict[str, Any], controls: np.ndarray) -> dict[str, Any]:
+    """What a pipeline draws by the first so many control images, or by a list of them, and what it was asked."""
+    asked: dict[str, Any] = {"label": "square", "num_inference_steps": 4, "guidance_scale": 2.0, "clock": 2}
+    if more.get("count") == 2:
+        del asked["label"]
+    told = {name: value for name, value in more.items() if name not in ("count", "list")}
+    if "count" in more:
+        told["control_image"] = controls[: more["count"]]
+    if "list" in more:
+        told["control_image"] = [None if i is None else controls[i] for i in more["list"]]
+    result = pipe(**asked | told, seed=7)
+    return {"asked": more, "mask": result.mask, "images": _bytes(result.images)}
+
+
+def _files(files: dict[str, bytes]) -> dict[str, Any]:
+    return {name: _bytes(np.frombuffer(data, np.uint8)) for name, data in files.items()}
 
 
 def _entry(name: str, model: onnx.ModelProto) -> dict[str, Any]:
@@ -274,10 +374,6 @@ def _entry(name: str, model: onnx.ModelProto) -> dict[str, Any]:
         "inputs": tensors(model.graph.input),
         "outputs": tensors(model.graph.output),
     }
-
-
-def _encoded(files: dict[str, bytes]) -> dict[str, dict[str, str]]:
-    return {name: _bytes(np.frombuffer(data, np.uint8)) for name, data in files.items()}
 
 
 def _numbers(values: Any) -> list[float]:

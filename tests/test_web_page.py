@@ -461,7 +461,7 @@ def test_a_control_picture_steers(visit: Visiting) -> None:
 
 def test_a_link_by_a_control_picture_for_a_bundle_without_a_controlnet(visit: Visiting, golden: int) -> None:
     tab = visit(golden).open("#seed=2&control=1")
-    assert "this bundle has no ControlNet; that was left out" in tab.text("notes")
+    assert "this bundle takes none; that was left out" in tab.text("notes")
     assert tab.page.is_hidden("#control")
     assert near(tab.draw(label="round"), python_picture(label="round", seed=2))
     assert "control" not in tab.page.evaluate("location.hash")

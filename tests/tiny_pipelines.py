@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -94,15 +95,25 @@ def _without_checker(kind: Any, **parts: Any) -> Any:
     return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def save_sd1(folder: Path) -> None:
+def save_sd1(folder: Path, **levels: Any) -> None:
     """Stable Diffusion 1.x: epsilon, one text encoder, the last state."""
     torch.manual_seed(1)
     words = tokenizer()
     _without_checker(
-        StableDiffusionPipeline, unet=unet(), vae=vae(), tokenizer=words,
+        StableDiffusionPipeline, unet=unet(**levels), vae=vae(), tokenizer=words,
         text_encoder=CLIPTextModel(text_config(words)),
         scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False),
     ).save_pretrained(folder)  # fmt: skip
+
+
+def save_sd1_levels(folder: Path) -> None:
+    """The same with attention in all levels but the lowest, which is as wide as the one above it."""
+    save_sd1(
+        folder,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def save_sd2(folder: Path) -> None:
@@ -116,22 +127,34 @@ def save_sd2(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def save_xl(folder: Path) -> None:
+def save_xl(folder: Path, **levels: Any) -> None:
     """SDXL: two text encoders joined, the pooled text and time ids added, zeros without a negative prompt."""
     torch.manual_seed(3)
     words, words_2 = tokenizer(), tokenizer(pad="!")
     StableDiffusionXLPipeline(
-        unet=unet(
-            cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=WIDTH + 6 * 8, use_linear_projection=True,
-            transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4),
-        ),
+        unet=unet(**{
+            "cross_attention_dim": 2 * WIDTH, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": WIDTH + 6 * 8, "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4), **levels,
+        }),
         vae=vae(scaling_factor=0.13025),
         tokenizer=words, tokenizer_2=words_2,
         text_encoder=CLIPTextModel(text_config(words)),
         text_encoder_2=CLIPTextModelWithProjection(text_config(words_2, hidden_act="gelu", projection_dim=WIDTH)),
         scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
     ).save_pretrained(folder)  # fmt: skip
+
+
+def save_xl_levels(folder: Path) -> None:
+    """The same with SDXL's levels: no attention in the highest, and its downsampler before what an adapter adds."""
+    save_xl(
+        folder,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 4),
+    )
 
 
 def save_lcm(folder: Path) -> None:
@@ -163,9 +186,9 @@ def _editor(kind: Any, seed: int, beside: int) -> Callable[[Path], None]:
     return save
 
 
-def save_controlnet(folder: Path, base: Path) -> None:
+def save_controlnet(folder: Path, base: Path, seed: int = 8) -> None:
     """A small ControlNet for a pipeline's UNet; trained ones have zero convolutions that are no longer zero."""
-    torch.manual_seed(8)
+    torch.manual_seed(seed)
     whole = UNet2DConditionModel.from_pretrained(base / "unet")
     net = ControlNetModel.from_unet(whole, conditioning_embedding_out_channels=(8, 16))
     for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
@@ -174,7 +197,25 @@ def save_controlnet(folder: Path, base: Path) -> None:
     net.save_pretrained(folder)
 
 
+def save_t2i_adapter(folder: Path, kind: str, base: Path, in_channels: int = 3) -> None:
+    """A small T2I-Adapter for a pipeline's UNet, whose features are large enough to be seen."""
+    torch.manual_seed(10)
+    channels = list(UNet2DConditionModel.load_config(base / "unet")["block_out_channels"])
+    settings = {
+        "full_adapter": {"channels": channels, "downscale_factor": 2},
+        "full_adapter_xl": {"channels": [*channels, channels[-1]], "downscale_factor": 4},
+        "light_adapter": {"channels": channels[:-1], "downscale_factor": 2},
+    }
+    adapter = T2IAdapter(in_channels=in_channels, num_res_blocks=1, adapter_type=kind, **settings[kind])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.mul_(2)
+    adapter.save_pretrained(folder)
+
+
 SAVE = {"sd1": save_sd1, "sd2": save_sd2, "xl": save_xl, "lcm": save_lcm}
+# With the levels of Stable Diffusion and of SDXL, two of which are as wide.
+SAVE |= {"sd1-levels": save_sd1_levels, "xl-levels": save_xl_levels}
 # Of UNets that see a picture in every step.
 EDITORS = {
     "inpaint": _editor(StableDiffusionInpaintPipeline, 5, beside=1 + LATENT),

@@ -85,7 +85,7 @@ def time_bundle(
     del asked["clock"]
     asked |= {name: value for name, value in request.items() if value is not None}
     asked["output_type"] = "latent"
-    whole = asked | prompt_request(pipe) | ({"output_type": "image"} if pipe.can_decode else {})
+    whole = asked | prompt_request(pipe, reference.conditioning) | ({"output_type": "image"} if pipe.can_decode else {})
     # Some backends compile a graph when it first runs, and for its number of rows: none of that is a turn's time.
     first = _generate(pipe, asked | {"clock": 1}, "loop_clock1")
     if not undivided:

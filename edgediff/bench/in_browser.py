@@ -57,11 +57,11 @@ def time_in_browser(
     python = EdgePipeline.from_pretrained(bundle, backend="onnxruntime")
     reference = load_reference(opened.file(REFERENCE))
     asked = reference_request(manifest, reference.conditioning) | {"num_images": num_images, "seed": 0}
-    asked |= prompt_request(python)
+    asked |= prompt_request(python, reference.conditioning)
     del asked["clock"]
     asked |= {name: value for name, value in request.items() if value is not None}
     asked = {name: value for name, value in asked.items() if value is not None}
-    arrays = [name for name, value in asked.items() if isinstance(value, np.ndarray | dict)]
+    arrays = [name for name, value in asked.items() if isinstance(value, np.ndarray | dict | list)]
     if arrays:
         raise UnsupportedError(f"{bundle}: the page is given prompts and classes, and it takes {arrays[0]}")
     given = {_camel(name): value for name, value in asked.items()}

@@ -18,10 +18,9 @@ from safetensors.numpy import load_file, save
 from edgediff.data.arrays import prompt_arguments
 from edgediff_runtime import EdgePipeline, Manifest, noise
 from edgediff_runtime.errors import BundleError
-from edgediff_runtime.injection import injects
 from edgediff_runtime.inversion import Inverted
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import TEXT, TIMESTEP, Component, Graph, Sample
+from edgediff_runtime.manifest import CONTROL_IMAGE, T2I_ADAPTER, TEXT, TIMESTEP, Component, Graph, Sample, injects
 from edgediff_runtime.schedulers import make_scheduler
 
 REFERENCE = "evidence/reference.safetensors"
@@ -53,7 +52,8 @@ class Reference:
         half: For each target in fp16, recorded step and graph (0 and the name of another component), its outputs in
             fp32 arithmetic on weights and inputs rounded to fp16.
         components: Inputs and outputs of each component beside the UNet, by tensor names.
-        sizes: The same for further sizes of the latent, height and width: the first steps, without conditioning.
+        sizes: The same for further sizes of the latent, height and width: the first steps, without conditioning but a
+            control picture.
     """
 
     steps: tuple[Recorded, ...]
@@ -83,7 +83,8 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     if manifest.conditioning.kind == "text":
         request |= given
     else:
-        request |= {name: given[name] for name in ("concat_latents", "control_image") if given[name] is not None}
+        beside = ("concat_latents", CONTROL_IMAGE, "control_features")
+        request |= {name: given[name] for name in beside if given.get(name) is not None}
     return request
 
 
@@ -106,16 +107,20 @@ def recorded_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) ->
     }  # fmt: skip
 
 
-def prompt_request(pipe: EdgePipeline) -> dict[str, Any]:
-    """The reference's prompts in place of its embeddings; nothing where it was not made of prompts, or none is encoded.
+def prompt_request(pipe: EdgePipeline, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The reference's prompts in place of its embeddings, its control picture in place of an adapter's features.
 
-    To be joined to `reference_request`: the generation then runs from the text on.
+    To be joined to `reference_request`: the generation then runs from the text and the picture on. Nothing stands for
+    what was not made of a prompt or a picture, and where the bundle has nothing that encodes it.
     """
+    found: dict[str, Any] = {}
+    if CONTROL_IMAGE in conditioning and T2I_ADAPTER in pipe.components:
+        found |= {CONTROL_IMAGE: conditioning[CONTROL_IMAGE], "control_features": None}
     said = pipe.manifest.evidence.prompt
     if said is None or not pipe.can_encode:
-        return {}
+        return found
     embeddings = ("prompt_embeds", "negative_prompt_embeds", "added_cond", "negative_added_cond")
-    return {**dict.fromkeys(embeddings), "prompt": said[0], "negative_prompt": said[1]}
+    return {**found, **dict.fromkeys(embeddings), "prompt": said[0], "negative_prompt": said[1]}
 
 
 def record(

@@ -68,7 +68,17 @@ def export(
         typer.Option(help="A directory or a file with an AutoencoderTiny of the same latents (TAESD), for previews."),
     ] = None,
     control: Annotated[
-        str | None, typer.Option(help="A directory with a ControlNet of the same base, to draw by a control image.")
+        list[str] | None,
+        typer.Option(
+            help="A directory with a ControlNet of the same base, to draw by a control image; may be given more than "
+            "once: their residuals are added up."
+        ),
+    ] = None,
+    t2i_adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--t2i-adapter", help="A directory with a T2I-Adapter of the same base, to draw by a control image."
+        ),
     ] = None,
     injection: Annotated[
         bool,
@@ -151,7 +161,7 @@ def export(
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
         "lora": lora, "embedding": embedding, "vae": vae, "preview": preview, "control": control, "sizes": size,
-        "injection": injection or None, "prediction_type": prediction_type,
+        "injection": injection or None, "t2i_adapter": t2i_adapter, "prediction_type": prediction_type,
     }  # fmt: skip
     recipe = recipe_with(config, given)
     for section, key, value in (

@@ -46,7 +46,7 @@ def load_recipe_model(checked: "ExportConfig", command: str, allow_pickle: bool 
     """Loads a checked recipe's model, with all that the recipe names for it."""
     loaded: Model = toolchain("edgediff.models.load", command).load_model(
         checked.model, lora=checked.lora, embedding=checked.embedding, vae=checked.vae, preview=checked.preview,
-        control=checked.control,
+        control=checked.control, t2i_adapter=checked.t2i_adapter,
         prediction_type=checked.prediction_type, allow_pickle=allow_pickle,
     )  # fmt: skip
     return loaded

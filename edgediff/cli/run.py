@@ -77,9 +77,16 @@ def run(
         Path | None, typer.Option(help="A depth map for a model that takes one, white being near.")
     ] = None,
     control: Annotated[
-        Path | None, typer.Option(help="A picture that the bundle's ControlNet draws by, such as edges or a pose.")
+        list[Path] | None,
+        typer.Option(
+            help="A picture that the bundle's ControlNet or T2I-Adapter draws by, such as edges; one for each of "
+            "several ControlNets, in their order."
+        ),
     ] = None,
-    control_scale: Annotated[float | None, typer.Option(help="How strongly, from 0; left out, 1.")] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="How strongly, from 0; left out, 1; may be given once for each of several ControlNets."),
+    ] = None,
     latents: Annotated[
         Path | None, typer.Option(help="A .npy to begin with in place of noise, such as `edgediff invert` writes.")
     ] = None,
@@ -150,8 +157,8 @@ def run(
     request["width"], request["height"] = read_size(size)
     request["prompt"] = prompt[0] if prompt is not None and len(prompt) == 1 else prompt
     edit = edit_arguments(
-        image, mask, depth, control, strength=strength, image_guidance_scale=image_guidance_scale,
-        control_scale=control_scale, paste=paste, feather=feather,
+        image, mask, depth, control or (), strength=strength, image_guidance_scale=image_guidance_scale,
+        control_scale=control_scale or (), paste=paste, feather=feather,
     )  # fmt: skip
     request |= edit | {"inject_attention": inject_attention, "inject_features": inject_features}
     if latents is not None:
@@ -165,7 +172,8 @@ def run(
     if conditioning is not None:
         from edgediff.data.arrays import load_arrays, prompt_arguments
 
-        request |= prompt_arguments(load_arrays(conditioning))
+        given = prompt_arguments(load_arrays(conditioning))
+        request |= {name: value for name, value in given.items() if value is not None}
     with progress() as say:
         say(f"opening {bundle}")
         chosen = usual_backend(opened) if backend is None else backend

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from edgediff.errors import ConfigError
 from edgediff_runtime.errors import one_line
+from edgediff_runtime.manifest import CONTROL_IMAGE, T2I_ADAPTER, numbered
 
 # The end of the name of a file of prompts.
 PROMPTS = ".txt"
@@ -35,7 +36,13 @@ def prompt_arguments(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The arguments of `EdgePipeline.stream`, of embeddings whose unconditional ones are named ``negative_...``."""
     negative = {n.removeprefix("negative_"): v for n, v in arrays.items() if n.startswith("negative_")}
     positive = {n: v for n, v in arrays.items() if not n.startswith("negative_")}
-    pictures = {name: positive.pop(name, None) for name in ("concat_latents", "control_image")}
+    pictures: dict[str, Any] = {"concat_latents": positive.pop("concat_latents", None)}
+    count = sum(name.startswith(CONTROL_IMAGE) for name in positive)
+    controls = [positive.pop(numbered(CONTROL_IMAGE, i), None) for i in range(count)]
+    pictures[CONTROL_IMAGE] = controls if count > 1 else next(iter(controls), None)
+    features = {name: positive.pop(name) for name in sorted(positive) if name.startswith(T2I_ADAPTER)}
+    if features:  # made of the picture
+        pictures |= {CONTROL_IMAGE: None, "control_features": features}
     return {
         **pictures,
         "prompt_embeds": positive.pop("encoder_hidden_states", None),

@@ -60,7 +60,8 @@ def peaks(folder: Path, backend: str) -> dict[str, int]:
     pipe = open_pipeline(bundle, backend, low_memory=True)
     for package in next(b.packages for form in TARGETS.values() for b in form.backends if b.name == backend):
         import_module(package)  # the backend itself is not a component's
-    request = reference_request(bundle.manifest, load_reference(folder / REFERENCE).conditioning) | prompt_request(pipe)
+    conditioning = load_reference(folder / REFERENCE).conditioning
+    request = reference_request(bundle.manifest, conditioning) | prompt_request(pipe, conditioning)
     before = resident_bytes()
     result = pipe(**request, output_type="image" if pipe.can_decode else "latent")
     if before is None or result.peak_bytes is None:

@@ -70,7 +70,7 @@ def check_against_diffusers(
         name: TorchSession({name: part}, (components[name].graph,)) for name, part in parts.items()
     }
     tokenizers = source_tokenizers(components, draft.prompt)
-    alone = dataclasses.replace(model, control=None)  # diffusers' pipeline of text has no ControlNet
+    alone = dataclasses.replace(model, control=(), t2i_adapter=None)  # diffusers' pipeline of text has neither
     ours = EdgePipeline(
         draft, Components.of({UNET: undivided_session(alone), **sessions}), lambda: tokenizers, warn=False
     )

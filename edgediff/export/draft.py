@@ -20,9 +20,10 @@ from edgediff.models.components import (
     prompt_settings,
     vae_settings,
 )
+from edgediff.models.controlnet import control_hashes
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
-from edgediff.models.macs import tally
+from edgediff.models.macs import count, tally
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.trained import trained_for
 from edgediff.targets import TARGETS
@@ -115,12 +116,13 @@ def draft_manifest(
             path=None if model.is_built_in else str(model.path),
             sha256=model.sha256,
             random_weights=_text(config.random_weights),
-            components=component_hashes(components) | _control_hash(model),
+            components=component_hashes(components) | control_hashes(model.control),
             lora=tuple(lora.spec for lora in model.lora),
             embedding=tuple(embedding.spec for embedding in model.embedding),
             vae=None if model.vae is None else str(model.vae),
             preview=None if model.preview is None else str(model.preview),
-            control=None if model.control is None else str(model.control.path),
+            control=tuple(str(each.path) for each in model.control),
+            t2i_adapter=None if model.t2i_adapter is None else str(model.t2i_adapter.path),
             prediction_type=None if model.single is None else model.single.prediction_type,
         ),
         license=model.card.license if config.license is None else config.license,
@@ -138,7 +140,7 @@ def draft_manifest(
             **msgspec.structs.asdict(point), seed=str(config.seed), num_images=1 if known.kind == "text" else 2
         ),
         evidence=m.Evidence(config.verify.mode, conditioning_source, file_hash, prompt, sizes.further),
-        cost=counts.parts,
+        cost=counts.parts | _adapter_cost(components),
         cache_bytes=counts.cache_elements * torch.float32.itemsize,
         targets=_targets(
             model,
@@ -157,8 +159,14 @@ def draft_manifest(
     )
 
 
-def _control_hash(model: Model) -> dict[str, str]:
-    return {} if model.control is None else {m.CONTROLNET: model.control.sha256}
+def _adapter_cost(components: Mapping[str, PipelineComponent]) -> dict[str, m.Cost]:
+    """What a T2I-Adapter costs for one picture."""
+    if m.T2I_ADAPTER not in components:
+        return {}
+    adapter = components[m.T2I_ADAPTER]
+    (picture,) = adapter.graph.inputs
+    given = torch.empty(1, *map(int, picture.shape[1:]), device="meta")
+    return {m.T2I_ADAPTER: count(adapter.empty(), {picture.name: given})[1]}
 
 
 def _recipe(config: ExportConfig) -> dict[str, Any]:
@@ -167,7 +175,9 @@ def _recipe(config: ExportConfig) -> dict[str, Any]:
     A plan of weights is named by its content: the same plan elsewhere makes the same bundle, another plan in the same
     file does not.
     """
-    without = msgspec.structs.replace(config, model=None, lora=(), embedding=(), vae=None, preview=None, control=None)
+    without = msgspec.structs.replace(
+        config, model=None, lora=(), embedding=(), vae=None, preview=None, control=(), t2i_adapter=None
+    )
     for name in config.targets:
         section = getattr(config, name)
         if getattr(section, "weights", None) is not None:
@@ -225,7 +235,7 @@ def essence(manifest: Manifest) -> Manifest:
     """
     targets = tuple(TARGETS[entry.target].essence(entry) for entry in manifest.targets)
     source = msgspec.structs.replace(
-        manifest.source, path=None, lora=(), embedding=(), vae=None, preview=None, control=None
+        manifest.source, path=None, lora=(), embedding=(), vae=None, preview=None, control=(), t2i_adapter=None
     )
     adaptor = msgspec.structs.replace(manifest.adaptor, path=None)
     return msgspec.structs.replace(manifest, source=source, adaptor=adaptor, targets=targets, files={})

@@ -26,12 +26,13 @@ from edgediff.bundle.staging import check_place, clear_stale, staged
 from edgediff.errors import TargetError, VerificationError
 from edgediff.export.bundle_card import bundle_card
 from edgediff.export.component_memory import with_peaks
-from edgediff.export.component_reference import component_inputs, record_component
+from edgediff.export.component_reference import component_inputs, control_features, record_component
 from edgediff.export.component_weights import stored_weights, unet_weights
 from edgediff.export.diffusers_check import can_compare, check_against_diffusers
 from edgediff.export.draft import essence
 from edgediff.export.export_config import ExportConfig, check_config, layout_of
 from edgediff.export.half_reference import half_component, half_outputs
+from edgediff.export.latent_sizes import resized
 from edgediff.export.prepare import Progress, drawn_inputs, prepare
 from edgediff.models.clip_tokenizer import place_tokenizer, tokenizer_folder
 from edgediff.models.clockwork import SplitUNet
@@ -57,6 +58,7 @@ from edgediff.verify.parity import verify_bundle
 from edgediff_runtime import BundleError, EdgePipeline, Manifest, OperatingPointWarning, clock_mask, open_bundle
 from edgediff_runtime import manifest as m
 from edgediff_runtime.bundle import MANIFEST, PARITY, SUMS, render_sums
+from edgediff_runtime.manifest import CONTROL_IMAGE
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.operating_point import departure
 from edgediff_runtime.text_encoding import Tokenizer
@@ -119,7 +121,7 @@ def export_bundle(
         reference = record(pipe, conditioning, lambda i, n: say(f"reference trajectory in torch: step {i} of {n}"))
         for size in prepared.sizes.further:
             say(f"first steps in torch for latents of {size[1]} x {size[0]}")
-            reference.sizes[size] = _first_steps(model, divided, at_size(draft, size), conditioning)
+            reference.sizes[size] = _first_steps(model, divided, at_size(draft, size), conditioning, components)
         say("comparing the parts with the undivided UNet")
         _check_split(model, divided, reference)
         if draft.evidence.verified == "full" and can_compare(model, components, draft):
@@ -239,13 +241,22 @@ def _record_component(
                 reference.half[entry.target, 0, component.name] = rounded
 
 
-def _first_steps(model: Model, divided: SplitUNet, draft: Manifest, conditioning: dict[str, np.ndarray]) -> Reference:
+def _first_steps(
+    model: Model,
+    divided: SplitUNet,
+    draft: Manifest,
+    conditioning: dict[str, np.ndarray],
+    components: Mapping[str, PipelineComponent],
+) -> Reference:
     """The first full and the first cached step in torch, for a draft whose usual size is a further one."""
     sized = dataclasses.replace(model, size=(draft.sample.height, draft.sample.width))
     session = TorchSession(divided.parts, graph_list(divided, sized))
-    given = conditioning | drawn_inputs(sized, int(draft.operating_point.seed))
+    drawn = drawn_inputs(sized, int(draft.operating_point.seed))
+    _, there = resized(model, components, (draft.sample.height, draft.sample.width))
+    given = conditioning | drawn | control_features(there, drawn)
     found = record(EdgePipeline(draft, session, warn=False), given)
-    return dataclasses.replace(found, conditioning={})
+    # Of what it was conditioned on, the picture alone is another one.
+    return dataclasses.replace(found, conditioning={name: drawn[name] for name in (CONTROL_IMAGE,) if name in drawn})
 
 
 def _write_pipeline(
@@ -277,8 +288,7 @@ def _write_pipeline(
 def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = {name: torch.from_numpy(value) for name, value in reference.steps[0].tensors.items()}
-    control = None if model.control is None else model.control.net
-    undivided = Undivided(model.unet, divided.inputs, control)
+    undivided = Undivided(model.unet, divided.inputs, model.control)
     (whole,) = undivided(*(first[name] for name in divided.inputs))
     out = first["out_sample"]
     if model.injects:  # the undivided one does not: every row takes its own

@@ -22,7 +22,9 @@ from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
 # What a precision is asked for by name.
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "preview_decoder")
+COMPONENTS = (
+    "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "preview_decoder", "t2i_adapter",
+)  # fmt: skip
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -54,11 +56,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         embedding: Textual inversions that `load_model` adds to tokenizers and text encoders, each ``FILE[:token]``.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory or a file with an AutoencoderTiny of the same latents, whose decoder makes previews.
-        control: A directory with a ControlNet of the same base, whose residuals become inputs of the graphs.
+        control: Directories with ControlNets of the same base, whose residuals, added up, become inputs of the graphs.
+        t2i_adapter: A directory with a T2I-Adapter of the same base, whose features become inputs of the graphs.
         injection: Let rows of a step take the self-attention and features of an inverted picture (plug-and-play).
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
-            ``vae_decoder``, ``vae_encoder`` and ``preview_decoder``; None takes all that there are.
+            ``vae_decoder``, ``vae_encoder``, ``preview_decoder`` and ``t2i_adapter``; None takes all that there are.
         sizes: Pictures that the graphs take, each ``WIDTHxHEIGHT`` in pixels (of the sample, where there is no
             autoencoder), or ``any``; the first is the usual one, left out that of the model. With one size graphs are
             fixed, and the passes that want that are applied. With several, or ``any``, graphs of formats that can take
@@ -88,7 +91,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     embedding: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
-    control: str | None = None
+    control: tuple[str, ...] = ()
+    t2i_adapter: str | None = None
     injection: bool = False
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
@@ -176,6 +180,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
             raise ConfigError(f"'targets[{i}]' is {name!r}; expected one of: {', '.join(TARGETS)}")
     if len(set(config.targets)) != len(config.targets):
         raise ConfigError(f"'targets' has a duplicate: {', '.join(config.targets)}")
+    if config.control and config.t2i_adapter is not None:
+        raise ConfigError("'control' and 't2i_adapter' are both named; a bundle is steered by one of them")
     for key in ("dtypes", "weights"):
         for name in getattr(config, key):
             if name not in COMPONENTS:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgediff.errors import ConfigError
-from edgediff.export.component_reference import encode_prompt
+from edgediff.export.component_reference import control_features, control_squares, encode_prompt
 from edgediff.export.draft import draft_manifest, operating_point, with_defaults
 from edgediff.export.export_config import ExportConfig
 from edgediff.export.latent_sizes import latent_sizes, resized
@@ -28,8 +28,7 @@ from edgediff.models.textual_inversion import read_spec as read_embedding_spec
 from edgediff.models.trained import TrainedAdaptor, choose_adaptor
 from edgediff.targets.base import Sizes
 from edgediff_runtime import Manifest, noise
-from edgediff_runtime.image import to_uint8
-from edgediff_runtime.manifest import CONTROL_IMAGE
+from edgediff_runtime.manifest import CONTROL_IMAGE, T2I_ADAPTER, numbered
 
 Progress = Callable[[str], None]
 
@@ -69,6 +68,7 @@ def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
     components = _components(model, config)
     sizes = latent_sizes(model, components, config)
     model, components = resized(model, components, sizes.usual)
+    _check_adapter(model, components)
     settings = prompt_settings(model, components)
     prompt = None
     if settings is not None and config.conditioning is None:
@@ -78,6 +78,7 @@ def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
         model.conditioning, config.conditioning, config.seed, drawn_inputs(model, config.seed), prompt,
         _pixels(model, components),
     )  # fmt: skip
+    conditioning |= control_features(components, conditioning)
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
     divided = divide(model, config.cut, adaptor.part)
@@ -86,20 +87,20 @@ def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
 
 
 def drawn_inputs(model: Model, seed: int) -> dict[str, np.ndarray]:
-    """What stands for pictures that a UNet or a ControlNet takes beside the latent; empty where it takes none.
+    """What stands for pictures that a UNet, or what steers it, takes beside the latent; empty where none is taken.
 
     Returns:
-        ``concat_latents`` [1, C', H, W], seeded normal numbers; ``control_image`` uint8 [1, h, w, 3], coloured squares.
+        ``concat_latents`` [1, C', H, W], seeded normal numbers; ``control_image``, and ``control_image_2`` and
+        so on, uint8 [1, h, w, 3], coloured squares.
     """
     channels, height, width = model.sample_shape
     extra = channels - model.out_channels
     found = {}
     if extra > 0:
         found["concat_latents"] = noise(seed, (extra, height, width), image=0, draw=1_000)[None]
-    if model.control is not None:
-        squares = to_uint8(noise(seed, (1, 3, height, width), image=0, draw=1_001))
-        each = model.control.downscale
-        found[CONTROL_IMAGE] = squares.repeat(each, axis=1).repeat(each, axis=2)
+    adapter = () if model.t2i_adapter is None else (model.t2i_adapter.downscale,)
+    for i, each in enumerate((*(control.downscale for control in model.control), *adapter)):
+        found[numbered(CONTROL_IMAGE, i)] = control_squares(seed, height, width, each, i)
     return found
 
 
@@ -111,9 +112,12 @@ def _check_loaded(model: Model, config: ExportConfig) -> None:
     if config.embedding and not _is_loaded(config.embedding, model.embedding):
         raise ConfigError(f"'embedding' names {', '.join(config.embedding)}, which {model.name} was not loaded with; "
                           "pass embedding= to load_model")  # fmt: skip
-    control = None if model.control is None else model.control.path
+    if [Path(path) for path in config.control] != [each.path for each in model.control] and config.control:
+        raise ConfigError(f"'control' names {', '.join(config.control)}, which {model.name} was not loaded with; pass "
+                          "control= to load_model")  # fmt: skip
+    adapter = None if model.t2i_adapter is None else model.t2i_adapter.path
     paths = {"vae": (config.vae, model.vae), "preview": (config.preview, model.preview)}
-    for name, (asked, given) in (paths | {"control": (config.control, control)}).items():
+    for name, (asked, given) in (paths | {"t2i_adapter": (config.t2i_adapter, adapter)}).items():
         if asked is not None and Path(asked) != given:
             raise ConfigError(
                 f"'{name}' is {asked}, which {model.name} was not loaded with; pass {name}= to load_model"
@@ -169,6 +173,14 @@ def _components(model: Model, config: ExportConfig) -> dict[str, PipelineCompone
         if name in chosen and without:
             raise ConfigError(f"'components' has {name} without {without[0]}, which it goes with; name both")
     return chosen
+
+
+def _check_adapter(model: Model, components: Mapping[str, PipelineComponent]) -> None:
+    """Refuses a T2I-Adapter that is left out: without it nothing makes what the UNet's graphs take."""
+    if model.t2i_adapter is not None and T2I_ADAPTER not in components:
+        raise ConfigError(
+            f"'t2i_adapter' is {model.t2i_adapter.path}, but 'components' has no t2i_adapter; name it there too"
+        )
 
 
 def _pixels(model: Model, components: Mapping[str, PipelineComponent]) -> tuple[int, int] | None:

@@ -76,9 +76,10 @@ def climb(paths: Sequence[str | Path], say: Callable[[str], None]) -> list[Rung]
     for path, bundle, backend in zip(paths, bundles, backends, strict=True):
         say(f"opening {path} in {backend}")
         pipes.append(open_pipeline(bundle, backend))
+    given = [load_reference(bundle.path / REFERENCE).conditioning for bundle in bundles]
     requests = [
-        reference_request(bundle.manifest, load_reference(bundle.path / REFERENCE).conditioning) | prompt_request(pipe)
-        for bundle, pipe in zip(bundles, pipes, strict=True)
+        reference_request(bundle.manifest, conditioning) | prompt_request(pipe, conditioning)
+        for bundle, pipe, conditioning in zip(bundles, pipes, given, strict=True)
     ]
     times: list[list[float]] = [[] for _ in pipes]
     images: list[NDArray[np.uint8] | None] = [None for _ in pipes]

@@ -14,7 +14,7 @@ from edgediff_runtime.manifest import GUIDANCE, Adaptor, Cost, Manifest, Target,
 
 # Papers whose tables of operations are counted anew; here, since the counting imports torch.
 COMPARISONS = ("clockwork", "spectral")
-PARTS = ("controlnet", "highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
+PARTS = ("t2i_adapter", "controlnet", "highres_in", "lowres", "adaptor", "highres_out", "full", "cached")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ wire the parts by name in the same order. Weights are shared with the UNet, not 
 
 import copy
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -20,27 +21,59 @@ from edgediff.models.embedding import StepEmbedding
 from edgediff.models.injection import Rows, injected, rows_taken
 from edgediff.models.layers import AnyLayer, Layer, Mid, flatten
 from edgediff.models.part import Part
+from edgediff.models.t2i_adapter import feature_names, feature_places
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import CONTROLNET
+from edgediff_runtime.manifest import CONTROLNET, T2I_ADAPTER
 
 UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 TEXT = "encoder_hidden_states"
 PROJECTED_TEXT = "encoder_hidden_states_projected"
 ADAPTER = "down_intrablock_additional_residuals"
+NO_FEATURES: Mapping[int, str] = MappingProxyType({})
 
 
 def residuals_by_name(given: dict[str, Any]) -> dict[str, Tensor]:
-    """A step's tensors with diffusers' lists of residuals taken apart: ``control_0`` and so on, ``control_mid``."""
+    """A step's tensors with diffusers' lists of residuals and features taken apart.
+
+    They are ``control_0`` and so on and ``control_mid`` of a ControlNet, ``t2i_adapter_0`` and so on of a T2I-Adapter.
+    """
     down = given.pop("down_block_additional_residuals", None) or ()
     mid = given.pop("mid_block_additional_residual", None)
+    features = given.pop(ADAPTER, None) or ()
     named = dict(zip(control_names(len(down)), down, strict=True))
+    named |= dict(zip(feature_names(len(features)), features, strict=True))
     return given | named | ({} if mid is None else {MID: mid})
 
 
-class HighresIn(Part):
+class WayDown(Part):
+    """Layers of the way down, and what a T2I-Adapter adds to what comes out of some of them.
+
+    Attributes:
+        features: Names of what is added, by the numbers of the layers.
+    """
+
+    layers: nn.ModuleList
+    features: Mapping[int, str]
+
+    def run_layers(
+        self, count: int, x: Tensor, skips: list[Tensor], tensors: Mapping[str, Tensor], text: Tensor | None
+    ) -> Tensor:
+        """Runs the first so many layers; skip connections are pushed to `skips`."""
+        for i, layer in enumerate(self.layers[:count]):
+            x = layer(x, skips, tensors["emb"], text)
+            if i in self.features:
+                x = x + tensors[self.features[i]]
+                if layer.pushes:  # what the layer left there is the same tensor
+                    skips[-1] = x
+        return x
+
+
+class HighresIn(WayDown):
     """``highres_in``: the conditioning's embedding, conv_in and the high-resolution way down."""
 
-    def __init__(self, unet: UNet, layers: list[AnyLayer], num_skips: int) -> None:
+    def __init__(
+        self, unet: UNet, layers: list[AnyLayer], num_skips: int, features: Mapping[int, str] = NO_FEATURES
+    ) -> None:
         embedding = StepEmbedding(unet)
         inputs = ["sample", *embedding.inputs]
         if TEXT not in inputs:
@@ -48,7 +81,8 @@ class HighresIn(Part):
         outputs = ["highres_feature", *skip_names(num_skips), "emb"]
         if embedding.projects_text:
             outputs.append(PROJECTED_TEXT)
-        super().__init__(tuple(inputs), tuple(outputs))
+        super().__init__((*inputs, *features.values()), tuple(outputs))
+        self.features = features
         self.embedding = embedding
         self.conv_in = unet.conv_in
         self.layers = nn.ModuleList(layers)
@@ -66,22 +100,29 @@ class HighresIn(Part):
             text = out[PROJECTED_TEXT] = self.embedding.project_text(tensors[TEXT])
         x = self.conv_in(sample)
         skips = [x]
-        for layer in self.layers:
-            x = layer(x, skips, emb, text)
+        x = self.run_layers(len(self.layers), x, skips, {**tensors, "emb": emb}, text)
         # Skips above those that cross the cut are used within lowres.
         return {**out, "highres_feature": x, **dict(zip(skip_names(self.num_skips), skips, strict=False))}
 
 
-class Lowres(Part):
+class Lowres(WayDown):
     """``lowres``: everything between the high-resolution ways down and up; not run on cached steps.
 
     Where it takes the residuals of a ControlNet, they are added to its skip connections and to the middle block's
     output: `control` has their names, the middle's last.
     """
 
-    def __init__(self, layers: list[AnyLayer], text: str, carries_skip: bool, control: tuple[str, ...] = ()) -> None:
-        inputs = ("highres_feature", "emb", *_text_input(layers, text), *control, *rows_taken(layers))
-        super().__init__(inputs, ("lowres_feature",))
+    def __init__(
+        self,
+        layers: list[AnyLayer],
+        text: str,
+        carries_skip: bool,
+        control: tuple[str, ...] = (),
+        features: Mapping[int, str] = NO_FEATURES,
+    ) -> None:
+        given = (*_text_input(layers, text), *features.values(), *control, *rows_taken(layers))
+        super().__init__(("highres_feature", "emb", *given), ("lowres_feature",))
+        self.features = features
         self.layers = nn.ModuleList(layers)
         self.text = text
         self.carries_skip = carries_skip
@@ -93,8 +134,7 @@ class Lowres(Part):
         """Runs the low-resolution levels."""
         x = tensors["highres_feature"]
         skips = [x] if self.carries_skip else []
-        for layer in self.layers[: self.turn]:
-            x = layer(x, skips, tensors["emb"], tensors.get(self.text))
+        x = self.run_layers(self.turn, x, skips, tensors, tensors.get(self.text))
         if self.control:
             *names, mid = self.control
             skips = [skip + tensors[name] for skip, name in zip(skips, names, strict=True)]
@@ -240,8 +280,6 @@ class SplitUNet(nn.Module):
             timestep = torch.tensor([timestep], dtype=torch.float32, device=sample.device)
         given = {"sample": sample, "timestep": timestep.reshape(-1), **cond}
         given.update(given.pop("added_cond_kwargs", None) or {})
-        if given.get(ADAPTER) is not None:
-            raise UnsupportedError(f"{ADAPTER} was given: residuals of a T2I adapter; supported: those of a ControlNet")
         given = residuals_by_name(given)
         tensors = {name: value for name, value in given.items() if value is not None and name not in self.ignored}
         expected = (*self.inputs, *more)
@@ -249,6 +287,9 @@ class SplitUNet(nn.Module):
             taken = ", ".join(expected)
             residuals = any(name.startswith("control_") for name in tensors)
             hint = "; divide it with split(unet, takes_control=True)" if residuals and MID not in expected else ""
+            features = sum(name.startswith(T2I_ADAPTER) for name in tensors)
+            if features != sum(name.startswith(T2I_ADAPTER) for name in expected):
+                hint = f"; divide it with split(unet, features={features})"
             raise UnsupportedError(f"the UNet takes {taken}; got {', '.join(sorted(tensors))}{hint}")
         return tensors
 
@@ -260,6 +301,7 @@ def split(
     *,
     controlnet: Part | None = None,
     takes_control: bool = False,
+    features: int = 0,
     injects: bool = False,
 ) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is not changed.
@@ -271,6 +313,7 @@ def split(
         adaptor: Replaces the low-resolution part on cached steps; the identity if None.
         controlnet: A part that makes the residuals of skip connections; it runs first in a full step.
         takes_control: Take such residuals as inputs of a step, by diffusers' names, without what makes them.
+        features: How many features of a T2I-Adapter are inputs of a step, by diffusers' name.
         injects: Take ``attention_rows`` and ``feature_rows``, int64 [B], for plug-and-play injection: the row whose
             queries and keys, and whose features, each row takes.
 
@@ -295,7 +338,11 @@ def split(
     lowres = [*way_down[top:], *([] if mid is None else [mid]), *way_up[:bottom]]
     num_skips = sum(layer.pops for layer in highres_up)
     carries_skip = sum(layer.pops - layer.pushes for layer in lowres) > 0
-    highres_in = HighresIn(unet, highres_down, num_skips)
+    places = feature_places(unet) if features else []
+    if features > len(places):
+        raise UnsupportedError(f"the UNet takes {len(places)} features of a T2I-Adapter; got {features}")
+    added = {place.layer: name for place, name in zip(places, feature_names(features), strict=False)}
+    highres_in = HighresIn(unet, highres_down, num_skips, {i: name for i, name in added.items() if i < top})
     text = PROJECTED_TEXT if PROJECTED_TEXT in highres_in.outputs else TEXT
     residuals: tuple[str, ...] = ()
     if controlnet is not None or takes_control:
@@ -304,7 +351,13 @@ def split(
         cut=cut,
         factor=level_factor(unet),
         highres_in=highres_in,
-        lowres=Lowres(lowres, text, carries_skip, (*residuals[num_skips:], MID) if residuals else ()),
+        lowres=Lowres(
+            lowres,
+            text,
+            carries_skip,
+            (*residuals[num_skips:], MID) if residuals else (),
+            {i - top: name for i, name in added.items() if i >= top},
+        ),
         adaptor=IdentityAdaptor() if adaptor is None else adaptor,
         highres_out=HighresOut(unet, highres_up, text, num_skips, residuals[:num_skips]),
         controlnet=controlnet,

@@ -32,14 +32,15 @@ from edgediff.models.model_files import (
 )
 from edgediff.models.part import Part
 from edgediff.models.single_file import CheckpointFile
+from edgediff.models.t2i_adapter import Adapter, T2IAdapter, adapter_with_weights, empty_adapter
 from edgediff.models.textual_inversion import Embedding, all_tokens, expansions, with_rows, with_tokens
 from edgediff.outputs import write_json
-from edgediff_runtime.manifest import Encoder, Graph, Prompt, Stage, Symbol, Tensor, Vae
+from edgediff_runtime.manifest import T2I_ADAPTER, Encoder, Graph, Prompt, Stage, Symbol, Tensor, Vae
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 # The order in which a bundle lists and an export writes them.
-NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder", "preview_decoder")
+NAMES = (*TEXT_ENCODERS, "vae_decoder", "vae_encoder", "preview_decoder", T2I_ADAPTER)
 VAE_STAGES: dict[str, Stage] = {"vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview"}
 Shape = tuple[int | Symbol, ...]
 
@@ -73,6 +74,8 @@ class PipelineComponent:
             ModelError: The weights are missing, damaged, not finite, or of another model.
         """
         where = self.folder if self.file is None else self.file.path
+        if self.name == T2I_ADAPTER:
+            return self._part(adapter_with_weights(self.config, where))
         if self.name not in TEXT_ENCODERS:
             return self._part(autoencoder(self.config, self._state("vae"), where))
         state = self._state(self.name)
@@ -85,6 +88,8 @@ class PipelineComponent:
 
     def empty(self) -> Part:
         """Its module on the meta device, without weights."""
+        if self.name == T2I_ADAPTER:
+            return self._part(empty_adapter(self.config, self.folder))
         if self.name in TEXT_ENCODERS:
             return self._part(empty_text_encoder(self.config))
         return self._part(empty_autoencoder(self.config, self.folder))
@@ -105,6 +110,8 @@ class PipelineComponent:
 
     def _part(self, module: nn.Module) -> Part:
         outputs = tuple(tensor.name for tensor in self.graph.outputs)
+        if self.name == T2I_ADAPTER:
+            return T2IAdapter(module, len(outputs))
         if self.name in TEXT_ENCODERS:
             return TextEncoder(module, outputs)
         return VaeEncoder(module, outputs) if self.stage == "image" else VaeDecoder(module)
@@ -248,6 +255,8 @@ def pipeline_components(model: Model) -> dict[str, PipelineComponent]:
         folder, file = _preview_source(model.preview)
         config = _config(folder, ("AutoencoderTiny",))
         found["preview_decoder"] = _vae_component("preview_decoder", model, folder, config, file)
+    if model.t2i_adapter is not None:
+        found[T2I_ADAPTER] = _adapter_component(model.t2i_adapter, model)
     for component in found.values():
         if component.file is None:
             check_weights(component.folder, weight_files(component.folder, component._stems), component._stems)
@@ -348,6 +357,11 @@ def _vae_component(
         outputs = Tensor("latent_parameters" if has_variance else "latent_sample", "float32", made)
     graph = Graph(name, name, None, (inputs,), (outputs,))
     return PipelineComponent(name, stage, folder, config, graph, file)
+
+
+def _adapter_component(adapter: Adapter, model: Model) -> PipelineComponent:
+    _, height, width = model.sample_shape
+    return PipelineComponent(T2I_ADAPTER, "image", adapter.path, adapter.config, adapter.graph(height, width))
 
 
 def _downscale(config: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ cached ones, whose graphs take the residuals of the high-resolution levels alone
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from edgediff.models.model_files import (
 )
 from edgediff.models.part import Part
 from edgediff_runtime.errors import one_line
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, CONTROLNET, numbered
 
 MID = "control_mid"
 TEXT = "encoder_hidden_states"
@@ -63,10 +64,11 @@ class Control:
         """Pixels of a side of the control image for one of the latent."""
         return int(2 ** (len(self.net.config.conditioning_embedding_out_channels) - 1))
 
-    def tensors(self, height: int, width: int) -> dict[str, TensorSpec]:
-        """What a step is handed for it, with a latent of this size."""
+    def tensors(self, height: int, width: int, i: int = 0) -> dict[str, TensorSpec]:
+        """What a step is handed for it, the i-th of a bundle, with a latent of this size."""
         image = (int(self.net.config.conditioning_channels), self.downscale * height, self.downscale * width)
-        return {CONTROL_IMAGE: TensorSpec(image, torch.float32), CONTROL_SCALE: TensorSpec((), torch.float32)}
+        specs = {CONTROL_IMAGE: TensorSpec(image, torch.float32), CONTROL_SCALE: TensorSpec((), torch.float32)}
+        return {numbered(name, i): spec for name, spec in specs.items()}
 
 
 class ControlNet(Part):
@@ -109,6 +111,44 @@ class ControlNet(Part):
         scale = tensors[CONTROL_SCALE].reshape(-1, 1, 1, 1)
         made = [conv(skip) * scale for conv, skip in zip(self.down_convs, skips, strict=True)]
         return dict(zip(self.outputs, [*made, self.mid_conv(x) * scale], strict=True))
+
+
+class ControlNets(Part):
+    """``controlnet`` of several: the residuals of all of them added up, as diffusers' MultiControlNetModel does.
+
+    The second one takes ``control_image_2`` and ``control_scale_2``, and so on.
+    """
+
+    def __init__(self, nets: Sequence[ControlNetModel]) -> None:
+        parts = [ControlNet(net) for net in nets]
+        renamed = [{name: numbered(name, i) for name in (CONTROL_IMAGE, CONTROL_SCALE)} for i in range(len(parts))]
+        each = zip(parts, renamed, strict=True)
+        inputs = dict.fromkeys(names.get(name, name) for part, names in each for name in part.inputs)
+        super().__init__(tuple(inputs), parts[0].outputs)
+        self.parts = nn.ModuleList(parts)
+        self.renamed = renamed
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs each, and adds."""
+        made: dict[str, torch.Tensor] = {}
+        for part, names in zip(self.parts, self.renamed, strict=True):
+            assert isinstance(part, ControlNet)
+            own = part.run(tensors | {name: tensors[said] for name, said in names.items()})
+            made = {name: made[name] + value for name, value in own.items()} if made else own
+        return made
+
+
+def control_part(control: Sequence[Control]) -> Part | None:
+    """What makes the residuals of so many ControlNets; None where there is none."""
+    nets = [each.net for each in control]
+    if not nets:
+        return None
+    return ControlNet(nets[0]) if len(nets) == 1 else ControlNets(nets)
+
+
+def control_hashes(control: Sequence[Control]) -> dict[str, str]:
+    """The hash of each, as a bundle names them: ``controlnet``, ``controlnet_2`` and so on."""
+    return {numbered(CONTROLNET, i): each.sha256 for i, each in enumerate(control)}
 
 
 def load_control(path: Path, unet: Any) -> Control:

@@ -3,7 +3,7 @@
 from edgediff.config.choices import Cut
 from edgediff.models.adaptors import TEXT_INPUTS, AdaptorShape, IdentityAdaptor
 from edgediff.models.clockwork import SplitUNet, split
-from edgediff.models.controlnet import ControlNet
+from edgediff.models.controlnet import control_part
 from edgediff.models.load import Model
 from edgediff.models.macs import tally
 from edgediff.models.part import Part
@@ -21,9 +21,10 @@ FREQUENCY: dict[str, Frequency] = {
 
 
 def divide(model: Model, cut: Cut, adaptor: Part | None = None) -> SplitUNet:
-    """Divides a model's UNet, its ControlNet before it; arguments and errors are those of `split`."""
-    controlnet = None if model.control is None else ControlNet(model.control.net)
-    return split(model.unet, cut, adaptor, controlnet=controlnet, injects=model.injects)
+    """Divides a model's UNet as what steers it asks for; arguments and errors are those of `split`."""
+    features = 0 if model.t2i_adapter is None else len(model.t2i_adapter.places)
+    controlnet = control_part(model.control)
+    return split(model.unet, cut, adaptor, controlnet=controlnet, features=features, injects=model.injects)
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:

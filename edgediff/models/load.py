@@ -36,6 +36,7 @@ from edgediff.models.sampling import USUAL, is_for_few_steps, own_sampler, sched
 from edgediff.models.single_file import SingleFile, check_file, open_single_file
 from edgediff.models.slim import plain_config
 from edgediff.models.spectral import SPECTRAL
+from edgediff.models.t2i_adapter import Adapter, find_t2i_adapter
 from edgediff.models.textual_inversion import Embedding, check_tokens, read_embedding, rows_of
 from edgediff.models.undivided import predict
 from edgediff.zoo import ZOO, built_in, no_model
@@ -80,7 +81,8 @@ class Model:
         single: The single file that the weights come from, or None.
         vae: What replaces the pipeline's autoencoder: a directory or a file, or None.
         preview: The small autoencoder whose decoder makes previews: a directory or a file, or None.
-        control: The ControlNet that steers the UNet, or None.
+        control: The ControlNets that steer the UNet.
+        t2i_adapter: The T2I-Adapter whose features the UNet takes, or None.
         lora: What was fused into the UNet, and is fused into the text encoders when they are loaded.
         embedding: What is added to the tokenizers and the text encoders when they are loaded.
         size: Height and width of the sample in place of the configuration's.
@@ -99,7 +101,8 @@ class Model:
     single: SingleFile | None = None
     vae: Path | None = None
     preview: Path | None = None
-    control: Control | None = None
+    control: tuple[Control, ...] = ()
+    t2i_adapter: Adapter | None = None
     lora: tuple[Lora, ...] = ()
     embedding: tuple[Embedding, ...] = ()
     size: tuple[int, int] | None = None
@@ -129,9 +132,12 @@ class Model:
 
     @property
     def step_tensors(self) -> dict[str, TensorSpec]:
-        """What a step is handed besides the sample and the timestep: the conditioning, control, rows."""
-        control = {} if self.control is None else self.control.tensors(*self.sample_shape[1:])
-        return self.conditioning.tensors | control | (ROW_TENSORS if self.injects else {})
+        """What a step is handed besides the sample and the timestep: the conditioning, and what steers the UNet."""
+        size = self.sample_shape[1:]
+        found = {} if self.t2i_adapter is None else self.t2i_adapter.tensors(*size)
+        for i, control in enumerate(self.control):
+            found |= control.tensors(*size, i)
+        return self.conditioning.tensors | found | (ROW_TENSORS if self.injects else {})
 
     @property
     def out_channels(self) -> int:
@@ -220,7 +226,8 @@ def load_model(
     embedding: Sequence[str] = (),
     vae: str | Path | None = None,
     preview: str | Path | None = None,
-    control: str | Path | None = None,
+    control: str | Path | Sequence[str | Path] = (),
+    t2i_adapter: str | Path | None = None,
     configs: str | Path | None = None,
     prediction_type: str | None = None,
     allow_pickle: bool = False,
@@ -234,7 +241,8 @@ def load_model(
         embedding: ``FILE[:token]`` of each textual inversion, whose token prompts may name.
         vae: A directory or a file with the autoencoder that replaces the pipeline's.
         preview: A directory, or a file with config.json beside it, with an AutoencoderTiny of the same latents (TAESD).
-        control: A directory with a ControlNet of the same base.
+        control: A directory with a ControlNet of the same base, or several, whose residuals are added up.
+        t2i_adapter: A directory with a T2I-Adapter of the same base; not beside a ControlNet.
         configs: For a single file of another geometry: a pipeline's directory whose configurations fit.
         prediction_type: For a single file: ``epsilon``, ``v_prediction`` or ``sample``; None infers it.
         allow_pickle: Read a ``.ckpt``, and an embedding's ``.pt`` or ``.bin``, too: tensors only.
@@ -265,8 +273,14 @@ def load_model(
     if preview is not None:
         _check_autoencoder(model, Path(preview), "go beside", allow_pickle)
         model = replace(model, preview=Path(preview))
-    if control is not None:
-        model = replace(model, control=load_control(Path(control), model.unet))
+    nets = [control] if isinstance(control, str | Path) else control
+    model = replace(model, control=tuple(load_control(Path(net), model.unet) for net in nets))
+    if t2i_adapter is not None:
+        if nets:
+            raise ConfigError(
+                f"a ControlNet, {nets[0]}, and a T2I-Adapter, {t2i_adapter}, were given; give one of them"
+            )
+        model = replace(model, t2i_adapter=find_t2i_adapter(Path(t2i_adapter), model.unet))
     if embedding:
         model = _with_embedding(model, embedding, allow_pickle)
     return _with_lora(model, lora) if lora else model

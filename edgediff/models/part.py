@@ -4,12 +4,13 @@ Graph exporters take positional tensors, wiring takes names. A part has both, so
 the exporter, the manifest and every runtime.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """A module with named inputs and outputs: one of the four parts, or a chain of them.
 
     Attributes:
@@ -31,9 +32,9 @@ class Part(nn.Module):
         """Runs the part on tensors among which are its inputs; its outputs by name."""
         return dict(zip(self.outputs, self(*(tensors[name] for name in self.inputs)), strict=True))
 
+    @abstractmethod
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Runs the part on named tensors; subclasses implement it."""
-        raise NotImplementedError(f"{type(self).__name__}.compute")
+        """Runs the part on named tensors."""
 
 
 class Chain(Part):

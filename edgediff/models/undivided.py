@@ -1,18 +1,20 @@
 """The undivided UNet behind the runtime's interfaces: full steps are checked against it, training samples with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import MultiControlNetModel, UNet2DConditionModel
 
 from edgediff.models.controlnet import MID, control_names
 from edgediff.models.injection import ROW_TENSORS
 from edgediff.models.part import Part
+from edgediff.models.t2i_adapter import feature_names
 from edgediff.models.torch_session import TorchSession, graph_tensor
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, Graph
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, T2I_ADAPTER, Graph, numbered
 
 if TYPE_CHECKING:
+    from edgediff.models.controlnet import Control
     from edgediff.models.load import Model
 
 NAME = "undivided"
@@ -22,7 +24,7 @@ ADDED = ("text_embeds", "time_ids")
 def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Runs one of diffusers' UNets: sample [B, C, H, W], timestep [1] or [B], conditioning by name -> [B, C', H, W].
 
-    Residuals of a ControlNet are conditioning too, by the names of `edgediff.models.controlnet`.
+    Residuals of a ControlNet and features of a T2I-Adapter are conditioning too, by the names of their modules.
     """
     given: dict[str, Any] = {name: value for name, value in cond.items() if name not in ADDED}
     added = {name: cond[name] for name in ADDED if name in cond}
@@ -34,36 +36,41 @@ def predict(unet: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mappi
         given["mid_block_additional_residual"] = given.pop(MID)
         names = control_names(sum(name.startswith("control_") for name in given))
         given["down_block_additional_residuals"] = tuple(given.pop(name) for name in names)
+    features = feature_names(sum(name.startswith(T2I_ADAPTER) for name in given))
+    if features:
+        given["down_intrablock_additional_residuals"] = [given.pop(name) for name in features]
     out: torch.Tensor = unet(sample, timestep, **given, return_dict=False)[0]
     return out
 
 
 class Undivided(Part):
-    """A diffusers UNet as a part, steered by a ControlNet where one is given; weights are shared.
+    """A diffusers UNet as a part, steered by ControlNets where there are some; weights are shared.
 
     Nothing is injected: every row is what it is where each takes its own.
     """
 
-    def __init__(self, unet: Any, inputs: tuple[str, ...], control: Any = None) -> None:
+    def __init__(self, unet: Any, inputs: tuple[str, ...], control: Sequence["Control"] = ()) -> None:
         super().__init__(inputs, ("out_sample",))
         self.unet = unet
-        self.control = control
+        self.control: Any = MultiControlNetModel([each.net for each in control]) if control else None
+        self.steering = [[numbered(name, i) for i in range(len(control))] for name in (CONTROL_IMAGE, CONTROL_SCALE)]
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the UNet."""
         cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep", *ROW_TENSORS)}
         if self.control is not None:
-            cond |= self._residuals(tensors, cond.pop(CONTROL_IMAGE), cond.pop(CONTROL_SCALE))
+            images, scales = ([cond.pop(name) for name in names] for names in self.steering)
+            cond |= self._residuals(tensors, images, scales)
         return {"out_sample": predict(self.unet, tensors["sample"], tensors["timestep"], cond)}
 
     def _residuals(
-        self, tensors: dict[str, torch.Tensor], image: torch.Tensor, scale: torch.Tensor
+        self, tensors: dict[str, torch.Tensor], images: list[torch.Tensor], scales: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """What diffusers' ControlNet makes of them; its scale is one number."""
+        """What diffusers' ControlNets make of them; a scale of theirs is one number."""
         added = {name: tensors[name] for name in ADDED if name in tensors}
         down, mid = self.control(
-            tensors["sample"], tensors["timestep"], tensors.get("encoder_hidden_states"), image, scale[0].item(),
-            added_cond_kwargs=added or None, return_dict=False,
+            tensors["sample"], tensors["timestep"], tensors.get("encoder_hidden_states"), images,
+            [scale[0].item() for scale in scales], added_cond_kwargs=added or None, return_dict=False,
         )  # fmt: skip
         return dict(zip(control_names(len(down)), down, strict=True)) | {MID: mid}
 
@@ -89,5 +96,5 @@ def undivided_session(model: "Model", batch: int | None = None) -> TorchSession:
     `batch` is the number of rows that go through the UNet together; None for all of them.
     """
     graph = undivided_graph(model)
-    control = None if model.control is None else model.control.net
-    return TorchSession({NAME: Undivided(model.unet, tuple(t.name for t in graph.inputs), control)}, (graph,), batch)
+    part = Undivided(model.unet, tuple(t.name for t in graph.inputs), model.control)
+    return TorchSession({NAME: part}, (graph,), batch)

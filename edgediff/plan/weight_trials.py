@@ -181,7 +181,7 @@ class Trials:
         """The weights of components that have a part of their own in a bundle, and none in a generation."""
         found: dict[Place, nn.Parameter] = {}
         pictures = {} if self._pictures is None else {DECODER: {"sample": self._pictures[:1]}}
-        reference = Reference((), self._latents, {}, components=pictures)
+        reference = Reference((), self._latents, self._prepared.conditioning, components=pictures)
         for name, component in self._prepared.components.items():
             if component.stage in ("image", "preview"):
                 inputs = component_inputs(component, self._prepared.draft, {}, reference)

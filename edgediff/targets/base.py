@@ -47,6 +47,11 @@ OUTSIDE = (
 )  # fmt: skip
 
 
+def is_outside(tensor: m.Tensor) -> bool:
+    """Whether a tensor stays fp32 in fp16 graphs."""
+    return tensor.name in OUTSIDE or tensor.name.startswith((m.CONTROL_IMAGE, m.CONTROL_SCALE, m.T2I_ADAPTER))
+
+
 @dataclass(frozen=True)
 class HalfConstants:
     """How the fp16 graphs of a target hold the numbers that a module's code holds.

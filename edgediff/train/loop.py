@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -98,7 +99,7 @@ class Progress:
         vars(self).update(state)
 
 
-class Task:
+class Task(ABC):
     """What a loop trains. A subclass says what is drawn and how the loss is computed.
 
     Attributes:
@@ -148,9 +149,9 @@ class Task:
         """What `terms` takes, for each update of a visit."""
         return (visit,)
 
+    @abstractmethod
     def terms(self, model: Callable[..., Any], batch: Any) -> dict[str, torch.Tensor]:
         """The terms of the loss of one update, scalars by name; `model` is `module` as it is to be called."""
-        raise NotImplementedError(f"{type(self).__name__}.terms")
 
     def rate(self, update: int, total: int) -> float:
         """The learning rate's share of its highest, at one of `total` updates."""
@@ -163,10 +164,10 @@ class Task:
         """What is reported after a visit."""
         return f"{self.name}update {self.state.updates} of {total}: loss {recent(self.state.losses):.4f}"
 
-    def after_visit(self, loop: "Loop") -> None:
+    def after_visit(self, loop: "Loop") -> None:  # noqa: B027 - most tasks have nothing to do here
         """Called between a visit and the checkpoint after it."""
 
-    def after_all(self, loop: "Loop") -> None:
+    def after_all(self, loop: "Loop") -> None:  # noqa: B027
         """Called after the last checkpoint, before the averaged weights are taken."""
 
     def may_stop(self) -> bool:
@@ -181,9 +182,9 @@ class Task:
 class MeasuredTask(Task):
     """A task whose averaged weights are measured on held-out data every `sample_every` updates, and at the end."""
 
+    @abstractmethod
     def measure(self, loop: "Loop") -> float:
         """Takes the held-out loss, and draws curves and samples; called in the main process alone."""
-        raise NotImplementedError(f"{type(self).__name__}.measure")
 
     def after_visit(self, loop: "Loop") -> None:
         """Measures where it is time to."""

@@ -308,7 +308,7 @@ def _picture_rows(
         return session if name == "unet" else open_session(bundle, backend, component=name)
 
     pipe = EdgePipeline.of_bundle(bundle, (target.target,), open_component, warn=False)
-    request = recorded_request(manifest, reference.conditioning) | prompt_request(pipe)
+    request = recorded_request(manifest, reference.conditioning) | prompt_request(pipe, reference.conditioning)
     try:
         pixels = pipe(**request).pixels
     except NotFiniteError as e:

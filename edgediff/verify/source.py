@@ -11,8 +11,7 @@ import numpy as np
 from edgediff.config.choices import Cut
 from edgediff.errors import EdgediffError, MissingExtraError, ModelError
 from edgediff_runtime import EdgePipeline, Manifest
-from edgediff_runtime.injection import injects
-from edgediff_runtime.manifest import CONTROLNET
+from edgediff_runtime.manifest import CONTROLNET, T2I_ADAPTER, injects
 
 if TYPE_CHECKING:
     from edgediff.models.clockwork import SplitUNet
@@ -52,6 +51,7 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         MissingExtraError: `model` was named and torch is not installed.
     """
     try:
+        from edgediff.models.controlnet import control_hashes
         from edgediff.models.graphs import divide
         from edgediff.models.load import Model, load_built_in, load_model, random_weights
         from edgediff.models.trained import choose_adaptor
@@ -69,8 +69,9 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
                 loaded = load_built_in(source.name)
             else:
                 loaded = load_model(
-                    named, lora=source.lora, control=source.control, prediction_type=source.prediction_type
-                )
+                    named, lora=source.lora, control=source.control, t2i_adapter=source.t2i_adapter,
+                    prediction_type=source.prediction_type,
+                )  # fmt: skip
         except (EdgediffError, OSError):
             if model is not None:
                 raise
@@ -81,9 +82,12 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         if model is not None:
             raise ModelError(f"{loaded.name} is not the bundle's source: its hash differs; name the bundle's source")
         return None, "the source has changed"
-    control = None if loaded.control is None else loaded.control.sha256
-    if control != source.components.get(CONTROLNET):
+    known = {name: sha256 for name, sha256 in source.components.items() if name.startswith(CONTROLNET)}
+    if control_hashes(loaded.control) != known:
         return None, "the ControlNet has changed, or was not loaded"
+    adapter = None if loaded.t2i_adapter is None else loaded.t2i_adapter.sha256
+    if adapter != source.components.get(T2I_ADAPTER):
+        return None, "the T2I-Adapter has changed, or was not loaded"
     size = (manifest.sample.height, manifest.sample.width)
     loaded = replace(loaded, size=size, injects=injects(manifest.targets[0].unet.graphs))
     cut, said = Cut(manifest.cut.level, manifest.cut.point), manifest.adaptor

@@ -44,8 +44,11 @@ def main() -> int:
     )
     parser.add_argument("--image-guidance-scale", type=float, help="of a model that follows instructions (1.5)")
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
-    parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet draws by")
-    parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
+    parser.add_argument(
+        "--control", type=Path, action="append", default=[],
+        help="a picture that the bundle's ControlNet or T2I-Adapter draws by; one for each of several ControlNets",
+    )  # fmt: skip
+    parser.add_argument("--control-scale", type=float, action="append", default=[], help="how strongly, from 0 (1)")
     parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
     parser.add_argument("--inverted", type=Path, help="a .npz of `edgediff invert`, whose layout the picture keeps")
     parser.add_argument("--inject-attention", type=float, help="share of the steps that take its self-attention (0.5)")

@@ -22,11 +22,6 @@ from edgediff_runtime.sessions import Array
 ATTENTION_SHARE, FEATURE_SHARE = 0.5, 0.8
 
 
-def injects(graphs: Iterable[Graph]) -> bool:
-    """Whether a UNet's rows can take other rows' queries, keys and features."""
-    return any(tensor.name == ATTENTION_ROWS for graph in graphs for tensor in graph.inputs)
-
-
 def check_injection(
     inverted: Inverted | None, attention: object, features: object, latents: object, image: object
 ) -> None:

@@ -39,10 +39,13 @@ TEXT = "encoder_hidden_states"
 GUIDANCE = "timestep_cond"
 # What pools a text, of SDXL.
 POOLED = "text_embeds"
-# What a ControlNet is handed: a picture, and what its residuals are multiplied by. And the name of its graph.
+# What a ControlNet is handed: a picture, and what its residuals are multiplied by; a second one ``control_image_2`` and
+# so on. And the name of its graph.
 CONTROL_IMAGE = "control_image"
 CONTROL_SCALE = "control_scale"
 CONTROLNET = "controlnet"
+# The component that makes features of a picture, which steps are then handed as ``t2i_adapter_0`` and so on.
+T2I_ADAPTER = "t2i_adapter"
 # The row whose queries and keys, and whose features, each row of a step takes: plug-and-play injection.
 ATTENTION_ROWS, FEATURE_ROWS = "attention_rows", "feature_rows"
 
@@ -408,7 +411,8 @@ class Source(Struct, frozen=True):
         embedding: The textual inversions of which prompts may name the tokens, each as ``FILE:token``.
         vae: What replaced the pipeline's autoencoder, as it was given.
         preview: Where the preview decoder came from, as it was given.
-        control: Where the ControlNet came from, as it was given.
+        control: Where each ControlNet came from, as it was given.
+        t2i_adapter: Where the T2I-Adapter came from, as it was given.
         prediction_type: What the UNet of a single file was taken to predict.
     """
 
@@ -421,7 +425,8 @@ class Source(Struct, frozen=True):
     embedding: tuple[str, ...] = ()
     vae: str | None = None
     preview: str | None = None
-    control: str | None = None
+    control: tuple[str, ...] = ()
+    t2i_adapter: str | None = None
     prediction_type: str | None = None
 
 
@@ -644,18 +649,39 @@ def graphs_at(
         graphs: Those of the usual size, which `sample` names.
         further: Those of further sizes.
     """
-    if (height, width) == (sample.height, sample.width) or not any(graph.maps for graph in graphs):
-        return graphs
     if any(graph.takes_any_size for graph in graphs):
         fits = height % sample.multiple == width % sample.multiple == 0
         return tuple(graph.at(height, width) for graph in graphs) if fits else None
+    if (height, width) == (sample.height, sample.width) or not any(graph.maps for graph in graphs):
+        return graphs
     return next((sized.graphs for sized in further if (sized.height, sized.width) == (height, width)), None)
+
+
+def numbered(name: str, i: int) -> str:
+    """The name of what the i-th ControlNet of a bundle is handed, from 0.
+
+    >>> numbered("control_image", 0), numbered("control_image", 1)
+    ('control_image', 'control_image_2')
+    """
+    return f"{name}_{i + 1}" if i else name
+
+
+def feature_tensors(graphs: Iterable[Graph]) -> tuple[Tensor, ...]:
+    """The features of a T2I-Adapter that graphs take, each once."""
+    taken = (tensor for graph in graphs for tensor in graph.inputs)
+    return tuple({tensor.name: tensor for tensor in taken if tensor.name.startswith(T2I_ADAPTER)}.values())
 
 
 def share_rows(graphs: Iterable[Graph]) -> bool:
     """Whether graphs are handed a sample once for each image: some take one, and all that do can repeat it."""
     taking = [graph.shares_rows for graph in graphs if graph.takes_sample]
     return bool(taking) and all(taking)
+
+
+def injects(graphs: Iterable[Graph]) -> bool:
+    """Whether rows can take other rows' queries, keys and features: rows depend on each other then."""
+    rows = {ATTENTION_ROWS, FEATURE_ROWS}
+    return any(tensor.name in rows for graph in graphs for tensor in graph.inputs)
 
 
 class Manifest(Struct, frozen=True):
@@ -667,7 +693,7 @@ class Manifest(Struct, frozen=True):
         prompt: How prompts become embeddings; None where the bundle has no text encoder.
         vae: How latents become pictures; None where the bundle has no decoder.
         preview: How latents become previews; None where the bundle has no preview decoder.
-        cost: Cost of each part, of a ``full`` and of a ``cached`` step.
+        cost: Cost of each part, of a ``full`` and of a ``cached`` step; of a ``t2i_adapter``, for a picture.
         targets: The graphs by file format; what a runtime does not know is left out.
         config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
         versions: Version of every tool that had a part in it.

@@ -10,11 +10,13 @@ from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import BundleError, RequestError
 from edgediff_runtime.manifest import (
     CACHE,
+    CONTROL_IMAGE,
     CONTROLNET,
     IMAGES,
     LOWRES_FEATURE,
     POOLED,
     SAMPLE,
+    T2I_ADAPTER,
     TARGETS,
     TEXT,
     TIMESTEP,
@@ -41,7 +43,7 @@ UNIT = 2**20
 ADAPTORS = ("identity", "resnet", "unet", "unet-light")
 STAGE_OF = {
     "text_encoder": "prompt", "text_encoder_2": "prompt", "unet": "step",
-    "vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview",
+    "vae_decoder": "decode", "vae_encoder": "image", "preview_decoder": "preview", T2I_ADAPTER: "image",
 }  # fmt: skip
 
 
@@ -245,6 +247,9 @@ def _check_component(name: str, component: Component, manifest: Manifest) -> Non
     if component.stage == "prompt":
         _check_text_encoder(name, graph, manifest)
         return
+    if name == T2I_ADAPTER:
+        _check_adapter_graph(graph, manifest)
+        return
     sample, is_preview = manifest.sample, component.stage == "preview"
     vae = manifest.preview if is_preview else manifest.vae
     _must(vae is not None, "preview" if is_preview else "vae", vae, f"a value where there is a {name}")
@@ -259,6 +264,16 @@ def _check_component(name: str, component: Component, manifest: Manifest) -> Non
     for tensor, shape in expected:
         found = tensor.at(sample.height, sample.width).shape[1:]
         _must(found == shape, f"shape of {tensor.name} in {name}", tensor.shape, f"{(rows, *shape)}")
+
+
+def _check_adapter_graph(graph: Graph, manifest: Manifest) -> None:
+    """Checks that a T2I-Adapter takes a picture, and makes the features that steps are handed."""
+    (picture,) = graph.inputs
+    fits = picture.name == CONTROL_IMAGE and picture.is_map and picture.shape[1] in (1, 3)
+    _must(fits, f"inputs of {T2I_ADAPTER}", (picture.name, picture.shape), f"{CONTROL_IMAGE}, of 1 or 3 channels")
+    known = [(t.name, t.shape[1]) for t in manifest.conditioning.tensors if t.name.startswith(T2I_ADAPTER)]
+    made = [(tensor.name, tensor.shape[1]) for tensor in graph.outputs if tensor.is_map]
+    _must(made == known and bool(made), f"outputs of {T2I_ADAPTER}", made, f"those of conditioning.tensors: {known}")
 
 
 def _check_text_encoder(name: str, graph: Graph, manifest: Manifest) -> None:

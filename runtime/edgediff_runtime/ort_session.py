@@ -1,8 +1,9 @@
 """ONNX Runtime behind the session's interface.
 
 Its threads share each operation of a graph and synchronize after every one, which takes much of a small graph's time.
-Rows are independent, so where every thread gets equally many, each runs its own rows through the whole graph. That
-needs the graphs in memory a second time, so only small graphs are loaded twice, when such rows first come.
+Rows are independent, but in graphs that inject, so where every thread gets equally many, each runs its own rows
+through the whole graph. That needs the graphs in memory a second time, so only small graphs are loaded twice, when such
+rows first come.
 """
 
 import logging
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from edgediff_runtime.bundle import Bundle
 from edgediff_runtime.errors import BundleError, RequestError, one_line
-from edgediff_runtime.manifest import Graph
+from edgediff_runtime.manifest import Graph, injects
 from edgediff_runtime.ort_cache import load_cached
 from edgediff_runtime.ort_options import options_key, session_options
 from edgediff_runtime.tensor_check import Found, check_tensors
@@ -71,8 +72,8 @@ class OrtSession:
         self._bundle, self._int8, self._stored = bundle, loaded.dtype == "int8", bool(loaded.weights)
         self._cache, self._low_memory = cache, low_memory
         # Where graphs take a sample once for each image, a thread might get one row's sample and another's condition.
-        shares = any(graph.shares_rows for graph in self.graphs)
-        self._may_divide = self.threads > 1 and not shares and weight_bytes(bundle, self.graphs) <= APART_BYTES
+        together = injects(self.graphs) or any(graph.shares_rows for graph in self.graphs)
+        self._may_divide = self.threads > 1 and not together and weight_bytes(bundle, self.graphs) <= APART_BYTES
         self._apart: dict[str, Any] = {}
         self._loading = threading.Lock()
         self._shared = self._load(threads)

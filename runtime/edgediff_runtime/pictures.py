@@ -20,6 +20,8 @@ from edgediff_runtime.sessions import Array
 BESIDE_A_PHOTOGRAPH = "MPO"
 # How far Pillow's modes of more than 8 bits reach.
 _DEEP = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}
+# Of red, green and blue in a grey pixel, of 2^16 (ITU-R 601-2, as Pillow rounds it).
+_OF_GREY = (19595, 38470, 7471)
 # Of the cubic that torch and OpenCV interpolate with.
 _CUBIC = -0.75
 _TAPS = 4
@@ -61,11 +63,11 @@ def edit_arguments(
     image: Path | None,
     mask: Path | None = None,
     depth: Path | None = None,
-    control: Path | None = None,
+    control: Sequence[Path] = (),
     *,
     strength: float | None = None,
     image_guidance_scale: float | None = None,
-    control_scale: float | None = None,
+    control_scale: Sequence[float] = (),
     paste: bool = False,
     feather: int = 0,
 ) -> dict[str, Any]:
@@ -78,13 +80,15 @@ def edit_arguments(
         "--image": ("image", image),
         "--mask": ("mask_image", mask),
         "--depth": ("depth_map", depth),
-        "--control": ("control_image", control),
     }
     found: dict[str, Any] = {
         argument: open_picture(path, option) for option, (argument, path) in files.items() if path is not None
     }
     numbers = {"strength": strength, "image_guidance_scale": image_guidance_scale, "paste": paste, "feather": feather}
-    numbers["controlnet_conditioning_scale"] = control_scale
+    opened = [open_picture(path, "--control") for path in control]
+    for name, given in (("control_image", opened), ("controlnet_conditioning_scale", list(control_scale))):
+        if given:
+            found[name] = given[0] if len(given) == 1 else given
     return found | {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -110,6 +114,19 @@ def images_of(given: object, height: int, width: int, name: str = "image") -> ND
         raise RequestError(f"{name} is {told}; {wanted}")
     _check_size(name, array, height, width, wanted)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
+
+
+def as_shares(images: NDArray[np.uint8], channels: int) -> Array:
+    """Pictures, uint8 [N, h, w, 3], as what draws by them is handed them: float32 [N, C, h, w], 0 to 1.
+
+    Args:
+        channels: 3, or 1 for a grey one, as Pillow's mode L.
+    """
+    if channels == 1:
+        grey = (images.astype(np.uint32) @ np.array(_OF_GREY, np.uint32) + (1 << 15)) >> 16
+        images = grey.astype(np.uint8)[..., None]
+    shares: Array = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
+    return shares
 
 
 def masks_of(given: object, height: int, width: int, image: object) -> NDArray[np.bool_]:

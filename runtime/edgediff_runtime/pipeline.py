@@ -40,8 +40,10 @@ from edgediff_runtime.injection import check_injection, source_of
 from edgediff_runtime.inversion import DDIM, Inverted, inverse_scheduler
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
 from edgediff_runtime.manifest import (
+    CONTROL_IMAGE,
     CONTROLNET,
     GUIDANCE,
+    T2I_ADAPTER,
     TEXT,
     TOKENS,
     Conditioning,
@@ -57,7 +59,7 @@ from edgediff_runtime.pictures import images_of
 from edgediff_runtime.schedulers import make_scheduler, sampler_of, with_sampler
 from edgediff_runtime.sessions import TARGETS_OF, Array, Session, check_backend, check_cache, open_session
 from edgediff_runtime.steering import steer
-from edgediff_runtime.text_encoding import TextStage, Tokenizer
+from edgediff_runtime.text_encoding import TextStage, Tokenizer, run_one
 
 NO_LATENTS = np.empty((0,), dtype=np.float32)
 TEXT_INPUTS = (TEXT, "text_embeds", "time_ids")
@@ -116,8 +118,12 @@ class Arguments(Condition, total=False):
         strength: Share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask.
         image_guidance_scale: How far a UNet that follows instructions keeps to the image; 1.5 if left out.
         depth_map: Numbers [h, w] or [N, h, w], or pictures of Pillow's, the nearer the larger, for a UNet of depth.
-        control_image: What a bundle's ControlNet draws by: as `image`; left out, it does not run.
-        controlnet_conditioning_scale: How strongly, a number from 0; 1 if left out.
+        control_image: What a bundle's ControlNet or T2I-Adapter draws by: as `image`; left out, it does not run. Of a
+            bundle with several ControlNets a list with one for each, where None leaves one out.
+        controlnet_conditioning_scale: How strongly, a number from 0, or one for each ControlNet; 1 if left out. For a
+            T2I-Adapter too, where diffusers has adapter_conditioning_scale.
+        control_features: What the T2I-Adapter made of a control image before, by the names of its outputs, each
+            [1 or N, C, H, W], instead of the image.
         paste: Whether the finished pictures have the image's own pixels outside of the mask.
         feather: Pixels inside of the mask's edge over which a pasted picture fades in.
         inverted: A picture that `invert` found, which the images are drawn beside, with DDIM from its latents: they
@@ -137,7 +143,8 @@ class Arguments(Condition, total=False):
     image_guidance_scale: float | None
     depth_map: Any
     control_image: Any
-    controlnet_conditioning_scale: float | None
+    controlnet_conditioning_scale: float | Sequence[float] | None
+    control_features: Mapping[str, Array] | None
     inverted: Inverted | None
     inject_attention: float | None
     inject_features: float | None
@@ -585,7 +592,8 @@ class EdgePipeline:
         image_guidance_scale: float | None = None,
         depth_map: Any = None,
         control_image: Any = None,
-        controlnet_conditioning_scale: float | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        control_features: Mapping[str, Array] | None = None,
         inverted: Inverted | None = None,
         inject_attention: float | None = None,
         inject_features: float | None = None,
@@ -637,7 +645,10 @@ class EdgePipeline:
         if any(text is not None for text in (prompt, negative_prompt, prompt_2, negative_prompt_2)):
             self._check_text(prompt, prompt_embeds, negative_prompt_embeds)
             texts = Texts(prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip, emphasis)
-        steering = steer(self._graphs(UNET, *size), control_image, controlnet_conditioning_scale)
+        steering = steer(
+            self._graphs(UNET, *size), control_image, controlnet_conditioning_scale, control_features,
+            (lambda: self._graphs(T2I_ADAPTER, *size)[0]) if T2I_ADAPTER in self.components else None,
+        )  # fmt: skip
         graphs = steering.graphs
         several = max(edit.count, steering.count, 1 if begins_with is None else len(begins_with))
         if num_images is None and several > 1:
@@ -657,7 +668,7 @@ class EdgePipeline:
             beside=0 if inverted is None else 1,
         )  # fmt: skip
         edit.check_count(count)
-        beside = steering.tensors(count)
+        beside = steering.tensors(count, lambda pictures: self._adapt(pictures, size, usage))
         cond, uncond = cond | beside, uncond and uncond | beside
         if told is not None:
             cond[GUIDANCE] = guidance_embedding(told, int(tensors[GUIDANCE].shape[1]), count)
@@ -805,6 +816,13 @@ class EdgePipeline:
         (graph,) = self._graphs(ENCODER, height, width)
         with self.components.measured(usage).use(ENCODER) as session:
             return [encode(session, graph, batch) for batch in batches]
+
+    def _adapt(self, pictures: Array, size: tuple[int, int], usage: Usage) -> dict[str, Array]:
+        """What the T2I-Adapter makes of control pictures, float32 [N, C, h, w]: features [N, C, H, W] by name."""
+        (graph,) = self._graphs(T2I_ADAPTER, *size)
+        with self.components.measured(usage).use(T2I_ADAPTER) as session:
+            made = [run_one(session, graph, {CONTROL_IMAGE: picture[None]}) for picture in pictures]
+        return {name: np.concatenate([each[name] for each in made]) for name in made[0]}
 
     def _check_text(self, prompt: Text, prompt_embeds: object, negative_prompt_embeds: object) -> None:
         """Refuses texts that nothing can encode."""

@@ -13,7 +13,6 @@ from edgediff.config.sizes import PictureSizes
 from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.targets.base import (
-    OUTSIDE,
     PRECISIONS,
     Backend,
     ComponentJob,
@@ -26,6 +25,7 @@ from edgediff.targets.base import (
     Target,
     batch_check,
     fixed,
+    is_outside,
 )
 from edgediff_runtime import Bundle
 from edgediff_runtime import manifest as m
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 DeploymentTarget = Literal["iOS16", "iOS17", "iOS18"]
 UNET = "coreml/Unet.mlpackage"
-# Apple's names of the components' packages.
+# Apple's names of the components' packages, and such of those that its pipeline does not have.
 PACKAGES = {
     "text_encoder": "TextEncoder",
     "text_encoder_2": "TextEncoder2",
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
     "preview_decoder": "PreviewDecoder",
+    "t2i_adapter": "T2IAdapter",
 }
 IDS = "input_ids"
 DEVICE, EVALUATOR = "coreml", "mil-reference"
@@ -287,7 +288,7 @@ def _typed(tensors: tuple[m.Tensor, ...], dtype: str) -> tuple[m.Tensor, ...]:
     def element(tensor: m.Tensor) -> Any:
         if tensor.dtype == "int64":
             return "int32"
-        return "float16" if dtype == "fp16" and tensor.name not in OUTSIDE else tensor.dtype
+        return "float16" if dtype == "fp16" and not is_outside(tensor) else tensor.dtype
 
     return tuple(msgspec.structs.replace(tensor, dtype=element(tensor)) for tensor in tensors)
 

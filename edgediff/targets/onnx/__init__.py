@@ -12,7 +12,6 @@ from edgediff.errors import ConfigError
 from edgediff.extras import needing
 from edgediff.outputs import write_json
 from edgediff.targets.base import (
-    OUTSIDE,
     PRECISIONS,
     Backend,
     ComponentJob,
@@ -25,6 +24,7 @@ from edgediff.targets.base import (
     Sizes,
     Target,
     int8_check,
+    is_outside,
     others_can_call,
 )
 from edgediff_runtime import Bundle
@@ -233,7 +233,7 @@ class OnnxTarget(Target):
 def in_half(graph: m.Graph) -> m.Graph:
     """The entry of the same graph in fp16: tensors that cross between graphs are fp16."""
     inputs, outputs = (
-        tuple(t if t.name in OUTSIDE else msgspec.structs.replace(t, dtype="float16") for t in side)
+        tuple(t if is_outside(t) else msgspec.structs.replace(t, dtype="float16") for t in side)
         for side in (graph.inputs, graph.outputs)
     )
     return msgspec.structs.replace(graph, inputs=inputs, outputs=outputs)

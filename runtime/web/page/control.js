@@ -1,4 +1,4 @@
-// A control picture, which a bundle's ControlNet draws by; loaded where a bundle has one.
+// A control picture, which a bundle's ControlNet or T2I-Adapter draws by; loaded where a bundle has one.
 import { Choice, showPicture } from "./chosen_picture.js";
 import { button, element, input, refusal, said } from "./elements.js";
 import { isGuidance, MOST_GUIDANCE } from "./link.js";

@@ -194,7 +194,7 @@ export class Form {
       element("notes").append(
         this.control
           ? " The link draws by a control picture, which no link holds: choose that one, then Draw."
-          : " The link draws by a control picture, and this bundle has no ControlNet; that was left out.",
+          : " The link draws by a control picture, and this bundle takes none; that was left out.",
       );
   }
 

@@ -49,7 +49,7 @@ async function open({ url, backend, threads, lowMemory, warms = true }) {
   postMessage({
     type: "opened",
     backend: pipe.backend,
-    canControl: pipe.canControl,
+    canControl: pipe.controls === 1, // the page has a place for one picture
     canDecode: pipe.canDecode,
     canEdit: pipe.canEdit,
     canEncode: pipe.canEncode,

@@ -27,6 +27,8 @@ export const CONTROLNET = "controlnet";
 /** Of which row each row takes queries and keys, and of which features. */
 export const ATTENTION_ROWS = "attention_rows",
   FEATURE_ROWS = "feature_rows";
+/** The component that makes features of a picture, which steps are then handed as `t2i_adapter_0` and so on. */
+export const T2I_ADAPTER = "t2i_adapter";
 const FORMAT = 2;
 /** @type {Record<string, string>} */
 const STAGE_OF = {
@@ -36,6 +38,7 @@ const STAGE_OF = {
   vae_decoder: "decode",
   vae_encoder: "image",
   preview_decoder: "preview",
+  t2i_adapter: "image",
 };
 /** @type {Record<string, number>} */
 const SPECIFICATIONS = { iOS16: 7, iOS17: 8, iOS18: 9 };
@@ -525,6 +528,24 @@ function checkBeside(name, { stage, batch, graphs }, m) {
     );
     return;
   }
+  if (name === T2I_ADAPTER) {
+    const [t] = inputs,
+      told = (/** @type {Tensor[]} */ list) => list.map((each) => [each.name, each.shape[1]]),
+      known = told(featuresAmong(m.conditioning.tensors));
+    must(
+      t.name === "control_image" && isMap(t) && [1, 3].includes(Number(t.shape[1])),
+      `inputs of ${name}`,
+      t,
+      "control_image, of 1 or 3 channels",
+    );
+    must(
+      known.length > 0 && same(told(outputs.filter(isMap)), known),
+      `outputs of ${name}`,
+      told(outputs),
+      `those of conditioning.tensors: ${shown(known)}`,
+    );
+    return;
+  }
   const vae = stage === "preview" ? m.preview : m.vae;
   if (!vae) return must(false, stage === "preview" ? "preview" : "vae", vae, `a value where there is a ${name}`);
   const picture = [3, vae.downscale * sample.height, vae.downscale * sample.width],
@@ -621,6 +642,8 @@ function checkUnet({ graphs, batch }, m) {
   }
 }
 
+/** A T2I-Adapter's features among tensors. @param {Tensor[]} tensors */
+export const featuresAmong = (tensors) => tensors.filter(({ name }) => name.startsWith(T2I_ADAPTER));
 /** Whether a graph takes a sample once for each image. @param {Graph} g */
 export const sharesRows = (g) => g.inputs.some((t) => t.name === "sample" && t.shape[0] === "images");
 /** Whether a graph belongs to a full or a cached step. @param {Graph} g @param {boolean} full */

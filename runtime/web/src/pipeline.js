@@ -20,13 +20,13 @@ import { decode, toUint8 } from "./images.js";
 import { injectionOf, readInverted, sourceOf } from "./injection.js";
 import { DDIM, inverseScheduler } from "./inversion.js";
 import { breathe, denoise } from "./loop.js";
-import { all, ATTENTION_ROWS, CONTROLNET, graphsAt } from "./manifest.js";
+import { all, ATTENTION_ROWS, CONTROLNET, graphsAt, T2I_ADAPTER } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
 import { imagesOf } from "./pictures.js";
 import { callOf, makeScheduler, samplerOf, stepsLeftOut, withSampler } from "./schedulers.js";
-import { chooseBackend, OrtSession, threadsOf } from "./sessions.js";
+import { chooseBackend, OrtSession, runOne, threadsOf } from "./sessions.js";
 import { steer } from "./steering.js";
-import { joined, repeated } from "./rows.js";
+import { joined, range, repeated, take } from "./rows.js";
 import { Tokenizer } from "./tokenizer.js";
 
 /**
@@ -63,9 +63,10 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {number} [strength] share of the steps that run, 0 to 1; left out, 0.8, or 1 with a mask
  * @property {number} [imageGuidanceScale] how far a UNet that follows instructions keeps to the image; left out, 1.5
  * @property {import("./pictures.js").Depths} [depthMap] for a UNet of depth, larger where nearer; numbers of any size
- * @property {import("./pictures.js").Pictures} [controlImage] what a bundle's ControlNet draws by: as `image`; left out, it
- *   does not run
- * @property {number} [controlnetConditioningScale] how strongly, from 0; left out, 1
+ * @property {import("./pictures.js").Pictures | (import("./pictures.js").Pictures | null)[]} [controlImage] what a bundle's
+ *   ControlNet or T2I-Adapter draws by: as `image`; left out, it does not run. Of several ControlNets a list, where null
+ *   leaves one out
+ * @property {number | number[]} [controlnetConditioningScale] how strongly, from 0; left out, 1; of several also a list
  * @property {Inverted} [inverted] a picture that `invert` found, which the images are drawn beside, with DDIM from its latents:
  *   they take its layout (plug-and-play, Tumanyan et al. 2022), from bundles exported with `--injection`
  * @property {number} [injectAttention] share of the steps, 0 to 1, in which they take its self-attention; left out, 0.5
@@ -218,9 +219,16 @@ export class EdgePipeline {
     return sample.space === "pixel" ? sample.channels === 3 : vae !== null && ENCODER in this.components;
   }
 
-  /** Whether a generation can be drawn by a control picture: there is a ControlNet. */
+  /** How many control pictures draw a generation: one for each ControlNet, or for a T2I-Adapter. */
+  get controls() {
+    const net = this.components.unet.graphs.find(({ name }) => name === CONTROLNET),
+      taking = net ? [net] : (this.components[T2I_ADAPTER]?.graphs ?? []);
+    return taking.flatMap(({ inputs }) => inputs).filter(({ name }) => name.startsWith("control_image")).length;
+  }
+
+  /** Whether a generation can be drawn by a control picture: there is a ControlNet, or a T2I-Adapter. */
   get canControl() {
-    return this.components.unet.graphs.some(({ name }) => name === CONTROLNET);
+    return this.controls > 0;
   }
 
   /** Whether a generation can take of an inverted picture that is drawn along: `inverted`. */
@@ -605,7 +613,8 @@ export class EdgePipeline {
       refuse(embeds, "a prompt and its embeddings were given; give one of them");
       refuse(texts.prompt == null, "a negative prompt or a second one was given without a prompt; give one");
     }
-    const steering = steer(graphs, request.controlImage, request.controlnetConditioningScale),
+    const adapter = T2I_ADAPTER in this.components ? this.#graphs(T2I_ADAPTER, ...size)[0] : undefined,
+      steering = steer(graphs, request.controlImage, request.controlnetConditioningScale, adapter),
       several = Math.max(picturesOf(edit), steering.count, latents?.dims[0] ?? 1);
     const count =
       request.numImages ??
@@ -641,6 +650,7 @@ export class EdgePipeline {
       graphs: steering.graphs,
       steering: beside,
       injection,
+      adapts: steering.adapts,
       latents,
       edit,
       start,
@@ -662,8 +672,29 @@ export class EdgePipeline {
    */
   async #conditioning(request, plan, timed) {
     const [cond, uncond] = await this.#condition(request, plan, timed),
-      { guided, steering } = plan;
+      { guided, adapts } = plan;
+    const steering = adapts ? await timed(T2I_ADAPTER, () => this.#features(plan)) : plan.steering;
     return [{ ...cond, ...steering }, guided ? { ...uncond, ...steering } : {}];
+  }
+
+  /** What the T2I-Adapter makes of the control pictures, multiplied by their scale. @param {any} plan @returns {Promise<Record<string, Rows>>} */
+  #features({ steering, adapts: { scale, features }, size, count }) {
+    const [graph] = this.#graphs(T2I_ADAPTER, size[0], size[1]),
+      pictures = steering.control_image;
+    return this.#use(T2I_ADAPTER, async (session) => {
+      /** @type {Record<string, Rows>[]} */
+      const made = [];
+      for (const n of range(pictures.dims[0])) made.push(await runOne(session, graph, take(pictures, [n])));
+      const given = graph.outputs.map(({ name }) => {
+        const { data, dims } = joined(made[0][name], ...made.slice(1).map((each) => each[name]));
+        return [name, { data: /** @type {Float32Array} */ (data).map((value) => value * Math.fround(scale)), dims }];
+      });
+      return rowsOf(
+        new Map(features.map((/** @type {import("./manifest.js").Tensor} */ t) => [t.name, t])),
+        Object.fromEntries(given),
+        count,
+      );
+    });
   }
 
   /**

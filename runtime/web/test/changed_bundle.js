@@ -3,7 +3,7 @@ import { EdgePipeline } from "../src/pipeline.js";
 import { GOLDEN, readGolden } from "./golden.js";
 import { serve } from "./server.js";
 
-/** Opens the golden bundle with some files changed, and everything that follows from them. */
+/** Opens the golden bundle with some files changed, and everything that follows from them; it is served until closed. */
 export async function changed(change, files = {}) {
   const hash = (bytes) => createHash("sha256").update(bytes).digest("hex"),
     manifest = readGolden("bundle/manifest.json");
@@ -22,8 +22,15 @@ export async function changed(change, files = {}) {
     (path, _, response) => path in all && !!response.end(all[path]),
   );
   try {
-    return await EdgePipeline.fromUrl(other.url, { backend: "wasm" });
-  } finally {
+    const pipe = await EdgePipeline.fromUrl(other.url, { backend: "wasm" }),
+      close = pipe.close.bind(pipe);
+    pipe.close = async () => {
+      await close();
+      await other.close();
+    };
+    return pipe;
+  } catch (e) {
     await other.close();
+    throw e;
   }
 }

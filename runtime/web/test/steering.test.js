@@ -7,9 +7,10 @@ import { changed } from "./changed_bundle.js";
 import { closeTo } from "./golden.js";
 
 // What the Python runtime makes of the same: tests/test_web_edits.py writes it.
-const python = JSON.parse(readFileSync(new URL("edits.json", import.meta.url), "utf8"), (_, value) =>
-  typeof value?.base64 === "string" ? Uint8Array.from(Buffer.from(value.base64, "base64")) : value,
-).steered;
+const answers = JSON.parse(readFileSync(new URL("edits.json", import.meta.url), "utf8"), (_, value) =>
+    typeof value?.base64 === "string" ? Uint8Array.from(Buffer.from(value.base64, "base64")) : value,
+  ),
+  python = answers.steered;
 const picture = (data, count = 1) => ({ data: data.slice(0, 192 * count), dims: [count, 8, 8, 3] });
 const PICTURES = {
   image: picture(python.image),
@@ -126,13 +127,79 @@ test("without a ControlNet its arguments are refused", async () => {
   assert.deepEqual([pipe.canControl, golden.canControl], [true, false]);
   await assert.rejects(
     golden.generate({ ...asked, controlImage: PICTURES.control_image }),
-    refused(/^controlImage was given, but the bundle has no ControlNet; leave it out, or export with --control DIR$/),
+    refused(/^controlImage was given, but the bundle has neither a ControlNet nor a T2I-Adapter; leave it out, or export with/),
   );
   await assert.rejects(
     golden.generate({ ...asked, controlnetConditioningScale: 1 }),
-    refused(/^controlnetConditioningScale was given, but there is no ControlNet; leave it out$/),
+    refused(/^controlnetConditioningScale was given, but there is no ControlNet and no T2I-Adapter; leave it out$/),
   );
   await golden.close();
+});
+
+// --- A T2I-Adapter, and two ControlNets
+
+const OTHERS = {
+  adapted: (manifest, { graphs, component }) => {
+    manifest.targets[0].components.unet.graphs = graphs;
+    manifest.targets[0].components.t2i_adapter = component;
+    manifest.conditioning.tensors.push(...component.graphs[0].outputs);
+  },
+  paired: (manifest, { graphs, cost }) => {
+    manifest.targets[0].components.unet.graphs = graphs;
+    manifest.cost.controlnet = cost;
+    manifest.conditioning.tensors.push(...graphs[0].inputs.slice(1));
+  },
+};
+for (const [kind, change] of Object.entries(OTHERS)) {
+  const said = answers[kind],
+    each = (i) => picture(said.controls.slice(192 * i)),
+    open = () => changed((manifest) => change(manifest, said), said.files);
+  test(`${kind}: pictures as Python draws them`, async () => {
+    const other = await open();
+    assert.ok(other.canControl);
+    for (const { asked: told, mask, images } of said.cases) {
+      const { count, list, ...more } = told,
+        { label, ...rest } = asked,
+        request = { ...rest, ...(count === 2 ? {} : { label }), ...camel(more) };
+      if (count) request.controlImage = picture(said.controls, count);
+      if (list) request.controlImage = list.map((i) => (i === null ? null : each(i)));
+      const result = await other.generate(request);
+      closeTo(result.images.data, images, 1);
+      assert.deepEqual(result.mask, mask);
+      assert.equal("t2i_adapter" in result.stages, kind === "adapted" && Boolean(count));
+    }
+    await other.close();
+  });
+}
+
+test("an adapter's picture is refused where it does not fit", async () => {
+  const said = answers.adapted,
+    other = await changed((manifest) => OTHERS.adapted(manifest, said), said.files);
+  for (const [bad, why] of [
+    [{ controlnetConditioningScale: 0.5 }, /^controlnetConditioningScale was given without a controlImage; give one$/],
+    [{ controlImage: picture(said.controls, 2), numImages: 3 }, /^controlImage has 2 pictures for 3 images/],
+    [{ controlImage: "edges.png" }, /^controlImage is "edges.png"; expected ImageData of 8 x 8/],
+  ])
+    await assert.rejects(other.generate({ ...asked, ...bad }), refused(why));
+  await other.close();
+});
+
+test("two ControlNets are given a list of two", async () => {
+  const said = answers.paired,
+    one = picture(said.controls),
+    other = await changed((manifest) => OTHERS.paired(manifest, said), said.files);
+  for (const [bad, why] of [
+    [{ controlImage: one }, /^controlImage is for one ControlNet, and the bundle has 2; expected a list of 2$/],
+    [{ controlImage: [one] }, /^controlImage has 1 entries, and the bundle has 2; expected a list of 2$/],
+    [
+      { controlImage: [one, one], controlnetConditioningScale: [1] },
+      /^controlnetConditioningScale has 1 entries, and the bundle has 2; expected a list of 2$/,
+    ],
+  ])
+    await assert.rejects(other.generate({ ...asked, ...bad }), refused(why));
+  const { ledger } = await other.generate({ ...asked, controlImage: [null, null] });
+  assert.ok(ledger.every(({ ms }) => !("controlnet" in ms)));
+  await other.close();
 });
 
 // --- Inversion
