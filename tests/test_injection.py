@@ -256,7 +256,8 @@ def test_the_commands(command: Command, place: Path) -> None:
     for more in ((), ("--inject-attention", 1, "--inject-features", 1, "--clock", 1)):
         said = command("run", bundle, "-o", place / "out.png", *options, *more)
         assert said.code == 0, said.errors
-    assert Image.open(place / "out.png").size == (SIDE, SIDE)
+    with Image.open(place / "out.png") as drawn:
+        assert drawn.size == (SIDE, SIDE)
     assert_error(command("run", bundle, "--inverted", place / "bad.npz"), "cannot be read as .npz")
     assert_error(command("run", bundle, "--inverted", place / "none.npz"), "cannot be read as .npz")
     assert_error(command("run", bundle, "--inject-features", 0.5), "without an inverted picture")
