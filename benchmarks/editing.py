@@ -6,25 +6,32 @@ those of clock 1, are they what was asked for (a classifier of drawings says), a
 strength also the cheapest clock that is as near to clock 1 as clock 2 is in pictures from noise. Then drawings are
 inverted with DDIM and drawn again. Without options in some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real
 drawings are inverted too.
+
+`--what control-cost` asks what a ControlNet costs at Stable Diffusion v1.5's size instead, with random weights: the
+steps of a bundle without one and of a bundle with one, in turns, with a control image and without.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import exported, machine, verdict
+from diffusers import ControlNetModel
+from measure import exported, in_turns, machine, ratios, spread, verdict
 from PIL import Image
 
+import edgediff
+from edgediff.bench.turns import Call, Said, parts_of
 from edgediff.bundle.psnr import psnr_db
+from edgediff.config.floors import VerifyConfig
 from edgediff.models.classifier import as_input, load_classifier, ranks_of
 from edgediff.plan.planner import make_plan
 from edgediff.zoo import FOLDER, built_in
-from edgediff_runtime import EdgePipeline
+from edgediff_runtime import EdgePipeline, noise
 from edgediff_runtime.clock import letters
 from edgediff_runtime.editing import as_pixels, from_vae
 from edgediff_runtime.sessions import Array
@@ -36,17 +43,24 @@ COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
 INVERSION_STEPS = 20
 WANTED, INVERTED = 30.0, 25.0  # dB
 WHAT = ("edits", "plans", "inversion")
+CONTROL_COST, LARGE = "control-cost", "sd15"
 
 
 def main() -> None:
     """Measures what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
+    parser.add_argument("--what", nargs="*", choices=(*WHAT, CONTROL_COST), default=WHAT)
     parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
+    parser.add_argument("--side", type=int, default=64, help="rows and columns of the latent, for control-cost")
+    parser.add_argument("--rounds", type=int, default=7, help="for control-cost")
     given = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
+        if CONTROL_COST in given.what:
+            show_control_cost(Path(scratch), given.side, given.rounds)
+        if not {*WHAT} & {*given.what}:
+            return
         bundles = {
             kind: exported(MODEL, Path(scratch) / kind, adaptor=adaptor)
             for kind, adaptor in (("learned", None), ("identity", "identity"))
@@ -157,6 +171,63 @@ def show_inversion(pipe: EdgePipeline, images: Path | None) -> None:
                     f"{near:.1f} dB, pixels {seen_again:.1f} dB of the decoded ones; saved {found.flops_saved:.0%} "
                     f"and {again.flops_saved:.0%}{bar}"
                 )
+
+
+def show_control_cost(scratch: Path, side: int, rounds: int) -> None:
+    """What a ControlNet costs in a full and in a cached step, by graphs, of a guided image."""
+    beside = scratch / "controlnet"
+    save_random_controlnet(beside)
+    bundles = {}
+    for kind, control in (("without", None), ("with", beside)):
+        model = edgediff.load_model(LARGE, control=control)
+        config = edgediff.ExportConfig(
+            adaptor="identity", layout="split", steps=2, random_weights=0, sizes=(f"{side}x{side}",),
+            verify=VerifyConfig(mode="graphs"),
+        )  # fmt: skip
+        bundles[kind] = scratch / f"{LARGE}-{kind}"
+        edgediff.export_bundle(model, bundles[kind], config)
+        del model
+    calls = {
+        "without a ControlNet": Call.of(two_steps, bundle=str(bundles["without"]), steered=False),
+        "with one": Call.of(two_steps, bundle=str(bundles["with"]), steered=True),
+        "with one, without a control image": Call.of(two_steps, bundle=str(bundles["with"]), steered=False),
+    }
+    runners = in_turns(calls, rounds)
+    print(f"{LARGE}, latents of {side} x {side}, 2 rows, {rounds} rounds in turns; ms, medians [10th, 90th percentile]")
+    base = next(iter(runners.values()))
+    for name, runner in runners.items():
+        print(f" {name}: " + ", ".join(f"{part} {spread(ms)}" for part, ms in runner.parts.items()))
+        if runner is not base:
+            told = [f"{part} {spread(ratios(runner.parts[part], base.parts[part]))}" for part in ("full", "cached")]
+            print(f"  of those without one: {', '.join(told)}")
+
+
+def save_random_controlnet(folder: Path) -> None:
+    """A ControlNet of the large model's size; its last convolutions, zero before a training, are random too."""
+    torch.manual_seed(SEED)
+    net = ControlNetModel.from_unet(edgediff.load_model(LARGE).unet, load_weights_from_unet=False)
+    for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(convolution.weight, std=0.02)
+    net.save_pretrained(folder)
+
+
+def two_steps(bundle: str, steered: bool) -> Iterator[Said]:
+    """Each turn is a full and a cached step; nothing is checked but that results are finite, which the loop does."""
+    pipe = EdgePipeline.from_pretrained(bundle)
+    (text,) = pipe.manifest.conditioning.tensors[:1]
+    tokens, width = (77 if isinstance(size, str) else size for size in text.shape[1:])
+    asked: dict[str, Any] = {"seed": SEED, "clock": 2, "num_inference_steps": 2, "guidance_scale": 7.5}
+    for draw, name in enumerate(("prompt_embeds", "negative_prompt_embeds")):
+        asked[name] = noise(SEED, (tokens, width), image=0, draw=draw)[None]
+    if steered:
+        (shape,) = (t.shape for g in pipe.session.graphs for t in g.inputs if t.name == "control_image")
+        squares = np.indices(shape[2:]).sum(0) // 32 % 2 * 255
+        asked["control_image"] = np.repeat(squares[:, :, None], 3, axis=2).astype(np.uint8)
+    pipe(**asked)
+    yield Said()
+    while True:
+        result = pipe(**asked)
+        yield Said(parts=parts_of([(step.full, step.ms) for step in result.ledger], {}, "loop"))
 
 
 if __name__ == "__main__":

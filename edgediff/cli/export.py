@@ -70,6 +70,13 @@ def export(
     control: Annotated[
         str | None, typer.Option(help="A directory with a ControlNet of the same base, to draw by a control image.")
     ] = None,
+    lora_inputs: Annotated[
+        int | None,
+        typer.Option(
+            help="A rank: the graphs take LoRAs of attention, up to it, with each picture; see `edgediff lora`.",
+            metavar="RANK",
+        ),
+    ] = None,
     prediction_type: Annotated[
         str | None,
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
@@ -147,7 +154,7 @@ def export(
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
         "lora": lora, "embedding": embedding, "vae": vae, "preview": preview, "control": control, "sizes": size,
-        "prediction_type": prediction_type,
+        "prediction_type": prediction_type, "lora_inputs": lora_inputs,
     }  # fmt: skip
     recipe = recipe_with(config, given)
     for section, key, value in (

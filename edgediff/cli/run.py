@@ -76,6 +76,13 @@ def run(
     depth: Annotated[
         Path | None, typer.Option(help="A depth map for a model that takes one, white being near.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE[:scale]: a LoRA that `edgediff lora` converted, for a bundle that was exported with "
+            "--lora-inputs; may be given more than once."
+        ),
+    ] = None,
     control: Annotated[
         Path | None, typer.Option(help="A picture that the bundle's ControlNet draws by, such as edges or a pose.")
     ] = None,
@@ -128,6 +135,7 @@ def run(
         write_output,
         write_preview,
     )
+    from edgediff_runtime.low_rank import read_specs
     from edgediff_runtime.pictures import edit_arguments
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
@@ -138,7 +146,7 @@ def run(
         image, mask, depth, control, strength=strength, image_guidance_scale=image_guidance_scale,
         control_scale=control_scale, paste=paste, feather=feather,
     )  # fmt: skip
-    request |= edit
+    request |= edit | read_specs(lora)
     if latents is not None:
         request["latents"] = read_latents(latents)
     begun = any(each is not None for each in (prompt, image, latents))

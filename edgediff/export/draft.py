@@ -22,6 +22,7 @@ from edgediff.models.components import (
 )
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
+from edgediff.models.lora_inputs import lora_inputs
 from edgediff.models.macs import tally
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.trained import trained_for
@@ -154,6 +155,7 @@ def draft_manifest(
         prompt=prompt_settings(model, components),
         vae=vae_settings(model, components),
         preview=preview_settings(model, components),
+        lora=lora_inputs(divided.factors),
     )
 
 

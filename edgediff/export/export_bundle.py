@@ -42,6 +42,7 @@ from edgediff.models.components import (
 )
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, unet_config
+from edgediff.models.lora_inputs import with_lora_layers
 from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.stored_weights import StoredWeights, taken_weights
@@ -277,7 +278,9 @@ def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = reference.steps[0].tensors
     control = None if model.control is None else model.control.net
-    undivided = Undivided(model.unet, divided.inputs, control)
+    unet = with_lora_layers(model.unet) if divided.factors else model.unet
+    undivided = Undivided(unet, divided.inputs, control)
+    undivided.factors = divided.factors
     (whole,) = undivided(*(torch.from_numpy(first[name]) for name in divided.inputs))
     if not np.array_equal(whole.numpy(), first["out_sample"]):
         number = psnr_db(whole.numpy(), first["out_sample"])

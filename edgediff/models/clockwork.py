@@ -18,6 +18,7 @@ from edgediff.models.adaptors import IdentityAdaptor
 from edgediff.models.controlnet import MID, control_names
 from edgediff.models.embedding import StepEmbedding
 from edgediff.models.layers import AnyLayer, Layer, Mid, flatten
+from edgediff.models.lora_inputs import Factors, factors_of, with_lora_layers
 from edgediff.models.part import Part
 from edgediff_runtime.loop import CACHE
 from edgediff_runtime.manifest import CONTROLNET
@@ -184,6 +185,11 @@ class SplitUNet(nn.Module):
         }
 
     @property
+    def factors(self) -> tuple[Factors, ...]:
+        """The low-rank factors that the parts take, in the order of a step; empty where they take none."""
+        return tuple(each for part in self.parts.values() for each in part.factors)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of a step's inputs: ``sample``, ``timestep`` and the conditioning."""
         made = {CACHE, *(name for part in self.parts.values() for name in part.outputs)}
@@ -257,6 +263,7 @@ def split(
     *,
     controlnet: Part | None = None,
     takes_control: bool = False,
+    lora_rank: int | None = None,
 ) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is not changed.
 
@@ -267,6 +274,8 @@ def split(
         adaptor: Replaces the low-resolution part on cached steps; the identity if None.
         controlnet: A part that makes the residuals of skip connections; it runs first in a full step.
         takes_control: Take such residuals as inputs of a step, by diffusers' names, without what makes them.
+        lora_rank: Take low-rank factors of this rank as inputs of a step; None takes none. With zeros the result is
+            the same, bit for bit.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -276,6 +285,8 @@ def split(
         raise UnsupportedError(f"cannot cut a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel")
     if unet.config.get("attention_type", "default") != "default":
         raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
+    if lora_rank is not None:
+        unet = with_lora_layers(unet)
     down, mid, up = flatten(unet)
     if not 1 <= cut.level < len(down):
         count = "1 level" if len(down) == 1 else f"{len(down)} levels"
@@ -304,6 +315,11 @@ def split(
     )
     if isinstance(unet, UNet2DConditionModel) and TEXT not in divided.inputs:
         divided.ignored = (TEXT,)
+    if lora_rank is not None:
+        for name in ("highres_in", "lowres", "highres_out"):
+            part = divided.parts[name]
+            part.factors = factors_of(name, part, lora_rank)
+            part.inputs += tuple(tensor for each in part.factors for tensor in each.shapes)
     follow_mode(divided, unet)
     return divided
 

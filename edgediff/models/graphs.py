@@ -20,9 +20,10 @@ FREQUENCY: dict[str, Frequency] = {
 }
 
 
-def divide(model: Model, cut: Cut, adaptor: Part | None = None) -> SplitUNet:
+def divide(model: Model, cut: Cut, adaptor: Part | None = None, lora_rank: int | None = None) -> SplitUNet:
     """Divides a model's UNet, its ControlNet before it; arguments and errors are those of `split`."""
-    return split(model.unet, cut, adaptor, controlnet=None if model.control is None else ControlNet(model.control.net))
+    control = None if model.control is None else ControlNet(model.control.net)
+    return split(model.unet, cut, adaptor, controlnet=control, lora_rank=lora_rank)
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from edgediff.models.controlnet import MID, control_names
 from edgediff.models.part import Part
 from edgediff.models.torch_session import TorchSession, graph_tensor
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, Graph
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, Graph, has_rows
 
 if TYPE_CHECKING:
     from edgediff.models.load import Model
@@ -47,7 +47,7 @@ class Undivided(Part):
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the UNet."""
-        cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep")}
+        cond = {name: value for name, value in tensors.items() if name != "sample" and has_rows(name)}
         if self.control is not None:
             cond |= self._residuals(tensors, cond.pop(CONTROL_IMAGE), cond.pop(CONTROL_SCALE))
         return {"out_sample": predict(self.unet, tensors["sample"], tensors["timestep"], cond)}

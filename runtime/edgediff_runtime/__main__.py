@@ -12,6 +12,7 @@ from edgediff_runtime.clock import letters
 from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, check_previews, read_latents, read_size, write_output, write_preview
 from edgediff_runtime.loop import Step
+from edgediff_runtime.low_rank import read_specs
 from edgediff_runtime.pictures import edit_arguments
 
 # As a shell reports a program that SIGPIPE ended.
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--depth", type=Path, help="a depth map for a model that takes one, white being near")
     parser.add_argument("--control", type=Path, help="a picture that the bundle's ControlNet draws by")
     parser.add_argument("--control-scale", type=float, help="how strongly, from 0 (1)")
+    parser.add_argument("--lora", action="append", metavar="FILE[:scale]", help="a LoRA that `edgediff lora` converted")
     parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
     parser.add_argument("--scheduler", help="another sampler than the bundle's, such as ddim or euler")
     parser.add_argument(
@@ -72,6 +74,7 @@ def main() -> int:
             args.image, args.mask, args.depth, args.control, strength=args.strength, paste=args.paste,
             image_guidance_scale=args.image_guidance_scale, control_scale=args.control_scale, feather=args.feather,
         )  # fmt: skip
+        edit |= read_specs(args.lora)
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
         pipe = EdgePipeline.from_pretrained(

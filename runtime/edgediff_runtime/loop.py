@@ -72,6 +72,7 @@ class Request:
         image_guidance: How far results go towards the image in `concat`, of a UNet that is guided by it and by the text
             (Brooks et al. 2023, equation 3): guided steps have three rows for an image. None has two.
         kept: What does not change.
+        fixed: What graphs take that is the same for all rows and steps: low-rank factors.
     """
 
     graphs: tuple[Graph, ...]
@@ -87,6 +88,7 @@ class Request:
     first_image: int = 0
     image_guidance: float | None = None
     kept: Kept | None = None
+    fixed: Mapping[str, Array] = field(default_factory=dict)
 
     def rows_of_image(self, guided: bool) -> int:
         """How many rows an image has in a step; the last is the conditional one."""
@@ -136,6 +138,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     was_guided = False
     start = perf_counter()
     timesteps = [session.put(_as_timestep(t, request.graphs)) for t in scheduler.timesteps]
+    fixed = {name: session.put(array) for name, array in request.fixed.items()}
     for i in range(request.start, len(scheduler.timesteps)):
         is_first = i == request.start
         if not is_first:  # work before the first step counts as that step's
@@ -145,6 +148,8 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         full = request.clock[i] or is_first or (guided and not was_guided)
         if is_first or guided != was_guided:
             chunks = _regroup(request, session, chunks, guided, keep_cache=not full)
+            for chunk in chunks:
+                chunk.tensors.update(fixed)
         was_guided = guided
         x_in = scheduler.scale_model_input(i, x_t)
         parts = request.rows_of_image(guided)

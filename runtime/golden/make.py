@@ -400,7 +400,7 @@ def write_text_manifest(path: Path) -> None:
 
 
 def write_pipeline_manifest(path: Path) -> None:
-    """The manifest of a tiny SDXL pipeline with a preview in ONNX, of any size, as its export would draft it."""
+    """The manifest of a tiny SDXL pipeline in ONNX, of any size, with a preview and low-rank factors as inputs."""
     sys.path.append(str(FOLDER.parents[1] / "tests"))
     from tiny_pipelines import save_tiny_vae, save_xl
 
@@ -408,11 +408,12 @@ def write_pipeline_manifest(path: Path) -> None:
         save_xl(Path("xl"))
         save_tiny_vae(Path("taesd"))
         model = edgediff.load_model("xl", preview="taesd")
-        config = with_defaults(edgediff.ExportConfig(steps=4, layout="pair"), model)
+        config = with_defaults(edgediff.ExportConfig(steps=4, layout="pair", lora_inputs=2), model)
         height, width = model.sample_shape[1:]
         sizes = Sizes((height, width), ((height, 2 * width),))
         found = pipeline_components(model)
-        draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found, sizes=sizes)
+        divided = edgediff.split(model.unet, lora_rank=config.lora_inputs)
+        draft = draft_manifest(model, divided, config, "prompt", found, sizes=sizes)
     (entry,) = draft.targets
     files = {}
     for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):

@@ -184,8 +184,8 @@ class OnnxTarget(Target):
         from edgediff.targets.onnx.write_onnx import write_onnx, write_undivided
 
         graphs, versions = write_onnx(job, job.folder, job.target.unet.graphs, job.config)
-        # No other tool hands a UNet a control image.
-        alone = job.config.portable or any(graph.name == m.CONTROLNET for graph in graphs)
+        # No other tool hands a UNet a control image, or low-rank factors.
+        alone = job.config.portable or any(graph.is_steered for graph in graphs)
         model = None if alone else write_undivided(job.folder, graphs, f"{FOLDER}/model.onnx")
         write_json(job.folder / FOLDER / "config.json", job.unet_config)
         return msgspec.structs.replace(job.target.with_unet(graphs=graphs, model=model), **versions)

@@ -34,7 +34,7 @@ from edgediff.targets.onnx.write_onnx import write_component as write_onnx_compo
 from edgediff.targets.onnx.write_onnx import write_onnx
 from edgediff.targets.openvino import MODEL, WEIGHTS, OpenVinoConfig
 from edgediff_runtime.errors import one_line
-from edgediff_runtime.manifest import CONTROLNET, TIMESTEP, Graph, Tensor
+from edgediff_runtime.manifest import TIMESTEP, Graph, Tensor
 
 # An operation with this note stays fp32 on a device that computes in fp16.
 KEEPS_FP32 = "precise_0"
@@ -44,8 +44,8 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
     """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
 
     Returns:
-        The graphs with what is known now, and the undivided step's entry; None with a ControlNet, whose image no other
-        tool hands to a UNet.
+        The graphs with what is known now, and the undivided step's entry; None with a ControlNet or low-rank factors,
+        which no other tool hands to a UNet.
 
     Raises:
         UnsupportedError: The exporter, a pass or OpenVINO failed.
@@ -71,7 +71,7 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
         )
         job.say("writing OpenVINO's models")
         files = {graph.name: str(graph.file) for graph in finished if graph.file is not None}
-        alone = all(graph.name != CONTROLNET for graph in made)
+        alone = not any(graph.is_steered for graph in made)
         if alone:
             full = [onnx.load(scratch / str(g.file), load_external_data=False) for g in made if g.runs(full=True)]
             whole = join_full_step(full, "int64")

@@ -29,6 +29,7 @@ import { beside, joined, range, take } from "./rows.js";
  * @property {number | null} [imageGuidance] how far results go towards the image in `concat` (Brooks et al. 2023,
  *   equation 3): guided steps have three rows for an image. null has two
  * @property {Kept | null} [kept] what does not change
+ * @property {Record<string, Rows>} [fixed] what graphs take that is the same for all rows and steps: low-rank factors
  * @typedef {object} Kept what stays as it was while the rest is drawn anew
  * @property {Float32Array} mask [N, 1, H, W], 1 where the picture is drawn anew, 0 where it stays
  * @property {Float32Array} latents [N, C, H, W], finished, of what stays
@@ -59,7 +60,8 @@ const OVERFLOW = 1e18;
  */
 export async function* denoise(request, session, signal) {
   const { scheduler, graphs, clock, guidance, latents, concat, kept, start = 0, firstImage = 0 } = request;
-  const { imageGuidance = null } = request;
+  const { imageGuidance = null } = request,
+    fixed = Object.entries(request.fixed ?? {}).map(([name, rows]) => /** @type {const} */ ([name, session.put(rows)]));
   const [count, ...shape] = latents.dims,
     size = latents.data.length / count;
   // Rows of one image begin with the same sample: graphs that can repeat it take it once.
@@ -81,7 +83,10 @@ export async function* denoise(request, session, signal) {
       guided = guidance[i] > 1;
       // Full, since there is no cache yet, or none for unconditional rows that join.
       const full = clock[i] || first || (guided && !was);
-      if (first || guided !== was) groups = await regrouped(request, session, groups, guided, !full);
+      if (first || guided !== was) {
+        groups = await regrouped(request, session, groups, guided, !full);
+        for (const { table } of groups) for (const [name, value] of fixed) table.set(name, value);
+      }
       const parts = rowsOfImage(request, guided),
         input = { data: scheduler.scaleModelInput(i, x), dims: latents.dims },
         rows = sampleRows(input, concat ?? null, shared ? 1 : parts);

@@ -20,6 +20,7 @@ import { BundleError, refuse, RequestError, shown } from "./errors.js";
 import { decode, toUint8 } from "./images.js";
 import { DDIM, inverseScheduler } from "./inversion.js";
 import { breathe, denoise } from "./loop.js";
+import { noLora } from "./lora.js";
 import { all, CONTROLNET, graphsAt } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
 import { imagesOf } from "./pictures.js";
@@ -481,6 +482,7 @@ export class EdgePipeline {
           start,
           imageGuidance: edit.imageGuidance,
           kept,
+          fixed: noLora(graphs),
           // Of the steps before the first that runs, nothing is asked.
           clock: [...Array(start).fill(true), ...clock],
           guidance: [...Array(start).fill(1), ...guidance],
