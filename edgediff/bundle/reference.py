@@ -88,7 +88,8 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
 
 def drawn_lora(inputs: LoraInputs) -> dict[str, np.ndarray]:
     """The LoRA of the reference: seeded normal numbers that change a projection by some hundredths."""
-    layers = [layer for part in inputs.layers.values() for layer in part]
+    # By name: a manifest that was read has its parts in another order than one that is drafted.
+    layers = sorted((layer for part in inputs.layers.values() for layer in part), key=lambda layer: layer.name)
     found = {}
     for i, layer in enumerate(layers):
         for draw, end, shape, width in (

@@ -60,8 +60,7 @@ const OVERFLOW = 1e18;
  */
 export async function* denoise(request, session, signal) {
   const { scheduler, graphs, clock, guidance, latents, concat, kept, start = 0, firstImage = 0 } = request;
-  const { imageGuidance = null } = request,
-    fixed = Object.entries(request.fixed ?? {}).map(([name, rows]) => /** @type {const} */ ([name, session.put(rows)]));
+  const { imageGuidance = null } = request;
   const [count, ...shape] = latents.dims,
     size = latents.data.length / count;
   // Rows of one image begin with the same sample: graphs that can repeat it take it once.
@@ -83,10 +82,7 @@ export async function* denoise(request, session, signal) {
       guided = guidance[i] > 1;
       // Full, since there is no cache yet, or none for unconditional rows that join.
       const full = clock[i] || first || (guided && !was);
-      if (first || guided !== was) {
-        groups = await regrouped(request, session, groups, guided, !full);
-        for (const { table } of groups) for (const [name, value] of fixed) table.set(name, value);
-      }
+      if (first || guided !== was) groups = await regrouped(request, session, groups, guided, !full);
       const parts = rowsOfImage(request, guided),
         input = { data: scheduler.scaleModelInput(i, x), dims: latents.dims },
         rows = sampleRows(input, concat ?? null, shared ? 1 : parts);
@@ -247,7 +243,7 @@ async function run(session, graphs, groups) {
  * @param {boolean} keepCache keeps the conditional rows of what cached steps take, where guidance has just ended
  */
 async function regrouped(request, session, old, guided, keepCache) {
-  const { latents, cond, uncond, graphs } = request,
+  const { latents, cond, uncond, graphs, fixed = {} } = request,
     count = latents.dims[0],
     { batch } = session,
     parts = rowsOfImage(request, guided),
@@ -276,6 +272,7 @@ async function regrouped(request, session, old, guided, keepCache) {
     for (const [name, rows] of Object.entries(cond))
       table.set(name, session.put(take(joined(...Array(parts - 1).fill(uncond[name]), rows), numbers)));
     for (const [name, rows] of Object.entries(kept)) table.set(name, session.put(take(rows, numbers)));
+    for (const [name, rows] of Object.entries(fixed)) table.set(name, session.put(rows));
     return { rows: numbers, whole: !batch, table };
   });
 }
