@@ -18,15 +18,22 @@ from safetensors.numpy import load_file, save_file
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import REFERENCE, drawn_lora, load_reference
+from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.graphs import divide
 from edgediff.models.lora_factors import lora_factors
+from edgediff.targets import TARGETS
+from edgediff.targets.backends import open_pipeline
+from edgediff.targets.onnx import OnnxConfig
 from edgediff_runtime import EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.low_rank import DOWN, FORMAT, UP
+from edgediff_runtime.manifest import LoraInputs
 
 RANK = 4
 FLOOR_DB = 60.0
 SCALE = 2.0
+APART = "edgediff.targets.onnx.write_onnx.APART_BYTES"
 ASKED: dict[str, Any] = {
     "prompt": "a red apple",
     "seed": 3,
@@ -297,3 +304,74 @@ def test_a_unet_without_attention(tmp_path: Path) -> None:
                        add_attention=False)  # fmt: skip
     with pytest.raises(UnsupportedError, match="'lora_inputs' is for UNets with attention, and this one has"):
         edgediff.split(unet, lora_rank=4)
+
+
+def test_the_evidence_has_factors_once() -> None:
+    path = bundle()
+    inputs = open_bundle(path).manifest.lora
+    assert inputs is not None
+    stored = load_file(path / REFERENCE)
+    names = [name for name in stored if "lora" in name]
+    assert sorted(names) == sorted(f"lora/{name}" for name in inputs.shapes)
+    assert all(np.count_nonzero(stored[name]) == stored[name].size for name in names)
+    for step in load_reference(path / REFERENCE).steps:
+        assert {name: step.tensors[name].shape for name in inputs.shapes} == inputs.shapes
+    # The same whatever the order of the parts: a manifest's JSON is sorted.
+    turned = LoraInputs(inputs.rank, dict(reversed(inputs.layers.items())))
+    one, other = drawn_lora(inputs), drawn_lora(turned)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["coreml", "openvino", "executorch", "litert"])
+def test_every_target(target: str, tmp_path: Path) -> None:
+    """Each is verified with factors that are not zero; here it draws with a LoRA what ONNX draws."""
+    file = converted(style("sd1"), tmp_path / "style.safetensors")
+    asked = {"seed": 3, "num_inference_steps": 2, "lora": file}
+    opened = open_bundle(bundle(targets=(target,), components=()))
+    pipe = open_pipeline(opened, TARGETS[target].verifiers[0])
+    onnx = EdgePipeline.from_pretrained(bundle(), threads=1)
+    (tensor,) = opened.manifest.conditioning.tensors
+    text = np.random.default_rng(0).standard_normal((1, 77, int(tensor.shape[-1]))).astype(np.float32)
+    given = asked | {"prompt_embeds": text, "negative_prompt_embeds": -text, "output_type": "latent"}
+    want, drawn, off = onnx(**given), pipe(**given), pipe(**given | {"lora": None})
+    floor = 40.0 if target == "coreml" else FLOOR_DB
+    assert psnr_db(want.latents, drawn.latents) >= floor
+    assert psnr_db(want.latents, off.latents) < psnr_db(want.latents, drawn.latents) - 10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"onnx": OnnxConfig(weights="int4")},
+        {"onnx": OnnxConfig(dtype="fp16")},
+        {"onnx": OnnxConfig(quantize_nbits=8), "verify": VerifyConfig(mode="graphs")},
+        {"layout": "split", "sizes": ("32x32", "48x32")},
+        {"verify": VerifyConfig(mode="full")},
+    ],
+)
+def test_other_forms_of_graphs(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Weights in fewer bits, fp16, int8, any size, whole trajectories: factors have the dtype of the features."""
+    path = bundle(**settings)
+    pipe = EdgePipeline.from_pretrained(path, threads=1)
+    file = converted(style("sd1"), tmp_path / "style.safetensors")
+    off, drawn = pipe(**ASKED), pipe(**ASKED, lora=file, lora_scale=SCALE)
+    wanted = EdgePipeline.from_pretrained(bundle(), threads=1)(**ASKED, lora=file, lora_scale=SCALE)
+    near = psnr_db(wanted.latents, drawn.latents)
+    assert near > psnr_db(wanted.latents, off.latents)
+    dtypes = {t.dtype for graph in pipe.session.graphs for t in graph.inputs if t.name.startswith("lora_")}
+    assert dtypes == {"float16" if pipe.manifest.target("onnx").unet.dtype == "fp16" else "float32"}
+
+
+@pytest.mark.long
+def test_rows_share_a_sample_beside_factors(tmp_path: Path) -> None:
+    """Factors have no rows: what rows share before the text comes in, attention among it, is still computed once."""
+    config = msgspec.structs.replace(CONFIG, lora_inputs=RANK)
+    shared = EdgePipeline.from_pretrained(exported(saved("sd1"), config, {APART: 0}), threads=1)
+    assert all(graph.shares_rows for graph in shared.session.graphs if graph.takes_sample)
+    file = converted(style("sd1"), tmp_path / "style.safetensors")
+    pipe = EdgePipeline.from_pretrained(bundle(), threads=1)
+    one, other = (each(**ASKED, lora=file, num_images=2).latents for each in (shared, pipe))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
