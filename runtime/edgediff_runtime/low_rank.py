@@ -183,11 +183,14 @@ def _joined(layer: LoraLayer, rank: int, loras: Sequence[tuple[Pairs, float]]) -
 
 
 def _read_file(path: Path, called: str) -> dict[str, Array]:
-    """The tensors of a .safetensors file by name, float32 where they were bfloat16."""
     try:
-        data = path.read_bytes()
+        return parsed(path.read_bytes(), called)
     except OSError as e:
         raise RequestError(f"{called} cannot be read: {e.strerror or e}; expected a file of `edgediff lora`") from e
+
+
+def parsed(data: bytes, called: str) -> dict[str, Array]:
+    """The tensors of a file of factors by name, float32 where they were bfloat16; a RequestError where it is none."""
     try:
         start = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
         header: dict[str, Any] = json.loads(data[_LENGTH:start])
