@@ -8,7 +8,8 @@ inverted with DDIM and drawn again. Without options in some minutes; with `--ima
 drawings are inverted too.
 
 `--what control-cost` asks what a ControlNet costs at Stable Diffusion v1.5's size instead, with random weights: the
-steps of a bundle without one and of a bundle with one, in turns, with a control image and without.
+steps of a bundle without one and of a bundle with one, in turns, with a control image and without. `--what lora-cost`
+asks the same of low-rank factors as inputs, of the ranks 8 and 32.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from PIL import Image
 import edgediff
 from edgediff.bench.turns import Call, Said, parts_of
 from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import drawn_lora
 from edgediff.config.floors import VerifyConfig
 from edgediff.models.classifier import as_input, load_classifier, ranks_of
 from edgediff.plan.planner import make_plan
@@ -43,22 +45,24 @@ COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
 INVERSION_STEPS = 20
 WANTED, INVERTED = 30.0, 25.0  # dB
 WHAT = ("edits", "plans", "inversion")
-CONTROL_COST, LARGE = "control-cost", "sd15"
+COSTS, LARGE = ("control-cost", "lora-cost"), "sd15"
+RANKS = (8, 32)
 
 
 def main() -> None:
     """Measures what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="*", choices=(*WHAT, CONTROL_COST), default=WHAT)
+    parser.add_argument("--what", nargs="*", choices=(*WHAT, *COSTS), default=WHAT)
     parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
-    parser.add_argument("--side", type=int, default=64, help="rows and columns of the latent, for control-cost")
-    parser.add_argument("--rounds", type=int, default=7, help="for control-cost")
+    parser.add_argument("--side", type=int, default=64, help="rows and columns of the latent, for the costs")
+    parser.add_argument("--rounds", type=int, default=7, help="for the costs")
     given = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
-        if CONTROL_COST in given.what:
-            show_control_cost(Path(scratch), given.side, given.rounds)
+        for what, show in zip(COSTS, (show_control_cost, show_lora_cost), strict=True):
+            if what in given.what:
+                show(Path(scratch), given.side, given.rounds)
         if not {*WHAT} & {*given.what}:
             return
         bundles = {
@@ -177,21 +181,36 @@ def show_control_cost(scratch: Path, side: int, rounds: int) -> None:
     """What a ControlNet costs in a full and in a cached step, by graphs, of a guided image."""
     beside = scratch / "controlnet"
     save_random_controlnet(beside)
-    bundles = {}
-    for kind, control in (("without", None), ("with", beside)):
-        model = edgediff.load_model(LARGE, control=control)
-        config = edgediff.ExportConfig(
-            adaptor="identity", layout="split", steps=2, random_weights=0, sizes=(f"{side}x{side}",),
-            verify=VerifyConfig(mode="graphs"),
-        )  # fmt: skip
-        bundles[kind] = scratch / f"{LARGE}-{kind}"
-        edgediff.export_bundle(model, bundles[kind], config)
-        del model
+    without, steered = large(scratch / "without", side), large(scratch / "with", side, control=beside)
     calls = {
-        "without a ControlNet": Call.of(two_steps, bundle=str(bundles["without"]), steered=False),
-        "with one": Call.of(two_steps, bundle=str(bundles["with"]), steered=True),
-        "with one, without a control image": Call.of(two_steps, bundle=str(bundles["with"]), steered=False),
+        "without a ControlNet": Call.of(two_steps, bundle=without, steered=False),
+        "with one": Call.of(two_steps, bundle=steered, steered=True),
+        "with one, without a control image": Call.of(two_steps, bundle=steered, steered=False),
     }
+    show_cost(calls, side, rounds)
+
+
+def show_lora_cost(scratch: Path, side: int, rounds: int) -> None:
+    """What low-rank factors as inputs cost in a full and in a cached step of a guided image."""
+    bundles = {None: large(scratch / "fused", side, layout="pair")}
+    bundles |= {rank: large(scratch / f"rank-{rank}", side, layout="pair", lora_inputs=rank) for rank in RANKS}
+    named = {"fused" if rank is None else f"rank {rank}": bundle for rank, bundle in bundles.items()}
+    show_cost({name: Call.of(two_steps, bundle=bundle, steered=False) for name, bundle in named.items()}, side, rounds)
+
+
+def large(bundle: Path, side: int, control: Path | None = None, **recipe: Any) -> str:
+    """Exports the large geometry with random weights, whose steps are to be timed."""
+    config = edgediff.ExportConfig(
+        **{"adaptor": "identity", "layout": "split", "steps": 2, "random_weights": 0, "sizes": (f"{side}x{side}",)}
+        | {"verify": VerifyConfig(mode="graphs")}
+        | recipe
+    )
+    edgediff.export_bundle(edgediff.load_model(LARGE, control=control), bundle, config)
+    return str(bundle)
+
+
+def show_cost(calls: dict[str, Call], side: int, rounds: int) -> None:
+    """Times steps in turns, and sets them against those of the first."""
     runners = in_turns(calls, rounds)
     print(f"{LARGE}, latents of {side} x {side}, 2 rows, {rounds} rounds in turns; ms, medians [10th, 90th percentile]")
     base = next(iter(runners.values()))
@@ -199,7 +218,7 @@ def show_control_cost(scratch: Path, side: int, rounds: int) -> None:
         print(f" {name}: " + ", ".join(f"{part} {spread(ms)}" for part, ms in runner.parts.items()))
         if runner is not base:
             told = [f"{part} {spread(ratios(runner.parts[part], base.parts[part]))}" for part in ("full", "cached")]
-            print(f"  of those without one: {', '.join(told)}")
+            print(f"  of the first: {', '.join(told)}")
 
 
 def save_random_controlnet(folder: Path) -> None:
@@ -223,6 +242,8 @@ def two_steps(bundle: str, steered: bool) -> Iterator[Said]:
         (shape,) = (t.shape for g in pipe.session.graphs for t in g.inputs if t.name == "control_image")
         squares = np.indices(shape[2:]).sum(0) // 32 % 2 * 255
         asked["control_image"] = np.repeat(squares[:, :, None], 3, axis=2).astype(np.uint8)
+    if pipe.manifest.lora is not None:
+        asked["lora"] = drawn_lora(pipe.manifest.lora)
     pipe(**asked)
     yield Said()
     while True:
