@@ -17,15 +17,18 @@ from pipelines import CONFIG, exported_pipeline, saved
 from safetensors.numpy import load_file, save_file
 
 import edgediff
+from edgediff.bench.contenders import check
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import REFERENCE, drawn_lora, load_reference
 from edgediff.config.floors import VerifyConfig
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.models.graphs import divide
 from edgediff.models.lora_factors import lora_factors
+from edgediff.models.undivided import undivided_session
 from edgediff.targets import TARGETS
 from edgediff.targets.backends import open_pipeline
 from edgediff.targets.onnx import OnnxConfig
+from edgediff.verify.source import open_source
 from edgediff_runtime import EdgePipeline, RequestError, open_bundle
 from edgediff_runtime.low_rank import DOWN, FORMAT, UP
 from edgediff_runtime.manifest import LoraInputs
@@ -375,3 +378,15 @@ def test_rows_share_a_sample_beside_factors(tmp_path: Path) -> None:
     pipe = EdgePipeline.from_pretrained(bundle(), threads=1)
     one, other = (each(**ASKED, lora=file, num_images=2).latents for each in (shared, pipe))
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+def test_the_undivided_unet_takes_factors_too() -> None:
+    """What a bench in torch is checked with: the evidence, whose factors are not zero."""
+    path = bundle()
+    manifest = open_bundle(path).manifest
+    found, _ = open_source(manifest, edgediff.load_model(saved("sd1")))
+    assert found is not None
+    model, divided = found
+    reference = load_reference(path / REFERENCE)
+    assert check(undivided_session(model, factors=divided.factors), reference, only_full=True) > 120
+    assert check(undivided_session(model), reference, only_full=True) < 60

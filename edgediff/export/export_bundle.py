@@ -42,14 +42,13 @@ from edgediff.models.components import (
 )
 from edgediff.models.graphs import graph_list
 from edgediff.models.load import Model, unet_config
-from edgediff.models.lora_inputs import with_lora_layers
 from edgediff.models.part import Part
 from edgediff.models.sampling import diffusers_scheduler
 from edgediff.models.stored_weights import StoredWeights, taken_weights
 from edgediff.models.textual_inversion import all_tokens
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
-from edgediff.models.undivided import Undivided
+from edgediff.models.undivided import undivided_part
 from edgediff.targets import TARGETS
 from edgediff.targets.base import ComponentJob, Job
 from edgediff.targets.layout import modules
@@ -277,10 +276,7 @@ def _write_pipeline(
 def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = reference.steps[0].tensors
-    control = None if model.control is None else model.control.net
-    unet = with_lora_layers(model.unet) if divided.factors else model.unet
-    undivided = Undivided(unet, divided.inputs, control)
-    undivided.factors = divided.factors
+    undivided = undivided_part(model, divided.inputs, divided.factors)
     (whole,) = undivided(*(torch.from_numpy(first[name]) for name in divided.inputs))
     if not np.array_equal(whole.numpy(), first["out_sample"]):
         number = psnr_db(whole.numpy(), first["out_sample"])

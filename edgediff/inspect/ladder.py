@@ -77,7 +77,9 @@ def climb(paths: Sequence[str | Path], say: Callable[[str], None]) -> list[Rung]
         say(f"opening {path} in {backend}")
         pipes.append(open_pipeline(bundle, backend))
     requests = [
-        reference_request(bundle.manifest, load_reference(bundle.path / REFERENCE).conditioning) | prompt_request(pipe)
+        reference_request(bundle.manifest, load_reference(bundle.path / REFERENCE).conditioning)
+        | prompt_request(pipe)
+        | {"lora": None}  # pictures are of the model itself
         for bundle, pipe in zip(bundles, pipes, strict=True)
     ]
     times: list[list[float]] = [[] for _ in pipes]
