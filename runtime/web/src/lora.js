@@ -102,7 +102,8 @@ function checked(lora, { rank, layers }) {
         "take a LoRA of the same base",
     );
     refuse(own > rank, `lora has rank ${own}, the bundle's graphs take ${rank}; export with --lora-inputs ${own}`);
-    refuse(![down, up].every(({ data }) => data.every(Number.isFinite)), `lora: the factors of ${name} are not finite`);
+    const finite = [down, up].every(({ data }) => data.every(Number.isFinite));
+    refuse(!finite, `lora: the factors of ${name} are not finite`);
   }
   return lora;
 }
@@ -116,13 +117,14 @@ function readLora(bytes) {
   try {
     const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength),
       start = 8 + Number(view.getBigUint64(0, true)),
-      { __metadata__: said, ...header } = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes.slice(8, start)));
+      text = new TextDecoder("utf-8", { fatal: true }).decode(bytes.slice(8, start)),
+      { __metadata__: said, ...header } = JSON.parse(text);
     format = said?.format;
     for (const [name, { dtype, shape, data_offsets: ends }] of Object.entries(header)) {
       const [begin, end] = ends.map((/** @type {number} */ each) => start + each),
-        data = READ[dtype](bytes.slice(begin, end).buffer);
-      if (end > bytes.length || data.length !== shape.reduce((/** @type {number} */ a, /** @type {number} */ b) => a * b, 1))
-        throw new Error("another size");
+        data = READ[dtype](bytes.slice(begin, end).buffer),
+        length = shape.reduce((/** @type {number} */ a, /** @type {number} */ b) => a * b, 1);
+      if (end > bytes.length || data.length !== length) throw new Error("another size");
       tensors.set(name, { data, dims: shape });
     }
   } catch {
@@ -157,7 +159,8 @@ const READ = {
 function ofHalf(bits) {
   const power = (bits >> 10) & 31,
     fraction = bits & 1023,
-    size = power === 31 ? (fraction ? NaN : Infinity) : power ? 2 ** (power - 25) * (1024 + fraction) : 2 ** -24 * fraction;
+    finite = power ? 2 ** (power - 25) * (1024 + fraction) : 2 ** -24 * fraction,
+    size = power < 31 ? finite : fraction ? NaN : Infinity;
   return bits & 0x8000 ? -size : size;
 }
 

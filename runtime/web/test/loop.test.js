@@ -129,7 +129,8 @@ for (const name of goldenFiles("loop")) {
 
 test("what is the same for all rows and steps is there in each, also where guidance ends", async () => {
   for (const name of ["guided_pair.json", "guidance_ends_on_a_cached_step.json"]) {
-    const request = { ...requestOf(readGolden(`loop/${name}`)), fixed: { lora_up_full: { data: Float32Array.of(3), dims: [1, 1] } } },
+    const fixed = { lora_up_full: { data: Float32Array.of(3), dims: [1, 1] } },
+      request = { ...requestOf(readGolden(`loop/${name}`)), fixed },
       session = new FakeSession(readGolden(`loop/${name}`)),
       run = session.run.bind(session);
     session.run = (graph, table) => {
