@@ -8,13 +8,17 @@ inverted with DDIM and drawn again, as they are and, with plug-and-play injectio
 some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real drawings are inverted too. `--what control`: how near are
 pictures by ControlNets and T2I-Adapters to diffusers' own, on the small pipelines of the tests?
 `--what residuals`: what would a ControlNet that runs on cached steps too be worth?
+
+`--what control-cost` asks what a ControlNet costs at Stable Diffusion v1.5's size instead, with random weights: the
+steps of a bundle without one and of a bundle with one, in turns, with a control image and without. `--what lora-cost`
+asks the same of low-rank factors as inputs, of the ranks 8 and 32.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,11 +27,15 @@ import diffusers
 import msgspec
 import numpy as np
 import torch
-from measure import exported, machine, verdict
+from diffusers import ControlNetModel
+from measure import exported, in_turns, machine, ratios, spread, verdict
 from PIL import Image
 
 import edgediff
+from edgediff.bench.turns import Call, Said, parts_of
 from edgediff.bundle.psnr import psnr_db
+from edgediff.bundle.reference import drawn_lora
+from edgediff.config.floors import VerifyConfig
 from edgediff.export.prepare import Prepared, prepare
 from edgediff.models.classifier import as_input, load_classifier, ranks_of
 from edgediff.models.graphs import graph_list
@@ -35,7 +43,7 @@ from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.plan.planner import make_plan
 from edgediff.zoo import FOLDER, built_in
-from edgediff_runtime import EdgePipeline, Result
+from edgediff_runtime import EdgePipeline, Result, noise
 from edgediff_runtime.clock import letters
 from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.editing import as_pixels, from_vae
@@ -55,15 +63,19 @@ WHAT = ("edits", "plans", "inversion", "injection", "control", "residuals")
 ROUNDS = 7
 # Of a skip connection's size, that of the residuals of a ControlNet that nobody trained.
 STRENGTH_OF_RESIDUALS = 0.3
+COSTS, LARGE = ("control-cost", "lora-cost"), "sd15"
+RANKS = (8, 32)
 
 
 def main() -> None:
     """Measures what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
+    parser.add_argument("--what", nargs="*", choices=(*WHAT, *COSTS), default=WHAT)
     parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
     parser.add_argument("--injected", type=Path, help="a PNG of the first injections: source, plain, clock 1, clock 2")
+    parser.add_argument("--side", type=int, default=64, help="rows and columns of the latent, for the costs")
+    parser.add_argument("--rounds", type=int, default=7, help="for the costs")
     given = parser.parse_args()
     print(machine())
     if "control" in given.what:
@@ -73,6 +85,11 @@ def main() -> None:
     if set(given.what) <= {"control", "residuals"}:
         return
     with tempfile.TemporaryDirectory() as scratch:
+        for what, show in zip(COSTS, (show_control_cost, show_lora_cost), strict=True):
+            if what in given.what:
+                show(Path(scratch), given.side, given.rounds)
+        if not {*WHAT} & {*given.what}:
+            return
         bundles = {
             kind: exported(MODEL, Path(scratch) / kind, adaptor=adaptor)
             for kind, adaptor in (("learned", None), ("identity", "identity"))
@@ -351,6 +368,80 @@ def save_sheet(rows: Sequence[Array], path: Path) -> None:
     """Rows of pictures as one, twice as large."""
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     Image.fromarray(grid.repeat(2, axis=0).repeat(2, axis=1)).save(path)
+
+
+def show_control_cost(scratch: Path, side: int, rounds: int) -> None:
+    """What a ControlNet costs in a full and in a cached step, by graphs, of a guided image."""
+    beside = scratch / "controlnet"
+    save_random_controlnet(beside)
+    without, steered = large(scratch / "without", side), large(scratch / "with", side, control=beside)
+    calls = {
+        "without a ControlNet": Call.of(two_steps, bundle=without, steered=False),
+        "with one": Call.of(two_steps, bundle=steered, steered=True),
+        "with one, without a control image": Call.of(two_steps, bundle=steered, steered=False),
+    }
+    show_cost(calls, side, rounds)
+
+
+def show_lora_cost(scratch: Path, side: int, rounds: int) -> None:
+    """What low-rank factors as inputs cost in a full and in a cached step of a guided image."""
+    bundles = {None: large(scratch / "fused", side, layout="pair")}
+    bundles |= {rank: large(scratch / f"rank-{rank}", side, layout="pair", lora_inputs=rank) for rank in RANKS}
+    named = {"fused" if rank is None else f"rank {rank}": bundle for rank, bundle in bundles.items()}
+    show_cost({name: Call.of(two_steps, bundle=bundle, steered=False) for name, bundle in named.items()}, side, rounds)
+
+
+def large(bundle: Path, side: int, control: Path | None = None, **recipe: Any) -> str:
+    """Exports the large geometry with random weights, whose steps are to be timed."""
+    config = edgediff.ExportConfig(
+        **{"adaptor": "identity", "layout": "split", "steps": 2, "random_weights": 0, "sizes": (f"{side}x{side}",)}
+        | {"verify": VerifyConfig(mode="graphs")}
+        | recipe
+    )
+    edgediff.export_bundle(edgediff.load_model(LARGE, control=control), bundle, config)
+    return str(bundle)
+
+
+def show_cost(calls: dict[str, Call], side: int, rounds: int) -> None:
+    """Times steps in turns, and sets them against those of the first."""
+    runners = in_turns(calls, rounds)
+    print(f"{LARGE}, latents of {side} x {side}, 2 rows, {rounds} rounds in turns; ms, medians [10th, 90th percentile]")
+    base = next(iter(runners.values()))
+    for name, runner in runners.items():
+        print(f" {name}: " + ", ".join(f"{part} {spread(ms)}" for part, ms in runner.parts.items()))
+        if runner is not base:
+            told = [f"{part} {spread(ratios(runner.parts[part], base.parts[part]))}" for part in ("full", "cached")]
+            print(f"  of the first: {', '.join(told)}")
+
+
+def save_random_controlnet(folder: Path) -> None:
+    """A ControlNet of the large model's size; its last convolutions, zero before a training, are random too."""
+    torch.manual_seed(SEED)
+    net = ControlNetModel.from_unet(edgediff.load_model(LARGE).unet, load_weights_from_unet=False)
+    for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(convolution.weight, std=0.02)
+    net.save_pretrained(folder)
+
+
+def two_steps(bundle: str, steered: bool) -> Iterator[Said]:
+    """Each turn is a full and a cached step; nothing is checked but that results are finite, which the loop does."""
+    pipe = EdgePipeline.from_pretrained(bundle)
+    (text,) = pipe.manifest.conditioning.tensors[:1]
+    tokens, width = (77 if isinstance(size, str) else size for size in text.shape[1:])
+    asked: dict[str, Any] = {"seed": SEED, "clock": 2, "num_inference_steps": 2, "guidance_scale": 7.5}
+    for draw, name in enumerate(("prompt_embeds", "negative_prompt_embeds")):
+        asked[name] = noise(SEED, (tokens, width), image=0, draw=draw)[None]
+    if steered:
+        (shape,) = (t.shape for g in pipe.session.graphs for t in g.inputs if t.name == "control_image")
+        squares = np.indices(shape[2:]).sum(0) // 32 % 2 * 255
+        asked["control_image"] = np.repeat(squares[:, :, None], 3, axis=2).astype(np.uint8)
+    if pipe.manifest.lora is not None:
+        asked["lora"] = drawn_lora(pipe.manifest.lora)
+    pipe(**asked)
+    yield Said()
+    while True:
+        result = pipe(**asked)
+        yield Said(parts=parts_of([(step.full, step.ms) for step in result.ledger], {}, "loop"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The golden corpus (runtime/golden/): what every runtime must compute; its files are what its makers write."""
 
+import base64
 import copy
 import json
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,8 @@ from edgediff_runtime import BundleError, EdgePipeline, RequestError, noise, ope
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.inversion import inverse_scheduler
 from edgediff_runtime.loop import Kept, Request, Source, denoise
-from edgediff_runtime.manifest import Encoder, Graph, Tensor
+from edgediff_runtime.low_rank import spread_over_inputs
+from edgediff_runtime.manifest import Encoder, Graph, LoraInputs, Tensor
 from edgediff_runtime.manifest_json import parse_manifest
 from edgediff_runtime.prompt import tokenized
 from edgediff_runtime.schedulers import SchedulerConfig, make_scheduler
@@ -215,6 +217,34 @@ def test_ddim_is_taken_backwards(case: Mapping[str, Any]) -> None:
         )
         made, state = inverse.step(i, x, output, state, first=i == 0)
         np.testing.assert_allclose(made, want, rtol=0, atol=CLOSE * np.abs(x).max())
+
+
+def files_of_factors(case: Mapping[str, Any], folder: Path) -> list[Path]:
+    for name in case["files"]:
+        (folder / name).write_bytes(base64.b64decode(read("low_rank.json")["files"][name]))
+    return [folder / name for name in case["files"]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", read("low_rank.json")["cases"], ids=lambda case: "-".join(case["files"]) or "none")
+def test_factors_are_spread_over_inputs(case: Mapping[str, Any], dtype: Any, tmp_path: Path) -> None:
+    inputs = msgspec.convert(read("low_rank.json")["lora"], LoraInputs)
+    taken = {name: Tensor(name, dtype, shape) for name, shape in inputs.shapes.items()}
+    files = files_of_factors(case, tmp_path)
+    made = spread_over_inputs(inputs, files or None, case["scale"], taken)
+    assert made.keys() == case[dtype].keys()
+    for name, want in case[dtype].items():
+        values = np.array(want, np.uint16).view(np.float16) if dtype == "float16" else np.array(want, np.float32)
+        assert made[name].dtype == dtype
+        np.testing.assert_array_equal(made[name], values[None])
+
+
+@pytest.mark.parametrize("case", read("low_rank.json")["refused"], ids=lambda case: case["why"])
+def test_factors_that_do_not_fit_are_refused(case: Mapping[str, Any], tmp_path: Path) -> None:
+    inputs = msgspec.convert(read("low_rank.json")["lora"], LoraInputs)
+    taken = {name: Tensor(name, "float32", shape) for name, shape in inputs.shapes.items()}
+    with pytest.raises(RequestError):
+        spread_over_inputs(inputs, files_of_factors(case, tmp_path) or None, case["scale"], taken)
 
 
 def test_the_whole_bundle_makes_its_pictures() -> None:

@@ -191,7 +191,8 @@ def _open_source(manifest: Manifest, compile_parts: bool, undivided: bool) -> Se
     if found is None:
         raise UnsupportedError(f"{reason}; torch runs the model that the bundle was made of")
     model, divided = found
-    session = undivided_session(model) if undivided else TorchSession(divided.parts, graph_list(divided, model))
+    whole = undivided_session(model, factors=divided.factors) if undivided else None
+    session = whole or TorchSession(divided.parts, graph_list(divided, model))
     if compile_parts:
         import torch
 

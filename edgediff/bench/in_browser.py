@@ -59,6 +59,7 @@ def time_in_browser(
     asked = reference_request(manifest, reference.conditioning) | {"num_images": num_images, "seed": 0}
     asked |= prompt_request(python, reference.conditioning)
     del asked["clock"]
+    asked.pop("lora", None)  # the page has none; it costs the same
     asked |= {name: value for name, value in request.items() if value is not None}
     asked = {name: value for name, value in asked.items() if value is not None}
     arrays = [name for name, value in asked.items() if isinstance(value, np.ndarray | dict | list)]

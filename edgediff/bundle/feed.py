@@ -8,7 +8,7 @@ import numpy as np
 
 from edgediff.bundle.reference import Recorded, step_inputs
 from edgediff_runtime import Bundle
-from edgediff_runtime.manifest import SAMPLE, TIMESTEP, Graph, share_rows
+from edgediff_runtime.manifest import SAMPLE, Graph, has_rows, share_rows
 from edgediff_runtime.sessions import Session
 
 
@@ -17,7 +17,7 @@ def run_rows(
 ) -> dict[str, np.ndarray]:
     """Runs graphs, each of which has a file, one after the other on any number of rows; gives the wanted tensors back.
 
-    `given` are inputs by name in the dtypes that the graphs declare, [rows, ...]; ``timestep`` [1] has none.
+    `given` are inputs by name in the dtypes that the graphs declare, [rows, ...] where they have rows.
     """
     graphs, wanted = tuple(graphs), tuple(wanted)
     made: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
@@ -64,7 +64,7 @@ def guided(step: Recorded) -> Recorded:
     if is_guided(step.tensors[SAMPLE]):
         return step
     tensors = {
-        name: array if name == TIMESTEP else np.concatenate([array, array]) for name, array in step.tensors.items()
+        name: np.concatenate([array, array]) if has_rows(name) else array for name, array in step.tensors.items()
     }
     return replace(step, tensors=tensors)
 
@@ -78,14 +78,12 @@ def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np
     rows = count_rows(given)
     order = np.minimum(np.arange(rows + -rows % batch), rows - 1)
     for chosen in order.reshape(-1, batch):
-        yield {
-            name: array if name == TIMESTEP else np.ascontiguousarray(array[chosen]) for name, array in given.items()
-        }
+        yield {name: np.ascontiguousarray(array[chosen]) if has_rows(name) else array for name, array in given.items()}
 
 
 def count_rows(given: Mapping[str, np.ndarray]) -> int:
-    """The rows of tensors by name; ``timestep`` [1] has none."""
-    return next(len(array) for name, array in given.items() if name != TIMESTEP)
+    """The rows of tensors by name; ``timestep`` [1] has none, nor have low-rank factors."""
+    return next(len(array) for name, array in given.items() if has_rows(name))
 
 
 def undivided_step(bundle: Bundle, target: str) -> Bundle | None:

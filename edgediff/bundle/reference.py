@@ -20,12 +20,27 @@ from edgediff_runtime import EdgePipeline, Manifest, noise
 from edgediff_runtime.errors import BundleError
 from edgediff_runtime.inversion import Inverted
 from edgediff_runtime.loop import CACHE
-from edgediff_runtime.manifest import CONTROL_IMAGE, T2I_ADAPTER, TEXT, TIMESTEP, Component, Graph, Sample, injects
+from edgediff_runtime.low_rank import DOWN, PREFIX, UP
+from edgediff_runtime.manifest import (
+    CONTROL_IMAGE,
+    T2I_ADAPTER,
+    TEXT,
+    TIMESTEP,
+    Component,
+    Graph,
+    LoraInputs,
+    Sample,
+    has_rows,
+    injects,
+)
 from edgediff_runtime.schedulers import make_scheduler
 
 REFERENCE = "evidence/reference.safetensors"
 # The draw of the reference's noise that stands for a picture in each step.
 DRAWN_ALONG = 2_000
+# Of the factors that stand for a LoRA, where graphs take one: their seed, and about how much of a projection's result
+# theirs is.
+LORA_SEED, LORA_SHARE = 11, 0.05
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,23 @@ def reference_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -
     else:
         beside = ("concat_latents", CONTROL_IMAGE, "control_features")
         request |= {name: given[name] for name in beside if given.get(name) is not None}
-    return request
+    return request if manifest.lora is None else request | {"lora": drawn_lora(manifest.lora)}
+
+
+def drawn_lora(inputs: LoraInputs) -> dict[str, np.ndarray]:
+    """The LoRA of the reference: seeded normal numbers that change a projection by some hundredths."""
+    # By name: a manifest that was read has its parts in another order than one that is drafted.
+    layers = sorted((layer for part in inputs.layers.values() for layer in part), key=lambda layer: layer.name)
+    found = {}
+    for i, layer in enumerate(layers):
+        for draw, end, shape, width in (
+            (0, DOWN, (inputs.rank, layer.inputs), layer.inputs),
+            (1, UP, (layer.outputs, inputs.rank), inputs.rank / LORA_SHARE**2),
+        ):
+            found[f"{PREFIX}{layer.name}{end}"] = noise(LORA_SEED, shape, image=i, draw=draw) / np.sqrt(
+                np.float32(width)
+            )
+    return found
 
 
 def recorded_request(manifest: Manifest, conditioning: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -248,7 +279,7 @@ def _check_graph(step: Recorded, graph: Graph, rows: int, half: dict[str, np.nda
             sizes = tuple(
                 n if isinstance(n, int) else size for size, n in zip(given[1:], tensor.shape[1:], strict=False)
             )
-            shape = tensor.shape if name == "timestep" else (rows, *sizes)
+            shape = (rows, *sizes) if has_rows(name) else tensor.shape
             _check_array(f"{what}{name} of step {step.index}", tensors[name], dtype, shape)
 
 
@@ -280,12 +311,18 @@ def _flat(reference: Reference) -> dict[str, np.ndarray]:
         flat["latents"] = reference.latents
     for step in reference.steps:
         where = f"steps/{step.index}/{'full' if step.full else 'cached'}"
-        flat.update({f"{where}/{name}": value for name, value in step.tensors.items()})
+        flat.update({f"{where}/{name}": value for name, value in step.tensors.items() if not _is_factor(name)})
+        flat.update({f"lora/{name}": value for name, value in step.tensors.items() if _is_factor(name)})
     for component, tensors in reference.components.items():
         flat.update({f"components/{component}/{name}": value for name, value in tensors.items()})
     for (target, index, graph), tensors in reference.half.items():
         flat.update({f"half/{target}/{index}/{graph}/{name}": value for name, value in tensors.items()})
     return flat
+
+
+def _is_factor(name: str) -> bool:
+    """Whether a tensor is the same in all steps, and written once."""
+    return name != TIMESTEP and not has_rows(name)
 
 
 def load_reference(path: Path) -> Reference:
@@ -310,11 +347,14 @@ def _unflat(flat: dict[str, np.ndarray]) -> Reference:
     half: dict[tuple[str, int, str], dict[str, np.ndarray]] = {}
     components: dict[str, dict[str, np.ndarray]] = {}
     found: dict[tuple[int, bool], dict[str, np.ndarray]] = {}
+    factors: dict[str, np.ndarray] = {}
     latents = None
     for key, value in flat.items():
         match key.split("/"):
             case ["latents"]:
                 latents = value
+            case ["lora", name]:
+                factors[name] = value
             case ["conditioning", name]:
                 conditioning[name] = value
             case ["steps", index, ("full" | "cached") as kind, name] if index.isdigit():
@@ -325,5 +365,5 @@ def _unflat(flat: dict[str, np.ndarray]) -> Reference:
                 half.setdefault((target, int(index), graph), {})[name] = value
             case _:
                 raise BundleError(f"{REFERENCE} holds {key!r}, which no reference has; export again")
-    steps = [Recorded(index, full, tensors) for (index, full), tensors in sorted(found.items())]
+    steps = [Recorded(index, full, tensors | factors) for (index, full), tensors in sorted(found.items())]
     return Reference(tuple(steps), latents, conditioning, half, components)

@@ -84,6 +84,13 @@ def export(
         bool,
         typer.Option("--injection", help="Graphs for plug-and-play editing: see `edgediff run --inverted`."),
     ] = False,
+    lora_inputs: Annotated[
+        int | None,
+        typer.Option(
+            help="A rank: the graphs take LoRAs of attention, up to it, with each picture; see `edgediff lora`.",
+            metavar="RANK",
+        ),
+    ] = None,
     prediction_type: Annotated[
         str | None,
         typer.Option(help="What a single file predicts: epsilon, v_prediction or sample; left out, it is inferred."),
@@ -161,7 +168,8 @@ def export(
         "guidance_scale": guidance_scale, "layout": layout, "random_weights": random_weights, "seed": seed,
         "conditioning": None if conditioning is None else str(conditioning), "model": model,
         "lora": lora, "embedding": embedding, "vae": vae, "preview": preview, "control": control, "sizes": size,
-        "injection": injection or None, "t2i_adapter": t2i_adapter, "prediction_type": prediction_type,
+        "injection": injection or None, "t2i_adapter": t2i_adapter, "lora_inputs": lora_inputs,
+        "prediction_type": prediction_type,
     }  # fmt: skip
     recipe = recipe_with(config, given)
     for section, key, value in (

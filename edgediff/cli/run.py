@@ -76,6 +76,13 @@ def run(
     depth: Annotated[
         Path | None, typer.Option(help="A depth map for a model that takes one, white being near.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE[:scale]: a LoRA that `edgediff lora` converted, for a bundle that was exported with "
+            "--lora-inputs; may be given more than once."
+        ),
+    ] = None,
     control: Annotated[
         list[Path] | None,
         typer.Option(
@@ -150,6 +157,7 @@ def run(
         write_preview,
     )
     from edgediff_runtime.inversion import read_inverted
+    from edgediff_runtime.low_rank import read_specs
     from edgediff_runtime.pictures import edit_arguments
 
     request: dict[str, Any] = {"label": label, "seed": seed, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
@@ -160,7 +168,7 @@ def run(
         image, mask, depth, control or (), strength=strength, image_guidance_scale=image_guidance_scale,
         control_scale=control_scale or (), paste=paste, feather=feather,
     )  # fmt: skip
-    request |= edit | {"inject_attention": inject_attention, "inject_features": inject_features}
+    request |= edit | read_specs(lora) | {"inject_attention": inject_attention, "inject_features": inject_features}
     if latents is not None:
         request["latents"] = read_latents(latents)
     if inverted is not None:

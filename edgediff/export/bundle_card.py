@@ -36,6 +36,7 @@ def bundle_card(manifest: Manifest, model: Model) -> str:
         f"conditioned on: {manifest.conditioning.kind}.",
         *_components(manifest),
         *_tokens(model),
+        *_low_rank(manifest),
         f"- **Verified at**: {point.num_inference_steps} steps of {manifest.scheduler.name}, clock {point.clock}, "
         f"guidance {point.guidance_scale:g}; reference conditioning: {manifest.evidence.conditioning}. "
         "The figures stand in evidence/parity.json; `edgediff verify` measures them again.",
@@ -82,6 +83,17 @@ def _tokens(model: Model) -> list[str]:
         f"`{each.token}` (of {each.path.name}, sha256 `{each.sha256[:12]}`...)" for each in model.embedding
     )
     return [f"- **Textual inversion**: prompts may name {named}."]
+
+
+def _low_rank(manifest: Manifest) -> list[str]:
+    """What LoRAs the graphs take, where they take some."""
+    if manifest.lora is None:
+        return []
+    count = sum(map(len, manifest.lora.layers.values()))
+    return [
+        f"- **LoRA**: of rank {manifest.lora.rank} at most, of the {count} projections of attention; `edgediff lora` "
+        "converts one. Without one the graphs are the model's own. The evidence has one of random numbers."
+    ]
 
 
 def _step_macs(manifest: Manifest, step: str) -> int:

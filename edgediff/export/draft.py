@@ -23,6 +23,7 @@ from edgediff.models.components import (
 from edgediff.models.controlnet import control_hashes
 from edgediff.models.graphs import conditioning_tensors, graph_list
 from edgediff.models.load import Model
+from edgediff.models.lora_inputs import lora_inputs
 from edgediff.models.macs import count, tally
 from edgediff.models.sampling import scheduler_config
 from edgediff.models.trained import trained_for
@@ -156,6 +157,7 @@ def draft_manifest(
         prompt=prompt_settings(model, components),
         vae=vae_settings(model, components),
         preview=preview_settings(model, components),
+        lora=lora_inputs(divided.factors),
     )
 
 

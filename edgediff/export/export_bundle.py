@@ -50,7 +50,7 @@ from edgediff.models.stored_weights import StoredWeights, taken_weights
 from edgediff.models.textual_inversion import all_tokens
 from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
-from edgediff.models.undivided import Undivided
+from edgediff.models.undivided import undivided_part
 from edgediff.targets import TARGETS
 from edgediff.targets.base import ComponentJob, Job
 from edgediff.targets.layout import modules
@@ -288,7 +288,7 @@ def _write_pipeline(
 def _check_split(model: Model, divided: SplitUNet, reference: Reference) -> None:
     """Runs the undivided UNet on the first step's rows: what the parts gave must be its output, bit for bit."""
     first = {name: torch.from_numpy(value) for name, value in reference.steps[0].tensors.items()}
-    undivided = Undivided(model.unet, divided.inputs, model.control)
+    undivided = undivided_part(model, divided.inputs, divided.factors)
     (whole,) = undivided(*(first[name] for name in divided.inputs))
     out = first["out_sample"]
     if model.injects:  # the undivided one does not: every row takes its own

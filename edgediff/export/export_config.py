@@ -21,6 +21,8 @@ from edgediff.targets.base import PRECISIONS, CalibratedConfig, Layout, Target
 from edgediff_runtime.clock import clock_mask
 from edgediff_runtime.errors import RequestError
 
+# Ranks of low-rank factors up to which a step was measured to cost little more (benchmarks/log/editing.md).
+MOST_RANK = 32
 # What a precision is asked for by name.
 COMPONENTS = (
     "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "preview_decoder", "t2i_adapter",
@@ -59,6 +61,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         control: Directories with ControlNets of the same base, whose residuals, added up, become inputs of the graphs.
         t2i_adapter: A directory with a T2I-Adapter of the same base, whose features become inputs of the graphs.
         injection: Let rows of a step take the self-attention and features of an inverted picture (plug-and-play).
+        lora_inputs: The rank of low-rank factors that become inputs of the graphs, for every projection of attention;
+            None has none.
         prediction_type: What the UNet of a single file predicts; None infers it.
         components: Which components are written beside the UNet, of ``text_encoder``, ``text_encoder_2``,
             ``vae_decoder``, ``vae_encoder``, ``preview_decoder`` and ``t2i_adapter``; None takes all that there are.
@@ -94,6 +98,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     control: tuple[str, ...] = ()
     t2i_adapter: str | None = None
     injection: bool = False
+    lora_inputs: int | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     components: tuple[str, ...] | None = None
     sizes: tuple[str, ...] = ()
@@ -200,6 +205,8 @@ def check_config(config: ExportConfig) -> ExportConfig:
         )
     if config.steps is not None and config.steps < 1:
         raise ConfigError(f"'steps' is {config.steps}; expected 1 or more")
+    if config.lora_inputs is not None and not 1 <= config.lora_inputs <= MOST_RANK:
+        raise ConfigError(f"'lora_inputs' is {config.lora_inputs}; expected a rank from 1 to {MOST_RANK}")
     if config.guidance_scale is not None and not _positive(config.guidance_scale):
         raise ConfigError(f"'guidance_scale' is {config.guidance_scale}; expected a finite number above 0")
     verify = config.verify

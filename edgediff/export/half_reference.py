@@ -140,7 +140,7 @@ class RoundedPart(Part):
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the part with rounded constants."""
         with self.rounding:
-            return self.part.compute(tensors)
+            return self.part.run(tensors)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def prepare(model: Model, config: ExportConfig, say: Progress) -> Prepared:
     conditioning |= control_features(components, conditioning)
     say("dividing the UNet")
     adaptor = choose_adaptor(config.adaptor, model, config.cut, operating_point(model, config))
-    divided = divide(model, config.cut, adaptor.part)
+    divided = divide(model, config.cut, adaptor.part, config.lora_inputs)
     draft = draft_manifest(model, divided, config, source, components, adaptor.manifest, sizes)
     return Prepared(model, config, components, sizes, conditioning, adaptor, divided, draft)
 

@@ -78,7 +78,9 @@ def climb(paths: Sequence[str | Path], say: Callable[[str], None]) -> list[Rung]
         pipes.append(open_pipeline(bundle, backend))
     given = [load_reference(bundle.path / REFERENCE).conditioning for bundle in bundles]
     requests = [
-        reference_request(bundle.manifest, conditioning) | prompt_request(pipe, conditioning)
+        reference_request(bundle.manifest, conditioning)
+        | prompt_request(pipe, conditioning)
+        | {"lora": None}  # pictures are of the model itself
         for bundle, pipe, conditioning in zip(bundles, pipes, given, strict=True)
     ]
     times: list[list[float]] = [[] for _ in pipes]

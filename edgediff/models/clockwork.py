@@ -20,6 +20,7 @@ from edgediff.models.controlnet import MID, control_names
 from edgediff.models.embedding import StepEmbedding
 from edgediff.models.injection import Rows, injected, rows_taken
 from edgediff.models.layers import AnyLayer, Layer, Mid, flatten
+from edgediff.models.lora_inputs import Factors, factors_of, with_lora_layers
 from edgediff.models.part import Part
 from edgediff.models.t2i_adapter import feature_names, feature_places
 from edgediff_runtime.loop import CACHE
@@ -227,6 +228,11 @@ class SplitUNet(nn.Module):
         }
 
     @property
+    def factors(self) -> tuple[Factors, ...]:
+        """The low-rank factors that the parts take, in the order of a step; empty where they take none."""
+        return tuple(each for part in self.parts.values() for each in part.factors)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of a step's inputs: ``sample``, ``timestep`` and the conditioning."""
         made = {CACHE, *(name for part in self.parts.values() for name in part.outputs)}
@@ -303,6 +309,7 @@ def split(
     takes_control: bool = False,
     features: int = 0,
     injects: bool = False,
+    lora_rank: int | None = None,
 ) -> SplitUNet:
     """Divides a UNet at a cut; weights are shared, the UNet is not changed.
 
@@ -316,6 +323,8 @@ def split(
         features: How many features of a T2I-Adapter are inputs of a step, by diffusers' name.
         injects: Take ``attention_rows`` and ``feature_rows``, int64 [B], for plug-and-play injection: the row whose
             queries and keys, and whose features, each row takes.
+        lora_rank: Take low-rank factors of this rank as inputs of a step; None takes none. With zeros the result is
+            the same, bit for bit.
 
     Raises:
         UnsupportedError: The UNet cannot be cut there, or at all: the message names the block or the setting.
@@ -325,6 +334,8 @@ def split(
         raise UnsupportedError(f"cannot cut a {type(unet).__name__}; supported: UNet2DModel, UNet2DConditionModel")
     if unet.config.get("attention_type", "default") != "default":
         raise UnsupportedError(f"cannot cut a GLIGEN UNet (attention_type {unet.config.attention_type!r})")
+    if lora_rank is not None:
+        unet = with_lora_layers(unet)
     down, mid, up = flatten(unet)
     up = injected(up) if injects else up
     if not 1 <= cut.level < len(down):
@@ -364,6 +375,11 @@ def split(
     )
     if isinstance(unet, UNet2DConditionModel) and TEXT not in divided.inputs:
         divided.ignored = (TEXT,)
+    if lora_rank is not None:
+        for name in ("highres_in", "lowres", "highres_out"):
+            part = divided.parts[name]
+            part.factors = factors_of(name, part, lora_rank)
+            part.inputs += tuple(tensor for each in part.factors for tensor in each.shapes)
     follow_mode(divided, unet)
     return divided
 

@@ -20,11 +20,13 @@ FREQUENCY: dict[str, Frequency] = {
 }
 
 
-def divide(model: Model, cut: Cut, adaptor: Part | None = None) -> SplitUNet:
+def divide(model: Model, cut: Cut, adaptor: Part | None = None, lora_rank: int | None = None) -> SplitUNet:
     """Divides a model's UNet as what steers it asks for; arguments and errors are those of `split`."""
     features = 0 if model.t2i_adapter is None else len(model.t2i_adapter.places)
-    controlnet = control_part(model.control)
-    return split(model.unet, cut, adaptor, controlnet=controlnet, features=features, injects=model.injects)
+    return split(
+        model.unet, cut, adaptor, controlnet=control_part(model.control), features=features, injects=model.injects,
+        lora_rank=lora_rank,
+    )  # fmt: skip
 
 
 def graph_list(split: SplitUNet, model: Model) -> tuple[Graph, ...]:

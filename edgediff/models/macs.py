@@ -57,6 +57,7 @@ def _tally(split: SplitUNet, sample_shape: tuple[int, int, int], cond: Mapping[s
         "sample": torch.empty(1, *sample_shape, device="meta"),
         "timestep": torch.empty(1, device="meta"),
         **{name: spec.empty() for name, spec in cond.items()},
+        **{name: torch.empty(shape, device="meta") for each in split.factors for name, shape in each.shapes.items()},
     }
     counts: dict[str, Cost] = {}
     for name, part in parts.items():

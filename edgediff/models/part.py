@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from edgediff.models.lora_inputs import Factors, given
+
 
 class Part(nn.Module, ABC):
     """A module with named inputs and outputs: one of the four parts, or a chain of them.
@@ -16,7 +18,10 @@ class Part(nn.Module, ABC):
     Attributes:
         inputs: Names of the tensors that `forward` takes, in order.
         outputs: Names of the tensors that it returns, in order.
+        factors: The low-rank factors that its layers take from among the inputs; of a chain, its parts have them.
     """
+
+    factors: tuple[Factors, ...] = ()
 
     def __init__(self, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -25,7 +30,9 @@ class Part(nn.Module, ABC):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Runs the part on positional tensors, in the order of `inputs`."""
-        outputs = self.compute(dict(zip(self.inputs, tensors, strict=True)))
+        named = dict(zip(self.inputs, tensors, strict=True))
+        with given(self.factors, named):
+            outputs = self.compute(named)
         return tuple(outputs[name] for name in self.outputs)
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from edgediff.models.part import Part
-from edgediff_runtime.manifest import Graph, Tensor
+from edgediff_runtime.manifest import Graph, Tensor, has_rows
 
 DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {torch.float32: "float32", torch.int64: "int64"}
 
@@ -47,6 +47,6 @@ class TorchSession(TorchTensors):
 
 
 def graph_tensor(name: str, value: torch.Tensor) -> Tensor:
-    """A tensor as graphs list it: any number of rows, but one ``timestep``."""
-    shape = tuple(value.shape) if name == "timestep" else ("batch", *value.shape[1:])
+    """A tensor as graphs list it: any number of rows, but one ``timestep`` and low-rank factors once."""
+    shape = ("batch", *value.shape[1:]) if has_rows(name) else tuple(value.shape)
     return Tensor(name=name, dtype=DTYPES[value.dtype], shape=shape)

@@ -8,10 +8,11 @@ from diffusers import MultiControlNetModel, UNet2DConditionModel
 
 from edgediff.models.controlnet import MID, control_names
 from edgediff.models.injection import ROW_TENSORS
+from edgediff.models.lora_inputs import Factors, with_lora_layers
 from edgediff.models.part import Part
 from edgediff.models.t2i_adapter import feature_names
 from edgediff.models.torch_session import TorchSession, graph_tensor
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, T2I_ADAPTER, Graph, numbered
+from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROL_SCALE, T2I_ADAPTER, Graph, has_rows, numbered
 
 if TYPE_CHECKING:
     from edgediff.models.controlnet import Control
@@ -57,7 +58,8 @@ class Undivided(Part):
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the UNet."""
-        cond = {name: value for name, value in tensors.items() if name not in ("sample", "timestep", *ROW_TENSORS)}
+        cond = {name: value for name, value in tensors.items() if name != "sample" and has_rows(name)}
+        cond = {name: value for name, value in cond.items() if name not in ROW_TENSORS}
         if self.control is not None:
             images, scales = ([cond.pop(name) for name in names] for names in self.steering)
             cond |= self._residuals(tensors, images, scales)
@@ -75,11 +77,12 @@ class Undivided(Part):
         return dict(zip(control_names(len(down)), down, strict=True)) | {MID: mid}
 
 
-def undivided_graph(model: "Model", file: str = NAME) -> Graph:
+def undivided_graph(model: "Model", file: str = NAME, factors: tuple[Factors, ...] = ()) -> Graph:
     """The undivided UNet as the manifest would list it: a graph that every step runs."""
     channels, height, width = model.sample_shape
     given = {"sample": torch.empty(1, channels, height, width, device="meta"), "timestep": torch.empty(1)}
     given |= {name: spec.empty() for name, spec in model.step_tensors.items()}
+    given |= {name: torch.empty(shape, device="meta") for each in factors for name, shape in each.shapes.items()}
     out = torch.empty(1, model.out_channels, height, width, device="meta")
     return Graph(
         name=NAME,
@@ -90,11 +93,22 @@ def undivided_graph(model: "Model", file: str = NAME) -> Graph:
     )
 
 
-def undivided_session(model: "Model", batch: int | None = None) -> TorchSession:
+def undivided_session(model: "Model", batch: int | None = None, factors: tuple[Factors, ...] = ()) -> TorchSession:
     """The undivided UNet behind the runtime's `Session`, on its weights' device: every step is full.
 
-    `batch` is the number of rows that go through the UNet together; None for all of them.
+    `batch` is the number of rows that go through the UNet together; None for all of them. `factors` are the low-rank
+    factors that it takes, as a divided one has them.
     """
-    graph = undivided_graph(model)
-    part = Undivided(model.unet, tuple(t.name for t in graph.inputs), model.control)
-    return TorchSession({NAME: part}, (graph,), batch)
+    graph = undivided_graph(model, factors=factors)
+    return TorchSession({NAME: undivided_part(model, tuple(t.name for t in graph.inputs), factors)}, (graph,), batch)
+
+
+def undivided_part(model: "Model", inputs: tuple[str, ...], factors: tuple[Factors, ...] = ()) -> Undivided:
+    """A model's UNet as a part, after its ControlNets; with low-rank factors among its inputs where it takes some."""
+    part = Undivided(
+        with_lora_layers(model.unet) if factors else model.unet,
+        inputs,
+        model.control,
+    )
+    part.factors = factors
+    return part

@@ -98,4 +98,5 @@ def open_source(manifest: Manifest, model: object = None) -> "tuple[tuple[Model,
         return None, "the adaptor is not available"
     if adaptor is not None and adaptor.sha256 != said.sha256:
         return None, "the adaptor has changed"
-    return (loaded, divide(loaded, cut, None if adaptor is None else adaptor.part)), ""
+    rank = None if manifest.lora is None else manifest.lora.rank
+    return (loaded, divide(loaded, cut, None if adaptor is None else adaptor.part, rank)), ""

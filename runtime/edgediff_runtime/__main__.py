@@ -13,6 +13,7 @@ from edgediff_runtime.errors import warnings_told
 from edgediff_runtime.image import check_output, check_previews, read_latents, read_size, write_output, write_preview
 from edgediff_runtime.inversion import read_inverted
 from edgediff_runtime.loop import Step
+from edgediff_runtime.low_rank import read_specs
 from edgediff_runtime.pictures import edit_arguments
 
 # As a shell reports a program that SIGPIPE ended.
@@ -49,6 +50,7 @@ def main() -> int:
         help="a picture that the bundle's ControlNet or T2I-Adapter draws by; one for each of several ControlNets",
     )  # fmt: skip
     parser.add_argument("--control-scale", type=float, action="append", default=[], help="how strongly, from 0 (1)")
+    parser.add_argument("--lora", action="append", metavar="FILE[:scale]", help="a LoRA that `edgediff lora` converted")
     parser.add_argument("--latents", type=Path, help="a .npy to begin with in place of noise")
     parser.add_argument("--inverted", type=Path, help="a .npz of `edgediff invert`, whose layout the picture keeps")
     parser.add_argument("--inject-attention", type=float, help="share of the steps that take its self-attention (0.5)")
@@ -79,6 +81,7 @@ def main() -> int:
             args.image, args.mask, args.depth, args.control, strength=args.strength, paste=args.paste,
             image_guidance_scale=args.image_guidance_scale, control_scale=args.control_scale, feather=args.feather,
         )  # fmt: skip
+        edit |= read_specs(args.lora)
         bundle, output = open_bundle(args.bundle), Path(args.output)
         check_output(output, scale=1, has_decoder=bundle.manifest.has_decoder)
         pipe = EdgePipeline.from_pretrained(

@@ -97,6 +97,7 @@ class Request:
             (Brooks et al. 2023, equation 3): guided steps have three rows for an image. None has two.
         kept: What does not change.
         source: An inverted picture that is drawn along, in rows before the others', for graphs that inject.
+        fixed: What graphs take that is the same for all rows and steps: low-rank factors.
     """
 
     graphs: tuple[Graph, ...]
@@ -113,6 +114,7 @@ class Request:
     image_guidance: float | None = None
     kept: Kept | None = None
     source: Source | None = None
+    fixed: Mapping[str, Array] = field(default_factory=dict)
 
     def parts(self, i: int) -> tuple[Part, ...]:
         """What the rows of an image are in a step, in their order; the last is the conditional one."""
@@ -173,6 +175,7 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
     parts_before: tuple[Part, ...] = ()
     start = perf_counter()
     timesteps = [session.put(_as_timestep(t, request.graphs)) for t in scheduler.timesteps]
+    fixed = {name: session.put(array) for name, array in request.fixed.items()}
     for i in range(request.start, len(scheduler.timesteps)):
         is_first = i == request.start
         if not is_first:  # work before the first step counts as that step's
@@ -182,6 +185,8 @@ def denoise(request: Request, session: Session) -> Iterator[Step]:
         full = request.clock[i] or is_first or not set(parts) <= set(parts_before)
         if parts != parts_before:
             chunks = _regroup(request, session, chunks, parts, parts_before, keep_cache=not full)
+            for chunk in chunks:
+                chunk.tensors.update(fixed)
         parts_before = parts
         x_in = scheduler.scale_model_input(i, x_t)
         rows = _sample_rows(request, i, x_in, parts[-1:] if shared and "source" not in parts else parts)

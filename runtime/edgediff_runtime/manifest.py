@@ -48,6 +48,13 @@ CONTROLNET = "controlnet"
 T2I_ADAPTER = "t2i_adapter"
 # The row whose queries and keys, and whose features, each row of a step takes: plug-and-play injection.
 ATTENTION_ROWS, FEATURE_ROWS = "attention_rows", "feature_rows"
+# The low-rank factors that a part of the UNet takes, before the part's name.
+LORA_DOWN, LORA_UP = "lora_down_", "lora_up_"
+
+
+def has_rows(name: str) -> bool:
+    """Whether a tensor has a row for each row of the sample; the timestep and low-rank factors are there once."""
+    return name != TIMESTEP and not name.startswith((LORA_DOWN, LORA_UP))
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,7 +200,7 @@ class Graph(Struct, frozen=True):
     @property
     def can_count_rows(self) -> bool:
         """Whether it is handed something that has all rows, whatever its sample has."""
-        return any(tensor.name not in (SAMPLE, TIMESTEP) for tensor in self.inputs)
+        return any(tensor.name != SAMPLE and has_rows(tensor.name) for tensor in self.inputs)
 
     @property
     def shares_rows(self) -> bool:
@@ -483,6 +490,42 @@ class Conditioning(Struct, frozen=True):
     null_label: int | None = None
 
 
+class LoraLayer(Struct, frozen=True):
+    """A layer of the UNet whose result low-rank factors add to.
+
+    Attributes:
+        name: As diffusers names it.
+        inputs: Features of what goes in, as are `outputs` of what comes out.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+class LoraInputs(Struct, frozen=True):
+    """The low-rank factors that the UNet's graphs take: a layer's W x becomes W x + up (down x).
+
+    The input ``lora_down_PART`` [1, n] has of each layer of a part ``down`` transposed, [inputs, rank], in C order, one
+    after the other; ``lora_up_PART`` [1, m] has ``up`` transposed, [rank, outputs]. Zeros add nothing.
+
+    Attributes:
+        layers: By the parts of the UNet that have some, in the order of their factors.
+    """
+
+    rank: int
+    layers: dict[str, tuple[LoraLayer, ...]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the factors by their names."""
+        found = {}
+        for part, layers in self.layers.items():
+            found[f"{LORA_DOWN}{part}"] = (1, self.rank * sum(layer.inputs for layer in layers))
+            found[f"{LORA_UP}{part}"] = (1, self.rank * sum(layer.outputs for layer in layers))
+        return found
+
+
 class Encoder(Struct, frozen=True):
     """A text encoder: how it is handed a prompt, and what is taken of what it gives.
 
@@ -693,6 +736,7 @@ class Manifest(Struct, frozen=True):
         prompt: How prompts become embeddings; None where the bundle has no text encoder.
         vae: How latents become pictures; None where the bundle has no decoder.
         preview: How latents become previews; None where the bundle has no preview decoder.
+        lora: The low-rank factors that the UNet's graphs take; None where they take none.
         cost: Cost of each part, of a ``full`` and of a ``cached`` step; of a ``t2i_adapter``, for a picture.
         targets: The graphs by file format; what a runtime does not know is left out.
         config: The recipe that the bundle was made by, as plain data: provenance, which no runtime reads.
@@ -720,6 +764,7 @@ class Manifest(Struct, frozen=True):
     prompt: Prompt | None = None
     vae: Vae | None = None
     preview: Vae | None = None
+    lora: LoraInputs | None = None
 
     @property
     def pixels_of_latent(self) -> int:

@@ -25,6 +25,7 @@ from edgediff_runtime.manifest import (
     Component,
     Conditioning,
     Graph,
+    LoraInputs,
     Manifest,
     Prompt,
     Sample,
@@ -32,6 +33,7 @@ from edgediff_runtime.manifest import (
     Tensor,
     TrainedFor,
     Vae,
+    has_rows,
 )
 
 FORMAT_VERSION = 2
@@ -88,6 +90,8 @@ def check_manifest(manifest: Manifest) -> None:
     for name, vae in (("vae", manifest.vae), ("preview", manifest.preview)):
         if vae is not None:
             _check_vae(name, vae, sample)
+    if manifest.lora is not None:
+        _check_lora(manifest.lora)
     for name, file in manifest.files.items():
         _must(file.size >= 0, f"size of {name}", file.size, "0 or more")
         _check_hash(f"sha256 of {name}", file.sha256)
@@ -131,6 +135,17 @@ def _check_vae(where: str, vae: Vae, sample: Sample) -> None:
             _must(len(values) == sample.channels, f"{where}.{name}", values, f"a number for each of {sample.channels}")
             _must(all(abs(value) <= MAX_GUIDANCE for value in values), f"{where}.{name}", values, "finite numbers")
     _must(vae.std is None or min(vae.std) > 0, f"{where}.std", vae.std, "numbers above 0")
+
+
+def _check_lora(lora: LoraInputs) -> None:
+    _must(lora.rank > 0, "lora.rank", lora.rank, "a whole number above 0")
+    layers = [layer for each in lora.layers.values() for layer in each]
+    names = [layer.name for layer in layers]
+    _must(all(lora.layers.values()) and 0 < len(set(names)) == len(names), "lora.layers", names,
+          "layers of each part, each once")  # fmt: skip
+    for layer in layers:
+        _must(min(layer.inputs, layer.outputs) > 0, f"layer {layer.name}", (layer.inputs, layer.outputs),
+              "numbers of features above 0")  # fmt: skip
 
 
 def _check_point(where: str, point: TrainedFor) -> None:
@@ -323,7 +338,8 @@ def _check_unet(unet: Component, manifest: Manifest) -> None:
         if graph.name == "adaptor":
             without = manifest.adaptor.kind == "identity"
             _must((graph.file is None) == without, "file of adaptor", graph.file, "null for the identity alone")
-    given = tuple(tensor.name for tensor in manifest.conditioning.tensors)
+    factors = {} if manifest.lora is None else manifest.lora.shapes
+    given = (*(tensor.name for tensor in manifest.conditioning.tensors), *factors)
     for full in (True, False):
         _check_wiring(unet.graphs, given, full)
     rows: int | str = "batch" if unet.batch is None else unet.batch
@@ -332,8 +348,9 @@ def _check_unet(unet: Component, manifest: Manifest) -> None:
         "out_sample": (sample.channels, sample.height, sample.width),
     }
     for tensor in (t for graph in unet.graphs for t in (*graph.inputs, *graph.outputs)):
-        if tensor.name == TIMESTEP:
-            _must(tensor.shape == (1,), "shape of timestep", tensor.shape, "(1,)")
+        if not has_rows(tensor.name):
+            wanted = factors.get(tensor.name, (1,))
+            _must(tensor.shape == wanted, f"shape of {tensor.name}", tensor.shape, str(wanted))
             continue
         shares = tensor.name == SAMPLE and tensor.shape[:1] == (IMAGES,)
         _must(shares or tensor.shape[:1] == (rows,), f"shape of {tensor.name}", tensor.shape, f"{rows} first")

@@ -39,6 +39,7 @@ from edgediff_runtime.image import NO_PREVIEW, to_uint8
 from edgediff_runtime.injection import check_injection, source_of
 from edgediff_runtime.inversion import DDIM, Inverted, inverse_scheduler
 from edgediff_runtime.loop import Request, Step, denoise, initial_latents
+from edgediff_runtime.low_rank import Lora, spread_over_inputs
 from edgediff_runtime.manifest import (
     CONTROL_IMAGE,
     CONTROLNET,
@@ -50,6 +51,7 @@ from edgediff_runtime.manifest import (
     Graph,
     Manifest,
     Tensor,
+    has_rows,
     operations_saved,
 )
 from edgediff_runtime.manifest_json import MAX_GUIDANCE
@@ -84,6 +86,8 @@ class Condition(TypedDict, total=False):
     added_cond: Mapping[str, Array] | None
     negative_added_cond: Mapping[str, Array] | None
     concat_latents: Array | None
+    lora: Lora | Sequence[Lora] | None
+    lora_scale: float | Sequence[float] | None
     height: int | None
     width: int | None
 
@@ -103,6 +107,9 @@ class Arguments(Condition, total=False):
         added_cond: ``text_embeds`` [1 or N, P] and ``time_ids`` [1 or N, K] of SDXL.
         negative_added_cond: The same for guidance; ``time_ids`` left out are those of `added_cond`.
         concat_latents: [1 or N, C', H, W], what an inpainting or editing UNet takes after the latent.
+        lora: A file that ``edgediff lora`` wrote, or a mapping of what is in one, for a bundle whose graphs take
+            low-rank factors; or a list, of which the ranks add up.
+        lora_scale: What a LoRA is multiplied by, 1 if left out; or a number for each.
         latents: [1 or N, C, H, W], what a generation begins with in place of noise of its own; standard normal, as of
             `invert`. Not with an image, unless the loop begins with noise alone.
         num_images: N; if left out, the number of labels, prompts, embeddings, pictures or latents given, or 1.
@@ -585,6 +592,8 @@ class EdgePipeline:
         added_cond: Mapping[str, Array] | None = None,
         negative_added_cond: Mapping[str, Array] | None = None,
         concat_latents: Array | None = None,
+        lora: Lora | Sequence[Lora] | None = None,
+        lora_scale: float | Sequence[float] | None = None,
         latents: Array | None = None,
         image: Any = None,
         mask_image: Any = None,
@@ -656,6 +665,7 @@ class EdgePipeline:
         if self.manifest.vae is not None and DECODER in self.components:
             self._check_decoder(*size, tile)
         tensors = {t.name: t for graph in graphs for t in graph.inputs}
+        fixed = spread_over_inputs(self.manifest.lora, lora, lora_scale, tensors)
         told = None
         if GUIDANCE in tensors:
             if len(set(guidance)) > 1:
@@ -695,6 +705,7 @@ class EdgePipeline:
             image_guidance=edit.image_guidance,
             kept=begun.kept,
             source=source,
+            fixed=fixed,
         )
         if differs is not None and self._warning.acquire(blocking=False):
             warnings.warn(differs, OperatingPointWarning, stacklevel=3)
@@ -853,7 +864,7 @@ class EdgePipeline:
         """
         rows *= count
         tensors = {t.name: t for graph in self._graphs(UNET, *size) for t in (*graph.inputs, *graph.outputs)}
-        needed = rows * sum(_row_bytes(tensor) for tensor in tensors.values())
+        needed = sum(_row_bytes(tensor) * (rows if has_rows(name) else 1) for name, tensor in tensors.items())
         if self.manifest.vae is not None and DECODER in self.components:
             needed += count * 3 * np.dtype(np.float32).itemsize * self.manifest.vae.downscale**2 * math.prod(size)
         available = available_bytes()

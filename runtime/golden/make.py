@@ -8,6 +8,7 @@ Constraints that shaped this file:
   needs and no more, so the files are the same wherever they are made, and small enough to read.
 """
 
+import base64
 import contextlib
 import dataclasses
 import importlib
@@ -27,6 +28,7 @@ import loop_cases
 import manifest_cases
 import msgspec
 import numpy as np
+import safetensors.torch
 import torch
 
 import edgediff
@@ -37,7 +39,8 @@ from edgediff.targets.base import Sizes
 from edgediff_runtime import EdgePipeline
 from edgediff_runtime.image import to_uint8
 from edgediff_runtime.inversion import inverse_scheduler
-from edgediff_runtime.manifest import Encoder, File
+from edgediff_runtime.low_rank import DOWN, FORMAT, PREFIX, UP, parsed, spread_over_inputs
+from edgediff_runtime.manifest import Encoder, File, LoraInputs, LoraLayer, Tensor
 from edgediff_runtime.manifest_json import render_manifest
 from edgediff_runtime.noise import noise, philox
 from edgediff_runtime.prompt import tokenized
@@ -305,6 +308,65 @@ def inversions() -> dict[str, Any]:
     return {"cases": cases}
 
 
+def low_rank() -> dict[str, Any]:
+    """Files of factors, of each dtype, and what graphs are given for some of them."""
+    parts = {"highres_in": (LoraLayer("a.to_q", 2, 3),)}
+    parts |= {"lowres": (LoraLayer("b.to_q", 2, 2), LoraLayer("b.to_out.0", 3, 2))}
+    inputs = LoraInputs(3, parts)
+    rng = np.random.default_rng(4)
+
+    def file(dtype: torch.dtype, **layers: tuple[int, int, int]) -> bytes:
+        tensors = {}
+        for name, (outputs, width, rank) in layers.items():
+            for end, shape in ((DOWN, (rank, width)), (UP, (outputs, rank))):
+                tensors[f"{PREFIX}{name}{end}"] = torch.from_numpy(rng.normal(size=shape)).to(dtype)
+        return safetensors.torch.save(tensors, FORMAT)
+
+    every = {"a.to_q": (3, 2, 1), "b.to_q": (2, 2, 2), "b.to_out.0": (2, 3, 1)}
+    infinite = {f"{PREFIX}b.to_q{DOWN}": torch.full((1, 2), np.inf), f"{PREFIX}b.to_q{UP}": torch.ones(2, 1)}
+    files = {
+        "float32": file(torch.float32, **every),
+        "float16": file(torch.float16, **{"b.to_q": (2, 2, 1)}),
+        "bfloat16": file(torch.bfloat16, **{"a.to_q": (3, 2, 2)}),
+        "rank_4": file(torch.float32, **{"b.to_q": (2, 2, 4)}),
+        "another_width": file(torch.float32, **{"b.to_q": (2, 4, 1)}),
+        "another_base": file(torch.float32, **{"c.to_q": (2, 2, 1)}),
+        "no_input": file(torch.float32, **{"b.ff": (2, 2, 1)}),
+        "infinite": safetensors.torch.save(infinite, FORMAT),
+        "alone": safetensors.torch.save({f"{PREFIX}b.to_q{DOWN}": torch.ones(1, 2)}, FORMAT),
+        "alpha": safetensors.torch.save({f"{PREFIX}b.to_q.alpha": torch.ones(1)}, FORMAT),
+        "empty": safetensors.torch.save({}, FORMAT),
+        "not_converted": safetensors.torch.save({f"{PREFIX}b.to_q{DOWN}": torch.ones(1, 2)}),
+    }
+    files["truncated"] = files["float32"][:-1]
+    cases = []
+    for names, scale in (([], None), (["float32"], None), (["bfloat16"], -0.5), (["float32", "float16"], [2.0, 0.25])):
+        case: dict[str, Any] = {"files": names, "scale": scale}
+        for dtype in ("float32", "float16"):
+            taken = {name: Tensor(name, dtype, shape) for name, shape in inputs.shapes.items()}
+            made = spread_over_inputs(inputs, [parsed(files[name], name) for name in names] or None, scale, taken)
+            # Numbers of float16 by their bits.
+            case[dtype] = {name: array.view(np.uint16) if dtype == "float16" else array for name, array in made.items()}
+        cases.append(case)
+    refused = [
+        {"files": ["rank_4"], "scale": None, "why": "more rank than the graphs take"},
+        {"files": ["float32", "float16", "float16"], "scale": None, "why": "more rank together than the graphs take"},
+        {"files": ["another_width"], "scale": None, "why": "a layer of another width"},
+        {"files": ["another_base"], "scale": None, "why": "a projection that the UNet does not have"},
+        {"files": ["no_input"], "scale": None, "why": "a layer that is no input"},
+        {"files": ["infinite"], "scale": None, "why": "factors that are not finite"},
+        {"files": ["alone"], "scale": None, "why": "one factor of two"},
+        {"files": ["alpha"], "scale": None, "why": "a name that no such file has"},
+        {"files": ["empty"], "scale": None, "why": "no layers"},
+        {"files": ["not_converted"], "scale": None, "why": "a file of another tool"},
+        {"files": ["truncated"], "scale": None, "why": "a file that ends too early"},
+        {"files": [], "scale": 1.0, "why": "a scale of nothing"},
+        {"files": ["float32"], "scale": [1.0, 2.0], "why": "more scales than files"},
+    ]
+    encoded = {name: base64.b64encode(data).decode() for name, data in files.items()}
+    return {"lora": msgspec.to_builtins(inputs), "files": encoded, "cases": cases, "refused": refused}
+
+
 def pixels() -> dict[str, Any]:
     """Pixels in -1..1 and the bytes that they become: clipped, and rounded half to even in float32."""
     ends = [-2.0, -1.0, 1.0, 1.5]
@@ -337,6 +399,7 @@ def write(folder: Path) -> None:
     (folder / "noise.json").write_text(_dump(noise_vectors()))
     (folder / "uint8.json").write_text(_dump(pixels()))
     (folder / "inversion.json").write_text(_dump(inversions()))
+    (folder / "low_rank.json").write_text(_dump(low_rank()))
     if folder != FOLDER:
         shutil.copyfile(FOLDER / "tokens" / "tokenizer.json", folder / "tokens" / "tokenizer.json")
     (folder / "tokens" / "prompts.json").write_text(_dump(tokens()))
@@ -400,7 +463,7 @@ def write_text_manifest(path: Path) -> None:
 
 
 def write_pipeline_manifest(path: Path) -> None:
-    """The manifest of a tiny SDXL pipeline with a preview in ONNX, of any size, as its export would draft it."""
+    """The manifest of a tiny SDXL pipeline in ONNX, of any size, with a preview and low-rank factors as inputs."""
     sys.path.append(str(FOLDER.parents[1] / "tests"))
     from tiny_pipelines import save_tiny_vae, save_xl
 
@@ -408,11 +471,12 @@ def write_pipeline_manifest(path: Path) -> None:
         save_xl(Path("xl"))
         save_tiny_vae(Path("taesd"))
         model = edgediff.load_model("xl", preview="taesd")
-        config = with_defaults(edgediff.ExportConfig(steps=4, layout="pair"), model)
+        config = with_defaults(edgediff.ExportConfig(steps=4, layout="pair", lora_inputs=2), model)
         height, width = model.sample_shape[1:]
         sizes = Sizes((height, width), ((height, 2 * width),))
         found = pipeline_components(model)
-        draft = draft_manifest(model, edgediff.split(model.unet), config, "prompt", found, sizes=sizes)
+        divided = edgediff.split(model.unet, lora_rank=config.lora_inputs)
+        draft = draft_manifest(model, divided, config, "prompt", found, sizes=sizes)
     (entry,) = draft.targets
     files = {}
     for encoder, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):

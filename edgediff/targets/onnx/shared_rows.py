@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from edgediff.targets.onnx.rewriting import Rewriting
-from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP
+from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP, has_rows
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def share_rows(model: ModelProto) -> ModelProto:
     them in more places than it has to.
     """
     given = {value.name for value in model.graph.input}
-    others = sorted(given - {SAMPLE, TIMESTEP})
+    others = sorted(name for name in given if name != SAMPLE and has_rows(name))
     if SAMPLE not in given or not others:
         return model
     sharing = _Sharing(model, others[0])
@@ -75,7 +75,8 @@ class _Sharing(Rewriting):
         self.shared = 0
         self.repeated: list[str] = []
         self._counted = counted
-        self._of_rows = {value.name for value in model.graph.input} - self.of_images - self.of_time
+        # Low-rank factors, and what is made of them alone, have no rows, as weights have none.
+        self._of_rows = {value.name for value in model.graph.input if has_rows(value.name)} - self.of_images
         self._nodes: list[NodeProto] = []
         self._repeats: dict[str, tuple[str, int]] = {}
 

@@ -44,8 +44,8 @@ def write_openvino(job: Job) -> tuple[tuple[Graph, ...], Graph | None]:
     """Writes OpenVINO's models, the undivided step beside them, and the weights of all in one file.
 
     Returns:
-        The graphs with what is known now, and the undivided step's entry; None with a ControlNet, whose image no other
-        tool hands to a UNet.
+        The graphs with what is known now, and the undivided step's entry; None with a ControlNet or low-rank factors,
+        which no other tool hands to a UNet.
 
     Raises:
         UnsupportedError: The exporter, a pass or OpenVINO failed.

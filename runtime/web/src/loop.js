@@ -29,6 +29,7 @@ import { beside, joined, range, take, wholeNumbers } from "./rows.js";
  * @property {number | null} [imageGuidance] how far results go towards the image in `concat` (Brooks et al. 2023,
  *   equation 3): guided steps have three rows for an image. null has two
  * @property {Kept | null} [kept] what does not change
+ * @property {Record<string, Rows>} [fixed] what graphs take that is the same for all rows and steps: low-rank factors
  * @property {Source | null} [source] an inverted picture that is drawn along, for graphs that take other rows' features
  * @typedef {object} Source an inverted picture, of which others take (Tumanyan et al. 2022, section 4)
  * @property {Rows[]} latents what the UNet sees of it at each call, [N, C, H, W]
@@ -267,7 +268,7 @@ async function run(session, graphs, groups) {
  * @param {boolean} keepCache keeps what cached steps take, of the rows that go on
  */
 async function regrouped(request, session, old, parts, before, keepCache) {
-  const { latents, cond, uncond, source, graphs } = request,
+  const { latents, cond, uncond, source, graphs, fixed = {} } = request,
     count = latents.dims[0],
     { batch } = session;
   // What cached steps take from the last full one: the cache, and a ControlNet's residuals.
@@ -296,6 +297,7 @@ async function regrouped(request, session, old, parts, before, keepCache) {
       table.set(name, session.put(take(joined(...rows), numbers)));
     }
     for (const [name, rows] of Object.entries(kept)) table.set(name, session.put(take(rows, numbers)));
+    for (const [name, rows] of Object.entries(fixed)) table.set(name, session.put(rows));
     return { rows: numbers, whole: !batch, table };
   });
 }

@@ -29,6 +29,8 @@ export const ATTENTION_ROWS = "attention_rows",
   FEATURE_ROWS = "feature_rows";
 /** The component that makes features of a picture, which steps are then handed as `t2i_adapter_0` and so on. */
 export const T2I_ADAPTER = "t2i_adapter";
+/** Whether a tensor has a row for each row of the sample; the timestep and low-rank factors are there once. @param {string} name */
+export const hasRows = (name) => name !== "timestep" && !/^lora_(down|up)_/.test(name);
 const FORMAT = 2;
 /** @type {Record<string, string>} */
 const STAGE_OF = {
@@ -215,6 +217,9 @@ const manifest = struct({
   ),
   vae: maybe(vae),
   preview: maybe(vae),
+  lora: maybe(
+    struct({ rank: count, layers: map(unique(struct({ name: text, inputs: count, outputs: count }), (v) => v.name)) }),
+  ),
 });
 
 /** @param {boolean} holds @param {string} name @param {unknown} given @param {string} expected */
@@ -593,7 +598,8 @@ function checkWidths({ components }, m) {
 /** @param {Component} unet @param {Manifest} m */
 function checkUnet({ graphs, batch }, m) {
   const { sample } = m,
-    rows = batch ?? "batch";
+    rows = batch ?? "batch",
+    factors = factorShapes(m);
   for (const name of [...graphs.map((g) => g.name), "full", "cached"])
     must(name in m.cost, "cost", Object.keys(m.cost), `an entry for ${name}`);
   for (const g of graphs.filter((each) => each.name === "adaptor")) {
@@ -611,8 +617,9 @@ function checkUnet({ graphs, batch }, m) {
     out_sample: [sample.channels, sample.height, sample.width],
   };
   for (const t of all(graphs)) {
-    if (t.name === "timestep") {
-      must(same(t.shape, [1]), "shape of timestep", t.shape, "[1]");
+    if (!hasRows(t.name)) {
+      const shape = factors[t.name] ?? [1];
+      must(same(t.shape, shape), `shape of ${t.name}`, t.shape, shown(shape));
       continue;
     }
     must(
@@ -631,7 +638,7 @@ function checkUnet({ graphs, batch }, m) {
   for (const g of graphs) {
     const can =
       batch === null &&
-      g.inputs.some((t) => !["sample", "timestep"].includes(t.name)) &&
+      g.inputs.some((t) => t.name !== "sample" && hasRows(t.name)) &&
       g.outputs.every((t) => t.name !== "sample");
     must(
       can || !sharesRows(g),
@@ -644,6 +651,21 @@ function checkUnet({ graphs, batch }, m) {
 
 /** A T2I-Adapter's features among tensors. @param {Tensor[]} tensors */
 export const featuresAmong = (tensors) => tensors.filter(({ name }) => name.startsWith(T2I_ADAPTER));
+/** The shapes of the low-rank factors that graphs take, by name. @param {Manifest} m @returns {Record<string, number[]>} */
+function factorShapes({ lora }) {
+  if (!lora) return {};
+  const sides = /** @type {const} */ (["inputs", "outputs"]);
+  return Object.fromEntries(
+    Object.entries(/** @type {Record<string, {inputs: number, outputs: number}[]>} */ (lora.layers)).flatMap(
+      ([part, layers]) =>
+        sides.map((side) => [
+          `lora_${side === "inputs" ? "down" : "up"}_${part}`,
+          [1, lora.rank * layers.reduce((sum, layer) => sum + layer[side], 0)],
+        ]),
+    ),
+  );
+}
+
 /** Whether a graph takes a sample once for each image. @param {Graph} g */
 export const sharesRows = (g) => g.inputs.some((t) => t.name === "sample" && t.shape[0] === "images");
 /** Whether a graph belongs to a full or a cached step. @param {Graph} g @param {boolean} full */
@@ -660,6 +682,7 @@ function checkWiring(graphs, m, full) {
     "sample",
     "timestep",
     ...m.conditioning.tensors.map((t) => t.name),
+    ...Object.keys(factorShapes(m)),
     ...(full ? [] : ["cache", "lowres_feature"]),
     // A ControlNet's residuals stay.
     ...(full ? [] : graphs.filter((g) => g.name === CONTROLNET).flatMap((g) => g.outputs.map((t) => t.name))),

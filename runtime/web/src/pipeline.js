@@ -20,6 +20,7 @@ import { decode, toUint8 } from "./images.js";
 import { injectionOf, readInverted, sourceOf } from "./injection.js";
 import { DDIM, inverseScheduler } from "./inversion.js";
 import { breathe, denoise } from "./loop.js";
+import { factorsOf } from "./lora.js";
 import { all, ATTENTION_ROWS, CONTROLNET, graphsAt, T2I_ADAPTER } from "./manifest.js";
 import { noises, readSeed } from "./noise.js";
 import { imagesOf } from "./pictures.js";
@@ -57,6 +58,9 @@ import { Tokenizer } from "./tokenizer.js";
  * @property {Record<string, Rows>} [negativeAddedCond]
  * @property {string | number | (string | number)[] | null} [label] class by name or index
  * @property {Rows} [concatLatents] [1 or N, C', H, W] of an inpainting or editing UNet
+ * @property {Uint8Array | Uint8Array[]} [lora] a file of `edgediff lora` as bytes, for a bundle whose graphs take low-rank
+ *   factors; of several the ranks add up
+ * @property {number | number[]} [loraScale] what a LoRA is multiplied by; left out, 1
  * @property {import("./pictures.js").Pictures} [image] what editing begins with, of the size that is drawn: ImageData or
  *   a list of it, or {data, dims} of bytes [N, h, w, 3]; `fitted` scales and cuts one
  * @property {import("./pictures.js").Pictures} [maskImage] where it is drawn anew: half white and more
@@ -123,7 +127,7 @@ const DECODER = "vae_decoder",
 // What says what a picture shows, and its size.
 const CONDITION = (
   "prompt negativePrompt prompt2 negativePrompt2 emphasis clipSkip promptEmbeds negativePromptEmbeds addedCond " +
-  "negativeAddedCond label concatLatents height width"
+  "negativeAddedCond label concatLatents lora loraScale height width"
 ).split(" ");
 const ARGUMENTS = (
   `${CONDITION.join(" ")} latents image maskImage strength imageGuidanceScale depthMap controlImage ` +
@@ -505,7 +509,7 @@ export class EdgePipeline {
    * @param {AbortSignal} [signal]
    */
   async *#steps(plan, { latents, concat, kept, source }, cond, uncond, signal) {
-    const { graphs, scheduler, seed, firstImage, start, clock, guidance, edit } = plan,
+    const { graphs, scheduler, seed, firstImage, start, clock, guidance, edit, fixed } = plan,
       session = await this.#lent("unet");
     try {
       yield* denoise(
@@ -522,6 +526,7 @@ export class EdgePipeline {
           imageGuidance: edit.imageGuidance,
           kept,
           source,
+          fixed,
           // Of the steps before the first that runs, nothing is asked.
           clock: [...Array(start).fill(true), ...clock],
           guidance: [...Array(start).fill(1), ...guidance],
@@ -660,6 +665,7 @@ export class EdgePipeline {
       count,
       concat,
       firstImage,
+      fixed: factorsOf(manifest.lora, request.lora, request.loraScale, steering.graphs),
     };
   }
 

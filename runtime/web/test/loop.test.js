@@ -141,6 +141,22 @@ for (const name of goldenFiles("loop")) {
   });
 }
 
+test("what is the same for all rows and steps is there in each, also where guidance ends", async () => {
+  for (const name of ["guided_pair.json", "guidance_ends_on_a_cached_step.json"]) {
+    const fixed = { lora_up_full: { data: Float32Array.of(3), dims: [1, 1] } },
+      request = { ...requestOf(readGolden(`loop/${name}`)), fixed },
+      session = new FakeSession(readGolden(`loop/${name}`)),
+      run = session.run.bind(session);
+    session.run = (graph, table) => {
+      assert.equal(table.get("lora_up_full").data[0], 3);
+      assert.ok(session.live.has(table.get("lora_up_full")), "used after it was dropped");
+      return run(graph, table);
+    };
+    for await (const _ of denoise(request, session));
+    assert.equal(session.live.size, 0, "tensors outlived the generation");
+  }
+});
+
 test("graphs that can repeat a sample take it once for each image, unless another graph cannot", async () => {
   for (const shared of [2, 1]) {
     const golden = readGolden("loop/guided_pair.json"),
