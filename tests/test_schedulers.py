@@ -142,7 +142,9 @@ def assert_close(given, expected, where, size=1.0):
 
 
 def test_the_golden_folder_is_small():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 1_200_000
+    """What runtimes read: without what writes it."""
+    files = (path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py")
+    assert sum(path.stat().st_size for path in files) < 1_200_000
 
 
 def test_a_golden_trace_repeats_timesteps():
