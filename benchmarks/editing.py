@@ -65,6 +65,15 @@ ROUNDS = 7
 STRENGTH_OF_RESIDUALS = 0.3
 COSTS, LARGE = ("control-cost", "lora-cost"), "sd15"
 RANKS = (8, 32)
+SHARES = (0.2, 0.3)  # of the steps, less than the authors'
+RELATED = (
+    ("red apple, fluent 3d", "green apple, fluent 3d"),
+    ("dog face, noto", "fox, noto"),
+    ("rocket, fluent flat", "airplane, fluent flat"),
+    ("cat face, fluent 3d", "tiger face, fluent 3d"),
+    ("house, noto", "church, noto"),
+    ("sun, twemoji", "flower, twemoji"),
+)
 
 
 def main() -> None:
@@ -73,7 +82,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="*", choices=(*WHAT, *COSTS), default=WHAT)
     parser.add_argument("--images", type=Path, help="captioned drawings that are inverted too")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits: source, clock 1, clock 2")
-    parser.add_argument("--injected", type=Path, help="a PNG of the first injections: source, plain, clock 1, clock 2")
+    parser.add_argument("--injected", type=Path, help="a PNG of some: source, without injection, clock 1, clock 2")
     parser.add_argument("--side", type=int, default=64, help="rows and columns of the latent, for the costs")
     parser.add_argument("--rounds", type=int, default=7, help="for the costs")
     given = parser.parse_args()
@@ -317,9 +326,8 @@ def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
         prompt=after, latents=invert(1).latents, scheduler="ddim", clock=1, guidance_scale=5.0,
         num_inference_steps=INVERSION_STEPS,
     )  # fmt: skip
-    rows = [sources[:8], plain.images[:8]]
-    own = as_pixels(sources)
-    print(f"  without injection, clock 1: {seen(plain.images, named[COUNT:])}, {near(own, plain):.1f} dB of the source")
+    told = f"{seen(plain.images, named[COUNT:])}, {kept(sources, plain):.2f} with the source's edges"
+    print(f"  without injection, clock 1: {told}")
     first: Result | None = None
     always = 0
     for clocks in ((1, 1), (1, 2), (2, 2)):
@@ -329,10 +337,9 @@ def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
         assert first.pixels is not None
         spent = operations(pipe, found.ledger) + operations(pipe, made.ledger)
         always = spent if clocks == (1, 1) else always
-        rows.append(made.images[:8])
         print(
             f"  inverted at clock {clocks[0]}, drawn at {clocks[1]}: {near(first.pixels, made):.1f} dB of clock 1, "
-            f"{seen(made.images, named[COUNT:])}, {near(own, made):.1f} dB of the source; "
+            f"{seen(made.images, named[COUNT:])}, {kept(sources, made):.2f} with the source's edges; "
             f"{1 - spent / always:.1%} of the FLOPs saved ({found.flops_saved:.1%} and {made.flops_saved:.1%})"
         )
     times: dict[int, list[float]] = {1: [], 2: []}
@@ -348,14 +355,45 @@ def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
         f"  one picture, both ways, {ROUNDS} rounds in turns: clock 1 {one:.2f} s; clock 2 {middle:.2f} [{low:.2f}, "
         f"{high:.2f}] times as long"
     )
+    found = invert(1)
+    for share in SHARES:
+        asked: dict[str, Any] = {"inject_attention": share, "inject_features": share}
+        made = pipe(prompt=after, inverted=found, clock=1, guidance_scale=5.0, **asked)
+        told = f"{seen(made.images, named[COUNT:])}, {kept(sources, made):.2f} with the source's edges"
+        print(f"  both for {share:.0%} of the steps, clock 1: {told}")
     if sheet is not None:
-        save_sheet(rows, sheet)
+        save_sheet(related(pipe), sheet)
+
+
+def related(pipe: EdgePipeline) -> list[Array]:
+    """Drawings, and what comes of related words: with the same noise alone, and injected at clock 1 and 2."""
+    before, after = ([pair[i] for pair in RELATED] for i in (0, 1))
+    drawn = pipe(prompt=before, clock=1, seed=3).images
+    found = pipe.invert(drawn, prompt=before, num_inference_steps=INVERSION_STEPS, refinements=1)
+    asked: dict[str, Any] = {"prompt": after, "guidance_scale": 5.0}
+    plain: dict[str, Any] = {
+        "latents": found.latents,
+        "scheduler": "ddim",
+        "num_inference_steps": INVERSION_STEPS,
+        "clock": 1,
+    }
+    return [
+        drawn,
+        pipe(**asked, **plain).images,
+        *(pipe(inverted=found, clock=clock, **asked).images for clock in (1, 2)),
+    ]
 
 
 def near(wanted: Array, made: Result) -> float:
     """Mean dB of pictures."""
     assert made.pixels is not None
     return float(np.mean([psnr_db(a, b) for a, b in zip(wanted, made.pixels, strict=True)]))
+
+
+def kept(sources: Array, made: Result) -> float:
+    """Mean correlation of the edges of pictures, the sizes of their gradients, with those of others: the layout."""
+    both = [np.hypot(*np.gradient(each.mean(axis=3, dtype=np.float64), axis=(1, 2))) for each in (sources, made.images)]
+    return float(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(*both, strict=True)]))
 
 
 def operations(pipe: EdgePipeline, ledger: Sequence[Step]) -> int:
@@ -433,7 +471,7 @@ def two_steps(bundle: str, steered: bool) -> Iterator[Said]:
         asked[name] = noise(SEED, (tokens, width), image=0, draw=draw)[None]
     if steered:
         (shape,) = (t.shape for g in pipe.session.graphs for t in g.inputs if t.name == "control_image")
-        squares = np.indices(shape[2:]).sum(0) // 32 % 2 * 255
+        squares = np.indices(tuple(map(int, shape[2:]))).sum(0) // 32 % 2 * 255
         asked["control_image"] = np.repeat(squares[:, :, None], 3, axis=2).astype(np.uint8)
     if pipe.manifest.lora is not None:
         asked["lora"] = drawn_lora(pipe.manifest.lora)
