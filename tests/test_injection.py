@@ -146,6 +146,30 @@ def test_a_step_takes_what_a_divided_unet_takes() -> None:
     assert len({tuple(each[1:].flatten().tolist()) for each in made.values()}) == 4
 
 
+def test_rows_and_low_rank_factors_go_together() -> None:
+    """Graphs may take both; with zeros and each row its own the step is the undivided one, bit for bit."""
+    model = edgediff.load_model(saved("sd1"))
+    divided = edgediff.split(model.unet, injects=True, lora_rank=2)
+    torch.manual_seed(0)
+    x, t = torch.randn(3, 4, 16, 16), torch.tensor([501.0])
+    text = torch.randn(3, 77, model.unet.config.cross_attention_dim)
+    shapes = {name: shape for each in divided.factors for name, shape in each.shapes.items()}
+    factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    own, first = torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        want = model.unet(x, t, text, return_dict=False)[0]
+        plain, _ = divided.full(
+            x, t, encoder_hidden_states=text, attention_rows=own, feature_rows=own, **factors
+        )  # fmt: skip
+        drawn = {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+        both, _ = divided.full(x, t, encoder_hidden_states=text, attention_rows=first, feature_rows=first, **drawn)
+        one, _ = divided.full(x, t, encoder_hidden_states=text, attention_rows=own, feature_rows=own, **drawn)
+    assert torch.equal(plain, want)
+    assert torch.equal(both[0], one[0])
+    assert (both[1:] != one[1:]).any()
+    assert (one != want).any()
+
+
 def test_operations_of_steps_with_more_rows() -> None:
     """The share that is saved, by what each step cost: its rows times a full or a cached step."""
     pipe = ours("sd1", "ddim", "torch", injection=True)
