@@ -244,13 +244,6 @@ def test_what_is_no_injection() -> None:
         pipe(inverted=two, num_images=3, **ASKED)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("target", ["onnx", "coreml", "openvino", "executorch", "litert"])
-def test_every_target_injects(target: str) -> None:
-    """Verified with every row taking the first one's, all the way."""
-    exported_pipeline("sd1", targets=(target,), injection=True)
-
-
 def test_recipes_that_cannot_inject(class_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no self-attention in transformer blocks"):
         export_bundle(edgediff.load_model(class_model), tmp_path / "a", edgediff.ExportConfig(injection=True))

@@ -329,13 +329,13 @@ def test_the_evidence_has_factors_once() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("target", ["coreml", "openvino", "executorch", "litert"])
 def test_every_target(target: str, tmp_path: Path) -> None:
-    """Each is verified with factors that are not zero; here it draws with a LoRA what ONNX draws."""
+    """Each is verified with factors that are not zero, and with rows that take other rows'; it draws as ONNX does."""
     file = converted(style("sd1"), tmp_path / "style.safetensors")
     asked = {"seed": 3, "num_inference_steps": 2, "lora": file}
-    opened = open_bundle(bundle(targets=(target,), components=()))
+    opened = open_bundle(bundle(targets=(target,), components=(), injection=True))
     pipe = open_pipeline(opened, TARGETS[target].verifiers[0])
     onnx = EdgePipeline.from_pretrained(bundle(), threads=1)
-    (tensor,) = opened.manifest.conditioning.tensors
+    tensor = opened.manifest.conditioning.tensors[0]
     text = np.random.default_rng(0).standard_normal((1, 77, int(tensor.shape[-1]))).astype(np.float32)
     given = asked | {"prompt_embeds": text, "negative_prompt_embeds": -text, "output_type": "latent"}
     want, drawn, off = onnx(**given), pipe(**given), pipe(**given | {"lora": None})
