@@ -55,8 +55,10 @@ class Authors:
         return out[:1].expand_as(out) if self.attention else None
 
 
-@BACKENDS
-@pytest.mark.parametrize("name", ["sd1", pytest.param("xl", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("sd1", "torch"), ("sd1", "onnxruntime"), pytest.param("xl", "torch", marks=pytest.mark.long)],
+)
 def test_the_authors_pictures(name: str, backend: str) -> None:
     """A loop over diffusers' own UNet and DDIM, with hooks where the authors' code has them."""
     pipe = ours(name, "ddim", backend, injection=True)

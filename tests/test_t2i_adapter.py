@@ -40,7 +40,6 @@ KIND = {"sd1": "full_adapter", "xl-levels": "full_adapter_xl"}
         ("sd1", "torch"),
         pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
         ("xl-levels", "torch"),
-        pytest.param("xl-levels", "onnxruntime", marks=pytest.mark.long),
     ],
 )
 def test_a_t2i_adapter(name: str, backend: str, sampler: str) -> None:

@@ -6,6 +6,7 @@ each refinement takes it again for the last guess (a fixed-point iteration).
 """
 
 import io
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -66,6 +67,9 @@ def write_inverted(inverted: Inverted, path: Path) -> None:
 def read_inverted(path: Path) -> Inverted:
     """Reads what `write_inverted` wrote, without its ledger; a RequestError where it is no such file."""
     try:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):  # numpy would take it for a pickle
+                raise ValueError("it is no archive of arrays")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as e:  # a damaged file may end in errors of zip archives or of Python's tokenizer
