@@ -123,12 +123,20 @@ def things(count: int) -> list[str]:
     return [str(name) for name in chosen[:count]]
 
 
+def edits_of(count: int) -> tuple[list[str], list[str], list[str]]:
+    """Prompts of pictures, those of what they become in the same style, and the things that these name."""
+    named = things(2 * count)
+    styles = [STYLES[i % len(STYLES)] for i in range(count)]
+    before, after = (
+        [f"{name}, {style}" for name, style in zip(half, styles, strict=True)]
+        for half in (named[:count], named[count:])
+    )
+    return before, after, named[count:]
+
+
 def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
     """Clock 2 against clock 1 at each strength: dB of pixels, what a classifier sees, operations saved."""
-    named = things(2 * COUNT)
-    styles = [STYLES[i % len(STYLES)] for i in range(COUNT)]
-    before = [f"{name}, {style}" for name, style in zip(named[:COUNT], styles, strict=True)]
-    after = [f"{name}, {style}" for name, style in zip(named[COUNT:], styles, strict=True)]
+    before, after, wanted = edits_of(COUNT)
     sources = pipes["learned"](prompt=before, clock=1, seed=SEED).images
     print(f"{COUNT} edits of pictures that the model drew, 8 steps, guidance {guidance(pipes):g}")
     rows = [sources[:8]]
@@ -136,7 +144,7 @@ def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
         asked: dict[str, Any] = {"prompt": after, "image": sources, "strength": strength, "seed": SEED + 1}
         always = pipes["learned"](**asked, clock=1)
         rows.append(always.images[:8])
-        print(f" strength {strength:g}, clock 1 ({letters(always.mask)}): {seen(always.images, named[COUNT:])}")
+        print(f" strength {strength:g}, clock 1 ({letters(always.mask)}): {seen(always.images, wanted)}")
         for kind, pipe in pipes.items():
             clocked = pipe(**asked, clock=2)
             assert always.pixels is not None
@@ -146,7 +154,7 @@ def show_edits(pipes: dict[str, EdgePipeline], sheet: Path | None) -> None:
             if kind == "learned":
                 rows.append(clocked.images[:8])
             bar = f"; {WANTED:g} wanted: {verdict(np.mean(near) >= WANTED)}" if strength == 0.6 else ""
-            told = f"{seen(clocked.images, named[COUNT:])}, {clocked.flops_saved:.1%} of the FLOPs saved{bar}"
+            told = f"{seen(clocked.images, wanted)}, {clocked.flops_saved:.1%} of the FLOPs saved{bar}"
             print(f"  clock 2 ({letters(clocked.mask)}), {kind}: {found} of clock 1, {told}")
     if sheet is not None:
         save_sheet(rows, sheet)
@@ -261,10 +269,7 @@ def seen(images: Array, wanted: Sequence[str]) -> str:
 
 def show_periods(pipe: EdgePipeline) -> None:
     """How near each period of the clock comes to clock 1 at each strength: are fewer full steps needed at less?"""
-    named = things(2 * PLANNED)
-    styles = [STYLES[i % len(STYLES)] for i in range(PLANNED)]
-    before = [f"{name}, {style}" for name, style in zip(named[:PLANNED], styles, strict=True)]
-    after = [f"{name}, {style}" for name, style in zip(named[PLANNED:], styles, strict=True)]
+    before, after, _ = edits_of(PLANNED)
     sources = pipe(prompt=before, clock=1, seed=SEED).images
     print(
         f"{PLANNED} pictures, {INVERSION_STEPS} steps, identity adaptor: dB of pixels to clock 1, full of the steps run"
@@ -317,10 +322,7 @@ def show_inversion(pipe: EdgePipeline, images: Path | None) -> None:
 
 def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
     """Plug-and-play at clock 1 and 2: how near pictures are, what they show, what is left of the source, the cost."""
-    named = things(2 * COUNT)
-    styles = [STYLES[i % len(STYLES)] for i in range(COUNT)]
-    before = [f"{name}, {style}" for name, style in zip(named[:COUNT], styles, strict=True)]
-    after = [f"{name}, {style}" for name, style in zip(named[COUNT:], styles, strict=True)]
+    before, after, wanted = edits_of(COUNT)
     sources = pipe(prompt=before, clock=1, seed=SEED).images
     told = f"{INVERSION_STEPS} steps (1 refinement), drawn as something else, guidance 5"
     print(f"{kind} adaptor: {COUNT} drawings inverted in {told}")
@@ -337,7 +339,7 @@ def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
         prompt=after, latents=invert(1).latents, scheduler="ddim", clock=1, guidance_scale=5.0,
         num_inference_steps=INVERSION_STEPS,
     )  # fmt: skip
-    told = f"{seen(plain.images, named[COUNT:])}, {kept(sources, plain):.2f} with the source's edges"
+    told = f"{seen(plain.images, wanted)}, {kept(sources, plain):.2f} with the source's edges"
     print(f"  without injection, clock 1: {told}")
     first: Result | None = None
     always = 0
@@ -350,7 +352,7 @@ def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
         always = spent if clocks == (1, 1) else always
         print(
             f"  inverted at clock {clocks[0]}, drawn at {clocks[1]}: {near(first.pixels, made):.1f} dB of clock 1, "
-            f"{seen(made.images, named[COUNT:])}, {kept(sources, made):.2f} with the source's edges; "
+            f"{seen(made.images, wanted)}, {kept(sources, made):.2f} with the source's edges; "
             f"{1 - spent / always:.1%} of the FLOPs saved ({found.flops_saved:.1%} and {made.flops_saved:.1%})"
         )
     times: dict[int, list[float]] = {1: [], 2: []}
@@ -370,7 +372,7 @@ def show_injection(kind: str, pipe: EdgePipeline, sheet: Path | None) -> None:
     for share in SHARES:
         asked: dict[str, Any] = {"inject_attention": share, "inject_features": share}
         made = pipe(prompt=after, inverted=found, clock=1, guidance_scale=5.0, **asked)
-        told = f"{seen(made.images, named[COUNT:])}, {kept(sources, made):.2f} with the source's edges"
+        told = f"{seen(made.images, wanted)}, {kept(sources, made):.2f} with the source's edges"
         print(f"  both for {share:.0%} of the steps, clock 1: {told}")
     if sheet is not None:
         save_sheet(related(pipe), sheet)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,16 @@ def config_of(
     nets = saved_controlnets(name, control)
     config = replace(CONFIGS.get(name, CONFIG), lora=specs, embedding=learnt, control=nets)
     return config if adapter is None else replace(config, t2i_adapter=str(saved_t2i_adapter(name, adapter)))
+
+
+def changed(**settings: Any) -> Callable[[Path], None]:
+    """What changes settings in the config.json of a folder."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return change
 
 
 def exported_pipeline(

@@ -1,6 +1,5 @@
 """A ControlNet beside the UNet: diffusers' picture at clock 1, residuals that stay on cached steps, off without one."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from edits import BACKENDS, EACH_SAMPLER, EACH_STRENGTH, FLOOR_DB, PROMPT, against, ours, picture, theirs
-from pipelines import exported_pipeline, saved, saved_controlnet, saved_controlnets
+from pipelines import changed, exported_pipeline, saved, saved_controlnet, saved_controlnets
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -278,14 +277,6 @@ def test_as_many_images_as_control_images_are_given() -> None:
     several = pipe(**asked, control_image=[picture(), picture(3)]).latents
     alone = pipe(**asked, control_image=picture(3), first_image=1).latents
     np.testing.assert_allclose(several[1:], alone, rtol=0, atol=1e-4)
-
-
-def changed(**settings: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | settings))
-
-    return change
 
 
 @pytest.mark.parametrize(

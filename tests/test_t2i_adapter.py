@@ -15,7 +15,7 @@ import torch
 from command_line import Command, assert_error, exit_code
 from edits import BACKENDS, EACH_SAMPLER, FLOOR_DB, PROMPT, SIZE, against, ours, picture, theirs
 from msgspec.structs import replace
-from pipelines import config_of, exported_pipeline, saved, saved_controlnet, saved_t2i_adapter
+from pipelines import changed, config_of, exported_pipeline, saved, saved_controlnet, saved_t2i_adapter
 
 import edgediff
 from edgediff.bundle.psnr import psnr_db
@@ -252,14 +252,6 @@ def test_a_manifest_with_another_adapter_is_refused(change: Callable[[Any], dict
     other = target.with_component("t2i_adapter", replace(component, graphs=(graph,)))
     with pytest.raises(BundleError, match=message):
         check_manifest(replace(manifest, targets=(other,)))
-
-
-def changed(**settings: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | settings))
-
-    return change
 
 
 @pytest.mark.parametrize(

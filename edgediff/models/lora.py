@@ -20,6 +20,7 @@ from edgediff.errors import ConfigError, ModelError, UnsupportedError
 from edgediff.extras import needing
 from edgediff.models.model_files import BAD_SETTINGS, check_finite, file_sha256, read_tensors
 from edgediff_runtime.errors import one_line
+from edgediff_runtime.low_rank import file_and_scale
 
 UNET, TEXT = "unet", ("text_encoder", "text_encoder_2")
 DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
@@ -168,13 +169,11 @@ def read_spec(spec: str) -> tuple[Path, float]:
     Raises:
         ConfigError: There is no such file, or the scale is no finite number.
     """
-    path, scale = Path(spec), 1.0
-    if not path.is_file() and ":" in spec:
-        name, _, number = spec.rpartition(":")
-        try:
-            path, scale = Path(name), float(number)
-        except ValueError as e:
-            raise ConfigError(f"LoRA {spec!r}: the scale {number!r} is no number; expected FILE or FILE:SCALE") from e
+    path, number = file_and_scale(spec)
+    try:
+        scale = float(number)
+    except ValueError as e:
+        raise ConfigError(f"LoRA {spec!r}: the scale {number!r} is no number; expected FILE or FILE:SCALE") from e
     if not path.is_file():
         raise ConfigError(f"LoRA {spec!r}: no such file; expected FILE or FILE:SCALE")
     if not math.isfinite(scale):

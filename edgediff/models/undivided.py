@@ -58,8 +58,8 @@ class Undivided(Part):
 
     def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the UNet."""
-        cond = {name: value for name, value in tensors.items() if name != "sample" and has_rows(name)}
-        cond = {name: value for name, value in cond.items() if name not in ROW_TENSORS}
+        left_out = ("sample", *ROW_TENSORS)
+        cond = {name: value for name, value in tensors.items() if has_rows(name) and name not in left_out}
         if self.control is not None:
             images, scales = ([cond.pop(name) for name in names] for names in self.steering)
             cond |= self._residuals(tensors, images, scales)

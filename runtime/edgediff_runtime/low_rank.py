@@ -78,17 +78,27 @@ def read_specs(specs: Iterable[str] | None) -> dict[str, Any]:
     """
     found: list[tuple[Path, float]] = []
     for spec in specs or ():
-        path, scale = Path(spec), 1.0
-        if not path.is_file() and ":" in spec:
-            name, _, number = spec.rpartition(":")
-            try:
-                path, scale = Path(name), float(number)
-            except ValueError as e:
-                raise RequestError(f"--lora {spec}: the scale {number!r} is no number; expected FILE[:scale]") from e
+        path, number = file_and_scale(spec)
+        try:
+            scale = float(number)
+        except ValueError as e:
+            raise RequestError(f"--lora {spec}: the scale {number!r} is no number; expected FILE[:scale]") from e
         if not path.is_file():
             raise RequestError(f"--lora {spec}: no such file; expected FILE[:scale]")
         found.append((path, scale))
     return {"lora": [path for path, _ in found], "lora_scale": [scale for _, scale in found]} if found else {}
+
+
+def file_and_scale(spec: str) -> tuple[Path, str]:
+    """The parts of ``FILE[:scale]``, neither of them checked; the scale is 1 where none is said.
+
+    >>> file_and_scale("no-such-file.safetensors:0.8")[1]
+    '0.8'
+    """
+    if Path(spec).is_file() or ":" not in spec:
+        return Path(spec), "1"
+    name, _, number = spec.rpartition(":")
+    return Path(name), number
 
 
 def _scales(scale: Any, count: int) -> list[float]:
