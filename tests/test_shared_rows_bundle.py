@@ -10,9 +10,11 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from artefacts import saved_once
+from artefacts import exported, saved_once
 from conftest import SMALL_TEXT, Export, save_text_model
+from edits import picture
 from onnx import helper
+from pipelines import config_of, saved
 from seals import assert_refused, manifest_of, replace_graph, reseal, seal, seal_plain
 from unets import unet2d_condition
 
@@ -73,6 +75,23 @@ def test_a_bundle_that_shares_rows_makes_the_same_images(
     EdgePipeline.from_pretrained(bundle)(**request | {"guidance_scale": 3.0})
     # Four times and a step's sample each, of three rows where the text has six.
     assert Counter(handed) == {1: 4, 3: 4, 6: 1}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bundle_with_controlnets_shares_rows(count: int) -> None:
+    config = config_of("sd1", control=count)
+    shared, each = (EdgePipeline.from_pretrained(exported(saved("sd1"), config, said)) for said in ({APART: 0}, {}))
+    for pipe, shares_rows in ((shared, True), (each, False)):
+        taking = [graph for graph in pipe.session.graphs if graph.takes_sample]
+        assert {graph.name for graph in taking} == {"controlnet", "full", "cached"}
+        assert {graph.shares_rows for graph in taking} == {shares_rows}
+    # Other words for each image: rows that were repeated in another order than the text's would show.
+    request: dict[str, Any] = {"prompt": ["a red bowl", "a green tree"], "seed": 5, "clock": 2, "guidance_scale": 5.0}
+    request["num_inference_steps"] = 4
+    for control in (None, [picture(), picture(3)][:count] if count > 1 else picture()):
+        one, other = (pipe(**request, control_image=control).latents for pipe in (shared, each))
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.long

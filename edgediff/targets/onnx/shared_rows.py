@@ -13,11 +13,12 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from edgediff.targets.onnx.rewriting import Rewriting
-from edgediff_runtime.manifest import IMAGES, SAMPLE, TIMESTEP, has_rows
+from edgediff_runtime.manifest import CONTROL_IMAGE, IMAGES, SAMPLE, TIMESTEP, has_rows
 
 log = logging.getLogger(__name__)
 
-# Operations worth sharing; a single one is the convolution that every UNet begins with.
+# Operations worth sharing; a single one is the convolution that every UNet begins with. A ControlNet shares that alone,
+# before it adds the control image: rows share a sample only where all graphs of a bundle can, so the UNet's do too.
 _COSTLY = ("Conv", "Gemm", "MatMul", "Attention", "MultiHeadAttention")
 # These broadcast one row to many themselves.
 _BROADCASTING = ("Add", "Sub", "Mul", "Div")
@@ -76,7 +77,9 @@ class _Sharing(Rewriting):
         self.repeated: list[str] = []
         self._counted = counted
         # Low-rank factors, and what is made of them alone, have no rows, as weights have none.
-        self._of_rows = {value.name for value in model.graph.input if has_rows(value.name)} - self.of_images
+        given = {value.name for value in model.graph.input}
+        self._of_rows = {name for name in given if has_rows(name)} - self.of_images
+        self._least = 1 if CONTROL_IMAGE in given else 2
         self._nodes: list[NodeProto] = []
         self._repeats: dict[str, tuple[str, int]] = {}
 
@@ -104,7 +107,7 @@ class _Sharing(Rewriting):
             for name in sorted(results & few):
                 self._repeat_result(name, times)
         told = all(rank for _, rank in self._repeats.values())
-        return [*self._counts(), *self._nodes] if costly > 1 and told else None
+        return [*self._counts(), *self._nodes] if costly >= self._least and told else None
 
     def _one_time(self) -> list[NodeProto]:
         """Copies of the nodes, with the time left in one row, and without those that nobody needs then."""
