@@ -272,7 +272,7 @@ ODD = (None, True, 0, -1, 3, 10**9, 1.5, "x", [], [1], [8, 8], [None, None], {},
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of layers without a width
-@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("kind", ["class", pytest.param("text", marks=pytest.mark.long)])
 @pytest.mark.parametrize("shift", [0, pytest.param(5, marks=pytest.mark.long)])
 def test_any_setting_of_a_unet_may_be_wrong(kind: str, shift: int, tmp_path: Path) -> None:
     """Every key in turn: the model loads and is counted, or is refused in one line."""

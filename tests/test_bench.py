@@ -152,6 +152,7 @@ def test_a_reason_is_shown_on_one_line(ledger: Ledger) -> None:
     assert line.rstrip().endswith("coreml   runs coreml graphs, the bundle has onnx")
 
 
+@pytest.mark.long
 def test_a_backend_that_is_not_installed_is_listed_with_its_command(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_accelerate_is_needed_only_for_launched_processes(monkeypatch: pytest.Mo
     assert_error(said, "an evaluation on several processes needs the 'train' extra")
 
 
+@pytest.mark.long
 def test_an_environment_that_is_no_launchers_is_one_line(
     class_model: Path, test: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:

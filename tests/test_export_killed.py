@@ -77,11 +77,9 @@ def moments(place: Path, kept: Path, computing: tuple[str, ...]) -> Iterator[Non
             sys.settrace(None)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize(
-    ("target", "over_a_bundle"),
-    [("onnx", True), pytest.param("coreml", False, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize(("target", "over_a_bundle"), [("onnx", True), ("coreml", False)])
 def test_an_export_that_is_killed_at_any_moment_leaves_no_half_bundle_and_loses_none(
     target: Any,
     over_a_bundle: bool,

@@ -43,7 +43,7 @@ def _sharpen(part: Part) -> None:
     ("name", "system"),
     [
         ("scales", "iOS16"),
-        ("heads 10 and 20 wide", "iOS18"),
+        pytest.param("heads 10 and 20 wide", "iOS18", marks=pytest.mark.long),
         pytest.param("scales", "iOS18", marks=pytest.mark.long),
         pytest.param("heads 10 and 20 wide", "iOS17", marks=pytest.mark.long),
     ],

@@ -57,7 +57,11 @@ class Authors:
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("sd1", "torch"), ("sd1", "onnxruntime"), pytest.param("xl", "torch", marks=pytest.mark.long)],
+    [
+        ("sd1", "torch"),
+        pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
+        pytest.param("xl", "torch", marks=pytest.mark.long),
+    ],
 )
 def test_the_authors_pictures(name: str, backend: str) -> None:
     """A loop over diffusers' own UNet and DDIM, with hooks where the authors' code has them."""
@@ -257,6 +261,7 @@ def test_recipes_that_cannot_inject(class_model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_guidance_of_a_fixed_batch() -> None:
     """Graphs of three rows at a time cannot hold a picture and its source alone."""
     pipe = ours("sd1", "ddim", "mil-reference", injection=True)
@@ -266,7 +271,7 @@ def test_guidance_of_a_fixed_batch() -> None:
 
 
 def test_the_commands(command: Command, place: Path) -> None:
-    bundle = exported_pipeline("sd1", injection=True)
+    bundle = exported_pipeline("sd1", lora_inputs=4, injection=True)
     picture().save(place / "in.png")
     np.save(place / "bad.npz", noise(0, (1, 4, 4, 4)))
     said = command("invert", bundle, place / "in.png", "-o", place / "in.npz", "--steps", STEPS, "--prompt", PROMPT)

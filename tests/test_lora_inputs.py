@@ -70,7 +70,7 @@ def diffusers_pipeline(name: str) -> Any:
 
 
 def bundle(name: str = "sd1", **settings: Any) -> Path:
-    return exported_pipeline(name, **{"lora_inputs": RANK} | settings)
+    return exported_pipeline(name, **{"lora_inputs": RANK, "injection": True} | settings)
 
 
 def converted(path: Path, out: Path, **changes: np.ndarray) -> Path:
@@ -126,8 +126,9 @@ def factors(path: Path, divided: Any, scale: float) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
+@pytest.mark.long
 def test_a_bundle_draws_what_the_fused_one_draws(tmp_path: Path) -> None:
-    file, path = style("sd1"), bundle()
+    file, path = style("sd1"), bundle(injection=False)
     factors_file = converted(file, tmp_path / "style.safetensors")
     pipe = EdgePipeline.from_pretrained(path, threads=1)
     manifest = pipe.manifest
@@ -384,9 +385,10 @@ def test_rows_share_a_sample_beside_factors(tmp_path: Path) -> None:
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_undivided_unet_takes_factors_too() -> None:
     """What a bench in torch is checked with: the evidence, whose factors are not zero."""
-    path = bundle()
+    path = bundle(injection=False)
     manifest = open_bundle(path).manifest
     found, _ = open_source(manifest, edgediff.load_model(saved("sd1")))
     assert found is not None

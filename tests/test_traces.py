@@ -2,13 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 from torch import nn
 from traces import fingerprint, remembering
 
 ROWS = (torch.zeros(2, 3),)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 def layers() -> nn.Sequential:
@@ -38,27 +41,46 @@ def test_where_a_model_lies_does_not_matter() -> None:
     assert fingerprint(one, ROWS) != fingerprint(other, ROWS)
 
 
+def exported(module: nn.Module, path: Path, outside: bool = False) -> list[np.ndarray]:
+    """What a module is exported to computes of some rows."""
+    program = torch.onnx.export(module, ROWS, dynamo=True, dynamic_shapes=({0: "rows"},), verbose=False)
+    assert program is not None
+    program.save(path, external_data=outside)
+    return list(ort.InferenceSession(path).run(None, {"input": np.eye(3, dtype=np.float32)}))
+
+
 def test_a_trace_is_kept_and_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[nn.Module] = []
-
-    class Program:
-        def save(self, path: Path, external_data: bool) -> None:
-            assert not external_data
-            weight = numpy_helper.from_array(np.full(100, len(traced), np.float32), "weight")
-            onnx.save(helper.make_model(helper.make_graph([], "g", [], [], [weight])), path)
-
-    monkeypatch.setattr(torch.onnx, "export", lambda module, args, **_: traced.append(module) or Program())
-    other = layers()
-    other[0].bias.data[0] += 1
-    numbers, files, kept = [], [], tmp_path / "kept"
+    real = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda module, *a, **b: traced.append(module) or real(module, *a, **b))
+    other, deeper = layers(), nn.Sequential(layers(), nn.ReLU()).eval()
+    other[0].weight.data += 1
+    kept = tmp_path / "kept"
     kept.mkdir()
     with remembering(kept):
-        for i, (module, outside) in enumerate(((layers(), False), (layers(), False), (other, False), (other, True))):
-            (tmp_path / str(i)).mkdir()
-            torch.onnx.export(module, ROWS).save(tmp_path / str(i) / "saved", external_data=outside)
-            (weight,) = onnx.load(tmp_path / str(i) / "saved").graph.initializer
-            numbers.append(numpy_helper.to_array(weight)[0])
-            files.append(sorted(file.name for file in (tmp_path / str(i)).iterdir()))
-    assert numbers == [1, 1, 2, 2]
-    assert files == [["saved"]] * 3 + [["saved", "saved.data"]]
-    assert len(traced) == 2
+        found = [
+            exported(module, tmp_path / f"{i}.onnx", outside=i == 4)
+            for i, module in enumerate((layers(), layers(), other, deeper, other))
+        ]
+    wanted = [module(torch.eye(3)).detach().numpy() for module in (layers(), layers(), other, deeper, other)]
+    for one, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one[0], want, rtol=0, atol=1e-6)
+    assert (wanted[0] != wanted[2]).any()
+    assert len(traced) == 2, "the third has the first one's graph with its own weights"
+    assert (tmp_path / "4.onnx.data").exists()
+    assert not (tmp_path / "2.onnx.data").exists()
+
+
+def test_a_kept_graph_is_the_exporters_own(tmp_path: Path) -> None:
+    """Nodes and weights, those that the exporter folds too, are those of a module that was traced itself."""
+    torch.manual_seed(1)
+    one, other = (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 4, bias=False)).eval() for _ in range(2))
+    with remembering(tmp_path):
+        exported(one, tmp_path / "one.onnx")
+        exported(other, tmp_path / "other.onnx")
+    exported(other, tmp_path / "plain.onnx")
+    made, plain = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("other", "plain"))
+    assert [node.op_type for node in made.node] == [node.op_type for node in plain.node]
+    weights = [{t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (made, plain)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -239,7 +239,13 @@ def interrupted(model: Model, path: Path, settings: AdaptorTraining, visits: int
     return found
 
 
-@pytest.mark.parametrize("changes", [{"rollout": "student"}, {"store_gb": 0.1}], ids=["student", "stored"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"rollout": "student"}, id="student", marks=pytest.mark.long),
+        pytest.param({"store_gb": 0.1}, id="stored"),
+    ],
+)
 def test_an_interrupted_training_ends_with_the_same_weights(
     class_model: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
@@ -308,19 +314,19 @@ def test_a_refused_training_leaves_nothing_behind(class_model: Path, text_model:
 
 def test_a_damaged_checkpoint_and_stray_files(class_model: Path, tmp_path: Path) -> None:
     model, settings = load_model(class_model), tiny(checkpoint_minutes=1e-9)
+    newest = interrupted(model, tmp_path / "a", settings, visits=3)
+    (newest.parent / ".DS_Store").write_text("stray")
+    (newest.parent / "visit-of-mine.txt").write_text("stray")
     for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
-        newest = interrupted(model, tmp_path / name, settings, visits=3)
-        (newest.parent / ".DS_Store").write_text("stray")
-        (newest.parent / "visit-of-mine.txt").write_text("stray")
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(TargetError, match=r"visit-00000002 is damaged .*to start again"):
-            train_adaptor(model, tmp_path / name, settings)
+            train_adaptor(model, tmp_path / "a", settings)
         (newest / name).write_bytes(whole)
-        # A lower rate is not another training: it is what to do after a loss that was not finite.
-        done = train_adaptor(model, tmp_path / name, msgspec.structs.replace(settings, learning_rate=1e-4))
-        assert done is not None
-        assert done.updates == 6
+    # A lower rate is not another training: it is what to do after a loss that was not finite.
+    done = train_adaptor(model, tmp_path / "a", msgspec.structs.replace(settings, learning_rate=1e-4))
+    assert done is not None
+    assert done.updates == 6
 
 
 def test_models_that_cannot_teach(tmp_path: Path) -> None:

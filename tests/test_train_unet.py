@@ -101,6 +101,7 @@ def test_each_term_can_be_switched_off(
     assert isinstance(load_model(tmp_path / "a").unet, SpectralUNet2DModel) == changes.get("gating", True)
 
 
+@pytest.mark.long
 def test_draws_that_come_again_ask_the_teacher_once(
     student_training: StudentTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 Tracing is most of an export, and many tests export one model by recipes that differ in what comes after: steps, clocks,
 passes, quantization, verification. Whoever asks for it by the fixture `traced_once` gets a graph of torch.onnx.export
-that was made of an equal module; all else of the export runs as ever. Tests of tracing do not ask.
+that was made of an equal module; all else of the export runs as ever. Tests of tracing do not ask. A module that
+differs from a traced one in its parameters' values alone, as with a LoRA fused, gets that one's graph with its own
+parameters, and the exporter's optimization, which folds them, runs anew.
 """
 
 import hashlib
@@ -42,15 +44,19 @@ class Trace:
             path.write_bytes(self.path.read_bytes())
 
 
-def fingerprint(module: nn.Module, args: tuple[torch.Tensor, ...], **settings: Any) -> str:
-    """A hash of all that a module's graph follows from: its parts, their settings and weights, the inputs' shapes."""
+def fingerprint(module: nn.Module, args: tuple[torch.Tensor, ...], values: bool = True, **settings: Any) -> str:
+    """A hash of all that a module's graph follows from: its parts, their settings and weights, the inputs' shapes.
+
+    Without `values`, parameters count by name and shape alone.
+    """
     digest = hashlib.sha256()
     for name, part in module.named_modules():
         own = {key: value for key, value in vars(part).items() if key not in STRUCTURE}
         digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__} {_described(own)}\n".encode())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().numpy().data)
+        if values or not isinstance(tensor, nn.Parameter):
+            digest.update(tensor.detach().contiguous().numpy().data)
     # Values of the inputs do not matter: nothing but their shapes is traced.
     digest.update(f"{[(list(arg.shape), arg.dtype) for arg in args]} {_described(settings)}".encode())
     return digest.hexdigest()
@@ -71,6 +77,17 @@ def _described(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}{_described(vars(value))}"
 
 
+def with_parameters(model: onnx_ir.Model, module: nn.Module) -> onnx_ir.Model:
+    """A graph that was traced of a module like this one, before its parameters were folded, with this one's."""
+    initializers = model.graph.initializers
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in initializers:
+            array = parameter.detach().numpy()
+            assert initializers[name].shape == array.shape
+            initializers[name].const_value = onnx_ir.tensor(array, name=name)
+    return model
+
+
 @contextmanager
 def remembering(folder: Path) -> Iterator[None]:
     """Within the block, what was traced before, in any process that has the folder, is not traced again."""
@@ -79,9 +96,16 @@ def remembering(folder: Path) -> Iterator[None]:
     def once(part: nn.Module, args: tuple[torch.Tensor, ...], **settings: Any) -> Any:
         kept = folder / f"{fingerprint(part, args, **settings)}.onnx"
         if not kept.exists():
+            first = folder / f"{fingerprint(part, args, values=False, **settings)}.first.onnx"
             with making(), tempfile.TemporaryDirectory(dir=folder) as scratch:
-                export(part, args, **settings).save(Path(scratch) / "traced.onnx", external_data=False)
-                os.replace(Path(scratch) / "traced.onnx", kept)
+                traced = Path(scratch) / "traced.onnx"
+                if not first.exists():
+                    export(part, args, **settings, optimize=False).save(traced, external_data=False)
+                    os.replace(traced, first)
+                program = torch.onnx.ONNXProgram(with_parameters(onnx_ir.load(first), part), None)
+                program.optimize()
+                program.save(traced, external_data=False)
+                os.replace(traced, kept)
         return Trace(kept)
 
     with pytest.MonkeyPatch.context() as patch:

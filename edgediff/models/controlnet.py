@@ -4,7 +4,6 @@ It is a part of a step like the UNet's own four: ``controlnet`` runs on full ste
 cached ones, whose graphs take the residuals of the high-resolution levels alone.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from edgediff.models.layers import AnyLayer, Mid, layers_of
 from edgediff.models.model_files import (
     BAD_SETTINGS,
     check_weights,
-    file_sha256,
     fill,
+    folder_sha256,
     read_json,
     read_state,
     weight_files,
@@ -174,17 +173,13 @@ def load_control(path: Path, unet: Any) -> Control:
     for key, value in (("controlnet_conditioning_channel_order", "rgb"), ("global_pool_conditions", False)):
         if config.get(key, value) != value:
             raise UnsupportedError(f"{path}/config.json has {key} {config[key]!r}; supported: {value!r}")
-    files = weight_files(path)
-    check_weights(path, files)
+    check_weights(path, weight_files(path))
     try:
         net = ControlNetModel.from_config(config)
     except BAD_SETTINGS as e:
         raise ModelError(f"{path}/config.json cannot be built: {one_line(e)[:300]}") from e
     fill(net, {key: tensor.float() for key, tensor in read_state(path).items()}, path, "config.json")
-    digest = hashlib.sha256(file_sha256(path / "config.json"))
-    for file in files:
-        digest.update(file_sha256(file))
-    return Control(path, net.eval().requires_grad_(False), digest.hexdigest())
+    return Control(path, net.eval().requires_grad_(False), folder_sha256(path))
 
 
 def _plain(value: Any) -> Any:

@@ -101,6 +101,14 @@ def file_sha256(file: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """The SHA-256 over a component's configuration and its weights, in hexadecimal."""
+    digest = hashlib.sha256(file_sha256(folder / "config.json"))
+    for file in weight_files(folder):
+        digest.update(file_sha256(file))
+    return digest.hexdigest()
+
+
 def read_saved(file: Path) -> Any:
     """What a file holds: tensors by name, or what a pickle has of tensors and plain data; nothing that runs code.
 

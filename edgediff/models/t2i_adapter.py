@@ -5,7 +5,6 @@ are inputs of a step as the text's states are. Full steps take all of them, cach
 levels.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +21,8 @@ from edgediff.models.layers import Layer, flatten
 from edgediff.models.model_files import (
     BAD_SETTINGS,
     check_weights,
-    file_sha256,
     fill,
+    folder_sha256,
     read_json,
     read_state,
     weight_files,
@@ -105,10 +104,7 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """Hash over its configuration and its weights."""
-        digest = hashlib.sha256(file_sha256(self.path / "config.json"))
-        for file in weight_files(self.path):
-            digest.update(file_sha256(file))
-        return digest.hexdigest()
+        return folder_sha256(self.path)
 
     def tensors(self, height: int, width: int) -> dict[str, TensorSpec]:
         """What a step is handed of it, with a latent of this size."""

@@ -211,8 +211,13 @@ def rows_of(needed: Mapping[str, Tensor], given: Mapping[str, Array], count: int
         if not np.isfinite(array).all():
             raise RequestError(f"{which}{name} holds NaN or infinity")
         array = _cast(array, tensor.dtype, f"{which}{name}")
-        rows[name] = np.ascontiguousarray(np.broadcast_to(array, (count, *array.shape[1:])))
+        rows[name] = repeated(array, count)
     return rows
+
+
+def repeated(array: Array, count: int) -> Array:
+    """So many rows of an array of as many, or of one, which they share: [count, ...]."""
+    return np.ascontiguousarray(np.broadcast_to(array, (count, *array.shape[1:])))
 
 
 def _fits(shape: tuple[int, ...], wanted: Sequence[int | str]) -> bool:

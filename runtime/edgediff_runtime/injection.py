@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from edgediff_runtime.conditioning import plain
+from edgediff_runtime.conditioning import plain, repeated
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.inversion import Inverted
 from edgediff_runtime.loop import Source
-from edgediff_runtime.manifest import ATTENTION_ROWS, FEATURE_ROWS, Graph
+from edgediff_runtime.manifest import ATTENTION_ROWS, FEATURE_ROWS, Graph, injects
 from edgediff_runtime.samplers import Scheduler
 from edgediff_runtime.sessions import Array
 
@@ -23,9 +23,18 @@ ATTENTION_SHARE, FEATURE_SHARE = 0.5, 0.8
 
 
 def check_injection(
-    inverted: Inverted | None, attention: object, features: object, latents: object, image: object
+    inverted: Inverted | None,
+    graphs: Iterable[Graph],
+    attention: object,
+    features: object,
+    latents: object,
+    image: object,
 ) -> None:
-    """Refuses shares without an inverted picture, and beside one what a generation would begin with instead."""
+    """Refuses shares without an inverted picture, and beside one what a generation would begin with instead.
+
+    Raises:
+        RequestError: The same, or the UNet's graphs cannot take other rows.
+    """
     if inverted is None:
         for name, given in (("inject_attention", attention), ("inject_features", features)):
             if given is not None:
@@ -38,6 +47,11 @@ def check_injection(
             raise RequestError(
                 f"{name} and an inverted picture were given, and a generation begins with one of them; give one"
             )
+    if not injects(graphs):
+        raise RequestError(
+            "an inverted picture was given, but the bundle's UNet takes nothing of other rows; export it with "
+            "--injection, or begin with its latents alone: latents= (--latents)"
+        )
 
 
 def source_of(
@@ -52,7 +66,7 @@ def source_of(
     """What the loop draws along of an inverted picture.
 
     Args:
-        graphs: The UNet's.
+        graphs: The UNet's, which can take other rows.
         scheduler: The generation's; its timesteps must be those of the inversion.
         cond: The generation's conditional rows, [N, ...]: what the inversion does not say is taken from here.
         guided: Whether images have an unconditional row too.
@@ -60,17 +74,11 @@ def source_of(
         features: The same of features; None is `FEATURE_SHARE`.
 
     Raises:
-        RequestError: The graphs cannot take other rows, it was inverted over other timesteps or with a prompt of
-            another length, or a share is none.
+        RequestError: It was inverted over other timesteps or with a prompt of another length, a share is none, or a
+            fixed batch cannot hold an image's rows.
     """
     rows = 3 if guided else 2
-    taken = next((t for graph in graphs for t in graph.inputs if t.name == ATTENTION_ROWS), None)
-    if taken is None:
-        raise RequestError(
-            "an inverted picture was given, but the bundle's UNet takes nothing of other rows; export it with "
-            "--injection, or begin with its latents alone: latents= (--latents)"
-        )
-    batch = taken.shape[0]
+    batch = next(t for graph in graphs for t in graph.inputs if t.name == ATTENTION_ROWS).shape[0]
     if isinstance(batch, int) and batch % rows:
         raise RequestError(
             f"the graphs take {batch} rows at a time, and with an inverted picture an image has {rows}; expected a "
@@ -83,12 +91,12 @@ def source_of(
             f"{len(scheduler.timesteps)} calls; leave scheduler and num_inference_steps out"
         )
     count = len(next(iter(cond.values()), inverted.latents))
-    latents = np.stack([_repeated(each, count) for each in inverted.trajectory])
+    latents = np.stack([repeated(each, count) for each in inverted.trajectory])
     calls = {
         ATTENTION_ROWS: round(_share("inject_attention", attention, ATTENTION_SHARE) * steps),
         FEATURE_ROWS: round(_share("inject_features", features, FEATURE_SHARE) * steps),
     }
-    own = {name: _repeated(inverted.cond.get(name, given), count) for name, given in cond.items()}
+    own = {name: repeated(inverted.cond.get(name, given), count) for name, given in cond.items()}
     for name, rows_of_it in own.items():
         if rows_of_it.shape != cond[name].shape:
             raise RequestError(
@@ -96,10 +104,6 @@ def source_of(
                 "expected the same"
             )
     return Source(latents, own, calls)
-
-
-def _repeated(rows: Array, count: int) -> Array:
-    return np.ascontiguousarray(np.broadcast_to(rows, (count, *rows.shape[1:])))
 
 
 def _share(name: str, given: Any, usual: float) -> float:

@@ -28,6 +28,7 @@ from edgediff_runtime.conditioning import (
     class_rows,
     guidance_embedding,
     plain,
+    repeated,
     rows_of,
     spell_shape,
     time_ids,
@@ -624,7 +625,8 @@ class EdgePipeline:
         guidance_scale, clip_skip = plain(guidance_scale), plain(clip_skip)
         if isinstance(first_image, bool) or not isinstance(first_image, int) or first_image < 0:
             raise RequestError(f"first_image is {first_image!r}; expected a whole number from 0")
-        check_injection(inverted, inject_attention, inject_features, latents, image)
+        unet = self.components.graphs[UNET]
+        check_injection(inverted, unet, inject_attention, inject_features, latents, image)
         if inverted is not None:
             latents = inverted.latents
             num_inference_steps = len(inverted.timesteps) if num_inference_steps is None else num_inference_steps
@@ -720,7 +722,7 @@ class EdgePipeline:
             raise RequestError(
                 f"latents are {list(given.shape)}; expected {spell_shape(('N', *shape))} with 1 or {count} rows"
             )
-        return np.ascontiguousarray(np.broadcast_to(given, (count, *shape)))
+        return repeated(given, count)
 
     def invert(
         self,

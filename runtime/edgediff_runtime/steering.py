@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edgediff_runtime.conditioning import arrays, factor, rows_of
+from edgediff_runtime.conditioning import arrays, factor, repeated, rows_of
 from edgediff_runtime.errors import RequestError
 from edgediff_runtime.manifest import (
     CONTROL_IMAGE,
@@ -87,8 +87,7 @@ class Steering:
             return rows_of(needed, _scaled(adapt(picture.rows(count)), picture.scale), count, "")
         found: dict[str, Array] = {}
         for i, picture in enumerate(self.pictures):
-            rows = picture.rows(count)
-            found[numbered(CONTROL_IMAGE, i)] = np.ascontiguousarray(np.broadcast_to(rows, (count, *rows.shape[1:])))
+            found[numbered(CONTROL_IMAGE, i)] = repeated(picture.rows(count), count)
             found[numbered(CONTROL_SCALE, i)] = np.full(count, picture.scale, dtype=np.float32)
         zeros = {t.name: np.zeros((count, *map(int, t.shape[1:])), dtype=t.dtype) for t in self.residuals}
         return found | zeros
