@@ -151,6 +151,7 @@ def open_in_torch(
     control: int = 0,
     adapter: str | None = None,
     injection: bool = False,
+    lora_rank: int | None = None,
 ) -> EdgePipeline:
     """Our runtime over the source's own modules; each session that is opened is shown to `opened`.
 
@@ -163,11 +164,11 @@ def open_in_torch(
     )  # fmt: skip
     model = dataclasses.replace(loaded, injects=injection)
     found = pipeline_components(model)
-    divided = divide(model, config.cut)
+    divided = divide(model, config.cut, lora_rank=lora_rank)
     draft = draft_manifest(model, divided, config, "prompt", found)
 
     def unet() -> Session:
-        if control or adapter or injection:
+        if control or adapter or injection or lora_rank is not None:
             return TorchSession(divided.parts, graph_list(divided, model))
         session = undivided_session(model)
         session.graphs = tuple(graph.with_any_text() for graph in session.graphs)

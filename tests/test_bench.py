@@ -152,13 +152,14 @@ def test_a_reason_is_shown_on_one_line(ledger: Ledger) -> None:
     assert line.rstrip().endswith("coreml   runs coreml graphs, the bundle has onnx")
 
 
-@pytest.mark.long
 def test_a_backend_that_is_not_installed_is_listed_with_its_command(
     class_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "find_spec", lambda name: None)
-    (known,) = run_bench([class_bundle], ["openvino"], rounds=1, undivided=False).contenders
+    ledger = run_bench([class_bundle], ["openvino"], rounds=1, undivided=False)
+    (known,) = ledger.contenders
     assert (known.status, known.says) == ("absent", "not installed: pip install openvino")
+    assert ledger.peak_gflops is None
 
 
 @pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this ONNX Runtime has CUDA")

@@ -86,7 +86,7 @@ def test_a_floor_that_is_not_reached_is_exit_code_1_and_nothing_is_placed(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "strict.yaml"
-    recipe.write_text("steps: 2\nverify: {graph_db: 199}\n")
+    recipe.write_text("steps: 2\nlayout: split\nverify: {graph_db: 199}\n")
     assert exit_code(monkeypatch, "export", class_model, "-o", tmp_path / "b", "--config", recipe) == 1
     assert "expected 199" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [recipe]

@@ -42,7 +42,7 @@ def _sharpen(part: Part) -> None:
 @pytest.mark.parametrize(
     ("name", "system"),
     [
-        ("scales", "iOS16"),
+        pytest.param("scales", "iOS16", marks=pytest.mark.long),
         pytest.param("heads 10 and 20 wide", "iOS18", marks=pytest.mark.long),
         pytest.param("scales", "iOS18", marks=pytest.mark.long),
         pytest.param("heads 10 and 20 wide", "iOS17", marks=pytest.mark.long),

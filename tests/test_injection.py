@@ -270,6 +270,7 @@ def test_guidance_of_a_fixed_batch() -> None:
         pipe(inverted=found, prompt=OTHER, guidance_scale=1.0)
 
 
+@pytest.mark.long
 def test_the_commands(command: Command, place: Path) -> None:
     bundle = exported_pipeline("sd1", lora_inputs=4, injection=True)
     picture().save(place / "in.png")

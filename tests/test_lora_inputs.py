@@ -1,5 +1,6 @@
 """LoRAs as inputs of the graphs: as fused ones draw, off with zeros, and refused where a file is none for a bundle."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from command_line import Command
 from loras import kohya_lora
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from pipelines import CONFIG, exported_pipeline, saved
+from pipelines import CONFIG, exported_pipeline, open_in_torch, saved
 from safetensors.numpy import load_file, save_file
 
 import edgediff
@@ -73,9 +74,15 @@ def bundle(name: str = "sd1", **settings: Any) -> Path:
     return exported_pipeline(name, **{"lora_inputs": RANK, "injection": True} | settings)
 
 
+@functools.cache
+def in_torch() -> EdgePipeline:
+    """The small SD 1.x whose divided UNet takes factors, by the source's own modules."""
+    return open_in_torch("sd1", lora_rank=RANK)
+
+
 def converted(path: Path, out: Path, **changes: np.ndarray) -> Path:
     """What the command writes of a file, for the small SD 1.x."""
-    inputs = open_bundle(bundle()).manifest.lora
+    inputs = in_torch().manifest.lora
     assert inputs is not None
     save_file(lora_factors(path, inputs) | changes, out, FORMAT)
     return out
@@ -160,7 +167,7 @@ def fused_bundle(file: Path, scale: float) -> Path:
 
 
 def test_loras_are_joined_while_their_ranks_fit(tmp_path: Path) -> None:
-    pipe = EdgePipeline.from_pretrained(bundle(), threads=1)
+    pipe = in_torch()
     small = converted(style("sd1", 2), tmp_path / "small.safetensors")
     once = pipe(**ASKED, lora=small, lora_scale=1.5).latents
     twice = pipe(**ASKED, lora=[small, small], lora_scale=[1.0, 0.5]).latents
@@ -171,7 +178,7 @@ def test_loras_are_joined_while_their_ranks_fit(tmp_path: Path) -> None:
 
 def test_guidance_that_ends_and_images_apart(tmp_path: Path) -> None:
     """Factors have no rows: they stay where rows come and go, and are the same for each image."""
-    pipe = EdgePipeline.from_pretrained(bundle(), threads=2)
+    pipe = in_torch()
     asked = ASKED | {
         "guidance_scale": [5.0, 1.0, 1.0, 1.0],
         "lora": converted(style("sd1"), tmp_path / "a.safetensors"),
@@ -188,7 +195,7 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 def refused(given: Any, message: str, **more: Any) -> None:
     with pytest.raises(RequestError, match=message) as caught:
-        EdgePipeline.from_pretrained(bundle(), threads=1)(**ASKED, lora=given, **more)
+        in_torch()(**ASKED, lora=given, **more)
     assert "\n" not in str(caught.value)
 
 
@@ -214,7 +221,7 @@ def test_what_is_no_lora_of_the_bundle_is_refused(tmp_path: Path) -> None:
     refused(good, "lora_scale has 2 entries for 1 files", lora_scale=[1, 2])
     refused(good, "beyond the numbers of float32", lora_scale=1e300)
     refused(None, "lora_scale was given without a lora", lora_scale=1.0)
-    plain = EdgePipeline.from_pretrained(exported_pipeline("sd1"), threads=1)
+    plain = open_in_torch("sd1")
     with pytest.raises(RequestError, match="the bundle's graphs take no LoRA; export with --lora-inputs RANK, or with"):
         plain(**ASKED, lora=good)
 
@@ -234,7 +241,7 @@ def test_files_that_are_damaged_or_not_converted(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_read(tmp_path: Path) -> None:
-    pipe = EdgePipeline.from_pretrained(bundle(), threads=1)
+    pipe = in_torch()
     tensors = load_file(converted(style("sd1"), tmp_path / "style.safetensors"))
     rounded = {name: torch.from_numpy(each).bfloat16() for name, each in tensors.items()}
     from safetensors.torch import save_file as save_torch
@@ -245,6 +252,7 @@ def test_half_precision_is_read(tmp_path: Path) -> None:
         assert pipe(**ASKED, lora=tmp_path / "a.safetensors").latents.tolist() == want.tolist()
 
 
+@pytest.mark.long
 def test_the_command_line(tmp_path: Path, command: Command) -> None:
     path, out = bundle(), tmp_path / "style.safetensors"
     said = command("lora", path, style("sd1"), "-o", out)
@@ -265,6 +273,7 @@ def test_the_command_line(tmp_path: Path, command: Command) -> None:
     assert json.loads(command("lora", path, style("sd1"), "-o", out, "--json").out)["rank"] == RANK
 
 
+@pytest.mark.long
 def test_what_the_command_refuses(tmp_path: Path, command: Command) -> None:
     path, out = bundle(), tmp_path / "style.safetensors"
     whole = kohya_lora(saved("sd1"), tmp_path / "kohya.safetensors")
@@ -310,6 +319,7 @@ def test_a_unet_without_attention(tmp_path: Path) -> None:
         edgediff.split(unet, lora_rank=4)
 
 
+@pytest.mark.long
 def test_the_evidence_has_factors_once() -> None:
     path = bundle()
     inputs = open_bundle(path).manifest.lora

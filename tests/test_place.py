@@ -157,7 +157,9 @@ def _holds(target: Path) -> str | None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("before", ["nothing", "a bundle", "a bundle moved aside"])
+@pytest.mark.parametrize(
+    "before", ["nothing", pytest.param("a bundle", marks=pytest.mark.long), "a bundle moved aside"]
+)
 def test_a_process_killed_at_any_line_loses_nothing(tmp_path: Path, before: str) -> None:
     for moment in itertools.count(1):
         target = tmp_path / f"{moment}" / "out"

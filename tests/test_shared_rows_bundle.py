@@ -150,6 +150,7 @@ def test_a_portable_graph_and_a_small_one_take_every_row(class_model: Path, text
     assert set(shares(text_bundle).values()) == set(shares(portable).values()) == {False}
 
 
+@pytest.mark.long
 def test_the_undivided_step_beside_it_shares_rows_too(text_model: Path, large: Export) -> None:
     model = manifest_of(large(text_model, layout="pair")).target("onnx").unet.model
     assert model is not None
@@ -182,6 +183,7 @@ def test_a_cached_step_that_never_looks_at_the_text_shares_rows(
     np.testing.assert_allclose(EdgePipeline.from_pretrained(bundle)(**request).latents, wanted, atol=1e-4)
 
 
+@pytest.mark.long
 def test_tensors_that_stay_on_a_device_share_rows_too(text_model: Path, text_bundle: Path, large: Export) -> None:
     bundle = large(text_model, layout="pair")
     request = asked(bundle) | {"num_images": 3}
@@ -189,6 +191,7 @@ def test_tensors_that_stay_on_a_device_share_rows_too(text_model: Path, text_bun
     np.testing.assert_allclose(bound, EdgePipeline.from_pretrained(text_bundle)(**request).latents, atol=1e-4)
 
 
+@pytest.mark.long
 def test_manifests_that_say_otherwise_are_refused(text_model: Path, large: Export, tmp_path: Path) -> None:
     bundle = shutil.copytree(large(text_model, layout="pair"), tmp_path / "bundle")
     kept = manifest_of(bundle)

@@ -42,7 +42,9 @@ pytestmark = pytest.mark.usefixtures("few_samples")
 # Interruptions
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher", "teacher with dropout"])
+@pytest.mark.parametrize(
+    "kind", ["teacher", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("student", "teacher with dropout"))]
+)
 def test_an_interrupted_training_ends_with_the_same_weights(
     kind: str, student_training: StudentTraining, teacher_training: TeacherTraining, tmp_path: Path
 ) -> None:

@@ -83,9 +83,10 @@ def run_bench(
     asked = {"num_inference_steps": steps, "clock": clock, "num_images": num_images, "guidance_scale": guidance_scale}
     asked["threads"] = threads
     entries = [entry for name, bundle in opened for entry in _entries(name, bundle, chosen, asked, undivided)]
-    peak = Runner("the machine's peak", Call.of(time_peak), threads=threads)
     runners = [runner for entry in entries for runner in (entry.runner, entry.undivided) if runner is not None]
-    take_turns([peak, *runners], rounds, progress)
+    peak = Runner("the machine's peak", Call.of(time_peak), threads=threads)
+    if any(runner.status == "measured" for runner in runners):  # else there is nothing to compare with the peak
+        take_turns([peak, *runners], rounds, progress)
     gflops = peak.parts.get("gflops")
     settings = Settings(steps, clock, num_images, guidance_scale, rounds, threads)
     return _ledger(entries, median(gflops) if gflops else None, settings)
