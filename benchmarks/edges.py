@@ -126,7 +126,7 @@ def train(pictures: dict[str, Array], folder: Path, updates: int) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if (update + 1) % EVERY == 0 or update + 1 == updates:
             print(f"update {update + 1} of {updates}: loss {np.mean(losses[-EVERY:]):.4f}", flush=True)
             torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "done": update + 1}, state)

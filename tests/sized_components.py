@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from artefacts import saved_once
+from pipelines import saved_tiny_vae
 from tiny_pipelines import SAVE
 
 import edgediff
@@ -18,7 +19,8 @@ from edgediff_runtime.manifest import Component, Graph
 
 def written(target: str, name: str, further: tuple[tuple[int, int], ...], folder: Path) -> tuple[Component, Part]:
     """The component's entry, whose files lie in the folder, and its module."""
-    component = pipeline_components(edgediff.load_model(saved_once("sd1", SAVE["sd1"])))[name]
+    model = edgediff.load_model(saved_once("sd1", SAVE["sd1"]), preview=saved_tiny_vae())
+    component = pipeline_components(model)[name]
     form, config = TARGETS[target], edgediff.ExportConfig()
     entry = form.describe_component(
         component.stage, component.graph, config.verify, config.section(target), Sizes((16, 16), further, 2)

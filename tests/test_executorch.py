@@ -92,7 +92,9 @@ def test_a_program_of_two_methods_computes_what_torch_does(tmp_path: Path) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "further"), [("text_encoder", ((12, 20),)), ("vae_encoder", ((12, 20),))])
+@pytest.mark.parametrize(
+    ("name", "further"), [("text_encoder", ((12, 20),)), ("vae_encoder", ((12, 20),)), ("preview_decoder", ())]
+)
 def test_a_component_is_a_program_with_a_method_for_each_size(
     name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:

@@ -125,7 +125,9 @@ def test_it_verifies_and_runs_on_the_command_line_in_silence(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "further"), [("text_encoder", ((12, 20),)), ("vae_encoder", ((12, 20),))])
+@pytest.mark.parametrize(
+    ("name", "further"), [("text_encoder", ((12, 20),)), ("vae_encoder", ((12, 20),)), ("preview_decoder", ())]
+)
 def test_a_component_is_a_file_with_a_signature_for_each_size(
     name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
