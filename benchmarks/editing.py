@@ -7,7 +7,6 @@ strength also how near other periods of the clock come to clock 1, in 20 steps. 
 inverted with DDIM and drawn again, as they are and, with plug-and-play injection, as something else. Without options in
 some minutes; with `--images DRAWINGS` (`metadata.jsonl`) real drawings are inverted too. `--what control`: how near are
 pictures by ControlNets and T2I-Adapters to diffusers' own, on the small pipelines of the tests?
-`--what residuals`: what would a ControlNet that runs on cached steps too be worth?
 
 `--what control-cost` asks what a ControlNet costs at Stable Diffusion v1.5's size instead, with random weights: the
 steps of a bundle without one and of a bundle with one, in turns. `--what lora-cost` asks the same of low-rank factors
@@ -25,7 +24,6 @@ from time import perf_counter
 from typing import Any
 
 import diffusers
-import msgspec
 import numpy as np
 import torch
 from diffusers import ControlNetModel
@@ -37,19 +35,13 @@ from edgediff.bench.turns import Call, Said, parts_of
 from edgediff.bundle.psnr import psnr_db
 from edgediff.bundle.reference import drawn_lora
 from edgediff.config.floors import VerifyConfig
-from edgediff.export.prepare import Prepared, prepare
 from edgediff.models.classifier import as_input, load_classifier, ranks_of
-from edgediff.models.graphs import graph_list
-from edgediff.models.torch_pipeline import source_tokenizers
-from edgediff.models.torch_session import TorchSession
 from edgediff.zoo import FOLDER, built_in
 from edgediff_runtime import EdgePipeline, Result, noise
 from edgediff_runtime.clock import letters
-from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.editing import as_pixels, from_vae
 from edgediff_runtime.inversion import Inverted
 from edgediff_runtime.loop import Step
-from edgediff_runtime.manifest import CONTROL_IMAGE, CONTROLNET
 from edgediff_runtime.sessions import Array
 
 MODEL = "drawings-64"
@@ -59,10 +51,8 @@ COUNT, PLANNED, SEED, TOP = 32, 16, 1, 5
 INVERSION_STEPS = 20
 WANTED, INVERTED = 30.0, 25.0  # dB
 EXACT, HALF = 60.0, 35.0  # dB
-WHAT = ("edits", "periods", "inversion", "injection", "control", "residuals")
+WHAT = ("edits", "periods", "inversion", "injection", "control")
 ROUNDS = 7
-# Of a skip connection's size, that of the residuals of a ControlNet that nobody trained.
-STRENGTH_OF_RESIDUALS = 0.3
 COSTS, LARGE = ("control-cost", "lora-cost"), "sd15"
 RANKS = (8, 32)
 PERIODS = (2, 3, 4, 6)
@@ -90,9 +80,7 @@ def main() -> None:
     print(machine())
     if "control" in given.what:
         show_control()
-    if "residuals" in given.what:
-        show_residuals()
-    if set(given.what) <= {"control", "residuals"}:
+    if set(given.what) <= {"control"}:
         return
     with tempfile.TemporaryDirectory() as scratch:
         for what, show in zip(COSTS, (show_control_cost, show_lora_cost), strict=True):
@@ -197,58 +185,6 @@ def show_control() -> None:
             spelt = ", ".join(f"{sampler} {number:.1f}" for sampler, number in found.items())
             print(f"{title}, {name}, {steering}, {backend}: {spelt} dB; {bar:g} wanted: "
                   f"{verdict(min(found.values()) >= bar)}", flush=True)  # fmt: skip
-
-
-def show_residuals() -> None:
-    """Clock 2 against clock 1 with a ControlNet on full steps alone, and on every step.
-
-    There is no trained ControlNet of this model: it is the UNet's own way down, trained, whose features come through
-    random projections. They change from step to step as a ControlNet's do; what they say of a picture is nothing.
-    """
-    prompts = [f"{name}, {STYLES[i % len(STYLES)]}" for i, name in enumerate(things(PLANNED))]
-    with tempfile.TemporaryDirectory() as scratch:
-        torch.manual_seed(SEED)
-        net = diffusers.ControlNetModel.from_unet(
-            edgediff.load_model(MODEL).unet, conditioning_embedding_out_channels=(16, 32, 64)
-        )
-        for projection in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-            std = STRENGTH_OF_RESIDUALS / projection.in_channels**0.5
-            torch.nn.init.normal_(projection.weight, std=std)
-        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.1)
-        net.save_pretrained(scratch)
-        model = edgediff.load_model(MODEL, control=scratch)
-        print(f"{PLANNED} drawings of {MODEL}, residuals of {STRENGTH_OF_RESIDUALS:g}: clock 2 against clock 1, pixels")
-        for adaptor in (None, "identity"):
-            found = prepare(model, edgediff.ExportConfig(adaptor=adaptor, control=(scratch,)), lambda _: None)
-            kind = "identity" if adaptor else "learned"
-            print(f" {kind}: {_of_residuals(found, prompts)}", flush=True)
-
-
-@torch.no_grad()
-def _of_residuals(found: Prepared, prompts: Sequence[str]) -> str:
-    """PSNR of pictures at clock 2 to clock 1, without control, with residuals that stay, and with new ones."""
-    graphs = graph_list(found.divided, found.model)
-    # The same graphs with a ControlNet in every step: cached ones take the high-resolution levels' residuals of it.
-    always = tuple(msgspec.structs.replace(g, frequency="step") if g.name == CONTROLNET else g for g in graphs)
-    others = {n: TorchSession({n: each.load()}, (each.graph,)) for n, each in found.components.items()}
-    assert found.draft.prompt is not None
-    words = source_tokenizers(found.components, found.draft.prompt)
-    told = []
-    squares = found.conditioning[CONTROL_IMAGE]
-    for title, there, control in (
-        ("no control", graphs, None),
-        ("they stay", graphs, squares),
-        ("new", always, squares),
-    ):
-        sessions = Components.of({UNET: TorchSession(found.divided.parts, there), **others})
-        pipe = EdgePipeline(found.draft, sessions, lambda: words, warn=False)
-        asked: dict[str, Any] = {"prompt": list(prompts), "seed": SEED, "control_image": control}
-        full, clocked = pipe(**asked, clock=1).pixels, pipe(**asked, clock=2).pixels
-        assert full is not None
-        assert clocked is not None
-        near = [psnr_db(a, b) for a, b in zip(full, clocked, strict=True)]
-        told.append(f"{title} {np.mean(near):.2f} dB (10 %: {np.percentile(near, 10):.1f})")
-    return ", ".join(told)
 
 
 def guidance(pipes: dict[str, EdgePipeline]) -> float:

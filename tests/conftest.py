@@ -29,9 +29,9 @@ torch.set_num_threads(1)
 
 # Files of long tests, the longest first: one that is left for the end keeps one worker busy and the others waiting.
 LONG = (
-    "readme", "export_killed", "pipelines", "half_onnx", "preview", "coreml_pipeline", "export",
-    "coreml_export", "bench", "train_unet", "spectral_bundle", "export_place",
-    "train_adaptor", "adaptors", "executorch", "cli", "plan_bundle",
+    "readme", "export_killed", "preview", "controlnet", "editing", "executorch", "pipelines", "half_onnx", "export",
+    "bench", "coreml_export", "lora_inputs", "t2i_adapter", "injection", "spectral_bundle", "train_unet",
+    "coreml_pipeline", "adaptors", "litert", "fifth_target", "component_memory", "train_adaptor", "cli",
 )  # fmt: skip
 
 
