@@ -45,7 +45,7 @@ def main() -> None:
     """Trains what is not trained yet, and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where pictures and the ControlNet are kept; left out, nowhere")
-    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--updates", type=int, default=1200)
     parser.add_argument("--sheet", type=Path, help="a PNG: edges, no control, clock 1, residuals that stay, anew")
     given = parser.parse_args()
     print(machine())

@@ -71,6 +71,13 @@ def test_a_trace_is_kept_and_given_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "2.onnx.data").exists()
 
 
+def test_blocks_may_be_nested(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with remembering(tmp_path / "kept"), remembering(tmp_path / "kept"):
+        made = exported(layers(), tmp_path / "a.onnx")
+    np.testing.assert_allclose(made[0], layers()(torch.eye(3)).detach(), rtol=0, atol=1e-6)
+
+
 def test_a_kept_graph_is_the_exporters_own(tmp_path: Path) -> None:
     """Nodes and weights, those that the exporter folds too, are those of a module that was traced itself."""
     torch.manual_seed(1)

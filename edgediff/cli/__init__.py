@@ -6,7 +6,7 @@ bad input, 130 interrupted. Commands import what they need when they run: `run`,
 """
 
 # Each module adds its commands to the application, in the order in which the help lists them.
-from edgediff.cli import export, run, invert, lora, inspect, plan, plan_weights, train  # noqa: F401, I001
+from edgediff.cli import export, run, invert, convert_lora, inspect, plan, plan_weights, train  # noqa: F401, I001
 from edgediff.cli import demo, evaluate, bench, serve, site  # noqa: F401
 from edgediff.cli.app import app, main
 
