@@ -14,12 +14,15 @@ from PIL import Image
 from pipelines import config_of, exported_pipeline, saved
 
 import edgediff
+from edgediff.bundle.feed import groups
 from edgediff.bundle.psnr import psnr_db
 from edgediff.errors import ConfigError, UnsupportedError
 from edgediff.export.export_bundle import export_bundle
+from edgediff.targets.onnx import in_half
 from edgediff_runtime import EdgePipeline, RequestError, noise
 from edgediff_runtime.inversion import Inverted, read_inverted, write_inverted
 from edgediff_runtime.loop import Step
+from edgediff_runtime.manifest import Graph, Tensor
 
 STEPS = 4
 OTHER = "a drawing of a dog"
@@ -174,6 +177,20 @@ def test_rows_and_low_rank_factors_go_together() -> None:
     assert torch.equal(both[0], one[0])
     assert (both[1:] != one[1:]).any()
     assert (one != want).any()
+
+
+def test_rows_are_numbered_within_the_group_that_a_graph_is_handed() -> None:
+    given = {"sample": np.arange(5.0), "attention_rows": np.array([0, 1, 2, 2, 4]), "feature_rows": np.arange(5)}
+    made = [(list(each["attention_rows"]), list(each["feature_rows"])) for each in groups(given, 2)]
+    assert made == [([0, 1], [0, 1]), ([0, 0], [0, 1]), ([0, 0], [0, 0])]
+    with pytest.raises(AssertionError, match="a row takes one of another group"):
+        list(groups(given | {"feature_rows": np.zeros(5, np.int64)}, 2))
+
+
+def test_rows_stay_whole_numbers_in_fp16() -> None:
+    rows, cache = Tensor("attention_rows", "int64", ("batch",)), Tensor("cache", "float32", ("batch", 4))
+    half = in_half(Graph("full", "x", "full_step", (rows, cache), (cache,)))
+    assert [tensor.dtype for tensor in half.inputs] == ["int64", "float16"]
 
 
 def test_operations_of_steps_with_more_rows() -> None:

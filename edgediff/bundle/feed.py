@@ -8,7 +8,7 @@ import numpy as np
 
 from edgediff.bundle.reference import Recorded, step_inputs
 from edgediff_runtime import Bundle
-from edgediff_runtime.manifest import SAMPLE, Graph, has_rows, share_rows
+from edgediff_runtime.manifest import ATTENTION_ROWS, FEATURE_ROWS, SAMPLE, Graph, has_rows, share_rows
 from edgediff_runtime.sessions import Session
 
 
@@ -78,7 +78,18 @@ def groups(given: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, np
     rows = count_rows(given)
     order = np.minimum(np.arange(rows + -rows % batch), rows - 1)
     for chosen in order.reshape(-1, batch):
-        yield {name: np.ascontiguousarray(array[chosen]) if has_rows(name) else array for name, array in given.items()}
+        yield {name: _chosen(name, array, chosen) if has_rows(name) else array for name, array in given.items()}
+
+
+def _chosen(name: str, array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Some rows of a tensor; where they name other rows, as injection does, these are numbered within the group."""
+    rows = np.ascontiguousarray(array[chosen])
+    if name not in (ATTENTION_ROWS, FEATURE_ROWS):
+        return rows
+    numbered = rows[:, None] == chosen
+    assert numbered.any(axis=1).all(), "a row takes one of another group"
+    places: np.ndarray = numbered.argmax(axis=1).astype(rows.dtype)
+    return places
 
 
 def count_rows(given: Mapping[str, np.ndarray]) -> int:

@@ -48,8 +48,12 @@ OUTSIDE = (
 
 
 def is_outside(tensor: m.Tensor) -> bool:
-    """Whether a tensor stays fp32 in fp16 graphs."""
-    return tensor.name in OUTSIDE or tensor.name.startswith((m.CONTROL_IMAGE, m.CONTROL_SCALE, m.T2I_ADAPTER))
+    """Whether a tensor stays what it is in fp16 graphs: fp32, or whole numbers, as those of rows are."""
+    return (
+        "int" in tensor.dtype
+        or tensor.name in OUTSIDE
+        or tensor.name.startswith((m.CONTROL_IMAGE, m.CONTROL_SCALE, m.T2I_ADAPTER))
+    )
 
 
 @dataclass(frozen=True)
