@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import torch
 from diffusers import ControlNetModel
-from editing import MODEL, STYLES, save_sheet, seen
+from editing import MODEL, STYLES, correlation, every_thing, save_sheet, seen
 from measure import exported, machine
 from torch.nn import functional as F
 
@@ -29,7 +29,6 @@ from edgediff.models.torch_pipeline import source_tokenizers
 from edgediff.models.torch_session import TorchSession
 from edgediff.train.rollout import Prompts
 from edgediff.train.text import STATES, text_of
-from edgediff.zoo import FOLDER
 from edgediff_runtime import EdgePipeline, Result
 from edgediff_runtime.components import UNET, Components
 from edgediff_runtime.manifest import CONTROLNET
@@ -58,8 +57,7 @@ def main() -> None:
 
 def captions() -> list[str]:
     """Every thing that the model was taught, in every style, in a seeded order."""
-    things = (FOLDER / MODEL / "things.txt").read_text(encoding="utf-8").split("\n")
-    said = [f"{thing}, {style}" for thing in things if thing.strip() for style in STYLES]
+    said = [f"{thing}, {style}" for thing in every_thing() for style in STYLES]
     return [said[i] for i in np.random.default_rng(SEED).permutation(len(said))]
 
 
@@ -74,7 +72,7 @@ def edges_of(images: Array) -> Array:
 
 
 def drawn(file: Path, scratch: Path) -> dict[str, Array]:
-    """Latents and edges of pictures that the model draws, of the captions in order, from the last one on backwards."""
+    """Latents and edges of pictures that the model draws, of the last captions; the first ones are measured with."""
     if not file.exists():
         pipe = EdgePipeline.from_pretrained(exported(MODEL, scratch / "plain", adaptor=None))
         said = captions()[-PICTURES:]
@@ -173,8 +171,7 @@ def opened(found: Prepared, frequency: str) -> EdgePipeline:
 
 def tell(what: str, made: Result, near: Result | None, edges: Array, things: Sequence[str]) -> None:
     """Prints how near pictures are to others, how well they keep to the edges, and whether they are what was asked."""
-    kept = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(edges_of(made.images), edges, strict=True)]
-    said = f"edges correlate by {np.mean(kept):.3f}, {seen(made.images, things)}"
+    said = f"edges correlate by {correlation(edges_of(made.images), edges):.3f}, {seen(made.images, things)}"
     if near is not None:
         assert near.pixels is not None
         assert made.pixels is not None

@@ -105,11 +105,15 @@ def main() -> None:
                 show_injection(kind, EdgePipeline.from_pretrained(bundle), given.injected if adaptor is None else None)
 
 
-def things(count: int) -> list[str]:
-    """Things that the model has drawn in training, in a seeded order."""
+def every_thing() -> list[str]:
+    """The things that the model has drawn in training."""
     known = (FOLDER / MODEL / "things.txt").read_text(encoding="utf-8").split("\n")
-    chosen = np.random.default_rng(SEED).permutation([name for name in known if name.strip()])
-    return [str(name) for name in chosen[:count]]
+    return [name for name in known if name.strip()]
+
+
+def things(count: int) -> list[str]:
+    """Some of them, in a seeded order."""
+    return [str(name) for name in np.random.default_rng(SEED).permutation(every_thing())[:count]]
 
 
 def edits_of(count: int) -> tuple[list[str], list[str], list[str]]:
@@ -343,7 +347,12 @@ def near(wanted: Array, made: Result) -> float:
 def kept(sources: Array, made: Result) -> float:
     """Mean correlation of the edges of pictures, the sizes of their gradients, with those of others: the layout."""
     both = [np.hypot(*np.gradient(each.mean(axis=3, dtype=np.float64), axis=(1, 2))) for each in (sources, made.images)]
-    return float(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(*both, strict=True)]))
+    return correlation(*both)
+
+
+def correlation(ones: Array, others: Array) -> float:
+    """Mean correlation of pictures with others."""
+    return float(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(ones, others, strict=True)]))
 
 
 def operations(pipe: EdgePipeline, ledger: Sequence[Step]) -> int:

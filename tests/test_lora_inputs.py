@@ -71,6 +71,7 @@ def diffusers_pipeline(name: str) -> Any:
 
 
 def bundle(name: str = "sd1", **settings: Any) -> Path:
+    """Its bundle, which can inject too: one for the tests of both."""
     return exported_pipeline(name, **{"lora_inputs": RANK, "injection": True} | settings)
 
 
@@ -343,7 +344,7 @@ def test_every_target(target: str, tmp_path: Path) -> None:
     """Each is verified with factors that are not zero, and with rows that take other rows'; it draws as ONNX does."""
     file = converted(style("sd1"), tmp_path / "style.safetensors")
     asked = {"seed": 3, "num_inference_steps": 2, "lora": file}
-    opened = open_bundle(bundle(targets=(target,), components=(), injection=True))
+    opened = open_bundle(bundle(targets=(target,), components=()))
     pipe = open_pipeline(opened, TARGETS[target].verifiers[0])
     onnx = EdgePipeline.from_pretrained(bundle(), threads=1)
     tensor = opened.manifest.conditioning.tensors[0]
