@@ -81,7 +81,8 @@ class Visit:
     def open(self, after: str = "") -> "Visit":
         """Loads the page until a bundle is open."""
         self.page.goto(self.url + after)
-        self.page.wait_for_selector(READY)
+        self.page.wait_for_selector(f"{READY}, #error:not([hidden])")
+        assert self.page.query_selector(READY), self.text("error")
         return self
 
     def fail(self, after: str = "") -> str:

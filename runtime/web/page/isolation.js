@@ -32,9 +32,12 @@ export async function isolate() {
 /** Whether a new version of the page takes over from this one, which it does where no other page is open. @param {ServiceWorker} waiting */
 async function takesOver(waiting) {
   const { port1, port2 } = new MessageChannel();
-  const told = new Promise((resolve) => (port1.onmessage = ({ data }) => resolve(data)));
-  waiting.postMessage("take over", [port2]);
-  return (await within(2000, told)) && activated(waiting);
+  const alone = new Promise((resolve) => (port1.onmessage = ({ data }) => resolve(data)));
+  waiting.postMessage("alone?", [port2]);
+  if (!(await within(2000, alone))) return false;
+  waiting.postMessage("take over");
+  // A browser first lets the old one end what it does, for minutes where that hangs.
+  return within(10_000, activated(waiting));
 }
 
 /** What a promise gives, or false after some milliseconds. @param {number} ms @param {Promise<any>} promise */

@@ -30,15 +30,16 @@ async function activate() {
   await self.clients.claim();
 }
 
-// A page of the old version that was just loaded gives way, unless another one is open; it is told whether it may.
-self.addEventListener("message", (event) => event.waitUntil(takeOver(event.ports[0])));
+// A page of the old version that was just loaded gives way, unless another one is open. It asks first: a page that has
+// waited too long for the answer goes on with the old version's files, which must not go then.
+self.addEventListener("message", (event) => {
+  if (event.data === "take over") event.waitUntil(self.skipWaiting());
+  else event.waitUntil(isAlone().then((alone) => event.ports[0].postMessage(alone)));
+});
 
-/** @param {MessagePort} asker */
-async function takeOver(asker) {
+async function isAlone() {
   const pages = await self.clients.matchAll({ type: "window", includeUncontrolled: true });
-  const isAlone = pages.filter(({ url }) => url.startsWith(HOME.href)).length < 2;
-  if (isAlone) await self.skipWaiting();
-  asker.postMessage(isAlone);
+  return pages.filter(({ url }) => url.startsWith(HOME.href)).length < 2;
 }
 
 self.addEventListener("fetch", (event) => {
