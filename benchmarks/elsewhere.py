@@ -48,8 +48,8 @@ def small_pipelines(folder: Path) -> list[Path]:
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from tiny_pipelines import SAVE
 
-    for name in ("sd1", "xl"):
-        SAVE[name](folder / name)
+    SAVE["sd1-up"](folder / "sd1")
+    SAVE["xl"](folder / "xl")
     return [folder / name for name in ("sd1", "xl")]
 
 

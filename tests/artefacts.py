@@ -22,7 +22,6 @@ import msgspec
 import pytest
 import torch
 from guard import ROOT, STORES, making
-from traces import remembering
 
 import edgediff
 
@@ -122,7 +121,7 @@ def exported(model: Path, config: edgediff.ExportConfig, patches: Mapping[str, o
     said = repr([msgspec.json.encode(config), sorted(patches.items()), files])
 
     def export(path: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch, remembering(traces_folder()):
+        with pytest.MonkeyPatch.context() as patch:
             for name, value in patches.items():
                 patch.setattr(name, value)
             loaded = edgediff.load_model(

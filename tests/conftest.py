@@ -11,12 +11,13 @@ from command_line import Command, Said, exit_code
 from guard import guard_stores
 from photographs import folder_of_images
 from tiny_photographs import make_photographs, write_classifier, write_photographs
-from traces import remembering
+from traces import EXPORT, remembering
 from trainings import UNET, UPDATES
 from unets import unet2d, unet2d_condition
 
 import edgediff
 from edgediff.data.image_folder import ImageSet
+from edgediff.models.part import Part
 from edgediff.train import unet
 from edgediff.train.loop import Loop
 from edgediff.train.settings import StudentTraining, TeacherTraining
@@ -115,8 +116,8 @@ def class_model() -> Path:
 
 @pytest.fixture(scope="session")
 def plain_model() -> Path:
-    """A class model without attention, for converters that take as long as there are operations."""
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    """A class model of as few operations as can be cut, for converters that take as long as there are operations."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
     return saved_once("program", lambda path: save_class_model(unet2d(**SMALL_CLASS | blocks), path))
 
 
@@ -126,17 +127,17 @@ def text_model() -> Path:
     return saved_once("tiny-text", lambda path: save_text_model(unet2d_condition(**SMALL_TEXT), path))
 
 
-@pytest.fixture(scope="session")
-def traces() -> Path:
-    """The folder of the graphs that were traced by these sources, one for all workers."""
-    return traces_folder()
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """What any worker traced before by these sources is not traced again."""
+    with remembering(traces_folder(), Part):
+        yield
 
 
 @pytest.fixture
-def traced_once(traces: Path) -> Iterator[None]:
-    """What was traced before is not traced again in a test that is not about tracing."""
-    with remembering(traces):
-        yield
+def traces_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of tracing: every graph is the exporter's own, of this test."""
+    monkeypatch.setattr(torch.onnx, "export", EXPORT)
 
 
 Export = Callable[..., Path]

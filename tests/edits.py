@@ -28,10 +28,14 @@ SIDE = 32  # of the small pipelines' pictures
 SIZE = {"height": SIDE, "width": SIDE}
 DEPTH = np.add.outer(np.arange(SIDE) ** 2, np.arange(SIDE)).astype(np.float32)
 SAMPLERS = ("ddim", "pndm", "dpmpp_2m", "euler_ancestral")
+STRENGTHS = (0.3, 0.6, 0.9, 1.0)
 # Of each kind one is quick, the others belong to the long half.
 EACH_STRENGTH = pytest.mark.parametrize(
-    "strength", [pytest.param(each, marks=[pytest.mark.long] * (each != 0.6)) for each in (0.3, 0.6, 0.9, 1.0)]
+    "strength", [pytest.param(each, marks=[pytest.mark.long] * (each != 0.6)) for each in STRENGTHS]
 )
+# Bundles that several files of tests have in common: tracing is what they take long for.
+ADAPTED_SIZES = ("32x32", "32x48")
+LORA_AND_INJECTION: dict[str, Any] = {"lora_inputs": 4, "injection": True}
 ANCESTRAL = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
 
 
@@ -65,15 +69,24 @@ def schedule_of(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def ours(
-    name: str, sampler: str, backend: str, control: int = 0, adapter: str | None = None, injection: bool = False
-) -> EdgePipeline:
+def _opened(name: str, backend: str, control: int, adapter: str | None, injection: bool) -> EdgePipeline:
     if backend == "torch":
         pipe = open_in_torch(name, control=control, adapter=adapter, injection=injection)
     else:
         target = {"onnxruntime": "onnx", "mil-reference": "coreml"}[backend]
-        bundle = exported_pipeline(name, targets=(target,), control=control, adapter=adapter, injection=injection)
+        more: dict[str, Any] = {"sizes": ADAPTED_SIZES} if adapter else {"injection": injection}
+        if injection and target == "onnx":
+            more = LORA_AND_INJECTION
+        bundle = exported_pipeline(name, targets=(target,), control=control, adapter=adapter, **more)
         pipe = open_pipeline(open_bundle(bundle), backend, threads=None if backend == "mil-reference" else 1)
+    return pipe
+
+
+@functools.cache
+def ours(
+    name: str, sampler: str, backend: str, control: int = 0, adapter: str | None = None, injection: bool = False
+) -> EdgePipeline:
+    pipe = _opened(name, backend, control, adapter, injection)
     settings = scheduler_config(schedule_of(name), sampler)
     manifest = msgspec.structs.replace(pipe.manifest, scheduler=settings)
     return EdgePipeline(manifest, pipe.components, pipe._tokenizers, warn=False)
@@ -168,3 +181,18 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntim
 EACH_SAMPLER = pytest.mark.parametrize(
     "sampler", [pytest.param(name, marks=[pytest.mark.long] * (name != "pndm")) for name in SAMPLERS]
 )
+
+
+def each_edit(every: tuple[str, ...], once: tuple[tuple[str, str], ...]) -> pytest.MarkDecorator:
+    """Samplers and strengths for pipelines: each with each over torch, or each once, where a loop has other graphs.
+
+    Args:
+        every: Pipelines over torch, with each sampler at each strength.
+        once: Pipelines and backends, with each sampler and each strength once.
+    """
+    cases = [(name, "torch", sampler, strength) for name in every for sampler in SAMPLERS for strength in STRENGTHS]
+    cases += [(*case, *pair) for case in once for pair in zip(SAMPLERS, STRENGTHS, strict=True)]
+    return pytest.mark.parametrize(
+        ("name", "backend", "sampler", "strength"),
+        [pytest.param(*c, marks=[pytest.mark.long] * (c[1:] != ("torch", "pndm", 0.6))) for c in cases],
+    )

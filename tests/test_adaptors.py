@@ -290,14 +290,13 @@ def test_a_built_in_name_means_that_whatever_lies_around(tmp_path: Path, monkeyp
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("layout", ["split", "pair"])
 def test_a_learned_adaptor_in_both_targets(
-    command: Command, class_model: Path, place: Path, tmp_path: Path, layout: str
+    command: Command, plain_model: Path, place: Path, tmp_path: Path, layout: str
 ) -> None:
-    path = trained(load_model(class_model), tmp_path / "adaptor")
+    path = trained(load_model(plain_model), tmp_path / "adaptor")
     bundle = place / "bundle"
-    said = command("export", class_model, "-o", bundle, "--adaptor", path, "--steps", 4, "--target", "onnx",
+    said = command("export", plain_model, "-o", bundle, "--adaptor", path, "--steps", 4, "--target", "onnx",
                    "--target", "coreml", "--layout", layout, "--json")  # fmt: skip
     assert said.code == 0, said.errors
     rows = json.loads(said.out)["rows"]
@@ -312,11 +311,11 @@ def test_a_learned_adaptor_in_both_targets(
         assert "cache" in [tensor["name"] for tensor in graph["inputs"]]
         assert "lowres_feature" in [tensor["name"] for tensor in graph["outputs"]]
     with unchanged(bundle):
-        again = command("export", class_model, "-o", bundle, "--adaptor", path, "--steps", 4, "--target", "onnx",
+        again = command("export", plain_model, "-o", bundle, "--adaptor", path, "--steps", 4, "--target", "onnx",
                         "--target", "coreml", "--layout", layout)  # fmt: skip
     assert "already there" in again.out
     # Without its adaptor, what needs the source falls back on the evidence; with another one of its name too.
-    trained(load_model(class_model), path, seed=1)
+    trained(load_model(plain_model), path, seed=1)
     report = edgediff.verify_bundle(bundle, record=False)
     assert report.ok
     assert {row.note for row in report.rows if row.check == "trajectory" and row.status == "measured"} == {
@@ -327,15 +326,14 @@ def test_a_learned_adaptor_in_both_targets(
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_a_bundle_without_latents_whose_adaptor_is_lost_says_what_was_not_run(
-    command: Command, class_model: Path, place: Path
+    command: Command, plain_model: Path, place: Path
 ) -> None:
-    path, bundle = trained(load_model(class_model), place / "mine"), place / "bundle"
+    path, bundle = trained(load_model(plain_model), place / "mine"), place / "bundle"
     config = edgediff.ExportConfig(steps=4, adaptor=str(path), verify=VerifyConfig(mode="graphs"))
-    edgediff.export_bundle(load_model(class_model), bundle, config)
+    edgediff.export_bundle(load_model(plain_model), bundle, config)
     path.rename(place / "moved")
-    said = command("verify", bundle, "--model", class_model, "--json")
+    said = command("verify", bundle, "--model", plain_model, "--json")
     assert (said.code, said.errors) == (0, [])
     rows = {row["check"]: row for row in json.loads(said.out)["rows"]}
     for check in ("trajectory", "caching"):

@@ -272,7 +272,6 @@ def test_too_little_memory_is_said_before_it_starts(class_bundle: Path, monkeypa
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_where_the_source_is_gone_the_bundle_stands_for_itself(folder: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     edgediff.export_bundle(edgediff.load_model(folder), bundle, edgediff.ExportConfig(steps=4, layout="split"))

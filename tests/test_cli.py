@@ -81,7 +81,6 @@ def test_verify_prints_the_numbers(
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_floor_that_is_not_reached_is_exit_code_1_and_nothing_is_placed(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,7 +134,6 @@ def test_steps_that_are_no_number_of_steps(steps: Any) -> None:
     refused(2, steps, f"steps is {steps!r}; expected a whole number above 0")
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_bundle_without_cached_steps_has_no_caching_error(class_model: Path, tmp_path: Path) -> None:
     config = edgediff.ExportConfig(steps=2, clock=1, onnx=OnnxConfig(simplify=False))
     done = edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)

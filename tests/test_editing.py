@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from edits import (
-    BACKENDS,
     DEPTH,
     EACH_SAMPLER,
-    EACH_STRENGTH,
     FLOOR_DB,
     PROMPT,
+    SAMPLERS,
     SIDE,
     SIZE,
     against,
+    each_edit,
     mask,
     ours,
     picture,
@@ -36,34 +36,27 @@ FINE_LINES = np.zeros((128, 128))  # between the places that 16 x 16 points are 
 FINE_LINES[::8] = 1
 
 
-@EACH_STRENGTH
-@EACH_SAMPLER
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        ("sd1", "torch"),
-        pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
-        pytest.param("xl", "torch", marks=pytest.mark.long),
-    ],
-)
+@each_edit(every=("sd1",), once=(("sd1", "onnxruntime"), ("xl", "torch")))
 def test_image_to_image(name: str, backend: str, sampler: str, strength: float) -> None:
     kind = diffusers.StableDiffusionXLImg2ImgPipeline if name == "xl" else diffusers.StableDiffusionImg2ImgPipeline
     asked = {"prompt": PROMPT, "image": picture(), "strength": strength, "guidance_scale": 5.0}
     assert against(ours(name, sampler, backend), theirs(name, sampler, kind), asked) >= FLOOR_DB
 
 
-@EACH_STRENGTH
-@EACH_SAMPLER
-@BACKENDS
-@pytest.mark.parametrize("name", ["sd1", "inpaint"])
+@each_edit(every=("sd1", "inpaint"), once=(("sd1", "onnxruntime"), ("inpaint", "onnxruntime")))
 def test_inpainting(name: str, backend: str, sampler: str, strength: float) -> None:
     asked = {"prompt": PROMPT, "image": picture(), "mask_image": mask(), "strength": strength, "guidance_scale": 5.0}
     other = theirs(name, sampler, diffusers.StableDiffusionInpaintPipeline)
     assert against(ours(name, sampler, backend), other, asked, SIZE) >= FLOOR_DB
 
 
-@EACH_SAMPLER
-@BACKENDS
+@pytest.mark.parametrize(
+    ("backend", "sampler"),
+    [
+        *(pytest.param("torch", name, marks=[pytest.mark.long] * (name != "pndm")) for name in SAMPLERS),
+        pytest.param("onnxruntime", "pndm", marks=pytest.mark.long),
+    ],
+)
 def test_instructions(backend: str, sampler: str) -> None:
     asked = {"prompt": "make it red", "image": picture(), "guidance_scale": 5.0, "image_guidance_scale": 1.3}
     other = theirs("pix2pix", sampler, diffusers.StableDiffusionInstructPix2PixPipeline)

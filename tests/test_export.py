@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import dataclasses
 import shutil
@@ -10,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SMALL, SMALL_TEXT, save_model, save_text_model
-from traces import remembering
+from conftest import SMALL, save_model
+from pipelines import exported_pipeline
+from traces import EXPORT
 from unets import unet2d_condition
 
 import edgediff
@@ -88,9 +88,10 @@ def test_the_batch_is_symbolic(class_bundle: Path, rows: int) -> None:
 
 
 @pytest.mark.long
-def test_exporting_twice_gives_the_same_bytes(class_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("traces_anew")
+def test_exporting_twice_gives_the_same_bytes(plain_model: Path, tmp_path: Path) -> None:
     for name in ("once", "again"):
-        model = edgediff.load_model(class_model)
+        model = edgediff.load_model(plain_model)
         edgediff.export_bundle(model, tmp_path / name, edgediff.ExportConfig(steps=4, layout="split"))
     want, got = _files(tmp_path / "once"), _files(tmp_path / "again")
     assert want.keys() == got.keys()
@@ -127,14 +128,14 @@ def test_a_bundle_with_other_files_in_it_is_never_replaced(
 @pytest.mark.long
 @pytest.mark.parametrize(("portable", "weights"), [(False, "weights.bin"), (True, "lowres.onnx.data")])
 def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them(
-    class_model: Path, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portable: bool, weights: str
+    plain_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portable: bool, weights: str
 ) -> None:
     monkeypatch.setattr(onnx_module, "EXTERNAL_DATA_BYTES", 10_000)
     floors = VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80)
     config = edgediff.ExportConfig(steps=2, layout="split", verify=floors, onnx=OnnxConfig(portable=portable))
-    # In one of the two the exporter itself writes the weights outside.
-    with remembering(traces) if portable else contextlib.nullcontext():
-        edgediff.export_bundle(edgediff.load_model(class_model), tmp_path / "bundle", config)
+    if not portable:  # in one of the two the exporter itself writes the weights outside
+        monkeypatch.setattr(torch.onnx, "export", EXPORT)
+    edgediff.export_bundle(edgediff.load_model(plain_model), tmp_path / "bundle", config)
     manifest = open_bundle(tmp_path / "bundle").manifest
     external = {name for graph in manifest.targets[0].unet.graphs for name in graph.external_data}
     assert f"onnx/unet/{weights}" in external
@@ -145,21 +146,26 @@ def test_large_graphs_keep_their_weights_outside_and_are_simplified_without_them
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("level", "point", "scheduler", "clock"),
-    [(1, "after_upsample", "euler", "1,0,1"), (1, "before_upsample", "ddim", 1)],
+    ("model", "level", "point", "scheduler", "clock", "conditioning"),
+    [
+        ("text_model", 1, "after_upsample", "euler", "1,0,1", "synthetic"),
+        ("plain_model", 1, "before_upsample", "ddim", 1, "labels"),
+    ],
 )
 def test_other_cuts_samplers_and_clocks(
-    text_model: Path, tmp_path: Path, level: int, point: str, scheduler: str, clock: int | str
-) -> None:
+    model: str, level: int, point: str, scheduler: str, clock: int | str, conditioning: str, tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     config = edgediff.ExportConfig(
         cut=edgediff.Cut(level, point), scheduler=scheduler, clock=clock, steps=3, onnx=OnnxConfig(opset=18),
         verify=VerifyConfig(graph_db=100, composed_db=100, trajectory_db=80),
     )  # fmt: skip
-    done = edgediff.export_bundle(edgediff.load_model(text_model), tmp_path / "bundle", config)
+    loaded = edgediff.load_model(request.getfixturevalue(model))
+    done = edgediff.export_bundle(loaded, tmp_path / "bundle", config)
     assert done.report is not None
     statuses = {row.check: row.status for row in done.report.rows}
     assert statuses["caching"] == ("not_run" if clock == 1 else "measured")
-    assert open_bundle(tmp_path / "bundle").manifest.evidence.conditioning == "synthetic"
+    assert open_bundle(tmp_path / "bundle").manifest.evidence.conditioning == conditioning
 
 
 @pytest.fixture
@@ -235,7 +241,6 @@ def _plain(config: dict) -> dict:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_graph_that_computes_something_else_is_not_put_in_place(
     class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,16 +271,13 @@ def test_parts_that_are_not_the_unet_are_not_exported(
 
 
 @pytest.mark.long
-def test_channels_that_are_concatenated_go_all_the_way(tmp_path: Path) -> None:
-    save_text_model(unet2d_condition(**SMALL_TEXT, in_channels=9), tmp_path / "inpainting")
-    config = edgediff.ExportConfig(steps=4)
-    assert edgediff.export_bundle(edgediff.load_model(tmp_path / "inpainting"), tmp_path / "bundle", config).report.ok
-    sample = open_bundle(tmp_path / "bundle").manifest.sample
-    assert (sample.channels, sample.in_channels) == (4, 9)
-    pipe = EdgePipeline.from_pretrained(tmp_path / "bundle")
+def test_channels_that_are_concatenated_go_all_the_way() -> None:
+    bundle = open_bundle(exported_pipeline("inpaint"))
+    assert (bundle.manifest.sample.channels, bundle.manifest.sample.in_channels) == (4, 9)
+    pipe = EdgePipeline.from_pretrained(bundle.path)
     embeds = {
-        "prompt_embeds": np.ones((1, 7, 12), np.float32),
-        "negative_prompt_embeds": np.zeros((1, 7, 12), np.float32),
+        "prompt_embeds": np.ones((1, 77, 32), np.float32),
+        "negative_prompt_embeds": np.zeros((1, 77, 32), np.float32),
     }
     masked = np.ones((1, 5, 16, 16), np.float32)
     made = [pipe(**embeds, concat_latents=value, num_images=2).latents for value in (masked, -masked)]
@@ -319,7 +321,6 @@ def test_strip_metadata_removes_and_nothing_else() -> None:
     assert [n.op_type for n in stripped.graph.node] == ["Relu"]
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_the_simplifier_is_held_to_the_numbers(
     monkeypatch: pytest.MonkeyPatch, class_model: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,6 @@ def moments(place: Path, kept: Path, computing: tuple[str, ...]) -> Iterator[Non
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(("target", "over_a_bundle"), [("onnx", True), ("coreml", False)])
 def test_an_export_that_is_killed_at_any_moment_leaves_no_half_bundle_and_loses_none(
     target: Any,

@@ -49,7 +49,6 @@ def test_the_same_bundle_again_is_left_as_it_is(
         assert "already there and valid: nothing was exported" in said.out.replace("\n", " ")
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_another_bundle_and_a_damaged_one_need_force(
     command: Command, class_model: Path, class_bundle: Path, place: Path
 ) -> None:
@@ -131,7 +130,6 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_disk_that_is_really_full(
     command: Command, class_model: Path, class_bundle: Path, disk: Callable[[int], Path]
 ) -> None:

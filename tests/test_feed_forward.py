@@ -185,7 +185,7 @@ def test_what_holds_little_stays() -> None:
 @pytest.mark.long
 def test_they_go_through_an_export(text_model: Path, export_once: Export) -> None:
     sliced = {"edgediff.targets.onnx.feed_forward.SLICE_BYTES": 1024}
-    bundle = export_once(text_model, edgediff.ExportConfig(steps=4, layout="pair"), sliced)
+    bundle = export_once(text_model, edgediff.ExportConfig(steps=4, layout="split"), sliced)
     for path in (bundle / "onnx/unet").glob("*.onnx"):
         graph = onnx.load(path).graph
         weights = {tensor.name for tensor in graph.initializer}

@@ -55,8 +55,8 @@ json.dump(said, sys.stdout)
 
 
 @pytest.mark.long
-def test_a_fifth_target(overlay: Path, class_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"model: {class_model}\ntargets: [onnx, toy]\nsteps: 4\ntoy: {{batch: 2}}\n")
+def test_a_fifth_target(overlay: Path, plain_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: {plain_model}\ntargets: [onnx, toy]\nsteps: 4\ntoy: {{batch: 2}}\n")
     commands = [
         ["export", "--config", "recipe.yaml", "-o", "bundle", "--json"],
         ["verify", "bundle", "--target", "toy", "--json"],
@@ -64,7 +64,7 @@ def test_a_fifth_target(overlay: Path, class_model: Path, tmp_path: Path) -> Non
         ["inspect", "bundle", "--json"],
         ["doctor", "--json"],
         ["export", "--help"],
-        ["export", str(class_model), "-o", "alone", "--target", "toy", "--steps", "4"],
+        ["export", str(plain_model), "-o", "alone", "--target", "toy", "--steps", "4"],
     ]
     path = os.pathsep.join([str(overlay), str(ROOT / "runtime")])
     done = subprocess.run(

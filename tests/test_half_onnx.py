@@ -372,7 +372,6 @@ PLANTED = {
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_what_fp16_is_too_narrow_for_stays_fp32(planted: Path, place: Path) -> None:
     both = PLANTED | {"targets": ["onnx", "openvino"], "openvino": {"dtype": "fp16"}}
     done = edgediff.export_bundle(edgediff.load_model(planted), place / "bundle", config_from(both))
@@ -404,7 +403,6 @@ def test_what_fp16_is_too_narrow_for_stays_fp32(planted: Path, place: Path) -> N
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_an_overflow_ends_the_export_and_is_named(planted: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As verification would find it in a bundle whose ranges were measured with too little."""
     monkeypatch.setattr("edgediff.targets.onnx.write_onnx.beyond_half", lambda *_: set())

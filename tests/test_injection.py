@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import Command, assert_error
-from edits import BACKENDS, PROMPT, SIDE, ours, picture, theirs
+from edits import BACKENDS, LORA_AND_INJECTION, PROMPT, SIDE, ours, picture, theirs
 from PIL import Image
 from pipelines import config_of, exported_pipeline, saved
 
@@ -61,8 +61,8 @@ class Authors:
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("sd1", "torch"),
-        pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
+        ("sd1-up", "torch"),
+        pytest.param("sd1-up", "onnxruntime", marks=pytest.mark.long),
         pytest.param("xl", "torch", marks=pytest.mark.long),
     ],
 )
@@ -105,8 +105,8 @@ def pipe_inputs(pipe: EdgePipeline) -> list[str]:
 
 @BACKENDS
 def test_without_an_inverted_picture_nothing_changes(backend: str) -> None:
-    pipe = ours("sd1", "dpmpp_2m", backend, injection=True)
-    plain = ours("sd1", "dpmpp_2m", backend)
+    pipe = ours("sd1-up", "dpmpp_2m", backend, injection=True)
+    plain = ours("sd1-up", "dpmpp_2m", backend)
     # In torch the plain one is undivided: every step is full.
     for clock in (1,) if backend == "torch" else (1, 2):
         a, b = (each(**ASKED, clock=clock, num_inference_steps=STEPS, seed=3) for each in (pipe, plain))
@@ -117,7 +117,7 @@ def test_without_an_inverted_picture_nothing_changes(backend: str) -> None:
 
 def test_under_the_clock_rows_stay_where_the_source_ends() -> None:
     """The source leaves on a cached step: the others go on with their own cache, of each image its own."""
-    pipe = ours("sd1", "ddim", "torch", injection=True)
+    pipe = ours("sd1-up", "ddim", "torch", injection=True)
     found = inverted(pipe, picture(), picture(3))
     asked: dict[str, Any] = {"prompt": [OTHER, PROMPT], "guidance_scale": 5.0, "clock": 2}
     shares = {"inject_attention": 0.25, "inject_features": 0.25}
@@ -134,7 +134,7 @@ def test_under_the_clock_rows_stay_where_the_source_ends() -> None:
 
 
 def test_a_step_takes_what_a_divided_unet_takes() -> None:
-    model = edgediff.load_model(saved("sd1"))
+    model = edgediff.load_model(saved("sd1-up"))
     divided = edgediff.split(model.unet, injects=True)
     torch.manual_seed(0)
     x, t = torch.randn(3, 4, 16, 16), torch.tensor([501.0])
@@ -157,7 +157,7 @@ def test_a_step_takes_what_a_divided_unet_takes() -> None:
 
 def test_rows_and_low_rank_factors_go_together() -> None:
     """Graphs may take both; with zeros and each row its own the step is the undivided one, bit for bit."""
-    model = edgediff.load_model(saved("sd1"))
+    model = edgediff.load_model(saved("sd1-up"))
     divided = edgediff.split(model.unet, injects=True, lora_rank=2)
     torch.manual_seed(0)
     x, t = torch.randn(3, 4, 16, 16), torch.tensor([501.0])
@@ -195,7 +195,7 @@ def test_rows_stay_whole_numbers_in_fp16() -> None:
 
 def test_operations_of_steps_with_more_rows() -> None:
     """The share that is saved, by what each step cost: its rows times a full or a cached step."""
-    pipe = ours("sd1", "ddim", "torch", injection=True)
+    pipe = ours("sd1-up", "ddim", "torch", injection=True)
     result = pipe(inverted=inverted(pipe), clock=2, inject_attention=0.5, inject_features=0.5, **ASKED)
     assert [(step.full, step.rows) for step in result.ledger] == [(True, 3), (False, 3), (True, 2), (False, 2)]
     full, cached = (
@@ -206,7 +206,7 @@ def test_operations_of_steps_with_more_rows() -> None:
 
 def test_an_inversion_keeps_its_way() -> None:
     """What the last refinement of each step led to, in the order in which DDIM draws it again."""
-    pipe = ours("sd1", "ddim", "torch", injection=True)
+    pipe = ours("sd1-up", "ddim", "torch", injection=True)
     steps: list[Step] = []
     found = pipe.invert(picture(), prompt=PROMPT, num_inference_steps=STEPS, refinements=2, callback=steps.append)
     assert found.trajectory.shape == (STEPS, 1, 4, SIDE // 2, SIDE // 2)
@@ -220,7 +220,7 @@ def test_an_inversion_keeps_its_way() -> None:
 
 
 def test_it_survives_its_file(tmp_path: Path) -> None:
-    pipe = ours("sd1", "ddim", "torch", injection=True)
+    pipe = ours("sd1-up", "ddim", "torch", injection=True)
     found = inverted(pipe)
     write_inverted(found, tmp_path / "a.npz")
     read = read_inverted(tmp_path / "a.npz")
@@ -243,7 +243,7 @@ def test_a_file_that_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
 
 
 def test_what_is_no_injection() -> None:
-    pipe, plain = ours("sd1", "ddim", "torch", injection=True), ours("sd1", "ddim", "torch")
+    pipe, plain = ours("sd1-up", "ddim", "torch", injection=True), ours("sd1-up", "ddim", "torch")
     found = inverted(pipe)
     longer = {name: np.repeat(rows, 2, axis=1) for name, rows in found.cond.items()}
     refused: list[tuple[EdgePipeline, dict[str, Any], str]] = [
@@ -270,18 +270,18 @@ def test_what_is_no_injection() -> None:
 def test_recipes_that_cannot_inject(class_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no self-attention in transformer blocks"):
         export_bundle(edgediff.load_model(class_model), tmp_path / "a", edgediff.ExportConfig(injection=True))
-    config = config_of("sd1", (), (), False)
+    config = config_of("sd1-up", (), (), False)
     coreml = msgspec.structs.replace(config.coreml, batch=2)
     asked = msgspec.structs.replace(config, targets=("coreml",), injection=True, coreml=coreml)
     with pytest.raises(ConfigError, match=r"'coreml.batch' is 2; with 'injection' an image has 3 rows"):
-        export_bundle(edgediff.load_model(saved("sd1")), tmp_path / "b", asked)
+        export_bundle(edgediff.load_model(saved("sd1-up")), tmp_path / "b", asked)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long
 def test_guidance_of_a_fixed_batch() -> None:
     """Graphs of three rows at a time cannot hold a picture and its source alone."""
-    pipe = ours("sd1", "ddim", "mil-reference", injection=True)
+    pipe = ours("sd1-few", "ddim", "mil-reference", injection=True)
     found = inverted(pipe)
     with pytest.raises(RequestError, match="take 3 rows at a time, and with an inverted picture an image has 2"):
         pipe(inverted=found, prompt=OTHER, guidance_scale=1.0)
@@ -289,7 +289,7 @@ def test_guidance_of_a_fixed_batch() -> None:
 
 @pytest.mark.long
 def test_the_commands(command: Command, place: Path) -> None:
-    bundle = exported_pipeline("sd1", lora_inputs=4, injection=True)
+    bundle = exported_pipeline("sd1-up", **LORA_AND_INJECTION)
     picture().save(place / "in.png")
     np.save(place / "bad.npz", noise(0, (1, 4, 4, 4)))
     said = command("invert", bundle, place / "in.png", "-o", place / "in.npz", "--steps", STEPS, "--prompt", PROMPT)

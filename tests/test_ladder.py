@@ -38,10 +38,10 @@ def test_bundles_are_compared(command: Command, rungs: tuple[Path, Path], tmp_pa
 
 @pytest.mark.long
 def test_bundles_that_differ_are_refused(
-    command: Command, rungs: tuple[Path, Path], class_model: Path, text_model: Path, export_once: Export
+    command: Command, rungs: tuple[Path, Path], class_model: Path, plain_model: Path, export_once: Export
 ) -> None:
     longer = export_once(class_model, config_from(RECIPE | {"steps": 3}))
-    other = export_once(text_model, config_from(RECIPE))
+    other = export_once(plain_model, config_from(RECIPE))
     assert_error(command("inspect", "--ladder", rungs[0], longer), "is for another clock, sampler or guidance than")
     assert_error(command("inspect", "--ladder", rungs[0], other), "a ladder is of one model")
 

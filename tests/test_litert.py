@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,17 @@ from edgediff_runtime import BundleError, EdgePipeline, RequestError, open_bundl
 from edgediff_runtime.litert_session import Held, LiteRtSession
 from edgediff_runtime.manifest import Component, Floors, Graph, Tensor
 
-pytest.importorskip("litert_torch")
-Interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
+for package in ("litert_torch", "ai_edge_litert"):  # found and not imported, which takes every worker a second
+    if find_spec(package) is None:
+        pytest.skip(f"needs {package}", allow_module_level=True)
 FILE = "litert/unet.tflite"
+
+
+def interpreted(path: Path) -> Any:
+    """LiteRT's interpreter of a file."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    return Interpreter(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +134,11 @@ def test_it_verifies_and_runs_on_the_command_line_in_silence(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "further"), [("text_encoder", ((12, 20),)), ("vae_encoder", ((12, 20),)), ("preview_decoder", ())]
-)
-def test_a_component_is_a_file_with_a_signature_for_each_size(
-    name: str, further: tuple[tuple[int, int], ...], tmp_path: Path
-) -> None:
-    entry, part = written("litert", name, further, tmp_path)
-    sized = [graph.function for graph in entry.every_graph]
-    assert sized == ([name, f"{name}_40x24"] if name == "vae_encoder" else [name])
-    interpreter = Interpreter(str(tmp_path / str(entry.graphs[0].file)))
+def test_a_component_is_a_file_with_a_signature_for_each_size(tmp_path: Path) -> None:
+    name = "preview_decoder"
+    entry, part = written("litert", name, ((12, 20),), tmp_path)
+    assert [graph.function for graph in entry.every_graph] == [name, f"{name}_40x24"]
+    interpreter = interpreted(tmp_path / str(entry.graphs[0].file))
     for graph, value, wanted in cases(entry, part):
         made = interpreter.get_signature_runner(graph.function)(**{graph.inputs[0].name: value})
         for tensor, want in zip(graph.outputs, wanted, strict=True):
@@ -165,7 +169,7 @@ def test_in_int8_weights_take_a_byte_and_what_is_sensitive_stays_wide(
     file, whole = ((bundle / FILE).read_bytes() for bundle in (path, litert_bundle))
     assert len(file) < len(whole)
     weights = load_file(plain_model / "unet/diffusion_pytorch_model.safetensors")
-    for name, stays in (("conv_in", True), ("mid_block.resnets.0.conv1", False)):
+    for name, stays in (("conv_in", True), ("down_blocks.1.resnets.0.conv2", False)):
         stored = weights[f"{name}.weight"].transpose(0, 2, 3, 1).tobytes()
         assert whole.count(stored) == 1
         assert (file.count(stored) == 1) == stays
@@ -193,17 +197,17 @@ def test_weights_are_stored_in_fewer_bits_and_made_where_they_are_used(
     file = read_tflite(path)
     types = {code: name for name, code in vars(schema().TensorType).items() if isinstance(code, int)}
     assert type_ in {types[tensor.type] for graph in file.subgraphs for tensor in graph.tensors}
-    assert sum(kind == "DEQUANTIZE" for *_, kind in operations(file)) > 40
+    assert sum(kind == "DEQUANTIZE" for *_, kind in operations(file)) > 30
     sizes = [sum(len(b.data) for b in each.buffers if b.data is not None) for each in (file, whole)]
     assert sizes[0] < share * sizes[1]
     # What no constant was multiplied into is, number by number, what torch was told.
-    signatures = [Interpreter(str(each)).get_signature_runner("full") for each in (path, litert_bundle / FILE)]
+    signatures = [interpreted(each).get_signature_runner("full") for each in (path, litert_bundle / FILE)]
     rng = np.random.default_rng(0)
     graph = manifest_of(litert_bundle).target("litert").unet.graphs[0]
     given = {tensor.name: rng.random(tensor.shape).astype(tensor.dtype) for tensor in graph.inputs}
     made, want = (signature(**given)["out_sample"] for signature in signatures)
     assert least_db < psnr_db(want, made) < 140
-    name = "mid_block.resnets.0.conv1.weight"
+    name = "down_blocks.1.resnets.0.conv2.weight"
     assert np.array_equal(values_of(file, stored, name), stored.stored(name).values())
 
 

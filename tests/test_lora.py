@@ -130,7 +130,6 @@ def test_a_recipe_whose_lora_was_not_loaded(pipelines: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_a_bundle_says_what_was_fused(pipelines: Path, tmp_path: Path, command: Command) -> None:
     file = kohya_lora(pipelines / "sd1", tmp_path / "a.safetensors")
     spec, out = f"{file}:0.5", tmp_path / "out"

@@ -99,7 +99,6 @@ def test_images_are_those_of_torch(ir_bundle: Path, class_model: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("targets", "onnx"),
     [(("onnx", "openvino"), OnnxConfig()), (("openvino", "onnx"), OnnxConfig(quantize_nbits=8, calibration_images=1))],
@@ -153,7 +152,6 @@ def _check_backends_of_both(done: Exported) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_eight_bits_in_four_graphs_are_smaller(
     ir_bundle: Path, class_model: Path, place: Path, command: Command
 ) -> None:

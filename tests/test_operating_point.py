@@ -12,7 +12,6 @@ import msgspec
 import pytest
 from command_line import Command
 from seals import manifest_of, seal
-from traces import remembering
 
 import edgediff
 from edgediff.export.draft import draft_manifest
@@ -159,11 +158,10 @@ def test_the_sampler_is_the_recipe_s(identity: EdgePipeline) -> None:
 
 
 @pytest.fixture
-def trained_bundle(class_model: Path, traces: Path, tmp_path: Path) -> Path:
+def trained_bundle(class_model: Path, tmp_path: Path) -> Path:
     model = edgediff.load_model(class_model)
     adaptor = learned.trained(model, tmp_path / "tiny-resnet")
-    with remembering(traces):
-        edgediff.export_bundle(model, tmp_path / "bundle", edgediff.ExportConfig(steps=4, adaptor=str(adaptor)))
+    edgediff.export_bundle(model, tmp_path / "bundle", edgediff.ExportConfig(steps=4, adaptor=str(adaptor)))
     return tmp_path / "bundle"
 
 

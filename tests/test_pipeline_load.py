@@ -234,7 +234,6 @@ def test_an_autoencoder_from_a_file(sd1: Path, tmp_path: Path, prefix: str) -> N
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_a_tiny_autoencoder_in_a_bundle(sd1: Path, tmp_path: Path) -> None:
     save_tiny_vae(tmp_path / "tiny")
     model = load_model(sd1, vae=tmp_path / "tiny")
@@ -251,7 +250,6 @@ def test_a_tiny_autoencoder_in_a_bundle(sd1: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_an_inpainting_pipeline_is_verified_from_the_prompt_to_the_picture(sd1: Path, tmp_path: Path) -> None:
     torch.manual_seed(10)
     unet(in_channels=9).save_pretrained(sd1 / "unet")

@@ -124,7 +124,6 @@ def test_clock_1_of_a_pair_is_a_recipe_of_parts(manifest: Manifest) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_the_recipe_loads_and_exports(plan: Plan, tmp_path: Path) -> None:
     written = plan_files.write_plan(plan, tmp_path)
     config = edgediff.load_config(written["recipe"])

@@ -22,7 +22,6 @@ LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_every_line_of_the_shell_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,7 +40,6 @@ def test_every_line_of_the_shell_runs(
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(PYTHON, "README.md", "exec"), {"__name__": "__main__"})

@@ -91,7 +91,6 @@ def test_a_ckpt_is_read_where_pickles_are_allowed(pipelines: Path, tmp_path: Pat
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_a_bundle_of_a_single_file(pipelines: Path, tmp_path: Path) -> None:
     model = load_model(pipelines / "sd2.safetensors", configs=pipelines / "sd2")
     done = export_bundle(model, tmp_path / "out", ExportConfig(steps=1, clock=1))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import Command, assert_error, exit_code
-from edits import BACKENDS, EACH_SAMPLER, FLOOR_DB, PROMPT, SIZE, against, ours, picture, theirs
+from edits import ADAPTED_SIZES, BACKENDS, FLOOR_DB, PROMPT, SAMPLERS, SIZE, against, ours, picture, theirs
 from msgspec.structs import replace
 from pipelines import changed, config_of, exported_pipeline, saved, saved_controlnet, saved_t2i_adapter
 
@@ -33,13 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 KIND = {"sd1": "full_adapter", "xl-levels": "full_adapter_xl"}
 
 
-@EACH_SAMPLER
 @pytest.mark.parametrize(
-    ("name", "backend"),
+    ("name", "backend", "sampler"),
     [
-        ("sd1", "torch"),
-        pytest.param("sd1", "onnxruntime", marks=pytest.mark.long),
-        ("xl-levels", "torch"),
+        *(pytest.param("sd1", "torch", name, marks=[pytest.mark.long] * (name != "pndm")) for name in SAMPLERS),
+        *(pytest.param("sd1", "onnxruntime", name, marks=pytest.mark.long) for name in SAMPLERS),
+        ("xl-levels", "torch", "pndm"),
     ],
 )
 def test_a_t2i_adapter(name: str, backend: str, sampler: str) -> None:
@@ -156,7 +155,7 @@ def test_a_grey_picture_is_pillows() -> None:
 
 @pytest.mark.long
 def test_the_bundle_has_the_adapter_as_a_component() -> None:
-    bundle = exported_pipeline("sd1", adapter="full_adapter")
+    bundle = exported_pipeline("sd1", adapter="full_adapter", sizes=ADAPTED_SIZES)
     manifest = parse_manifest((bundle / "manifest.json").read_bytes())
     cost = manifest.cost
     assert cost["t2i_adapter"].macs > 0
@@ -175,13 +174,14 @@ def test_the_bundle_has_the_adapter_as_a_component() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("targets", [("onnx",), ("coreml",)])
-def test_pictures_of_several_sizes_are_adapted(targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "target", "backend"), [("sd1", "onnx", "onnxruntime"), ("sd1", "coreml", "mil-reference")]
+)
+def test_pictures_of_several_sizes_are_adapted(name: str, target: str, backend: str) -> None:
     """Graphs of any size, or a function for each; an export verifies both sizes."""
-    bundle = exported_pipeline("sd1", targets=targets, adapter="full_adapter", sizes=("32x32", "32x48"))
-    backend = {"onnx": "onnxruntime", "coreml": "mil-reference"}[targets[0]]
+    bundle = exported_pipeline(name, targets=(target,), adapter="full_adapter", sizes=ADAPTED_SIZES)
     pipe = open_pipeline(open_bundle(bundle), backend, low_memory=True)
-    model = ours("sd1", "dpmpp_2m", "torch", adapter="full_adapter")
+    model = ours(name, "dpmpp_2m", "torch", adapter="full_adapter")
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "control_image": picture()}
     tall = pipe(**asked, height=48)
     assert tall.images.shape == (1, 48, 32, 3)
@@ -191,11 +191,8 @@ def test_pictures_of_several_sizes_are_adapted(targets: tuple[str, ...]) -> None
 
 @pytest.mark.long
 def test_the_command_lines_draw_by_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
-    edges, bundle = tmp_path / "edges.png", tmp_path / "bundle"
+    edges, bundle = tmp_path / "edges.png", exported_pipeline("sd1", adapter="full_adapter", sizes=ADAPTED_SIZES)
     picture().save(edges)
-    settings = ("--steps", 2, "--clock", 2, "--scheduler", "ddim", "--verify", "graphs")
-    adapter = ("--t2i-adapter", saved_t2i_adapter("sd1"))
-    assert exit_code(monkeypatch, "export", saved("sd1"), "-o", bundle, *adapter, *settings) == 0
     by_picture = ("--control", edges, "--control-scale", 0.7, "--prompt", PROMPT)
     assert exit_code(monkeypatch, "run", bundle, *by_picture, "-o", tmp_path / "drawn.npy") == 0
     done = subprocess.run(
@@ -211,7 +208,7 @@ def test_the_command_lines_draw_by_a_picture(tmp_path: Path, monkeypatch: pytest
     np.testing.assert_allclose(drawn, expected.latents, rtol=0, atol=1e-4)
     shown = command("inspect", str(bundle), "--json")
     assert json.loads(shown.out)["gflops"]["t2i_adapter"] > 0
-    both = ("--control", saved_controlnet("sd1"), *adapter)
+    both = ("--control", saved_controlnet("sd1"), "--t2i-adapter", saved_t2i_adapter("sd1"))
     assert_error(command("export", *map(str, (saved("sd1"), "-o", tmp_path / "two", *both))), "steered by one of them")
 
 

@@ -149,7 +149,6 @@ def test_transformers_and_diffusers_read_the_tokens_in_a_bundle() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("traced_once")
 def test_the_command_line_and_a_recipe(tmp_path: Path, command: Command) -> None:
     file, out = embedding_file("sd1", 3), tmp_path / "out"
     (tmp_path / "recipe.yaml").write_text(

@@ -33,6 +33,17 @@ def test_equal_modules_have_one_fingerprint_and_others_another() -> None:
     assert fingerprint(layers(), ROWS, opset_version=23) != mark
 
 
+def hooking(factor: int) -> nn.Sequential:
+    made = layers()
+    made[0].register_forward_hook(lambda module, args, out: out * factor, always_call=True)
+    return made
+
+
+def test_hooks_count_by_what_they_do() -> None:
+    """transformers hooks its encoders at their first call; each hook is a function of its own."""
+    assert fingerprint(hooking(2), ROWS) == fingerprint(hooking(2), ROWS) != fingerprint(hooking(3), ROWS)
+
+
 def test_where_a_model_lies_does_not_matter() -> None:
     one, other = layers(), layers()
     one.config, other.config = ({"_name_or_path": folder, "width": 3} for folder in ("a", "b"))

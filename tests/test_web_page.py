@@ -22,7 +22,7 @@ from conftest import Export
 from PIL import Image
 from pipelines import exported_pipeline
 from seals import reseal, seal_plain
-from tiny_pipelines import EDITORS, SAVE
+from tiny_pipelines import SAVE
 from web_pages import GOLDEN, copy_bundle
 
 import edgediff
@@ -360,10 +360,10 @@ def test_a_mask_is_painted_erased_and_read_from_a_file(visit: Visiting, golden: 
 
 
 @pytest.mark.parametrize("name", ["inpaint", "pix2pix"])
-def test_a_model_that_needs_a_picture_says_so(visit: Visiting, export_once: Export, name: str) -> None:
-    bundle = export_once(saved_once(name, EDITORS[name]), edgediff.ExportConfig(steps=4))
+def test_a_model_that_needs_a_picture_says_so(visit: Visiting, name: str) -> None:
+    bundle = exported_pipeline(name)
     source = photo(32)
-    asked: dict[str, Any] = {"prompt": "make it red", "seed": 1, "num_inference_steps": 4, "clock": 2}
+    asked: dict[str, Any] = {"prompt": "make it red", "seed": 1, "num_inference_steps": 8, "clock": 2}
     with serving(PAGE, bundle) as port:
         tab = visit(port).open()
         assert "this model needs" in tab.text("edit-title")

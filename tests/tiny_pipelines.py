@@ -95,15 +95,32 @@ def _without_checker(kind: Any, **parts: Any) -> Any:
     return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
+# Half the attention: exporting takes as long as there are operations. Graphs of XL have attention on the way up.
+LIGHT = {"up_block_types": ("UpBlock2D", "UpBlock2D")}
+
+
 def save_sd1(folder: Path, **levels: Any) -> None:
     """Stable Diffusion 1.x: epsilon, one text encoder, the last state."""
     torch.manual_seed(1)
     words = tokenizer()
     _without_checker(
-        StableDiffusionPipeline, unet=unet(**levels), vae=vae(), tokenizer=words,
+        StableDiffusionPipeline, unet=unet(**LIGHT | levels), vae=vae(), tokenizer=words,
         text_encoder=CLIPTextModel(text_config(words)),
         scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False),
     ).save_pretrained(folder)  # fmt: skip
+
+
+def save_sd1_up(folder: Path) -> None:
+    """The same with attention on the way up too, which injection takes hold of."""
+    save_sd1(folder, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+
+
+def save_sd1_few(folder: Path) -> None:
+    """The same with as few operations as injection can be had with."""
+    save_sd1(
+        folder, mid_block_type=None, down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
 
 
 def save_sd1_levels(folder: Path) -> None:
@@ -162,7 +179,7 @@ def save_lcm(folder: Path) -> None:
     torch.manual_seed(4)
     words = tokenizer()
     _without_checker(
-        LatentConsistencyModelPipeline, unet=unet(time_cond_proj_dim=16), vae=vae(), tokenizer=words,
+        LatentConsistencyModelPipeline, unet=unet(time_cond_proj_dim=16, **LIGHT), vae=vae(), tokenizer=words,
         text_encoder=CLIPTextModel(text_config(words)), scheduler=LCMScheduler(**NOISE),
     ).save_pretrained(folder)  # fmt: skip
 
@@ -173,7 +190,7 @@ def _editor(kind: Any, seed: int, beside: int) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         torch.manual_seed(seed)
         words = tokenizer()
-        parts = {"vae": vae(), "unet": unet(in_channels=LATENT + beside), "tokenizer": words}
+        parts = {"vae": vae(), "unet": unet(in_channels=LATENT + beside, **LIGHT), "tokenizer": words}
         encoder = CLIPTextModel(text_config(words))
         scheduler = PNDMScheduler(**NOISE, skip_prk_steps=True, set_alpha_to_one=False)
         if kind is StableDiffusionDepth2ImgPipeline:
@@ -215,7 +232,7 @@ def save_t2i_adapter(folder: Path, kind: str, base: Path, in_channels: int = 3) 
 
 SAVE = {"sd1": save_sd1, "sd2": save_sd2, "xl": save_xl, "lcm": save_lcm}
 # With the levels of Stable Diffusion and of SDXL, two of which are as wide.
-SAVE |= {"sd1-levels": save_sd1_levels, "xl-levels": save_xl_levels}
+SAVE |= {"sd1-up": save_sd1_up, "sd1-few": save_sd1_few, "sd1-levels": save_sd1_levels, "xl-levels": save_xl_levels}
 # Of UNets that see a picture in every step.
 EDITORS = {
     "inpaint": _editor(StableDiffusionInpaintPipeline, 5, beside=1 + LATENT),

@@ -1,12 +1,13 @@
 """Traced graphs that are kept: a module that is traced again gives the graph of the first time.
 
 Tracing is most of an export, and many tests export one model by recipes that differ in what comes after: steps, clocks,
-passes, quantization, verification. Whoever asks for it by the fixture `traced_once` gets a graph of torch.onnx.export
-that was made of an equal module; all else of the export runs as ever. Tests of tracing do not ask. A module that
-differs from a traced one in its parameters' values alone, as with a LoRA fused, gets that one's graph with its own
-parameters, and the exporter's optimization, which folds them, runs anew.
+passes, quantization, verification. Each gets a graph of torch.onnx.export that was made of an equal module; all else of
+the export runs as ever. Tests of tracing ask for `traces_anew`. A module that differs from a traced one in its
+parameters' values alone, as with a LoRA fused, gets that one's graph with its own parameters, and the exporter's
+optimization, which folds them, runs anew.
 """
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -22,6 +23,7 @@ import pytest
 import torch
 from guard import making
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # What a module has of torch's own; `named_modules`, parameters and buffers have the same, by name.
 STRUCTURE = {"_modules", "_parameters", "_buffers"}
@@ -29,6 +31,11 @@ STRUCTURE = {"_modules", "_parameters", "_buffers"}
 
 # Where a model was loaded from; its graph does not say.
 PLACE = "_name_or_path"
+
+
+EXPORT = torch.onnx.export
+# torch's translations of its operations, which it reads anew, and parses, for each graph.
+registry = functools.cache(ONNXRegistry.from_torchlib)
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,23 @@ class Trace:
 def fingerprint(module: nn.Module, args: tuple[torch.Tensor, ...], values: bool = True, **settings: Any) -> str:
     """A hash of all that a module's graph follows from: its parts, their settings and weights, the inputs' shapes.
 
-    Without `values`, parameters count by name and shape alone.
+    Without `values`, parameters count by name and shape alone. Sizes that the graph has as symbols do not count.
     """
     digest = hashlib.sha256()
     for name, part in module.named_modules():
         own = {key: value for key, value in vars(part).items() if key not in STRUCTURE}
+        # Hooks lie under numbers that torch counts up from module to module.
+        own = {key: list(v.values()) if "_hooks" in key and isinstance(v, dict) else v for key, v in own.items()}
         digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__} {_described(own)}\n".encode())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if values or not isinstance(tensor, nn.Parameter):
             digest.update(tensor.detach().contiguous().numpy().data)
     # Values of the inputs do not matter: nothing but their shapes is traced.
-    digest.update(f"{[(list(arg.shape), arg.dtype) for arg in args]} {_described(settings)}".encode())
+    (symbols,) = settings.get("dynamic_shapes", ([None] * len(args),))
+    for arg, named in zip(args, symbols, strict=True):
+        digest.update(f"{[(named or {}).get(i, size) for i, size in enumerate(arg.shape)]} {arg.dtype}".encode())
+    digest.update(_described(settings).encode())
     return digest.hexdigest()
 
 
@@ -70,7 +82,10 @@ def _described(value: Any) -> str:
         return f"{type(value).__name__}{[_described(item) for item in value]}"
     if isinstance(value, set | frozenset):
         return str(sorted(_described(item) for item in value))
-    if isinstance(value, FunctionType) or not hasattr(value, "__dict__") or isinstance(value, type):
+    if isinstance(value, FunctionType):
+        held = [_described(cell.cell_contents) for cell in value.__closure__ or ()]
+        return f"{value.__module__}.{value.__qualname__}{held}"
+    if not hasattr(value, "__dict__") or isinstance(value, type):
         return repr(value)
     if isinstance(value, nn.Module):
         return type(value).__qualname__
@@ -89,12 +104,16 @@ def with_parameters(model: onnx_ir.Model, module: nn.Module) -> onnx_ir.Model:
 
 
 @contextmanager
-def remembering(folder: Path) -> Iterator[None]:
-    """Within the block, what was traced before, in any process that has the folder, is not traced again."""
+def remembering(folder: Path, of: type[nn.Module] = nn.Module) -> Iterator[None]:
+    """Within the block, what was traced before, in any process that has the folder, is not traced again.
+
+    Args:
+        of: Modules of other classes are traced as ever.
+    """
     export: Callable[..., Any] = torch.onnx.export
 
     def once(part: nn.Module, args: tuple[torch.Tensor, ...], **settings: Any) -> Any:
-        if "optimize" in settings:  # a block inside of this one asks, which keeps what it is given
+        if "optimize" in settings or not isinstance(part, of):  # a block inside of this one keeps what it is given
             return export(part, args, **settings)
         kept = folder / f"{fingerprint(part, args, **settings)}.onnx"
         if not kept.exists():
@@ -111,5 +130,6 @@ def remembering(folder: Path) -> Iterator[None]:
         return Trace(kept)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))
         patch.setattr(torch.onnx, "export", once)
         yield

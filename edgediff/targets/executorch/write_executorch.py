@@ -19,6 +19,7 @@ from edgediff.extras import quiet
 from edgediff.models.part import Part
 from edgediff.targets.base import converter_errors
 from edgediff.targets.executorch.import_executorch import import_executorch
+from edgediff.targets.provenance import shared_provenance
 from edgediff_runtime.manifest import Component, Graph
 
 
@@ -45,7 +46,7 @@ def write_executorch(
     path = folder / str(written[0].file)
     path.parent.mkdir(exist_ok=True)
     with converter_errors(f"{path.name}: ExecuTorch's exporter"):
-        with quiet():
+        with quiet(), shared_provenance():
             lowered = exir.to_edge_transform_and_lower(programs, partitioner=[xnnpack.XnnpackPartitioner()])
             program = lowered.to_executorch()
         with path.open("wb") as file:

@@ -20,6 +20,7 @@ from edgediff.errors import UnsupportedError
 from edgediff.extras import needing, quiet
 from edgediff.models.part import Part
 from edgediff.targets.base import converter_errors
+from edgediff.targets.provenance import shared_provenance
 from edgediff_runtime.manifest import Component, Graph
 
 
@@ -47,7 +48,7 @@ def write_litert(folder: Path, component: Component, modules: Mapping[str, Part]
     path.parent.mkdir(exist_ok=True)
     converter = import_litert()
     say(f"converting {', '.join(graph.key for graph in written)} to LiteRT")
-    with converter_errors(f"{path.name}: litert_torch"), quiet():
+    with converter_errors(f"{path.name}: litert_torch"), quiet(), shared_provenance():
         for graph in written:
             module = _ByName(modules[graph.name]).eval()
             converter = converter.signature(graph.function, module, sample_kwargs=_example(graph))
