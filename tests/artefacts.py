@@ -5,15 +5,13 @@ too. Whatever is there is whole: it was made beside its place and renamed. Tests
 changes what is kept fails, rather than another worker's test that reads it meanwhile.
 """
 
-import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -21,7 +19,7 @@ from types import FunctionType
 import msgspec
 import pytest
 import torch
-from guard import ROOT, STORES, making
+from guard import ROOT, STORES, locked, making
 
 import edgediff
 
@@ -77,14 +75,6 @@ def open_store(stores: Path, state: str) -> Path:
 
 def _age(path: Path) -> float:
     return path.stat().st_mtime
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time makes what lies at a path; the lock ends with the process, however that ends."""
-    with open(f"{path}.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:

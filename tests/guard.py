@@ -1,5 +1,6 @@
 """Who may change what tests share: only what makes it. A test that does would fail another worker's test at random."""
 
+import fcntl
 import os
 import sys
 import threading
@@ -21,6 +22,14 @@ def making() -> Iterator[None]:
         yield
     finally:
         _making.now = before
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time makes what lies at a path; the lock ends with the process, however that ends."""
+    with open(f"{path}.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 # Of each event of the interpreter that changes files, which of its arguments are paths.

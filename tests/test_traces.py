@@ -44,9 +44,10 @@ def test_hooks_count_by_what_they_do() -> None:
     assert fingerprint(hooking(2), ROWS) == fingerprint(hooking(2), ROWS) != fingerprint(hooking(3), ROWS)
 
 
-def test_where_a_model_lies_does_not_matter() -> None:
+def test_where_a_model_lies_and_what_was_left_out_do_not_matter() -> None:
     one, other = layers(), layers()
-    one.config, other.config = ({"_name_or_path": folder, "width": 3} for folder in ("a", "b"))
+    one.config = {"_name_or_path": "a", "width": 3, "_use_default_values": ["depth", "width"]}
+    other.config = {"_name_or_path": "b", "width": 3, "_use_default_values": ["width", "depth"]}
     assert fingerprint(one, ROWS) == fingerprint(other, ROWS)
     other.config = {"_name_or_path": "b", "width": 4}
     assert fingerprint(one, ROWS) != fingerprint(other, ROWS)

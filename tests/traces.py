@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
-from guard import making
+from guard import locked, making
 from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -29,8 +29,9 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 STRUCTURE = {"_modules", "_parameters", "_buffers"}
 
 
-# Where a model was loaded from; its graph does not say.
-PLACE = "_name_or_path"
+# Where a model was loaded from, and which settings nobody gave, in an order that each process has of its own; a graph
+# says neither.
+UNSAID = {"_name_or_path", "_use_default_values"}
 
 
 EXPORT = torch.onnx.export
@@ -77,7 +78,7 @@ def fingerprint(module: nn.Module, args: tuple[torch.Tensor, ...], values: bool 
 def _described(value: Any) -> str:
     """What a value is, in words that are the same in every process; of what cannot be said so, where it lies."""
     if isinstance(value, dict):
-        return str(sorted((_described(key), _described(item)) for key, item in value.items() if key != PLACE))
+        return str(sorted((_described(key), _described(item)) for key, item in value.items() if key not in UNSAID))
     if isinstance(value, list | tuple):
         return f"{type(value).__name__}{[_described(item) for item in value]}"
     if isinstance(value, set | frozenset):
@@ -118,7 +119,7 @@ def remembering(folder: Path, of: type[nn.Module] = nn.Module) -> Iterator[None]
         kept = folder / f"{fingerprint(part, args, **settings)}.onnx"
         if not kept.exists():
             first = folder / f"{fingerprint(part, args, values=False, **settings)}.first.onnx"
-            with making(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with making(), locked(first), tempfile.TemporaryDirectory(dir=folder) as scratch:
                 traced = Path(scratch) / "traced.onnx"
                 if not first.exists():
                     export(part, args, **settings, optimize=False).save(traced, external_data=False)
