@@ -24,7 +24,7 @@ def test_it_is_made_once(tmp_path: Path) -> None:
     assert len(made) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*fork:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_another_process_waits_and_what_a_killed_one_left_is_made_again(tmp_path: Path) -> None:
     told, tell = os.pipe()
 

@@ -175,8 +175,6 @@ def test_a_number_that_does_not_hold_puts_nothing_in_place(
 
 
 @pytest.mark.long
-# What other tests imported warns of a fork, where it is: the child only sets a signal and starts the script.
-@pytest.mark.filterwarnings("ignore:.*os.fork:RuntimeWarning")
 def test_control_c_in_a_real_export(class_model: Path, place: Path) -> None:
     with subprocess.Popen(
         [SCRIPT, "export", class_model, "-o", place / "out", "--steps", "3"],
