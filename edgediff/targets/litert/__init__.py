@@ -87,8 +87,7 @@ class LiteRtTarget(Target):
 
         batch = outline.rows if config.batch is None else config.batch
         graphs = tuple(
-            graph if graph.file is None else _placed(graph, graph.name, batch, "unet")
-            for graph in pack(outline.parts, outline.divided, outline.layout)
+            _placed(graph, graph.name, batch, "unet") for graph in pack(outline.parts, outline.divided, outline.layout)
         )
         dtype = "fp32" if config.quantize_nbits is None else "int8"
         return m.LiteRtTarget({"unet": outline.sizes.each(outline.unet(graphs, dtype, batch))})
@@ -138,7 +137,7 @@ def _finish(path: Path, component: str, weights: "StoredWeights | None") -> None
 
 
 def _placed(graph: m.Graph, signature: str, rows: int, component: str) -> m.Graph:
-    """A graph's entry as a signature of a component's file: of fixed rows, ids in int32."""
+    """A graph's entry as a signature of a component's file, where it has one: of fixed rows, ids in int32."""
     inputs, outputs = (
         tuple(
             msgspec.structs.replace(tensor, dtype="int32") if tensor.dtype == "int64" else tensor
@@ -146,9 +145,8 @@ def _placed(graph: m.Graph, signature: str, rows: int, component: str) -> m.Grap
         )
         for side in (graph.inputs, graph.outputs)
     )
-    return msgspec.structs.replace(
-        graph, file=f"{FOLDER}/{component}.tflite", function=signature, inputs=inputs, outputs=outputs
-    )
+    place = (None, None) if graph.file is None else (f"{FOLDER}/{component}.tflite", signature)
+    return msgspec.structs.replace(graph, file=place[0], function=place[1], inputs=inputs, outputs=outputs)
 
 
 TARGET = LiteRtTarget()
